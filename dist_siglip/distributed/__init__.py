@@ -1,0 +1,25 @@
+"""The world of a run, and how features reach other ranks. Imports torch only."""
+
+from dist_siglip.distributed.collectives import gather_rows, max_over_ranks, sum_over_ranks
+from dist_siglip.distributed.exchange import (
+    Combine,
+    Exchange,
+    ExchangeName,
+    circulate,
+    prepare_exchange,
+)
+from dist_siglip.distributed.ring import AccumulatorSpec
+from dist_siglip.distributed.world import World
+
+__all__ = [
+    "AccumulatorSpec",
+    "Combine",
+    "Exchange",
+    "ExchangeName",
+    "World",
+    "circulate",
+    "gather_rows",
+    "max_over_ranks",
+    "prepare_exchange",
+    "sum_over_ranks",
+]

@@ -1,0 +1,68 @@
+"""The process groups behind a process group.
+
+Feature exchange must not queue behind DDP's gradient buckets, and agreeing on shapes must not
+wait for a GPU. So each group that exchanges features gets two companions over the same ranks,
+made on first use by those ranks alone: one of the same backend for the transfers, and one on
+the CPU (gloo) for the agreement.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The groups that serve one parent group.
+
+    Attributes:
+        transfer: same ranks and backend as the parent; carries features and accumulators.
+        control: same ranks on gloo; carries a few bytes per call on the CPU.
+    """
+
+    transfer: ProcessGroup
+    control: ProcessGroup
+
+
+# Keyed by the parent's identity: a group that is destroyed takes its companions along.
+_companions: "WeakKeyDictionary[ProcessGroup, Companions]" = WeakKeyDictionary()
+
+
+def resolve_group(group: ProcessGroup | None) -> ProcessGroup | None:
+    """Return ``group``, the default group, or None in a world of one without any group."""
+    if group is not None:
+        return group
+    if dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return None
+
+
+def companions_of(group: ProcessGroup) -> Companions:
+    """Return the companion groups, making them on first use (collective over ``group``)."""
+    found = _companions.get(group)
+    if found is None:
+        ranks = dist.get_process_group_ranks(group)
+        backend = dist.get_backend(group)
+        timeout = _timeout_of(group)
+        transfer = dist.new_group(
+            ranks, backend=backend, timeout=timeout, use_local_synchronization=True
+        )
+        control = transfer
+        if backend != "gloo":
+            control = dist.new_group(
+                ranks, backend="gloo", timeout=timeout, use_local_synchronization=True
+            )
+        found = Companions(transfer=transfer, control=control)
+        _companions[group] = found
+    return found
+
+
+def _timeout_of(group: ProcessGroup) -> timedelta | None:
+    """Time limit of the parent, so that its companions give up no later than it does."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
