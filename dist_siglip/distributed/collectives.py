@@ -64,14 +64,17 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     padded[: carried.shape[0]] = carried
     everyone = padded.new_empty((world_size * longest, *carried.shape[1:]))
     dist.all_gather_into_tensor(everyone, padded, group=group)
-    parts = [
-        part[:count]
-        for part, count in zip(everyone.split(longest), counts.tolist(), strict=True)
-    ] if longest else [everyone]
+    parts = (
+        [part[:count] for part, count in zip(everyone.split(longest), counts.tolist(), strict=True)]
+        if longest
+        else [everyone]
+    )
     return torch.cat(parts).to(rows.dtype)
 
 
-def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
+def _reduce(
+    values: Tensor, operation: dist.ReduceOp.RedOpType, group: ProcessGroup | None
+) -> Tensor:
     result = values.detach().clone()
     group = resolve_group(group)
     if group is not None and dist.get_world_size(group) > 1:

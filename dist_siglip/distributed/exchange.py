@@ -13,8 +13,10 @@ and comes home to the rank that owns the shard.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -76,10 +78,8 @@ class Exchange:
             return mine
         transfer = companions_of(self._group).transfer
         if self.name == "ring":
-            add = torch.Tensor.add_ if self._combine == "sum" else _maximum_
-            return circulate_ring(
-                self._columns, visit, self._specs, add, self.row_counts, transfer
-            )
+            add = _add_ if self._combine == "sum" else _maximum_
+            return circulate_ring(self._columns, visit, self._specs, add, self.row_counts, transfer)
         return self._run_all_gather(visit, transfer)
 
     def _run_all_gather(self, visit: Visitor, transfer: ProcessGroup) -> Shard:
@@ -138,7 +138,7 @@ def prepare_exchange(
             "of one rank"
         )
     specs = tuple(accumulators)
-    row_counts = (num_rows,)
+    row_counts: tuple[int, ...] = (num_rows,)
     if group is not None and world_size > 1:
         added = ", ".join(
             f"{str(spec.dtype).removeprefix('torch.')} {spec.row_shape}" for spec in specs
@@ -208,29 +208,26 @@ def _choose(
         return exchange
     if len(row_counts) == 1:
         return "local"
-    row_bytes = sum(t[:1].numel() * t.element_size() if len(t) else 0 for t in shard)
-    if not row_bytes:
-        row_bytes = sum(_row_numel(t.shape[1:]) * t.element_size() for t in shard)
-    row_bytes += sum(_row_numel(spec.row_shape) * spec.dtype.itemsize for spec in specs)
+    row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in shard)
+    row_bytes += sum(math.prod(spec.row_shape) * spec.dtype.itemsize for spec in specs)
     gathered_bytes = row_bytes * max(row_counts) * len(row_counts)
     chosen: ExchangeName = (
         "ring" if len(row_counts) == 2 or gathered_bytes > GATHER_LIMIT_BYTES else "all_gather"
     )
-    logger.debug(
-        "exchange: %s (%d ranks, %.1f MiB gathered, limit %.0f MiB)",
-        chosen,
-        len(row_counts),
-        gathered_bytes / 2**20,
-        GATHER_LIMIT_BYTES / 2**20,
-    )
+    _log_choice(chosen, len(row_counts), round(gathered_bytes / 2**20))
     return chosen
 
 
-def _row_numel(row_shape: Sequence[int]) -> int:
-    product = 1
-    for size in row_shape:
-        product *= size
-    return product
+@lru_cache(maxsize=64)
+def _log_choice(chosen: ExchangeName, world_size: int, gathered_mib: int) -> None:
+    """Say once per case what "auto" chose and why."""
+    logger.info(
+        "exchange auto -> %s: %d ranks, %d MiB if gathered (limit %d MiB)",
+        chosen,
+        world_size,
+        gathered_mib,
+        GATHER_LIMIT_BYTES // 2**20,
+    )
 
 
 def _rows_of(shard: Shard) -> int:
@@ -255,6 +252,10 @@ def _gather_padded(column: Tensor, longest: int, transfer: ProcessGroup) -> Tens
     if longest:
         dist.all_gather_into_tensor(everyone, padded, group=transfer)
     return everyone.view(world_size, longest, *column.shape[1:])
+
+
+def _add_(mine: Tensor, theirs: Tensor) -> None:
+    mine.add_(theirs)
 
 
 def _maximum_(mine: Tensor, theirs: Tensor) -> None:

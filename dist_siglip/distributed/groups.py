@@ -48,17 +48,17 @@ def companions_of(group: ProcessGroup) -> Companions:
         ranks = dist.get_process_group_ranks(group)
         backend = dist.get_backend(group)
         timeout = _timeout_of(group)
-        transfer = dist.new_group(
-            ranks, backend=backend, timeout=timeout, use_local_synchronization=True
-        )
-        control = transfer
-        if backend != "gloo":
-            control = dist.new_group(
-                ranks, backend="gloo", timeout=timeout, use_local_synchronization=True
-            )
+        transfer = _new_group(ranks, backend, timeout)
+        control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
         found = Companions(transfer=transfer, control=control)
         _companions[group] = found
     return found
+
+
+def _new_group(ranks: list[int], backend: str, timeout: timedelta | None) -> ProcessGroup:
+    made = dist.new_group(ranks, backend=backend, timeout=timeout, use_local_synchronization=True)
+    assert isinstance(made, ProcessGroup)  # a member never gets the non-member marker
+    return made
 
 
 def _timeout_of(group: ProcessGroup) -> timedelta | None:
