@@ -8,6 +8,7 @@ from dist_siglip.distributed.exchange import (
     circulate,
     prepare_exchange,
 )
+from dist_siglip.distributed.groups import resolve_group
 from dist_siglip.distributed.ring import AccumulatorSpec
 from dist_siglip.distributed.world import World
 
@@ -21,5 +22,6 @@ __all__ = [
     "gather_rows",
     "max_over_ranks",
     "prepare_exchange",
+    "resolve_group",
     "sum_over_ranks",
 ]

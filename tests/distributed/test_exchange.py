@@ -6,7 +6,6 @@ import torch.distributed as dist
 
 from dist_siglip.distributed import (
     AccumulatorSpec,
-    World,
     circulate,
     gather_rows,
     max_over_ranks,

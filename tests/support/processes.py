@@ -57,6 +57,8 @@ def run_ranks(
             if time.monotonic() > deadline:
                 for process in context.processes:
                     process.kill()
-                raise TimeoutError(f"{fn.__name__} on {world_size} ranks ran past {limit_seconds} s")
+                raise TimeoutError(
+                    f"{fn.__name__} on {world_size} ranks ran past {limit_seconds} s"
+                )
         paths = [Path(folder) / f"result-{rank}.pt" for rank in range(world_size)]
         return [torch.load(path, weights_only=False) for path in paths]

@@ -1,0 +1,88 @@
+"""The learnable scale and bias of the logits.
+
+Two parameterisations of the same function. Absolute: logits = scale * similarity + bias.
+Relative: logits = scale * (similarity - relative_bias); then a step of the scale does not move
+the similarity at which a pair is judged (Bangachev et al.). They convert without loss:
+bias = -scale * relative_bias.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dist_siglip.errors import UserError
+
+BiasParameterization = Literal["absolute", "relative"]
+
+
+class LogitScaleBias(nn.Module):
+    """Holds log_scale and logit_bias, or log_scale and relative_bias; returns scale and bias.
+
+    Parameters have one element and one dimension (FSDP2 rejects 0-d parameters). There is no
+    clamp: published SigLIP checkpoints have a scale above the customary limit of 100.
+
+    Args:
+        start_scale: multiplier at the start, > 0. SigLIP starts at 10.
+        start_bias: number added to the logits at the start, whatever the parameterisation.
+        bias_parameterization: which of the two numbers is the parameter.
+        train_scale: whether the scale learns.
+        train_bias: whether the bias learns. A frozen relative bias still moves the absolute one
+            when the scale learns.
+
+    Raises:
+        UserError: if start_scale is not a positive number or start_bias is not finite.
+
+    Example:
+        >>> logits = LogitScaleBias(bias_parameterization="relative")
+        >>> scale, bias = logits()
+        >>> round(scale.item(), 4), round(bias.item(), 4), logits.relative_bias.item()
+        (10.0, -10.0, 1.0)
+
+    Source:
+        Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 (scale 10, bias -10); Bangachev et al.
+        2025, arXiv:2509.18552, Definition 1, where our relative_bias is their b_rel.
+    """
+
+    logit_bias: nn.Parameter
+    relative_bias: nn.Parameter
+
+    def __init__(
+        self,
+        start_scale: float = 10.0,
+        start_bias: float = -10.0,
+        *,
+        bias_parameterization: BiasParameterization = "absolute",
+        train_scale: bool = True,
+        train_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if not (start_scale > 0 and math.isfinite(start_scale)):
+            raise UserError(f"start_scale ({start_scale}) must be a finite number above 0")
+        if not math.isfinite(start_bias):
+            raise UserError(f"start_bias ({start_bias}) must be finite")
+        if bias_parameterization not in ("absolute", "relative"):
+            raise UserError(
+                f"bias_parameterization ({bias_parameterization!r}) must be absolute or relative"
+            )
+        self.bias_parameterization = bias_parameterization
+        is_relative = bias_parameterization == "relative"
+        self.log_scale = nn.Parameter(
+            torch.tensor([math.log(start_scale)]), requires_grad=train_scale
+        )
+        # The name in the checkpoint says which of the two numbers it is.
+        self.register_parameter(
+            "relative_bias" if is_relative else "logit_bias",
+            nn.Parameter(
+                torch.tensor([-start_bias / start_scale if is_relative else start_bias]),
+                requires_grad=train_bias,
+            ),
+        )
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return (logit_scale, logit_bias), both 0-d and with gradients."""
+        scale = self.log_scale.exp().reshape(())
+        if self.bias_parameterization == "relative":
+            return scale, -scale * self.relative_bias.reshape(())
+        return scale, self.logit_bias.reshape(())
