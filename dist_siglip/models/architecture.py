@@ -1,0 +1,146 @@
+"""From a model config to an open_clip network with random weights.
+
+open_clip's own factory also fetches weights, guesses and warns through the root logger; here a
+config is checked and built, nothing else. Image towers of timm are brought to the image size the
+config states (open_clip leaves them at timm's native size).
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import open_clip
+import timm
+from torch import nn
+
+from dist_siglip.errors import UserError
+
+DEFAULT_CONTEXT_LENGTH = 77
+
+
+def override_architecture(
+    architecture: dict[str, Any],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
+    patch_dropout: float | None = None,
+) -> dict[str, Any]:
+    """Return a copy of a model config with some values replaced; None keeps the config's value.
+
+    Raises:
+        UserError: If a value is out of range, or the image tower cannot drop patches.
+
+    Example:
+        >>> tiny = {"embed_dim": 8, "vision_cfg": {"image_size": 224}, "text_cfg": {}}
+        >>> override_architecture(tiny, image_size=64)["vision_cfg"]
+        {'image_size': 64}
+        >>> tiny["vision_cfg"]
+        {'image_size': 224}
+    """
+    changed = deepcopy(architecture)
+    if image_size is not None:
+        sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
+        if not all(side > 0 for side in sides):
+            raise UserError(f"image_size ({image_size}) must be positive; give pixels, e.g. 224")
+        changed["vision_cfg"]["image_size"] = image_size
+    if context_length is not None:
+        if context_length < 2:
+            raise UserError(f"context_length ({context_length}) must be at least 2 tokens")
+        changed["text_cfg"]["context_length"] = context_length
+    if patch_dropout is not None:
+        if not 0 <= patch_dropout < 1:
+            raise UserError(f"patch_dropout ({patch_dropout}) must be in [0, 1); 0 turns it off")
+        if patch_dropout > 0 and is_resnet(changed):
+            raise UserError(f"patch_dropout ({patch_dropout}) needs a ViT image tower; set it to 0")
+        changed["vision_cfg"]["patch_dropout"] = patch_dropout
+    return changed
+
+
+def is_resnet(architecture: dict[str, Any]) -> bool:
+    """Whether the image tower is open_clip's own ResNet, which has neither patches nor blocks."""
+    vision = architecture["vision_cfg"]
+    return not vision.get("timm_model_name") and isinstance(vision.get("layers"), list | tuple)
+
+
+def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
+    """Build the network of a model config with random weights, on the CPU, in fp32.
+
+    Args:
+        architecture: open_clip's model config; not changed.
+        name: how the user named the model, for error texts.
+
+    Returns:
+        ``open_clip.CLIP``, or ``open_clip.CustomTextCLIP`` where the config asks for a separate
+        text tower (``custom_text``, or a Hugging Face text model).
+
+    Raises:
+        UserError: If the config has unknown keys, names an unknown tower, is a captioning model
+            (CoCa), or its sizes do not fit together.
+    """
+    config = deepcopy(architecture)
+    _check(config, name)
+    # Weights of single towers are never fetched behind the user's back.
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    config["text_cfg"]["hf_model_pretrained"] = False
+    custom_text = config.pop("custom_text", False) or config["text_cfg"].get("hf_model_name")
+    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    try:
+        network: nn.Module = model_class(**config)
+        _fit_image_size(network)
+    except (AssertionError, OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model {name} cannot be built from its config ({' '.join(str(error).split())[:200]}); "
+            "correct vision_cfg or text_cfg"
+        ) from error
+    return network
+
+
+def _fit_image_size(network: nn.Module) -> None:
+    """Resize a timm image tower, built at its native size, to the size of the config."""
+    visual: Any = network.visual
+    if hasattr(getattr(visual, "trunk", None), "set_input_size"):
+        visual.set_input_size(visual.image_size)
+
+
+def _check(config: dict[str, Any], name: str) -> None:
+    if "multimodal_cfg" in config:
+        raise UserError(
+            f"model {name} is a captioning model (CoCa), whose decoder the contrastive loss cannot "
+            "train; choose a model without multimodal_cfg"
+        )
+    top_level = set(inspect.signature(open_clip.CLIP.__init__).parameters) - {"self"}
+    _check_keys(config, top_level | {"custom_text"}, name, "the config")
+    for section, schema in (
+        ("vision_cfg", open_clip.CLIPVisionCfg),
+        ("text_cfg", open_clip.CLIPTextCfg),
+    ):
+        allowed = {field.name for field in dataclasses.fields(schema)}
+        _check_keys(config[section], allowed, name, section)
+    tower = config["vision_cfg"].get("timm_model_name")
+    if tower and ":" not in tower and not timm.is_model(tower.split(".")[0]):
+        close = difflib.get_close_matches(tower, timm.list_models(), n=3)
+        raise UserError(
+            f"timm_model_name ({tower}) of model {name} is unknown to timm; "
+            f"close names: {', '.join(close) or 'none'}"
+        )
+    if config["text_cfg"].get("hf_model_name") and not importlib.util.find_spec("transformers"):
+        raise UserError(
+            f"model {name} has a Hugging Face text tower, which needs transformers; "
+            'run: pip install "dist-siglip[hf]"'
+        )
+
+
+def _check_keys(section: object, allowed: Iterable[str], name: str, where: str) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"{where} of model {name} must be an object, not {section!r}")
+    allowed = sorted(allowed)
+    for key in section:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=3) or allowed
+            raise UserError(
+                f"{key} is no setting of {where} of model {name}; did you mean {' or '.join(close)}"
+            )

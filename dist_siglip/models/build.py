@@ -1,0 +1,173 @@
+"""From two names to a dual encoder and everything a run must know about it.
+
+The one decision made here: scale and bias start at 10 and -10 (Zhai et al. 2023, section 3.2),
+unless weights were loaded; then they start where those weights ended. open_clip's own factory
+would start a SigLIP architecture at 14.3.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_clip import set_model_preprocess_cfg
+from torch import Tensor
+
+from dist_siglip.models.architecture import (
+    DEFAULT_CONTEXT_LENGTH,
+    instantiate,
+    is_resnet,
+    override_architecture,
+)
+from dist_siglip.models.dual_encoder import DualEncoder
+from dist_siglip.models.source import resolve_model
+from dist_siglip.models.tokenizer import ModelTokenizer
+from dist_siglip.models.weights import Weights, load_towers, read_weights
+
+logger = logging.getLogger(__name__)
+
+START_SCALE = 10.0
+START_BIAS = -10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel:
+    """A dual encoder, what it wants to be fed, and where its logits start.
+
+    Args:
+        encoder: the towers, on the CPU, fp32, in training mode.
+        embed_dim: D, the width of both features.
+        image_size: pixels, one number for a square, else (height, width).
+        mean: subtracted from pixels in [0, 1], per channel.
+        std: divides what is left, per channel.
+        interpolation: "bicubic", "bilinear" or "random".
+        resize_mode: "shortest" (then centre crop), "longest" (then pad) or "squash".
+        context_length: L, tokens in a text row.
+        tokenizer: turns B captions into (B, L) int64; picklable.
+        start_scale: first logit scale (the multiplier, not its logarithm).
+        start_bias: first logit bias (added to the logits).
+        weights_loaded: whether the towers start from a file rather than at random.
+        architecture: the open_clip model config the towers were built from, overrides included.
+    """
+
+    encoder: DualEncoder
+    embed_dim: int
+    image_size: int | tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    tokenizer: Callable[[list[str]], Tensor]
+    start_scale: float
+    start_bias: float
+    weights_loaded: bool
+    architecture: dict[str, Any]
+
+
+def build_dual_encoder(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
+    patch_dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    check_tokenizer: bool = True,
+) -> BuiltModel:
+    """Build a dual encoder from an open_clip architecture, with or without weights.
+
+    Args:
+        model: built-in open_clip name, path of a ``.json`` config, ``local-dir:PATH`` or
+            ``hf-hub:ORG/REPO``; the last two bring their weights along.
+        pretrained: an open_clip tag of the model, or a local ``.safetensors``, ``.pt``, ``.bin``
+            or ``.ckpt`` file; None starts from random weights (seed torch before the call).
+        image_size: replaces the model's; position embeddings are resampled. None keeps it.
+        context_length: replaces the model's, likewise.
+        patch_dropout: share of image patches left out in training, in [0, 1). None keeps the
+            model's.
+        gradient_checkpointing: recompute the blocks of both towers in backward to save memory.
+        check_tokenizer: load the tokenizer now, so that a missing one is noticed here rather
+            than by a loader process.
+
+    Raises:
+        UserError: If a name, tag or file is unknown or missing, the weights do not fit the
+            model, or the tokenizer cannot be loaded.
+    """
+    source = resolve_model(model, pretrained)
+    architecture = override_architecture(
+        source.architecture,
+        image_size=image_size,
+        context_length=context_length,
+        patch_dropout=patch_dropout,
+    )
+    text_config = architecture["text_cfg"]
+    tokenizer = ModelTokenizer(
+        name=model,
+        text_config=text_config,
+        context_length=text_config.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        folder=source.tokenizer_folder,
+    )
+    if check_tokenizer:
+        tokenizer.load()
+
+    network: Any = instantiate(architecture, name=model)
+    start_scale, start_bias = START_SCALE, START_BIAS
+    if source.weights is not None:
+        weights = read_weights(source.weights)
+        load_towers(network, weights, source.weights)
+        start_scale, start_bias = _start_values(weights, source.weights)
+    if gradient_checkpointing:
+        if is_resnet(architecture):
+            logger.warning("gradient_checkpointing has no effect on the ResNet tower of %s", model)
+        network.set_grad_checkpointing(True)
+
+    preprocessing = {**source.preprocessing, "size": network.visual.image_size}
+    set_model_preprocess_cfg(network, preprocessing)
+    return BuiltModel(
+        encoder=DualEncoder(network),
+        embed_dim=architecture["embed_dim"],
+        image_size=_square_as_int(network.visual.image_size),
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        interpolation=preprocessing["interpolation"],
+        resize_mode=preprocessing["resize_mode"],
+        context_length=tokenizer.context_length,
+        tokenizer=tokenizer,
+        start_scale=start_scale,
+        start_bias=start_bias,
+        weights_loaded=source.weights is not None,
+        architecture=architecture,
+    )
+
+
+def _start_values(weights: Weights, path: Path) -> tuple[float, float]:
+    """The file's own scale and bias; where it lacks one, ours, with a warning."""
+    scale, bias = weights.logit_scale, weights.logit_bias
+    if scale is None:
+        logger.warning("weights %s have no logit scale; starting at %g", path, START_SCALE)
+        scale = START_SCALE
+    if bias is None:
+        logger.warning(
+            "weights %s have no logit bias (trained with a softmax loss?): the sigmoid loss starts "
+            "at scale %.4g and bias %g, may start very high, and should be calibrated first",
+            path,
+            scale,
+            START_BIAS,
+        )
+        bias = START_BIAS
+    return scale, bias
+
+
+def _square_as_int(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """Write (s, s) as s.
+
+    Example:
+        >>> _square_as_int((224, 224)), _square_as_int((224, 448)), _square_as_int(64)
+        (224, (224, 448), 64)
+    """
+    if isinstance(size, int):
+        return size
+    height, width = size
+    return height if height == width else (height, width)

@@ -1,0 +1,253 @@
+"""What the names ``model`` and ``pretrained`` stand for.
+
+A model is named in one of four ways, and each ends as the same four facts - architecture,
+preprocessing, weights file, tokenizer folder:
+
+    ViT-B-16-SigLIP            a model built into open_clip; weights by tag or by file
+    configs/tiny.json          an open_clip model config in a file; weights by file
+    local-dir:exports/mine     a folder with open_clip_config.json and its weights
+    hf-hub:timm/ViT-B-16-SigLIP    the same folder on the Hugging Face hub
+
+Nothing is registered in open_clip, so two files of the same name never meet. Reading the weights
+is the business of ``weights.py``, building the network that of ``architecture.py``.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+from dist_siglip.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCAL_DIR = "local-dir:"
+HF_HUB = "hf-hub:"
+CONFIG_NAME = "open_clip_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# open_clip's order of preference inside a folder.
+WEIGHT_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Args:
+        name: the value of ``model``, as the user wrote it.
+        architecture: open_clip's model config: embed_dim, vision_cfg, text_cfg, ...; a copy.
+        preprocessing: open_clip's preprocessing config: mean, std, interpolation, resize_mode, ...
+        weights: file to load, or None to start from random weights.
+        tokenizer_folder: folder that must hold the Hugging Face tokenizer, if the model needs
+            one and came from ``local-dir:``; otherwise None.
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    preprocessing: dict[str, Any]
+    weights: Path | None
+    tokenizer_folder: Path | None
+
+
+def resolve_model(model: str, pretrained: str | None = None) -> ModelSource:
+    """Find out what ``model`` and ``pretrained`` mean, and fetch what is not on this machine.
+
+    A built-in model without a tag is preprocessed the way all its published weights agree on
+    (SigLIP: mean and std 0.5, squashed), else the way open_clip does by default.
+
+    Args:
+        model: built-in name, path of a ``.json`` config, ``local-dir:PATH`` or ``hf-hub:ORG/REPO``.
+        pretrained: an open_clip tag of a built-in model, or the path of a local weights file.
+            Must be None for ``local-dir:`` and ``hf-hub:``, which bring their own weights.
+
+    Raises:
+        UserError: If a name, tag or file does not exist or cannot be fetched, if a config cannot
+            be read, or if ``pretrained`` is given where the model brings its own weights.
+    """
+    for schema, resolve in ((LOCAL_DIR, _resolve_folder), (HF_HUB, _resolve_hub)):
+        if model.startswith(schema):
+            if pretrained is not None:
+                raise UserError(
+                    f"pretrained ({pretrained}) cannot be combined with model ({model}), which "
+                    "brings its own weights; remove one of them"
+                )
+            return resolve(model, model.removeprefix(schema))
+    if model.endswith(".json"):
+        return _resolve_config_file(model, pretrained)
+    return _resolve_built_in(model, pretrained)
+
+
+def _resolve_built_in(model: str, pretrained: str | None) -> ModelSource:
+    name = model.replace("/", "-")
+    architecture = open_clip.get_model_config(name)
+    if architecture is None:
+        raise UserError(_unknown_model(model))
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is not None and open_clip.is_pretrained_cfg(name, pretrained):
+        published = open_clip.get_pretrained_cfg(name, pretrained)
+        if bool(published.get("quick_gelu")) != bool(architecture.get("quick_gelu")):
+            logger.warning(
+                "weights %r were trained with another activation than model %s (QuickGELU); "
+                "choose the model whose name differs by -quickgelu",
+                pretrained,
+                name,
+            )
+        weights: Path | None = _download_tag(name, pretrained, published)
+        overlay = published
+    else:
+        weights = None if pretrained is None else _weights_file(pretrained, name, tags)
+        overlay = _agreed_preprocessing(open_clip.get_pretrained_cfg(name, tag) for tag in tags)
+    return ModelSource(
+        name=model,
+        architecture=architecture,
+        preprocessing=merge_preprocess_dict(PreprocessCfg(), overlay),
+        weights=weights,
+        tokenizer_folder=None,
+    )
+
+
+def _resolve_config_file(model: str, pretrained: str | None) -> ModelSource:
+    path = Path(model).expanduser()
+    if not path.is_file():
+        raise UserError(f"model ({model}) is not a file; give the path of a JSON model config")
+    architecture, preprocessing = read_config(path)
+    return ModelSource(
+        name=model,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        weights=None if pretrained is None else _weights_file(pretrained, model, ()),
+        tokenizer_folder=None,
+    )
+
+
+def _resolve_folder(model: str, path: str) -> ModelSource:
+    folder = Path(path).expanduser()
+    if not path or not folder.is_dir():
+        raise UserError(f"model ({model}) names no folder; give local-dir:PATH of an existing one")
+    architecture, preprocessing = read_config(folder / CONFIG_NAME)
+    return ModelSource(
+        name=model,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        weights=_weights_in_folder(folder),
+        tokenizer_folder=folder,
+    )
+
+
+def _resolve_hub(model: str, repository: str) -> ModelSource:
+    if repository.count("/") != 1:
+        raise UserError(f"model ({model}) must look like hf-hub:ORGANISATION/REPOSITORY")
+    try:
+        config = download_pretrained_from_hf(repository, filename=CONFIG_NAME)
+        weights = download_pretrained_from_hf(repository)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model ({model}) cannot be fetched ({_one_line(error)}); check the name and the "
+            "network, or use local-dir:PATH"
+        ) from error
+    architecture, preprocessing = read_config(Path(config))
+    return ModelSource(
+        name=model,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        weights=Path(weights),
+        tokenizer_folder=None,
+    )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read an open_clip model config, bare or inside an ``open_clip_config.json``.
+
+    Returns:
+        The architecture and the complete preprocessing (open_clip's defaults filled in).
+
+    Raises:
+        UserError: If the file is missing, is not JSON, or lacks embed_dim, vision_cfg or text_cfg.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"model config {path} does not exist; export the model again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"model config {path} cannot be read: {_one_line(error)}") from error
+    architecture = config.get("model_cfg", config) if isinstance(config, dict) else None
+    needed = ("embed_dim", "vision_cfg", "text_cfg")
+    if not isinstance(architecture, dict) or not all(key in architecture for key in needed):
+        raise UserError(f"model config {path} must be an object with {', '.join(needed)}")
+    preprocessing = config.get("preprocess_cfg", {})
+    return architecture, merge_preprocess_dict(PreprocessCfg(), preprocessing)
+
+
+def _weights_file(pretrained: str, model: str, tags: Iterable[str]) -> Path:
+    """The local file ``pretrained`` names; it is known not to be a tag of the model."""
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in WEIGHT_SUFFIXES or "/" in pretrained:
+        raise UserError(f"pretrained ({pretrained}) is not a file; give the path of a weights file")
+    known = ", ".join(tags)
+    remedy = f"give one of {known}, or" if known else "the model has no tags; give"
+    raise UserError(f"pretrained ({pretrained}) is unknown for model {model}; {remedy} a file path")
+
+
+def _weights_in_folder(folder: Path) -> Path:
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in found) or "none"
+    raise UserError(
+        f"folder {folder} must hold one weights file (found {names}); name it {WEIGHT_NAMES[0]}, "
+        f"or give {folder / CONFIG_NAME} as model to start from random weights"
+    )
+
+
+def _download_tag(name: str, tag: str, published: dict[str, Any]) -> Path:
+    try:
+        return Path(open_clip.download_pretrained(published))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"pretrained ({tag}) of model {name} cannot be fetched ({_one_line(error)}); check the "
+            "network, or download the file elsewhere and give its path"
+        ) from error
+
+
+def _agreed_preprocessing(published: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The preprocessing every published set of weights uses, or nothing if they differ."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    settings = [{key: entry[key] for key in keys} for entry in published]
+    return settings[0] if settings and all(entry == settings[0] for entry in settings) else {}
+
+
+def _unknown_model(model: str) -> str:
+    names = {name.lower(): name for name in open_clip.list_models()}
+    close = difflib.get_close_matches(model.replace("/", "-").lower(), names, n=4, cutoff=0.6)
+    if Path(model).expanduser().is_dir():
+        remedy = f"to load a folder write local-dir:{model}"
+    elif close:
+        remedy = f"did you mean {' or '.join(names[name] for name in close)}?"
+    else:
+        remedy = "give a built-in open_clip name, a .json file, local-dir:PATH or hf-hub:ORG/REPO"
+    return f"model ({model}) is unknown; {remedy}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
