@@ -47,8 +47,8 @@ class ModelTokenizer:
         """Load the tokenizer into this process, if that has not happened yet.
 
         Raises:
-            UserError: If transformers or the tokenizer files are missing, if an option is wrong,
-                or if the tokenizer has more tokens than the text tower.
+            UserError: If transformers or the tokenizer files are missing, if an option is wrong or
+                would allow foreign code, or if the tokenizer has more tokens than the text tower.
         """
         if self._loaded is None:
             self._loaded = self._load_hugging_face() if self.hugging_face else self._load_simple()
@@ -75,11 +75,17 @@ class ModelTokenizer:
         return tokenizer
 
     def _load_hugging_face(self) -> Any:
+        if "trust_remote_code" in self.options:
+            raise UserError(
+                f"tokenizer_kwargs of model {self.name} set trust_remote_code, which would run "
+                "code of the tokenizer's author; remove it from the config"
+            )
         try:
             return HFTokenizer(
                 self.hugging_face,
                 context_length=self.context_length,
                 tokenizer_mode=self.mode,
+                trust_remote_code=False,
                 **self.options,
             )
         except ImportError as error:
