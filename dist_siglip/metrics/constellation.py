@@ -1,0 +1,99 @@
+"""Does one threshold separate all positive from all negative pairs, and by how much?
+
+With s the cosine of a pair, a configuration is a (d, margin, relative bias) constellation if
+s >= relative_bias + margin for every positive and s <= relative_bias - margin for every negative
+pair. Zero sigmoid loss is possible exactly then.
+"""
+
+from typing import NamedTuple
+
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.pair_statistics import PairStatistics
+
+
+class Constellation(NamedTuple):
+    """Where the two kinds of pairs end, and the threshold between them.
+
+    Attributes:
+        margin: half the gap, (positive_end - negative_end) / 2; negative if the kinds overlap.
+        relative_bias: the best threshold, (positive_end + negative_end) / 2.
+        positive_end: lower end of the positive cosines.
+        negative_end: upper end of the negative cosines.
+    """
+
+    margin: float
+    relative_bias: float
+    positive_end: float
+    negative_end: float
+
+
+def constellation(statistics: PairStatistics) -> Constellation:
+    """Margin and relative bias from the extremes of all pairs, exact.
+
+        margin        = (min positive - max negative) / 2
+        relative_bias = (min positive + max negative) / 2
+
+    The margin is the **half** gap; published tables sometimes print the full one. NaN if
+    there is no negative pair.
+
+    Args:
+        statistics: of all pairs of the gallery.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
+        >>> statistics = collect_pair_statistics(
+        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
+        ... )
+        >>> constellation(statistics)[:2]
+        (0.5, 0.5)
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, equation 2 and Theorem 3.2.
+    """
+    return _between(statistics.positive.minimum, statistics.negative.maximum)
+
+
+def quantile_constellation(statistics: PairStatistics, fraction: float = 0.05) -> Constellation:
+    """Margin and relative bias when the worst ``fraction`` of each kind is left aside.
+
+        positive_end = quantile of the positive cosines at fraction
+        negative_end = quantile of the negative cosines at 1 - fraction
+
+    The quantiles come from a histogram and are within 1e-4.
+
+    Args:
+        statistics: of all pairs of the gallery.
+        fraction: share of each kind that may lie on the wrong side, in [0, 0.5].
+
+    Raises:
+        UserError: if ``fraction`` is outside [0, 0.5].
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
+        >>> statistics = collect_pair_statistics(
+        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
+        ... )
+        >>> [round(end, 3) for end in quantile_constellation(statistics)[:2]]
+        [0.5, 0.5]
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, Table 5 (5 % and 95 %).
+    """
+    if not 0 <= fraction <= 0.5:
+        raise UserError(f"fraction ({fraction}) must be in [0, 0.5]; the paper uses 0.05")
+    return _between(
+        statistics.positive.quantile(fraction), statistics.negative.quantile(1 - fraction)
+    )
+
+
+def _between(positive_end: float, negative_end: float) -> Constellation:
+    return Constellation(
+        margin=(positive_end - negative_end) / 2,
+        relative_bias=(positive_end + negative_end) / 2,
+        positive_end=positive_end,
+        negative_end=negative_end,
+    )

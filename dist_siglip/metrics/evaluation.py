@@ -1,0 +1,309 @@
+"""All metrics of a validation set of image-text pairs, as one flat dictionary.
+
+``evaluate_pairs`` is the composition; ``PairEvaluation`` collects the rows of a validation epoch
+for it. A new metric is a pure function in its own file and one line in ``evaluate_pairs``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torchmetrics import Metric
+
+from dist_siglip.distributed import ExchangeName
+from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.constellation import constellation, quantile_constellation
+from dist_siglip.metrics.gap import modality_gap
+from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.pair_statistics import (
+    PairStatistics,
+    collect_pair_statistics,
+    histogram_edges,
+)
+from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+from dist_siglip.metrics.rows import first_occurrences, gather_in_order
+from dist_siglip.metrics.separability import linear_separability
+from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
+from dist_siglip.metrics.uniformity import uniformity
+
+
+class Evaluation(NamedTuple):
+    """What is known about a validation set; equal on every rank.
+
+    Attributes:
+        metrics: name to number, see ``evaluate_pairs``.
+        arrays: what pictures are drawn from, sorted by sample id: ``image_features`` and
+            ``text_features`` (n, D) float32, ``sample_ids`` and ``caption_ids`` (n,) of the first n
+            pairs; ``image_to_text_ranks`` and ``text_to_image_ranks`` (N,) of all pairs;
+            ``histogram_edges`` (K + 1,), ``positive_histogram`` and ``negative_histogram`` (K,) of
+            the cosines of all pairs.
+    """
+
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+
+
+class _Rows(NamedTuple):
+    """This rank's pairs."""
+
+    image_features: Tensor
+    text_features: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    sample_ids: Tensor
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    sample_ids: Tensor,
+    *,
+    logit_scale: float,
+    logit_bias: float,
+    global_batch_size: int,
+    top_k: Sequence[int] = (1, 5, 10),
+    array_pairs: int = 2000,
+    separability_pairs: int = 5000,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+) -> Evaluation:
+    """Evaluate the pairs of all ranks on one global gallery.
+
+    The names, each defined where it is computed:
+
+        retrieval     image_to_text_recall@K, image_to_text_median_rank, and text_to_image_...;
+                      an equal caption counts as a hit, ties count against the query
+        logits        loss (of a random batch of ``global_batch_size``), positive_logit_mean, _std,
+                      _min, _max, negative_logit_...
+        constellation margin, relative_bias, margin_5_95, relative_bias_5_95
+        gap           modality_gap (distance of centroids), relative_modality_gap,
+                      mean_pair_distance, alignment, positive_cosine, image_cosine, text_cosine,
+                      image_uniformity, text_uniformity, linear_separability
+        gallery       gallery_pairs, distinct_captions
+
+    Distributed contract: every rank passes its own pairs, any number of them (0 too). Four or
+    five trips of the shards without gradient, and small gathers. A sample that occurs twice, on
+    whatever ranks, counts once. The result does not depend on how pairs are distributed.
+
+    Args:
+        image_features: (B, D), L2-normalised, on the CPU or a CUDA device.
+        text_features: (B, D), L2-normalised; row i belongs to image i.
+        image_ids: (B,) int64; equal to ``text_ids`` where image and text belong together.
+        text_ids: (B,) int64; equal captions have equal ids.
+        sample_ids: (B,) int64, position of the pair in the data set.
+        logit_scale: multiplier of the model.
+        logit_bias: bias of the model, added.
+        global_batch_size: pairs per training step over all ranks.
+        top_k: the K of recall@K.
+        array_pairs: most pairs whose features go into the arrays.
+        separability_pairs: most pairs for ``linear_separability``.
+        chunk_rows: longest side of a live rectangle of similarities.
+        exchange: how shards reach the other ranks.
+        group: process group.
+
+    Raises:
+        UserError: if features are not finite or not normalised (names row and rank), a row is no
+            pair, or there is no pair at all; on every rank.
+
+    Example:
+        >>> features, ids = torch.eye(3), torch.arange(3)
+        >>> evaluation = evaluate_pairs(
+        ...     features, features, ids, ids, ids,
+        ...     logit_scale=10.0, logit_bias=-5.0, global_batch_size=3,
+        ... )
+        >>> evaluation.metrics["image_to_text_recall@1"], evaluation.metrics["margin"]
+        (1.0, 0.5)
+    """
+    rows = _Rows(image_features, text_features, image_ids, text_ids, sample_ids)
+    rows = _usable_rows(rows, group)
+    image_to_text, text_to_image = retrieval_ranks_both_ways(
+        *rows[:4], chunk_rows=chunk_rows, exchange=exchange, group=group
+    )
+    statistics = collect_pair_statistics(
+        *rows[:4],
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        chunk_rows=chunk_rows,
+        exchange=exchange,
+        group=group,
+    )
+    ranks = dict(
+        zip(
+            ("image_to_text", "text_to_image"),
+            gather_in_order([image_to_text, text_to_image], rows.sample_ids, group=group),
+            strict=True,
+        )
+    )
+    metrics: dict[str, float] = {"loss": expected_sigmoid_loss(statistics, global_batch_size)}
+    for direction, all_ranks in ranks.items():
+        for k in top_k:
+            metrics[f"{direction}_recall@{k}"] = recall_at_k(
+                all_ranks, k, gallery_size=statistics.num_pairs
+            )
+        metrics[f"{direction}_median_rank"] = median_rank(all_ranks)
+    metrics |= _threshold_metrics(statistics)
+    metrics |= _gap_metrics(rows, separability_pairs, chunk_rows, exchange, group)
+    (all_text_ids,) = gather_in_order([rows.text_ids], rows.sample_ids, group=group)
+    metrics["gallery_pairs"] = float(statistics.num_pairs)
+    metrics["distinct_captions"] = float(len(all_text_ids.unique()))
+    arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics)
+    arrays |= {f"{name}_ranks": all_ranks.cpu().numpy() for name, all_ranks in ranks.items()}
+    return Evaluation(metrics, arrays)
+
+
+class PairEvaluation(Metric):
+    """Collect the pairs of a validation epoch on each rank, then ``evaluate_pairs``.
+
+    Rows stay on the rank that made them: torchmetrics neither synchronises nor gathers states,
+    the exchanges inside ``evaluate_pairs`` do.
+
+    Example:
+        >>> evaluation = PairEvaluation()
+        >>> features, ids = torch.eye(3), torch.arange(3)
+        >>> evaluation.update(features, features, ids, ids, ids)
+        >>> result = evaluation.compute(logit_scale=10.0, logit_bias=-5.0, global_batch_size=3)
+        >>> result.metrics["text_to_image_median_rank"]
+        1.0
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    image_features: list[Tensor]
+    text_features: list[Tensor]
+    image_ids: list[Tensor]
+    text_ids: list[Tensor]
+    sample_ids: list[Tensor]
+
+    def __init__(self) -> None:
+        # No cache: compute takes arguments, and a cached result would ignore new ones.
+        super().__init__(sync_on_compute=False, dist_sync_on_step=False, compute_with_cache=False)
+        for name in _Rows._fields:
+            self.add_state(name, default=[], dist_reduce_fx=None)
+
+    def update(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor,
+        sample_ids: Tensor,
+        valid: Tensor | None = None,
+    ) -> None:
+        """Keep the valid rows of one batch of this rank; no communication.
+
+        Args:
+            image_features: (B, D), L2-normalised.
+            text_features: (B, D), L2-normalised.
+            image_ids: (B,) int64.
+            text_ids: (B,) int64.
+            sample_ids: (B,) int64.
+            valid: (B,) bool, False for padding rows; None if all rows count.
+        """
+        rows = _Rows(image_features.float(), text_features.float(), image_ids, text_ids, sample_ids)
+        for name, column in zip(_Rows._fields, rows, strict=True):
+            kept = column.detach() if valid is None else column.detach()[valid]
+            # Apple's GPUs have no float64, which the similarities need.
+            getattr(self, name).append(kept.cpu() if kept.device.type == "mps" else kept)
+
+    def compute(self, **settings: Any) -> Evaluation:
+        """Evaluate everything collected since the last ``reset``.
+
+        Distributed contract: as ``evaluate_pairs``; every rank must call it.
+
+        Args:
+            **settings: the keyword arguments of ``evaluate_pairs``: ``logit_scale``,
+                ``logit_bias`` and ``global_batch_size``, and the optional ones.
+        """
+        return evaluate_pairs(*(torch.cat(getattr(self, n)) for n in _Rows._fields), **settings)
+
+
+def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
+    """Check all rows on all ranks; drop repeated samples."""
+    check_features(
+        [("image_features", rows.image_features), ("text_features", rows.text_features)],
+        [("image_ids", rows.image_ids), ("text_ids", rows.text_ids)],
+        unit_norm=True,
+        group=group,
+    )
+    problem = None
+    if not rows.image_ids.shape == rows.text_ids.shape == rows.sample_ids.shape:
+        problem = (
+            f"pairs need one row each of images ({len(rows.image_ids)}), "
+            f"texts ({len(rows.text_ids)}) and sample_ids ({len(rows.sample_ids)})"
+        )
+    elif (unpaired := rows.image_ids != rows.text_ids).any():
+        row = int(unpaired.nonzero()[0])
+        problem = (
+            f"row {row} is no pair: image_ids ({int(rows.image_ids[row])}) and text_ids "
+            f"({int(rows.text_ids[row])}) must be equal; pass the caption's id for both"
+        )
+    raise_together(problem, device=rows.image_ids.device, group=group)
+    keep = first_occurrences(rows.sample_ids, group=group)
+    return _Rows(*(column[keep] for column in rows))
+
+
+def _threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
+    strict, lenient = constellation(statistics), quantile_constellation(statistics, 0.05)
+    return {
+        "margin": strict.margin,
+        "relative_bias": strict.relative_bias,
+        "margin_5_95": lenient.margin,
+        "relative_bias_5_95": lenient.relative_bias,
+        **logit_summary(statistics),
+    }
+
+
+def _gap_metrics(
+    rows: _Rows,
+    separability_pairs: int,
+    chunk_rows: int,
+    exchange: ExchangeName,
+    group: ProcessGroup | None,
+) -> dict[str, float]:
+    gap = modality_gap(rows.image_features, rows.text_features, group=group)._asdict()
+    metrics: dict[str, float] = {"modality_gap": gap.pop("centroid_distance"), **gap}
+    for name, features in (("image", rows.image_features), ("text", rows.text_features)):
+        metrics[f"{name}_uniformity"] = uniformity(
+            features, chunk_rows=chunk_rows, exchange=exchange, group=group
+        )
+    metrics["linear_separability"] = linear_separability(
+        rows.image_features,
+        rows.text_features,
+        rows.sample_ids,
+        max_pairs=separability_pairs,
+        group=group,
+    )
+    return metrics
+
+
+def _feature_arrays(
+    rows: _Rows, array_pairs: int, group: ProcessGroup | None
+) -> dict[str, np.ndarray]:
+    (all_ids,) = gather_in_order([rows.sample_ids], rows.sample_ids, group=group)
+    columns = {
+        "image_features": rows.image_features.float(),
+        "text_features": rows.text_features.float(),
+        "sample_ids": rows.sample_ids,
+        "caption_ids": rows.text_ids,
+    }
+    gathered = gather_in_order(
+        list(columns.values()), rows.sample_ids, chosen=all_ids[:array_pairs], group=group
+    )
+    return {name: rows.cpu().numpy() for name, rows in zip(columns, gathered, strict=True)}
+
+
+def _histogram_arrays(statistics: PairStatistics) -> dict[str, np.ndarray]:
+    return {
+        "histogram_edges": histogram_edges().numpy(),
+        "positive_histogram": statistics.positive.histogram.numpy(),
+        "negative_histogram": statistics.negative.histogram.numpy(),
+    }

@@ -1,0 +1,132 @@
+"""How far apart do the two modalities lie? Everything that sums over rows can tell.
+
+Pairs within one modality are not visited either: for N rows x of norm one,
+
+    sum_{i != j} <x_i, x_j> = |sum_i x_i|^2 - sum_i |x_i|^2
+
+so one all-reduce of 2 D + 6 float64 numbers serves all of these. Distances between all pairs
+that are not linear in the inner product (uniformity) are in ``uniformity``.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.checks import check_features
+
+# Below this a mean distance is rounding, and a ratio of two of them says nothing.
+_NO_DISTANCE = 1e-12
+
+
+class ModalityGap(NamedTuple):
+    """The gap family over N pairs (x_i, y_i); cos is the cosine and d = (1 - cos) / 2.
+
+    Attributes:
+        centroid_distance: |mean x - mean y|, "L2M", in [0, 2].
+        relative_modality_gap: "RMG" in [0, 1]: mean_i d(x_i, y_i) / (mean_i d(x_i, y_i) +
+            (mean_{i != j} d(x_i, x_j) + mean_{i != j} d(y_i, y_j)) / 2). NaN for fewer than two
+            pairs, or if all features are one point.
+        mean_pair_distance: mean_i |x_i - y_i|, "L2I", in [0, 2].
+        alignment: mean_i |x_i - y_i|^2, in [0, 4]; 0 is perfect.
+        positive_cosine: mean_i cos(x_i, y_i).
+        image_cosine: mean_{i != j} cos(x_i, x_j), the width of the image cone; NaN for one pair.
+        text_cosine: the same for texts.
+    """
+
+    centroid_distance: float
+    relative_modality_gap: float
+    mean_pair_distance: float
+    alignment: float
+    positive_cosine: float
+    image_cosine: float
+    text_cosine: float
+
+
+@torch.no_grad()
+def modality_gap(
+    image_features: Tensor, text_features: Tensor, *, group: ProcessGroup | None = None
+) -> ModalityGap:
+    """Measure the gap between the images and texts of all ranks.
+
+    Every row is one pair; where an image or a caption occurs in several rows, it counts as often.
+
+    Distributed contract: every rank passes its own pairs (0 too); a few small gathers and one
+    all-reduce of 2 D + 6 numbers. Every rank gets the same result.
+
+    Args:
+        image_features: (B, D), L2-normalised.
+        text_features: (B, D), L2-normalised; row i belongs to image i.
+        group: process group.
+
+    Raises:
+        UserError: if features are not finite or not normalised (names row and rank), numbers
+            of rows differ, or no rank has any pair; on every rank.
+
+    Example:
+        >>> images = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> gap = modality_gap(images, -images)
+        >>> gap.centroid_distance, gap.relative_modality_gap, gap.alignment
+        (2.0, 1.0, 4.0)
+
+    Source:
+        Liang et al. 2022, arXiv:2203.02053 (centroid distance); Schrodi et al. 2025,
+        arXiv:2404.07983, code lmb-freiburg/two-effects-one-trigger (L2I, RMG); Wang and Isola
+        2020, arXiv:2005.10242 (alignment, alpha = 2).
+    """
+    row_ids = torch.arange(len(image_features), device=image_features.device)
+    check_features(
+        [("image_features", image_features), ("text_features", text_features)],
+        # Only the number of rows matters here.
+        [("pairs", row_ids), ("pairs", row_ids)],
+        unit_norm=True,
+        group=group,
+    )
+    images, texts = image_features.double(), text_features.double()
+    squared_distances = (images - texts).square().sum(dim=1)
+    numbers = torch.stack(
+        [
+            torch.full_like(squared_distances, 1.0).sum(),
+            (images * texts).sum(),
+            squared_distances.sum(),
+            squared_distances.sqrt().sum(),
+            images.square().sum(),
+            texts.square().sum(),
+        ]
+    )
+    sums = torch.cat([numbers, images.sum(dim=0), texts.sum(dim=0)])
+    sums = sum_over_ranks(sums, group).cpu()
+    count, cosine, squared, distance, image_squares, text_squares = sums[:6].tolist()
+    if count == 0:
+        raise UserError("no rank has any pair to evaluate; check the validation data")
+    image_sum, text_sum = sums[6:].chunk(2)
+    image_cosine = _cosine_within(image_sum, image_squares, count)
+    text_cosine = _cosine_within(text_sum, text_squares, count)
+    return ModalityGap(
+        centroid_distance=float((image_sum - text_sum).norm()) / count,
+        relative_modality_gap=_relative_gap(squared / count / 4, image_cosine, text_cosine),
+        mean_pair_distance=distance / count,
+        alignment=squared / count,
+        positive_cosine=cosine / count,
+        image_cosine=image_cosine,
+        text_cosine=text_cosine,
+    )
+
+
+def _cosine_within(total: Tensor, squares: float, count: float) -> float:
+    """Mean cosine over distinct rows; see the identity in the module docstring."""
+    if count < 2:
+        return math.nan
+    return (float(total.square().sum()) - squares) / (count * (count - 1))
+
+
+def _relative_gap(across: float, image_cosine: float, text_cosine: float) -> float:
+    """RMG; ``across`` is mean d(x_i, y_i), which for unit vectors is |x - y|^2 / 4."""
+    within = ((1 - image_cosine) / 2 + (1 - text_cosine) / 2) / 2
+    if math.isnan(within) or across + within < _NO_DISTANCE:
+        return math.nan
+    return across / (across + max(0.0, within))

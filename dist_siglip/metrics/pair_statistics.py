@@ -1,0 +1,234 @@
+"""Everything the pair metrics need to know about the N x N similarities, from one trip.
+
+A pair (image i, text j) is **positive** if their ids are equal and **negative** if not, so two
+equal captions never make a negative. The sums behind the loss are different on purpose: they
+split the matrix as training does, into own pairs i = j and all others i != j.
+
+``constellation`` and ``logits`` turn the result into numbers without any communication.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+
+# Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
+NUM_BINS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSummary:
+    """The cosines of one kind of pairs, as sums, extremes and a histogram.
+
+    Attributes:
+        count: number of pairs.
+        total: sum of cosines.
+        total_of_squares: sum of squared cosines.
+        minimum: smallest cosine, exact; NaN without pairs.
+        maximum: largest cosine, exact; NaN without pairs.
+        histogram: (NUM_BINS,) int64 counts in equal bins over [-1, 1].
+    """
+
+    count: int
+    total: float
+    total_of_squares: float
+    minimum: float
+    maximum: float
+    histogram: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean cosine; NaN without pairs."""
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the pairs (divided by their number); NaN without pairs."""
+        if not self.count:
+            return math.nan
+        return math.sqrt(max(0.0, self.total_of_squares / self.count - self.mean**2))
+
+    def quantile(self, fraction: float) -> float:
+        """Cosine below which ``fraction`` of the pairs lie, to within one bin (1e-4).
+
+        Args:
+            fraction: from 0 to 1.
+
+        Returns:
+            The quantile, linear inside its bin; NaN without pairs.
+        """
+        if not self.count:
+            return math.nan
+        cumulative = self.histogram.cumsum(0).double()
+        target = fraction * self.count
+        bin_index = min(int(torch.searchsorted(cumulative, target)), NUM_BINS - 1)
+        inside = float(self.histogram[bin_index])
+        below = float(cumulative[bin_index]) - inside
+        part = (target - below) / inside if inside else 0.0
+        return -1 + 2 * (bin_index + part) / NUM_BINS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairStatistics:
+    """What is known about all pairs of a gallery; equal on every rank.
+
+    Attributes:
+        num_pairs: N, the rows of all ranks.
+        positive: cosines of pairs with equal ids.
+        negative: cosines of pairs with different ids.
+        own_softplus_sum: sum over i of softplus(-z[i, i]).
+        other_softplus_sum: sum over i != j of softplus(z[i, j]).
+        logit_scale: t of z = t * cosine + b.
+        logit_bias: b, added.
+    """
+
+    num_pairs: int
+    positive: CosineSummary
+    negative: CosineSummary
+    own_softplus_sum: float
+    other_softplus_sum: float
+    logit_scale: float
+    logit_bias: float
+
+
+def histogram_edges() -> Tensor:
+    """Edges of the bins of ``CosineSummary.histogram``, (NUM_BINS + 1,) float64.
+
+    Example:
+        >>> histogram_edges()[[0, -1]]
+        tensor([-1.,  1.], dtype=torch.float64)
+    """
+    return torch.linspace(-1, 1, NUM_BINS + 1, dtype=torch.float64)
+
+
+class _Sums:
+    """Running sums on the device; index 0 is negative, 1 positive."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.moments = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        # Maxima of the cosine and of its negative, so that one maximum serves both ends.
+        self.extremes = torch.full((2, 2), -torch.inf, dtype=torch.float64, device=device)
+        self.histogram = torch.zeros(2 * NUM_BINS, dtype=torch.int64, device=device)
+        self.softplus = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add_cosines(self, cosines: Tensor, is_positive: Tensor) -> None:
+        for kind, mask in enumerate((~is_positive, is_positive)):
+            chosen = cosines[mask]
+            if not chosen.numel():
+                continue
+            moments = [
+                chosen.new_tensor(chosen.numel()),
+                chosen.sum(),
+                chosen.square().sum(),
+            ]
+            self.moments[kind] += torch.stack(moments)
+            ends = torch.stack([chosen.max(), -chosen.min()])
+            self.extremes[kind] = torch.maximum(self.extremes[kind], ends)
+        bins = ((cosines + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
+        bins += NUM_BINS * is_positive
+        self.histogram += torch.bincount(bins.flatten(), minlength=2 * NUM_BINS)
+
+
+@torch.no_grad()
+def collect_pair_statistics(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    *,
+    logit_scale: float,
+    logit_bias: float,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+) -> PairStatistics:
+    """Visit every pair of the gallery of all ranks once and keep sums.
+
+    Distributed contract: every rank passes its own pairs (0 too); one trip of the text shards
+    without gradient, then three all-reduces. Every rank gets the same statistics.
+
+    Args:
+        image_features: (B, D), L2-normalised.
+        text_features: (B, D), L2-normalised; row i belongs to image i.
+        image_ids: (B,) int64.
+        text_ids: (B,) int64; equal to ``image_ids`` row by row, since row i is a pair.
+        logit_scale: multiplier > 0.
+        logit_bias: added to every logit.
+        chunk_rows: longest side of a live rectangle of similarities.
+        exchange: how the texts reach the other ranks.
+        group: process group.
+
+    Returns:
+        Sums in float64, counts exact.
+
+    Raises:
+        UserError: if features are not finite or not normalised (names row and rank), numbers
+            of rows differ, or no rank has any pair; on every rank.
+
+    Example:
+        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
+        >>> statistics = collect_pair_statistics(
+        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
+        ... )
+        >>> statistics.positive.minimum, statistics.negative.maximum
+        (1.0, 0.0)
+    """
+    check_features(
+        [("image_features", image_features), ("text_features", text_features)],
+        # Row i is a pair: the ids of either side must fit the rows of the other.
+        [("text_ids", text_ids), ("image_ids", image_ids)],
+        unit_norm=True,
+        group=group,
+    )
+    trip = prepare_exchange([text_features, text_ids], exchange=exchange, group=group)
+    if trip.total_rows == 0:
+        raise UserError("no rank has any pair to evaluate; check the validation data")
+    sums = _Sums(image_features.device)
+
+    def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
+        features, ids = shard
+        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
+            cosines = similarity(image_features[rows], features[columns])
+            sums.add_cosines(cosines, image_ids[rows, None] == ids[None, columns])
+            logits = logit_scale * cosines + logit_bias
+            # softplus(z) = -logsigmoid(-z), exact for any z.
+            losses = -F.logsigmoid(-logits)
+            if owner == trip.rank and rows == columns:
+                sums.softplus[0] += -F.logsigmoid(logits.diagonal()).sum()
+                losses.fill_diagonal_(0)
+            sums.softplus[1] += losses.sum()
+
+    trip.run(visit)
+    moments = sum_over_ranks(sums.moments, group).cpu()
+    own, other = sum_over_ranks(sums.softplus, group).tolist()
+    histogram = sum_over_ranks(sums.histogram, group).cpu()
+    extremes = max_over_ranks(sums.extremes, group).cpu()
+    return PairStatistics(
+        num_pairs=trip.total_rows,
+        positive=_summarise(moments[1], extremes[1], histogram[NUM_BINS:]),
+        negative=_summarise(moments[0], extremes[0], histogram[:NUM_BINS]),
+        own_softplus_sum=own,
+        other_softplus_sum=other,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+    )
+
+
+def _summarise(moments: Tensor, extremes: Tensor, histogram: Tensor) -> CosineSummary:
+    count = int(moments[0])
+    return CosineSummary(
+        count=count,
+        total=float(moments[1]),
+        total_of_squares=float(moments[2]),
+        minimum=-float(extremes[1]) if count else math.nan,
+        maximum=float(extremes[0]) if count else math.nan,
+        histogram=histogram,
+    )

@@ -1,0 +1,271 @@
+"""At which rank does retrieval find what belongs to a query, on one gallery over all ranks?
+
+An item is relevant to a query if their ids are equal; a query may have any number of relevant
+items (five captions of an image, or the same caption under several images). With s the
+similarity and s* that of the best relevant item,
+
+    rank = 1 + number of items that are not relevant and have s >= s*
+
+**Ties count against the query**: equal embeddings give the last rank, never recall 1. Relevant
+items never count against each other. "Equal" allows for rounding: s >= s* - 1e-9 * (1 + |s*|),
+with similarities in float64. A query without any relevant item gets rank gallery size + 1.
+
+Both directions come from one trip: a shard of texts travels with its ids and the similarity of
+its best relevant images; its counts travel home beside it. Where relevant pairs lie on different
+ranks, one trip before that finds the best ones.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import (
+    AccumulatorSpec,
+    ExchangeName,
+    World,
+    circulate,
+    gather_rows,
+)
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+
+TIE_TOLERANCE = 1e-9
+
+
+def retrieval_ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    *,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Rank of the best relevant gallery item for each of this rank's queries.
+
+    One direction of ``retrieval_ranks_both_ways``, which see for definition and contract.
+
+    Args:
+        queries: (Q, D), this rank's queries.
+        gallery: (M, D), this rank's part of the gallery.
+        query_ids: (Q,) int64.
+        gallery_ids: (M,) int64.
+        chunk_rows: longest side of a live rectangle of similarities.
+        exchange: how the gallery reaches the other ranks.
+        group: process group.
+
+    Returns:
+        (Q,) int64, from 1 to gallery size + 1.
+
+    Example:
+        >>> gallery = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> retrieval_ranks(gallery[:1], gallery, torch.tensor([5]), torch.tensor([4, 5, 5]))
+        tensor([2])
+    """
+    return retrieval_ranks_both_ways(
+        queries,
+        gallery,
+        query_ids,
+        gallery_ids,
+        chunk_rows=chunk_rows,
+        exchange=exchange,
+        group=group,
+    )[0]
+
+
+@torch.no_grad()
+def retrieval_ranks_both_ways(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    *,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ranks of this rank's images among all texts, and of its texts among all images.
+
+    The definition and the tie rule are in the module docstring. Image ``i`` and text ``j`` belong
+    together if ``image_ids[i] == text_ids[j]``; the two sides may differ in number.
+
+    Distributed contract: every rank passes its own rows, any number of them (0 too), and gets
+    the ranks of its own rows on the gallery of all ranks. One or two trips of the text shards
+    without gradient, and a few small gathers. Live memory: one (chunk_rows, chunk_rows) float64
+    rectangle and the shards of the exchange. The result does not depend on how rows are
+    distributed.
+
+    Args:
+        image_features: (B, D), any float dtype; L2-normalised, or of order one.
+        text_features: (C, D).
+        image_ids: (B,) int64.
+        text_ids: (C,) int64.
+        chunk_rows: longest side of a live rectangle of similarities.
+        exchange: how the texts reach the other ranks.
+        group: process group.
+
+    Returns:
+        (image_to_text_ranks (B,), text_to_image_ranks (C,)), int64, from 1 to gallery size + 1.
+
+    Raises:
+        UserError: if features are not finite (names row and rank) or shapes do not fit; on
+            every rank.
+
+    Example:
+        >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> image_ids, text_ids = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+        >>> retrieval_ranks_both_ways(images, texts, image_ids, text_ids)
+        (tensor([1, 1]), tensor([1, 2, 1]))
+    """
+    check_features(
+        [("image_features", image_features), ("text_features", text_features)],
+        [("image_ids", image_ids), ("text_ids", text_ids)],
+        unit_norm=False,
+        group=group,
+    )
+    image_best, text_best = _best_relevant(
+        image_features,
+        text_features,
+        image_ids,
+        text_ids,
+        chunk_rows=chunk_rows,
+        exchange=exchange,
+        group=group,
+    )
+    image_threshold = image_best - TIE_TOLERANCE * (1 + image_best.abs())
+    text_threshold = text_best - TIE_TOLERANCE * (1 + text_best.abs())
+    image_count = torch.zeros_like(image_ids)
+
+    def visit(_owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]) -> None:
+        features, ids, threshold = shard
+        (text_count,) = contributions
+        text_count.zero_()
+        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
+            scores = similarity(image_features[rows], features[columns])
+            other = image_ids[rows, None] != ids[None, columns]
+            image_count[rows] += (other & (scores >= image_threshold[rows, None])).sum(dim=1)
+            text_count[columns] += (other & (scores >= threshold[None, columns])).sum(dim=0)
+
+    (text_count,) = circulate(
+        [text_features, text_ids, text_threshold],
+        visit,
+        accumulators=[AccumulatorSpec((), torch.int64)],
+        exchange=exchange,
+        group=group,
+    )
+    return image_count + 1, text_count + 1
+
+
+def recall_at_k(ranks: Tensor, k: int, *, gallery_size: int | None = None) -> float:
+    """Fraction of queries with at least one relevant item among the first k.
+
+        recall@k = mean over queries of [rank <= k]
+
+    This is CLIP_benchmark's convention; hits / number of relevant items is another number.
+
+    Args:
+        ranks: (Q,) ranks, from 1; of all queries, not of one rank's.
+        k: at least 1.
+        gallery_size: number of items ranked. Needed only if ``k`` may exceed it: a query without
+            any relevant item, which has rank gallery size + 1, then stays a miss.
+
+    Returns:
+        Mean over queries, in [0, 1].
+
+    Raises:
+        UserError: if there are no queries or k < 1.
+
+    Example:
+        >>> recall_at_k(torch.tensor([1, 3, 6]), 5)
+        0.6666666666666666
+        >>> recall_at_k(torch.tensor([1, 4]), 10, gallery_size=3)
+        0.5
+
+    Source:
+        LAION-AI/CLIP_benchmark, zero-shot retrieval: "at least one positive in the top k".
+    """
+    if k < 1:
+        raise UserError(f"k ({k}) of recall@k must be at least 1")
+    _require_queries(ranks)
+    top = k if gallery_size is None else min(k, gallery_size)
+    return float((ranks <= top).double().mean())
+
+
+def median_rank(ranks: Tensor) -> float:
+    """Median over queries of the rank of the best relevant item; 1 is best.
+
+    Args:
+        ranks: (Q,) ranks, from 1; of all queries.
+
+    Returns:
+        The middle rank, or the mean of the two middle ones.
+
+    Raises:
+        UserError: if there are no queries.
+
+    Example:
+        >>> median_rank(torch.tensor([9, 1, 2, 4]))
+        3.0
+    """
+    _require_queries(ranks)
+    ordered = ranks.sort().values.double()
+    last = len(ordered) - 1
+    return float((ordered[last // 2] + ordered[(last + 1) // 2]) / 2)
+
+
+def _require_queries(ranks: Tensor) -> None:
+    if ranks.ndim != 1 or len(ranks) == 0:
+        raise UserError(f"ranks must be (Q,) with at least one query; got {tuple(ranks.shape)}")
+
+
+def _best_relevant(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    *,
+    chunk_rows: int,
+    exchange: ExchangeName,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Similarity of the best relevant item for own images and own texts; -inf without any."""
+    image_best = image_features.new_full(image_ids.shape, -torch.inf, dtype=torch.float64)
+
+    def visit(_owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]) -> None:
+        features, ids = shard
+        (text_best,) = contributions
+        text_best.fill_(-torch.inf)
+        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
+            other = image_ids[rows, None] != ids[None, columns]
+            if bool(other.all()):
+                continue
+            scores = similarity(image_features[rows], features[columns])
+            scores.masked_fill_(other, -torch.inf)
+            image_best[rows] = torch.maximum(image_best[rows], scores.amax(dim=1))
+            text_best[columns] = torch.maximum(text_best[columns], scores.amax(dim=0))
+
+    if _relevant_pairs_are_local(image_ids, text_ids, group):
+        text_best = image_best.new_empty(text_ids.shape)
+        visit(0, (text_features, text_ids), (text_best,))
+        return image_best, text_best
+    (text_best,) = circulate(
+        [text_features, text_ids],
+        visit,
+        accumulators=[AccumulatorSpec((), torch.float64)],
+        combine="max",
+        exchange=exchange,
+        group=group,
+    )
+    return image_best, text_best
+
+
+def _relevant_pairs_are_local(
+    image_ids: Tensor, text_ids: Tensor, group: ProcessGroup | None
+) -> bool:
+    """Whether every id lives on one rank only; the same answer on every rank."""
+    own_ids = torch.cat([image_ids, text_ids])
+    rank = torch.full_like(own_ids, World.detect().rank)
+    placed = gather_rows(torch.stack([own_ids, rank], dim=1).unique(dim=0), group)
+    return len(placed) == len(placed[:, 0].unique())

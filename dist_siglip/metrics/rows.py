@@ -1,0 +1,73 @@
+"""Which pairs of all ranks, and in which order, whatever rank they lie on.
+
+Sample ids name the pairs of a data set. What is chosen and sorted by them does not depend on
+the number of ranks or on how pairs were dealt out.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import World, gather_rows
+
+
+def first_occurrences(sample_ids: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
+    """Mark this rank's rows whose sample does not occur earlier, on a lower rank or row.
+
+    Samplers that deal out equal numbers of batches repeat samples; counting them twice would
+    flatter or hurt the metrics.
+
+    Distributed contract: one ``gather_rows`` of ids; over all ranks every sample is marked once.
+
+    Args:
+        sample_ids: (B,) int64.
+        group: process group.
+
+    Returns:
+        (B,) bool.
+
+    Example:
+        >>> first_occurrences(torch.tensor([4, 7, 4]))
+        tensor([ True,  True, False])
+    """
+    rank = World.detect().rank
+    placed = gather_rows(torch.stack([sample_ids, torch.full_like(sample_ids, rank)], 1), group)
+    ordered, position = placed[:, 0].sort(stable=True)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    keep = torch.empty_like(is_first)
+    keep[position] = is_first
+    return keep[placed[:, 1] == rank]
+
+
+def gather_in_order(
+    columns: Sequence[Tensor],
+    sample_ids: Tensor,
+    *,
+    chosen: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, ...]:
+    """Bring rows of all ranks together, sorted by sample id.
+
+    Distributed contract: one ``gather_rows`` per column and one of ids; every rank gets the same.
+
+    Args:
+        columns: tensors of (B, ...), row i belongs to sample ``sample_ids[i]``.
+        sample_ids: (B,) int64, each once over all ranks.
+        chosen: sample ids to bring, the same on every rank; all if None.
+        group: process group.
+
+    Returns:
+        One tensor per column, (number of chosen samples, ...).
+
+    Example:
+        >>> gather_in_order([torch.tensor([30, 10, 20])], torch.tensor([3, 1, 2]))
+        (tensor([10, 20, 30]),)
+    """
+    if chosen is not None:
+        mask = torch.isin(sample_ids, chosen.to(sample_ids.device))
+        columns, sample_ids = [column[mask] for column in columns], sample_ids[mask]
+    order = gather_rows(sample_ids, group).argsort(stable=True)
+    return tuple(gather_rows(column, group)[order] for column in columns)

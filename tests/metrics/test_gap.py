@@ -1,0 +1,73 @@
+"""The gap family: plain loops, closed forms and invariances."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_siglip.metrics import modality_gap
+from tests.support import metric_reference
+
+
+def _cloud(count=200, dim=64):
+    return F.normalize(torch.randn(count, dim, dtype=torch.float64), dim=1)
+
+
+def test_all_measures_match_the_plain_loop():
+    images, texts = _cloud(9, 4), _cloud(9, 4)
+    expected = metric_reference.gap(images, texts)
+    assert modality_gap(images, texts)._asdict() == pytest.approx(expected, rel=1e-12)
+
+
+def test_identical_clouds_have_no_gap():
+    cloud = _cloud()
+    gap = modality_gap(cloud, cloud)
+    assert gap.centroid_distance == 0
+    assert gap.relative_modality_gap == 0
+    assert gap.mean_pair_distance == 0
+    assert gap.alignment == 0
+    assert gap.positive_cosine == pytest.approx(1, abs=1e-12)
+
+
+def test_antipodal_point_masses_have_the_largest_gap():
+    images = torch.tensor([[0.6, 0.8]]).repeat(5, 1)
+    gap = modality_gap(images, -images)
+    assert gap.centroid_distance == pytest.approx(2, abs=1e-6)
+    assert gap.relative_modality_gap == pytest.approx(1, abs=1e-6)
+    assert gap.alignment == pytest.approx(4, abs=1e-5)
+    assert gap.image_cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_independent_isotropic_clouds_have_relative_gap_one_half():
+    gap = modality_gap(_cloud(2000), _cloud(2000))
+    assert gap.relative_modality_gap == pytest.approx(0.5, abs=0.005)
+    assert gap.centroid_distance < 0.1
+    assert gap.mean_pair_distance == pytest.approx(math.sqrt(2), abs=0.02)
+
+
+def test_rotating_both_modalities_changes_nothing():
+    images, texts = _cloud(50, 8), _cloud(50, 8)
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    turned = modality_gap(images @ rotation, texts @ rotation)
+    assert tuple(turned) == pytest.approx(tuple(modality_gap(images, texts)), rel=1e-10)
+
+
+def test_swapping_modalities_swaps_only_their_cones():
+    images, texts = _cloud(30, 8), _cloud(30, 8)
+    there, back = modality_gap(images, texts), modality_gap(texts, images)
+    assert there[:5] == pytest.approx(back[:5], rel=1e-12)
+    assert there[5:] == pytest.approx(back[:4:-1], rel=1e-12)
+
+
+def test_one_pair_or_one_point_has_no_relative_gap():
+    one = torch.tensor([[1.0, 0.0]])
+    assert math.isnan(modality_gap(one, one).relative_modality_gap)
+    assert math.isnan(modality_gap(one.repeat(4, 1), one.repeat(4, 1)).relative_modality_gap)
+
+
+def test_float32_features_are_summed_wide():
+    # One cone: |sum x|^2 - sum |x|^2 cancels badly in float32.
+    cone = F.normalize(torch.ones(3000, 16) + 1e-3 * torch.randn(3000, 16), dim=1)
+    wide = modality_gap(cone.double(), cone.double()).image_cosine
+    assert modality_gap(cone, cone).image_cosine == pytest.approx(wide, abs=1e-14)
