@@ -10,7 +10,7 @@ from dist_siglip.distributed.exchange import (
 )
 from dist_siglip.distributed.groups import resolve_group
 from dist_siglip.distributed.ring import AccumulatorSpec
-from dist_siglip.distributed.world import World
+from dist_siglip.distributed.world import World, is_first_process
 
 __all__ = [
     "AccumulatorSpec",
@@ -20,6 +20,7 @@ __all__ = [
     "World",
     "circulate",
     "gather_rows",
+    "is_first_process",
     "max_over_ranks",
     "prepare_exchange",
     "resolve_group",

@@ -92,3 +92,25 @@ class World:
             local_rank=launched.local_rank,
             local_world_size=launched.local_world_size,
         )
+
+
+def is_first_process(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process will be rank 0, as far as its launcher has said.
+
+    Answers before any process group exists: torchrun and srun give a rank; Lightning's own
+    launcher gives a node rank and a local rank.
+
+    Args:
+        environ: variables to read; the process environment by default.
+
+    Example:
+        >>> is_first_process({}), is_first_process({"LOCAL_RANK": "1"})
+        (True, False)
+        >>> is_first_process({"RANK": "8", "LOCAL_RANK": "0"})
+        False
+    """
+    environ = os.environ if environ is None else environ
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in environ:
+            return int(environ[name]) == 0
+    return all(int(environ.get(name) or 0) == 0 for name in ("NODE_RANK", "LOCAL_RANK"))

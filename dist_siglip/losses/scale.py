@@ -7,6 +7,7 @@ bias = -scale * relative_bias.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,26 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 
 BiasParameterization = Literal["absolute", "relative"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitConfig:
+    """Start and training of the logits' scale and bias.
+
+    Args:
+        start_scale: first multiplier, > 0. Null: the loaded weights' own, else 10.
+        start_bias: first number added to the logits. Null: the loaded weights' own, else -10.
+        bias_parameterization: whether the parameter is the bias or the relative bias
+            (-bias / scale).
+        train_scale: whether the scale learns.
+        train_bias: whether the bias learns.
+    """
+
+    start_scale: float | None = None
+    start_bias: float | None = None
+    bias_parameterization: BiasParameterization = "absolute"
+    train_scale: bool = True
+    train_bias: bool = True
 
 
 class LogitScaleBias(nn.Module):
@@ -78,6 +99,19 @@ class LogitScaleBias(nn.Module):
                 torch.tensor([-start_bias / start_scale if is_relative else start_bias]),
                 requires_grad=train_bias,
             ),
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: LogitConfig, *, start_scale: float, start_bias: float
+    ) -> "LogitScaleBias":
+        """Build from settings; ``start_scale`` and ``start_bias`` stand in where they say None."""
+        return cls(
+            start_scale if config.start_scale is None else config.start_scale,
+            start_bias if config.start_bias is None else config.start_bias,
+            bias_parameterization=config.bias_parameterization,
+            train_scale=config.train_scale,
+            train_bias=config.train_bias,
         )
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def evaluate_pairs(
     *,
     logit_scale: float,
     logit_bias: float,
-    global_batch_size: int,
+    global_batch_size: int | None = None,
     top_k: Sequence[int] = (1, 5, 10),
     array_pairs: int = 2000,
     separability_pairs: int = 5000,
@@ -100,7 +100,8 @@ def evaluate_pairs(
         sample_ids: (B,) int64, position of the pair in the data set.
         logit_scale: multiplier of the model.
         logit_bias: bias of the model, added.
-        global_batch_size: pairs per training step over all ranks.
+        global_batch_size: pairs per training step over all ranks; None means as many as there
+            are in the gallery.
         top_k: the K of recall@K.
         array_pairs: most pairs whose features go into the arrays.
         separability_pairs: most pairs for ``linear_separability``.
@@ -141,7 +142,8 @@ def evaluate_pairs(
             strict=True,
         )
     )
-    metrics: dict[str, float] = {"loss": expected_sigmoid_loss(statistics, global_batch_size)}
+    batch_size = statistics.num_pairs if global_batch_size is None else global_batch_size
+    metrics: dict[str, float] = {"loss": expected_sigmoid_loss(statistics, batch_size)}
     for direction, all_ranks in ranks.items():
         for k in top_k:
             metrics[f"{direction}_recall@{k}"] = recall_at_k(
@@ -220,8 +222,8 @@ class PairEvaluation(Metric):
         Distributed contract: as ``evaluate_pairs``; every rank must call it.
 
         Args:
-            **settings: the keyword arguments of ``evaluate_pairs``: ``logit_scale``,
-                ``logit_bias`` and ``global_batch_size``, and the optional ones.
+            **settings: the keyword arguments of ``evaluate_pairs``: ``logit_scale`` and
+                ``logit_bias``, and the optional ones.
         """
         return evaluate_pairs(*(torch.cat(getattr(self, n)) for n in _Rows._fields), **settings)
 

@@ -6,7 +6,7 @@ would start a SigLIP architecture at 14.3.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class BuiltModel:
     encoder: DualEncoder
     embed_dim: int
     image_size: int | tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     interpolation: str
     resize_mode: str
     context_length: int
@@ -129,8 +129,8 @@ def build_dual_encoder(
         encoder=DualEncoder(network),
         embed_dim=architecture["embed_dim"],
         image_size=_square_as_int(network.visual.image_size),
-        mean=tuple(preprocessing["mean"]),
-        std=tuple(preprocessing["std"]),
+        mean=_per_channel(preprocessing["mean"]),
+        std=_per_channel(preprocessing["std"]),
         interpolation=preprocessing["interpolation"],
         resize_mode=preprocessing["resize_mode"],
         context_length=tokenizer.context_length,
@@ -158,6 +158,11 @@ def _start_values(weights: Weights, path: Path) -> tuple[float, float]:
         )
         bias = START_BIAS
     return scale, bias
+
+
+def _per_channel(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _square_as_int(size: int | tuple[int, int]) -> int | tuple[int, int]:

@@ -1,0 +1,17 @@
+"""What plugs into a Lightning Trainer: logging, progress, checkpoints, evaluation records."""
+
+from dist_siglip.callbacks.checkpoint_io import AtomicCheckpointIO
+from dist_siglip.callbacks.evaluation_record import EvaluationRecord
+from dist_siglip.callbacks.metrics_log import MetricsLog
+from dist_siglip.callbacks.progress import ProgressReport
+from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
+from dist_siglip.callbacks.throughput import Throughput
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "EvaluationRecord",
+    "MetricsLog",
+    "ProgressReport",
+    "RunCheckpoint",
+    "Throughput",
+]

@@ -1,0 +1,84 @@
+"""Checkpoints that are whole under their name, and that execute nothing when read.
+
+Lightning's own writer builds the file in memory and moves it from the default temporary folder;
+across file systems that is a plain copy onto the final name, and a full disk then costs the
+previous good checkpoint too.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from dist_siglip.errors import UserError
+from dist_siglip.runs.atomic import open_atomically
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Write beside the final name, sync, rename; read with ``weights_only=True``."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint``; at any instant ``path`` is the old file or the new one.
+
+        Raises:
+            UserError: if storage options are given; checkpoints go to a local folder.
+        """
+        if storage_options is not None:
+            raise UserError(
+                f"storage_options ({storage_options!r}) have no meaning for local checkpoints; "
+                "leave them out"
+            )
+        with open_atomically(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint of tensors and plain values; no pickled object is ever built.
+
+        Raises:
+            UserError: if the file is missing or no such checkpoint, or ``weights_only`` is False.
+        """
+        if weights_only is False:
+            raise UserError(
+                "weights_only (False) would execute code from the checkpoint; leave it out"
+            )
+        return read_checkpoint(Path(path), map_location=map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint that is no longer kept."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint file without executing anything; see ``AtomicCheckpointIO``."""
+    if not path.is_file():
+        raise UserError(f"checkpoint ({path}) does not exist; name an existing .ckpt file")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    # A damaged or foreign file surfaces as one of these, depending on where reading stops.
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        OSError,
+    ) as error:
+        raise UserError(_unreadable(path, error)) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"checkpoint ({path}) holds no state_dict; name a checkpoint of fit")
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"checkpoint ({path}) cannot be read ({reason[:160]}); it is damaged, or holds more than "
+        "tensors and plain values; use another one"
+    )

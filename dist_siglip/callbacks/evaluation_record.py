@@ -1,0 +1,61 @@
+"""RUN/evaluation: the newest evaluation in files that the report, or anyone, can read."""
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dist_siglip.data import PairDataset
+from dist_siglip.metrics import Evaluation
+from dist_siglip.runs import RunFolder, write_atomically
+
+
+class EvaluationRecord(Callback):
+    """Writes metrics.json, arrays.npz and examples.json after every evaluation, on rank 0.
+
+    Reads ``pl_module.last_evaluation`` and, for pictures and captions,
+    ``trainer.datamodule.val_dataset``.
+
+    Args:
+        gallery_images: number of validation pictures that are kept for the report.
+    """
+
+    def __init__(self, gallery_images: int = 24) -> None:
+        self.gallery_images = gallery_images
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files; each appears whole or not at all."""
+        evaluation = getattr(pl_module, "last_evaluation", None)
+        if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        folder = RunFolder(Path(trainer.default_root_dir)).evaluation
+        numbers = {"step": trainer.global_step, **evaluation.metrics}
+        finite = {
+            name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
+        }
+        write_atomically(folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **evaluation.arrays)
+        write_atomically(folder / "arrays.npz", packed.getvalue())
+        dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
+        if dataset is not None:
+            examples = self._examples(dataset, evaluation)
+            write_atomically(folder / "examples.json", json.dumps(examples))
+
+    def _examples(self, dataset: PairDataset, evaluation: Evaluation) -> dict[str, object]:
+        captions, images = [], []
+        sample_ids = evaluation.arrays["sample_ids"].tolist()
+        # Evenly spread over the gallery, so that the choice does not depend on the model.
+        count = min(self.gallery_images, len(sample_ids))
+        chosen = {round(index * len(sample_ids) / count) for index in range(count)}
+        for row, sample_id in enumerate(sample_ids):
+            image_bytes, media_type, caption = dataset.raw(sample_id)
+            captions.append(caption)
+            if row in chosen:
+                encoded = base64.b64encode(image_bytes).decode()
+                images.append({"row": row, "media_type": media_type, "base64": encoded})
+        return {"captions": captions, "images": images}

@@ -1,0 +1,34 @@
+"""What is said, and where: one plain line a message, on stderr and in the run's log."""
+
+import logging
+from pathlib import Path
+
+from dist_siglip.distributed import is_first_process
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+_LIBRARIES = ("lightning.pytorch", "lightning.fabric", "torch.distributed", "open_clip")
+
+
+def set_up_logging(log_file: Path | None = None) -> None:
+    """Send our messages to stderr (and to ``log_file``), on rank 0; others only warn.
+
+    Adverts and greetings of the libraries below are left out; their warnings stay.
+
+    Args:
+        log_file: appended to; None adds no file.
+    """
+    ours = logging.getLogger("dist_siglip")
+    ours.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    ours.propagate = False
+    if not ours.handlers:
+        _add(ours, logging.StreamHandler())
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        _add(ours, logging.FileHandler(log_file, encoding="utf-8"))
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _add(target: logging.Logger, handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    target.addHandler(handler)

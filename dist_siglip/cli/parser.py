@@ -1,0 +1,54 @@
+"""Parsers whose complaints are one line."""
+
+import re
+from difflib import get_close_matches
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dist_siglip.errors import UserError
+
+_UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
+_UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")
+
+
+class VerbParser(ArgumentParser):
+    """A jsonargparse parser that raises ``UserError`` instead of printing its usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the complaint as one line with a remedy."""
+        raise UserError(one_line(message, self)) from ex
+
+
+class TrainingParser(LightningArgumentParser):
+    """The same for Lightning's parser."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the complaint as one line with a remedy."""
+        raise UserError(one_line(message, self)) from ex
+
+
+def one_line(message: str, parser: ArgumentParser) -> str:
+    """Fold a complaint of jsonargparse into one line; name the nearest key for an unknown one."""
+    folded = " ".join(message.split())
+    unknown = _UNKNOWN_KEY.search(folded) or _UNRECOGNIZED.search(folded)
+    if unknown is None:
+        return folded if len(folded) <= 600 else f"{folded[:600]} ..."
+    key = unknown.group(1).removeprefix("fit.").removeprefix("validate.")
+    near = get_close_matches(key, known_keys(parser), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
+    return f"configuration key ({key}) is unknown; {hint}"
+
+
+def known_keys(parser: ArgumentParser) -> list[str]:
+    """Dotted names of everything a parser accepts, those of its subcommands included."""
+    keys: list[str] = []
+    for action in parser._actions:
+        choices = getattr(action, "choices", None)
+        if isinstance(choices, dict) and all(hasattr(c, "_actions") for c in choices.values()):
+            for subparser in choices.values():
+                keys += known_keys(subparser)
+        elif action.dest not in ("help", "config", "==SUPPRESS=="):
+            keys.append(action.dest)
+    return keys

@@ -1,0 +1,62 @@
+"""The table of an evaluation on a terminal."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder
+
+_DIRECTIONS = (("image to text", "image_to_text"), ("text to image", "text_to_image"))
+_SINGLES = (
+    ("validation loss", "loss", "{:.4f}"),
+    ("modality gap (centroid distance)", "modality_gap", "{:.3f}"),
+    ("relative modality gap", "relative_modality_gap", "{:.3f}"),
+    ("linear separability", "linear_separability", "{:.3f}"),
+    ("margin (half gap, strictest pairs)", "margin", "{:.3f}"),
+    ("margin (5 % and 95 % quantiles)", "margin_5_95", "{:.3f}"),
+    ("relative bias (of the space)", "relative_bias", "{:.3f}"),
+    ("relative bias (learned)", "learned_relative_bias", "{:.3f}"),
+    ("logit scale", "logit_scale", "{:.2f}"),
+    ("logit bias", "logit_bias", "{:.2f}"),
+)
+
+
+def read_evaluation(folder: RunFolder) -> dict[str, float]:
+    """Read the numbers of the newest evaluation.
+
+    Raises:
+        UserError: if the run has none.
+    """
+    path = folder.evaluation / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"run_dir ({folder.path}) has no evaluation; run validate on it first")
+    return {name: float(value) for name, value in json.loads(path.read_text()).items()}
+
+
+def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) -> None:
+    """Print recall, gap, margin and relative bias of the newest evaluation, then ``extra``."""
+    metrics = read_evaluation(folder)
+    num_pairs, distinct = int(metrics["gallery_pairs"]), int(metrics["distinct_captions"])
+    table = Table(title=f"step {int(metrics['step'])}, gallery of {num_pairs} pairs")
+    for column in ("retrieval", "recall@1", "recall@5", "recall@10", "median rank"):
+        table.add_column(column, justify="left" if column == "retrieval" else "right")
+    for label, key in _DIRECTIONS:
+        recalls = [f"{metrics[f'{key}_recall@{k}']:.3f}" for k in (1, 5, 10)]
+        table.add_row(label, *recalls, f"{metrics[f'{key}_median_rank']:.0f}")
+    table.caption = (
+        f"{distinct} distinct captions; an identical caption counts as a hit; ties count against "
+        f"the query; chance of recall@1 is about {1 / num_pairs:.3f}"
+    )
+    numbers = Table(show_header=False)
+    for label, key, form in _SINGLES:
+        if key in metrics:
+            numbers.add_row(label, form.format(metrics[key]))
+    for label, value in (extra or {}).items():
+        numbers.add_row(label, str(value))
+    console = Console()
+    console.print(table)
+    console.print(numbers)

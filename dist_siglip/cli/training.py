@@ -1,0 +1,282 @@
+"""``fit`` and ``validate``: LightningCLI with our defaults, a run folder, and checks first.
+
+Constructor signatures are the schema; YAML holds what differs from them. Before any rank is
+started and before anything is written, the first process checks what can be checked: data,
+batch arithmetic, the checkpoint to go on from, and that the folder holds no other run.
+"""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dist_siglip.callbacks import (
+    AtomicCheckpointIO,
+    EvaluationRecord,
+    MetricsLog,
+    ProgressReport,
+    RunCheckpoint,
+    Throughput,
+)
+from dist_siglip.callbacks.checkpoint_io import read_checkpoint
+from dist_siglip.cli.logs import set_up_logging
+from dist_siglip.cli.parser import TrainingParser
+from dist_siglip.cli.table import print_evaluation
+from dist_siglip.datamodule import ImageTextDataModule
+from dist_siglip.errors import UserError
+from dist_siglip.module import SigLipModule
+from dist_siglip.runs import (
+    RunFolder,
+    collect_provenance,
+    describe_differences,
+    write_atomically,
+)
+
+logger = logging.getLogger(__name__)
+
+_TRAINER_DEFAULTS = {
+    # The training loader has no end; the run's length is max_steps.
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "gradient_clip_val": 1.0,
+    # ProgressReport shows a bar with an end; the model's size is one line in the log.
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Run ``fit`` or ``validate``."""
+    train([verb, *arguments])
+    return 0
+
+
+def train(arguments: list[str]) -> "TrainingCLI":
+    """Parse, check and run; ``arguments`` begin with the verb."""
+    set_up_logging()
+    return TrainingCLI(
+        SigLipModule,
+        ImageTextDataModule,
+        args=arguments,
+        parser_class=TrainingParser,
+        parser_kwargs={"prog": "dist-siglip"},
+        trainer_defaults=dict(_TRAINER_DEFAULTS),
+        seed_everything_default=0,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+class TrainingCLI(LightningCLI):
+    """Wires module, data and Trainer to a run folder."""
+
+    model: SigLipModule
+    datamodule: ImageTextDataModule
+    trainer: Trainer
+    _lock: TextIO | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and the arguments of the Trainer's method that are not options."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder and the links between groups."""
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs/default",
+            help="Folder of the run. If it holds checkpoints of this run, fit goes on from the "
+            "newest.",
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.global_batch_size", "model.global_batch_size")
+        parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the list given; it is the command line, whatever ``sys.argv`` says."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""
+        root = self.folder.path
+        settings = self._get(self.config_init, "trainer")
+        asked = settings.get("logger")
+        extra_loggers = asked if isinstance(asked, list) else [asked] if _is_logger(asked) else []
+        plugins = settings.get("plugins") or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Lightning's own requeue saves inside the signal handler, which deadlocks with
+            # collectives in the loss.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        self.trainer_defaults["callbacks"] = [Throughput(), ProgressReport(), EvaluationRecord()]
+        metrics_log = MetricsLog(root)
+        trainer = super().instantiate_trainer(
+            default_root_dir=str(root),
+            logger=[
+                metrics_log,
+                TensorBoardLogger(str(root), name="", version="tensorboard"),
+                *extra_loggers,
+            ],
+            plugins=plugins,
+            **kwargs,
+        )
+        metrics_log.follow(trainer)
+        return trainer
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(Path(self._get(self.config, "run_dir")))
+
+    def before_fit(self) -> None:
+        """Check everything, then claim the folder and write down what is about to run."""
+        if self.trainer.max_steps < 1:
+            raise UserError(
+                f"trainer.max_steps ({self.trainer.max_steps}) must be at least 1: the training "
+                "data has no end"
+            )
+        world_size = self.trainer.num_nodes * self.trainer.num_devices
+        self.datamodule.check(world_size)
+        given = self._get(self.config, "ckpt_path")
+        self.start_checkpoint = self._checkpoint_to_start_from(given)
+        if self.start_checkpoint is not None:
+            check_fits(self.model, self.start_checkpoint)
+        if self.trainer.is_global_zero:
+            resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
+            self._check_same_run(yaml.safe_load(resolved))
+            self._lock = self.folder.lock()
+            set_up_logging(self.folder.log)
+            write_atomically(self.folder.config, resolved)
+            provenance = collect_provenance(sys.argv, world_size=world_size)
+            write_atomically(self.folder.provenance, json.dumps(provenance, indent=1) + "\n")
+            num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            logger.info("run folder %s, %.1f M parameters", self.folder.path, num_parameters / 1e6)
+
+    def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Train to max_steps, evaluate the end, leave a report."""
+        start = self.start_checkpoint
+        done = max(self.folder.steps_with_checkpoint(), default=0)
+        if done >= self.trainer.max_steps:
+            logger.info(
+                "run %s is complete: step %d of %d; raise trainer.max_steps to go on, or choose "
+                "another run_dir",
+                self.folder.path,
+                done,
+                self.trainer.max_steps,
+            )
+            return
+        if start is not None:
+            logger.info("going on from %s", start)
+        self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
+        if self.trainer.global_step < self.trainer.max_steps:
+            raise KeyboardInterrupt  # Lightning stops quietly; the caller must see it
+        if self.datamodule.val_shards is not None:
+            if self.model.last_evaluated_step != self.trainer.global_step:
+                self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
+            if self.trainer.is_global_zero:
+                # Plotting takes a while to import, and only this moment needs it.
+                from dist_siglip.report import write_report
+
+                logger.info("report: %s", write_report(self.folder.path))
+
+    def before_validate(self) -> None:
+        """Check the data and the checkpoint to evaluate."""
+        self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
+        given = self._get(self.config, "ckpt_path")
+        self.start_checkpoint = Path(given) if given else self.folder.newest_checkpoint()
+        if self.start_checkpoint is not None:
+            check_fits(self.model, self.start_checkpoint)
+
+    def validate(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Evaluate the given checkpoint, else the newest of the run, else the model as built."""
+        source = self.start_checkpoint
+        logger.info("evaluating %s", source or "the model as built: no checkpoint in run_dir")
+        self.trainer.validate(
+            model, datamodule=self.datamodule, ckpt_path=source, verbose=False, weights_only=True
+        )
+        if self.trainer.is_global_zero:
+            print_evaluation(self.folder)
+
+    def _get_all(self) -> Any:
+        """Return the resolved configuration of the verb."""
+        return self.config[self.subcommand]
+
+    def _checkpoint_to_start_from(self, given: str | None) -> Path | None:
+        newest = self.folder.newest_checkpoint()
+        if given is None:
+            return newest
+        if newest is not None:
+            raise UserError(
+                f"ckpt_path ({given}) is given but run_dir ({self.folder.path}) has its own "
+                f"{newest.name}; leave ckpt_path out to go on, or choose another run_dir"
+            )
+        return Path(given)
+
+    def _check_same_run(self, resolved: dict[str, Any]) -> None:
+        if not self.folder.config.exists():
+            return
+        recorded = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")) or {}
+        differences = describe_differences(recorded, resolved)
+        if differences and self.folder.newest_checkpoint() is not None:
+            raise UserError(
+                f"run_dir ({self.folder.path}) holds another run: {'; '.join(differences[:3])}; "
+                "choose another run_dir, or use its settings"
+            )
+
+
+def check_fits(model: torch.nn.Module, path: Path) -> None:
+    """Check names and shapes of a checkpoint against a model, reading no weights.
+
+    Raises:
+        UserError: if it cannot be read or belongs to another model; names the first differences.
+    """
+    loaded = read_checkpoint(path)["state_dict"]
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in loaded]
+    problems += [f"unexpected {key}" for key in loaded if key not in wanted]
+    problems += [
+        f"{key} is {tuple(loaded[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in loaded and loaded[key].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"checkpoint ({path}) belongs to another model: {'; '.join(problems[:3])}{more}; use "
+            "the model it was made with, or another run_dir"
+        )
+
+
+def _is_logger(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool)
+
+
+# Known and harmless, said to every user on every run otherwise.
+for _message in (
+    r".*does not have many workers.*",
+    r".*Consider increasing the value of the `num_workers`.*",
+    r".*sync_dist=True.*when logging on epoch level.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+):
+    warnings.filterwarnings("ignore", message=_message)

@@ -1,0 +1,203 @@
+"""The Lightning module: towers, loss, scale and bias, metrics and optimizer, wired; no formula."""
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.errors import UserError
+from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
+from dist_siglip.metrics import Evaluation, PairEvaluation
+from dist_siglip.models import build_dual_encoder
+from dist_siglip.models import compile_towers as translate_towers
+from dist_siglip.optim import OptimConfig, build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class SigLipModule(LightningModule):
+    """Trains a dual encoder on image-text pairs.
+
+    Args:
+        model: an open_clip architecture: built-in name, path of a JSON config, ``local-dir:PATH``
+            or ``hf-hub:ORG/REPO`` (the last two bring weights).
+        pretrained: weights: an open_clip tag of the model, or a local .safetensors, .pt, .bin or
+            .ckpt file. Null starts at random.
+        loss: module called with (image_features, text_features, logit_scale, logit_bias), given
+            as a class path. Null is ``dist_siglip.losses.SigLipLoss``.
+        logits: start and training of scale and bias.
+        optim: optimizer and learning rate.
+        image_size: pixels, replaces the model's. Null keeps it.
+        context_length: tokens of a text, replaces the model's. Null keeps it.
+        patch_dropout: share of image patches left out in training. Null keeps the model's.
+        gradient_checkpointing: recompute the blocks of the towers in backward to save memory.
+        compile_towers: translate both towers with torch.compile at their first use.
+        global_batch_size: pairs of a training batch over all ranks; the validation loss is that
+            of a random batch of this size. The command line takes it from the data.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        loss: nn.Module | None = None,
+        logits: LogitConfig = LogitConfig(),  # noqa: B008 - frozen dataclass
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
+        image_size: int | None = None,
+        context_length: int | None = None,
+        patch_dropout: float | None = None,
+        gradient_checkpointing: bool = False,
+        compile_towers: bool = False,
+        global_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        built = build_dual_encoder(
+            model,
+            pretrained,
+            image_size=image_size,
+            context_length=context_length,
+            patch_dropout=patch_dropout,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.towers = built.encoder
+        self.loss: nn.Module = SigLipLoss() if loss is None else loss
+        self.logits = LogitScaleBias.from_config(
+            logits, start_scale=built.start_scale, start_bias=built.start_bias
+        )
+        self.inputs = ModelInputs(
+            image_size=built.image_size,
+            mean=built.mean,
+            std=built.std,
+            interpolation=built.interpolation,
+            resize_mode=built.resize_mode,
+            context_length=built.context_length,
+            tokenizer=built.tokenizer,
+        )
+        self.optim = optim
+        self.global_batch_size = global_batch_size
+        self.evaluation = PairEvaluation()
+        self.last_evaluation: Evaluation | None = None
+        self.last_evaluated_step: int | None = None
+        # Stays on the device of the batches: reading it each step would wait for the GPU.
+        self._num_substituted: Tensor | int = 0
+        if compile_towers:
+            translate_towers(self.towers)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images and texts to L2-normalised features, (B, D) each, float32."""
+        return self.towers(images, texts)
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """Return this rank's share of the global loss; the mean over ranks is the loss."""
+        image_features, text_features = self.towers(batch.images, batch.texts)
+        # Under autocast the loss's products run in the precision of the towers, and so do the
+        # exchanged features; logits and gradients stay float32 inside the loss.
+        device_type = image_features.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            image_features, text_features = image_features.to(dtype), text_features.to(dtype)
+        logit_scale, logit_bias = self.logits()
+        loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias)
+        self._num_substituted = self._num_substituted + batch.substituted.sum()
+        if self._is_logged_step():
+            self._log_training(loss, logit_scale, logit_bias)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of the last evaluation."""
+        self.evaluation.reset()
+
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+        """Keep the features of one batch of this rank."""
+        image_features, text_features = self.towers(batch.images, batch.texts)
+        self.evaluation.update(
+            image_features,
+            text_features,
+            batch.caption_ids,
+            batch.caption_ids,
+            batch.sample_ids,
+            batch.valid,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Evaluate all ranks' pairs on one gallery and log the metrics as val/..."""
+        logit_scale, logit_bias = (value.item() for value in self.logits())
+        evaluation = self.evaluation.compute(
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            global_batch_size=self.global_batch_size,
+        )
+        self.evaluation.reset()
+        metrics = {
+            **evaluation.metrics,
+            "logit_scale": logit_scale,
+            "logit_bias": logit_bias,
+            "learned_relative_bias": -logit_bias / logit_scale,
+        }
+        self.last_evaluation = Evaluation(metrics, evaluation.arrays)
+        self.last_evaluated_step = self.global_step
+        # Every rank has the same numbers; nothing is left to synchronise.
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, sync_dist=False, rank_zero_only=False)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build AdamW and its schedule, stepped every optimizer step."""
+        total_steps = self.trainer.max_steps
+        if total_steps < 1:
+            raise UserError(
+                f"trainer.max_steps ({total_steps}) must be at least 1: the learning rate "
+                "schedule needs the length of the run"
+            )
+        optimizer, schedule = build_optimizer(self, self.optim, total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and log the norm before clipping.
+
+        Lightning's own clipping refuses fused AdamW under mixed precision.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(
+                f"trainer.gradient_clip_algorithm ({gradient_clip_algorithm}) must be norm"
+            )
+        norm: Tensor | None = None
+        if gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        elif self._is_logged_step():
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        if norm is not None and self._is_logged_step():
+            self.log("train/grad_norm", norm)
+
+    def _is_logged_step(self) -> bool:
+        """Whether the step under way is one Lightning writes to its loggers."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
+        return bool(every) and (self.global_step + 1) % every == 0
+
+    def _log_training(self, loss: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> None:
+        """Log global values; one small all-reduce, on logged steps only."""
+        sums = torch.stack([loss.detach(), torch.as_tensor(self._num_substituted).to(loss)])
+        loss_sum, num_substituted = sum_over_ranks(sums).unbind()
+        self.log_dict(
+            {
+                "train/loss": loss_sum / self.trainer.world_size,
+                "train/logit_scale": logit_scale.detach(),
+                "train/logit_bias": logit_bias.detach(),
+                "train/relative_bias": (-logit_bias / logit_scale).detach(),
+                "train/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "train/substituted_samples": num_substituted,
+            }
+        )

@@ -1,0 +1,105 @@
+"""Names of the files of a run folder, its lock, and its newest checkpoint.
+
+RUN/
+config.yaml            resolved configuration; ``fit --config`` of it goes on with the run
+provenance.json        command, versions, commit, host
+metrics.jsonl          one JSON object per logged step and per evaluation
+log.txt                plain lines of progress and warnings
+tensorboard/           event files
+checkpoints/           step=00000500.ckpt ...
+evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
+report.html            one self-contained page
+"""
+
+import fcntl
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from dist_siglip.errors import UserError
+
+_CHECKPOINT_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Example:
+        >>> RunFolder(Path("runs/a")).checkpoint(500).as_posix()
+        'runs/a/checkpoints/step=00000500.ckpt'
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """Command, versions, commit and host of every start."""
+        return self.path / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What was said, in plain lines."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the newest evaluation."""
+        return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report.html"
+
+    def checkpoint(self, step: int) -> Path:
+        """Name of the checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step={step:08d}.ckpt"
+
+    def newest_checkpoint(self) -> Path | None:
+        """Checkpoint of the largest step; None if there is none."""
+        found = self.steps_with_checkpoint()
+        return self.checkpoint(max(found)) if found else None
+
+    def steps_with_checkpoint(self) -> list[int]:
+        """Steps whose checkpoint is complete: only complete ones carry their final name."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def lock(self) -> TextIO:
+        """Claim the folder for this process until the returned file is closed.
+
+        The operating system gives the claim back when the process ends, however it ends.
+
+        Raises:
+            UserError: if another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"run_dir ({self.path}) is in use by another process; wait for it, end it, or "
+                "choose another run_dir"
+            ) from None
+        return file

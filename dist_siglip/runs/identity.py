@@ -1,0 +1,55 @@
+"""Is this configuration a continuation of that run, or another experiment in the same folder?
+
+What a run is, is decided by model, loss, data, order and optimizer. How fast or how long it runs,
+on how many ranks, and what it writes, may change from one start to the next.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Groups of the configuration that make a run what it is.
+IDENTITY_KEYS = ("seed_everything", "model", "data")
+# ... except what only changes speed or place.
+FREE_KEYS = frozenset(
+    {
+        "model.compile_towers",
+        "model.gradient_checkpointing",
+        "data.train_shards",  # the fingerprint in the checkpoint watches their content
+        "data.val_shards",
+        "data.val_local_batch_size",
+        "data.workers_per_rank",
+        "data.prefetch_factor",
+        "data.max_bad_fraction",
+    }
+)
+
+
+def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """List what makes ``current`` another run than the one ``recorded``.
+
+    Keys that only one side has are ignored: a newer version may have more settings.
+
+    Returns:
+        Lines such as ``data.seed (0 in the folder, 1 now)``; empty for the same run.
+
+    Example:
+        >>> describe_differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
+        ['data.seed (0 in the folder, 1 now)']
+        >>> describe_differences({"trainer": {"max_steps": 1}}, {"trainer": {"max_steps": 2}})
+        []
+    """
+    before = dict(_flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
+    after = dict(_flatten({key: current.get(key) for key in IDENTITY_KEYS if key in current}))
+    return [
+        f"{key} ({before[key]!r} in the folder, {after[key]!r} now)"
+        for key in before
+        if key in after and key not in FREE_KEYS and before[key] != after[key]
+    ]
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+        return
+    for key, value in tree.items():
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
