@@ -55,6 +55,14 @@ def test_numbers_are_those_of_the_plain_loops():
     assert metrics["distinct_captions"] == 6
 
 
+def test_loss_is_that_of_the_whole_gallery_unless_a_batch_size_is_given():
+    pairs = _pairs()
+    default = evaluate_pairs(*pairs, logit_scale=10.0, logit_bias=-5.0).metrics["loss"]
+    assert default == evaluate_pairs(*pairs, **SETTINGS).metrics["loss"]
+    smaller = evaluate_pairs(*pairs, **(SETTINGS | {"global_batch_size": 4})).metrics["loss"]
+    assert smaller < default
+
+
 def test_arrays_are_sorted_by_sample_and_cut():
     images, texts, ids, _, sample_ids = pairs = _pairs()
     arrays = evaluate_pairs(*pairs, **SETTINGS, array_pairs=5).arrays

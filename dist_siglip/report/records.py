@@ -1,0 +1,242 @@
+"""Read a run folder for the report; say what is missing or damaged instead of failing.
+
+Only metrics.jsonl must be there. Nothing that is read is executed: no pickled arrays, and
+pictures are checked to be what they say they are before they reach the page.
+"""
+
+import base64
+import binascii
+import json
+import logging
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/webp": b"RIFF",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One logged quantity over steps, sorted, one value per step, finite values only.
+
+    Attributes:
+        steps: (n,) int64.
+        values: (n,) float64.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the evaluation and the row of its pair.
+
+    Attributes:
+        row: row in the arrays and captions.
+        data_uri: the image, safe to put into an attribute.
+    """
+
+    row: int
+    data_uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything the report knows about a run.
+
+    Attributes:
+        name: name of the run folder.
+        series: logged quantities by name, like "train/loss".
+        metrics: numbers of the newest evaluation; of the last "val/..." lines if its file is not
+            there.
+        arrays: arrays of the newest evaluation by name; only those that can be used.
+        captions: row-aligned with the feature arrays.
+        pictures: images to show.
+        texts: contents of config.yaml and provenance.json by file name.
+        notes: what is missing or damaged, one sentence each.
+    """
+
+    name: str
+    series: dict[str, Series]
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    captions: list[str]
+    pictures: list[Picture]
+    texts: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read what the folder holds.
+
+    Raises:
+        UserError: if the folder or its metrics.jsonl is missing or has no usable line.
+    """
+    folder = RunFolder(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir ({run_dir}) does not exist; name the folder of a run")
+    if not folder.metrics.is_file():
+        raise UserError(f"run_dir ({run_dir}) has no metrics.jsonl; name the folder of a run")
+    notes: list[str] = []
+    series = _read_series(folder.metrics, notes)
+    if not series:
+        raise UserError(
+            f"metrics.jsonl of run_dir ({run_dir}) has no numbers; let the run log some"
+        )
+    arrays = _read_arrays(folder.evaluation / "arrays.npz", notes)
+    captions, pictures = _read_examples(folder.evaluation / "examples.json", notes)
+    num_rows = len(arrays.get("image_features", ()))
+    if captions and num_rows and len(captions) != num_rows:
+        notes.append(
+            f"examples.json has {len(captions)} captions but arrays.npz has {num_rows} pairs; "
+            "the gallery is left out."
+        )
+        captions, pictures = [], []
+    return RunRecord(
+        name=run_dir.resolve().name,
+        series=series,
+        metrics=_read_metrics(folder.evaluation / "metrics.json", series, notes),
+        arrays=arrays,
+        captions=captions,
+        pictures=[picture for picture in pictures if picture.row < len(captions)],
+        texts={
+            path.name: path.read_text(encoding="utf-8", errors="replace")
+            for path in (folder.config, folder.provenance)
+            if path.is_file()
+        },
+        notes=notes,
+    )
+
+
+def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
+    """Later lines win: a resumed run may log a step again."""
+    found: dict[str, dict[int, float]] = {}
+    damaged = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            step = int(entry["step"])
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+            continue
+        for name, value in _numbers(entry).items():
+            if name not in ("step", "time") and math.isfinite(value):
+                found.setdefault(name, {})[step] = value
+    if damaged:
+        notes.append(f"metrics.jsonl has {damaged} unreadable line(s), which are left out.")
+    return {
+        name: Series(
+            np.array(sorted(by_step), dtype=np.int64),
+            np.array([by_step[step] for step in sorted(by_step)]),
+        )
+        for name, by_step in found.items()
+    }
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a JSON object; "nan" and "inf" are numbers too, other values are not."""
+    numbers = {}
+    for name, value in entry.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number or value in ("nan", "inf", "-inf"):
+            numbers[name] = float(value)
+    return numbers
+
+
+def _read_metrics(path: Path, series: Mapping[str, Series], notes: list[str]) -> dict[str, float]:
+    content = _read_json(path, notes)
+    if content is not None:
+        return _numbers(content)
+    # The last logged evaluation is the second best source.
+    return {
+        name.removeprefix("val/"): float(values.values[-1])
+        for name, values in series.items()
+        if name.startswith("val/")
+    }
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    name = f"evaluation/{path.name}"
+    if not path.is_file():
+        notes.append(f"{name} is not there.")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{name} cannot be read.")
+        return None
+    return content
+
+
+def _read_arrays(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        notes.append("evaluation/arrays.npz is not there.")
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        notes.append("evaluation/arrays.npz cannot be read.")
+        return {}
+    usable = {
+        name: array
+        for name, array in arrays.items()
+        if array.dtype.kind in "fiu" and np.isfinite(array).all()
+    }
+    images, texts = (usable.get(f"{kind}_features") for kind in ("image", "text"))
+    if images is None or texts is None or images.ndim != 2 or images.shape != texts.shape:
+        notes.append("evaluation/arrays.npz has no usable features.")
+        usable = {name: a for name, a in usable.items() if not name.endswith("_features")}
+    return usable
+
+
+def _read_examples(path: Path, notes: list[str]) -> tuple[list[str], list[Picture]]:
+    content = _read_json(path, notes)
+    if content is None:
+        return [], []
+    captions = [str(caption) for caption in _as_list(content.get("captions"))]
+    entries = _as_list(content.get("images"))
+    pictures = [picture for entry in entries if (picture := _picture(entry)) is not None]
+    if len(pictures) < len(entries):
+        notes.append(f"{len(entries) - len(pictures)} picture(s) of examples.json are unusable.")
+    return captions, pictures
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _picture(entry: object) -> Picture | None:
+    """Check an image; the data URI is built from decoded bytes, never from the given text."""
+    if not isinstance(entry, dict):
+        return None
+    row, media_type = entry.get("row"), entry.get("media_type")
+    if not isinstance(row, int) or row < 0 or not isinstance(media_type, str):
+        return None
+    if media_type not in _MAGIC:
+        return None
+    try:
+        content = base64.b64decode(str(entry.get("base64")), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    if not content.startswith(_MAGIC[media_type]):
+        return None
+    return Picture(row, f"data:{media_type};base64,{base64.b64encode(content).decode()}")

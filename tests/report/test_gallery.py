@@ -1,0 +1,36 @@
+"""The first five captions of an image."""
+
+import numpy as np
+
+from dist_siglip.report.gallery import rank_captions
+from dist_siglip.report.records import Picture
+
+
+def _rank(captions, similarities, row=0, top=5):
+    """One picture whose cosines with the captions are given."""
+    texts = np.eye(len(captions))
+    images = np.zeros((len(captions), len(captions)))
+    images[row] = similarities
+    (exhibit,) = rank_captions([Picture(row, "")], captions, images, texts, top=top)
+    return exhibit
+
+
+def test_captions_come_best_first_and_at_most_five():
+    exhibit = _rank(list("abcdefg"), [0.1, 0.7, 0.3, 0.6, 0.2, 0.5, 0.4])
+    assert [answer.caption for answer in exhibit.answers] == ["b", "d", "f", "g", "c"]
+    assert exhibit.answers[0].similarity == 0.7
+    assert not any(answer.is_right for answer in exhibit.answers)
+
+
+def test_equal_caption_of_another_pair_is_right():
+    exhibit = _rank(["six", "two", "six"], [0.1, 0.5, 0.9])
+    assert [(a.caption, a.is_right) for a in exhibit.answers] == [("six", True), ("two", False)]
+    assert exhibit.answers[0].similarity == 0.9
+
+
+def test_small_gallery_gives_fewer_answers():
+    assert len(_rank(["a", "b"], [0.2, 0.1]).answers) == 2
+
+
+def test_ties_keep_the_order_of_the_gallery():
+    assert [a.caption for a in _rank(list("abc"), [0.5, 0.5, 0.5], top=2).answers] == ["a", "b"]

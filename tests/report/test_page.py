@@ -1,0 +1,40 @@
+"""Every text that reaches the page is escaped where it is put in."""
+
+from dist_siglip.report.gallery import Answer, Exhibit
+from dist_siglip.report.page import (
+    render_details,
+    render_figure,
+    render_gallery,
+    render_missing,
+    render_page,
+    render_table,
+)
+from dist_siglip.report.records import Picture
+
+RAW = "<i>\"'&"
+ESCAPED = "&lt;i&gt;&quot;&#x27;&amp;"
+
+
+def test_all_parts_escape_their_texts():
+    exhibit = Exhibit(Picture(0, RAW), RAW, [Answer(RAW, 0.5, is_right=False)])
+    for html in (
+        render_page(RAW, RAW, []),
+        render_missing(RAW),
+        render_figure(RAW, "<svg></svg>", RAW, missing=""),
+        render_figure(RAW, None, "", missing=RAW),
+        render_table([RAW], [[f"{RAW}\n{RAW}"]]),
+        render_gallery([exhibit]),
+        render_details(RAW, RAW),
+    ):
+        assert RAW not in html
+        assert html.count(ESCAPED) >= 1
+
+
+def test_second_line_of_a_cell_is_small():
+    assert "<td>margin<small>half the gap</small></td>" in render_table(
+        (), [["margin\nhalf the gap"]]
+    )
+
+
+def test_table_without_columns_has_no_head():
+    assert "thead" not in render_table((), [["a"]])
