@@ -1,0 +1,98 @@
+"""The run folder names its files, finds its newest checkpoint and has one owner."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder, collect_provenance, describe_differences
+
+
+def test_newest_checkpoint_is_that_of_the_largest_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.newest_checkpoint() is None
+    folder.checkpoints.mkdir()
+    for name in ("step=00000900.ckpt", "step=00001000.ckpt", ".step=00002000.ckpt.7.tmp", "x.ckpt"):
+        (folder.checkpoints / name).touch()
+    assert folder.steps_with_checkpoint() == [900, 1000]
+    assert folder.newest_checkpoint() == folder.checkpoint(1000)
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+    script = (
+        "import sys, pathlib; from dist_siglip.runs import RunFolder\n"
+        "try: RunFolder(pathlib.Path(sys.argv[1])).lock()\n"
+        "except ValueError as error: print(error)\n"
+        "else: print('locked')"
+    )
+
+    def other_process():
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with RunFolder(tmp_path).lock():
+        assert "is in use by another process" in other_process()
+        with pytest.raises(UserError, match="is in use"):
+            RunFolder(tmp_path).lock()
+    assert other_process() == "locked\n"
+
+
+BASE = {
+    "seed_everything": 0,
+    "model": {"model": "ViT-B-32", "optim": {"learning_rate": 1e-3}, "compile_towers": False},
+    "data": {"global_batch_size": 8, "workers_per_rank": 0, "train_shards": ["a"]},
+    "trainer": {"max_steps": 5},
+}
+
+
+def _changed(*path, value):
+    config = {key: dict(v) if isinstance(v, dict) else v for key, v in BASE.items()}
+    target = config
+    for key in path[:-1]:
+        target[key] = dict(target[key])
+        target = target[key]
+    target[path[-1]] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("seed_everything",), 1),
+        (("model", "model"), "RN50"),
+        (("model", "optim", "learning_rate"), 2e-3),
+        (("data", "global_batch_size"), 16),
+    ],
+)
+def test_what_makes_another_run_is_named(path, value):
+    (line,) = describe_differences(BASE, _changed(*path, value=value))
+    assert line.startswith(".".join(path))
+    assert repr(value) in line
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("trainer", "max_steps"), 10),
+        (("data", "workers_per_rank"), 3),
+        (("data", "train_shards"), ["b"]),
+        (("model", "compile_towers"), True),
+        (("model", "new_setting"), 1),
+    ],
+)
+def test_speed_length_and_place_may_change(path, value):
+    assert describe_differences(BASE, _changed(*path, value=value)) == []
+
+
+def test_tuples_of_the_command_line_equal_lists_of_yaml():
+    assert describe_differences({"data": {"x": [1, 2]}}, {"data": {"x": (1, 2)}}) == []
+
+
+def test_provenance_names_command_versions_and_commit():
+    provenance = collect_provenance(["dist-siglip", "fit", "--run_dir", "a b"], world_size=2)
+    assert provenance["command"] == "dist-siglip fit --run_dir 'a b'"
+    assert provenance["versions"]["torch"].startswith("2.")
+    in_checkout = (Path(__file__).parents[2] / ".git").exists()
+    assert (provenance["commit"] is not None) == in_checkout
