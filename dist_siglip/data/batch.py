@@ -1,0 +1,74 @@
+"""What a training step receives, and how samples become it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_siglip.data.captions import caption_id
+
+
+class ImageTextBatch(NamedTuple):
+    """Pairs of pictures and captions on one rank; row i of every field belongs to pair i.
+
+    Attributes:
+        images: (B, 3, H, W) float32, normalised.
+        texts: (B, L) int64, token ids.
+        caption_ids: (B,) int64 >= 0; equal captions have equal ids.
+        sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
+            substitute, the id of the sample that is shown.
+        valid: (B,) bool; False where an evaluation must not count the row (padding of the last
+            batch, or a sample that could not be decoded). Always True in training.
+        substituted: (B,) bool; True where the sample due here could not be decoded and
+            another one stands in for it.
+    """
+
+    images: Tensor
+    texts: Tensor
+    caption_ids: Tensor
+    sample_ids: Tensor
+    valid: Tensor
+    substituted: Tensor
+
+
+class PairSample(NamedTuple):
+    """One pair, decoded and transformed, its caption still a string.
+
+    Attributes:
+        image: (3, H, W) float32, normalised.
+        caption: stripped text.
+        sample_id: index of the sample that is shown.
+        is_valid: whether an evaluation counts it.
+        is_substitute: whether it stands in for a sample that could not be decoded.
+    """
+
+    image: Tensor
+    caption: str
+    sample_id: int
+    is_valid: bool
+    is_substitute: bool
+
+
+class PairCollator:
+    """Stack samples into a batch; captions are tokenized here, all at once.
+
+    Args:
+        tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
+            are spawned.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[PairSample]) -> ImageTextBatch:
+        """Collate B samples in their order."""
+        captions = [sample.caption for sample in samples]
+        return ImageTextBatch(
+            images=torch.stack([sample.image for sample in samples]),
+            texts=self._tokenizer(captions).long(),
+            caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
+            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            valid=torch.tensor([sample.is_valid for sample in samples]),
+            substituted=torch.tensor([sample.is_substitute for sample in samples]),
+        )

@@ -1,0 +1,58 @@
+"""What may be wrong with one sample, and how much of it may a run put up with?"""
+
+import torch
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.errors import UserError
+
+
+class BadSampleError(Exception):
+    """The bytes of one sample cannot be used; the text says why, without naming the sample."""
+
+
+class BadSampleLimit:
+    """Count substituted samples, and stop all ranks together when there are too many.
+
+    Args:
+        max_fraction: share of the training samples, over all ranks and since the process started,
+            that may be substitutes.
+        check_steps: steps between two comparisons; each is one all-reduce of one number.
+    """
+
+    def __init__(self, max_fraction: float, check_steps: int = 20) -> None:
+        self._max_fraction = max_fraction
+        self._check_steps = check_steps
+        self._num_steps = 0
+        self._num_samples = 0
+        self.num_substituted = 0
+
+    def count(self, num_substituted: int) -> None:
+        """Add the substitutes of a batch of this rank."""
+        self.num_substituted += num_substituted
+
+    def finish_step(
+        self, global_batch_size: int, device: torch.device, group: ProcessGroup | None = None
+    ) -> None:
+        """Count a step; every ``check_steps`` steps compare. Every rank must call it.
+
+        Args:
+            global_batch_size: samples of the step over all ranks.
+            device: where the process group communicates.
+            group: ranks to add up.
+
+        Raises:
+            UserError: on every rank in the same step, if the share is above the limit.
+        """
+        self._num_steps += 1
+        self._num_samples += global_batch_size
+        if self._num_steps % self._check_steps:
+            return
+        mine = torch.tensor(self.num_substituted, device=device)
+        bad = int(sum_over_ranks(mine, group))
+        if bad > self._max_fraction * self._num_samples:
+            raise UserError(
+                f"max_bad_fraction ({self._max_fraction}) is exceeded: {bad} of "
+                f"{self._num_samples} training samples were bad (named in the log above); repair "
+                "the shards or raise it"
+            )

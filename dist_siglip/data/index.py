@@ -1,0 +1,228 @@
+"""Which samples does a shard hold, and where? The answer is kept beside the shard.
+
+A sample is what webdataset calls one: the members whose names agree up to the first dot of the
+base name. ``load_index`` reads the side-car ``<shard>.idx.npz`` if it was made for exactly this
+file (name, size and modification time), else it scans the headers and writes the side-car; in a
+folder that cannot be written, the side-car goes to the user's cache folder. A side-car is plain
+arrays without pickles, written beside its final name and renamed, so readers never see half of one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.tar_scan import Member, scan_tar
+from dist_siglip.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+_VERSION = 1
+# What reading a damaged side-car raises: no archive, a broken one, entries missing or misshapen.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_SEPARATOR = "\0"  # cannot occur in the name of a member
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ShardIndex:
+    """Every member of every sample of one shard.
+
+    Attributes:
+        path: the shard.
+        num_samples: samples of the shard, numbered in order of first appearance.
+        extensions: the extensions that occur, lower case, without the leading dot.
+        joined_keys: (bytes,) uint8, all keys joined by NUL: a quarter of the size of a list.
+        samples: (members,) int64, the sample each member belongs to.
+        kinds: (members,) int64, its extension, as an index of ``extensions``.
+        offsets: (members,) int64, its first byte in the shard.
+        sizes: (members,) int64, its length in bytes.
+        digest: hash of all of the above but the path, for telling changed data.
+    """
+
+    path: str
+    num_samples: int
+    extensions: tuple[str, ...]
+    joined_keys: NDArray[np.uint8]
+    samples: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    digest: str
+
+    def keys(self) -> list[str]:
+        """List the keys of the samples, in sample order."""
+        joined = self.joined_keys.tobytes().decode("utf-8", "surrogateescape")
+        return joined.split(_SEPARATOR) if self.num_samples else []
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member name into key and extension, at the first dot of the base name.
+
+    Returns:
+        (key, lower-case extension), or None for what webdataset skips: hidden files, names without
+        extension, and ``__meta__`` entries.
+
+    Example:
+        >>> split_name("a.b/0001.v2.JPG")
+        ('a.b/0001', 'v2.jpg')
+        >>> split_name("README") is None
+        True
+    """
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    if dot <= base:
+        return None
+    top = name.split("/", 1)[0]
+    if top.startswith("__") and top.endswith("__") and len(top) > 4:
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def load_index(path: str) -> ShardIndex:
+    """Return the index of a shard from its side-car, or build it and leave a side-car.
+
+    Args:
+        path: local, uncompressed tar file.
+
+    Raises:
+        UserError: if the shard is damaged, cut short or holds a member twice.
+    """
+    status = os.stat(path)
+    identity: dict[str, str | int] = {
+        "version": _VERSION,
+        "name": os.path.basename(path),
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+    }
+    for side_car in _side_cars(path):
+        index = _read_side_car(side_car, path, identity)
+        if index is not None:
+            return index
+    index = build_index(path, scan_tar(path))
+    for side_car in _side_cars(path):
+        if _write_side_car(side_car, index, identity):
+            break
+    return index
+
+
+def build_index(path: str, members: list[Member]) -> ShardIndex:
+    """Group the members of a shard into samples.
+
+    Members of one sample need not stand next to each other.
+
+    Raises:
+        UserError: if one sample holds the same extension twice.
+    """
+    rows: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    seen: set[tuple[int, int]] = set()
+    table: list[tuple[int, int, int, int]] = []
+    for member in members:
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        key, extension = parts
+        place = (rows.setdefault(key, len(rows)), kinds.setdefault(extension, len(kinds)))
+        if place in seen:
+            raise UserError(
+                f"shard {path!r} holds member {member.name!r} twice; every key may occur once a "
+                "shard: write the shard again"
+            )
+        seen.add(place)
+        table.append((*place, member.offset, member.size))
+    columns = np.array(table, dtype=np.int64).reshape(-1, 4).T.copy()
+    joined = _SEPARATOR.join(rows).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(list(kinds)).encode() + b"\0" + joined + b"\0")
+    digest.update(columns.astype("<i8").tobytes())
+    return ShardIndex(
+        path=path,
+        num_samples=len(rows),
+        extensions=tuple(kinds),
+        joined_keys=np.frombuffer(joined, dtype=np.uint8),
+        samples=columns[0],
+        kinds=columns[1],
+        offsets=columns[2],
+        sizes=columns[3],
+        digest=digest.hexdigest(),
+    )
+
+
+def _side_cars(path: str) -> Iterator[str]:
+    """Name the places of the side-car, best first."""
+    yield f"{path}.idx.npz"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    real = os.path.realpath(path)
+    place = hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()
+    name = f"{place}-{os.path.basename(path)}.idx.npz"
+    yield os.path.join(cache, "dist_siglip", "index", name)
+
+
+def _read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
+    """Read a side-car; None if there is none, or it is damaged, or made for another file."""
+    try:
+        with open(side_car, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            if {key: header[key] for key in identity} != identity:
+                return None
+            columns = arrays["members"]
+            index = ShardIndex(
+                path=path,
+                num_samples=int(header["num_samples"]),
+                extensions=tuple(str(extension) for extension in header["extensions"]),
+                joined_keys=arrays["keys"],
+                samples=columns[0],
+                kinds=columns[1],
+                offsets=columns[2],
+                sizes=columns[3],
+                digest=str(header["digest"]),
+            )
+    except FileNotFoundError:
+        return None
+    except _DAMAGE:
+        _LOGGER.warning("side-car %r is damaged and will be written again", side_car)
+        return None
+    return index
+
+
+def _write_side_car(side_car: str, index: ShardIndex, identity: dict[str, str | int]) -> bool:
+    """Write a side-car beside its final name and rename it; False if the place is closed."""
+    header = {
+        **identity,
+        "num_samples": index.num_samples,
+        "extensions": index.extensions,
+        "digest": index.digest,
+    }
+    temporary = f"{side_car}.{uuid4().hex}.tmp"
+    try:
+        os.makedirs(os.path.dirname(side_car) or ".", exist_ok=True)
+        with open(temporary, "xb") as file:
+            np.savez(
+                file,
+                header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+                members=np.stack([index.samples, index.kinds, index.offsets, index.sizes]),
+                keys=index.joined_keys,
+            )
+        os.replace(temporary, side_car)
+    except OSError as error:
+        _LOGGER.debug("no side-car at %r: %s", side_car, error)
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        return False
+    return True

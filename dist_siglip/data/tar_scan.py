@@ -1,0 +1,167 @@
+"""Which members does a tar file hold, and where are their bytes?
+
+Only headers are read, never extracted: one ``pread`` of a few kilobytes usually covers the header
+of an image, its caption and the next header. Plain ustar headers and the PAX headers that carry
+nothing but times and owners (webdataset's writer adds one to every member) are read here; any
+other kind of header (long names, links, sparse files) sends the whole file through the standard
+library's ``tarfile``. Both ways find a file that was cut short, even exactly between two
+members: a complete archive ends with a block of zeros.
+"""
+
+import os
+import tarfile
+import zlib
+from typing import NamedTuple
+
+from dist_siglip.errors import UserError
+
+_BLOCK = 512
+_WINDOW = 4096  # bytes read at a time: a header and a small member
+_END = bytes(_BLOCK)
+_REGULAR = (b"0", b"\0")
+_PAX = b"x"
+_PAX_LIMIT = 1 << 16
+# PAX keywords that move no byte and rename nothing.
+_HARMLESS = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"})
+_GZIP = b"\x1f\x8b"
+_REMEDY = "fetch or write the shard again, or take it off the list"
+
+
+class Member(NamedTuple):
+    """A regular file inside a tar: its name, and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan_tar(path: str) -> list[Member]:
+    """List the regular members of an uncompressed tar file, in file order.
+
+    Args:
+        path: local file.
+
+    Returns:
+        Name, byte offset and byte size of each member. Folders and links are left out.
+
+    Raises:
+        UserError: if the file is empty, compressed, cut short, or not a tar archive.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise UserError(f"shard {path!r} is empty; {_REMEDY}")
+        if os.pread(descriptor, 2, 0) == _GZIP:
+            raise UserError(f"shard {path!r} is compressed; unpack it with gunzip")
+        members = _scan_headers(path, descriptor, size)
+        return _scan_with_tarfile(path, descriptor) if members is None else members
+    finally:
+        os.close(descriptor)
+
+
+def _scan_headers(path: str, descriptor: int, file_size: int) -> list[Member] | None:
+    """Walk plain headers; None if one of them needs ``tarfile``."""
+    members: list[Member] = []
+    window, start = b"", 0
+    position = 0
+    while True:
+        if position + _BLOCK > start + len(window):
+            window, start = os.pread(descriptor, _WINDOW, position), position
+        header = window[position - start : position - start + _BLOCK]
+        if header == _END:
+            return members
+        if len(header) < _BLOCK:
+            raise UserError(f"shard {path!r} is cut short after {file_size} bytes; {_REMEDY}")
+        kind = header[156:157]
+        size = _octal(header[124:136])
+        if size is None or (kind not in _REGULAR and kind != _PAX) or not _is_sound(header):
+            return None
+        offset = position + _BLOCK
+        if offset + size > file_size:
+            raise UserError(
+                f"shard {path!r} is cut short inside member {_name(header)!r}; {_REMEDY}"
+            )
+        if kind == _PAX:
+            if size > _PAX_LIMIT or not _is_harmless(os.pread(descriptor, size, offset)):
+                return None
+        else:
+            name = _name(header)
+            if name.endswith("/"):  # a folder, in the oldest format
+                return None
+            members.append(Member(name, offset, size))
+        position = offset + -(-size // _BLOCK) * _BLOCK
+
+
+def _scan_with_tarfile(path: str, descriptor: int) -> list[Member]:
+    """List the members with the standard library: slower, and knows every kind of header."""
+    members: list[Member] = []
+    previous = -1
+    try:
+        with (
+            open(descriptor, "rb", closefd=False) as file,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive,
+        ):
+            file_size = os.fstat(descriptor).st_size
+            for entry in archive:
+                if entry.offset <= previous:  # a negative size would send tarfile round and round
+                    raise tarfile.ReadError("a header points backwards")
+                previous = entry.offset
+                if entry.isreg() and not entry.issparse():
+                    if entry.offset_data + entry.size > file_size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    members.append(Member(entry.name, entry.offset_data, entry.size))
+            end = archive.offset
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise UserError(f"shard {path!r} is damaged or cut short ({error}); {_REMEDY}") from error
+    if os.pread(descriptor, _BLOCK, end) != _END:
+        raise UserError(f"shard {path!r} is damaged or cut short at byte {end}; {_REMEDY}")
+    return members
+
+
+def _is_sound(header: bytes) -> bool:
+    """Compare the checksum of a header: the sum of its bytes, its own field counted as spaces.
+
+    The low half of Adler-32 is 1 + the sum of all bytes, modulo 65521: twenty times faster than a
+    sum in Python, and as good at telling headers from other bytes.
+    """
+    field = header[148:156]
+    expected = _octal(field)
+    if expected is None:
+        return False
+    total = expected - 8 * ord(" ") + sum(field)
+    return (1 + total) % 65521 == zlib.adler32(header) & 0xFFFF
+
+
+def _octal(field: bytes) -> int | None:
+    """Read an octal number; None for another notation (sizes above 8 GB) or none at all."""
+    digits = field.split(b"\0", 1)[0].strip()
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:  # the digits 8 and 9
+        return None
+
+
+def _name(header: bytes) -> str:
+    """Join prefix and name; bytes that are not UTF-8 survive as surrogates, as in tarfile."""
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0]
+    joined = prefix + b"/" + name if prefix else name
+    return joined.decode("utf-8", "surrogateescape")
+
+
+def _is_harmless(records: bytes) -> bool:
+    """Tell whether PAX records ("<length> <keyword>=<value>" lines) change no name or size."""
+    position = 0
+    while position < len(records):
+        space = records.find(b" ", position, position + 20)
+        equals = records.find(b"=", position)
+        if space < 0 or equals < space or not records[position:space].isdigit():
+            return False
+        if records[space + 1 : equals] not in _HARMLESS:
+            return False
+        length = int(records[position:space])
+        if length < equals - position:
+            return False
+        position += length
+    return True

@@ -1,0 +1,342 @@
+"""How do shards become the batches of a Lightning run that can stop and go on at any sample?
+
+``ImageTextDataModule`` wires the parts of ``dist_siglip.data`` to Lightning: it checks the data
+before anything starts, gives every rank its slice of each global batch, and keeps the one integer
+that resuming needs. That integer counts batches that were trained on. Loaders run ahead of
+training, and Lightning's own epoch counter has moved on by the time a run stops early, so neither
+can say where training stands; a small callback, first in line so that every checkpoint sees its
+count, does.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader
+
+from dist_siglip.data.agreement import check_ranks_agree
+from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.faults import BadSampleLimit
+from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.loader import build_loader
+from dist_siglip.data.pairs import PairTable, build_pair_table
+from dist_siglip.data.position import (
+    BatchPlan,
+    EvaluationBatchSampler,
+    GlobalBatchSampler,
+    Progress,
+    check_divisible,
+)
+from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.distributed import World
+from dist_siglip.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class ImageTextDataModule(LightningDataModule):
+    """Pairs of pictures and captions from webdataset shards, exact to the sample.
+
+    The order of the training samples, their crops and the cut into global batches depend on the
+    data, ``seed``, ``global_batch_size`` and ``block_shards`` alone, not on the number of ranks or
+    loader processes. A checkpoint written after any step resumes with the next sample. Run it with
+    ``Trainer(max_epochs=-1, max_steps=..., use_distributed_sampler=False)``: the training loader
+    has no end.
+
+    Args:
+        train_shards: webdataset shards to train on: a .tar file, a folder of them, a brace
+            pattern such as "train/{00000..00127}.tar", or a list of these. Null: no training.
+        val_shards: shards to evaluate on, likewise. Null: no validation.
+        inputs: preprocessing of the model; the command line fills it in from the model.
+        global_batch_size: pairs of one training batch over all ranks; they must divide it.
+        val_local_batch_size: pairs of one evaluation batch on each rank.
+        workers_per_rank: loader processes of each rank; 0 loads in the training process.
+        prefetch_factor: batches each loader process prepares ahead.
+        seed: of sample order and augmentation, >= 0.
+        block_shards: shards shuffled together; more mixes better, fewer reads more locally.
+        train_crop_scale: share of the picture's area a random training crop keeps, (least, most).
+            Null turns augmentation off.
+        image_extensions: members that are the picture of a sample, in order of preference.
+        max_image_pixels: pictures with more pixels count as bad samples.
+        max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
+            before the run stops. Bad samples are named in the log and replaced.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        train_shards: str | list[str] | None = None,
+        val_shards: str | list[str] | None = None,
+        inputs: ModelInputs | None = None,
+        global_batch_size: int = 256,
+        val_local_batch_size: int = 256,
+        workers_per_rank: int = 2,
+        prefetch_factor: int = 2,
+        seed: int = 0,
+        block_shards: int = 16,
+        train_crop_scale: tuple[float, float] | None = (0.9, 1.0),
+        image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
+        max_image_pixels: int = 64_000_000,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        _check_least("global_batch_size", global_batch_size, 1)
+        _check_least("val_local_batch_size", val_local_batch_size, 1)
+        _check_least("workers_per_rank", workers_per_rank, 0)
+        _check_least("prefetch_factor", prefetch_factor, 1)
+        _check_least("seed", seed, 0)
+        _check_least("block_shards", block_shards, 1)
+        _check_least("max_image_pixels", max_image_pixels, 1)
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction ({max_bad_fraction}) must be in [0, 1]")
+        if train_crop_scale and not 0 < train_crop_scale[0] <= train_crop_scale[1] <= 1:
+            raise UserError(
+                f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
+            )
+        self.train_shards = train_shards
+        self.val_shards = val_shards
+        self.inputs = inputs
+        self.global_batch_size = global_batch_size
+        self.val_local_batch_size = val_local_batch_size
+        self.workers_per_rank = workers_per_rank
+        self.prefetch_factor = prefetch_factor
+        self.seed = seed
+        self.block_shards = block_shards
+        self.train_crop_scale = train_crop_scale
+        self.image_extensions = image_extensions
+        self.max_image_pixels = max_image_pixels
+        self.progress = Progress()
+        self.train_dataset: PairDataset | None = None
+        self.val_dataset: PairDataset | None = None
+        self.plan: BatchPlan | None = None
+        self._tables: dict[str, PairTable] = {}
+        self._restored: dict[str, int | str] | None = None
+        self._bad_samples = BadSampleLimit(max_bad_fraction)
+
+    @property
+    def num_substituted(self) -> int:
+        """Bad samples replaced in the training batches of this rank, since this process started."""
+        return self._bad_samples.num_substituted
+
+    def check(self, world_size: int) -> None:
+        """Find what is wrong with data and batch sizes before any rank is started.
+
+        Reads shard headers (and leaves side-cars), no picture.
+
+        Args:
+            world_size: ranks the run will have.
+
+        Raises:
+            UserError: if shards are missing or damaged, there is nothing to do, or the global batch
+                does not fit the data or the ranks.
+        """
+        if self.train_shards is None and self.val_shards is None:
+            raise UserError("train_shards and val_shards are both null; set at least one")
+        if self.train_shards is not None:
+            check_divisible(self.global_batch_size, world_size)
+            self._make_plan()
+        if self.val_shards is not None:
+            self._table("val_shards")
+
+    def prepare_data(self) -> None:
+        """Index the shards, on the first rank of each node; the others read the side-cars."""
+        runs = None if self.trainer is None else self.trainer.state.fn
+        stage = "fit" if runs is None else runs.value
+        for name in self._settings_of(stage):
+            self._table(name)
+
+    def setup(self, stage: str) -> None:
+        """Build what a stage needs; during ``fit``, start counting.
+
+        Raises:
+            UserError: if shards or ``inputs`` are missing, ranks see different data, or the trainer
+                accumulates gradients.
+        """
+        if self.inputs is None:
+            raise UserError("inputs (null) must describe what the model wants to be fed")
+        for name in self._settings_of(stage):
+            check_ranks_agree(self._table(name), name=name, device=self._device())
+        if stage == "fit":
+            check_divisible(self.global_batch_size, self._world().world_size)
+            self.plan = self._make_plan()
+            self.train_dataset = PairDataset(
+                self._table("train_shards"),
+                training_transform(self.inputs, self.train_crop_scale),
+                seed=self.seed,
+                max_image_pixels=self.max_image_pixels,
+            )
+            if self.trainer is not None:
+                _refuse_accumulation(self.trainer)
+                _count_first(self.trainer, self)
+                if self.val_shards is None:
+                    self.trainer.limit_val_batches = 0  # an empty loader would warn
+            self._resume()
+        if "val_shards" in self._settings_of(stage):
+            self.val_dataset = PairDataset(
+                self._table("val_shards"),
+                evaluation_transform(self.inputs),
+                seed=self.seed,
+                max_image_pixels=self.max_image_pixels,
+                is_evaluation=True,
+            )
+
+    def train_dataloader(self) -> DataLoader[PairSample]:
+        """Endless loader of this rank's slice of every global batch, from where training stands."""
+        if self.train_dataset is None or self.plan is None:
+            raise RuntimeError("call setup('fit') before train_dataloader()")
+        world = self._world()
+        sampler = GlobalBatchSampler(
+            self.plan, rank=world.rank, world_size=world.world_size, progress=self.progress
+        )
+        if world.is_first:
+            _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
+        return self._loader(self.train_dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[PairSample] | list[DataLoader[PairSample]]:
+        """Loader of this rank's part of the evaluation pairs; none without ``val_shards``."""
+        if self.val_dataset is None:
+            return []
+        world = self._world()
+        sampler = EvaluationBatchSampler(
+            len(self.val_dataset),
+            rank=world.rank,
+            world_size=world.world_size,
+            local_batch_size=self.val_local_batch_size,
+        )
+        return self._loader(self.val_dataset, sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples consumed, and what makes that number mean the same thing later."""
+        identity = {} if self.plan is None else self.plan.identity()
+        return {"samples_consumed": self.progress.samples_consumed, **identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            UserError: if data, seed, global batch or block size are not what they were.
+        """
+        self._restored = dict(state_dict)
+        self._resume()
+
+    def on_before_batch_transfer(
+        self, batch: ImageTextBatch, dataloader_idx: int
+    ) -> ImageTextBatch:
+        """Count substitutes while the batch is still on the CPU."""
+        if self.trainer is not None and self.trainer.training:
+            self._bad_samples.count(int(batch.substituted.sum()))
+        return batch
+
+    def _advance(self) -> None:
+        """Count one trained global batch."""
+        self.progress.samples_consumed += self.global_batch_size
+        self._bad_samples.finish_step(self.global_batch_size, self._device())
+
+    def _resume(self) -> None:
+        """Take over a restored position once the plan it belongs to exists."""
+        if self._restored is None or self.plan is None:
+            return
+        self.plan.check_identity(self._restored)
+        self.progress.samples_consumed = int(self._restored["samples_consumed"])
+        self._restored = None
+
+    def _make_plan(self) -> BatchPlan:
+        table = self._table("train_shards")
+        return BatchPlan(
+            counts=table.counts,
+            fingerprint=table.fingerprint,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            block_shards=self.block_shards,
+        )
+
+    def _settings_of(self, stage: str) -> list[str]:
+        """Name the settings whose shards a stage reads."""
+        if stage != "fit":
+            return ["val_shards"]
+        return ["train_shards"] if self.val_shards is None else ["train_shards", "val_shards"]
+
+    def _table(self, name: str) -> PairTable:
+        """Expand and index the shards of one setting, once in this process."""
+        if name not in self._tables:
+            spec = getattr(self, name)
+            if spec is None:
+                raise UserError(f"{name} (null) must name the shards to read")
+            self._tables[name] = build_pair_table(
+                expand_shards(spec, name=name), image_extensions=self.image_extensions, name=name
+            )
+        return self._tables[name]
+
+    def _world(self) -> World:
+        """Rank and world size as the trainer has them; without one, as torch has them."""
+        if self.trainer is None:
+            return World.detect()
+        return World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+
+    def _device(self) -> torch.device:
+        """Where this rank computes and communicates."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _loader(
+        self, dataset: PairDataset, sampler: GlobalBatchSampler | EvaluationBatchSampler
+    ) -> DataLoader[PairSample]:
+        assert self.inputs is not None  # setup has checked it
+        return build_loader(
+            dataset,
+            sampler,
+            PairCollator(self.inputs.tokenizer),
+            workers_per_rank=self.workers_per_rank,
+            prefetch_factor=self.prefetch_factor,
+            pin_memory=self._device().type == "cuda",
+        )
+
+
+class _PositionCounter(Callback):
+    """Tell the data module about every trained batch."""
+
+    def __init__(self, datamodule: ImageTextDataModule) -> None:
+        self.datamodule = datamodule
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.datamodule._advance()
+
+
+def _count_first(trainer: Trainer, datamodule: ImageTextDataModule) -> None:
+    """Put the counter before all callbacks, so that a checkpoint of this step has its count."""
+    callbacks = _callbacks(trainer)
+    others = [callback for callback in callbacks if not isinstance(callback, _PositionCounter)]
+    callbacks[:] = [_PositionCounter(datamodule), *others]
+
+
+def _refuse_accumulation(trainer: Trainer) -> None:
+    """Refuse settings under which a step is not one global batch."""
+    scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer))
+    if trainer.accumulate_grad_batches != 1 or scheduled:
+        value = "scheduled" if scheduled else trainer.accumulate_grad_batches
+        raise UserError(
+            f"accumulate_grad_batches ({value}) must be 1: accumulation changes a contrastive "
+            "loss, whose negatives come from one batch; raise global_batch_size instead"
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return callbacks
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} ({value}) must be at least {least}")

@@ -1,0 +1,152 @@
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.position import Slot
+from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.errors import UserError
+from tests.support.shards import caption, encode, picture, tiny_inputs, write_shard, write_shards
+
+
+def dataset(shards, crop=(0.3, 1.0), **options):
+    table = build_pair_table([str(s) for s in shards], image_extensions=("jpg", "png"))
+    settings = {"seed": 7, "max_image_pixels": 10_000} | options
+    return PairDataset(table, training_transform(tiny_inputs(), crop), **settings)
+
+
+def write_bad(folder, bad):
+    """One shard of six samples, some of them replaced by bad members."""
+    members = []
+    for i in range(6):
+        parts = {"png": encode(picture(i)), "txt": caption(i).encode()} | bad.get(i, {})
+        members.append((f"key{i}", parts))
+    return [write_shard(folder / "a.tar", members)]
+
+
+def test_sample_of_a_slot_is_the_stored_pair(tmp_path):
+    data = dataset(write_shards(tmp_path), crop=None)
+    for i in (0, 7, 20, 36):
+        sample = data[Slot(0, 99, i)]
+        assert torch.equal(sample.image, evaluation_transform(tiny_inputs())(picture(i)))
+        assert (sample.caption, sample.sample_id) == (caption(i), i)
+        assert (sample.is_valid, sample.is_substitute) == (True, False)
+    assert len(data) == 37
+
+
+def test_crop_is_a_function_of_seed_epoch_and_position(tmp_path):
+    shards = write_shards(tmp_path)
+    data = dataset(shards)
+    reference = data[Slot(2, 5, 9)].image
+    assert torch.equal(reference, data[Slot(2, 5, 9)].image)
+    assert torch.equal(reference, pickle.loads(pickle.dumps(data))[Slot(2, 5, 9)].image)
+    for other in (data[Slot(3, 5, 9)], data[Slot(2, 6, 9)], dataset(shards, seed=8)[Slot(2, 5, 9)]):
+        assert not torch.equal(reference, other.image)
+
+
+def test_loading_leaves_the_generators_of_the_process_alone(tmp_path):
+    data = dataset(write_shards(tmp_path))
+    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+    data[Slot(0, 0, 0)]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == [random.getstate(), np.random.get_state()[1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"png": b"junk"}, "cannot be decoded"),
+        ({"png": encode(picture(2, side=200))[:5000]}, "200 x 200 pixels, at most 10000"),
+        ({"png": encode(picture(2))[:-100]}, "cannot be decoded"),
+        ({"png": b""}, "cannot be decoded"),
+        ({"txt": b""}, "caption is empty"),
+        ({"txt": b"\xff\xfe"}, "caption is not UTF-8"),
+    ],
+)
+def test_bad_sample_is_replaced_named_and_marked(tmp_path, caplog, parts, reason):
+    shards = write_bad(tmp_path, {2: parts})
+    data = dataset(shards)
+    sample = data[Slot(0, 4, 2)]
+    assert sample.is_substitute
+    assert sample.is_valid
+    assert sample.sample_id != 2
+    assert sample.caption == caption(sample.sample_id)
+    assert f"{shards[0]}/key2" in caplog.text
+    assert reason in caplog.text
+    assert data[Slot(0, 4, 2)].sample_id == sample.sample_id
+
+
+def test_substitutes_differ_between_positions(tmp_path):
+    data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}))
+    assert {data[Slot(0, place, 2)].sample_id for place in range(60)} == {0, 1, 3, 4, 5}
+
+
+def test_evaluation_does_not_count_substitutes_or_padding(tmp_path):
+    data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}), is_evaluation=True)
+    assert not data[Slot(0, 2, 2)].is_valid
+    assert not data[Slot(0, 6, 5, is_padding=True)].is_valid
+    assert data[Slot(0, 3, 3)].is_valid
+
+
+def test_all_bad_ends_with_an_error(tmp_path):
+    data = dataset(write_bad(tmp_path, {i: {"png": b"junk"} for i in range(6)}))
+    with pytest.raises(UserError, match=r"a\.tar/key2' and 20 substitutes are all bad"):
+        data[Slot(0, 0, 2)]
+
+
+def test_warnings_are_rate_limited(tmp_path, caplog):
+    data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}))
+    for place in range(250):
+        data[Slot(0, place, 2)]
+    assert 20 < len(caplog.records) < 30
+
+
+def test_shard_cut_while_the_run_goes_on_gives_bad_samples(tmp_path, caplog):
+    shards = write_shards(tmp_path, (3, 3))
+    data = dataset(shards)
+    os.truncate(shards[1], 1000)
+    sample = data[Slot(0, 0, 5)]
+    assert sample.sample_id < 3
+    assert "bytes early" in caplog.text
+
+
+def test_pickles_in_a_shard_are_never_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    bomb = pickle.dumps(Bomb())
+    extra = dict.fromkeys(("pyd", "pkl", "pickle", "pth", "npy", "a.pyd", "png.pkl"), bomb)
+    data = dataset(write_bad(tmp_path, {1: extra, 3: {"png": bomb}, 4: {"txt": bomb}}))
+    samples = [data[Slot(0, i, i)] for i in range(6)]
+    assert [sample.is_substitute for sample in samples] == [False, False, False, True, True, False]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_raw_returns_what_is_stored(tmp_path):
+    jpeg = encode(picture(1), "JPEG")
+    shard = write_shard(
+        tmp_path / "a.tar",
+        [("k", {"png": jpeg, "txt": b" a fox\n"}), ("l", {"png": b"junk", "txt": b"a hen"})],
+    )
+    data = dataset([shard])
+    assert data.raw(0) == (jpeg, "image/jpeg", "a fox")
+    with pytest.raises(BadSampleError):
+        data.raw(1)
+
+
+def test_programming_errors_in_a_transform_are_not_bad_samples(tmp_path):
+    table = build_pair_table(write_shards(tmp_path), image_extensions=("png",))
+
+    def broken(image: Image.Image) -> torch.Tensor:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        PairDataset(table, broken, seed=0, max_image_pixels=10_000)[Slot(0, 0, 0)]

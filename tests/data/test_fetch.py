@@ -1,0 +1,70 @@
+import os
+import pickle
+
+import pytest
+
+from dist_siglip.data import fetch
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.pairs import Span
+
+
+@pytest.fixture
+def files(tmp_path):
+    for number in range(5):
+        (tmp_path / f"{number}.tar").write_bytes(b"0123456789" * (number + 1))
+    return [str(tmp_path / f"{number}.tar") for number in range(5)]
+
+
+def num_open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files")
+
+
+def test_spans_are_read_exactly(files):
+    reader = ShardReader()
+    assert reader.read(Span(files[0], 3, 4)) == b"3456"
+    assert reader.read(Span(files[4], 48, 2)) == b"89"
+    assert reader.read(Span(files[0], 0, 0)) == b""
+
+
+@pytest.mark.parametrize(
+    ("span", "reason"),
+    [
+        (Span("0.tar", 8, 3), "ends 1 bytes early"),
+        (Span("0.tar", 0, 21), "of 21 bytes, at most 20"),
+        (Span("missing.tar", 0, 1), "cannot be read"),
+    ],
+)
+def test_unreadable_spans_are_bad_samples(files, tmp_path, span, reason):
+    reader = ShardReader(max_member_bytes=20)
+    with pytest.raises(BadSampleError, match=reason):
+        reader.read(span._replace(shard=str(tmp_path / span.shard)))
+
+
+@needs_proc
+def test_open_files_stay_bounded_and_close(files, monkeypatch):
+    monkeypatch.setattr(fetch, "_OPEN_SHARDS", 2)
+    before = num_open_files()
+    reader = ShardReader()
+    for _ in range(3):
+        for path in files:
+            assert reader.read(Span(path, 0, 1)) == b"0"
+            assert num_open_files() <= before + 2
+    reader.close()
+    assert num_open_files() == before
+    assert reader.read(Span(files[0], 0, 1)) == b"0"
+
+
+@needs_proc
+def test_copies_open_their_own_files(files):
+    reader = ShardReader()
+    reader.read(Span(files[0], 0, 1))
+    opened = num_open_files()
+    copy = pickle.loads(pickle.dumps(reader))
+    assert num_open_files() == opened
+    assert copy.read(Span(files[0], 1, 2)) == b"12"
+    del copy
+    assert reader.read(Span(files[0], 1, 2)) == b"12"

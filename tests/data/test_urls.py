@@ -1,0 +1,108 @@
+import os
+import sys
+import types
+
+import pytest
+
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.tar", "a.tar", "c.tar", "a.tar.idx.npz", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_folder_gives_its_tars_sorted(folder):
+    assert expand_shards(str(folder)) == [str(folder / f"{name}.tar") for name in "abc"]
+
+
+def test_braces_expand_in_the_order_given(folder):
+    assert expand_shards(f"{folder}/{{c,a}}.tar") == [str(folder / "c.tar"), str(folder / "a.tar")]
+
+
+def test_list_and_double_colon_keep_their_order(folder):
+    expected = [str(folder / f"{name}.tar") for name in "cba"]
+    assert expand_shards([f"{folder}/c.tar", f"{folder}/{{b,a}}.tar"]) == expected
+    assert expand_shards("::".join(expected)) == expected
+
+
+def test_existing_path_with_braces_is_taken_literally(tmp_path):
+    path = tmp_path / "{a,b}.tar"
+    path.write_bytes(b"x")
+    assert expand_shards(str(path)) == [str(path)]
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert expand_shards("~/a.tar") == [str(folder / "a.tar")]
+
+
+def test_missing_files_are_counted_and_named(folder):
+    with pytest.raises(
+        UserError, match=r"val_shards .* 2 missing files, first '.*/d\.tar'"
+    ) as info:
+        expand_shards(f"{folder}/{{a,d,e}}.tar", name="val_shards")
+    assert "\n" not in str(info.value)
+    assert "allowed: a local .tar file" in str(info.value)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"without \.tar files"):
+        expand_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", [[], ""])
+def test_naming_nothing_is_refused(spec):
+    with pytest.raises(UserError, match="shards"):
+        expand_shards(spec)
+
+
+def test_naming_a_shard_twice_is_refused(folder):
+    os.symlink(folder / "a.tar", folder / "z.tar")
+    with pytest.raises(UserError, match="twice"):
+        expand_shards(str(folder))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "pipe:cat {0}/a.tar",
+        "{0}/a.tar::pipe:cat {0}/b.tar",
+        "https://example.org/a.tar",
+        "s3://bucket/{{a,b}}.tar",
+        "file:{0}/a.tar",
+        "{{pipe:true,{0}/a.tar}}",
+    ],
+)
+def test_what_is_not_a_local_path_is_refused(folder, spec):
+    with pytest.raises(UserError, match="not a path on this machine"):
+        expand_shards(spec.format(folder))
+
+
+def test_environment_is_not_read(folder, monkeypatch):
+    monkeypatch.setenv("WDS_PLACE", str(folder))
+    with pytest.raises(UserError, match="variable"):
+        expand_shards("${PLACE}/a.tar")
+
+
+def test_unbalanced_brace_is_a_user_error(folder):
+    with pytest.raises(UserError, match="not a brace pattern"):
+        expand_shards(f"{folder}/{{a.tar")
+
+
+def test_webdataset_is_locked_before_its_import(folder, monkeypatch):
+    monkeypatch.delenv("WDS_SECURE", raising=False)
+    seen = []
+
+    class Recorder(types.ModuleType):
+        def __getattr__(self, name):
+            seen.append(os.environ.get("WDS_SECURE"))
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", Recorder("webdataset.shardlists"))
+    with pytest.raises(ImportError):
+        expand_shards(f"{folder}/{{a,b}}.tar")
+    assert set(seen) == {"1"}
