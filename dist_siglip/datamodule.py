@@ -172,7 +172,7 @@ class ImageTextDataModule(LightningDataModule):
                 max_image_pixels=self.max_image_pixels,
             )
             if self.trainer is not None:
-                _refuse_accumulation(self.trainer)
+                refuse_accumulation(self.trainer)
                 _count_first(self.trainer, self)
                 if self.val_shards is None:
                     self.trainer.limit_val_batches = 0  # an empty loader would warn
@@ -321,8 +321,12 @@ def _count_first(trainer: Trainer, datamodule: ImageTextDataModule) -> None:
     callbacks[:] = [_PositionCounter(datamodule), *others]
 
 
-def _refuse_accumulation(trainer: Trainer) -> None:
-    """Refuse settings under which a step is not one global batch."""
+def refuse_accumulation(trainer: Trainer) -> None:
+    """Refuse settings under which a step is not one global batch.
+
+    Raises:
+        UserError: if the trainer accumulates gradients.
+    """
     scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer))
     if trainer.accumulate_grad_batches != 1 or scheduled:
         value = "scheduled" if scheduled else trainer.accumulate_grad_batches

@@ -10,8 +10,8 @@ class UserError(ValueError):
     """A mistake of the user, in one line: name, value, what is allowed, remedy.
 
     Example:
-        >>> raise UserError("global_batch_size (100) must be divisible by world_size (8); use 96")
+        >>> raise UserError("chunk_rows (0) must be at least 1")
         Traceback (most recent call last):
             ...
-        dist_siglip.errors.UserError: global_batch_size (100) must be divisible by world_size (8); use 96
+        dist_siglip.errors.UserError: chunk_rows (0) must be at least 1
     """

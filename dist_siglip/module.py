@@ -83,10 +83,20 @@ class SigLipModule(LightningModule):
         self.evaluation = PairEvaluation()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
+        self._loaded_steps = 0
         # Stays on the device of the batches: reading it each step would wait for the GPU.
         self._num_substituted: Tensor | int = 0
         if compile_towers:
             translate_towers(self.towers)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
+        return max(self.global_step, self._loaded_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the step: Lightning's evaluation loop restores weights only."""
+        self._loaded_steps = int(checkpoint["global_step"])
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
@@ -140,7 +150,7 @@ class SigLipModule(LightningModule):
             "learned_relative_bias": -logit_bias / logit_scale,
         }
         self.last_evaluation = Evaluation(metrics, evaluation.arrays)
-        self.last_evaluated_step = self.global_step
+        self.last_evaluated_step = self.steps_done
         # Every rank has the same numbers; nothing is left to synchronise.
         values = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(values, sync_dist=False, rank_zero_only=False)
@@ -170,9 +180,8 @@ class SigLipModule(LightningModule):
         Lightning's own clipping refuses fused AdamW under mixed precision.
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(
-                f"trainer.gradient_clip_algorithm ({gradient_clip_algorithm}) must be norm"
-            )
+            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
+            raise UserError(f"trainer.gradient_clip_algorithm ({given}) must be norm")
         norm: Tensor | None = None
         if gradient_clip_val:
             norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)

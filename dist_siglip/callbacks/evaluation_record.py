@@ -17,7 +17,7 @@ from dist_siglip.runs import RunFolder, write_atomically
 class EvaluationRecord(Callback):
     """Writes metrics.json, arrays.npz and examples.json after every evaluation, on rank 0.
 
-    Reads ``pl_module.last_evaluation`` and, for pictures and captions,
+    Reads ``pl_module.last_evaluation``, ``last_evaluated_step`` and, for pictures and captions,
     ``trainer.datamodule.val_dataset``.
 
     Args:
@@ -33,7 +33,7 @@ class EvaluationRecord(Callback):
         if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
             return
         folder = RunFolder(Path(trainer.default_root_dir)).evaluation
-        numbers = {"step": trainer.global_step, **evaluation.metrics}
+        numbers = {"step": pl_module.last_evaluated_step, **evaluation.metrics}
         finite = {
             name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
         }

@@ -4,11 +4,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -28,11 +27,11 @@ class MetricsLog(Logger):
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__()
         self._path = RunFolder(Path(run_dir)).metrics
-        self._trainer: Trainer | None = None
+        self._steps_done: Callable[[], int] | None = None
 
-    def follow(self, trainer: Trainer) -> None:
-        """Number lines by the optimizer steps ``trainer`` has done."""
-        self._trainer = trainer
+    def follow(self, steps_done: Callable[[], int]) -> None:
+        """Number lines by what ``steps_done`` says: the optimizer steps behind the weights."""
+        self._steps_done = steps_done
 
     @property
     def name(self) -> str:
@@ -54,7 +53,7 @@ class MetricsLog(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line."""
         # Lightning hands over a batch counter that starts at 0 in training and at 1 elsewhere.
-        done = step if self._trainer is None else self._trainer.global_step
+        done = step if self._steps_done is None else self._steps_done()
         line: dict[str, Any] = {"step": done, "time": round(time.time(), 3)}
         for name, value in metrics.items():
             if name != "epoch":  # means nothing for a loader without an end

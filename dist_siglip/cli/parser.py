@@ -11,6 +11,7 @@ from dist_siglip.errors import UserError
 
 _UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
 _UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")
+_NOT_ACCEPTED = re.compile(r"does not accept (?:option|nested key) '([\w.]+)'")
 
 
 class VerbParser(ArgumentParser):
@@ -32,7 +33,8 @@ class TrainingParser(LightningArgumentParser):
 def one_line(message: str, parser: ArgumentParser) -> str:
     """Fold a complaint of jsonargparse into one line; name the nearest key for an unknown one."""
     folded = " ".join(message.split())
-    unknown = _UNKNOWN_KEY.search(folded) or _UNRECOGNIZED.search(folded)
+    patterns = (_UNKNOWN_KEY, _UNRECOGNIZED, _NOT_ACCEPTED)
+    unknown = next((found for found in (p.search(folded) for p in patterns) if found), None)
     if unknown is None:
         return folded if len(folded) <= 600 else f"{folded[:600]} ..."
     key = unknown.group(1).removeprefix("fit.").removeprefix("validate.")

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from jsonargparse import auto_cli
-
 from dist_siglip import models
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
@@ -33,14 +31,14 @@ RECALL_FLOOR = 0.5
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``quickstart`` and run it."""
-    code: int = auto_cli(
-        quickstart,
-        args=list(arguments),
-        parser_class=VerbParser,
-        prog=f"dist-siglip {verb}",
-        as_positional=False,
-    )
-    return code
+    return quickstart(**parser(verb).parse_args(list(arguments)).as_dict())
+
+
+def parser(verb: str) -> VerbParser:
+    """Return the parser of the options: the signature of ``quickstart``."""
+    made = VerbParser(prog=f"dist-siglip {verb}", description=quickstart.__doc__)
+    made.add_function_arguments(quickstart, as_group=False)
+    return made
 
 
 def quickstart(

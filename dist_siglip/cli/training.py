@@ -32,7 +32,7 @@ from dist_siglip.callbacks.checkpoint_io import read_checkpoint
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.table import print_evaluation
-from dist_siglip.datamodule import ImageTextDataModule
+from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 from dist_siglip.runs import (
@@ -140,7 +140,7 @@ class TrainingCLI(LightningCLI):
             plugins=plugins,
             **kwargs,
         )
-        metrics_log.follow(trainer)
+        metrics_log.follow(lambda: self.model.steps_done)
         return trainer
 
     @property
@@ -157,6 +157,7 @@ class TrainingCLI(LightningCLI):
             )
         world_size = self.trainer.num_nodes * self.trainer.num_devices
         self.datamodule.check(world_size)
+        refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._checkpoint_to_start_from(given)
         if self.start_checkpoint is not None:

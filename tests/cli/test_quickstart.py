@@ -1,0 +1,102 @@
+"""The quickstart as a newcomer runs it, shortened; killed and gone on with by ``fit``."""
+
+import json
+
+import pytest
+import torch
+
+from dist_siglip.runs import RunFolder
+from tests.support.command import kill_when, run_command
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+STEPS = 70  # one checkpoint at 50 on the way, and far too few for the floor
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    return folder, run_command("quickstart", f"--out={folder}", f"--steps={STEPS}")
+
+
+def losses(folder):
+    lines = map(json.loads, RunFolder(folder).metrics.read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_too_few_steps_print_the_table_and_fail_the_floor(short):
+    folder, done = short
+    assert done.returncode == 1, done.stderr
+    assert "is below the floor (0.5)" in done.stderr
+    printed = " ".join(done.stdout.split())
+    for words in (
+        "gallery of 500 pairs",
+        "recall@1",
+        "median rank",
+        "an identical caption counts as a hit",
+        "modality gap",
+        "margin",
+        "relative bias",
+        "training pairs per second",
+        "run folder",
+    ):
+        assert words in printed, words
+    assert RunFolder(folder).report.is_file()
+
+
+def test_no_handwriting_is_in_both_splits(short):
+    """The members of the shards say which rows of load_digits they show."""
+    import webdataset
+
+    used = {}
+    for split in ("train", "val"):
+        shards = sorted(map(str, (short[0] / "data").glob(f"{split}-*.tar")))
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+        rows = [row for s in samples for row in json.loads(s["json"])["handwriting"]]
+        used[split] = (len(samples), len(shards), set(rows))
+    assert used["train"][0] >= 20_000
+    assert used["train"][1] >= 8
+    assert used["val"][0] == 500
+    assert used["train"][2].isdisjoint(used["val"][2])
+
+
+def test_killed_midway_and_gone_on_with_fit_ends_the_same(short, tmp_path):
+    """SIGKILL of every process after the first checkpoint; ``fit`` on the folder finishes it."""
+    folder = RunFolder(tmp_path / "run")
+    kill_when(
+        ["quickstart", f"--out={folder.path}", f"--steps={STEPS}"],
+        lambda: folder.newest_checkpoint() is not None,
+    )
+    assert folder.steps_with_checkpoint() == [50]
+    done = run_command("fit", "--config", folder.config)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    uninterrupted = losses(short[0])
+    resumed = losses(folder.path)
+    assert resumed.keys() | {50} == uninterrupted.keys()
+    # Another order of samples would change every loss after step 50.
+    assert resumed == pytest.approx({s: uninterrupted[s] for s in resumed}, rel=1e-5)
+    for ours, theirs in zip(
+        weights(folder).values(), weights(RunFolder(short[0])).values(), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def weights(folder):
+    return torch.load(folder.checkpoint(STEPS), weights_only=True)["state_dict"]
+
+
+def test_a_second_call_shows_the_finished_run(short):
+    folder, _ = short
+    before = RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns
+    done = run_command("quickstart", f"--out={folder}", f"--steps={STEPS}")
+    assert done.returncode == 1
+    assert "is complete: step 70 of 70" in done.stderr
+    assert RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns == before
+
+
+def test_another_seed_in_the_folder_is_refused(short):
+    done = run_command("quickstart", f"--out={short[0]}", "--seed=1")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "seed" in line

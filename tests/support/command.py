@@ -1,0 +1,98 @@
+"""The command line as a user calls it: in a process of its own, on small shards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from dist_siglip.data.handwriting import write_handwriting_shards
+from tests.support.tiny_models import ARCHITECTURES, write_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process; the repository importable for recording callbacks."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+
+
+def run_command(*arguments: object, timeout_seconds: float = 180) -> subprocess.CompletedProcess:
+    """Run ``python -m dist_siglip ARGUMENTS`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+        timeout=timeout_seconds,
+    )
+
+
+def kill_when(arguments: list[object], is_time, timeout_seconds: float = 180) -> None:
+    """Start the command in a process group, SIGKILL the whole group once ``is_time()``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        while not is_time():
+            assert process.poll() is None, f"ended by itself with code {process.returncode}"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def write_settings(folder: Path, **trainer: object) -> Path:
+    """Write shards of 72 training and 20 validation pairs and a configuration for them."""
+    shards = write_handwriting_shards(
+        folder / "data", num_train_pairs=72, num_val_pairs=20, num_train_shards=3, image_size=48
+    )
+    settings = {
+        "seed_everything": 3,
+        "run_dir": str(folder / "run"),
+        "model": {
+            "model": write_config(folder / "tiny.json", ARCHITECTURES["clip"]),
+            "loss": {
+                "class_path": "dist_siglip.losses.SigLipLoss",
+                "init_args": {"exchange": "ring"},
+            },
+            # A large epsilon keeps Adam from blowing rounding differences up to whole steps.
+            "optim": {"learning_rate": 0.01, "epsilon": 0.01, "warmup_steps": 2},
+        },
+        "data": {
+            "train_shards": shards.train,
+            "val_shards": shards.val,
+            "global_batch_size": 12,
+            "workers_per_rank": 0,
+            "block_shards": 2,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 15,
+            "log_every_n_steps": 1,
+            "val_check_interval": 10,
+            **trainer,
+        },
+        "checkpoint": {"every_steps": 4},
+    }
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

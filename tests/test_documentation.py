@@ -1,0 +1,148 @@
+"""What is written down is true: file tree, commands, configurations, example, imports."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_siglip.cli import quickstart
+from dist_siglip.cli.training import TrainingCLI, train
+from tests.support.command import REPOSITORY, environment
+
+PACKAGE = REPOSITORY / "dist_siglip"
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def tree_paths():
+    """Paths listed in the README's file tree, relative to the package."""
+    (tree,) = [block for block in blocks(README, "") if block.startswith("dist_siglip/\n")]
+    folder, paths = "", set()
+    for line in tree.splitlines()[1:]:
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        if name.endswith("/"):
+            folder = name
+        else:
+            paths.add(name if depth == 1 else folder + name)
+    return paths
+
+
+def test_the_file_tree_lists_every_file_of_the_package():
+    files = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".json", ".yaml", ".html") and path.name != "__init__.py"
+    }
+    assert tree_paths() == files
+
+
+def test_every_line_of_the_file_tree_has_a_comment():
+    (tree,) = [block for block in blocks(README, "") if block.startswith("dist_siglip/\n")]
+    assert all(len(line.split()) > 1 for line in tree.splitlines()[1:])
+
+
+def test_the_example_of_the_readme_runs():
+    (example,) = blocks(README, "python")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d torch\.Size\(\[1\]\)\n", done.stdout)
+
+
+def documented_commands():
+    """Every dist-siglip command of the pages and of the heads of the configurations."""
+    texts = [(page, (REPOSITORY / page).read_text(encoding="utf-8")) for page in PAGES]
+    commands = [
+        (page, line)
+        for page, text in texts
+        for block in blocks(text, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
+        head = path.read_text(encoding="utf-8").split("\n\n")[0]
+        comment = "\n".join(line.lstrip("# ") for line in head.splitlines() if line.startswith("#"))
+        commands += [(path.name, line) for line in comment.replace("\\\n", " ").splitlines()]
+    for source, line in commands:
+        for part in line.split("#")[0].split("&&"):
+            if not part.strip().startswith(("dist-siglip ", "sbatch ")):
+                continue
+            words = shlex.split(part)
+            if words[:1] == ["dist-siglip"]:
+                yield pytest.param(words[1:], id=f"{source}:{' '.join(words[1:4])}")
+            if words[:2] == ["sbatch", "slurm/train.sbatch"]:
+                yield pytest.param(["fit", "--config", *words[2:]], id=f"{source}:sbatch")
+
+
+@pytest.mark.parametrize("words", list(documented_commands()))
+def test_documented_commands_parse(words, monkeypatch):
+    """The real parsers take them; nothing is built or run."""
+    monkeypatch.chdir(REPOSITORY)
+    # The one file a command names that only a run makes.
+    words = ["configs/quickstart.yaml" if w == "runs/quickstart/config.yaml" else w for w in words]
+    ran = []
+    monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
+    if words[0] == "quickstart":
+        assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
+    else:
+        train(words)
+        assert ran == [words[0]]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)
+def test_every_configuration_has_a_command_at_its_head(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"configs/{path.name}" in text.split("\n\n")[0]
+    assert yaml.safe_load(text)["run_dir"] == f"runs/{path.stem}"
+
+
+def modules():
+    return sorted(
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__main__.py"
+    )
+
+
+def test_each_module_imports_alone():
+    """A fresh interpreter per module would take minutes; a fresh module table takes seconds."""
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    for loaded in [m for m in sys.modules if m.startswith('dist_siglip')]:\n"
+        "        del sys.modules[loaded]\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *modules()],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_source_file_is_short():
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {path.name: n for path, n in lengths.items() if n > 350} == {}
+
+
+def test_no_page_names_a_machine():
+    unwanted = re.compile(r"/(?:wor" r"k|ro" r"ot|hom" r"e)/")
+    pages = [REPOSITORY / page for page in PAGES] + list(REPOSITORY.glob("*.md"))
+    assert [page for page in pages if unwanted.search(Path(page).read_text())] == []
