@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from dist_siglip.atomic import open_atomically
 from dist_siglip.errors import UserError
-from dist_siglip.runs.atomic import open_atomically
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dist_siglip.atomic import write_atomically
 from dist_siglip.data import PairDataset
 from dist_siglip.metrics import Evaluation
-from dist_siglip.runs import RunFolder, write_atomically
+from dist_siglip.runs import RunFolder
 
 
 class EvaluationRecord(Callback):

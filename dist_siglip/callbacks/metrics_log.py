@@ -11,7 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dist_siglip.runs import RunFolder, write_atomically
+from dist_siglip.atomic import write_atomically
+from dist_siglip.runs import RunFolder
 
 
 class MetricsLog(Logger):

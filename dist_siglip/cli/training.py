@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks import (
     AtomicCheckpointIO,
     EvaluationRecord,
@@ -39,7 +40,6 @@ from dist_siglip.runs import (
     RunFolder,
     collect_provenance,
     describe_differences,
-    write_atomically,
 )
 
 logger = logging.getLogger(__name__)

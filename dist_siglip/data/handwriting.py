@@ -13,7 +13,6 @@ training picture, and neither do the numbers of the validation captions. Picture
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_siglip.atomic import write_atomically
 from dist_siglip.data.number_words import MOST_DIGITS, number_in_words, number_range
 from dist_siglip.errors import UserError
 
@@ -139,7 +139,7 @@ def write_handwriting_shards(
         for split, shard, numbers, rows in jobs
     ]
     manifest = {"recipe": asdict(recipe), "shards": names}
-    _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     _LOGGER.info("wrote %d shards of handwritten numbers to %s", len(names), folder)
     return shards
 
@@ -236,20 +236,13 @@ def _write_shard(folder: Path, split: str, shard: int, pairs: Iterator[dict[str,
     with TarWriter(stream, encoder=False, mtime=0) as writer:
         for pair in pairs:
             writer.write(pair)
-    _write_atomically(folder / name, stream.getvalue())
+    write_atomically(folder / name, stream.getvalue())
     return name
 
 
 def _shard_name(split: str, shard: int) -> str:
     """Return the file name of one shard."""
     return f"{split}-{shard:05d}.tar"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, then rename it, so ``path`` is complete or absent."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _load_handwriting() -> _Handwriting:

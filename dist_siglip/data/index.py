@@ -15,11 +15,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from uuid import uuid4
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_siglip.atomic import open_atomically
 from dist_siglip.data.tar_scan import Member, scan_tar
 from dist_siglip.errors import UserError
 
@@ -209,20 +210,15 @@ def _write_side_car(side_car: str, index: ShardIndex, identity: dict[str, str | 
         "extensions": index.extensions,
         "digest": index.digest,
     }
-    temporary = f"{side_car}.{uuid4().hex}.tmp"
     try:
-        os.makedirs(os.path.dirname(side_car) or ".", exist_ok=True)
-        with open(temporary, "xb") as file:
+        with open_atomically(Path(side_car), sync=False) as file:
             np.savez(
                 file,
                 header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
                 members=np.stack([index.samples, index.kinds, index.offsets, index.sizes]),
                 keys=index.joined_keys,
             )
-        os.replace(temporary, side_car)
     except OSError as error:
         _LOGGER.debug("no side-car at %r: %s", side_car, error)
-        if os.path.exists(temporary):
-            os.unlink(temporary)
         return False
     return True

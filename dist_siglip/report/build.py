@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_siglip.atomic import write_atomically
 from dist_siglip.report.figures import (
     draw_logits,
     draw_loss,
@@ -23,7 +24,7 @@ from dist_siglip.report.page import (
     render_table,
 )
 from dist_siglip.report.records import RunRecord, read_run
-from dist_siglip.runs import RunFolder, write_atomically
+from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,47 @@
+"""Files that are either whole under their name or not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+
+@contextmanager
+def open_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under ``path`` only when it is complete.
+
+    It is written beside its final name (so that the rename never crosses a file system), synced
+    and renamed; then the folder is synced. On an error the previous file stays and nothing is
+    left behind. The folder is made if it is missing.
+
+    Args:
+        path: final name.
+        sync: wait until the disk has it. Off for what can be made again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if not sync:
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Write text (as UTF-8) or bytes in one piece; see ``open_atomically``."""
+    with open_atomically(path, sync=sync) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
