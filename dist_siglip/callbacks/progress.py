@@ -23,6 +23,10 @@ _SHOWN = (
 )
 
 
+# What the bar has room for on a terminal of 80 columns.
+_ON_BAR = frozenset({"train/pairs_per_second", "train/loss"})
+
+
 class ProgressReport(Callback):
     """Shows step/total, speed, loss, scale, bias, gradient norm and time left, on rank 0.
 
@@ -74,19 +78,19 @@ class ProgressReport(Callback):
         now, step = time.monotonic(), trainer.global_step
         is_last = step >= trainer.max_steps
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+            short = {k: v for k, v in trainer.callback_metrics.items() if k in _ON_BAR}
+            self._bar.update(self._bar.task_ids[0], completed=step, description=describe(short))
         if now - self._last_line >= self.line_seconds or is_last:
             self._last_line = now
             rate = (step - self._first_step) / max(now - self._started, 1e-9)
-            text = describe(trainer.callback_metrics)
-            if self._bar is not None:
-                self._bar.update(self._bar.task_ids[0], description=text)
             logger.info(
                 "step %d/%d, %s, %s left",
                 step,
                 trainer.max_steps,
-                text,
+                describe(trainer.callback_metrics),
                 _clock((trainer.max_steps - step) / max(rate, 1e-9)),
+                # The terminal shows the bar instead; the file gets the line.
+                extra={"is_on_bar": self._bar is not None},
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

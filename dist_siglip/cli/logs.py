@@ -1,12 +1,25 @@
 """What is said, and where: one plain line a message, on stderr and in the run's log."""
 
 import logging
+import sys
 from pathlib import Path
+from typing import TextIO
 
 from dist_siglip.distributed import is_first_process
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 _LIBRARIES = ("lightning.pytorch", "lightning.fabric", "torch.distributed", "open_clip")
+
+
+class _Screen(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the moment: a progress bar puts itself in between."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # the base class has an attribute
+        return sys.stderr
 
 
 def set_up_logging(log_file: Path | None = None) -> None:
@@ -21,7 +34,9 @@ def set_up_logging(log_file: Path | None = None) -> None:
     ours.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     ours.propagate = False
     if not ours.handlers:
-        _add(ours, logging.StreamHandler())
+        on_screen = _Screen()
+        on_screen.addFilter(lambda record: not getattr(record, "is_on_bar", False))
+        _add(ours, on_screen)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         _add(ours, logging.FileHandler(log_file, encoding="utf-8"))

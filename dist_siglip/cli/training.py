@@ -198,7 +198,7 @@ class TrainingCLI(LightningCLI):
                 # Plotting takes a while to import, and only this moment needs it.
                 from dist_siglip.report import write_report
 
-                logger.info("report: %s", write_report(self.folder.path))
+                write_report(self.folder.path)
 
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
