@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.distributed import copy_from_first_rank, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.metrics import Evaluation, PairEvaluation
@@ -119,8 +119,10 @@ class SigLipModule(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the rows of the last evaluation."""
+        """Forget the rows of the last evaluation; evaluate one model on all ranks."""
         self.evaluation.reset()
+        # Running statistics of BatchNorm differ between ranks; a checkpoint holds the first one's.
+        copy_from_first_rank(self.towers.buffers())
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
         """Keep the features of one batch of this rank."""

@@ -3,15 +3,20 @@
 import logging
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dist_siglip.distributed import is_first_process
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # not subscriptable before Python 3.11
+    _StreamHandler = logging.StreamHandler
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 _LIBRARIES = ("lightning.pytorch", "lightning.fabric", "torch.distributed", "open_clip")
 
 
-class _Screen(logging.StreamHandler[TextIO]):
+class _Screen(_StreamHandler):
     """Writes to what ``sys.stderr`` is at the moment: a progress bar puts itself in between."""
 
     def __init__(self) -> None:

@@ -1,6 +1,11 @@
 """The world of a run, and how features reach other ranks. Imports torch only."""
 
-from dist_siglip.distributed.collectives import gather_rows, max_over_ranks, sum_over_ranks
+from dist_siglip.distributed.collectives import (
+    copy_from_first_rank,
+    gather_rows,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from dist_siglip.distributed.exchange import (
     Combine,
     Exchange,
@@ -19,6 +24,7 @@ __all__ = [
     "ExchangeName",
     "World",
     "circulate",
+    "copy_from_first_rank",
     "gather_rows",
     "is_first_process",
     "max_over_ranks",

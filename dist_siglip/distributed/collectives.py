@@ -1,5 +1,7 @@
 """The few plain collectives the metrics need, which also work in a world of one."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -70,6 +72,28 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
         else [everyone]
     )
     return torch.cat(parts).to(rows.dtype)
+
+
+@torch.no_grad()
+def copy_from_first_rank(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> None:
+    """Overwrite tensors with those of the first rank, in place.
+
+    For what a rank changes on its own though all ranks should share it, such as the running
+    statistics of BatchNorm, which see a rank's own batches.
+
+    Distributed contract: one broadcast per tensor; every rank passes the same shapes and dtypes.
+
+    Example:
+        >>> statistics = torch.tensor([1.0])
+        >>> copy_from_first_rank([statistics])
+        >>> statistics
+        tensor([1.])
+    """
+    group = resolve_group(group)
+    if group is None or dist.get_world_size(group) == 1:
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, group=group, group_src=0)
 
 
 def _reduce(

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from dist_siglip.distributed import (
     AccumulatorSpec,
     circulate,
+    copy_from_first_rank,
     gather_rows,
     max_over_ranks,
     prepare_exchange,
@@ -126,6 +127,9 @@ def test_ranks_count_inside_the_group():
 
 
 def _collect(rank, world_size):
+    shared = [torch.full((2,), float(rank)), torch.tensor(rank)]
+    copy_from_first_rank(shared)
+    assert [tensor.sum().item() for tensor in shared] == [0, 0]
     rows = torch.full((rank, 2), rank, dtype=torch.int64)
     return (
         gather_rows(rows),
