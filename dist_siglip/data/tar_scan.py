@@ -112,7 +112,7 @@ def _scan_with_tarfile(path: str, descriptor: int) -> list[Member]:
                         raise tarfile.ReadError("unexpected end of data")
                     members.append(Member(entry.name, entry.offset_data, entry.size))
             end = archive.offset
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
         raise UserError(f"shard {path!r} is damaged or cut short ({error}); {_REMEDY}") from error
     if os.pread(descriptor, _BLOCK, end) != _END:
         raise UserError(f"shard {path!r} is damaged or cut short at byte {end}; {_REMEDY}")
