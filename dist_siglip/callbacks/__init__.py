@@ -5,10 +5,12 @@ from dist_siglip.callbacks.evaluation_record import EvaluationRecord
 from dist_siglip.callbacks.metrics_log import MetricsLog
 from dist_siglip.callbacks.progress import ProgressReport
 from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
+from dist_siglip.callbacks.termination import EndOnTermination
 from dist_siglip.callbacks.throughput import Throughput
 
 __all__ = [
     "AtomicCheckpointIO",
+    "EndOnTermination",
     "EvaluationRecord",
     "MetricsLog",
     "ProgressReport",

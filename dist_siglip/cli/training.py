@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks import (
     AtomicCheckpointIO,
+    EndOnTermination,
     EvaluationRecord,
     MetricsLog,
     ProgressReport,
@@ -128,7 +129,12 @@ class TrainingCLI(LightningCLI):
             # Lightning's own requeue saves inside the signal handler, which deadlocks with
             # collectives in the loss.
             plugins.append(SLURMEnvironment(auto_requeue=False))
-        self.trainer_defaults["callbacks"] = [Throughput(), ProgressReport(), EvaluationRecord()]
+        self.trainer_defaults["callbacks"] = [
+            EndOnTermination(),
+            Throughput(),
+            ProgressReport(),
+            EvaluationRecord(),
+        ]
         metrics_log = MetricsLog(root)
         trainer = super().instantiate_trainer(
             default_root_dir=str(root),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -38,8 +39,9 @@ def run_command(*arguments: object, timeout_seconds: float = 180) -> subprocess.
     )
 
 
-def kill_when(arguments: list[object], is_time, timeout_seconds: float = 180) -> None:
-    """Start the command in a process group, SIGKILL the whole group once ``is_time()``."""
+@contextmanager
+def started_until(arguments: list[object], is_time, timeout_seconds: float = 180):
+    """Start the command in a process group, wait for ``is_time()``; end the group at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
@@ -52,11 +54,28 @@ def kill_when(arguments: list[object], is_time, timeout_seconds: float = 180) ->
     try:
         while not is_time():
             assert process.poll() is None, f"ended by itself with code {process.returncode}"
-            assert time.monotonic() < deadline, "the moment to kill never came"
+            assert time.monotonic() < deadline, "the moment to act never came"
             time.sleep(0.02)
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def kill_when(arguments: list[object], is_time) -> None:
+    """SIGKILL the command and all its processes once ``is_time()``."""
+    with started_until(arguments, is_time):
+        pass
+
+
+def is_group_alive(group: int) -> bool:
+    """Whether any process of a process group still runs."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def write_settings(folder: Path, **trainer: object) -> Path:
