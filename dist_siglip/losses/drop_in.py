@@ -5,7 +5,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses.sigmoid import DEFAULT_CHUNK_ROWS, siglip_loss
+from dist_siglip.losses.sigmoid import siglip_loss
+from dist_siglip.losses.trip import DEFAULT_CHUNK_ROWS
 
 _EXCHANGE_OF_DIST_IMPL: dict[str, ExchangeName] = {
     "bidir": "ring",

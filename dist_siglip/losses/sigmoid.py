@@ -21,10 +21,18 @@ from dist_siglip.distributed import (
     ExchangeName,
     prepare_exchange,
 )
-from dist_siglip.errors import UserError
 from dist_siglip.losses.tiles import logits_dtype, sigmoid_tile
-
-DEFAULT_CHUNK_ROWS = 1024
+from dist_siglip.losses.trip import (
+    DEFAULT_CHUNK_ROWS,
+    add_product,
+    check_chunk_rows,
+    check_pairs,
+    check_scalar,
+    inner_product,
+    product_dtype,
+    refuse_second_order,
+    sum_dtype,
+)
 
 
 def siglip_loss(
@@ -77,7 +85,10 @@ def siglip_loss(
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 and section 3.3 (chunked form); the bias
         is added to the logits as in the authors' big_vision code.
     """
-    _check(image_features, text_features, logit_scale, logit_bias, chunk_rows)
+    check_pairs(image_features, text_features)
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
+    check_chunk_rows(chunk_rows)
     dtype = logits_dtype(image_features)
     scale = logit_scale.reshape(()).to(dtype)
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.reshape(()).to(dtype)
@@ -128,9 +139,9 @@ class _SigmoidLoss(torch.autograd.Function):
         scale_gradient = trip.scale_gradient
         if wanted.scale and trip.image_gradient is not None:
             # sum_ij derivative_ij * similarity_ij, from what is already there.
-            scale_gradient = _inner_product(image_features, trip.image_gradient)
+            scale_gradient = inner_product(image_features, trip.image_gradient)
         elif wanted.scale and text_gradient is not None:
-            scale_gradient = _inner_product(text_features, text_gradient)
+            scale_gradient = inner_product(text_features, text_gradient)
         ctx.save_for_backward(
             trip.image_gradient, text_gradient, scale_gradient, trip.bias_gradient, scale
         )
@@ -140,12 +151,7 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # The saved gradients are constants to autograd: a second derivative would be zero.
-            raise RuntimeError(
-                "siglip_loss has first-order gradients only; call backward or "
-                "torch.autograd.grad without create_graph=True"
-            )
+        refuse_second_order("siglip_loss")
         image, text, scale_gradient, bias_gradient, scale = ctx.saved_tensors
         # Out of place: the saved gradients serve a second backward (retain_graph) unchanged.
         weight = incoming * ctx.factor
@@ -186,11 +192,9 @@ class _Trip:
         self.image_features = image_features
         self.scale, self.bias = scale, bias
         self.rank, self.wanted, self.chunk_rows = rank, wanted, chunk_rows
-        # Derivatives of negatives can be below the smallest fp16 number.
-        is_half = image_features.dtype == torch.float16
-        self.product_dtype = torch.float32 if is_half else image_features.dtype
+        self.product_dtype = product_dtype(image_features)
         device = image_features.device
-        self.value = torch.zeros((), dtype=_sum_dtype(device), device=device)
+        self.value = torch.zeros((), dtype=sum_dtype(device), device=device)
         self.image_gradient: Tensor | None = None
         if wanted.image:
             self.image_gradient = torch.zeros_like(image_features, dtype=scale.dtype)
@@ -239,48 +243,6 @@ class _Trip:
             self.scale_gradient += (tile.derivative * tile.similarity).sum()
         derivative = tile.derivative.to(self.product_dtype)
         if self.image_gradient is not None:
-            _add_product(self.image_gradient[rows], derivative, text.to(self.product_dtype))
+            add_product(self.image_gradient[rows], derivative, text.to(self.product_dtype))
         if text_gradient is not None:
-            _add_product(text_gradient, derivative.T, image.to(self.product_dtype))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``total``, accumulating in its dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _inner_product(features: Tensor, gradient: Tensor) -> Tensor:
-    return (features * gradient).sum(dim=1).sum(dtype=_sum_dtype(features.device))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest dtype for sums over many tiles; Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _check(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    chunk_rows: int,
-) -> None:
-    if image_features.ndim != 2 or image_features.shape != text_features.shape:
-        raise UserError(
-            f"image_features {tuple(image_features.shape)} and text_features "
-            f"{tuple(text_features.shape)} must both be (B, D), row i of one belonging to row i "
-            "of the other"
-        )
-    if image_features.dtype != text_features.dtype:
-        raise UserError(
-            f"image_features ({image_features.dtype}) and text_features ({text_features.dtype}) "
-            "must have one dtype; cast one of them"
-        )
-    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if value is not None and value.numel() != 1:
-            raise UserError(f"{name} {tuple(value.shape)} must have one element")
-    if chunk_rows < 1:
-        raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1")
+            add_product(text_gradient, derivative.T, image.to(self.product_dtype))
