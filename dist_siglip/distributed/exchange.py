@@ -14,7 +14,7 @@ and comes home to the rank that owns the shard.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -32,7 +32,7 @@ from dist_siglip.errors import UserError
 logger = logging.getLogger(__name__)
 
 ExchangeName = Literal["auto", "local", "all_gather", "ring"]
-Combine = Literal["sum", "max"]
+Combine = Literal["sum", "max", "logaddexp"]
 
 # Below this many gathered bytes, two collectives beat a chain of hops (latency decides).
 GATHER_LIMIT_BYTES = 64 * 2**20
@@ -78,7 +78,7 @@ class Exchange:
             return mine
         transfer = companions_of(self._group).transfer
         if self.name == "ring":
-            add = _add_ if self._combine == "sum" else _maximum_
+            add = _COMBINE_IN_PLACE[self._combine]
             return circulate_ring(self._columns, visit, self._specs, add, self.row_counts, transfer)
         return self._run_all_gather(visit, transfer)
 
@@ -100,15 +100,8 @@ class Exchange:
                 tuple(everyone[owner, :rows] for everyone in gathered),
                 tuple(everyone[owner, :rows] for everyone in collected),
             )
-        operation = dist.ReduceOp.SUM if self._combine == "sum" else dist.ReduceOp.MAX
-        finished = []
-        for everyone in collected:
-            mine = torch.empty_like(everyone[0])
-            if longest:
-                flat = everyone.flatten(0, 1)
-                dist.reduce_scatter_tensor(mine, flat, op=operation, group=transfer)
-            finished.append(mine[: self.row_counts[self.rank]])
-        return tuple(finished)
+        rows = self.row_counts[self.rank]
+        return tuple(_reduce_scatter(part, self._combine, transfer)[:rows] for part in collected)
 
 
 def prepare_exchange(
@@ -118,10 +111,15 @@ def prepare_exchange(
     combine: Combine = "sum",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
+    purpose: str = "",
 ) -> Exchange:
     """Agree with the other ranks on what will travel; see ``circulate`` for the arguments.
 
     Distributed contract: one small all-gather on the CPU if the group has several ranks.
+
+    Args:
+        purpose: whatever else must be equal on all ranks, in readable words: which loss, which
+            gradients. A difference is reported like one of shapes.
     """
     shard = tuple(column.detach().contiguous() for column in columns)
     num_rows = _rows_of(shard)
@@ -145,6 +143,7 @@ def prepare_exchange(
         )
         signature = (
             f"{describe_shard(shard)}; accumulators: {added or 'none'}; {exchange}, {combine}"
+            + (f"; {purpose}" if purpose else "")
         )
         row_counts = agree_on_rows(num_rows, signature, companions_of(group).control)
     name = _choose(exchange, row_counts, shard, specs)
@@ -174,7 +173,8 @@ def circulate(
         columns: this rank's shard: tensors with the same number of rows.
         visit: see above.
         accumulators: what travels home; none by default.
-        combine: how contributions of several ranks meet.
+        combine: how contributions of several ranks meet: their sum, their maximum, or the
+            logarithm of the sum of their exponentials.
         exchange: see the module docstring.
         group: process group; the default group if None, a world of one without any.
 
@@ -260,3 +260,30 @@ def _add_(mine: Tensor, theirs: Tensor) -> None:
 
 def _maximum_(mine: Tensor, theirs: Tensor) -> None:
     torch.maximum(mine, theirs, out=mine)
+
+
+def _logaddexp_(mine: Tensor, theirs: Tensor) -> None:
+    torch.logaddexp(mine, theirs, out=mine)
+
+
+_COMBINE_IN_PLACE: dict[Combine, Callable[[Tensor, Tensor], None]] = {
+    "sum": _add_,
+    "max": _maximum_,
+    "logaddexp": _logaddexp_,
+}
+
+
+def _reduce_scatter(everyone: Tensor, combine: Combine, transfer: ProcessGroup) -> Tensor:
+    """Combine (ranks, rows, ...) over all ranks; each rank gets its own (rows, ...)."""
+    mine = torch.empty_like(everyone[0])
+    if not mine.numel():
+        return mine
+    flat = everyone.flatten(0, 1)
+    if combine == "logaddexp":
+        # No backend reduces by it; what the ranks say about my rows comes here, the same bytes.
+        received = torch.empty_like(everyone)
+        dist.all_to_all_single(received.flatten(0, 1), flat, group=transfer)
+        return torch.logsumexp(received, dim=0)
+    operation = dist.ReduceOp.SUM if combine == "sum" else dist.ReduceOp.MAX
+    dist.reduce_scatter_tensor(mine, flat, op=operation, group=transfer)
+    return mine
