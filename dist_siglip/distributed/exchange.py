@@ -116,10 +116,8 @@ def prepare_exchange(
     """Agree with the other ranks on what will travel; see ``circulate`` for the arguments.
 
     Distributed contract: one small all-gather on the CPU if the group has several ranks.
-
-    Args:
-        purpose: whatever else must be equal on all ranks, in readable words: which loss, which
-            gradients. A difference is reported like one of shapes.
+    ``purpose`` says in readable words whatever else must be equal on all ranks (which loss, which
+    gradients); a difference is reported like one of shapes.
     """
     shard = tuple(column.detach().contiguous() for column in columns)
     num_rows = _rows_of(shard)
