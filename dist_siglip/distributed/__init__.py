@@ -1,15 +1,16 @@
 """The world of a run, and how features reach other ranks. Imports torch only."""
 
 from dist_siglip.distributed.collectives import gather_rows, max_over_ranks, sum_over_ranks
+from dist_siglip.distributed.combine import Combine
 from dist_siglip.distributed.exchange import (
-    Combine,
     Exchange,
     ExchangeName,
     circulate,
     prepare_exchange,
 )
 from dist_siglip.distributed.groups import resolve_group
-from dist_siglip.distributed.ring import AccumulatorSpec
+from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
+from dist_siglip.distributed.travel import AccumulatorSpec
 from dist_siglip.distributed.world import World, is_first_process
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "World",
     "circulate",
     "gather_rows",
+    "group_from_mesh",
     "is_first_process",
     "max_over_ranks",
     "prepare_exchange",
     "resolve_group",
+    "set_local_world_size",
     "sum_over_ranks",
 ]

@@ -14,18 +14,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
+from dist_siglip.distributed.mail import Mail
+
 
 @dataclass(frozen=True)
 class Companions:
-    """The groups that serve one parent group.
+    """What serves one parent group; everything an exchange says to other ranks goes through it.
 
     Attributes:
         transfer: same ranks and backend as the parent; carries features and accumulators.
-        control: same ranks on gloo; carries a few bytes per call on the CPU.
+        mail: point-to-point transfers over ``transfer``.
+        announce: carries a few bytes per call between CPUs, over gloo.
     """
 
     transfer: ProcessGroup
-    control: ProcessGroup
+    mail: Mail
+    announce: Announce
 
 
 # Keyed by the parent's identity: a group that is destroyed takes its companions along.
@@ -42,7 +47,7 @@ def resolve_group(group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def companions_of(group: ProcessGroup) -> Companions:
-    """Return the companion groups, making them on first use (collective over ``group``)."""
+    """Return the companions, making them on first use (collective over ``group``)."""
     found = _companions.get(group)
     if found is None:
         ranks = dist.get_process_group_ranks(group)
@@ -50,9 +55,18 @@ def companions_of(group: ProcessGroup) -> Companions:
         timeout = _timeout_of(group)
         transfer = _new_group(ranks, backend, timeout)
         control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
-        found = Companions(transfer=transfer, control=control)
+        if backend == "nccl":
+            # The first point-to-point batch of a communicator needs every rank; one without
+            # rows would post none.
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=transfer)
+        found = Companions(transfer, Mail(transfer), GroupAnnouncer(control))
         _companions[group] = found
     return found
+
+
+def set_companions(group: ProcessGroup, companions: Companions) -> None:
+    """Serve ``group`` by other companions than the usual ones (for ``simulation``)."""
+    _companions[group] = companions
 
 
 def _new_group(ranks: list[int], backend: str, timeout: timedelta | None) -> ProcessGroup:
