@@ -41,6 +41,7 @@ def kernel_tile(
         with_column_pull: whether the gradient by the columns is wanted.
 
     Example:
+        >>> import torch
         >>> eye = torch.eye(2)
         >>> tile = kernel_tile(eye, eye, without_diagonal=True, with_row_pull=True,
         ...                    with_column_pull=False)
