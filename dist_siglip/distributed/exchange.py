@@ -88,6 +88,8 @@ class Exchange:
             visit(self.rank, self._columns, mine)
             return mine
         companions = companions_of(self._group)
+        if companions.limit_visits is not None:
+            visit = companions.limit_visits(visit)
         arguments = (self._columns, visit, self._specs)
         if self.name == "all_gather":
             return visit_gathered(*arguments, self._combine, self.row_counts, companions.transfer)
@@ -111,7 +113,9 @@ def prepare_exchange(
 
     Distributed contract: one small all-gather on the CPU if the group has several ranks.
     ``purpose`` says in readable words whatever else must be equal on all ranks (which loss, which
-    gradients); a difference is reported like one of shapes.
+    gradients); a difference is reported like one of shapes. ``local_world_size`` is the number of
+    consecutive ranks of the group that share a node; None takes what ``set_local_world_size`` or
+    the launcher said.
     """
     shard = tuple(column.detach().contiguous() for column in columns)
     num_rows = _rows_of(shard)

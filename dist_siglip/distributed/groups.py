@@ -6,6 +6,7 @@ made on first use by those ranks alone: one of the same backend for the transfer
 the CPU (gloo) for the agreement.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
 from dist_siglip.distributed.mail import Mail
+from dist_siglip.distributed.travel import Visitor
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Companions:
         transfer: same ranks and backend as the parent; carries features and accumulators.
         mail: point-to-point transfers over ``transfer``.
         announce: carries a few bytes per call between CPUs, over gloo.
+        limit_visits: wraps the visitor of every exchange; only a simulation has one.
     """
 
     transfer: ProcessGroup
     mail: Mail
     announce: Announce
+    limit_visits: Callable[[Visitor], Visitor] | None = None
 
 
 # Keyed by the parent's identity: a group that is destroyed takes its companions along.

@@ -114,7 +114,7 @@ class _Carrier:
         longest = max(row_counts)
         self.received = [
             tuple(column.new_empty((longest, *column.shape[1:])) for column in columns)
-            for _ in range(min(2, len(lane.stops) - 1))
+            for _ in range(2)
         ]
         self.working, self.leaving, self.incoming = (
             tuple(
