@@ -50,7 +50,8 @@ def test_numbers_are_those_of_equal_ranks(exchange):
 
 def _peak(world_size, exchange, *, width=32, num_pairs=64):
     images, texts = _features(num_pairs, width, torch.float32)
-    world = simulated_world(world_size, local_world_size=min(world_size, 2), max_visits=4)
+    local = 2 if exchange == "two_level" else 1
+    world = simulated_world(world_size, local_world_size=local, max_visits=4)
     with world, LiveBytes() as counter:
         _step(images, texts, exchange=exchange, chunk_rows=32)
     return counter.peak
