@@ -35,8 +35,7 @@ class Simulated(NamedTuple):
         predicted_bytes: what ``bench plan`` says.
         open_clip_bytes: what ``bench plan`` says of open_clip's loss.
         visits: shards whose tiles were computed.
-        step_seconds: forward and backward with these visits.
-        visit_seconds: ``step_seconds`` per visit.
+        step_seconds: forward and backward, with these visits and all transfers.
     """
 
     world_size: int
@@ -45,7 +44,6 @@ class Simulated(NamedTuple):
     open_clip_bytes: int
     visits: int
     step_seconds: float
-    visit_seconds: float
 
 
 def simulate(
@@ -128,7 +126,6 @@ def simulate_step(
         open_clip_bytes=predict("open_clip bidir", cluster, problem).memory_bytes,
         visits=done,
         step_seconds=seconds,
-        visit_seconds=seconds / done,
     )
 
 
@@ -175,13 +172,12 @@ def _table(rows: list[Simulated], problem: Problem, exchange: str, device: str) 
             f"{problem.local_batch_size} pairs per rank, {problem.embed_dim} wide, {device}"
         ),
         caption=(
-            "memory: peak of the loss beside its inputs, forward and backward; time: of the "
-            "visits that were computed, transfers being copies inside this machine"
+            "memory: peak of the loss beside its inputs, forward and backward; step: time with "
+            "the tiles of the computed visits, and all transfers as copies inside this machine"
         ),
     )
     for heading in (
-        "ranks", "memory", "predicted", "ratio", "open_clip predicted", "visits computed",
-        "step", "per visit",
+        "ranks", "memory", "predicted", "ratio", "open_clip predicted", "visits computed", "step",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for row in rows:
@@ -193,6 +189,5 @@ def _table(rows: list[Simulated], problem: Problem, exchange: str, device: str) 
             mebibytes(row.open_clip_bytes),
             f"{row.visits:,}",
             f"{row.step_seconds:.2f} s",
-            f"{1e3 * row.visit_seconds:,.1f} ms",
         )
     return table

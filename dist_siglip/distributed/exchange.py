@@ -259,7 +259,8 @@ def _choose(
     else:
         chosen, reason = (
             "ring",
-            obstacle or ("one node" if per_node == world_size else "one rank per node"),
+            obstacle
+            or ("one node" if per_node == world_size else "one rank per node as far as known"),
         )
         if hop_bytes <= TWO_WAY_LIMIT_BYTES:
             chosen, reason = "two_way", f"{reason}, small hops"

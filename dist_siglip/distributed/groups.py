@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
 from dist_siglip.distributed.mail import Mail
+from dist_siglip.distributed.roll_call import name_missing
 from dist_siglip.distributed.travel import Visitor
 
 
@@ -51,14 +52,24 @@ def resolve_group(group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def companions_of(group: ProcessGroup) -> Companions:
-    """Return the companions, making them on first use (collective over ``group``)."""
+    """Return the companions, making them on first use (collective over ``group``).
+
+    Raises:
+        RuntimeError: within the time limit of the group, if a rank does not take part.
+    """
     found = _companions.get(group)
     if found is None:
         ranks = dist.get_process_group_ranks(group)
         backend = dist.get_backend(group)
         timeout = _timeout_of(group)
-        transfer = _new_group(ranks, backend, timeout)
-        control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
+        try:
+            transfer = _new_group(ranks, backend, timeout)
+            control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {group.rank()} of {group.size()} waited for all ranks to connect for their "
+                f"first exchange and {name_missing(group, 'first-exchange')}"
+            ) from error
         if backend == "nccl":
             # The first point-to-point batch of a communicator needs every rank; one without
             # rows would post none.

@@ -6,7 +6,6 @@ signature, the number of rows and the ranks per node. The numbers may differ bet
 signature may not.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.roll_call import name_missing
 from dist_siglip.errors import UserError
 
 # Tells every rank one message and returns the messages of all ranks, in rank order.
@@ -24,8 +24,6 @@ Announce = Callable[[bytes], list[bytes]]
 _MESSAGE_BYTES = 256
 _NUMBER_BYTES = 8
 _TEXT_BYTES = _MESSAGE_BYTES - 2 * _NUMBER_BYTES
-# How long a rank whose handshake failed waits for others to say that theirs failed too.
-_ROLL_CALL_SECONDS = 1.0
 
 
 class Agreement(NamedTuple):
@@ -120,33 +118,8 @@ class GroupAnnouncer:
 
     def _complaint(self, message: bytes) -> str:
         signature = message[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace")
-        missing = self._missing()
-        who = (
-            f"rank {', '.join(map(str, missing))} did not take part"
-            if missing
-            else ("a rank did not take part")
-        )
         return (
             f"rank {self.group.rank()} of {self.group.size()} waited for all ranks to say what "
-            f"they exchange [{signature}] (exchange {self.calls} of this group) and {who}: it "
-            "ended, raised, or makes another call; look at its log"
+            f"they exchange [{signature}] (exchange {self.calls} of this group) and "
+            + name_missing(self.group, f"exchange-{self.calls}")
         )
-
-    def _missing(self) -> list[int]:
-        """Ranks that do not report the same failure; [] if nobody can tell."""
-        key = f"dist_siglip/exchange-{self.calls}/rank-"
-        ranks = range(self.group.size())
-        missing: list[int] = []
-        try:
-            store = self.group.get_group_store()
-            store.set(f"{key}{self.group.rank()}", "here")
-            deadline = time.monotonic() + _ROLL_CALL_SECONDS
-            while time.monotonic() < deadline:
-                missing = [rank for rank in ranks if not store.check([f"{key}{rank}"])]
-                if not missing:
-                    break
-                time.sleep(0.05)
-        except (RuntimeError, AttributeError):
-            # The store went down with its rank, or this version of torch keeps it to itself.
-            return []
-        return missing

@@ -18,6 +18,7 @@ instance in https://github.com/mlfoundations/open_clip/issues/971.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from dist_siglip.errors import UserError
@@ -68,6 +69,7 @@ class _Path(NamedTuple):
     owner: Callable[[int, int], int]  # (rank, step) -> owner
 
 
+@lru_cache(maxsize=64)
 def lanes_of(
     exchange: TravelName, rank: int, world_size: int, local_world_size: int = 1
 ) -> tuple[Lane, ...]:

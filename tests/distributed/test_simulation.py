@@ -99,8 +99,8 @@ def _chosen(world_size, rows, width, caplog, **nodes):
         (8, 1024, {}, "all_gather", "small enough to gather"),
         (8, 32768, {"local_world_size": 8}, "ring", "one node"),
         (16, 32768, {"local_world_size": 8}, "two_level", "2 nodes of 8 ranks"),
-        (16, 32768, {}, "ring", "one rank per node"),
-        (512, 1024, {}, "two_way", "one rank per node, small hops"),
+        (16, 32768, {}, "ring", "one rank per node as far as known"),
+        (512, 1024, {}, "two_way", "one rank per node as far as known, small hops"),
     ],
 )
 def test_auto_chooses_from_sizes_and_nodes(world_size, rows, nodes, chosen, reason, caplog):
