@@ -5,6 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from dist_siglip.distributed import (
     AccumulatorSpec,
@@ -12,10 +13,13 @@ from dist_siglip.distributed import (
     gather_rows,
     max_over_ranks,
     prepare_exchange,
+    set_local_world_size,
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.losses import siglip_loss
 from tests.support.processes import run_ranks
+from tests.support.reference import sigmoid_loss_and_gradients
 
 # Exchange and ranks per node (None: as the launcher says, here one).
 EXCHANGES = [
@@ -32,6 +36,7 @@ LAYOUTS = {  # rows by rank
     3: [(4, 0, 2), (3, 3, 3)],
     4: [(1, 2, 3, 4), (2, 2, 2, 2), (0, 0, 3, 0)],
 }
+LOSS_LAYOUTS = [(2, 2, 2, 2), (1, 4, 2, 3)]
 COMBINES = ("sum", "max", "logaddexp")
 
 
@@ -84,12 +89,47 @@ def _everything(rank, world_size):
         results["mismatches"] = _mismatches(rank)
         results["subgroup"] = _in_a_subgroup(rank)
         results["collectives"] = _collect(rank)
+    if world_size == 4:
+        results["loss"] = {sizes: _loss_on_two_nodes(rank, sizes) for sizes in LOSS_LAYOUTS}
     return results
+
+
+def _pairs(num_pairs):
+    generator = torch.Generator().manual_seed(num_pairs)
+    return F.normalize(torch.randn(2, num_pairs, 5, generator=generator).double(), dim=-1)
+
+
+def _loss_on_two_nodes(rank, sizes):
+    """Loss and DDP-mean gradients over two nodes of two ranks, which only the program knows."""
+    set_local_world_size(2)
+    start = sum(sizes[:rank])
+    images, texts = _pairs(sum(sizes))[:, start : start + sizes[rank]].clone()
+    leaves = [images, texts, torch.tensor(7.0).double(), torch.tensor(-3.0).double()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    loss = siglip_loss(*leaves, exchange="two_level", chunk_rows=2)
+    loss.backward()
+    return {
+        "loss": sum_over_ranks(loss) / 4,
+        "image": gather_rows(images.grad) / 4,
+        "text": gather_rows(texts.grad) / 4,
+        "scale": sum_over_ranks(leaves[2].grad) / 4,
+        "bias": sum_over_ranks(leaves[3].grad) / 4,
+    }
 
 
 @lru_cache
 def results_of(world_size):
     return run_ranks(_everything, world_size)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sizes", LOSS_LAYOUTS)
+def test_a_loss_over_two_nodes_of_two_ranks_is_that_of_one_process(sizes):
+    truth = sigmoid_loss_and_gradients(*_pairs(sum(sizes)), 7.0, -3.0)
+    for results in results_of(4):
+        for name, found in results["loss"][sizes].items():
+            assert torch.allclose(found, truth[name].reshape(found.shape), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.distributed
