@@ -6,8 +6,8 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.errors import UserError
 from dist_siglip.losses.drop_in import check_world
+from dist_siglip.losses.finite import FiniteCheck
 from dist_siglip.losses.softmax import softmax_loss
-from dist_siglip.losses.trip import DEFAULT_CHUNK_ROWS
 
 
 class ClipLoss(nn.Module):
@@ -25,7 +25,12 @@ class ClipLoss(nn.Module):
         use_horovod: must be False.
         exchange: name of an exchange of this package.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits.
+        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 4096 on a GPU.
+        check_finite: raise on every rank if a row of the features, the scale or the loss is not
+            finite, and name it. On a GPU a step or two late, so that nothing waits.
+
+    Attributes:
+        uses_logit_bias: False: the bias may be frozen.
 
     Raises:
         UserError: if ``use_horovod``; on the first call, if ``rank`` or ``world_size`` differ
@@ -51,7 +56,8 @@ class ClipLoss(nn.Module):
         *,
         exchange: ExchangeName = "auto",
         group: ProcessGroup | None = None,
-        chunk_rows: int = DEFAULT_CHUNK_ROWS,
+        chunk_rows: int | None = None,
+        check_finite: bool = True,
     ) -> None:
         super().__init__()
         if use_horovod:
@@ -61,6 +67,7 @@ class ClipLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
+        self._finite_check = FiniteCheck() if check_finite else None
 
     def forward(
         self,
@@ -77,6 +84,7 @@ class ClipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias,
+            finite_check=self._finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,

@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.errors import UserError
 from dist_siglip.losses.sigmoid import siglip_loss
-from dist_siglip.losses.trip import DEFAULT_CHUNK_ROWS
 
 ModalityGraph = Literal["complete", "star"]
 
@@ -24,7 +23,7 @@ def multimodal_sigmoid_loss(
     graph: ModalityGraph = "complete",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Mean of ``siglip_loss`` over the edges of a graph whose nodes are modalities.
 
@@ -44,7 +43,8 @@ def multimodal_sigmoid_loss(
         graph: which modalities are compared.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits that exists at a time.
+        chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
+            CPU, 4096 on a GPU.
 
     Returns:
         (), float32 (float64 for float64 features); a mean over edges of sums over pairs times W/N.

@@ -24,15 +24,17 @@ from dist_siglip.distributed import (
     ExchangeName,
     prepare_exchange,
 )
+from dist_siglip.errors import UserError
+from dist_siglip.losses.finite import FiniteCheck, refuse_not_finite
 from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient
 from dist_siglip.losses.softmax_tiles import negative_sums_tile, softmax_tile
 from dist_siglip.losses.tiles import logits_dtype
 from dist_siglip.losses.trip import (
-    DEFAULT_CHUNK_ROWS,
     add_product,
     check_chunk_rows,
     check_pairs,
     check_scalar,
+    default_chunk_rows,
     describe_wanted,
     inner_product,
     product_dtype,
@@ -47,9 +49,10 @@ def softmax_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
     *,
+    finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy (InfoNCE) of images and texts over the batch of all ranks.
 
@@ -73,16 +76,19 @@ def softmax_loss(
         logit_bias: without effect, there so that the sigmoid loss can be called alike: a softmax
             does not see a shift. Its gradient is exactly zero, so DDP waits for no parameter
             (open_clip#1076).
+        finite_check: finds rows that are not finite; None checks on a CPU only, see ``finite``.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits that exists at a time.
+        chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
+            CPU, 4096 on a GPU.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
 
     Raises:
-        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, or ranks disagree
-            on dtype, D or on which gradients they need (names the rank).
+        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, features or
+            scale are not finite (names rank and row), or ranks disagree on dtype, D or on which
+            gradients they need (names the rank).
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
@@ -94,11 +100,18 @@ def softmax_loss(
         in Inf-CL (Cheng et al. 2024, arXiv:2410.17243), but with the text gradient of the second
         trip.
     """
+    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_pairs(image_features, text_features)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     check_chunk_rows(chunk_rows)
     dtype = logits_dtype(image_features)
+    named = {
+        "image_features": image_features.detach(),
+        "text_features": text_features.detach(),
+        "logit_scale": logit_scale.detach().reshape(()),
+    }
+    found = refuse_not_finite(named) if finite_check is None else finite_check.look(named)
     wanted = {
         "image": wants_gradient(image_features),
         "text": wants_gradient(text_features),
@@ -115,10 +128,13 @@ def softmax_loss(
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
             scale_gradient=wanted["scale"],
-            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}",
+            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}; {found or 'finite'}",
+            found=found,
             exchange=exchange,
             group=group,
         )
+    if finite_check is not None:
+        finite_check.remember(result.value)
     feature_factor = scale * result.factor
     gradients = [
         KnownGradient(rows, result.row_gradient, feature_factor),
@@ -158,6 +174,7 @@ def _run_trips(
     column_gradient: bool,
     scale_gradient: bool,
     purpose: str,
+    found: str,
     exchange: ExchangeName,
     group: ProcessGroup | None,
 ) -> _Result:
@@ -170,6 +187,8 @@ def _run_trips(
         group=group,
         purpose=purpose,
     )
+    if found:
+        raise UserError(f"rank {plan.rank}: {found}")
     first = _SumTrip(sides, plan.rank)
     (column_negatives,) = plan.run(first.visit)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.

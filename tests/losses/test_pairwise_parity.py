@@ -293,7 +293,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_is_unchanged(loss_name, fro
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [("torch.float32", 5e-6), ("torch.bfloat16", 1e-1), ("torch.float16", 1e-2)],
+    [("torch.float32", 3e-6), ("torch.bfloat16", 4e-2), ("torch.float16", 1e-2)],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
