@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import (
@@ -158,6 +159,22 @@ def test_yaml_chooses_losses_by_class_path():
     assert isinstance(loss, WeightedLoss)
     assert isinstance(loss.base, ClipLoss)
     assert (loss.base.exchange, loss.cross_uniformity, loss.alignment) == ("ring", 0.5, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_is_never_waited_for(dtype):
+    """Fake CUDA tensors have no numbers: whatever would read one on the host raises."""
+    with FakeTensorMode():
+        images, texts = (
+            torch.empty(10, 8, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)
+        )
+        scale = torch.tensor(5.0, device="cuda", requires_grad=True)
+        base = ClipLoss(chunk_rows=4, check_finite=False)  # its check needs a driver
+        loss = WeightedLoss(base, 1, 1, 1, chunk_rows=4)(images, texts, scale, None)
+        assert loss.device.type == "cuda"
+        assert loss.requires_grad
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
 
 
 def test_weight_zero_leaves_the_base_alone():
