@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dist_siglip.losses.similarity import similarity
 from dist_siglip.losses.tiles import logits_dtype
 from dist_siglip.losses.trip import product_dtype
 
@@ -53,10 +54,14 @@ def kernel_tile(
     """
     dtype = logits_dtype(row_features)
     rows, columns = row_features.to(dtype), column_features.to(dtype)
-    products = (row_features @ column_features.T).to(dtype)
     # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>, below zero only by rounding.
     squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
-    kernel = squares.sub_(products, alpha=2).clamp_min_(0).mul_(-2).exp_()
+    kernel = (
+        squares.sub_(similarity(row_features, column_features), alpha=2)
+        .clamp_min_(0)
+        .mul_(-2)
+        .exp_()
+    )
     if without_diagonal:
         kernel.fill_diagonal_(0)
     value = kernel.sum()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.losses.tiles import logits_dtype
+from dist_siglip.losses.similarity import similarity
 
 
 class NegativeSums(NamedTuple):
@@ -95,16 +95,16 @@ def softmax_tile(
         >>> softmax_tile(one, one, torch.tensor(0.0), zero, zero, None).derivative
         tensor([[2.]])
     """
-    logits, similarity = _logits(row_features, column_features, logit_scale)
+    logits, products = _logits(row_features, column_features, logit_scale)
     derivative = (logits - row_sums[:, None]).exp_()
     derivative += logits.sub_(column_sums).exp_()
     if positive_derivative is not None:
         derivative.diagonal().copy_(positive_derivative)
-    return SoftmaxTile(derivative, similarity)
+    return SoftmaxTile(derivative, products)
 
 
 def _logits(
     row_features: Tensor, column_features: Tensor, logit_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    similarity = (row_features @ column_features.T).to(logits_dtype(row_features))
-    return similarity * logit_scale, similarity
+    products = similarity(row_features, column_features)
+    return products * logit_scale, products

@@ -287,9 +287,9 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_is_unchanged(loss_name, fro
                 assert (result[name] is None) == (name in frozen)
 
 
-# float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features, in
-# their products and in the weights of the gradient products; the pull of near points is a
-# difference of such products. float16: 11 bits in the features and their products.
+# float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features and in
+# the weights of the gradient products (and, on a CPU, in the sigmoid loss's products). float16: 11
+# bits in the features.
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),

@@ -100,6 +100,18 @@ def test_a_loss_far_below_the_rounding_of_its_logits_keeps_its_digits():
     assert images.grad[0, 0].item() == pytest.approx(pull, rel=1e-5)
 
 
+def test_bfloat16_features_at_a_high_scale_cost_digits_of_the_features_only():
+    """Products rounded to bfloat16 as well would cost 2e-2 of the gradients here."""
+    generator = torch.Generator().manual_seed(0)
+    centres, *noise = torch.randn(3, 256, 64, generator=generator, dtype=torch.float64)
+    sides = [F.normalize(centres + 0.8 * one, dim=-1).bfloat16().requires_grad_() for one in noise]
+    softmax_loss(*sides, torch.tensor(100.0)).backward()
+    exact = [side.detach().double().requires_grad_() for side in sides]
+    softmax_loss(*exact, torch.tensor(100.0)).backward()
+    for half, double in zip(sides, exact, strict=True):
+        assert (half.grad - double.grad).norm() / double.grad.norm() < 5e-3
+
+
 def test_autocast_does_not_reach_into_the_loss():
     images, texts = (side.detach().float() for side in _features())
     scale = torch.tensor(5.0)
