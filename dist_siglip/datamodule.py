@@ -332,7 +332,8 @@ def refuse_accumulation(trainer: Trainer) -> None:
         value = "scheduled" if scheduled else trainer.accumulate_grad_batches
         raise UserError(
             f"accumulate_grad_batches ({value}) must be 1: accumulation changes a contrastive "
-            "loss, whose negatives come from one batch; raise global_batch_size instead"
+            "loss, whose negatives come from one batch; raise global_batch_size instead, and set "
+            "model.micro_batch_size if its activations do not fit the memory"
         )
 
 

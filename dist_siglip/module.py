@@ -9,11 +9,21 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.distributed import copy_from_first_rank, sum_over_ranks
+from dist_siglip.data.excerpt import excerpt_loader
+from dist_siglip.distributed import World, copy_from_first_rank, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
+from dist_siglip.losses.calibration import Calibration, describe_batch_change, set_logits
+from dist_siglip.losses.pair_similarities import calibrate_on_features
+from dist_siglip.losses.pair_terms import Duplicates
 from dist_siglip.metrics import Evaluation, PairEvaluation
-from dist_siglip.models import build_dual_encoder
+from dist_siglip.models import (
+    build_dual_encoder,
+    encode_in_micro_batches,
+    evaluation_mode,
+    recorded_global_batch,
+    refuse_batch_norm,
+)
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.optim import OptimConfig, build_optimizer
 
@@ -29,7 +39,9 @@ class SigLipModule(LightningModule):
         pretrained: weights: an open_clip tag of the model, or a local .safetensors, .pt, .bin or
             .ckpt file. Null starts at random.
         loss: module called with (image_features, text_features, logit_scale, logit_bias), given
-            as a class path. Null is ``dist_siglip.losses.SigLipLoss``.
+            as a class path. Null is ``dist_siglip.losses.SigLipLoss``. If its ``uses_caption_ids``
+            is True it also gets the keyword caption_ids; if its ``uses_logit_bias`` is False the
+            bias is frozen.
         logits: start and training of scale and bias.
         optim: optimizer and learning rate.
         image_size: pixels, replaces the model's. Null keeps it.
@@ -39,6 +51,12 @@ class SigLipModule(LightningModule):
         compile_towers: translate both towers with torch.compile at their first use.
         global_batch_size: pairs of a training batch over all ranks; the validation loss is that
             of a random batch of this size. The command line takes it from the data.
+        micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
+            whole batch at once and the gradients are the same, for one more forward pass. Null
+            encodes the local batch at once.
+        calibration_pairs: training pairs over all ranks, about 4096, to fit scale and bias to
+            before the first step of a new run: for weights of another loss or global batch. Null
+            leaves scale and bias as they are.
     """
 
     def __init__(
@@ -54,6 +72,8 @@ class SigLipModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile_towers: bool = False,
         global_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        calibration_pairs: int | None = None,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -80,6 +100,14 @@ class SigLipModule(LightningModule):
         )
         self.optim = optim
         self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.calibration_pairs = calibration_pairs
+        if micro_batch_size is not None:
+            refuse_batch_norm(self.towers, micro_batch_size)
+        if not self._uses_bias:
+            self._freeze_bias()
+        if calibration_pairs is None and logits.start_bias is None:
+            self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
@@ -94,9 +122,19 @@ class SigLipModule(LightningModule):
         """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
         return max(self.global_step, self._loaded_steps)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down for which global batch scale and bias were trained."""
+        checkpoint["global_batch_size"] = self.global_batch_size
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the step: Lightning's evaluation loop restores weights only."""
         self._loaded_steps = int(checkpoint["global_step"])
+        self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
+
+    def on_train_start(self) -> None:
+        """Calibrate a new run if ``calibration_pairs`` asks for it."""
+        if self.calibration_pairs is not None and self.steps_done == 0:
+            self._calibrate_to_training_pairs(self.calibration_pairs)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
@@ -104,7 +142,7 @@ class SigLipModule(LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
-        image_features, text_features = self.towers(batch.images, batch.texts)
+        image_features, text_features = self._encode(batch)
         # Under autocast the loss's products run in the precision of the towers, and so do the
         # exchanged features; logits and gradients stay float32 inside the loss.
         device_type = image_features.device.type
@@ -112,11 +150,55 @@ class SigLipModule(LightningModule):
             dtype = torch.get_autocast_dtype(device_type)
             image_features, text_features = image_features.to(dtype), text_features.to(dtype)
         logit_scale, logit_bias = self.logits()
-        loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias)
+        if not self._uses_bias:
+            logit_bias = logit_bias.detach()
+        uses_ids = getattr(self.loss, "uses_caption_ids", False)
+        ids = {"caption_ids": batch.caption_ids} if uses_ids else {}
+        loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
             self._log_training(loss, logit_scale, logit_bias)
         return loss
+
+    def check_can_calibrate(self) -> int:
+        """Return the global batch to calibrate for.
+
+        Raises:
+            UserError: if it is not known, or the loss has no bias to calibrate.
+        """
+        if not self._uses_bias:
+            raise UserError(
+                f"loss ({type(self.loss).__name__}) uses no bias: only a sigmoid loss can be "
+                "calibrated; set calibration_pairs to null"
+            )
+        if self.global_batch_size is None:
+            raise UserError("global_batch_size (null) must be known to calibrate for it")
+        return self.global_batch_size
+
+    def calibrate(
+        self, image_features: Tensor, text_features: Tensor, caption_ids: Tensor
+    ) -> Calibration:
+        """Fit scale and bias to the pairs of all ranks; changes nothing.
+
+        Args:
+            image_features: (B, D), L2-normalised, this rank's.
+            text_features: (B, D), L2-normalised.
+            caption_ids: (B,), equal for equal captions.
+
+        Raises:
+            UserError: as ``check_can_calibrate``, or if no scale above 0 fits.
+        """
+        global_batch_size = self.check_can_calibrate()
+        scale, bias = (value.item() for value in self.logits())
+        return calibrate_on_features(
+            image_features,
+            text_features,
+            global_batch_size,
+            scale_before=scale,
+            bias_before=bias,
+            caption_ids=caption_ids,
+            duplicates=self._duplicates,
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation; evaluate one model on all ranks."""
@@ -193,6 +275,57 @@ class SigLipModule(LightningModule):
         if norm is not None and self._is_logged_step():
             self.log("train/grad_norm", norm)
 
+    @property
+    def _uses_bias(self) -> bool:
+        return bool(getattr(self.loss, "uses_logit_bias", True))
+
+    @property
+    def _duplicates(self) -> Duplicates:
+        """What the loss, or the loss it weighs, makes of equal captions; unheeded is negative."""
+        base = getattr(self.loss, "base", self.loss)
+        return getattr(base, "duplicates", None) or "negative"
+
+    def _encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        if self.micro_batch_size is None:
+            return self.towers(batch.images, batch.texts)
+        return encode_in_micro_batches(
+            self.towers, batch.images, batch.texts, self.micro_batch_size
+        )
+
+    def _freeze_bias(self) -> None:
+        """Keep a parameter that the loss never touches from stopping DDP."""
+        for name, parameter in self.logits.named_parameters():
+            if name != "log_scale" and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                logger.info("%s uses no bias: %s is frozen", type(self.loss).__name__, name)
+
+    def _compare_global_batch(self, trained: int | None, source: str) -> None:
+        """Warn if scale and bias were trained for another global batch."""
+        now = self.global_batch_size
+        if self._uses_bias and trained is not None and now is not None and trained != now:
+            logger.warning("%s %s", source, describe_batch_change(trained, now))
+
+    @torch.no_grad()
+    def _calibrate_to_training_pairs(self, num_pairs: int) -> None:
+        """Embed pairs of the training data as in an evaluation, fit scale and bias, set them."""
+        self.check_can_calibrate()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "train_dataset", None) is None:
+            raise UserError(
+                f"calibration_pairs ({num_pairs}) needs an ImageTextDataModule in trainer.fit; "
+                "without one, set it to null and use losses.calibration"
+            )
+        world = World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        loader = excerpt_loader(data.train_dataset, num_pairs, data, world)
+        rows = []
+        with evaluation_mode(self.towers), self.trainer.precision_plugin.forward_context():
+            for loaded in loader:
+                batch = self.transfer_batch_to_device(loaded, self.device, 0)
+                rows.append((*self.towers(batch.images, batch.texts), batch.caption_ids))
+        fitted = self.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
+        set_logits(self.logits, fitted)
+        logger.info("calibrated before the first step: %s", fitted.describe())
+
     def _is_logged_step(self) -> bool:
         """Whether the step under way is one Lightning writes to its loggers."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
@@ -200,8 +333,12 @@ class SigLipModule(LightningModule):
 
     def _log_training(self, loss: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> None:
         """Log global values; one small all-reduce, on logged steps only."""
-        sums = torch.stack([loss.detach(), torch.as_tensor(self._num_substituted).to(loss)])
-        loss_sum, num_substituted = sum_over_ranks(sums).unbind()
+        duplicates: Tensor | None = getattr(self.loss, "last_duplicate_pairs", None)
+        counts = (self._num_substituted, 0 if duplicates is None else duplicates)
+        sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
+        loss_sum, num_substituted, num_duplicates = sum_over_ranks(sums).unbind()
+        if duplicates is not None:
+            self.log("train/duplicate_captions", num_duplicates)
         self.log_dict(
             {
                 "train/loss": loss_sum / self.trainer.world_size,

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
@@ -139,6 +140,109 @@ def test_autocast_sends_features_in_the_precision_of_the_towers(model, tmp_path)
     module.loss.register_forward_pre_hook(lambda m, args: seen.extend(a.dtype for a in args[:2]))
     trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(module, loader(1))
     assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+class Recorder(nn.Module):
+    """siglip_loss that keeps what it was called with."""
+
+    def __init__(self, *, uses_caption_ids=False, uses_logit_bias=True):
+        super().__init__()
+        self.uses_caption_ids, self.uses_logit_bias = uses_caption_ids, uses_logit_bias
+        self.last_duplicate_pairs = None
+        self.calls = []
+
+    def forward(self, images, texts, scale, bias, **ids):
+        self.calls.append((bias, ids))
+        if ids:
+            equal = ids["caption_ids"][:, None] == ids["caption_ids"][None, :]
+            self.last_duplicate_pairs = equal.sum() - len(equal)
+        return siglip_loss(images, texts, scale, bias if self.uses_logit_bias else None)
+
+
+def test_caption_ids_go_to_a_loss_that_uses_them_and_duplicates_are_logged(model, tmp_path):
+    data = loader(1)
+    data.dataset.batches = [make_batch()._replace(caption_ids=torch.tensor([5, 8, 5, 5]))]
+    recorder = Recorder(uses_caption_ids=True)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(SigLipModule(model, loss=recorder), data)
+    ((_, ids),) = recorder.calls
+    assert ids["caption_ids"].tolist() == [5, 8, 5, 5]
+    assert run.callback_metrics["train/duplicate_captions"].item() == 6
+
+
+def test_other_losses_get_no_ids_and_no_duplicates_are_logged(model, tmp_path):
+    recorder = Recorder()
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(SigLipModule(model, loss=recorder), loader(1))
+    assert [ids for _, ids in recorder.calls] == [{}]
+    assert "train/duplicate_captions" not in run.callback_metrics
+
+
+@pytest.mark.parametrize("parameterization", ["absolute", "relative"])
+def test_a_bias_that_the_loss_does_not_use_is_frozen_and_said(
+    model, tmp_path, parameterization, caplog
+):
+    """DDP stops at a trainable parameter without a gradient."""
+    caplog.set_level("INFO", logger="dist_siglip")
+    recorder = Recorder(uses_logit_bias=False)
+    logits = LogitConfig(bias_parameterization=parameterization)
+    module = SigLipModule(model, loss=recorder, logits=logits)
+    name = "logit_bias" if parameterization == "absolute" else "relative_bias"
+    assert f"Recorder uses no bias: {name} is frozen" in caplog.text
+    trainer(tmp_path, max_steps=1).fit(module, loader(1))
+    frozen = [n for n, parameter in module.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"logits.{name}"]
+    ((bias, _),) = recorder.calls
+    assert not bias.requires_grad
+    with pytest.raises(UserError, match=r"loss \(Recorder\) uses no bias"):
+        module.calibrate(torch.eye(2), torch.eye(2), torch.arange(2))
+
+
+def checkpoint_of(module, path, tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, loader(1))
+    run.save_checkpoint(path)
+    return str(path)
+
+
+def test_another_global_batch_than_the_weights_were_trained_with_is_warned_of(
+    model, tmp_path, caplog
+):
+    trained = checkpoint_of(
+        SigLipModule(model, global_batch_size=4), tmp_path / "trained.ckpt", tmp_path
+    )
+
+    def warnings(**settings):
+        caplog.clear()
+        SigLipModule(model, trained, **settings)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    (warning,) = warnings(global_batch_size=512)
+    assert "trained.ckpt) was trained with a global batch of 4, this run has 512" in warning
+    assert "the best bias is about -4.9 away; run dist-siglip calibrate" in warning
+    assert warnings(global_batch_size=4) == []
+    assert warnings() == []
+    # Someone who sets the bias, or calibrates, has answered the warning.
+    assert warnings(global_batch_size=512, logits=LogitConfig(start_bias=-14.0)) == []
+    assert warnings(global_batch_size=512, calibration_pairs=4096) == []
+    assert warnings(global_batch_size=512, loss=Recorder(uses_logit_bias=False)) == []
+
+
+def test_a_checkpoint_loaded_by_the_trainer_is_compared_too(model, tmp_path, caplog):
+    trained = checkpoint_of(
+        SigLipModule(model, global_batch_size=4), tmp_path / "trained.ckpt", tmp_path
+    )
+    module = SigLipModule(model, global_batch_size=8)
+    trainer(tmp_path).validate(module, loader(1), ckpt_path=trained, verbose=False)
+    assert "the checkpoint was trained with a global batch of 4, this run has 8" in caplog.text
+
+
+def test_calibrating_a_run_needs_data_that_can_be_read_apart(model, tmp_path):
+    module = SigLipModule(model, global_batch_size=4, calibration_pairs=64)
+    with pytest.raises(UserError, match=r"calibration_pairs \(64\) needs an ImageTextDataModule"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(1))
+    with pytest.raises(UserError, match=r"global_batch_size \(null\) must be known"):
+        SigLipModule(model).calibrate(torch.eye(2), torch.eye(2), torch.arange(2))
 
 
 @pytest.mark.slow

@@ -20,6 +20,11 @@ _VERBS = {
     ),
     "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
     "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
+    "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
+    "calibrate": (
+        "dist_siglip.cli.calibrate",
+        "fit scale and bias to a model, its data and its global batch",
+    ),
 }
 
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130

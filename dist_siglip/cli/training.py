@@ -69,18 +69,20 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 def train(arguments: list[str]) -> "TrainingCLI":
     """Parse, check and run; ``arguments`` begin with the verb."""
     set_up_logging()
-    return TrainingCLI(
-        SigLipModule,
-        ImageTextDataModule,
-        args=arguments,
-        parser_class=TrainingParser,
-        parser_kwargs={"prog": "dist-siglip"},
-        trainer_defaults=dict(_TRAINER_DEFAULTS),
-        seed_everything_default=0,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    return TrainingCLI(SigLipModule, ImageTextDataModule, args=arguments, **cli_settings())
+
+
+def cli_settings() -> dict[str, Any]:
+    """Return what every command line on a ``TrainingCLI`` has in common."""
+    return {
+        "parser_class": TrainingParser,
+        "parser_kwargs": {"prog": "dist-siglip"},
+        "trainer_defaults": dict(_TRAINER_DEFAULTS),
+        "seed_everything_default": 0,
+        "save_config_callback": None,
+        "auto_configure_optimizers": False,
+        "load_from_checkpoint_support": False,
+    }
 
 
 class TrainingCLI(LightningCLI):
@@ -123,12 +125,6 @@ class TrainingCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         asked = settings.get("logger")
         extra_loggers = asked if isinstance(asked, list) else [asked] if _is_logger(asked) else []
-        plugins = settings.get("plugins") or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect():
-            # Lightning's own requeue saves inside the signal handler, which deadlocks with
-            # collectives in the loss.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
         self.trainer_defaults["callbacks"] = [
             EndOnTermination(),
             Throughput(),
@@ -143,11 +139,21 @@ class TrainingCLI(LightningCLI):
                 TensorBoardLogger(str(root), name="", version="tensorboard"),
                 *extra_loggers,
             ],
-            plugins=plugins,
+            plugins=self._plugins(),
             **kwargs,
         )
         metrics_log.follow(lambda: self.model.steps_done)
         return trainer
+
+    def _plugins(self) -> list[Any]:
+        """Plugins the configuration asks for, our checkpoint reader, SLURM without its requeue."""
+        asked = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = [*(asked if isinstance(asked, list) else [asked]), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Lightning's own requeue saves inside the signal handler, which deadlocks with
+            # collectives in the loss.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        return plugins
 
     @property
     def folder(self) -> RunFolder:
@@ -209,10 +215,7 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
         self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
-        given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = Path(given) if given else self.folder.newest_checkpoint()
-        if self.start_checkpoint is not None:
-            check_fits(self.model, self.start_checkpoint)
+        self.start_checkpoint = self._checkpoint_to_look_at()
 
     def validate(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Evaluate the given checkpoint, else the newest of the run, else the model as built."""
@@ -227,6 +230,14 @@ class TrainingCLI(LightningCLI):
     def _get_all(self) -> Any:
         """Return the resolved configuration of the verb."""
         return self.config[self.subcommand]
+
+    def _checkpoint_to_look_at(self) -> Path | None:
+        """Return the checkpoint given, else the newest of the run, if any; it fits the model."""
+        given = self._get(self.config, "ckpt_path")
+        chosen = Path(given) if given else self.folder.newest_checkpoint()
+        if chosen is not None:
+            check_fits(self.model, chosen)
+        return chosen
 
     def _checkpoint_to_start_from(self, given: str | None) -> Path | None:
         newest = self.folder.newest_checkpoint()

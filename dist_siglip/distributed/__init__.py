@@ -6,15 +6,16 @@ from dist_siglip.distributed.collectives import (
     max_over_ranks,
     sum_over_ranks,
 )
+from dist_siglip.distributed.combine import Combine
 from dist_siglip.distributed.exchange import (
-    Combine,
     Exchange,
     ExchangeName,
     circulate,
     prepare_exchange,
 )
 from dist_siglip.distributed.groups import resolve_group
-from dist_siglip.distributed.ring import AccumulatorSpec
+from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
+from dist_siglip.distributed.travel import AccumulatorSpec
 from dist_siglip.distributed.world import World, is_first_process
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "circulate",
     "copy_from_first_rank",
     "gather_rows",
+    "group_from_mesh",
     "is_first_process",
     "max_over_ranks",
     "prepare_exchange",
     "resolve_group",
+    "set_local_world_size",
     "sum_over_ranks",
 ]

@@ -5,11 +5,16 @@ the visitor's business; what a visitor adds to a shard's accumulators is combine
 and comes home to the rank that owns the shard.
 
     local       one rank: its own shard
-    ring        see ``ring``; memory does not grow with the number of ranks
+    ring        every rank sends to the next one; memory does not grow with the number of ranks
+    two_way     shards travel both ways for half the distance: half the steps, twice the buffers
+    two_level   a ring inside each node, then one hop to the next node, all ranks of a node at
+                once: every network card works, where a ring uses one per node
     all_gather  gather every shard, visit, reduce-scatter the accumulators: two collectives, no
-                chain of hops, but memory and one buffer of all rows
-    auto        local for one rank; ring for two ranks or when the gathered rows would be large;
-                else all_gather
+                chain of hops, but memory for the rows of all ranks
+    auto        chosen from sizes and nodes, see ``_choose``; the reason is logged once
+
+``schedule`` says which way shards go, ``travel`` carries them, ``topology`` knows the nodes.
+All give the same numbers up to the order of the sums.
 """
 
 import logging
@@ -24,18 +29,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine
+from dist_siglip.distributed.gather import visit_gathered
 from dist_siglip.distributed.groups import companions_of, resolve_group
-from dist_siglip.distributed.handshake import agree_on_rows, describe_shard
-from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, circulate_ring
+from dist_siglip.distributed.handshake import Agreement, agree, describe_shard
+from dist_siglip.distributed.schedule import lanes_of
+from dist_siglip.distributed.topology import local_world_size_of
+from dist_siglip.distributed.travel import AccumulatorSpec, Shard, Visitor, travel
 from dist_siglip.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ExchangeName = Literal["auto", "local", "all_gather", "ring"]
-Combine = Literal["sum", "max"]
+ExchangeName = Literal["auto", "local", "all_gather", "ring", "two_way", "two_level"]
 
 # Below this many gathered bytes, two collectives beat a chain of hops (latency decides).
 GATHER_LIMIT_BYTES = 64 * 2**20
+# Below this many bytes per hop latency decides, and half the steps are worth twice the buffers.
+TWO_WAY_LIMIT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Exchange:
     _specs: tuple[AccumulatorSpec, ...]
     _combine: Combine
     _group: ProcessGroup | None
+    _local_world_size: int
 
     @property
     def world_size(self) -> int:
@@ -76,39 +87,16 @@ class Exchange:
             )
             visit(self.rank, self._columns, mine)
             return mine
-        transfer = companions_of(self._group).transfer
-        if self.name == "ring":
-            add = _add_ if self._combine == "sum" else _maximum_
-            return circulate_ring(self._columns, visit, self._specs, add, self.row_counts, transfer)
-        return self._run_all_gather(visit, transfer)
-
-    def _run_all_gather(self, visit: Visitor, transfer: ProcessGroup) -> Shard:
-        longest = max(self.row_counts)
-        gathered = [_gather_padded(column, longest, transfer) for column in self._columns]
-        collected = [
-            # Zeros: the padding rows of short shards are reduced too.
-            self._columns[0].new_zeros(
-                (self.world_size, longest, *spec.row_shape), dtype=spec.dtype
-            )
-            for spec in self._specs
-        ]
-        for step in range(self.world_size):
-            owner = (self.rank - step) % self.world_size
-            rows = self.row_counts[owner]
-            visit(
-                owner,
-                tuple(everyone[owner, :rows] for everyone in gathered),
-                tuple(everyone[owner, :rows] for everyone in collected),
-            )
-        operation = dist.ReduceOp.SUM if self._combine == "sum" else dist.ReduceOp.MAX
-        finished = []
-        for everyone in collected:
-            mine = torch.empty_like(everyone[0])
-            if longest:
-                flat = everyone.flatten(0, 1)
-                dist.reduce_scatter_tensor(mine, flat, op=operation, group=transfer)
-            finished.append(mine[: self.row_counts[self.rank]])
-        return tuple(finished)
+        companions = companions_of(self._group)
+        if companions.limit_visits is not None:
+            visit = companions.limit_visits(visit)
+        arguments = (self._columns, visit, self._specs)
+        if self.name == "all_gather":
+            return visit_gathered(*arguments, self._combine, self.row_counts, companions.transfer)
+        assert self.name in ("ring", "two_way", "two_level")
+        lanes = lanes_of(self.name, self.rank, self.world_size, self._local_world_size)
+        add = COMBINE_IN_PLACE[self._combine]
+        return travel(*arguments, add, self.row_counts, lanes, companions.mail)
 
 
 def prepare_exchange(
@@ -118,10 +106,16 @@ def prepare_exchange(
     combine: Combine = "sum",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
+    purpose: str = "",
+    local_world_size: int | None = None,
 ) -> Exchange:
     """Agree with the other ranks on what will travel; see ``circulate`` for the arguments.
 
     Distributed contract: one small all-gather on the CPU if the group has several ranks.
+    ``purpose`` says in readable words whatever else must be equal on all ranks (which loss, which
+    gradients); a difference is reported like one of shapes. ``local_world_size`` is the number of
+    consecutive ranks of the group that share a node; None takes what ``set_local_world_size`` or
+    the launcher said.
     """
     shard = tuple(column.detach().contiguous() for column in columns)
     num_rows = _rows_of(shard)
@@ -138,17 +132,26 @@ def prepare_exchange(
             "of one rank"
         )
     specs = tuple(accumulators)
-    row_counts: tuple[int, ...] = (num_rows,)
+    said = Agreement((num_rows,), (1,))
     if group is not None and world_size > 1:
         added = ", ".join(
             f"{str(spec.dtype).removeprefix('torch.')} {spec.row_shape}" for spec in specs
         )
         signature = (
             f"{describe_shard(shard)}; accumulators: {added or 'none'}; {exchange}, {combine}"
+            + (f"; {purpose}" if purpose else "")
         )
-        row_counts = agree_on_rows(num_rows, signature, companions_of(group).control)
-    name = _choose(exchange, row_counts, shard, specs)
-    return Exchange(name, rank, row_counts, shard, specs, combine, group)
+        if local_world_size is None:
+            local_world_size = local_world_size_of(group)
+        said = agree(num_rows, local_world_size, signature, companions_of(group).announce)
+    per_node, obstacle = _ranks_per_node(said.local_world_sizes)
+    if exchange == "two_level" and obstacle:
+        raise UserError(
+            f"exchange ('two_level') needs nodes of equal size, but {obstacle}; pass "
+            "local_world_size, call set_local_world_size, or use 'ring' or 'auto'"
+        )
+    name = _choose(exchange, said.row_counts, shard, specs, per_node, obstacle)
+    return Exchange(name, rank, said.row_counts, shard, specs, combine, group, per_node)
 
 
 def circulate(
@@ -159,6 +162,7 @@ def circulate(
     combine: Combine = "sum",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
+    local_world_size: int | None = None,
 ) -> Shard:
     """Bring the shard of every rank past this rank exactly once.
 
@@ -174,16 +178,22 @@ def circulate(
         columns: this rank's shard: tensors with the same number of rows.
         visit: see above.
         accumulators: what travels home; none by default.
-        combine: how contributions of several ranks meet.
+        combine: how contributions of several ranks meet: their sum, their maximum, or the
+            logarithm of the sum of their exponentials.
         exchange: see the module docstring.
         group: process group; the default group if None, a world of one without any.
+        local_world_size: consecutive ranks of the group that share a node; None takes what
+            ``set_local_world_size`` or the launcher said.
 
     Returns:
         One tensor per accumulator, (rows of this rank, *row_shape).
 
     Raises:
         UserError: if the tensors of the shard differ in rows, the exchange is unknown or
-            "local" in a group of several ranks, or ranks disagree (names the rank).
+            "local" in a group of several ranks, "two_level" over nodes of different sizes, or
+            ranks disagree (names the rank).
+        RuntimeError: within the time limit of the group, if a rank does not take part; names
+            what was waited for.
 
     Example:
         >>> def visit(owner, shard, contributions):
@@ -193,8 +203,29 @@ def circulate(
         (tensor([3., 3.]),)
     """
     return prepare_exchange(
-        columns, accumulators=accumulators, combine=combine, exchange=exchange, group=group
+        columns,
+        accumulators=accumulators,
+        combine=combine,
+        exchange=exchange,
+        group=group,
+        local_world_size=local_world_size,
     ).run(visit)
+
+
+def _ranks_per_node(sizes: tuple[int, ...]) -> tuple[int, str]:
+    """Return the ranks per node all ranks agree on, or 1 and what stands against it."""
+    world_size, usual = len(sizes), max(set(sizes), key=sizes.count)
+    odd = [rank for rank, size in enumerate(sizes) if size != usual]
+    if odd:
+        return 1, (
+            f"rank {odd[0]} counts {sizes[odd[0]]} ranks on its node and rank "
+            f"{sizes.index(usual)} counts {usual}"
+        )
+    if usual == 0:
+        return 1, "the ranks of a node do not follow one another or nodes hold different numbers"
+    if world_size % usual:
+        return 1, f"{world_size} ranks are not whole nodes of {usual}"
+    return usual, ""
 
 
 def _choose(
@@ -202,32 +233,53 @@ def _choose(
     row_counts: tuple[int, ...],
     shard: Shard,
     specs: tuple[AccumulatorSpec, ...],
+    per_node: int,
+    obstacle: str,
 ) -> ExchangeName:
-    """Resolve "auto" from sizes alone, so that every rank chooses the same."""
+    """Resolve "auto" from what all ranks know, so that every rank chooses the same.
+
+    Gathering when the rows of all ranks are small; else two_level over several nodes of several
+    ranks; else two_way when a hop is so small that latency decides; else ring.
+    """
     if exchange != "auto":
         return exchange
-    if len(row_counts) == 1:
+    world_size = len(row_counts)
+    if world_size == 1:
         return "local"
     row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in shard)
     row_bytes += sum(math.prod(spec.row_shape) * spec.dtype.itemsize for spec in specs)
-    gathered_bytes = row_bytes * max(row_counts) * len(row_counts)
-    chosen: ExchangeName = (
-        "ring" if len(row_counts) == 2 or gathered_bytes > GATHER_LIMIT_BYTES else "all_gather"
+    hop_bytes = row_bytes * max(row_counts)
+    chosen: ExchangeName
+    if world_size == 2:
+        chosen, reason = "ring", "one hop either way"
+    elif hop_bytes * world_size <= GATHER_LIMIT_BYTES:
+        chosen, reason = "all_gather", "small enough to gather"
+    elif 1 < per_node < world_size:
+        chosen, reason = "two_level", f"{world_size // per_node} nodes of {per_node} ranks"
+    else:
+        chosen, reason = (
+            "ring",
+            obstacle
+            or ("one node" if per_node == world_size else "one rank per node as far as known"),
+        )
+        if hop_bytes <= TWO_WAY_LIMIT_BYTES:
+            chosen, reason = "two_way", f"{reason}, small hops"
+    _log_choice(
+        f"exchange auto -> {chosen} ({reason}): {world_size} ranks, {_mib(hop_bytes)} per hop "
+        f"(two_way up to {_mib(TWO_WAY_LIMIT_BYTES)}), {_mib(hop_bytes * world_size)} if gathered "
+        f"(all_gather up to {_mib(GATHER_LIMIT_BYTES)})"
     )
-    _log_choice(chosen, len(row_counts), round(gathered_bytes / 2**20))
     return chosen
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"
+
+
 @lru_cache(maxsize=64)
-def _log_choice(chosen: ExchangeName, world_size: int, gathered_mib: int) -> None:
+def _log_choice(choice: str) -> None:
     """Say once per case what "auto" chose and why."""
-    logger.info(
-        "exchange auto -> %s: %d ranks, %d MiB if gathered (limit %d MiB)",
-        chosen,
-        world_size,
-        gathered_mib,
-        GATHER_LIMIT_BYTES // 2**20,
-    )
+    logger.info("%s", choice)
 
 
 def _rows_of(shard: Shard) -> int:
@@ -240,23 +292,3 @@ def _rows_of(shard: Shard) -> int:
             "(-1 means a tensor without rows)"
         )
     return counts[0]
-
-
-def _gather_padded(column: Tensor, longest: int, transfer: ProcessGroup) -> Tensor:
-    padded = column
-    if column.shape[0] < longest:
-        padded = column.new_zeros((longest, *column.shape[1:]))
-        padded[: column.shape[0]] = column
-    world_size = transfer.size()
-    everyone = column.new_empty((world_size * longest, *column.shape[1:]))
-    if longest:
-        dist.all_gather_into_tensor(everyone, padded, group=transfer)
-    return everyone.view(world_size, longest, *column.shape[1:])
-
-
-def _add_(mine: Tensor, theirs: Tensor) -> None:
-    mine.add_(theirs)
-
-
-def _maximum_(mine: Tensor, theirs: Tensor) -> None:
-    torch.maximum(mine, theirs, out=mine)

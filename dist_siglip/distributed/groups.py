@@ -6,6 +6,7 @@ made on first use by those ranks alone: one of the same backend for the transfer
 the CPU (gloo) for the agreement.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -14,18 +15,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
+from dist_siglip.distributed.mail import Mail
+from dist_siglip.distributed.roll_call import name_missing
+from dist_siglip.distributed.travel import Visitor
+
 
 @dataclass(frozen=True)
 class Companions:
-    """The groups that serve one parent group.
+    """What serves one parent group; everything an exchange says to other ranks goes through it.
 
     Attributes:
         transfer: same ranks and backend as the parent; carries features and accumulators.
-        control: same ranks on gloo; carries a few bytes per call on the CPU.
+        mail: point-to-point transfers over ``transfer``.
+        announce: carries a few bytes per call between CPUs, over gloo.
+        limit_visits: wraps the visitor of every exchange; only a simulation has one.
     """
 
     transfer: ProcessGroup
-    control: ProcessGroup
+    mail: Mail
+    announce: Announce
+    limit_visits: Callable[[Visitor], Visitor] | None = None
 
 
 # Keyed by the parent's identity: a group that is destroyed takes its companions along.
@@ -42,17 +52,36 @@ def resolve_group(group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def companions_of(group: ProcessGroup) -> Companions:
-    """Return the companion groups, making them on first use (collective over ``group``)."""
+    """Return the companions, making them on first use (collective over ``group``).
+
+    Raises:
+        RuntimeError: within the time limit of the group, if a rank does not take part.
+    """
     found = _companions.get(group)
     if found is None:
         ranks = dist.get_process_group_ranks(group)
         backend = dist.get_backend(group)
         timeout = _timeout_of(group)
-        transfer = _new_group(ranks, backend, timeout)
-        control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
-        found = Companions(transfer=transfer, control=control)
+        try:
+            transfer = _new_group(ranks, backend, timeout)
+            control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {group.rank()} of {group.size()} waited for all ranks to connect for their "
+                f"first exchange and {name_missing(group, 'first-exchange')}"
+            ) from error
+        if backend == "nccl":
+            # The first point-to-point batch of a communicator needs every rank; one without
+            # rows would post none.
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=transfer)
+        found = Companions(transfer, Mail(transfer), GroupAnnouncer(control))
         _companions[group] = found
     return found
+
+
+def set_companions(group: ProcessGroup, companions: Companions) -> None:
+    """Serve ``group`` by other companions than the usual ones (for ``simulation``)."""
+    _companions[group] = companions
 
 
 def _new_group(ranks: list[int], backend: str, timeout: timedelta | None) -> ProcessGroup:

@@ -2,21 +2,40 @@
 
 Point-to-point transfers trust the caller: a wrong shape or dtype hangs or delivers garbage. So
 each exchange begins with one all-gather of 256 bytes per rank over a CPU group: a readable
-signature and the number of rows. Row counts may differ between ranks; nothing else may.
+signature, the number of rows and the ranks per node. The numbers may differ between ranks; the
+signature may not.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.roll_call import name_missing
 from dist_siglip.errors import UserError
 
+# Tells every rank one message and returns the messages of all ranks, in rank order.
+Announce = Callable[[bytes], list[bytes]]
+
 _MESSAGE_BYTES = 256
-_ROWS_BYTES = 8
+_NUMBER_BYTES = 8
+_TEXT_BYTES = _MESSAGE_BYTES - 2 * _NUMBER_BYTES
+
+
+class Agreement(NamedTuple):
+    """What every rank said, in rank order.
+
+    Attributes:
+        row_counts: rows of its shard.
+        local_world_sizes: ranks of its node, 0 where it cannot tell.
+    """
+
+    row_counts: tuple[int, ...]
+    local_world_sizes: tuple[int, ...]
 
 
 def describe_shard(tensors: Sequence[Tensor]) -> str:
@@ -33,30 +52,29 @@ def describe_shard(tensors: Sequence[Tensor]) -> str:
     return " + ".join(parts)
 
 
-def agree_on_rows(num_rows: int, signature: str, control: ProcessGroup) -> tuple[int, ...]:
-    """Compare signatures over all ranks and return every rank's number of rows.
+def agree(num_rows: int, local_world_size: int, signature: str, announce: Announce) -> Agreement:
+    """Compare signatures over all ranks and return every rank's numbers.
 
-    Distributed contract: one all-gather of 256 bytes per rank on ``control``. Every rank gets
-    the same answer, so either all go on or all raise.
+    Distributed contract: one all-gather of 256 bytes per rank. Every rank gets the same answer,
+    so either all go on or all raise.
 
     Args:
         num_rows: rows this rank is about to send.
-        signature: what must be equal on all ranks, readable; cut at 248 bytes.
-        control: CPU process group.
+        local_world_size: ranks of this rank's node as far as it knows.
+        signature: what must be equal on all ranks, readable; cut at 240 bytes.
+        announce: carries the messages.
 
     Raises:
         UserError: if signatures differ; names the ranks that differ from the majority.
+
+    Example:
+        >>> agree(3, 1, "float32 (*, 8)", lambda message: [message, message])
+        Agreement(row_counts=(3, 3), local_world_sizes=(1, 1))
     """
-    text = signature.encode()[: _MESSAGE_BYTES - _ROWS_BYTES]
-    message = num_rows.to_bytes(_ROWS_BYTES, "little") + text.ljust(
-        _MESSAGE_BYTES - _ROWS_BYTES, b"\0"
-    )
-    mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    world_size = dist.get_world_size(control)
-    everyone = torch.empty(world_size * _MESSAGE_BYTES, dtype=torch.uint8)
-    dist.all_gather_into_tensor(everyone, mine, group=control)
-    messages = [bytes(part.tolist()) for part in everyone.split(_MESSAGE_BYTES)]
-    signatures = [part[_ROWS_BYTES:].rstrip(b"\0").decode(errors="replace") for part in messages]
+    numbers = b"".join(n.to_bytes(_NUMBER_BYTES, "little") for n in (num_rows, local_world_size))
+    text = signature.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    messages = announce(numbers + text)
+    signatures = [m[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace") for m in messages]
     usual, _ = Counter(signatures).most_common(1)[0]
     odd = [rank for rank, value in enumerate(signatures) if value != usual]
     if odd:
@@ -65,4 +83,43 @@ def agree_on_rows(num_rows: int, signature: str, control: ProcessGroup) -> tuple
             f"{signatures.index(usual)} passes [{usual}]; only the number of rows may differ "
             "between ranks"
         )
-    return tuple(int.from_bytes(part[:_ROWS_BYTES], "little") for part in messages)
+    return Agreement(
+        tuple(int.from_bytes(m[:_NUMBER_BYTES], "little") for m in messages),
+        tuple(int.from_bytes(m[_NUMBER_BYTES : 2 * _NUMBER_BYTES], "little") for m in messages),
+    )
+
+
+class GroupAnnouncer:
+    """Announces over a CPU process group by one all-gather.
+
+    Args:
+        group: CPU process group that serves only this and, on gloo, the transfers.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.calls = 0
+
+    def __call__(self, message: bytes) -> list[bytes]:
+        """Return the messages of all ranks.
+
+        Raises:
+            RuntimeError: within the time limit of the group (and a second), if a rank does not
+                take part; names what this rank waited for and who is missing.
+        """
+        self.calls += 1
+        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        everyone = torch.empty(self.group.size() * len(message), dtype=torch.uint8)
+        try:
+            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(self._complaint(message)) from error
+        return [bytes(part.tolist()) for part in everyone.split(len(message))]
+
+    def _complaint(self, message: bytes) -> str:
+        signature = message[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace")
+        return (
+            f"rank {self.group.rank()} of {self.group.size()} waited for all ranks to say what "
+            f"they exchange [{signature}] (exchange {self.calls} of this group) and "
+            + name_missing(self.group, f"exchange-{self.calls}")
+        )

@@ -6,6 +6,7 @@ asks torch and the environment.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,10 +14,16 @@ import torch.distributed as dist
 
 from dist_siglip.errors import UserError
 
-# (rank, world size, local rank, local world size): torchrun's names, then srun's.
+# (rank, world size, local rank, local world size): torchrun's names, then srun's, which says
+# SLURM_NTASKS_PER_NODE only if it was asked for so many.
 _LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE",)),
+    (
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"),
+    ),
 )
 
 
@@ -72,10 +79,11 @@ class World:
         """
         environ = os.environ if environ is None else environ
         launched = cls()
-        for rank, size, local_rank, local_size in _LAUNCHERS:
+        for rank, size, local_rank, local_sizes in _LAUNCHERS:
             if rank in environ and size in environ:
-                # srun writes "4(x2)" for two nodes of four tasks each.
-                per_node = environ.get(local_size, "1").split("(")[0]
+                said = next((environ[name] for name in local_sizes if name in environ), "1")
+                # srun writes "4(x2),3" for two nodes of four tasks and one of three.
+                per_node = re.split("[(,]", said)[0]
                 local = int(environ.get(local_rank, 0))
                 launched = cls(
                     rank=int(environ[rank]),

@@ -1,7 +1,26 @@
 """Losses over the global batch, their tiles, and the scale and bias of the logits."""
 
+from dist_siglip.losses.clip import ClipLoss
 from dist_siglip.losses.drop_in import SigLipLoss
+from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
+from dist_siglip.losses.modalities import ModalityGraph, multimodal_sigmoid_loss
 from dist_siglip.losses.scale import BiasParameterization, LogitConfig, LogitScaleBias
 from dist_siglip.losses.sigmoid import siglip_loss
+from dist_siglip.losses.softmax import softmax_loss
+from dist_siglip.losses.weighted import WeightedLoss
 
-__all__ = ["BiasParameterization", "LogitConfig", "LogitScaleBias", "SigLipLoss", "siglip_loss"]
+__all__ = [
+    "BiasParameterization",
+    "ClipLoss",
+    "LogitConfig",
+    "LogitScaleBias",
+    "ModalityGraph",
+    "SigLipLoss",
+    "WeightedLoss",
+    "alignment_loss",
+    "cross_uniformity_loss",
+    "multimodal_sigmoid_loss",
+    "siglip_loss",
+    "softmax_loss",
+    "uniformity_loss",
+]

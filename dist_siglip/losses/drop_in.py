@@ -1,11 +1,15 @@
 """The sigmoid loss as open_clip's trainer expects to find it: a module, nothing more."""
 
+from typing import get_args
+
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses.sigmoid import DEFAULT_CHUNK_ROWS, siglip_loss
+from dist_siglip.losses.finite import FiniteCheck
+from dist_siglip.losses.pair_terms import Duplicates
+from dist_siglip.losses.sigmoid import LossStatistics, siglip_loss
 
 _EXCHANGE_OF_DIST_IMPL: dict[str, ExchangeName] = {
     "bidir": "ring",
@@ -26,11 +30,21 @@ class SigLipLoss(nn.Module):
             and "reduce" mean all_gather. All give the same numbers.
         exchange: name of an exchange of this package; not together with ``dist_impl``.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits.
+        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 4096 on a GPU.
+        duplicates: what pairs with equal caption ids are, on whatever ranks: positive, masked
+            (left out) or negative (only counted). Null never looks at ids.
+        check_finite: raise on every rank if a row of the features, the scale, the bias or the
+            loss is not finite, and name it. On a GPU a step or two late, so that nothing waits.
+
+    Attributes:
+        uses_caption_ids: whether a call must bring ``caption_ids``.
+        last_duplicate_pairs: (), int64, ``LossStatistics.duplicate_pairs`` of the last call; None
+            without ids.
 
     Raises:
         UserError: if ``dist_impl`` is unknown or given together with ``exchange``; on the first
-            call, if ``rank`` or ``world_size`` differ from the group's.
+            call, if ``rank`` or ``world_size`` differ from the group's; on a call without ids if
+            ``duplicates`` is set.
 
     Example:
         >>> import torch
@@ -49,9 +63,16 @@ class SigLipLoss(nn.Module):
         *,
         exchange: ExchangeName = "auto",
         group: ProcessGroup | None = None,
-        chunk_rows: int = DEFAULT_CHUNK_ROWS,
+        chunk_rows: int | None = None,
+        duplicates: Duplicates | None = None,
+        check_finite: bool = True,
     ) -> None:
         super().__init__()
+        if duplicates is not None and duplicates not in get_args(Duplicates):
+            raise UserError(
+                f"duplicates ({duplicates!r}) must be null or one of "
+                f"{', '.join(get_args(Duplicates))}"
+            )
         if dist_impl is not None:
             if exchange != "auto":
                 raise UserError(
@@ -68,6 +89,10 @@ class SigLipLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
+        self.duplicates: Duplicates | None = duplicates
+        self.uses_caption_ids = duplicates is not None
+        self.last_duplicate_pairs: Tensor | None = None
+        self._finite_check = FiniteCheck() if check_finite else None
 
     def forward(
         self,
@@ -76,29 +101,46 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None,
         output_dict: bool = False,
+        *,
+        caption_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Return ``siglip_loss``, or {"contrastive_loss": it} if ``output_dict``."""
-        self._check_world()
+        """Return ``siglip_loss``, or {"contrastive_loss": it} if ``output_dict``.
+
+        ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise.
+        """
+        if self.uses_caption_ids and caption_ids is None:
+            raise UserError(
+                f"duplicates ({self.duplicates!r}) needs caption_ids: pass them, or set it to null"
+            )
+        check_world(self.rank, self.world_size, self.group)
+        statistics = LossStatistics()
         loss = siglip_loss(
             image_features,
             text_features,
             logit_scale,
             logit_bias,
+            caption_ids=caption_ids if self.uses_caption_ids else None,
+            duplicates=self.duplicates or "negative",
+            statistics=statistics,
+            finite_check=self._finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
         )
+        self.last_duplicate_pairs = statistics.duplicate_pairs
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _check_world(self) -> None:
-        group = resolve_group(self.group)
-        actual = {"rank": 0, "world_size": 1}
-        if group is not None:
-            actual = {"rank": group.rank(), "world_size": group.size()}
-        for name, found in actual.items():
-            given = getattr(self, name)
-            if given is not None and given != found:
-                raise UserError(
-                    f"{name} ({given}) differs from the process group's ({found}); leave it out "
-                    "or pass the group it belongs to"
-                )
+
+def check_world(rank: int | None, world_size: int | None, group: ProcessGroup | None) -> None:
+    """Raise ``UserError`` if the rank or world size given differs from the process group's."""
+    group = resolve_group(group)
+    actual_rank, actual_size = (0, 1) if group is None else (group.rank(), group.size())
+    for name, given, found in (
+        ("rank", rank, actual_rank),
+        ("world_size", world_size, actual_size),
+    ):
+        if given is not None and given != found:
+            raise UserError(
+                f"{name} ({given}) differs from the process group's ({found}); leave it out "
+                "or pass the group it belongs to"
+            )

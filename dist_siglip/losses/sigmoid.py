@@ -1,30 +1,52 @@
 """The sigmoid loss over the global batch, in a single trip around the ranks.
 
-Because a tile gives its loss and all gradients at once (``tiles``), a text shard and its gradient
-accumulator visit every rank together, once. After the trip the loss is known and every gradient
-is at home; backward only multiplies by the incoming scalar and communicates nothing. Gradients
-are kept without any factor of the loss (in float32), so that a fp16 GradScaler multiplies them
-before they are cast.
+Because a tile gives its loss and all gradients at once (``tiles``), the shards of one side and
+their gradient accumulators visit every rank together, once. After the trip the loss is known and
+every gradient is at home; backward only multiplies by the incoming scalar and communicates
+nothing.
+
+The texts travel, unless only they need a gradient (a frozen image tower): then the images travel
+and no accumulator does. With frozen texts none does either. The numbers are the same.
 
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import (
-    AccumulatorSpec,
-    Exchange,
-    ExchangeName,
-    prepare_exchange,
-)
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
-from dist_siglip.losses.tiles import logits_dtype, sigmoid_tile
+from dist_siglip.losses.finite import FiniteCheck, refuse_not_finite
+from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.pair_terms import Duplicates
+from dist_siglip.losses.tiles import TileBuffers, logits_dtype, sigmoid_tile
+from dist_siglip.losses.trip import (
+    add_product,
+    check_chunk_rows,
+    check_pairs,
+    check_scalar,
+    default_chunk_rows,
+    inner_product,
+    sum_dtype,
+    tile_slices,
+)
 
-DEFAULT_CHUNK_ROWS = 1024
+
+@dataclass
+class LossStatistics:
+    """What a loss counted on its way; given empty, filled by the loss.
+
+    Attributes:
+        duplicate_pairs: (), int64, on the features' device: pairs of an image of this rank and a
+            text of any other pair with an equal id. The sum over ranks counts every two
+            duplicates twice, once from each side. None without ids.
+    """
+
+    duplicate_pairs: Tensor | None = None
 
 
 def siglip_loss(
@@ -33,16 +55,25 @@ def siglip_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None,
     *,
+    caption_ids: Tensor | None = None,
+    duplicates: Duplicates = "positive",
+    statistics: LossStatistics | None = None,
+    finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Sigmoid loss of this rank's images against the texts of all ranks.
 
     With y[i, j] = +1 if i == j else -1 over the global batch of N pairs on W ranks:
 
-        loss = W/N * sum_{i on this rank} sum_{j < N} softplus(-y[i, j] * logits[i, j])
+        loss = W/N * sum_{i on this rank} sum_{j < N} w[i, j] * softplus(-y[i, j] * logits[i, j])
         logits = logit_scale * image_features @ text_features.T + logit_bias
+
+    and w[i, j] = 1. With ``caption_ids``, a duplicate is a pair i != j with equal ids, on whatever
+    ranks. "positive": y = +1 for duplicates too; "masked": w = 0 for them; "negative": they are
+    only counted. N stays the number of rows: neither the positives of a row nor the masked pairs
+    change the divisor.
 
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
@@ -56,40 +87,86 @@ def siglip_loss(
             between ranks.
         logit_scale: one element > 0, the multiplier (not its logarithm).
         logit_bias: one element, added to every logit; None for none.
-        exchange: how text features reach other ranks, see ``dist_siglip.distributed.exchange``.
+        caption_ids: (B,), integers, equal for pairs that are each other's duplicates; None for
+            none. Either all ranks pass them or none does.
+        duplicates: what duplicates are, see above; without effect if there are no ids.
+        statistics: filled with what was counted.
+        finite_check: finds rows that are not finite; None checks on a CPU only, see ``finite``.
+        exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits that exists at a time.
+        chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
+            CPU, 4096 on a GPU.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
 
     Raises:
-        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, or ranks disagree
-            on dtype, D or on which gradients they need (names the rank).
+        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, ``duplicates`` is
+            unknown, features, scale or bias are not finite (names rank and row), or ranks
+            disagree on dtype, D or on which gradients they need (names the rank).
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
         >>> loss = siglip_loss(features, torch.eye(2), torch.tensor(10.0), torch.tensor(-10.0))
         >>> loss
-        tensor(0.6932, grad_fn=<_SigmoidLossBackward>)
+        tensor(0.6932, grad_fn=<_AttachBackward>)
+        >>> same = torch.tensor([7, 7])  # now every logit belongs to a positive
+        >>> siglip_loss(features, torch.eye(2), torch.tensor(10.0), torch.tensor(-10.0),
+        ...             caption_ids=same)
+        tensor(10.6932, grad_fn=<_AttachBackward>)
 
     Source:
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 and section 3.3 (chunked form); the bias
-        is added to the logits as in the authors' big_vision code.
+        is added to the logits as in the authors' big_vision code. Duplicates are ours.
     """
-    _check(image_features, text_features, logit_scale, logit_bias, chunk_rows)
+    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
+    check_pairs(image_features, text_features)
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
+    check_chunk_rows(chunk_rows)
+    _check_ids(caption_ids, duplicates, image_features)
     dtype = logits_dtype(image_features)
     scale = logit_scale.reshape(()).to(dtype)
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.reshape(()).to(dtype)
-    tensors = (image_features, text_features, scale, bias)
-    wanted = _Wanted(*(torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors))
-    accumulators = []
-    if wanted.text:
-        accumulators.append(AccumulatorSpec((text_features.shape[1],), dtype))
+    named = {
+        "image_features": image_features.detach(),
+        "text_features": text_features.detach(),
+        "logit_scale": scale.detach(),
+        "logit_bias": bias.detach(),
+    }
+    found = refuse_not_finite(named) if finite_check is None else finite_check.look(named)
+    wanted = _Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
+    sides = _Sides(wanted.text and not wanted.image, image_features, text_features)
     plan = prepare_exchange(
-        [text_features], accumulators=accumulators, exchange=exchange, group=group
+        [sides.travelling] if caption_ids is None else [sides.travelling, caption_ids],
+        accumulators=[AccumulatorSpec(image_features.shape[1:], dtype)] * sides.brings_back(wanted),
+        exchange=exchange,
+        group=group,
+        purpose=f"{sides.travellers} travel; {found or 'finite'}",
     )
-    return _SigmoidLoss.apply(*tensors, plan, wanted, chunk_rows)
+    if found:
+        raise UserError(f"rank {plan.rank}: {found}")
+    trip = _Trip(sides, scale.detach(), bias.detach(), plan, wanted, chunk_rows)
+    trip.use_ids(caption_ids, duplicates)
+    with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+        gradients = trip.run(plan)
+    if statistics is not None:
+        statistics.duplicate_pairs = trip.duplicate_pairs
+    # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
+    factor = plan.world_size / max(plan.total_rows, 1)
+    value = (trip.value * factor).to(dtype)
+    if finite_check is not None:
+        finite_check.remember(value)
+    return attach_gradients(
+        "siglip_loss",
+        value,
+        [
+            KnownGradient(image_features, gradients.image, scale.detach() * factor),
+            KnownGradient(text_features, gradients.text, scale.detach() * factor),
+            KnownGradient(scale, gradients.scale, factor),
+            KnownGradient(bias, gradients.bias, factor),
+        ],
+    )
 
 
 class _Wanted(NamedTuple):
@@ -100,187 +177,150 @@ class _Wanted(NamedTuple):
     scale: bool
     bias: bool
 
+
+class _Gradients(NamedTuple):
+    """Without W/N and the incoming gradient; those of the features without logit_scale too."""
+
+    image: Tensor | None
+    text: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+class _Sides:
+    """Which of the two sides stays at home and which travels."""
+
+    def __init__(self, images_travel: bool, image_features: Tensor, text_features: Tensor) -> None:
+        self.images_travel = images_travel
+        pair = (image_features.detach(), text_features.detach())
+        self.travelling, self.home = pair if images_travel else pair[::-1]
+
     @property
-    def any(self) -> bool:
-        return any(self)
+    def travellers(self) -> str:
+        return "images" if self.images_travel else "texts"
+
+    def brings_back(self, wanted: _Wanted) -> bool:
+        """Whether a gradient travels home with the side that travels."""
+        return wanted.text and not self.images_travel
 
 
-class _SigmoidLoss(torch.autograd.Function):
-    """Computes loss and gradients in forward; backward scales them."""
+class _Trip:
+    """Visits the shards that travel with the rows at home, one square tile at a time."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image_features: Tensor,
-        text_features: Tensor,
+    def __init__(
+        self,
+        sides: _Sides,
         scale: Tensor,
         bias: Tensor,
         plan: Exchange,
         wanted: _Wanted,
         chunk_rows: int,
-    ) -> Tensor:
-        with torch.autocast(image_features.device.type, enabled=False):
-            trip = _Trip(image_features, scale, bias, plan.rank, wanted, chunk_rows)
-            home = plan.run(trip.visit)
-        # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
-        factor = plan.world_size / max(plan.total_rows, 1)
-        text_gradient = home[0] if home else None
-        scale_gradient = trip.scale_gradient
-        if wanted.scale and trip.image_gradient is not None:
-            # sum_ij derivative_ij * similarity_ij, from what is already there.
-            scale_gradient = _inner_product(image_features, trip.image_gradient)
-        elif wanted.scale and text_gradient is not None:
-            scale_gradient = _inner_product(text_features, text_gradient)
-        ctx.save_for_backward(
-            trip.image_gradient, text_gradient, scale_gradient, trip.bias_gradient, scale
-        )
-        ctx.factor = factor
-        ctx.feature_dtype = image_features.dtype
-        return (trip.value * factor).to(scale.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # The saved gradients are constants to autograd: a second derivative would be zero.
-            raise RuntimeError(
-                "siglip_loss has first-order gradients only; call backward or "
-                "torch.autograd.grad without create_graph=True"
-            )
-        image, text, scale_gradient, bias_gradient, scale = ctx.saved_tensors
-        # Out of place: the saved gradients serve a second backward (retain_graph) unchanged.
-        weight = incoming * ctx.factor
-
-        def feature_gradient(unscaled: Tensor | None) -> Tensor | None:
-            return None if unscaled is None else (unscaled * (weight * scale)).to(ctx.feature_dtype)
-
-        def scalar_gradient(unscaled: Tensor | None) -> Tensor | None:
-            return None if unscaled is None else (unscaled * weight).to(scale.dtype)
-
-        return (
-            feature_gradient(image),
-            feature_gradient(text),
-            scalar_gradient(scale_gradient),
-            scalar_gradient(bias_gradient),
-            None,
-            None,
-            None,
-        )
-
-
-class _Trip:
-    """Visits text shards with this rank's images, one square tile at a time.
-
-    Everything it sums is unscaled: without W/N, without the incoming gradient, and the feature
-    gradients without logit_scale.
-    """
-
-    def __init__(
-        self,
-        image_features: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        rank: int,
-        wanted: _Wanted,
-        chunk_rows: int,
     ) -> None:
-        self.image_features = image_features
-        self.scale, self.bias = scale, bias
-        self.rank, self.wanted, self.chunk_rows = rank, wanted, chunk_rows
-        # Derivatives of negatives can be below the smallest fp16 number.
-        is_half = image_features.dtype == torch.float16
-        self.product_dtype = torch.float32 if is_half else image_features.dtype
-        device = image_features.device
-        self.value = torch.zeros((), dtype=_sum_dtype(device), device=device)
-        self.image_gradient: Tensor | None = None
-        if wanted.image:
-            self.image_gradient = torch.zeros_like(image_features, dtype=scale.dtype)
-        self.bias_gradient = torch.zeros_like(self.value) if wanted.bias else None
-        from_features = wanted.image or wanted.text
-        self.scale_gradient = (
-            torch.zeros_like(self.value) if wanted.scale and not from_features else None
+        self.sides, self.scale, self.bias = sides, scale, bias
+        self.rank, self.wanted, self.chunk_rows = plan.rank, wanted, chunk_rows
+        home = sides.home
+        longest = min(chunk_rows, max(plan.row_counts))
+        self.buffers: TileBuffers | None = TileBuffers(
+            min(chunk_rows, home.shape[0]), longest, home
+        )
+        self.value = torch.zeros((), dtype=sum_dtype(home.device), device=home.device)
+        self.bias_gradient = torch.zeros_like(self.value)
+        self.home_wanted = wanted.text if sides.images_travel else wanted.image
+        # The derivative by the scale follows from either side's gradient.
+        self.home_gradient: Tensor | None = None
+        if self.home_wanted or (wanted.scale and not sides.brings_back(wanted)):
+            self.home_gradient = torch.zeros_like(home, dtype=scale.dtype)
+        self.home_ids: Tensor | None = None
+        self.duplicates: Duplicates = "negative"
+        self.duplicate_pairs: Tensor | None = None
+
+    def use_ids(self, caption_ids: Tensor | None, duplicates: Duplicates) -> None:
+        """Compare these ids of the rows at home with those that travel."""
+        if caption_ids is not None:
+            self.home_ids, self.duplicates = caption_ids, duplicates
+            self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=caption_ids.device)
+
+    def run(self, plan: Exchange) -> _Gradients:
+        """Make the trip; return the gradients that are wanted."""
+        brought = plan.run(self._visit)
+        self.buffers = None
+        travelled = brought[0] if brought else None
+        scale_gradient = None
+        if self.wanted.scale and self.home_gradient is not None:
+            # sum_ij derivative_ij * similarity_ij, from what is already there.
+            scale_gradient = inner_product(self.sides.home, self.home_gradient)
+        elif self.wanted.scale and travelled is not None:
+            scale_gradient = inner_product(self.sides.travelling, travelled)
+        home = self.home_gradient if self.home_wanted else None
+        return _Gradients(
+            *((None, home) if self.sides.images_travel else (home, travelled)),
+            scale_gradient,
+            self.bias_gradient if self.wanted.bias else None,
         )
 
-    def visit(
+    def _visit(
         self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
     ) -> None:
-        """Add the tiles of one text shard; overwrite its gradient contribution."""
-        (text_features,) = shard
+        """Add the tiles of one shard; overwrite its gradient contribution."""
         for contribution in contributions:
             contribution.zero_()
-        for column in range(0, text_features.shape[0], self.chunk_rows):
-            columns = slice(column, column + self.chunk_rows)
-            for row in range(0, self.image_features.shape[0], self.chunk_rows):
-                rows = slice(row, row + self.chunk_rows)
-                self._tile(
-                    rows,
-                    text_features[columns],
-                    contributions[0][columns] if contributions else None,
-                    on_diagonal=owner == self.rank and row == column,
-                )
+        for rows, columns in tile_slices(len(self.sides.home), len(shard[0]), self.chunk_rows):
+            self._tile(
+                rows,
+                tuple(column[columns] for column in shard),
+                contributions[0][columns] if contributions else None,
+                on_diagonal=owner == self.rank and rows.start == columns.start,
+            )
 
     def _tile(
-        self, rows: slice, text: Tensor, text_gradient: Tensor | None, *, on_diagonal: bool
+        self,
+        rows: slice,
+        shard: tuple[Tensor, ...],
+        contribution: Tensor | None,
+        *,
+        on_diagonal: bool,
     ) -> None:
-        image = self.image_features[rows]
+        home, travelling = self.sides.home[rows], shard[0]
         tile = sigmoid_tile(
-            image,
-            text,
+            home,
+            travelling,
             self.scale,
             self.bias,
             on_diagonal=on_diagonal,
-            with_derivative=self.wanted.any,
+            with_derivative=any(self.wanted),
+            row_ids=None if self.home_ids is None else self.home_ids[rows],
+            column_ids=None if self.home_ids is None else shard[1],
+            duplicates=self.duplicates,
+            buffers=self.buffers,
         )
         self.value += tile.value
-        if tile.derivative is None:
+        if self.duplicate_pairs is not None and tile.duplicate_pairs is not None:
+            self.duplicate_pairs += tile.duplicate_pairs
+        if tile.derivative is None or tile.derivative_sum is None:
             return
-        if self.bias_gradient is not None:
-            self.bias_gradient += tile.derivative.sum()
-        if self.scale_gradient is not None:
-            self.scale_gradient += (tile.derivative * tile.similarity).sum()
-        derivative = tile.derivative.to(self.product_dtype)
-        if self.image_gradient is not None:
-            _add_product(self.image_gradient[rows], derivative, text.to(self.product_dtype))
-        if text_gradient is not None:
-            _add_product(text_gradient, derivative.T, image.to(self.product_dtype))
+        self.bias_gradient += tile.derivative_sum
+        dtype = tile.derivative.dtype
+        if self.home_gradient is not None:
+            add_product(self.home_gradient[rows], tile.derivative, travelling.to(dtype))
+        if contribution is not None:
+            add_product(contribution, tile.derivative.T, home.to(dtype))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``total``, accumulating in its dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _inner_product(features: Tensor, gradient: Tensor) -> Tensor:
-    return (features * gradient).sum(dim=1).sum(dtype=_sum_dtype(features.device))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest dtype for sums over many tiles; Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _check(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    chunk_rows: int,
-) -> None:
-    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+def _check_ids(caption_ids: Tensor | None, duplicates: str, features: Tensor) -> None:
+    if duplicates not in get_args(Duplicates):
         raise UserError(
-            f"image_features {tuple(image_features.shape)} and text_features "
-            f"{tuple(text_features.shape)} must both be (B, D), row i of one belonging to row i "
-            "of the other"
+            f"duplicates ({duplicates!r}) must be one of {', '.join(get_args(Duplicates))}"
         )
-    if image_features.dtype != text_features.dtype:
+    if caption_ids is None:
+        return
+    is_whole = not (caption_ids.dtype.is_floating_point or caption_ids.dtype.is_complex)
+    if caption_ids.shape != features.shape[:1] or not is_whole:
         raise UserError(
-            f"image_features ({image_features.dtype}) and text_features ({text_features.dtype}) "
-            "must have one dtype; cast one of them"
+            f"caption_ids {tuple(caption_ids.shape)} ({caption_ids.dtype}) must be integers, one "
+            f"for each of the {features.shape[0]} pairs"
         )
-    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if value is not None and value.numel() != 1:
-            raise UserError(f"{name} {tuple(value.shape)} must have one element")
-    if chunk_rows < 1:
-        raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1")
+    if caption_ids.device != features.device:
+        raise UserError(
+            f"caption_ids ({caption_ids.device}) must be on the features' device "
+            f"({features.device})"
+        )

@@ -4,16 +4,25 @@ A sigmoid tile needs nothing from any other tile: its value and its derivative w
 every logit depend on one pair each. So one visit gives the loss of the tile and all gradients.
 
 Numbers: the product of features runs in their dtype; logits, values and derivatives are float32
-(float64 for float64 features). ``softplus`` is exact; a positive's value is softplus(-z), never
-softplus(z) - z, which cancels for large z, and its derivative is -sigmoid(-z), never
-sigmoid(z) - 1.
+(float64 for float64 features). A positive's value is softplus(-z), never softplus(z) - z, which
+cancels for large z, and its derivative is -sigmoid(-z), never sigmoid(z) - 1; ``pair_terms`` says
+how sums keep their digits.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dist_siglip.losses.pair_terms import (
+    Duplicates,
+    Terms,
+    fused_pair_terms,
+    pair_terms_in_place,
+)
+from dist_siglip.losses.trip import product_dtype
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class SigmoidTile(NamedTuple):
@@ -21,13 +30,47 @@ class SigmoidTile(NamedTuple):
 
     Attributes:
         value: (), sum over the pairs of the tile of softplus(-y * logit).
-        derivative: (rows, columns), d value / d logit; None if not asked for.
-        similarity: (rows, columns), products of the features.
+        derivative: (rows, columns), d value / d logit, in ``product_dtype``; None if not asked for.
+        derivative_sum: (), the sum of the derivative; None if not asked for.
+        duplicate_pairs: (), int64, pairs with equal ids off the diagonal; None without ids.
     """
 
     value: Tensor
     derivative: Tensor | None
-    similarity: Tensor
+    derivative_sum: Tensor | None
+    duplicate_pairs: Tensor | None
+
+
+class TileBuffers:
+    """Memory for the tiles of one trip, allocated once and overwritten by every tile.
+
+    Args:
+        rows: most rows of a tile.
+        columns: most columns of a tile.
+        features: any features; give device and dtype.
+    """
+
+    def __init__(self, rows: int, columns: int, features: Tensor) -> None:
+        wide = logits_dtype(features)
+        self._logits = features.new_empty(rows * columns, dtype=wide)
+        on_cpu = features.device.type == "cpu"
+        self._scratch = torch.empty_like(self._logits) if on_cpu else None
+        is_half = on_cpu and features.dtype in _HALF
+        self._narrow = features.new_empty(rows * columns) if is_half else None
+
+    def logits(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) in the logits' dtype."""
+        return self._logits[: rows * columns].view(rows, columns)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """As ``logits``; on a CPU only."""
+        assert self._scratch is not None
+        return self._scratch[: rows * columns].view(rows, columns)
+
+    def narrow(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) in the dtype of half-precision features; on a CPU only."""
+        assert self._narrow is not None
+        return self._narrow[: rows * columns].view(rows, columns)
 
 
 def logits_dtype(features: Tensor) -> torch.dtype:
@@ -36,28 +79,39 @@ def logits_dtype(features: Tensor) -> torch.dtype:
 
 
 def sigmoid_tile(
-    image_features: Tensor,
-    text_features: Tensor,
+    row_features: Tensor,
+    column_features: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
     on_diagonal: bool,
     with_derivative: bool,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    duplicates: Duplicates = "positive",
+    buffers: TileBuffers | None = None,
 ) -> SigmoidTile:
     """Sum the sigmoid loss over the pairs of one tile.
 
-    With y[i, j] = +1 if the tile lies on the diagonal and i == j, else -1:
+    With y[i, j] = +1 for a positive, else -1, and w[i, j] = 0 for a masked pair, else 1:
 
-        value = sum_ij softplus(-y[i, j] * logits[i, j])
-        logits = logit_scale * image_features @ text_features.T + logit_bias
+        value = sum_ij w[i, j] * softplus(-y[i, j] * logits[i, j])
+        logits = logit_scale * row_features @ column_features.T + logit_bias
+
+    Pair (i, i) of a tile on the diagonal is a positive. Other pairs are negatives, unless their
+    ids are equal: then ``duplicates`` says whether they are positives, masked or negatives.
 
     Args:
-        image_features: (rows, D).
-        text_features: (columns, D).
+        row_features: (rows, D).
+        column_features: (columns, D).
         logit_scale: () in the logits' dtype, the multiplier.
         logit_bias: () in the logits' dtype, added.
         on_diagonal: whether pair (i, i) of this tile is a positive.
         with_derivative: whether the derivative is wanted.
+        row_ids: (rows,), integers; None for no ids.
+        column_ids: (columns,), integers; None for no ids.
+        duplicates: see above.
+        buffers: memory to use; the derivative then lives until the next tile.
 
     Returns:
         A ``SigmoidTile``; sums, not means.
@@ -66,22 +120,65 @@ def sigmoid_tile(
         >>> one = torch.ones(1, 1)
         >>> tile = sigmoid_tile(one, one, torch.tensor(2.0), torch.tensor(-2.0),
         ...                     on_diagonal=True, with_derivative=True)
-        >>> tile.value, tile.derivative
-        (tensor(0.6931), tensor([[-0.5000]]))
+        >>> round(tile.value.item(), 4), tile.derivative
+        (0.6931, tensor([[-0.5000]]))
 
     Source:
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 (the bias is added).
     """
-    dtype = logits_dtype(image_features)
-    similarity = (image_features @ text_features.T).to(dtype)
-    logits = torch.addcmul(logit_bias, similarity, logit_scale)
-    values = F.softplus(logits)
-    positives = logits.diagonal().clone() if on_diagonal else None
-    if positives is not None:
-        values.diagonal().copy_(F.softplus(-positives))
-    derivative = None
-    if with_derivative:
-        derivative = logits.sigmoid_()
-        if positives is not None:
-            derivative.diagonal().copy_(-torch.sigmoid(-positives))
-    return SigmoidTile(values.sum(), derivative, similarity)
+    shape = (row_features.shape[0], column_features.shape[0])
+    if buffers is None:
+        buffers = TileBuffers(*shape, row_features)
+    narrow_dtype = product_dtype(row_features)
+    if row_features.device.type != "cpu":
+        terms: Terms = fused_pair_terms()(
+            _similarity(row_features, column_features, buffers.logits(*shape)),
+            logit_scale,
+            logit_bias,
+            row_ids,
+            column_ids,
+            on_diagonal,
+            duplicates,
+            narrow_dtype if with_derivative else None,
+        )
+        return SigmoidTile(*terms)
+    terms = pair_terms_in_place(
+        _logits_on_cpu(row_features, column_features, logit_scale, logit_bias, buffers),
+        buffers.scratch(*shape),
+        row_ids,
+        column_ids,
+        on_diagonal=on_diagonal,
+        duplicates=duplicates,
+        with_derivative=with_derivative,
+    )
+    derivative = terms.derivative
+    if derivative is not None and derivative.dtype != narrow_dtype:
+        derivative = buffers.narrow(*shape).copy_(derivative)
+    return SigmoidTile(terms.value, derivative, terms.derivative_sum, terms.duplicate_pairs)
+
+
+def _logits_on_cpu(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    buffers: TileBuffers,
+) -> Tensor:
+    shape = (row_features.shape[0], column_features.shape[0])
+    logits = buffers.logits(*shape)
+    scale = logit_scale.item()
+    if row_features.dtype == logits.dtype:
+        # The product's own pass multiplies and adds; it rounds once.
+        return torch.addmm(logit_bias, row_features, column_features.T, alpha=scale, out=logits)
+    logits.copy_(torch.mm(row_features, column_features.T, out=buffers.narrow(*shape)))
+    return torch.add(logit_bias, logits, alpha=scale, out=logits)
+
+
+def _similarity(row_features: Tensor, column_features: Tensor, out: Tensor) -> Tensor:
+    """Product of features in the logits' dtype, on a GPU."""
+    if row_features.dtype == out.dtype:
+        return torch.mm(row_features, column_features.T, out=out)
+    if row_features.device.type == "cuda":
+        # The tensor cores sum in float32; leave it so.
+        return torch.mm(row_features, column_features.T, out_dtype=out.dtype, out=out)
+    return out.copy_(row_features @ column_features.T)

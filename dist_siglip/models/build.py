@@ -49,6 +49,8 @@ class BuiltModel:
         start_bias: first logit bias (added to the logits).
         weights_loaded: whether the towers start from a file rather than at random.
         architecture: the open_clip model config the towers were built from, overrides included.
+        trained_global_batch: pairs of the global batch the weights were trained with, or None if
+            they do not say.
     """
 
     encoder: DualEncoder
@@ -64,6 +66,7 @@ class BuiltModel:
     start_bias: float
     weights_loaded: bool
     architecture: dict[str, Any]
+    trained_global_batch: int | None = None
 
 
 def build_dual_encoder(
@@ -114,10 +117,12 @@ def build_dual_encoder(
 
     network: Any = instantiate(architecture, name=model)
     start_scale, start_bias = START_SCALE, START_BIAS
+    trained_global_batch: int | None = None
     if source.weights is not None:
         weights = read_weights(source.weights)
         load_towers(network, weights, source.weights)
         start_scale, start_bias = _start_values(weights, source.weights)
+        trained_global_batch = weights.global_batch_size
     if gradient_checkpointing:
         if is_resnet(architecture):
             logger.warning("gradient_checkpointing has no effect on the ResNet tower of %s", model)
@@ -139,6 +144,7 @@ def build_dual_encoder(
         start_bias=start_bias,
         weights_loaded=source.weights is not None,
         architecture=architecture,
+        trained_global_batch=trained_global_batch,
     )
 
 
@@ -151,7 +157,8 @@ def _start_values(weights: Weights, path: Path) -> tuple[float, float]:
     if bias is None:
         logger.warning(
             "weights %s have no logit bias (trained with a softmax loss?): the sigmoid loss starts "
-            "at scale %.4g and bias %g, may start very high, and should be calibrated first",
+            "at scale %.4g and bias %g, may be very high unless calibrated; run dist-siglip "
+            "calibrate, or set model.calibration_pairs",
             path,
             scale,
             START_BIAS,

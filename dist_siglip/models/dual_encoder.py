@@ -4,6 +4,8 @@ The towers are those of an open_clip network. Its own logit scale and bias are t
 belong to the loss, and a parameter that takes part in nothing would stop DDP.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,18 @@ def unit_rows(features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         precise = features.to(torch.promote_types(features.dtype, torch.float32))
         return F.normalize(precise, dim=-1)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and afterwards back to what each layer had."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
 
 
 def compile_towers(encoder: DualEncoder, *, backend: str = "inductor") -> None:

@@ -9,7 +9,7 @@ import logging
 import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,14 @@ class Weights:
         towers: tensors by open_clip's names, without logit scale and bias.
         logit_scale: the file's multiplier (not its logarithm), or None if it has none.
         logit_bias: the file's bias, added to the logits, or None if it has none.
+        global_batch_size: pairs of the global batch the file was trained with, or None if it
+            does not say.
     """
 
     towers: dict[str, Tensor]
     logit_scale: float | None
     logit_bias: float | None
+    global_batch_size: int | None = None
 
 
 def read_weights(path: Path) -> Weights:
@@ -63,6 +66,7 @@ def read_weights(path: Path) -> Weights:
         UserError: If the file is missing, damaged, holds code, or holds no state dict.
     """
     content = _read(path)
+    global_batch_size = recorded_global_batch(content) if isinstance(content, Mapping) else None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -73,7 +77,7 @@ def read_weights(path: Path) -> Weights:
     tensors = {key.replace("_orig_mod.", ""): value for key, value in content.items()}
     tensors = _strip_shared_prefix(tensors, "module.")
     if any(key.startswith(TOWERS_PREFIX) for key in tensors):
-        return _split_own_checkpoint(tensors)
+        return replace(_split_own_checkpoint(tensors), global_batch_size=global_batch_size)
     tensors = _strip_shared_prefix(tensors, NETWORK_PREFIX)
     log_scale = tensors.pop("logit_scale", None)
     bias = tensors.pop("logit_bias", None)
@@ -81,7 +85,21 @@ def read_weights(path: Path) -> Weights:
         towers=tensors,
         logit_scale=None if log_scale is None else math.exp(log_scale.item()),
         logit_bias=None if bias is None else float(bias.item()),
+        global_batch_size=global_batch_size,
     )
+
+
+def recorded_global_batch(checkpoint: Mapping[str, Any]) -> int | None:
+    """Find the global batch a checkpoint was trained with: at its top level, or in its data state.
+
+    Example:
+        >>> recorded_global_batch({"state_dict": {}, "data": {"global_batch_size": 256}})
+        256
+    """
+    for part in (checkpoint, *checkpoint.values()):
+        if isinstance(part, Mapping) and isinstance(part.get("global_batch_size"), int):
+            return int(part["global_batch_size"])
+    return None
 
 
 def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:

@@ -14,6 +14,8 @@ FREE_KEYS = frozenset(
     {
         "model.compile_towers",
         "model.gradient_checkpointing",
+        "model.micro_batch_size",
+        "model.calibration_pairs",  # only of a new run
         "data.train_shards",  # the fingerprint in the checkpoint watches their content
         "data.val_shards",
         "data.val_local_batch_size",

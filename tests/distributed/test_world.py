@@ -17,13 +17,16 @@ def test_torchrun_variables():
     assert (world.rank, world.world_size, world.local_rank, world.num_nodes) == (9, 16, 1, 2)
 
 
-def test_srun_variables_with_tasks_per_node_of_several_nodes():
-    environ = {
-        "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "8",
-        "SLURM_LOCALID": "1",
-        "SLURM_NTASKS_PER_NODE": "4(x2)",
-    }
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_NTASKS_PER_NODE", "4"),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x2)"),
+        ("SLURM_STEP_TASKS_PER_NODE", "4,4"),
+    ],
+)
+def test_srun_variables_with_tasks_per_node_of_several_nodes(name, value):
+    environ = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", name: value}
     world = World.detect(environ)
     assert (world.rank, world.world_size, world.local_world_size) == (5, 8, 4)
 

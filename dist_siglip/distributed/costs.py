@@ -1,0 +1,300 @@
+"""What an exchange of the sigmoid loss costs on a given cluster, predicted from its schedule.
+
+Bytes, steps and memory follow from the schedule exactly. Time is a model: every rank computes at
+one rate, a rank's transfers of a step share its NVLink port or its network card (both full duplex,
+one card per rank), a batch of transfers costs one latency, and batches run one after another
+beside the compute, as NCCL runs those of one group. open_clip's exchanges are predicted for
+comparison from what they send and keep.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from dist_siglip.distributed.schedule import Lane, TravelName, lanes_of
+from dist_siglip.errors import UserError
+
+PlanName = Literal[
+    "ring", "two_way", "two_level", "all_gather", "open_clip bidir", "open_clip bidir chunked",
+    "open_clip gather",
+]  # fmt: skip
+
+# float32 logits, values and derivative of one tile.
+_TILE_BYTES_PER_PAIR = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines.
+
+    Args:
+        world_size: ranks, one GPU each.
+        local_world_size: ranks per node; divides world_size.
+        teraflops: 1e12 floating-point operations per second that one GPU reaches in matmuls.
+        nvlink_gb_s: 1e9 bytes per second one GPU sends inside the node.
+        nic_gb_s: 1e9 bytes per second one network card sends; one card per GPU.
+        latency_us: microseconds a batch of transfers costs beyond its bytes.
+    """
+
+    world_size: int
+    local_world_size: int = 8
+    teraflops: float = 400.0
+    nvlink_gb_s: float = 300.0
+    nic_gb_s: float = 50.0
+    latency_us: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "local_world_size", "teraflops", "nvlink_gb_s", "nic_gb_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        if self.latency_us < 0:
+            raise UserError(f"latency_us ({self.latency_us}) must be at least 0")
+        if self.world_size % self.local_world_size:
+            raise UserError(
+                f"local_world_size ({self.local_world_size}) must divide world_size "
+                f"({self.world_size})"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of local_world_size ranks each."""
+        return self.world_size // self.local_world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The loss of one rank.
+
+    Args:
+        local_batch_size: pairs per rank, b.
+        embed_dim: width of the features, d.
+        feature_bytes: bytes of one feature number (2 for bf16), s.
+        accumulator_bytes: bytes of one number of the travelling gradient (4 for float32); 0 if
+            the travelling side needs none.
+        chunk_rows: side of the largest tile, C.
+    """
+
+    local_batch_size: int
+    embed_dim: int
+    feature_bytes: int = 2
+    accumulator_bytes: int = 4
+    chunk_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("local_batch_size", "embed_dim", "feature_bytes", "chunk_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.accumulator_bytes < 0:
+            raise UserError(f"accumulator_bytes ({self.accumulator_bytes}) must be at least 0")
+
+    @property
+    def shard_bytes(self) -> int:
+        """One rank's features of one side, b d s."""
+        return self.local_batch_size * self.embed_dim * self.feature_bytes
+
+    @property
+    def shard_accumulator_bytes(self) -> int:
+        """The travelling gradient of one shard, b d s_g."""
+        return self.local_batch_size * self.embed_dim * self.accumulator_bytes
+
+    @property
+    def visit_flops(self) -> int:
+        """Three matmuls of b x b x d; two if nothing travels home."""
+        matmuls = 3 if self.accumulator_bytes else 2
+        return 2 * matmuls * self.local_batch_size**2 * self.embed_dim
+
+
+class Prediction(NamedTuple):
+    """Costs of one step of the loss on one rank.
+
+    Attributes:
+        exchange: its name.
+        sent_bytes: bytes a rank sends, forward and backward.
+        nic_bytes: bytes the busiest network card sends; 0 in one node.
+        steps: batches of transfers, or collectives, one after another.
+        compute_seconds: matmuls alone.
+        exposed_seconds: time in which transfers keep the rank waiting.
+        memory_bytes: peak memory of the loss beside its inputs.
+    """
+
+    exchange: PlanName
+    sent_bytes: int
+    nic_bytes: int
+    steps: int
+    compute_seconds: float
+    exposed_seconds: float
+    memory_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Compute and what transfers add to it."""
+        return self.compute_seconds + self.exposed_seconds
+
+
+def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Prediction:
+    """Predict one exchange.
+
+    With b, d, s, C as in ``Problem``, s_g its accumulator_bytes, L lanes of the schedule (2 for
+    two_way, else 1), bytes per rank:
+
+        sent     ring, two_way, two_level: (W - 1) b d s + W b d s_g
+                 all_gather: (W - 1) b d (s + s_g)
+                 open_clip: 2 (W - 1) b d s
+        memory   ring, two_way, two_level: L (2 b d s + 3 b d s_g) + 4 b d + 12 C^2
+                 all_gather: W b d (s + s_g) + b d s_g + 4 b d + 12 C^2
+                 open_clip bidir, gather: 8 W b^2 + W b d s; chunked: 4 W b^2 + W b d s
+
+    Raises:
+        UserError: if the exchange is unknown.
+
+    Example:
+        >>> cluster = Cluster(world_size=256, local_world_size=8)
+        >>> problem = Problem(local_batch_size=4096, embed_dim=768)
+        >>> [predict(name, cluster, problem).memory_bytes // 2**20 for name in
+        ...  ("ring", "two_level", "open_clip bidir")]
+        [72, 72, 34304]
+    """
+    if exchange in ("ring", "two_way", "two_level"):
+        return _travelling(exchange, cluster, problem)
+    if exchange == "all_gather":
+        return _gathering(cluster, problem)
+    if exchange in get_args(PlanName):
+        return _open_clip(exchange, cluster, problem)
+    raise UserError(f"exchange ({exchange!r}) must be one of {', '.join(get_args(PlanName))}")
+
+
+def _travelling(exchange: TravelName, cluster: Cluster, problem: Problem) -> Prediction:
+    lanes = _lanes_of_a_node(exchange, cluster)
+    steps = max(len(lane.stops) for lane in lanes[0])
+    visit_seconds = problem.visit_flops / (cluster.teraflops * 1e12)
+    nic_bytes = [0] * cluster.local_world_size
+    free = now = accumulators_done = 0.0  # of the transfers, of the compute, of the last batch
+    for step in range(steps):
+        shards = _moves(lanes, step, problem.shard_bytes, lambda lane, s: s + 1 < len(lane.stops))
+        free = shards_done = max(now, free) + _duration(shards, cluster, nic_bytes)
+        visits = sum(lane.first_visit <= step < len(lane.stops) for lane in lanes[0])
+        now = max(now + visits * visit_seconds, accumulators_done)
+        sums = _moves(
+            lanes,
+            step,
+            problem.shard_accumulator_bytes,
+            lambda lane, s: lane.first_visit <= s < len(lane.stops),
+        )
+        free = accumulators_done = max(now, free) + _duration(sums, cluster, nic_bytes)
+        now = max(now, shards_done)
+    total = max(now, accumulators_done)
+    rows, world_size = problem.local_batch_size * problem.embed_dim, cluster.world_size
+    buffers = 2 * problem.shard_bytes + 3 * problem.shard_accumulator_bytes
+    many = world_size > 1
+    return Prediction(
+        exchange=exchange,
+        sent_bytes=(world_size - 1) * problem.shard_bytes
+        + many * world_size * problem.shard_accumulator_bytes,
+        nic_bytes=max(nic_bytes),
+        steps=steps - 1 + bool(many and problem.accumulator_bytes),
+        compute_seconds=world_size * visit_seconds,
+        exposed_seconds=total - world_size * visit_seconds,
+        memory_bytes=(
+            many * len(lanes[0]) * buffers
+            + (not many) * problem.shard_accumulator_bytes
+            + 4 * rows
+            + _tile_bytes(problem)
+        ),
+    )
+
+
+def _gathering(cluster: Cluster, problem: Problem) -> Prediction:
+    world_size = cluster.world_size
+    visit_seconds = problem.visit_flops / (cluster.teraflops * 1e12)
+    parts = (problem.shard_bytes, problem.shard_accumulator_bytes)
+    rows = problem.local_batch_size * problem.embed_dim
+    return Prediction(
+        exchange="all_gather",
+        sent_bytes=(world_size - 1) * sum(parts),
+        nic_bytes=(cluster.num_nodes - 1) * sum(parts),
+        steps=sum(map(bool, parts)) * (world_size > 1),
+        compute_seconds=world_size * visit_seconds,
+        exposed_seconds=sum(_collective_seconds(part, cluster) for part in parts),
+        memory_bytes=(world_size * sum(parts) + parts[1] + 4 * rows + _tile_bytes(problem)),
+    )
+
+
+def _open_clip(exchange: PlanName, cluster: Cluster, problem: Problem) -> Prediction:
+    world_size, batch = cluster.world_size, problem.local_batch_size
+    visits, steps, nic = world_size, 2, 2 * (cluster.num_nodes - 1) * problem.shard_bytes
+    if exchange == "open_clip gather":
+        visits += 1  # its own block is computed twice
+        exposed = 2 * _collective_seconds(problem.shard_bytes, cluster)
+    else:
+        lanes = _lanes_of_a_node("two_way", cluster)
+        nic_bytes = [0] * cluster.local_world_size
+        durations = [
+            _duration(moves, cluster, nic_bytes)
+            for step in range(world_size // 2)
+            for moves in [
+                _moves(lanes, step, problem.shard_bytes, lambda lane, s: s + 1 < len(lane.stops))
+            ]
+        ]
+        # Blocking, and once more in backward.
+        steps, exposed, nic = 2 * len(durations), 2 * sum(durations), 2 * max(nic_bytes)
+    pair_bytes = 4 if exchange == "open_clip bidir chunked" else 8
+    flops = 6 * batch**2 * problem.embed_dim
+    return Prediction(
+        exchange=exchange,
+        sent_bytes=2 * (world_size - 1) * problem.shard_bytes,
+        nic_bytes=nic,
+        steps=steps * (world_size > 1),
+        compute_seconds=visits * flops / (cluster.teraflops * 1e12),
+        exposed_seconds=exposed,
+        memory_bytes=world_size * (pair_bytes * batch**2 + problem.shard_bytes),
+    )
+
+
+def _lanes_of_a_node(exchange: TravelName, cluster: Cluster) -> list[tuple[Lane, ...]]:
+    """Lanes of the ranks of the first node; every other node does the same at the same step."""
+    return [
+        lanes_of(exchange, rank, cluster.world_size, cluster.local_world_size)
+        for rank in range(cluster.local_world_size)
+    ]
+
+
+def _moves(
+    lanes: Sequence[tuple[Lane, ...]],
+    step: int,
+    size: int,
+    moves_at: Callable[[Lane, int], bool],
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (rank, destination, bytes) of one step."""
+    for rank, lanes_here in enumerate(lanes):
+        for lane in lanes_here:
+            if size and moves_at(lane, step) and lane.stops[step].goes_to != rank:
+                yield rank, lane.stops[step].goes_to, size
+
+
+def _duration(
+    moves: Iterator[tuple[int, int, int]], cluster: Cluster, nic_bytes: list[int]
+) -> float:
+    """Seconds of a batch of transfers; adds to ``nic_bytes`` what each card sends."""
+    inside = [0] * cluster.local_world_size
+    outside = [0] * cluster.local_world_size
+    for rank, destination, size in moves:
+        (inside if destination < cluster.local_world_size else outside)[rank] += size
+    for rank, size in enumerate(outside):
+        nic_bytes[rank] += size
+    if not any(inside) and not any(outside):
+        return 0.0
+    seconds = max(max(inside) / cluster.nvlink_gb_s, max(outside) / cluster.nic_gb_s) / 1e9
+    return seconds + cluster.latency_us / 1e6
+
+
+def _collective_seconds(size: int, cluster: Cluster) -> float:
+    """All-gather or reduce-scatter of ``size`` bytes per rank, with every network card at work."""
+    if not size or cluster.world_size == 1:
+        return 0.0
+    inside = (cluster.world_size - 1) * size / cluster.nvlink_gb_s * (cluster.local_world_size > 1)
+    outside = (cluster.num_nodes - 1) * size / cluster.nic_gb_s
+    return max(inside, outside) / 1e9 + cluster.latency_us / 1e6
+
+
+def _tile_bytes(problem: Problem) -> int:
+    return _TILE_BYTES_PER_PAIR * min(problem.chunk_rows, problem.local_batch_size) ** 2

@@ -1,0 +1,187 @@
+"""From the logits of a tile to its value and derivative, in few passes over memory.
+
+With the logit of every positive negated, value and derivative are softplus and sigmoid of the same
+number; the derivative of a positive changes sign afterwards. Neither cancels for large logits.
+
+Two ways to the same numbers, because the devices ask for different ones:
+
+- ``pair_terms_in_place`` for a CPU, where a branch on the data costs nothing. softplus is the
+  dearest pass, so positives are set aside and the value of the negatives comes from what the
+  derivative needs anyway, s = sigmoid(z):
+
+      largest z          value of the negatives             relative error left out
+      below -7.8         sum s + sum s^2 / 2                s^2 / 3, at most 6e-8
+      -7.8 to 0          -sum log1p(-s)                     none
+      above 0            sum softplus(z)                    none
+
+- ``pair_terms`` for a GPU: no branch, hence no wait for the device, and nothing but elementwise
+  operations and sums, which torch.compile fuses into one pass.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Duplicates = Literal["positive", "masked", "negative"]
+
+# Largest logit for which two terms of -log(1 - s) = s + s^2/2 + s^3/3 + ... do.
+_SERIES_BELOW = {torch.float32: -7.8, torch.float64: -18.2}
+# Above this softplus(z) is z in float64 too (the default, 20, is not enough there).
+_SOFTPLUS_IS_LINEAR = 40.0
+
+
+class Terms(NamedTuple):
+    """What the logits of a tile give.
+
+    Attributes:
+        value: (), sum of softplus(-y * logit).
+        derivative: (rows, columns), d value / d logit; None if not asked for.
+        derivative_sum: (), the sum of it; None if not asked for.
+        duplicate_pairs: (), int64, pairs with equal ids off the diagonal; None without ids.
+    """
+
+    value: Tensor
+    derivative: Tensor | None
+    derivative_sum: Tensor | None
+    duplicate_pairs: Tensor | None
+
+
+def pair_terms_in_place(
+    logits: Tensor,
+    scratch: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    *,
+    on_diagonal: bool,
+    duplicates: Duplicates,
+    with_derivative: bool,
+) -> Terms:
+    """Turn a tile of logits into its terms; ``logits`` becomes the derivative.
+
+    Args:
+        logits: (rows, columns), contiguous; overwritten.
+        scratch: like ``logits``; overwritten.
+        row_ids: (rows,), or None.
+        column_ids: (columns,), or None.
+        on_diagonal: whether pair (i, i) is a positive.
+        duplicates: what pairs with equal ids off the diagonal are.
+        with_derivative: whether the derivative is wanted.
+    """
+    equal, num_equal = None, None
+    if row_ids is not None and column_ids is not None:
+        equal = row_ids[:, None] == column_ids[None, :]
+        if on_diagonal:
+            equal.fill_diagonal_(False)
+        num_equal = equal.sum()
+        if duplicates == "negative" or not num_equal:
+            equal = None
+    apart: list[Tensor] = []  # logits of the positives, which the passes below do not see
+    if on_diagonal:
+        apart.append(logits.diagonal().clone())
+        logits.fill_diagonal_(-torch.inf)
+    if equal is not None:
+        if duplicates == "positive":
+            apart.append(logits[equal])
+        logits.masked_fill_(equal, -torch.inf)
+    value, derivative_sum = _sum_negatives_(logits, scratch)
+    pulls = [-torch.sigmoid(-positives) for positives in apart]
+    for positives, pull in zip(apart, pulls, strict=True):
+        value += _softplus(-positives).sum(dtype=torch.float64)
+        derivative_sum += pull.sum(dtype=torch.float64)
+    if not with_derivative:
+        return Terms(value, None, None, num_equal)
+    if on_diagonal:
+        logits.diagonal().copy_(pulls[0])
+    if equal is not None and duplicates == "positive":
+        logits.masked_scatter_(equal, pulls[-1])
+    return Terms(value, logits, derivative_sum, num_equal)
+
+
+def _sum_negatives_(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float64 sums of softplus and of sigmoid; ``logits`` becomes the sigmoid."""
+    if not logits.numel():
+        return logits.new_zeros((), dtype=torch.float64), logits.new_zeros((), dtype=torch.float64)
+    largest = logits.max().item()
+    # Comparisons with nan are false: the last branch passes it on.
+    if largest <= _SERIES_BELOW[logits.dtype]:
+        flat = logits.sigmoid_().view(-1)
+        total = flat.sum().double()
+        return total + flat.dot(flat).double() / 2, total
+    if largest <= 0:
+        torch.neg(logits.sigmoid_(), out=scratch)
+        value = -scratch.log1p_().sum().double()
+    else:
+        value = torch.ops.aten.softplus(logits, 1, _SOFTPLUS_IS_LINEAR, out=scratch).sum().double()
+        logits.sigmoid_()
+    return value, logits.sum().double()
+
+
+def pair_terms(
+    similarity: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    on_diagonal: bool,
+    duplicates: Duplicates,
+    derivative_dtype: torch.dtype | None,
+) -> Terms:
+    """Return the terms of a tile of similarities without looking at a number on the host.
+
+    Args:
+        similarity: (rows, columns) in the logits' dtype; left as it is.
+        logit_scale: (), the multiplier.
+        logit_bias: (), added.
+        row_ids: (rows,), or None.
+        column_ids: (columns,), or None.
+        on_diagonal: whether pair (i, i) is a positive.
+        duplicates: what pairs with equal ids off the diagonal are.
+        derivative_dtype: dtype of the derivative; None leaves it out.
+    """
+    logits = similarity * logit_scale + logit_bias
+    positive, num_equal = None, None
+    if on_diagonal:
+        rows, columns = similarity.shape
+        positive = (
+            torch.arange(rows, device=similarity.device)[:, None]
+            == torch.arange(columns, device=similarity.device)[None, :]
+        )
+    if row_ids is not None and column_ids is not None:
+        equal = row_ids[:, None] == column_ids[None, :]
+        if positive is not None:
+            equal = equal & ~positive
+        num_equal = equal.sum()
+        if duplicates == "masked":
+            logits = torch.where(equal, -torch.inf, logits)
+        elif duplicates == "positive":
+            positive = equal if positive is None else equal | positive
+    if positive is not None:
+        logits = torch.where(positive, -logits, logits)
+    value = _softplus(logits).sum()
+    if derivative_dtype is None:
+        return Terms(value, None, None, num_equal)
+    derivative = torch.sigmoid(logits)
+    if positive is not None:
+        derivative = torch.where(positive, -derivative, derivative)
+    return Terms(value, derivative.to(derivative_dtype), derivative.sum(), num_equal)
+
+
+def _softplus(logits: Tensor) -> Tensor:
+    return F.softplus(logits, threshold=_SOFTPLUS_IS_LINEAR)
+
+
+@lru_cache(maxsize=1)
+def fused_pair_terms() -> Callable[..., Terms]:
+    """Return ``pair_terms`` translated by torch.compile, or as it is where Triton is missing."""
+    if find_spec("triton") is None:
+        logger.warning("triton is not installed: the loss takes several passes over its tiles")
+        return pair_terms
+    return torch.compile(pair_terms, dynamic=True)

@@ -1,0 +1,110 @@
+"""Pure formulas of the softmax loss on one rectangle (tile) of logits; no ranks, no autograd.
+
+A softmax needs the sum over a whole row (and column), so it takes two visits: the first adds up
+the negatives, the second knows the sums and gives derivatives. The positive is kept out of the
+sums, because against its negatives a softmax is a sigmoid: with n the log-sum-exp of the negatives
+of a row and z the logit of its positive,
+
+    -log softmax = softplus(n - z)        its derivative by z = -sigmoid(n - z)
+
+which keeps its digits when the positive has nearly all the probability, where logsumexp - z and
+probability - 1 would cancel.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_siglip.losses.similarity import similarity
+
+
+class NegativeSums(NamedTuple):
+    """What the first visit of a tile says.
+
+    Attributes:
+        rows: (rows,), log-sum-exp over the negatives of each row; -inf without any.
+        columns: (columns,), the same for each column.
+        positives: (min(rows, columns),), logits of the positives; None off the diagonal.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positives: Tensor | None
+
+
+class SoftmaxTile(NamedTuple):
+    """What the second visit of a tile says.
+
+    Attributes:
+        derivative: (rows, columns), d (sum of both directions' losses) / d logit.
+        similarity: (rows, columns), products of the features.
+    """
+
+    derivative: Tensor
+    similarity: Tensor
+
+
+def negative_sums_tile(
+    row_features: Tensor, column_features: Tensor, logit_scale: Tensor, *, on_diagonal: bool
+) -> NegativeSums:
+    """Add up the negatives of one tile, stably: log sum exp(logits).
+
+    Args:
+        row_features: (rows, D).
+        column_features: (columns, D).
+        logit_scale: () in the logits' dtype, the multiplier.
+        on_diagonal: whether pair (i, i) of this tile is a positive.
+
+    Example:
+        >>> one = torch.ones(2, 1)
+        >>> negative_sums_tile(one, one, torch.tensor(3.0), on_diagonal=True)
+        NegativeSums(rows=tensor([3., 3.]), columns=tensor([3., 3.]), positives=tensor([3., 3.]))
+    """
+    logits, _ = _logits(row_features, column_features, logit_scale)
+    positives = None
+    if on_diagonal:
+        positives = logits.diagonal().clone()
+        logits.fill_diagonal_(-torch.inf)
+    return NegativeSums(logits.logsumexp(dim=1), logits.logsumexp(dim=0), positives)
+
+
+def softmax_tile(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor,
+    positive_derivative: Tensor | None,
+) -> SoftmaxTile:
+    """Derive the sum of both directions' losses by every logit of one tile.
+
+        derivative = exp(logits - row_sums) + exp(logits - column_sums)    of a negative
+
+    Args:
+        row_features: (rows, D).
+        column_features: (columns, D).
+        logit_scale: () in the logits' dtype, the multiplier.
+        row_sums: (rows,), log-sum-exp over the whole row, positive included.
+        column_sums: (columns,), the same over columns.
+        positive_derivative: (min(rows, columns),), the derivative by the logits of the positives,
+            written on the diagonal; None off the diagonal.
+
+    Example:
+        >>> one, zero = torch.ones(1, 1), torch.zeros(1)
+        >>> softmax_tile(one, one, torch.tensor(0.0), zero, zero, None).derivative
+        tensor([[2.]])
+    """
+    logits, products = _logits(row_features, column_features, logit_scale)
+    derivative = (logits - row_sums[:, None]).exp_()
+    derivative += logits.sub_(column_sums).exp_()
+    if positive_derivative is not None:
+        derivative.diagonal().copy_(positive_derivative)
+    return SoftmaxTile(derivative, products)
+
+
+def _logits(
+    row_features: Tensor, column_features: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    products = similarity(row_features, column_features)
+    return products * logit_scale, products

@@ -1,0 +1,119 @@
+"""A contrastive loss plus terms that shape the space: CUA and CUAXU on either base loss."""
+
+import math
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import ExchangeName
+from dist_siglip.errors import UserError
+from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
+
+
+class WeightedLoss(nn.Module):
+    """A base loss plus weighted alignment, uniformity and cross-uniformity, all over the ranks.
+
+        loss = base + alignment * A + uniformity * (U_image + U_text) / 2 + cross_uniformity * X
+
+    With weights 1, 1, 0 (the defaults) this is CUA, with 1, 1, 1 CUAXU. A term of weight 0 is not
+    computed. Alignment needs no trip, uniformity one per modality, cross-uniformity one.
+
+    Distributed contract: that of ``siglip_loss``, for towers, scale and bias.
+
+    Args:
+        base: module called with (image_features, text_features, logit_scale, logit_bias), given
+            as a class path: ``dist_siglip.losses.SigLipLoss`` or ``dist_siglip.losses.ClipLoss``.
+        alignment: weight of the mean squared distance of matching pairs, >= 0.
+        uniformity: weight of the mean uniformity of the two modalities, >= 0.
+        cross_uniformity: weight of the uniformity of pairs that do not match, >= 0.
+        exchange: how features reach other ranks for these terms; the base has its own.
+        group: process group of these terms; the default group if None.
+        chunk_rows: side of the largest tile of these terms. Null is 1024 on a CPU, 4096 on a GPU.
+
+    Raises:
+        UserError: if a weight is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.losses import ClipLoss
+        >>> eye = torch.eye(3)
+        >>> WeightedLoss(ClipLoss())(eye, eye, torch.tensor(100.0), None)
+        tensor(-4.)
+
+    Source:
+        Fahim et al. 2024, arXiv:2405.18570; all weights are 1 there, the base is CLIP's.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        alignment: float = 1.0,
+        uniformity: float = 1.0,
+        cross_uniformity: float = 0.0,
+        *,
+        exchange: ExchangeName = "auto",
+        group: ProcessGroup | None = None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, weight in (
+            ("alignment", alignment),
+            ("uniformity", uniformity),
+            ("cross_uniformity", cross_uniformity),
+        ):
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise UserError(f"{name} ({weight}) must be a finite weight, 0 or above")
+        self.base = base
+        self.alignment = alignment
+        self.uniformity = uniformity
+        self.cross_uniformity = cross_uniformity
+        self.exchange: ExchangeName = exchange
+        self.group = group
+        self.chunk_rows = chunk_rows
+
+    @property
+    def uses_caption_ids(self) -> bool:
+        """Whether the base takes caption ids."""
+        return bool(getattr(self.base, "uses_caption_ids", False))
+
+    @property
+    def uses_logit_bias(self) -> bool:
+        """Whether the base depends on logit_bias."""
+        return bool(getattr(self.base, "uses_logit_bias", True))
+
+    @property
+    def last_duplicate_pairs(self) -> Tensor | None:
+        """What the base counted at its last call."""
+        return getattr(self.base, "last_duplicate_pairs", None)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        *,
+        caption_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the weighted sum; ``caption_ids`` go to a base that uses them."""
+        ids = {"caption_ids": caption_ids} if self.uses_caption_ids else {}
+        loss: Tensor = self.base(image_features, text_features, logit_scale, logit_bias, **ids)
+        if self.alignment:
+            term = alignment_loss(image_features, text_features, group=self.group)
+            loss = loss + self.alignment * term
+        if self.uniformity:
+            for features in (image_features, text_features):
+                term = uniformity_loss(
+                    features, exchange=self.exchange, group=self.group, chunk_rows=self.chunk_rows
+                )
+                loss = loss + 0.5 * self.uniformity * term
+        if self.cross_uniformity:
+            term = cross_uniformity_loss(
+                image_features,
+                text_features,
+                exchange=self.exchange,
+                group=self.group,
+                chunk_rows=self.chunk_rows,
+            )
+            loss = loss + self.cross_uniformity * term
+        return loss

@@ -1,0 +1,57 @@
+"""``bench plan`` and ``bench simulate`` print what they predict and measure."""
+
+import json
+
+import pytest
+import torch
+
+from dist_siglip.cli.bench_plan import plan
+from dist_siglip.cli.bench_simulate import simulate, simulate_step
+from dist_siglip.distributed.costs import Cluster, Problem
+from dist_siglip.errors import UserError
+
+
+def test_the_plan_as_json(capsys):
+    assert plan(world_size=256, local_batch_size=4096, embed_dim=768, json=True) == 0
+    rows = {row["exchange"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["ring"]["memory_bytes"] == 72 * 2**20
+    assert rows["open_clip bidir"]["memory_bytes"] == 34304 * 2**20
+    assert rows["ring"]["gain"] == 1.0
+    assert rows["two_level"]["gain"] > 1.5
+    assert rows["two_level"]["nic_bytes"] * 8 < rows["ring"]["nic_bytes"] * 1.01
+
+
+def test_the_plan_as_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert plan(world_size=16) == 0
+    printed = capsys.readouterr().out
+    for word in ("two_level", "open_clip gather", "gain", "2 nodes of 8 GPUs", "72 MiB"):
+        assert word in printed
+
+
+# A shape in which features and accumulators weigh as much as the tile, so each part of the
+# prediction shows.
+@pytest.mark.parametrize("exchange", ["ring", "two_way", "two_level", "all_gather"])
+@pytest.mark.parametrize("feature_bytes", [2, 4])
+@pytest.mark.parametrize("world_size", [8, 64, 256])
+def test_measured_memory_is_what_the_plan_says(exchange, feature_bytes, world_size):
+    problem = Problem(
+        local_batch_size=256, embed_dim=64, feature_bytes=feature_bytes, chunk_rows=64
+    )
+    cluster = Cluster(world_size=world_size)
+    found = simulate_step(cluster, problem, exchange, 2, torch.device("cpu"))
+    assert found.visits == 2
+    assert found.peak_bytes == pytest.approx(found.predicted_bytes, rel=0.10)
+
+
+def test_simulated_worlds_as_json_and_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    settings = {"local_batch_size": 64, "embed_dim": 32, "chunk_rows": 32, "device": "cpu"}
+    assert simulate(world_sizes=(64, 256), json=True, **settings) == 0
+    small, large = json.loads(capsys.readouterr().out)
+    assert (small["world_size"], large["world_size"]) == (64, 256)
+    assert large["peak_bytes"] == pytest.approx(small["peak_bytes"], rel=0.05)
+    assert simulate(world_sizes=(8,), visits=None, **settings) == 0
+    assert "open_clip predicted" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"visits \(0\) must be at least 1"):
+        simulate(world_sizes=(8,), visits=0, **settings)

@@ -1,0 +1,125 @@
+"""One rank of a simulated world: the choices, the numbers and the memory of a large one."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_siglip.cli.live_bytes import LiveBytes
+from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange
+from dist_siglip.distributed.exchange import _log_choice
+from dist_siglip.distributed.simulation import simulated_world
+from dist_siglip.errors import UserError
+from dist_siglip.losses import siglip_loss
+from tests.support.reference import sigmoid_loss_and_gradients
+
+TRAVELLING = ("ring", "two_way", "two_level")
+SCALE, BIAS = 7.0, -3.0
+
+
+def _features(num_pairs, width, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(num_pairs)
+    both = torch.randn(2, num_pairs, width, generator=generator, dtype=torch.float64)
+    return tuple(F.normalize(side, dim=-1).to(dtype).requires_grad_() for side in both)
+
+
+def _step(images, texts, **settings):
+    scale, bias = torch.tensor(SCALE).to(images), torch.tensor(BIAS).to(images)
+    scale.requires_grad_()
+    bias.requires_grad_()
+    loss = siglip_loss(images, texts, scale, bias, **settings)
+    loss.backward()
+    return {"loss": loss.detach(), "image": images.grad, "text": texts.grad, "scale": scale.grad}
+
+
+# Every rank of the simulated world holds the same pairs, so one process can hold them all.
+@pytest.mark.parametrize("exchange", TRAVELLING)
+def test_numbers_are_those_of_equal_ranks(exchange):
+    images, texts = _features(4, 5)
+    with simulated_world(6, rank=4, local_world_size=3):
+        found = _step(images, texts, exchange=exchange, chunk_rows=3)
+    truth = sigmoid_loss_and_gradients(
+        images.detach().repeat(6, 1), texts.detach().repeat(6, 1), SCALE, BIAS
+    )
+    assert torch.allclose(found["loss"], truth["loss"], rtol=1e-12)
+    assert torch.allclose(found["scale"], truth["scale"], rtol=1e-12)
+    for side in ("image", "text"):  # the loss of a rank is W times its part of the global one
+        assert torch.allclose(found[side], 6 * truth[side][:4], rtol=1e-12, atol=1e-14)
+
+
+def _peak(world_size, exchange, *, width=32, num_pairs=64):
+    images, texts = _features(num_pairs, width, torch.float32)
+    local = 2 if exchange == "two_level" else 1
+    world = simulated_world(world_size, local_world_size=local, max_visits=4)
+    with world, LiveBytes() as counter:
+        _step(images, texts, exchange=exchange, chunk_rows=32)
+    return counter.peak
+
+
+@pytest.mark.parametrize("exchange", TRAVELLING)
+def test_memory_does_not_grow_with_the_number_of_ranks(exchange):
+    # two_way has its second lane from three ranks on.
+    sizes = (2, 3, 4, 8, 64, 256) if exchange == "ring" else (4, 6, 8, 64, 256)
+    peaks = [_peak(world_size, exchange) for world_size in sizes]
+    assert max(peaks) <= 1.05 * min(peaks), peaks
+
+
+def test_the_comparison_sees_memory_that_grows():
+    assert _peak(64, "all_gather") > 4 * _peak(8, "all_gather")
+
+
+def test_skipped_visits_contribute_zero():
+    visited = []
+
+    def visit(owner, shard, contributions):
+        visited.append(owner)
+        contributions[0].fill_(1.0)
+
+    spec = [AccumulatorSpec((), torch.float32)]
+    with simulated_world(8, rank=3, max_visits=2):
+        (home,) = circulate([torch.ones(2)], visit, accumulators=spec, exchange="ring")
+    assert visited == [3, 2]
+    assert home.tolist() == [2.0, 2.0]
+
+
+def _chosen(world_size, rows, width, caplog, **nodes):
+    _log_choice.cache_clear()
+    caplog.clear()
+    with simulated_world(world_size, **nodes), caplog.at_level(logging.INFO):
+        names = {prepare_exchange([torch.empty(rows, width)]).name for _ in range(2)}
+    (record,) = caplog.records  # once, though asked twice
+    return names.pop(), record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rows", "nodes", "chosen", "reason"),
+    [
+        (2, 65536, {}, "ring", "one hop either way"),
+        (8, 1024, {}, "all_gather", "small enough to gather"),
+        (8, 32768, {"local_world_size": 8}, "ring", "one node"),
+        (16, 32768, {"local_world_size": 8}, "two_level", "2 nodes of 8 ranks"),
+        (16, 32768, {}, "ring", "one rank per node as far as known"),
+        (512, 1024, {}, "two_way", "one rank per node as far as known, small hops"),
+    ],
+)
+def test_auto_chooses_from_sizes_and_nodes(world_size, rows, nodes, chosen, reason, caplog):
+    name, message = _chosen(world_size, rows, 256, caplog, **nodes)
+    assert name == chosen
+    assert message.startswith(f"exchange auto -> {chosen} ({reason}): {world_size} ranks, ")
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(UserError, match=r"max_visits \(0\)"), simulated_world(2, max_visits=0):
+        pass
+    with (
+        pytest.raises(UserError, match=r"local_world_size \(3\) must divide the 4 ranks"),
+        simulated_world(4, local_world_size=3),
+    ):
+        pass
+    with (
+        simulated_world(2),
+        pytest.raises(UserError, match="without a process group"),
+        simulated_world(2),
+    ):
+        pass
