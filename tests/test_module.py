@@ -12,6 +12,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, siglip_loss
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
+from tests.support.command import run_command, write_settings
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of, write_config
 
 
@@ -196,6 +197,22 @@ def test_a_bias_that_the_loss_does_not_use_is_frozen_and_said(
     assert not bias.requires_grad
     with pytest.raises(UserError, match=r"loss \(Recorder\) uses no bias"):
         module.calibrate(torch.eye(2), torch.eye(2), torch.arange(2))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_softmax_loss_trains_under_ddp(tmp_path):
+    """open_clip#1076: a bias without a gradient stops DDP."""
+    done = run_command(
+        "fit",
+        "--config",
+        write_settings(tmp_path),
+        "--model.loss=dist_siglip.losses.ClipLoss",
+        "--trainer.devices=2",
+        "--trainer.max_steps=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ClipLoss uses no bias: logit_bias is frozen" in done.stderr
 
 
 def checkpoint_of(module, path, tmp_path):

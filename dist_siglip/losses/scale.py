@@ -7,8 +7,9 @@ bias = -scale * relative_bias.
 """
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class LogitScaleBias(nn.Module):
 
     Parameters have one element and one dimension (FSDP2 rejects 0-d parameters). There is no
     clamp: published SigLIP checkpoints have a scale above the customary limit of 100.
+
+    The state of one parameterisation loads into the other and keeps the function: the bias is
+    converted in float64. Moments of an optimizer are not; continue a run with its own.
 
     Args:
         start_scale: multiplier at the start, > 0. SigLIP starts at 10.
@@ -113,6 +117,23 @@ class LogitScaleBias(nn.Module):
             train_scale=config.train_scale,
             train_bias=config.train_bias,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Convert the bias if the state holds the other parameterisation."""
+        mine, other = "logit_bias", "relative_bias"
+        if self.bias_parameterization == "relative":
+            mine, other = other, mine
+        names = [prefix + name for name in ("log_scale", other)]
+        if prefix + mine not in state_dict and all(name in state_dict for name in names):
+            # load_state_dict hands over a copy of its own: the caller's dict stays as it is.
+            log_scale, value = state_dict[names[0]], state_dict.pop(names[1])
+            scale = log_scale.double().exp()
+            wide = value.double()
+            converted = -wide / scale if mine == "relative_bias" else -wide * scale
+            state_dict[prefix + mine] = converted.to(value.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (logit_scale, logit_bias), both 0-d and with gradients."""

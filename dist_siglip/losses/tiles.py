@@ -20,6 +20,7 @@ from dist_siglip.losses.pair_terms import (
     fused_pair_terms,
     pair_terms_in_place,
 )
+from dist_siglip.losses.products import product, uses_onednn
 from dist_siglip.losses.trip import product_dtype
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -54,7 +55,8 @@ class TileBuffers:
         wide = logits_dtype(features)
         self._logits = features.new_empty(rows * columns, dtype=wide)
         on_cpu = features.device.type == "cpu"
-        self._scratch = torch.empty_like(self._logits) if on_cpu else None
+        needs_scratch = on_cpu and not uses_onednn(features)
+        self._scratch = torch.empty_like(self._logits) if needs_scratch else None
         is_half = on_cpu and features.dtype in _HALF
         self._narrow = features.new_empty(rows * columns) if is_half else None
 
@@ -63,7 +65,7 @@ class TileBuffers:
         return self._logits[: rows * columns].view(rows, columns)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
-        """As ``logits``; on a CPU only."""
+        """As ``logits``; on a CPU only, where oneDNN does not bring its own."""
         assert self._scratch is not None
         return self._scratch[: rows * columns].view(rows, columns)
 
@@ -143,8 +145,7 @@ def sigmoid_tile(
         )
         return SigmoidTile(*terms)
     terms = pair_terms_in_place(
-        _logits_on_cpu(row_features, column_features, logit_scale, logit_bias, buffers),
-        buffers.scratch(*shape),
+        *_logits_and_scratch(row_features, column_features, logit_scale, logit_bias, buffers),
         row_ids,
         column_ids,
         on_diagonal=on_diagonal,
@@ -157,21 +158,28 @@ def sigmoid_tile(
     return SigmoidTile(terms.value, derivative, terms.derivative_sum, terms.duplicate_pairs)
 
 
-def _logits_on_cpu(
+def _logits_and_scratch(
     row_features: Tensor,
     column_features: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
     buffers: TileBuffers,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of a tile and a tensor like them to overwrite, on a CPU."""
     shape = (row_features.shape[0], column_features.shape[0])
     logits = buffers.logits(*shape)
     scale = logit_scale.item()
+    if uses_onednn(row_features):
+        similarity = product(row_features, column_features)
+        return torch.add(logit_bias, similarity, alpha=scale, out=logits), similarity
+    scratch = buffers.scratch(*shape)
     if row_features.dtype == logits.dtype:
         # The product's own pass multiplies and adds; it rounds once.
-        return torch.addmm(logit_bias, row_features, column_features.T, alpha=scale, out=logits)
-    logits.copy_(torch.mm(row_features, column_features.T, out=buffers.narrow(*shape)))
-    return torch.add(logit_bias, logits, alpha=scale, out=logits)
+        torch.addmm(logit_bias, row_features, column_features.T, alpha=scale, out=logits)
+    else:
+        logits.copy_(torch.mm(row_features, column_features.T, out=buffers.narrow(*shape)))
+        torch.add(logit_bias, logits, alpha=scale, out=logits)
+    return logits, scratch
 
 
 def _similarity(row_features: Tensor, column_features: Tensor, out: Tensor) -> Tensor:

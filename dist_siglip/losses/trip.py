@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dist_siglip.errors import UserError
+from dist_siglip.losses.products import product, uses_onednn
 
 DEFAULT_CHUNK_ROWS = 1024
 _GPU_CHUNK_ROWS = 4096
-_INNER_ROWS = 4096
 
 
 def default_chunk_rows(device: torch.device) -> int:
@@ -59,7 +59,9 @@ def refuse_second_order(name: str) -> None:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to ``total``, accumulating in its dtype."""
-    if left.dtype == total.dtype:
+    if uses_onednn(left) and total.dtype == left.dtype:
+        total += product(left, right.T)
+    elif left.dtype == total.dtype:
         total.addmm_(left, right)
     elif left.device.type == "cuda" and total.dtype == torch.float32:
         # Tensor cores sum in float32: the product is not rounded before it is added.
@@ -86,9 +88,10 @@ def _adds_half_products(dtype: torch.dtype, device: torch.device) -> bool:
 def inner_product(features: Tensor, gradient: Tensor) -> Tensor:
     """Return the sum over all elements of features * gradient, in ``sum_dtype``."""
     total = gradient.new_zeros((), dtype=sum_dtype(features.device))
-    # In pieces: the products of all rows would be as large as the gradient.
-    for rows in range(0, features.shape[0], _INNER_ROWS):
-        some = slice(rows, rows + _INNER_ROWS)
+    # In pieces: the products of all rows would be as large as the gradient, and leave the caches.
+    step = 256 if features.device.type == "cpu" else 4096
+    for rows in range(0, features.shape[0], step):
+        some = slice(rows, rows + step)
         total += (features[some] * gradient[some]).sum(dim=1).sum(dtype=total.dtype)
     return total
 

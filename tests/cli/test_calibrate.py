@@ -32,18 +32,15 @@ def trained(tmp_path_factory):
     return RunFolder(folder / "run")
 
 
-def facts_of(done):
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def calibrate(capsys, *arguments):
+    """Run the verb in this process and return what it prints as JSON."""
+    assert main(["calibrate", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-@pytest.fixture(scope="module")
-def facts(trained):
-    return facts_of(run_command("calibrate", "--config", trained.config, "--json", "--pairs=4096"))
-
-
-def test_it_reports_the_fit_for_the_run_and_leaves_the_run_alone(trained, facts):
+def test_it_reports_the_fit_for_the_run_and_leaves_the_run_alone(trained, capsys):
     files = sorted(trained.path.rglob("*"))
+    facts = calibrate(capsys, "--config", trained.config)
     assert facts["checkpoint"] == str(trained.newest_checkpoint())
     assert facts["pairs"] == NUM_PAIRS
     assert facts["global_batch_size"] == 12
@@ -52,11 +49,11 @@ def test_it_reports_the_fit_for_the_run_and_leaves_the_run_alone(trained, facts)
     assert sorted(trained.path.rglob("*")) == files
 
 
-def test_two_ranks_fit_the_same(trained, facts):
-    done = run_command(
-        "calibrate", "--config", trained.config, "--json", "--pairs=4096", "--trainer.devices=2"
-    )
-    for name, value in facts_of(done).items():
+def test_two_ranks_fit_the_same(trained, capsys):
+    done = run_command("calibrate", "--config", trained.config, "--json", "--trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    facts = calibrate(capsys, "--config", trained.config)
+    for name, value in json.loads(done.stdout).items():
         assert value == (facts[name] if isinstance(value, str) else pytest.approx(facts[name]))
 
 
@@ -69,10 +66,9 @@ def test_the_table_shows_what_to_set(trained, capsys):
     assert "--model.logits.start_scale" in out.splitlines()[-1]
 
 
-def test_a_run_is_calibrated_before_its_first_step(trained, tmp_path):
+def test_a_run_is_calibrated_before_its_first_step(trained, tmp_path, capsys):
     """One batch holds all pairs: its first loss is the expected loss, before and after."""
     arguments = [
-        "fit",
         "--config",
         trained.config,
         f"--model.pretrained={trained.newest_checkpoint()}",
@@ -81,33 +77,29 @@ def test_a_run_is_calibrated_before_its_first_step(trained, tmp_path):
         f"--data.global_batch_size={NUM_PAIRS}",
         "--data.train_crop_scale=null",
         "--trainer.max_steps=1",
-        "--trainer.devices=2",
-        "--model.micro_batch_size=10",
     ]
-    warning = "was trained with a global batch of 12, this run has 72"
+    warning = f"was trained with a global batch of 12, this run has {NUM_PAIRS}"
     firsts = {}
-    for pairs in ("null", "4096"):
+    for pairs, devices in (("null", 1), ("4096", 2)):
         run = RunFolder(tmp_path / pairs)
         done = run_command(
-            *arguments, f"--run_dir={run.path}", f"--model.calibration_pairs={pairs}"
+            "fit",
+            *arguments,
+            f"--run_dir={run.path}",
+            f"--model.calibration_pairs={pairs}",
+            f"--trainer.devices={devices}",
+            f"--model.micro_batch_size={10 * devices}",
         )
         assert done.returncode == 0, done.stderr
         assert (warning in done.stderr) == (pairs == "null")
         assert ("calibrated before the first step" in done.stderr) == (pairs == "4096")
         firsts[pairs] = json.loads(run.metrics.read_text().splitlines()[0])
-    asked = facts_of(
-        run_command(
-            "calibrate",
-            *arguments[1:-2],
-            f"--run_dir={tmp_path / 'none'}",
-            "--json",
-        )
-    )
+    asked = calibrate(capsys, *arguments, f"--run_dir={tmp_path / 'none'}")
+    assert asked["expected_loss"] < asked["expected_loss_before"]
     assert firsts["null"]["train/loss"] == pytest.approx(asked["expected_loss_before"], rel=1e-4)
     assert firsts["4096"]["train/loss"] == pytest.approx(asked["expected_loss"], rel=1e-4)
     assert firsts["4096"]["train/logit_scale"] == pytest.approx(asked["logit_scale"], rel=1e-4)
     assert firsts["4096"]["train/logit_bias"] == pytest.approx(asked["logit_bias"], rel=1e-4)
-    assert asked["expected_loss"] < asked["expected_loss_before"]
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,48 @@ def test_scale_and_bias_freeze_separately(parameterization, train_bias, train_sc
 def test_impossible_start_values_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         LogitScaleBias(**arguments)
+
+
+@pytest.mark.parametrize("loaded", ["absolute", "relative"])
+@pytest.mark.parametrize("saved", ["absolute", "relative"])
+def test_either_parameterisation_loads_into_either(saved, loaded):
+    source = LogitScaleBias(112.25, -16.5, bias_parameterization=saved)
+    state = {f"logits.{name}": value for name, value in source.state_dict().items()}
+    names = list(state)
+    target = torch.nn.ModuleDict({"logits": LogitScaleBias(bias_parameterization=loaded)})
+    target.load_state_dict(state)
+    assert list(state) == names  # the caller's dict is left alone
+    scale, bias = target["logits"]()
+    assert scale.item() == pytest.approx(112.25, rel=1e-6)
+    assert bias.item() == pytest.approx(-16.5, rel=1e-6)
+
+
+def test_there_and_back_is_the_same_number():
+    first = LogitScaleBias(37.5, -11.125).state_dict()
+    relative = LogitScaleBias(bias_parameterization="relative")
+    relative.load_state_dict(first)
+    again = LogitScaleBias()
+    again.load_state_dict(relative.state_dict())
+    for name, value in again.state_dict().items():
+        assert torch.allclose(value, first[name], rtol=2**-22)  # two roundings of float32
+
+
+def test_a_state_without_scale_is_not_guessed():
+    state = {"logit_bias": torch.tensor([-10.0])}
+    with pytest.raises(RuntimeError, match="relative_bias"):
+        LogitScaleBias(bias_parameterization="relative").load_state_dict(state)
+
+
+def test_duplicates_are_counted_and_ids_asked_for():
+    images, texts, scale, bias = _arguments()
+    ids = torch.tensor([3, 8, 3, 3, 9])
+    loss = SigLipLoss(duplicates="negative")
+    assert loss.uses_caption_ids
+    assert not SigLipLoss().uses_caption_ids
+    counted = loss(images, texts, scale, bias, caption_ids=ids)
+    assert torch.equal(counted, SigLipLoss()(images, texts, scale, bias))
+    assert loss.last_duplicate_pairs.item() == 6
+    with pytest.raises(UserError, match=r"duplicates \('negative'\) needs caption_ids"):
+        loss(images, texts, scale, bias)
+    with pytest.raises(UserError, match=r"duplicates \('ignored'\) must be null or one of"):
+        SigLipLoss(duplicates="ignored")

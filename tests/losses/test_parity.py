@@ -6,14 +6,17 @@ the wrong sign and the mean over the local instead of the global batch.
 """
 
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dist_siglip.distributed import gather_rows, sum_over_ranks
+from dist_siglip.distributed import gather_rows, set_local_world_size, sum_over_ranks
 from dist_siglip.losses import siglip_loss
+from dist_siglip.losses.sigmoid import LossStatistics
+from tests.support.parity import EXCHANGES
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients
 
@@ -27,9 +30,9 @@ LAYOUTS = {  # local batch sizes by rank
     "even-4": (2, 2, 2, 2),
     "uneven-4": (1, 4, 2, 3),
 }
-EXCHANGES = ("ring", "all_gather", "auto")
 FROZEN = ("none", "image", "text", "features", "scalars")
 CHUNKS = (1, 2, 1024)
+DUPLICATES = ("positive", "masked", "negative")
 
 
 def make_features(num_pairs, dtype=torch.float64):
@@ -55,6 +58,30 @@ def local_arguments(layout, rank, dtype, frozen="none"):
     return arguments
 
 
+def caption_ids(num_pairs):
+    """Equal ids within and across ranks, and some without an equal."""
+    return torch.tensor([(7, 7, 5, -3, 7, 5, 11, 12)[i % 8] for i in range(num_pairs)])
+
+
+def with_duplicates(layout, rank, exchange, frozen, duplicates):
+    """Loss and gradients with ids, and the duplicates counted over all ranks."""
+    start = sum(layout[:rank])
+    ids = caption_ids(sum(layout))[start : start + layout[rank]]
+    statistics = LossStatistics()
+    result = run_loss(
+        lambda *tensors: siglip_loss(
+            *tensors,
+            caption_ids=ids,
+            duplicates=duplicates,
+            statistics=statistics,
+            exchange=exchange,
+            chunk_rows=2,
+        ),
+        local_arguments(layout, rank, torch.float64, frozen),
+    )
+    return result, sum_over_ranks(statistics.duplicate_pairs).item()
+
+
 def run_loss(loss_fn, arguments):
     """Global loss and DDP-mean gradients, as every rank would see them after an optimizer sync."""
     loss = loss_fn(*arguments.values())
@@ -74,9 +101,15 @@ def run_loss(loss_fn, arguments):
 
 
 def all_cases(rank, world_size, layouts):
+    if world_size == 4:
+        set_local_world_size(2)  # two nodes of two ranks, for two_level
     results = {}
     for layout in layouts:
         for exchange in EXCHANGES:
+            for frozen, duplicates in product(("none", "image"), DUPLICATES):
+                results[layout, exchange, frozen, duplicates] = with_duplicates(
+                    LAYOUTS[layout], rank, exchange, frozen, duplicates
+                )
             for frozen in FROZEN:
                 for chunk_rows in CHUNKS:
 
@@ -191,6 +224,30 @@ def test_loss_and_gradients_match_one_process(layout, exchange, frozen):
             assert largest_error(result, reference) < 1e-12
             for name in ("image", "text", "scale", "bias"):
                 assert (result[name] is None) == (name in off)
+
+
+@lru_cache
+def reference_with_duplicates(num_pairs, duplicates):
+    images, texts = make_features(num_pairs)
+    ids = caption_ids(num_pairs)
+    return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS, ids, duplicates)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_duplicates_within_and_across_ranks_match_one_process(layout, duplicates):
+    by_rank, plain = cases(layout)
+    reference = dict(reference_with_duplicates(sum(LAYOUTS[layout]), duplicates))
+    num_duplicates = reference.pop("duplicates")
+    assert num_duplicates > 0
+    for results in by_rank:
+        for exchange, frozen in product(EXCHANGES, ("none", "image")):
+            result, counted = results[layout, exchange, frozen, duplicates]
+            assert largest_error(result, reference) < 1e-12
+            assert counted == num_duplicates
+            if duplicates != "negative":  # the comparison can tell
+                assert largest_error(result, plain) > 1e-3
 
 
 # float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features and

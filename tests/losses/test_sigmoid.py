@@ -1,13 +1,17 @@
 """What the sigmoid loss promises besides parity: arguments, precision, autograd, extremes."""
 
 import math
+from functools import lru_cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dist_siglip.distributed import prepare_exchange
 from dist_siglip.errors import UserError
-from dist_siglip.losses import siglip_loss
+from dist_siglip.losses import SigLipLoss, siglip_loss
+from dist_siglip.losses.pair_terms import pair_terms
 from dist_siglip.losses.tiles import sigmoid_tile
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients, softplus
@@ -146,7 +150,11 @@ def test_wrong_arguments_are_named(change, message):
         )
 
 
-def _disagree(rank, world_size):
+def _messages(rank, world_size):
+    return _disagree(rank), _not_finite(rank)
+
+
+def _disagree(rank):
     messages = []
     good = torch.eye(4)
     wide, double = torch.eye(4, 6), torch.eye(4, dtype=torch.float64)
@@ -156,16 +164,139 @@ def _disagree(rank, world_size):
         with pytest.raises(UserError) as caught:
             siglip_loss(features, features, *scalars, exchange="ring")
         messages.append(str(caught.value))
+    # Frozen images here, frozen texts there: the one would send texts, the other images.
+    sides = (good, good.clone().requires_grad_())
+    with pytest.raises(UserError) as caught:
+        siglip_loss(*(sides if rank == 2 else sides[::-1]), *scalars, exchange="ring")
+    messages.append(str(caught.value))
     # The group still works afterwards.
     messages.append(siglip_loss(good, good, *scalars, exchange="ring").item())
     return messages
 
 
+def _not_finite(rank):
+    """What every rank is told when a row of rank 1 is nan, and when every rank has one."""
+    scalars = (torch.tensor(10.0), torch.tensor(-10.0))
+    loss = SigLipLoss()
+    messages = []
+    for is_bad in (rank == 1, True):
+        texts = torch.eye(4)
+        if is_bad:
+            texts[2, 3] = torch.inf
+        with pytest.raises(UserError) as caught:
+            loss(torch.eye(4), texts, *scalars)
+        messages.append(str(caught.value))
+    return messages
+
+
+@lru_cache
+def messages_of_three_ranks():
+    return run_ranks(_messages, 3)
+
+
 @pytest.mark.distributed
 def test_ranks_that_disagree_are_named_and_nothing_hangs():
-    for width, dtype, gradient, loss in run_ranks(_disagree, 3):
+    for (width, dtype, gradient, side, loss), _ in messages_of_three_ranks():
         assert width.startswith("rank 2 passes [float32 (*, 6)")
         assert dtype.startswith("rank 2 passes [float64 (*, 4)")
         assert gradient.startswith("rank 2 passes")
         assert "accumulators: none" in gradient
+        assert side.startswith("rank 2 passes")
+        assert "images travel" in side
+        assert "texts travel" in side
         assert math.isfinite(loss)
+
+
+@pytest.mark.distributed
+def test_a_row_that_is_not_finite_is_named_on_every_rank():
+    for rank, (_, (one, all_of_them)) in enumerate(messages_of_three_ranks()):
+        assert one.startswith("rank 1 passes")
+        assert "text_features row 2 is not finite" in one
+        assert all_of_them == f"rank {rank}: text_features row 2 is not finite"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("image", "rank 0: image_features row 3 is not finite"),
+        ("scale", "rank 0: logit_scale is not finite"),
+        ("bias", "rank 0: logit_bias is not finite"),
+    ],
+)
+def test_what_is_not_finite_is_named_in_one_process(name, message):
+    arguments = dict(zip(("image", "text", "scale", "bias"), _features() + _scalars(), strict=True))
+    with torch.no_grad():
+        arguments[name].view(-1)[-1 if name != "image" else 3 * 4] = torch.nan
+    with pytest.raises(UserError, match=message):
+        siglip_loss(*arguments.values())
+
+
+def test_a_loss_that_overflows_is_named_at_the_next_call():
+    images = torch.full((2, 4), 1e19)
+    loss = SigLipLoss()
+    assert not loss(images, -images, torch.tensor(10.0), torch.tensor(0.0)).isfinite()
+    with pytest.raises(UserError, match="the loss of the step before was inf"):
+        loss(torch.eye(2), torch.eye(2), torch.tensor(10.0), torch.tensor(0.0))
+    unchecked = SigLipLoss(check_finite=False)
+    for _ in range(2):
+        unchecked(images, -images, torch.tensor(10.0), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "travels", "accumulators"),
+    [
+        (True, True, "text", 1),
+        (True, False, "text", 0),
+        (False, True, "image", 0),
+        (False, False, "text", 0),
+    ],
+)
+def test_the_side_without_accumulator_travels(monkeypatch, image, text, travels, accumulators):
+    trips = []
+
+    def record(columns, *, accumulators, **settings):
+        trips.append((columns, accumulators))
+        return prepare_exchange(columns, accumulators=accumulators, **settings)
+
+    monkeypatch.setattr("dist_siglip.losses.sigmoid.prepare_exchange", record)
+    images, texts = (
+        side.detach().requires_grad_(wanted)
+        for side, wanted in zip(_features(), (image, text), strict=True)
+    )
+    siglip_loss(images, texts, *_scalars())
+    ((columns, specs),) = trips
+    assert torch.equal(columns[0], images if travels == "image" else texts)
+    assert (len(columns), len(specs)) == (1, accumulators)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption_ids": torch.zeros(5, dtype=torch.int64)}, r"caption_ids \(5,\)"),
+        ({"caption_ids": torch.zeros(6)}, r"caption_ids \(6,\) \(torch.float32\) must be integers"),
+        ({"duplicates": "both"}, r"duplicates \('both'\) must be one of positive, masked"),
+    ],
+)
+def test_wrong_ids_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        siglip_loss(*_features(), *_scalars(), **change)
+
+
+def test_a_gpu_is_never_waited_for(monkeypatch):
+    """Fake CUDA tensors have no numbers: whatever would read one on the host raises."""
+    monkeypatch.setattr("dist_siglip.losses.tiles.fused_pair_terms", lambda: pair_terms)
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            images, texts = (
+                torch.empty(10, 8, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)
+            )
+            scalars = [torch.tensor(5.0, device="cuda", requires_grad=True) for _ in range(2)]
+            ids = torch.zeros(10, device="cuda", dtype=torch.int64)
+            for duplicates in ("positive", "masked", "negative"):
+                loss = siglip_loss(
+                    images, texts, *scalars, caption_ids=ids, duplicates=duplicates, chunk_rows=4
+                )
+            assert loss.device.type == "cuda"
+            assert loss.requires_grad
+            with pytest.raises(DataDependentOutputException):
+                loss.item()
