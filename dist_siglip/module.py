@@ -241,13 +241,7 @@ class SigLipModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build AdamW and its schedule, stepped every optimizer step."""
-        total_steps = self.trainer.max_steps
-        if total_steps < 1:
-            raise UserError(
-                f"trainer.max_steps ({total_steps}) must be at least 1: the learning rate "
-                "schedule needs the length of the run"
-            )
-        optimizer, schedule = build_optimizer(self, self.optim, total_steps)
+        optimizer, schedule = build_optimizer(self, self.optim, self.trainer.max_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},

@@ -281,5 +281,5 @@ def test_settings_that_cannot_work_are_named(model, tmp_path):
         trainer(tmp_path, max_steps=1, gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(
             module, loader(1)
         )
-    with pytest.raises(UserError, match=r"max_steps \(-1\) must be at least 1"):
+    with pytest.raises(UserError, match=r"total_steps \(-1\) must be > 0; set max_steps"):
         trainer(tmp_path, max_epochs=1).fit(SigLipModule(model), loader(1))
