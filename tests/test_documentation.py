@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import quickstart
-from dist_siglip.cli.training import TrainingCLI, train
+from dist_siglip.cli import bench, calibrate, quickstart, training
+from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "dist_siglip"
@@ -98,8 +98,10 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
+    elif words[0] == "bench":
+        bench.parser_of("bench", words[1])[1].parse_args(words[2:])
     else:
-        train(words)
+        (calibrate.run if words[0] == "calibrate" else training.run)(words[0], words[1:])
         assert ran == [words[0]]
 
 

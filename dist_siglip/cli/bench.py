@@ -26,11 +26,20 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         lines += [f"  {name:<10}{text}" for name, (_, text) in _SUBJECTS.items()]
         sys.stdout.write("\n".join([*lines, ""]))
         return 0 if arguments else 2
-    subject, rest = arguments[0], list(arguments[1:])
+    set_up_logging()
+    function, parser = parser_of(verb, arguments[0])
+    return function(**parser.parse_args(list(arguments[1:])).as_dict())
+
+
+def parser_of(verb: str, subject: str) -> tuple[Callable[..., int], VerbParser]:
+    """Return the function of a subject and the parser of its signature.
+
+    Raises:
+        UserError: if there is no such subject.
+    """
     if subject not in _SUBJECTS:
         raise UserError(f"bench ({subject}) must be one of {', '.join(_SUBJECTS)}")
-    set_up_logging()
     function: Callable[..., int] = getattr(importlib.import_module(_SUBJECTS[subject][0]), subject)
     parser = VerbParser(prog=f"dist-siglip {verb} {subject}", description=function.__doc__)
     parser.add_function_arguments(function, as_group=False)
-    return function(**parser.parse_args(rest).as_dict())
+    return function, parser
