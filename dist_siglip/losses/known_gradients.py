@@ -80,10 +80,22 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order(ctx.name)
         scaled = [
-            # Multiplied before the cast, and out of place.
-            None if gradient is None else (gradient * (incoming * factor)).to(dtype)
+            None if gradient is None else _scale(gradient, incoming * factor, dtype)
             for gradient, factor, dtype in zip(
                 ctx.saved_tensors, ctx.factors, ctx.dtypes, strict=True
             )
         ]
         return (None, None, None, None, *scaled)
+
+
+def _scale(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * weight, multiplied before the cast and out of place."""
+    if gradient.ndim == 0 or gradient.dtype == dtype:
+        return (gradient * weight).to(dtype)
+    result = torch.empty_like(gradient, dtype=dtype)
+    # In pieces: all rows at once would need the gradient's memory a second time.
+    step = 256 if gradient.device.type == "cpu" else 4096
+    for start in range(0, gradient.shape[0], step):
+        rows = slice(start, start + step)
+        result[rows].copy_(gradient[rows] * weight)
+    return result
