@@ -80,7 +80,7 @@ def _adds_half_products(dtype: torch.dtype, device: torch.device) -> bool:
     wide = torch.zeros(8, 8, device=device)
     try:
         torch.addmm(wide, half, half, out_dtype=wide.dtype, out=wide)
-    except RuntimeError:  # older ones want the sum in the factors' dtype
+    except (RuntimeError, TypeError):  # older ones want the sum in the factors' dtype
         return False
     return True
 
