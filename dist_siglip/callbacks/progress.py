@@ -100,7 +100,7 @@ class ProgressReport(Callback):
         if trainer.is_global_zero and recall is not None and loss is not None:
             logger.info(
                 "evaluation at step %d: loss %.4f, image to text recall@1 %.3f",
-                trainer.global_step,
+                getattr(pl_module, "last_evaluated_step", trainer.global_step),
                 float(loss),
                 float(recall),
             )
