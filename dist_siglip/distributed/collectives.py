@@ -62,16 +62,31 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     longest = int(counts.max())
     # Not every backend carries bool.
     carried = rows.detach().to(torch.uint8) if rows.dtype == torch.bool else rows.detach()
-    padded = carried.new_zeros((longest, *carried.shape[1:]))
-    padded[: carried.shape[0]] = carried
-    everyone = padded.new_empty((world_size * longest, *carried.shape[1:]))
-    dist.all_gather_into_tensor(everyone, padded, group=group)
-    parts = (
-        [part[:count] for part, count in zip(everyone.split(longest), counts.tolist(), strict=True)]
-        if longest
-        else [everyone]
-    )
+    everyone = gather_padded(carried, longest, group)
+    parts = [part[:count] for part, count in zip(everyone, counts.tolist(), strict=True)]
     return torch.cat(parts).to(rows.dtype)
+
+
+def gather_padded(rows: Tensor, longest: int, group: ProcessGroup) -> Tensor:
+    """Gather the rows of all ranks, each part padded with zeros to ``longest`` rows.
+
+    Args:
+        rows: (rows of this rank, ...), at most ``longest``.
+        longest: most rows any rank has.
+        group: process group.
+
+    Returns:
+        (W, longest, ...).
+    """
+    padded = rows
+    if rows.shape[0] < longest:
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+    world_size = dist.get_world_size(group)
+    everyone = rows.new_empty((world_size * longest, *rows.shape[1:]))
+    if longest:
+        dist.all_gather_into_tensor(everyone, padded.contiguous(), group=group)
+    return everyone.view(world_size, longest, *rows.shape[1:])
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ every rank can hold those of all ranks.
 
 from collections.abc import Sequence
 
-from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import Combine, reduce_scatter
 from dist_siglip.distributed.travel import AccumulatorSpec, Shard, Visitor
 
@@ -32,7 +32,7 @@ def visit_gathered(
         transfer: process group of its own for these transfers.
     """
     rank, world_size, longest = transfer.rank(), len(row_counts), max(row_counts)
-    gathered = [_gather_padded(column, longest, transfer) for column in columns]
+    gathered = [gather_padded(column, longest, transfer) for column in columns]
     collected = [
         # Zeros: the padding rows of short shards are reduced too.
         columns[0].new_zeros((world_size, longest, *spec.row_shape), dtype=spec.dtype)
@@ -49,15 +49,3 @@ def visit_gathered(
     return tuple(
         reduce_scatter(everyone, combine, transfer)[: row_counts[rank]] for everyone in collected
     )
-
-
-def _gather_padded(column: Tensor, longest: int, transfer: ProcessGroup) -> Tensor:
-    padded = column
-    if column.shape[0] < longest:
-        padded = column.new_zeros((longest, *column.shape[1:]))
-        padded[: column.shape[0]] = column
-    world_size = transfer.size()
-    everyone = column.new_empty((world_size * longest, *column.shape[1:]))
-    if longest:
-        distributed.all_gather_into_tensor(everyone, padded, group=transfer)
-    return everyone.view(world_size, longest, *column.shape[1:])

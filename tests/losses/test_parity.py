@@ -16,29 +16,24 @@ import torch.nn.functional as F
 from dist_siglip.distributed import gather_rows, set_local_world_size, sum_over_ranks
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.sigmoid import LossStatistics
-from tests.support.parity import EXCHANGES
+from tests.support.parity import (
+    EXCHANGES,
+    LAYOUTS,
+    global_result,
+    largest_error,
+    make_rows,
+)
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients
 
-WIDTH, SCALE, BIAS = 5, 7.0, -3.0
-LAYOUTS = {  # local batch sizes by rank
-    "one": (6,),
-    "even-2": (3, 3),
-    "uneven-2": (4, 1),
-    "even-3": (2, 2, 2),
-    "uneven-3": (3, 0, 4),
-    "even-4": (2, 2, 2, 2),
-    "uneven-4": (1, 4, 2, 3),
-}
+SCALE, BIAS = 7.0, -3.0
 FROZEN = ("none", "image", "text", "features", "scalars")
 CHUNKS = (1, 2, 1024)
 DUPLICATES = ("positive", "masked", "negative")
 
 
 def make_features(num_pairs, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(num_pairs)
-    both = torch.randn(2, num_pairs, WIDTH, generator=generator, dtype=torch.float64)
-    return tuple(F.normalize(side, dim=-1).to(dtype) for side in both)
+    return tuple(make_rows(("image", "text"), num_pairs, dtype).values())
 
 
 def local_arguments(layout, rank, dtype, frozen="none"):
@@ -83,21 +78,8 @@ def with_duplicates(layout, rank, exchange, frozen, duplicates):
 
 
 def run_loss(loss_fn, arguments):
-    """Global loss and DDP-mean gradients, as every rank would see them after an optimizer sync."""
-    loss = loss_fn(*arguments.values())
-    if loss.requires_grad:
-        loss.backward()
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    result = {"loss": sum_over_ranks(loss) / world_size}
-    for name, value in arguments.items():
-        if value.grad is None:
-            result[name] = None
-        elif name in ("image", "text"):
-            # A parameter of a tower would see the mean; rows live on one rank: sum / W.
-            result[name] = gather_rows(value.grad) / world_size
-        else:
-            result[name] = sum_over_ranks(value.grad) / world_size
-    return result
+    """``global_result`` of a loss that takes its arguments by position."""
+    return global_result(lambda **named: loss_fn(*named.values()), arguments)
 
 
 def all_cases(rank, world_size, layouts):
@@ -192,18 +174,6 @@ def results_of(world_size):
 def reference_of(num_pairs):
     images, texts = make_features(num_pairs)
     return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS)
-
-
-def largest_error(result, reference):
-    """Largest difference over loss and the gradients that were computed, relative to each."""
-    worst = 0.0
-    for name, value in result.items():
-        if value is None:
-            continue
-        truth = reference[name].reshape(value.shape)
-        size = truth.abs().max().clamp_min(1e-12)
-        worst = max(worst, ((value.double() - truth).abs().max() / size).item())
-    return worst
 
 
 def cases(layout):
