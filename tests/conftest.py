@@ -7,7 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-import torch.distributed as dist
+
+from dist_siglip.distributed import leave_process_groups
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +16,5 @@ def _clean_process_state():
     """Seed torch, and leave no process group or default dtype behind."""
     torch.manual_seed(0)
     yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_groups()
     torch.set_default_dtype(torch.float32)

@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import start_processes
 from dist_siglip.cli.bench_contestants import OPEN_CLIP, contestants, matmul_limits
 from dist_siglip.cli.bench_plan import mebibytes
 from dist_siglip.cli.live_bytes import LiveBytes
-from dist_siglip.distributed import ExchangeName
+from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 
 BenchDtype = Literal["float32", "bfloat16"]
@@ -135,7 +135,7 @@ def _enter(rank: int, case: LossCase, folder: str) -> None:
             (Path(folder) / "rows.json").write_text(json_text.dumps(rows))
         dist.barrier()
     finally:
-        dist.destroy_process_group()
+        leave_process_groups()
 
 
 def _compare(rank: int, case: LossCase) -> list[dict[str, Any]]:

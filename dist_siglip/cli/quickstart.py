@@ -18,7 +18,7 @@ from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.table import print_evaluation, read_evaluation
 from dist_siglip.cli.training import train
 from dist_siglip.data.handwriting import write_handwriting_shards
-from dist_siglip.distributed import is_first_process
+from dist_siglip.distributed import is_first_process, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 
@@ -70,6 +70,7 @@ def quickstart(
     if steps is not None:
         arguments += ["--trainer.max_steps", str(steps)]
     train(arguments)
+    leave_process_groups()
     if not is_first_process():
         return 0
     extra = {

@@ -35,6 +35,7 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.table import print_evaluation
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
+from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 from dist_siglip.runs import (
@@ -63,6 +64,7 @@ _TRAINER_DEFAULTS = {
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Run ``fit`` or ``validate``."""
     train([verb, *arguments])
+    leave_process_groups()
     return 0
 
 

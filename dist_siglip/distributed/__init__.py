@@ -14,6 +14,7 @@ from dist_siglip.distributed.exchange import (
     prepare_exchange,
 )
 from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.distributed.shutdown import leave_process_groups
 from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
 from dist_siglip.distributed.travel import AccumulatorSpec
 from dist_siglip.distributed.world import World, is_first_process
@@ -29,6 +30,7 @@ __all__ = [
     "gather_rows",
     "group_from_mesh",
     "is_first_process",
+    "leave_process_groups",
     "max_over_ranks",
     "prepare_exchange",
     "resolve_group",

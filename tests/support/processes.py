@@ -4,6 +4,7 @@ Rendezvous goes over a temporary file, so tests never fight over a port; every p
 thread; a failing rank shows its own traceback; a hanging rank is ended by the time limit.
 """
 
+import faulthandler
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dist_siglip.distributed import leave_process_groups
+
 
 def _enter(rank: int, world_size: int, folder: str, timeout_seconds: float, fn, args) -> None:
+    faulthandler.enable()  # a rank that is aborted says where
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -29,7 +33,7 @@ def _enter(rank: int, world_size: int, folder: str, timeout_seconds: float, fn, 
         result = fn(rank, world_size, *args)
         torch.save(result, f"{folder}/result-{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        leave_process_groups()
 
 
 def run_ranks(
