@@ -17,6 +17,6 @@ def leave_process_groups() -> None:
     Distributed contract: no collective for gloo; every rank calls it after its last exchange.
     Without a group it does nothing.
     """
-    gc.collect()
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
