@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
 from dist_siglip.data.order import epoch_order
-from dist_siglip.datamodule import ImageTextDataModule
+from dist_siglip.datamodule import ImageTextDataModule, TrainSource
 from dist_siglip.errors import UserError
 from tests.support.shards import (
     UNEVEN,
@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     # Runs that resume write into the folder they were started from.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # Three loader processes on a machine of two cores.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes"),
 ]
 
 
@@ -144,7 +146,10 @@ def test_checkpoint_written_during_validation_resumes_exactly(shards, tmp_path):
 def test_checkpoint_state_is_plain_values(shards, tmp_path):
     run_to(2, make_data(shards), tmp_path)
     state = torch.load(tmp_path / "2.ckpt", weights_only=True)["ImageTextDataModule"]
-    fingerprint = state.pop("fingerprint")
+    fingerprint, lines = state.pop("fingerprint"), state.pop("shards")
+    assert [line.split("\t")[:2] for line in lines.split("\n")] == [
+        [f"{number:05d}.tar", str(count)] for number, count in enumerate(UNEVEN)
+    ]
     assert isinstance(fingerprint, str)
     assert state == {
         "samples_consumed": 16,
@@ -152,6 +157,7 @@ def test_checkpoint_state_is_plain_values(shards, tmp_path):
         "global_batch_size": 8,
         "block_shards": 2,
         "num_samples": 37,
+        "sources": "",
     }
 
 
@@ -176,8 +182,11 @@ def test_second_fit_goes_on(shards, tmp_path):
         ({"seed": 4}, "seed was 3 .* is 4 now"),
         ({"global_batch_size": 4}, "global_batch_size was 8 .* is 4 now"),
         ({"block_shards": 3}, "block_shards was 2 .* is 3 now"),
-        ({"train_shards": slice(0, 5)}, "num_samples was 37 .* is 34 now"),
-        ({"train_shards": slice(None, None, -1)}, r"shards \(fingerprint\) was \w+ .* is \w+ now"),
+        (
+            {"train_shards": slice(0, 5)},
+            r"1 shard is gone \(first '00005.tar'\); 37 samples then, 34 now",
+        ),
+        ({"train_shards": slice(None, None, -1)}, "the same shards in another order"),
     ],
 )
 def test_resume_with_other_data_or_batches_is_refused(shards, tmp_path, change, message):
@@ -187,6 +196,77 @@ def test_resume_with_other_data_or_batches_is_refused(shards, tmp_path, change, 
     with pytest.raises(UserError, match=message) as info:
         run_to(2, make_data(shards, **change), tmp_path, tmp_path / "1.ckpt")
     assert "\n" not in str(info.value)
+
+
+def test_changed_data_are_accepted_on_request_from_the_next_epoch_on(shards, tmp_path):
+    run_to(1, make_data(shards), tmp_path)
+    data = make_data(shards[:5], accept_changed_data=True)
+    batches = run_to(2, data, tmp_path, tmp_path / "1.ckpt")
+    assert batches[0][0] == epoch_order(3, 1, UNEVEN[:5], 2)[:8].tolist()
+    assert data.progress.samples_consumed == 5 * 8  # four batches of epoch 0 are passed over
+
+
+def mixture(shards):
+    return {
+        "train_shards": None,
+        "train_sources": [
+            TrainSource(name="odd", shards=shards[::2], weight=3.0),
+            TrainSource(name="even", shards=shards[1::2], weight=1.0),
+        ],
+    }
+
+
+def test_a_mixture_resumes_exactly_over_the_epochs_of_its_sources(shards, tmp_path):
+    expected = run_to(11, make_data(shards, **mixture(shards)), tmp_path)
+    seen, checkpoint = [], None
+    for step, workers in ((1, 2), (3, 1), (6, 0), (7, 3), (11, 0)):  # "odd" has 28 samples
+        data = make_data(shards, workers_per_rank=workers, **mixture(shards))
+        seen += run_to(step, data, tmp_path, checkpoint)
+        checkpoint = tmp_path / f"{step}.ckpt"
+    assert_same_batches(seen, expected)
+    epochs = data.epochs()
+    assert sorted(epochs) == ["data/even/epochs", "data/odd/epochs"]
+    assert epochs["data/odd/epochs"] * 28 + epochs["data/even/epochs"] * 9 == pytest.approx(88)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_shards": ["a.tar"]}, "train_shards and train_sources are both set"),
+        ({"train_sources": []}, "train_sources name no source"),
+    ],
+)
+def test_sources_that_contradict_are_refused(shards, change, message):
+    with pytest.raises(UserError, match=message):
+        make_data(shards, **{**mixture(shards), **change})
+
+
+def test_sources_must_be_named_apart_and_weighed_alike(shards):
+    first = TrainSource(name="a", shards=shards[:2])
+    for second, message in (
+        (TrainSource(name="a", shards=shards[2:]), "name 'a' twice"),
+        (TrainSource(name="b", shards=shards[2:], weight=2.0), "all sources a weight, or none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_data(None, train_sources=[first, second])
+    with pytest.raises(UserError, match=r"weight \(0\) of source 'c' must be > 0"):
+        TrainSource(name="c", shards=shards, weight=0)
+
+
+def test_a_shard_belongs_to_one_source(shards):
+    both = [TrainSource(name=name, shards=shards[:1]) for name in "ab"]
+    with pytest.raises(UserError, match=r"train_sources names .* twice"):
+        make_data(None, train_sources=both).check(1)
+
+
+def test_sources_without_weights_are_drawn_in_proportion_to_their_samples(shards):
+    sources = [
+        TrainSource(name=name, shards=part)
+        for name, part in zip("ab", (shards[:3], shards[3:]), strict=True)
+    ]
+    data = make_data(None, train_sources=sources)
+    data.setup("fit")
+    assert [source.weight for source in data.plan.sources] == [20, 17]
 
 
 def test_validation_reads_every_pair_once_in_data_order(shards, tmp_path):

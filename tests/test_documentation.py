@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import bench, calibrate, data, quickstart, training
+from dist_siglip.cli import bench, calibrate, quickstart, training
 from dist_siglip.cli.subjects import parser_of
 from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
@@ -101,8 +101,6 @@ def test_documented_commands_parse(words, monkeypatch):
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
     elif words[0] == "bench":
         parser_of("bench", bench.SUBJECTS, words[1])[1].parse_args(words[2:])
-    elif words[0] == "data":
-        parser_of("data", data.SUBJECTS, words[1])[1].parse_args(words[2:])
     else:
         (calibrate.run if words[0] == "calibrate" else training.run)(words[0], words[1:])
         assert ran == [words[0]]

@@ -20,8 +20,7 @@ _VERBS = {
     ),
     "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
     "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
-    "data": ("dist_siglip.cli.data", "index, check, describe, write and plan shards"),
-    "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what loss and data cost"),
+    "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
     "calibrate": (
         "dist_siglip.cli.calibrate",
         "fit scale and bias to a model, its data and its global batch",

@@ -1,4 +1,4 @@
-"""``bench``: what loss and data cost, measured here, predicted for a cluster, or simulated."""
+"""``bench``: what the loss costs, measured here, predicted for a cluster, or simulated."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,6 @@ SUBJECTS = {
         "dist_siglip.cli.bench_simulate",
         "one rank of a large world, run on this machine",
     ),
-    "data": ("dist_siglip.cli.bench_data", "pictures per second beside another pipeline"),
 }
 
 

@@ -15,8 +15,8 @@ from dist_siglip.data.position import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Progress,
-    Slot,
 )
+from dist_siglip.data.slot import Slot
 from dist_siglip.data.transforms import evaluation_transform, training_transform
 from dist_siglip.data.urls import expand_shards
 

@@ -17,8 +17,8 @@ from dist_siglip.data.decode import decode_caption, decode_image, sniff_media_ty
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.position import Slot
 from dist_siglip.data.randomness import draw_substitute, seeded_generators
+from dist_siglip.data.slot import Slot
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,12 +30,13 @@ class PairDataset(Dataset[PairSample]):
     """Map-style data set, indexed by ``Slot``.
 
     A sample that cannot be read or decoded is logged with shard and key, and a substitute is
-    drawn from (seed, epoch, position, attempt), so every other sample stays where it is.
+    drawn from the key of the slot and the attempt: ten times from the same shard, then from all.
+    So every other sample stays where it is.
 
     Args:
         table: where the members are.
         transform: PIL picture to (3, H, W) tensor; random draws are seeded by
-            (seed, epoch, position).
+            the key of the slot.
         seed: >= 0.
         max_image_pixels: largest picture that is decoded.
         is_evaluation: mark substitutes as not valid, so that they do not count.
@@ -73,9 +74,7 @@ class PairDataset(Dataset[PairSample]):
                 image, caption = self._decode(sample_id, slot)
             except BadSampleError as error:
                 self._report(sample_id, error)
-                sample_id = draw_substitute(
-                    len(self), self._seed, slot.epoch, slot.position, attempt
-                )
+                sample_id = self._substitute(slot, attempt)
                 continue
             is_substitute = attempt > 1
             return PairSample(
@@ -108,8 +107,15 @@ class PairDataset(Dataset[PairSample]):
         caption = decode_caption(self._reader.read(self.table.caption_span(sample_id)))
         data = self._reader.read(self.table.image_span(sample_id))
         image = decode_image(data, max_pixels=self._max_image_pixels)
-        with seeded_generators(self._seed, slot.epoch, slot.position):
+        with seeded_generators(*slot.key(self._seed)):
             return self._transform(image), caption
+
+    def _substitute(self, slot: Slot, attempt: int) -> int:
+        """Draw a sample to stand in: at first of the same shard, which is open and at hand."""
+        first, stop = 0, len(self)
+        if attempt <= _ATTEMPTS // 2:
+            first, stop = self.table.shard_range(slot.sample_id)
+        return first + draw_substitute(stop - first, *slot.key(self._seed), attempt)
 
     def _report(self, sample_id: int, error: BadSampleError) -> None:
         """Count a bad sample and name it; every one at first, then now and then."""

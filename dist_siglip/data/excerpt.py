@@ -14,7 +14,7 @@ from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import prepare_worker
 from dist_siglip.data.order import epoch_order
-from dist_siglip.data.position import Slot
+from dist_siglip.data.slot import Slot
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 

@@ -42,6 +42,7 @@ class PairTable:
         caption_offsets: (samples,) int64.
         caption_sizes: (samples,) int64.
         fingerprint: hash of shard names, member names, offsets and sizes.
+        shard_lines: a line for each shard, "name<TAB>samples<TAB>hash", which tells changes apart.
     """
 
     shards: tuple[str, ...]
@@ -51,6 +52,7 @@ class PairTable:
     caption_offsets: NDArray[np.int64]
     caption_sizes: NDArray[np.int64]
     fingerprint: str
+    shard_lines: str
 
     @property
     def num_samples(self) -> int:
@@ -71,6 +73,11 @@ class PairTable:
         """Say where the caption of a sample lies."""
         shard = self.shards[self._shard_of(sample_id)]
         return Span(shard, int(self.caption_offsets[sample_id]), int(self.caption_sizes[sample_id]))
+
+    def shard_range(self, sample_id: int) -> tuple[int, int]:
+        """Return the first id of a sample's shard, and the id after its last."""
+        shard = self._shard_of(sample_id)
+        return int(self.starts[shard]), int(self.starts[shard + 1])
 
     def describe(self, sample_id: int) -> str:
         """Name a sample for a log line, as ``shard/key``; reads the index of its shard again."""
@@ -115,6 +122,10 @@ def build_pair_table(
             f"({_listed(extensions)}) and a caption (.{CAPTION_EXTENSION}) of the same name"
         )
     digest = hashlib.blake2b(digest_size=8)
+    lines = [
+        f"{ascii(os.path.basename(index.path))[1:-1]}\t{index.num_samples}\t{index.digest[:16]}"
+        for index in indices
+    ]
     for index in indices:
         line = f"{os.path.basename(index.path)}\0{index.num_samples}\0{index.digest}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
@@ -126,6 +137,7 @@ def build_pair_table(
         caption_offsets=np.concatenate([offsets for offsets, _ in captions]),
         caption_sizes=np.concatenate([sizes for _, sizes in captions]),
         fingerprint=digest.hexdigest(),
+        shard_lines="\n".join(lines),
     )
 
 

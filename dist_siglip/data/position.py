@@ -9,46 +9,18 @@ Positions run on without end, epoch after epoch. Global batch b of an epoch hold
 
 So the batches depend on neither ranks nor loader processes, every rank has equally many, and one
 integer, the samples consumed, says where a run stands. The tail of an epoch that does not fill a
-global batch is left out; another order leaves out other samples in the next epoch.
+global batch is left out; another order leaves out other samples in the next epoch. In a mixture of
+sources positions go through all of them at once, and no tail is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from dist_siglip.data.order import epoch_order
+from dist_siglip.data.mixture import ROUND, apportion
+from dist_siglip.data.sequence import MixtureSequence, SingleSequence, Source
+from dist_siglip.data.slot import Slot
 from dist_siglip.errors import UserError
-
-_REMEDY = "set it back, or start a new run in another folder"
-
-
-class Slot(NamedTuple):
-    """One place in the stream of samples; everything random about a sample is a function of it.
-
-    Attributes:
-        epoch: which pass over the data.
-        position: place within the order of that epoch.
-        sample_id: the sample that stands there.
-        is_padding: whether it only fills up the batches of an evaluation.
-        source: number of the source of a mixture it was drawn from; epoch and position count
-            within that source.
-    """
-
-    epoch: int
-    position: int
-    sample_id: int
-    is_padding: bool = False
-    source: int = 0
-
-    def key(self, seed: int) -> tuple[int, ...]:
-        """Return the key of every random draw about this slot: (seed, epoch, position, source).
-
-        Example:
-            >>> Slot(1, 5, 42).key(0)
-            (0, 1, 5, 0)
-        """
-        return (seed, self.epoch, self.position, self.source)
 
 
 @dataclass
@@ -72,9 +44,12 @@ class BatchPlan:
         seed: >= 0, of the order.
         global_batch_size: pairs of a batch over all ranks.
         block_shards: shards shuffled together.
+        sources: the sources of a mixture, which share out ``counts`` in order; empty for a single
+            source.
 
     Raises:
-        UserError: if there are fewer samples than one global batch needs.
+        UserError: if there are fewer samples than one global batch needs, of all sources or of
+            one.
     """
 
     counts: tuple[int, ...]
@@ -82,6 +57,7 @@ class BatchPlan:
     seed: int
     global_batch_size: int
     block_shards: int
+    sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch_size > self.num_samples:
@@ -89,6 +65,16 @@ class BatchPlan:
                 f"global_batch_size ({self.global_batch_size}) must be at most the number of "
                 f"training samples ({self.num_samples}); use a smaller batch or more shards"
             )
+        if self.sources and sum((source.counts for source in self.sources), ()) != self.counts:
+            raise ValueError("the sources of a mixture must share out the counts of all shards")
+        for source, share in zip(self.sources, self._shares(), strict=True):
+            if source.num_samples < share * self.global_batch_size:
+                raise UserError(
+                    f"source {source.name!r} has {source.num_samples} samples but is to give "
+                    f"{share * self.global_batch_size:.1f} to every global batch of "
+                    f"{self.global_batch_size}: pairs would meet themselves; lower its weight or "
+                    "the batch"
+                )
 
     @cached_property
     def num_samples(self) -> int:
@@ -97,17 +83,39 @@ class BatchPlan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Full global batches of one epoch."""
+        """Full global batches in as many samples as the data set has."""
         return self.num_samples // self.global_batch_size
+
+    def sequence(self) -> SingleSequence | MixtureSequence:
+        """Return what computes the slots of any batch."""
+        if self.sources:
+            return MixtureSequence(
+                self.sources,
+                seed=self.seed,
+                global_batch_size=self.global_batch_size,
+                block_shards=self.block_shards,
+            )
+        return SingleSequence(
+            self.counts,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            block_shards=self.block_shards,
+        )
 
     def describe(self, world_size: int, progress: Progress) -> str:
         """State the batch arithmetic in one line, for the log."""
         local = self.global_batch_size // world_size
+        if self.sources:
+            shares = zip(self.sources, self._shares(), strict=True)
+            listed = (f"{100 * share:.3g} % {s.name} ({s.num_samples})" for s, share in shares)
+            epochs = f"a mixture of {', '.join(listed)}"
+        else:
+            left_out = self.num_samples % self.global_batch_size
+            epochs = f"{self.batches_per_epoch} batches an epoch ({left_out} pairs left out)"
         return (
             f"training on {self.num_samples} pairs of {len(self.counts)} shards: global batch "
-            f"{self.global_batch_size} = {world_size} ranks x {local}, {self.batches_per_epoch} "
-            f"batches an epoch ({self.num_samples % self.global_batch_size} pairs left out), from "
-            f"sample {progress.samples_consumed} on"
+            f"{self.global_batch_size} = {world_size} ranks x {local}, {epochs}, from sample "
+            f"{progress.samples_consumed} on"
         )
 
     def identity(self) -> dict[str, int | str]:
@@ -118,22 +126,15 @@ class BatchPlan:
             "block_shards": self.block_shards,
             "num_samples": self.num_samples,
             "fingerprint": self.fingerprint,
+            "sources": ", ".join(f"{s.name} x {s.weight:g}" for s in self.sources),
         }
 
-    def check_identity(self, saved: Mapping[str, int | str]) -> None:
-        """Refuse to go on with another sequence than the one a checkpoint was written in.
-
-        Raises:
-            UserError: if a value differs; names it, the value then and the value now.
-        """
-        for name, now in self.identity().items():
-            then = saved.get(name, "not recorded")
-            if then != now:
-                subject = "the training shards (fingerprint)" if name == "fingerprint" else name
-                raise UserError(
-                    f"cannot resume at the exact sample: {subject} was {then} when the checkpoint "
-                    f"was written and is {now} now; {_REMEDY}"
-                )
+    def _shares(self) -> list[float]:
+        """Share of each source of a mixture."""
+        if not self.sources:
+            return []
+        quotas = apportion([source.weight for source in self.sources], ROUND)
+        return [quota / ROUND for quota in quotas.tolist()]
 
 
 class GlobalBatchSampler:
@@ -141,7 +142,7 @@ class GlobalBatchSampler:
 
     Made for ``DataLoader(batch_sampler=...)``. It reads ``progress`` and never moves it: loaders
     run ahead of training, so only the training loop knows what was consumed. Starting costs one
-    permutation, however far the run is.
+    block of shards, however far the run is and however large the data.
 
     Args:
         plan: the sequence of global batches.
@@ -161,16 +162,12 @@ class GlobalBatchSampler:
         self._progress = progress
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        plan = self._plan
-        done = self._progress.samples_consumed // plan.global_batch_size
-        epoch, batch = divmod(done, plan.batches_per_epoch)
+        sequence = self._plan.sequence()
+        batch = self._progress.samples_consumed // self._plan.global_batch_size
+        first = self._rank * self._local_batch_size
         while True:
-            order = epoch_order(plan.seed, epoch, plan.counts, plan.block_shards)
-            for number in range(batch, plan.batches_per_epoch):
-                first = number * plan.global_batch_size + self._rank * self._local_batch_size
-                ids = order[first : first + self._local_batch_size].tolist()
-                yield [Slot(epoch, first + place, sample) for place, sample in enumerate(ids)]
-            epoch, batch = epoch + 1, 0
+            yield sequence.slots(batch, first, first + self._local_batch_size)
+            batch += 1
 
 
 class EvaluationBatchSampler:

@@ -22,6 +22,7 @@ FREE_KEYS = frozenset(
         "data.workers_per_rank",
         "data.prefetch_factor",
         "data.max_bad_fraction",
+        "data.accept_changed_data",
     }
 )
 

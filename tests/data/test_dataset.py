@@ -10,7 +10,7 @@ from PIL import Image
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.position import Slot
+from dist_siglip.data.slot import Slot
 from dist_siglip.data.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
 from tests.support.shards import caption, encode, picture, tiny_inputs, write_shard, write_shards

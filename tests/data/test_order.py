@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dist_siglip.data.order import epoch_order
+from dist_siglip.data.order import EpochOrder, epoch_order
 
 GRID = list(
     itertools.product(
@@ -21,6 +21,32 @@ def test_order_is_a_permutation_and_repeats(seed, epoch, counts, block_shards):
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(sum(counts)))
     assert np.array_equal(order, epoch_order(seed, epoch, counts, block_shards))
+
+
+@pytest.mark.parametrize(("seed", "epoch", "counts", "block_shards"), GRID[:40])
+def test_any_part_of_an_order_is_that_part_of_the_whole(seed, epoch, counts, block_shards):
+    whole = epoch_order(seed, epoch, counts, block_shards).tolist()
+    for start in range(0, len(whole) + 1, 3):
+        for stop in range(start, len(whole) + 1, 4):
+            part = EpochOrder(seed, epoch, counts, block_shards).ids(start, stop)
+            assert part.tolist() == whole[start:stop]
+
+
+def test_blocks_are_announced_where_they_begin():
+    counts = (4, 7, 2, 9, 5)
+    shard_of = np.repeat(np.arange(5), counts)
+    order = EpochOrder(3, 0, counts, 2)
+    blocks = [*order.shards(0)]
+    assert sorted(shard for _, shards in blocks for shard in shards) == [*range(5)]
+    for first, shards in blocks:
+        assert int(shard_of[order.ids(first, first + 1)[0]]) in shards
+    assert [*order.shards(26)] == blocks[-1:]
+
+
+def test_sources_have_orders_of_their_own():
+    counts = (10, 20, 30)
+    ids = [tuple(EpochOrder(0, 0, counts, 2, source).ids(0, 60)) for source in range(4)]
+    assert len(set(ids)) == 4
 
 
 def test_epochs_and_seeds_differ():

@@ -101,33 +101,6 @@ def test_batch_above_the_data_is_refused():
     assert replace(PLAN, global_batch_size=37).batches_per_epoch == 1
 
 
-def test_own_identity_is_accepted():
-    PLAN.check_identity({"samples_consumed": 8, **PLAN.identity()})
-
-
-@pytest.mark.parametrize(
-    ("name", "then"),
-    [
-        ("seed", 4),
-        ("global_batch_size", 16),
-        ("block_shards", 1),
-        ("num_samples", 36),
-        ("fingerprint", "def"),
-    ],
-)
-def test_other_identity_is_refused_by_name(name, then):
-    saved = {**PLAN.identity(), name: then}
-    now = PLAN.identity()[name]
-    text = rf"{name}\)? was {then} when the checkpoint was written and is {now} now; set it back"
-    with pytest.raises(UserError, match=text):
-        PLAN.check_identity(saved)
-
-
-def test_missing_identity_is_refused():
-    with pytest.raises(UserError, match="seed was not recorded"):
-        PLAN.check_identity({"samples_consumed": 8})
-
-
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 16, 17, 37])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("local_batch_size", [1, 2, 5, 64])

@@ -12,8 +12,7 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.agreement import check_ranks_agree
@@ -30,8 +29,17 @@ from dist_siglip.data.position import (
     Progress,
     check_divisible,
 )
+from dist_siglip.data.resume import position_to_resume_at
+from dist_siglip.data.sequence import MixtureSequence, SingleSequence
 from dist_siglip.data.transforms import evaluation_transform, training_transform
 from dist_siglip.data.urls import expand_shards
+from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
+from dist_siglip.datamodule.sources import (
+    TrainSource,
+    check_sources,
+    expand_sources,
+    weigh_sources,
+)
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 
@@ -50,6 +58,8 @@ class ImageTextDataModule(LightningDataModule):
     Args:
         train_shards: webdataset shards to train on: a .tar file, a folder of them, a brace
             pattern such as "train/{00000..00127}.tar", or a list of these. Null: no training.
+        train_sources: sources of a mixture, instead of ``train_shards``; each goes through its own
+            epochs, at the pace of its weight.
         val_shards: shards to evaluate on, likewise. Null: no validation.
         inputs: preprocessing of the model; the command line fills it in from the model.
         global_batch_size: pairs of one training batch over all ranks; they must divide it.
@@ -64,6 +74,8 @@ class ImageTextDataModule(LightningDataModule):
         max_image_pixels: pictures with more pixels count as bad samples.
         max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
             before the run stops. Bad samples are named in the log and replaced.
+        accept_changed_data: resume although the training shards changed since the checkpoint: a
+            single source begins its next epoch, a mixture keeps its position.
 
     Raises:
         UserError: if a number is out of its range.
@@ -84,6 +96,8 @@ class ImageTextDataModule(LightningDataModule):
         image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
         max_image_pixels: int = 64_000_000,
         max_bad_fraction: float = 0.01,
+        train_sources: list[TrainSource] | None = None,
+        accept_changed_data: bool = False,
     ) -> None:
         super().__init__()
         _check_least("global_batch_size", global_batch_size, 1)
@@ -99,7 +113,10 @@ class ImageTextDataModule(LightningDataModule):
             raise UserError(
                 f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
             )
+        check_sources(train_sources, train_shards)
         self.train_shards = train_shards
+        self.train_sources = train_sources
+        self.accept_changed_data = accept_changed_data
         self.val_shards = val_shards
         self.inputs = inputs
         self.global_batch_size = global_batch_size
@@ -115,7 +132,9 @@ class ImageTextDataModule(LightningDataModule):
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
         self.plan: BatchPlan | None = None
+        self._sequence: SingleSequence | MixtureSequence | None = None
         self._tables: dict[str, PairTable] = {}
+        self._source_paths: list[list[str]] = []
         self._restored: dict[str, int | str] | None = None
         self._bad_samples = BadSampleLimit(max_bad_fraction)
 
@@ -136,9 +155,10 @@ class ImageTextDataModule(LightningDataModule):
             UserError: if shards are missing or damaged, there is nothing to do, or the global batch
                 does not fit the data or the ranks.
         """
-        if self.train_shards is None and self.val_shards is None:
+        trains = self.train_shards is not None or self.train_sources is not None
+        if not trains and self.val_shards is None:
             raise UserError("train_shards and val_shards are both null; set at least one")
-        if self.train_shards is not None:
+        if trains:
             check_divisible(self.global_batch_size, world_size)
             self._make_plan()
         if self.val_shards is not None:
@@ -165,6 +185,7 @@ class ImageTextDataModule(LightningDataModule):
         if stage == "fit":
             check_divisible(self.global_batch_size, self._world().world_size)
             self.plan = self._make_plan()
+            self._sequence = self.plan.sequence()
             self.train_dataset = PairDataset(
                 self._table("train_shards"),
                 training_transform(self.inputs, self.train_crop_scale),
@@ -173,7 +194,7 @@ class ImageTextDataModule(LightningDataModule):
             )
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)
-                _count_first(self.trainer, self)
+                count_first(self.trainer, self)
                 if self.val_shards is None:
                     self.trainer.limit_val_batches = 0  # an empty loader would warn
             self._resume()
@@ -214,13 +235,16 @@ class ImageTextDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed, and what makes that number mean the same thing later."""
         identity = {} if self.plan is None else self.plan.identity()
+        if self.plan is not None:
+            identity["shards"] = self._table("train_shards").shard_lines
         return {"samples_consumed": self.progress.samples_consumed, **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written.
 
         Raises:
-            UserError: if data, seed, global batch or block size are not what they were.
+            UserError: if data, seed, global batch or block size are not what they were (data may
+                be, with ``accept_changed_data``).
         """
         self._restored = dict(state_dict)
         self._resume()
@@ -233,7 +257,17 @@ class ImageTextDataModule(LightningDataModule):
             self._bad_samples.count(int(batch.substituted.sum()))
         return batch
 
-    def _advance(self) -> None:
+    def epochs(self) -> dict[str, float]:
+        """Say how many epochs of the training data, or of each source of a mixture, are done."""
+        if self.plan is None or self._sequence is None:
+            return {}
+        done = self._sequence.epochs(self.progress.samples_consumed // self.global_batch_size)
+        if not self.plan.sources:
+            return {"data/epochs": done[0]}
+        names = (f"data/{source.name}/epochs" for source in self.plan.sources)
+        return dict(zip(names, done, strict=True))
+
+    def advance(self) -> None:
         """Count one trained global batch."""
         self.progress.samples_consumed += self.global_batch_size
         self._bad_samples.finish_step(self.global_batch_size, self._device())
@@ -242,8 +276,12 @@ class ImageTextDataModule(LightningDataModule):
         """Take over a restored position once the plan it belongs to exists."""
         if self._restored is None or self.plan is None:
             return
-        self.plan.check_identity(self._restored)
-        self.progress.samples_consumed = int(self._restored["samples_consumed"])
+        self.progress.samples_consumed = position_to_resume_at(
+            self.plan,
+            self._table("train_shards").shard_lines,
+            self._restored,
+            accept_changed_data=self.accept_changed_data,
+        )
         self._restored = None
 
     def _make_plan(self) -> BatchPlan:
@@ -254,6 +292,9 @@ class ImageTextDataModule(LightningDataModule):
             seed=self.seed,
             global_batch_size=self.global_batch_size,
             block_shards=self.block_shards,
+            sources=()
+            if self.train_sources is None
+            else weigh_sources(self.train_sources, self._source_paths, table.counts),
         )
 
     def _settings_of(self, stage: str) -> list[str]:
@@ -266,10 +307,15 @@ class ImageTextDataModule(LightningDataModule):
         """Expand and index the shards of one setting, once in this process."""
         if name not in self._tables:
             spec = getattr(self, name)
-            if spec is None:
+            if name == "train_shards" and self.train_sources is not None:
+                self._source_paths = expand_sources(self.train_sources)
+                paths = [path for of_source in self._source_paths for path in of_source]
+            elif spec is None:
                 raise UserError(f"{name} (null) must name the shards to read")
+            else:
+                paths = expand_shards(spec, name=name)
             self._tables[name] = build_pair_table(
-                expand_shards(spec, name=name), image_extensions=self.image_extensions, name=name
+                paths, image_extensions=self.image_extensions, name=name
             )
         return self._tables[name]
 
@@ -295,51 +341,6 @@ class ImageTextDataModule(LightningDataModule):
             prefetch_factor=self.prefetch_factor,
             pin_memory=self._device().type == "cuda",
         )
-
-
-class _PositionCounter(Callback):
-    """Tell the data module about every trained batch."""
-
-    def __init__(self, datamodule: ImageTextDataModule) -> None:
-        self.datamodule = datamodule
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self.datamodule._advance()
-
-
-def _count_first(trainer: Trainer, datamodule: ImageTextDataModule) -> None:
-    """Put the counter before all callbacks, so that a checkpoint of this step has its count."""
-    callbacks = _callbacks(trainer)
-    others = [callback for callback in callbacks if not isinstance(callback, _PositionCounter)]
-    callbacks[:] = [_PositionCounter(datamodule), *others]
-
-
-def refuse_accumulation(trainer: Trainer) -> None:
-    """Refuse settings under which a step is not one global batch.
-
-    Raises:
-        UserError: if the trainer accumulates gradients.
-    """
-    scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer))
-    if trainer.accumulate_grad_batches != 1 or scheduled:
-        value = "scheduled" if scheduled else trainer.accumulate_grad_batches
-        raise UserError(
-            f"accumulate_grad_batches ({value}) must be 1: accumulation changes a contrastive "
-            "loss, whose negatives come from one batch; raise global_batch_size instead, and set "
-            "model.micro_batch_size if its activations do not fit the memory"
-        )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
-    return callbacks
 
 
 def _check_least(name: str, value: int, least: int) -> None:
