@@ -250,7 +250,7 @@ def test_sources_must_be_named_apart_and_weighed_alike(shards):
         with pytest.raises(UserError, match=message):
             make_data(None, train_sources=[first, second])
     with pytest.raises(UserError, match=r"weight \(0\) of source 'c' must be > 0"):
-        TrainSource(name="c", shards=shards, weight=0)
+        make_data(None, train_sources=[TrainSource(name="c", shards=shards, weight=0)])
 
 
 def test_a_shard_belongs_to_one_source(shards):

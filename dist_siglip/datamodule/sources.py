@@ -16,28 +16,19 @@ class TrainSource:
         shards: as ``train_shards``.
         weight: share of the draws relative to the other sources, > 0. Null: in proportion to its
             samples.
-
-    Raises:
-        UserError: if the weight is not positive.
     """
 
     name: str
     shards: str | list[str]
     weight: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise UserError(
-                f"weight ({self.weight}) of source {self.name!r} must be > 0; leave the source "
-                "out to read nothing of it"
-            )
-
 
 def check_sources(sources: list[TrainSource] | None, train_shards: str | list[str] | None) -> None:
     """Refuse sources that contradict each other or ``train_shards``.
 
     Raises:
-        UserError: if both are set, a name occurs twice, or only some sources have a weight.
+        UserError: if both are set, a name occurs twice, only some sources have a weight, or a
+            weight is not positive.
     """
     if sources is None:
         return
@@ -48,6 +39,13 @@ def check_sources(sources: list[TrainSource] | None, train_shards: str | list[st
     if not names or repeated:
         problem = f"name {repeated[0]!r} twice" if repeated else "name no source"
         raise UserError(f"train_sources {problem}; give every source a name of its own")
+    # Not in the class: a parser would bury its complaint among those about other types.
+    for source in sources:
+        if source.weight is not None and not 0 < source.weight < float("inf"):
+            raise UserError(
+                f"weight ({source.weight}) of source {source.name!r} must be > 0; leave the "
+                "source out to read nothing of it"
+            )
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("train_sources must give all sources a weight, or none")
 

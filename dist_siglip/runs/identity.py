@@ -17,6 +17,7 @@ FREE_KEYS = frozenset(
         "model.micro_batch_size",
         "model.calibration_pairs",  # only of a new run
         "data.train_shards",  # the fingerprint in the checkpoint watches their content
+        "data.train_sources",  # so it does theirs; their weights are in the checkpoint too
         "data.val_shards",
         "data.val_local_batch_size",
         "data.workers_per_rank",

@@ -47,6 +47,13 @@ CASES = {
     ),
     "batch above the data": (["--data.global_batch_size=96"], r"global_batch_size \(96\)"),
     "unknown key": (["--model.modle=x"], r"key \(model\.modle\) is unknown; did you mean model"),
+    "weight of a source": (
+        [
+            "--data.train_shards=null",
+            '--data.train_sources=[{{"name": "a", "shards": "x.tar", "weight": -1}}]',
+        ],
+        r"weight \(-1.0\) of source 'a' must be > 0",
+    ),
     "unknown exchange": (["--model.loss.init_args.exchange=rings"], r"rings"),
     "wrong learning rate": (["--model.optim.learning_rate=-1"], r"learning_rate \(-1\.0\)"),
     "accumulation": (
