@@ -26,14 +26,15 @@ def blocks(text, language):
 def tree_paths():
     """Paths listed in the README's file tree, relative to the package."""
     (tree,) = [block for block in blocks(README, "") if block.startswith("dist_siglip/\n")]
-    folder, paths = "", set()
+    folders, paths = [], set()
     for line in tree.splitlines()[1:]:
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[: depth - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            paths.add(name if depth == 1 else folder + name)
+            paths.add("".join(folders) + name)
     return paths
 
 
