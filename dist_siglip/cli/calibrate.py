@@ -92,17 +92,17 @@ class CalibrationData(ImageTextDataModule):
 
     def prepare_data(self) -> None:
         """Index the shards, on the first rank of each node."""
-        self._table(f"{self.split}_shards")
+        self.tables.of(f"{self.split}_shards")
 
     def setup(self, stage: str) -> None:
         """Build the data set of the split, with the transform of the split."""
         if self.inputs is None:
             raise UserError("inputs (null) must describe what the model wants to be fed")
         name = f"{self.split}_shards"
-        check_ranks_agree(self._table(name), name=name, device=self._device())
+        check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         is_training = self.split == "train"
         self.excerpt = PairDataset(
-            self._table(name),
+            self.tables.of(name),
             training_transform(self.inputs, self.train_crop_scale)
             if is_training
             else evaluation_transform(self.inputs),
@@ -172,7 +172,7 @@ class CalibrationCLI(TrainingCLI):
     def _facts(self, fitted: Calibration) -> dict[str, float | int | str | None]:
         scale_before, bias_before = (value.item() for value in self.model.logits())
         data = self.datamodule
-        num_samples = data._table(f"{data.split}_shards").num_samples
+        num_samples = data.tables.of(f"{data.split}_shards").num_samples
         return {
             "checkpoint": None if self.start_checkpoint is None else str(self.start_checkpoint),
             "split": data.split,

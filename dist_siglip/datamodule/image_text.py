@@ -21,7 +21,6 @@ from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import build_loader
-from dist_siglip.data.pairs import PairTable, build_pair_table
 from dist_siglip.data.position import (
     BatchPlan,
     EvaluationBatchSampler,
@@ -32,14 +31,9 @@ from dist_siglip.data.position import (
 from dist_siglip.data.resume import position_to_resume_at
 from dist_siglip.data.sequence import MixtureSequence, SingleSequence
 from dist_siglip.data.transforms import evaluation_transform, training_transform
-from dist_siglip.data.urls import expand_shards
 from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
-from dist_siglip.datamodule.sources import (
-    TrainSource,
-    check_sources,
-    expand_sources,
-    weigh_sources,
-)
+from dist_siglip.datamodule.sources import TrainSource
+from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 
@@ -113,9 +107,12 @@ class ImageTextDataModule(LightningDataModule):
             raise UserError(
                 f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
             )
-        check_sources(train_sources, train_shards)
-        self.train_shards = train_shards
-        self.train_sources = train_sources
+        self.tables = ShardTables(
+            train_shards=train_shards,
+            train_sources=train_sources,
+            val_shards=val_shards,
+            image_extensions=image_extensions,
+        )
         self.accept_changed_data = accept_changed_data
         self.val_shards = val_shards
         self.inputs = inputs
@@ -126,15 +123,12 @@ class ImageTextDataModule(LightningDataModule):
         self.seed = seed
         self.block_shards = block_shards
         self.train_crop_scale = train_crop_scale
-        self.image_extensions = image_extensions
         self.max_image_pixels = max_image_pixels
         self.progress = Progress()
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
         self.plan: BatchPlan | None = None
         self._sequence: SingleSequence | MixtureSequence | None = None
-        self._tables: dict[str, PairTable] = {}
-        self._source_paths: list[list[str]] = []
         self._restored: dict[str, int | str] | None = None
         self._bad_samples = BadSampleLimit(max_bad_fraction)
 
@@ -155,21 +149,20 @@ class ImageTextDataModule(LightningDataModule):
             UserError: if shards are missing or damaged, there is nothing to do, or the global batch
                 does not fit the data or the ranks.
         """
-        trains = self.train_shards is not None or self.train_sources is not None
-        if not trains and self.val_shards is None:
+        if not self.tables.trains and self.val_shards is None:
             raise UserError("train_shards and val_shards are both null; set at least one")
-        if trains:
+        if self.tables.trains:
             check_divisible(self.global_batch_size, world_size)
             self._make_plan()
         if self.val_shards is not None:
-            self._table("val_shards")
+            self.tables.of("val_shards")
 
     def prepare_data(self) -> None:
         """Index the shards, on the first rank of each node; the others read the side-cars."""
         runs = None if self.trainer is None else self.trainer.state.fn
         stage = "fit" if runs is None else runs.value
-        for name in self._settings_of(stage):
-            self._table(name)
+        for name in self.tables.settings_of(stage):
+            self.tables.of(name)
 
     def setup(self, stage: str) -> None:
         """Build what a stage needs; during ``fit``, start counting.
@@ -180,14 +173,14 @@ class ImageTextDataModule(LightningDataModule):
         """
         if self.inputs is None:
             raise UserError("inputs (null) must describe what the model wants to be fed")
-        for name in self._settings_of(stage):
-            check_ranks_agree(self._table(name), name=name, device=self._device())
+        for name in self.tables.settings_of(stage):
+            check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         if stage == "fit":
             check_divisible(self.global_batch_size, self._world().world_size)
             self.plan = self._make_plan()
             self._sequence = self.plan.sequence()
             self.train_dataset = PairDataset(
-                self._table("train_shards"),
+                self.tables.of("train_shards"),
                 training_transform(self.inputs, self.train_crop_scale),
                 seed=self.seed,
                 max_image_pixels=self.max_image_pixels,
@@ -198,9 +191,9 @@ class ImageTextDataModule(LightningDataModule):
                 if self.val_shards is None:
                     self.trainer.limit_val_batches = 0  # an empty loader would warn
             self._resume()
-        if "val_shards" in self._settings_of(stage):
+        if "val_shards" in self.tables.settings_of(stage):
             self.val_dataset = PairDataset(
-                self._table("val_shards"),
+                self.tables.of("val_shards"),
                 evaluation_transform(self.inputs),
                 seed=self.seed,
                 max_image_pixels=self.max_image_pixels,
@@ -236,7 +229,7 @@ class ImageTextDataModule(LightningDataModule):
         """Samples consumed, and what makes that number mean the same thing later."""
         identity = {} if self.plan is None else self.plan.identity()
         if self.plan is not None:
-            identity["shards"] = self._table("train_shards").shard_lines
+            identity["shards"] = self.tables.of("train_shards").shard_lines
         return {"samples_consumed": self.progress.samples_consumed, **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,46 +271,18 @@ class ImageTextDataModule(LightningDataModule):
             return
         self.progress.samples_consumed = position_to_resume_at(
             self.plan,
-            self._table("train_shards").shard_lines,
+            self.tables.of("train_shards").shard_lines,
             self._restored,
             accept_changed_data=self.accept_changed_data,
         )
         self._restored = None
 
     def _make_plan(self) -> BatchPlan:
-        table = self._table("train_shards")
-        return BatchPlan(
-            counts=table.counts,
-            fingerprint=table.fingerprint,
+        return self.tables.plan(
             seed=self.seed,
             global_batch_size=self.global_batch_size,
             block_shards=self.block_shards,
-            sources=()
-            if self.train_sources is None
-            else weigh_sources(self.train_sources, self._source_paths, table.counts),
         )
-
-    def _settings_of(self, stage: str) -> list[str]:
-        """Name the settings whose shards a stage reads."""
-        if stage != "fit":
-            return ["val_shards"]
-        return ["train_shards"] if self.val_shards is None else ["train_shards", "val_shards"]
-
-    def _table(self, name: str) -> PairTable:
-        """Expand and index the shards of one setting, once in this process."""
-        if name not in self._tables:
-            spec = getattr(self, name)
-            if name == "train_shards" and self.train_sources is not None:
-                self._source_paths = expand_sources(self.train_sources)
-                paths = [path for of_source in self._source_paths for path in of_source]
-            elif spec is None:
-                raise UserError(f"{name} (null) must name the shards to read")
-            else:
-                paths = expand_shards(spec, name=name)
-            self._tables[name] = build_pair_table(
-                paths, image_extensions=self.image_extensions, name=name
-            )
-        return self._tables[name]
 
     def _world(self) -> World:
         """Rank and world size as the trainer has them; without one, as torch has them."""

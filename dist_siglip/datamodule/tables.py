@@ -1,0 +1,104 @@
+"""Which pairs does each setting of the data module name?"""
+
+from dist_siglip.data.pairs import PairTable, build_pair_table
+from dist_siglip.data.position import BatchPlan
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.datamodule.sources import (
+    TrainSource,
+    check_sources,
+    expand_sources,
+    weigh_sources,
+)
+from dist_siglip.errors import UserError
+
+
+class ShardTables:
+    """The tables of training and validation shards, each built once in this process.
+
+    Args:
+        train_shards: specification of the training shards, or None.
+        train_sources: sources of a mixture instead, or None.
+        val_shards: specification of the validation shards, or None.
+        image_extensions: members that are the picture of a sample, in order of preference.
+
+    Raises:
+        UserError: if ``train_sources`` contradict each other or ``train_shards``.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_shards: str | list[str] | None,
+        train_sources: list[TrainSource] | None,
+        val_shards: str | list[str] | None,
+        image_extensions: tuple[str, ...],
+    ) -> None:
+        check_sources(train_sources, train_shards)
+        self._specifications = {"train_shards": train_shards, "val_shards": val_shards}
+        self._train_sources = train_sources
+        self._image_extensions = image_extensions
+        self._source_paths: list[list[str]] = []
+        self._built: dict[str, PairTable] = {}
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train on."""
+        return self._specifications["train_shards"] is not None or self._train_sources is not None
+
+    def settings_of(self, stage: str) -> list[str]:
+        """Name the settings whose shards a stage of the trainer reads."""
+        if stage != "fit":
+            return ["val_shards"]
+        validates = self._specifications["val_shards"] is not None
+        return ["train_shards", "val_shards"] if validates else ["train_shards"]
+
+    def of(self, name: str) -> PairTable:
+        """Return the table of a setting, ``train_shards`` (or its sources) or ``val_shards``.
+
+        Raises:
+            UserError: if the setting is null, or its shards are missing or damaged.
+        """
+        if name not in self._built:
+            self._built[name] = build_pair_table(
+                self._expand(name), image_extensions=self._image_extensions, name=name
+            )
+        return self._built[name]
+
+    def plan(self, *, seed: int, global_batch_size: int, block_shards: int) -> BatchPlan:
+        """Plan the global batches over the training shards.
+
+        Raises:
+            UserError: as ``of``, or if there are too few samples for a batch.
+        """
+        table = self.of("train_shards")
+        sources = self._train_sources
+        return BatchPlan(
+            counts=table.counts,
+            fingerprint=table.fingerprint,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            block_shards=block_shards,
+            sources=()
+            if sources is None
+            else weigh_sources(sources, self._source_paths, table.counts),
+        )
+
+    def source_ranges(self) -> list[tuple[int, int]]:
+        """Say which training ids belong to each source: (first, after the last); one for all."""
+        starts = self.of("train_shards").starts.tolist()
+        if self._train_sources is None:
+            return [(0, starts[-1])]
+        ranges, shard = [], 0
+        for paths in self._source_paths:
+            ranges.append((starts[shard], starts[shard + len(paths)]))
+            shard += len(paths)
+        return ranges
+
+    def _expand(self, name: str) -> list[str]:
+        if name == "train_shards" and self._train_sources is not None:
+            self._source_paths = expand_sources(self._train_sources)
+            return [path for of_source in self._source_paths for path in of_source]
+        specification = self._specifications[name]
+        if specification is None:
+            raise UserError(f"{name} (null) must name the shards to read")
+        return expand_shards(specification, name=name)
