@@ -1,0 +1,160 @@
+"""From settings to an optimizer and its schedule.
+
+The defaults are those of SigLIP (Zhai et al. 2023, arXiv:2303.15343): AdamW with beta2 = 0.95,
+since 0.999 let the gradient norm spike at large batches (their Figure 5), and no decay on scale,
+bias and norms. Gradient clipping is the Trainer's (``gradient_clip_val``).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_siglip.errors import UserError
+from dist_siglip.optim.groups import ParameterRule, check_coverage, parameter_groups
+from dist_siglip.optim.schedule import Schedule, learning_rate_factor
+
+logger = logging.getLogger(__name__)
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Settings of the optimizer and of its learning rate.
+
+    Args:
+        learning_rate: highest learning rate, reached at the end of the warm-up; > 0.
+        beta1: decay of the running mean of gradients, in [0, 1).
+        beta2: decay of the running mean of squared gradients, in [0, 1).
+        epsilon: added to the root of that mean; > 0.
+        weight_decay: every step multiplies decayed weights by 1 - (learning rate of the step) *
+            weight_decay; >= 0. The SigLIP paper's 1e-4 does not count the learning rate, so its
+            recipe (learning rate 1e-3) is 0.1 here.
+        warmup_steps: optimizer steps of linear growth at the start; 0 turns it off.
+        schedule: what follows the warm-up: down along half a cosine, down a line, or constant.
+        cooldown_steps: last steps of a constant schedule, in which it goes down a line; 0 stays
+            constant to the end.
+        min_learning_rate_fraction: where cosine, line and cool-down end, as a share of
+            learning_rate, in [0, 1].
+        optimizer: class path of a ``torch.optim.Optimizer`` with init_args of its own, instead of
+            AdamW; its learning rate and weight decay come from here, beta1, beta2 and epsilon are
+            AdamW's alone.
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 0
+    schedule: Schedule = "cosine"
+    min_learning_rate_fraction: float = 0.0
+    cooldown_steps: int = 0
+    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        fraction = self.min_learning_rate_fraction
+        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "> 0, e.g. 1e-3")
+        _require("beta1", self.beta1, 0 <= self.beta1 < 1, "in [0, 1), e.g. 0.9")
+        _require("beta2", self.beta2, 0 <= self.beta2 < 1, "in [0, 1), e.g. 0.95")
+        _require("epsilon", self.epsilon, self.epsilon > 0, "> 0, e.g. 1e-8")
+        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0; 0 turns it off")
+        _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0; 0 turns it off")
+        _require("cooldown_steps", self.cooldown_steps, self.cooldown_steps >= 0, ">= 0")
+        _require("min_learning_rate_fraction", fraction, 0 <= fraction <= 1, "in [0, 1]")
+        schedules = get_args(Schedule)
+        allowed = f"one of {', '.join(schedules)}"
+        _require("schedule", self.schedule, self.schedule in schedules, allowed)
+        cools = self.schedule == "constant" or not self.cooldown_steps
+        _require("cooldown_steps", self.cooldown_steps, cools, f"0 with schedule {self.schedule}")
+
+
+def _require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{name} ({value}) must be {allowed}")
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: OptimConfig,
+    total_steps: int,
+    rules: Mapping[str, ParameterRule] | None = None,
+) -> tuple[Optimizer, LambdaLR]:
+    """Build the optimizer and its schedule, which is to be stepped once per optimizer step.
+
+    AdamW is fused where torch has a fused kernel for all parameters (floating point, on CPU or
+    CUDA). Build it after the module has been moved to its device.
+
+    Args:
+        module: everything that is trained, scale and bias included.
+        config: settings.
+        total_steps: optimizer steps of the whole run, not of what is left of it; > 0.
+        rules: parameters with a learning rate or weight decay of their own, by name.
+
+    Raises:
+        UserError: If nothing is trainable, total_steps is not positive, or the optimizer of the
+            settings does not take the parameters.
+        RuntimeError: If a trainable parameter is in no group or in two.
+    """
+    _require("total_steps", total_steps, total_steps > 0, "> 0; set max_steps of the trainer")
+    ramps = config.warmup_steps + config.cooldown_steps
+    if ramps >= total_steps and (config.schedule != "constant" or config.cooldown_steps):
+        logger.warning(
+            "warmup_steps (%d) and cooldown_steps (%d) leave none of the %d steps for the %s "
+            "schedule",
+            config.warmup_steps,
+            config.cooldown_steps,
+            total_steps,
+            config.schedule,
+        )
+    groups = parameter_groups(
+        module,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        rules=rules,
+    )
+    if not groups:
+        raise UserError("no parameter is trainable; unfreeze a tower, the scale or the bias")
+    check_coverage(module, groups)
+    factor = partial(
+        learning_rate_factor,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps,
+        schedule=config.schedule,
+        min_fraction=config.min_learning_rate_fraction,
+        cooldown_steps=config.cooldown_steps,
+    )
+    optimizer = _make(config, groups, fused=can_fuse(module))
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def _make(config: OptimConfig, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+    if config.optimizer is None:
+        betas = (config.beta1, config.beta2)
+        return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused)
+    try:
+        return config.optimizer(groups)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optimizer ({config.optimizer}) does not take the parameters: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def can_fuse(module: nn.Module) -> bool:
+    """Whether fused AdamW can move every trainable parameter of a module."""
+    return all(
+        parameter.device.type in _FUSED_DEVICES and parameter.is_floating_point()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    )
