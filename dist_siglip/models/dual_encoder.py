@@ -4,7 +4,7 @@ The towers are those of an open_clip network. Its own logit scale and bias are t
 belong to the loss, and a parameter that takes part in nothing would stop DDP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,24 @@ class DualEncoder(nn.Module):
         for parameter in ("logit_scale", "logit_bias"):
             setattr(clip, parameter, None)
         self.clip: Any = clip
+        self._kept_in_evaluation: tuple[nn.Module, ...] = ()
+
+    @property
+    def is_kept_in_evaluation(self) -> bool:
+        """Whether any part stays in evaluation mode."""
+        return bool(self._kept_in_evaluation)
+
+    def keep_in_evaluation(self, modules: Iterable[nn.Module]) -> None:
+        """Keep parts without gradients as an evaluation has them, whatever ``train`` says."""
+        self._kept_in_evaluation = tuple(modules)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Switch to training or evaluation, but for what is kept in evaluation."""
+        super().train(mode)
+        for module in self._kept_in_evaluation:
+            module.eval()
+        return self
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode (B, 3, H, W) normalised pixels to (B, D) fp32 features of length 1."""

@@ -1,6 +1,5 @@
 """What one rank of the resume matrix does: train to a step under Lightning, keep every batch."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from dist_siglip.datamodule import ImageTextDataModule
 from tests.support.shards import tiny_inputs
+from tests.support.torchrun import pretend_torchrun
 
 
 class Recorder(LightningModule):
@@ -30,17 +30,7 @@ class Recorder(LightningModule):
 def train_to(rank, world_size, step, workers, settings, folder, checkpoint):
     """Train every named data module to a step; return this rank's batches of each."""
     warnings.simplefilter("ignore")  # of Lightning, about few workers and odd devices
-    os.environ |= {
-        # The names torchrun gives; Lightning starts no process of its own then.
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "TORCHELASTIC_RUN_ID": "resume",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",  # the process group is there already
-    }
+    pretend_torchrun(rank, world_size)
     return {
         name: _train(name, options, world_size, step, workers, Path(folder), checkpoint)
         for name, options in settings.items()

@@ -1,6 +1,7 @@
-"""The Lightning module: towers, loss, scale and bias, metrics and optimizer, wired; no formula."""
+"""How do towers, loss, scale and bias, metrics and optimizer make a run? No formula is here."""
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -9,23 +10,23 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.data.excerpt import excerpt_loader
-from dist_siglip.distributed import World, copy_from_first_rank, sum_over_ranks
+from dist_siglip.distributed import copy_from_first_rank, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
-from dist_siglip.losses.calibration import Calibration, describe_batch_change, set_logits
+from dist_siglip.losses.calibration import Calibration, describe_batch_change
 from dist_siglip.losses.pair_similarities import calibrate_on_features
 from dist_siglip.losses.pair_terms import Duplicates
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,
     encode_in_micro_batches,
-    evaluation_mode,
     recorded_global_batch,
     refuse_batch_norm,
 )
 from dist_siglip.models import compile_towers as translate_towers
-from dist_siglip.optim import OptimConfig, build_optimizer
+from dist_siglip.models.tuning import TowerConfig, tune_towers
+from dist_siglip.module.start_calibration import calibrate_to_training_pairs
+from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class SigLipModule(LightningModule):
         calibration_pairs: training pairs over all ranks, about 4096, to fit scale and bias to
             before the first step of a new run: for weights of another loss or global batch. Null
             leaves scale and bias as they are.
+        image_tower: what of the image tower trains, and how fast.
+        text_tower: what of the text tower trains, and how fast.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class SigLipModule(LightningModule):
         global_batch_size: int | None = None,
         micro_batch_size: int | None = None,
         calibration_pairs: int | None = None,
+        image_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
+        text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -85,6 +90,8 @@ class SigLipModule(LightningModule):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.towers = built.encoder
+        tuned = tune_towers(self.towers, image_tower=image_tower, text_tower=text_tower)
+        self._rules = {f"towers.{name}": ParameterRule(*how) for name, how in tuned.items()}
         self.loss: nn.Module = SigLipLoss() if loss is None else loss
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
@@ -131,10 +138,15 @@ class SigLipModule(LightningModule):
         self._loaded_steps = int(checkpoint["global_step"])
         self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
 
+    def on_fit_start(self) -> None:
+        """Tell Lightning that locked parts are in evaluation mode on purpose."""
+        if self.towers.is_kept_in_evaluation:
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
     def on_train_start(self) -> None:
         """Calibrate a new run if ``calibration_pairs`` asks for it."""
         if self.calibration_pairs is not None and self.steps_done == 0:
-            self._calibrate_to_training_pairs(self.calibration_pairs)
+            calibrate_to_training_pairs(self, self.calibration_pairs)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
@@ -240,8 +252,8 @@ class SigLipModule(LightningModule):
         self.log_dict(values, sync_dist=False, rank_zero_only=False)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Build AdamW and its schedule, stepped every optimizer step."""
-        optimizer, schedule = build_optimizer(self, self.optim, self.trainer.max_steps)
+        """Build the optimizer and its schedule, stepped every optimizer step."""
+        optimizer, schedule = build_optimizer(self, self.optim, self.trainer.max_steps, self._rules)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -299,27 +311,6 @@ class SigLipModule(LightningModule):
         if self._uses_bias and trained is not None and now is not None and trained != now:
             logger.warning("%s %s", source, describe_batch_change(trained, now))
 
-    @torch.no_grad()
-    def _calibrate_to_training_pairs(self, num_pairs: int) -> None:
-        """Embed pairs of the training data as in an evaluation, fit scale and bias, set them."""
-        self.check_can_calibrate()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "train_dataset", None) is None:
-            raise UserError(
-                f"calibration_pairs ({num_pairs}) needs an ImageTextDataModule in trainer.fit; "
-                "without one, set it to null and use losses.calibration"
-            )
-        world = World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-        loader = excerpt_loader(data.train_dataset, num_pairs, data, world)
-        rows = []
-        with evaluation_mode(self.towers), self.trainer.precision_plugin.forward_context():
-            for loaded in loader:
-                batch = self.transfer_batch_to_device(loaded, self.device, 0)
-                rows.append((*self.towers(batch.images, batch.texts), batch.caption_ids))
-        fitted = self.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
-        set_logits(self.logits, fitted)
-        logger.info("calibrated before the first step: %s", fitted.describe())
-
     def _is_logged_step(self) -> bool:
         """Whether the step under way is one Lightning writes to its loggers."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
@@ -331,6 +322,7 @@ class SigLipModule(LightningModule):
         counts = (self._num_substituted, 0 if duplicates is None else duplicates)
         sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
         loss_sum, num_substituted, num_duplicates = sum_over_ranks(sums).unbind()
+        optimizer = self.trainer.optimizers[0]
         if duplicates is not None:
             self.log("train/duplicate_captions", num_duplicates)
         self.log_dict(
@@ -339,7 +331,7 @@ class SigLipModule(LightningModule):
                 "train/logit_scale": logit_scale.detach(),
                 "train/logit_bias": logit_bias.detach(),
                 "train/relative_bias": (-logit_bias / logit_scale).detach(),
-                "train/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "train/learning_rate": max(g["lr"] for g in optimizer.param_groups),
                 "train/substituted_samples": num_substituted,
             }
         )

@@ -1,0 +1,82 @@
+"""How deep in its tower does a parameter lie?
+
+A tower is a stem (embeddings), blocks one after another, and a head (last norm, pooling,
+projection). Names tell which is which, for open_clip's own towers, those of timm and those of
+transformers.
+"""
+
+import re
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+Tower = Literal["image", "text"]
+
+_IMAGE_PREFIX = "clip.visual."
+# A numbered block, in a numbered stage or not: "blocks.3.", "stages.1.blocks.0.", "layer2.0.".
+_BLOCK = re.compile(
+    r"(?:^|\.)(?:resblocks|blocks|layers?|block|stages)\.(\d+)\.(?:blocks\.(\d+)\.|(?=downsample))?"
+    r"|(?:^|\.)layer(\d+)\.(\d+)\."
+)
+_HEAD = re.compile(
+    r"(?:trunk\.|transformer\.|encoder\.)*(?:ln_post|proj|attn_pool|attnpool|head|norm|fc_norm|fc"
+    r"|ln_final|text_projection|pooler|final_layer_norm|ln_f)(?:\.|$)"
+)
+
+
+class Place(NamedTuple):
+    """Where a parameter lies.
+
+    Attributes:
+        tower: "image" or "text".
+        groups_behind: groups between it and the end of its tower: 0 in the head, 1 in the last
+            block, and so on; the stem has one more than the first block.
+    """
+
+    tower: Tower
+    groups_behind: int
+
+
+def places(encoder: nn.Module) -> dict[str, Place]:
+    """Say where each parameter of a dual encoder lies, by its name.
+
+    Args:
+        encoder: a ``DualEncoder``.
+
+    Returns:
+        A place for every name of ``encoder.named_parameters()``.
+    """
+    found: dict[str, Place] = {}
+    towers: dict[Tower, list[tuple[str, str]]] = {"image": [], "text": []}
+    for name, _ in encoder.named_parameters():
+        if name.startswith(_IMAGE_PREFIX):
+            towers["image"].append((name, name.removeprefix(_IMAGE_PREFIX)))
+        else:
+            short = name.removeprefix("clip.").removeprefix("text.")
+            towers["text"].append((name, short))
+    for tower, names in towers.items():
+        keys = [_block_of(short) for _, short in names]
+        blocks = {key: number for number, key in enumerate(dict.fromkeys(filter(None, keys)))}
+        for (name, short), key in zip(names, keys, strict=True):
+            if key is not None:
+                behind = len(blocks) - blocks[key]
+            else:
+                behind = 0 if _HEAD.match(short) else len(blocks) + 1
+            found[name] = Place(tower, behind)
+    return found
+
+
+def _block_of(name: str) -> tuple[int, int] | None:
+    """Return the numbers that tell a block of a tower from the others, or None outside of them.
+
+    Example:
+        >>> _block_of("trunk.blocks.11.norm1.weight"), _block_of("trunk.stages.2.blocks.1.gamma")
+        ((11, 0), (2, 1))
+        >>> _block_of("trunk.patch_embed.proj.weight") is None
+        True
+    """
+    match = _BLOCK.search(name)
+    if match is None:
+        return None
+    first, second = match[1] or match[3], match[2] or match[4] or "0"
+    return int(first), int(second)

@@ -1,0 +1,58 @@
+"""Small training runs of the whole module on batches that are the same for any world size."""
+
+import warnings
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.module import SigLipModule
+from dist_siglip.optim import OptimConfig
+from tests.support.tiny_models import ARCHITECTURES, inputs_of
+from tests.support.torchrun import pretend_torchrun
+
+GLOBAL_BATCH = 4
+# A large epsilon keeps Adam from blowing rounding differences up to whole steps.
+CALM = OptimConfig(learning_rate=0.01, epsilon=0.01, schedule="constant")
+
+
+def locked_module(model, **settings):
+    """A module with the same random weights in every process."""
+    seed_everything(5, verbose=False)
+    return SigLipModule(model, **{"optim": CALM, **settings})
+
+
+def batches_of(num_batches, rank=0, world_size=1, kind="siglip"):
+    """A rank's rows of global batches of random pixels and tokens."""
+    torch.manual_seed(11)
+    found = []
+    for _ in range(num_batches):
+        images, texts = inputs_of(ARCHITECTURES[kind], GLOBAL_BATCH)
+        ids = torch.arange(GLOBAL_BATCH)
+        yes, no = torch.ones(GLOBAL_BATCH).bool(), torch.zeros(GLOBAL_BATCH).bool()
+        rows = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+        found.append(ImageTextBatch(*(part[rows] for part in (images, texts, ids, ids, yes, no))))
+    return found
+
+
+def fit(module, folder, batches, rank=0, world_size=1, **settings):
+    """Train on the batches, one step each; return the trainer."""
+    if world_size > 1:
+        warnings.simplefilter("ignore")
+        pretend_torchrun(rank, world_size)
+        settings["strategy"] = "ddp"
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+        **{"max_steps": len(batches), **settings},
+    )
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader)
+    return trainer
