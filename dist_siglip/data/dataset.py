@@ -99,12 +99,12 @@ class PairDataset(Dataset[PairSample]):
             BadSampleError: if it cannot be read.
         """
         data = self._reader.read(self.table.image_span(sample_id))
-        caption = decode_caption(self._reader.read(self.table.caption_span(sample_id)))
+        caption = decode_caption(self._reader.read(self.table.caption_spans(sample_id)[0][1]))
         return data, sniff_media_type(data), caption
 
     def _decode(self, sample_id: int, slot: Slot) -> tuple[Tensor, str]:
         """Read, decode and transform one sample with the randomness of a slot."""
-        caption = decode_caption(self._reader.read(self.table.caption_span(sample_id)))
+        caption = decode_caption(self._reader.read(self.table.caption_spans(sample_id)[0][1]))
         data = self._reader.read(self.table.image_span(sample_id))
         image = decode_image(data, max_pixels=self._max_image_pixels)
         with seeded_generators(*slot.key(self._seed)):

@@ -1,10 +1,13 @@
 """Which samples does a shard hold, and where? The answer is kept beside the shard.
 
 A sample is what webdataset calls one: the members whose names agree up to the first dot of the
-base name. ``load_index`` reads the side-car ``<shard>.idx.npz`` if it was made for exactly this
+base name. ``read_index`` reads the side-car ``<shard>.idx.npz`` if it was made for exactly this
 file (name, size and modification time), else it scans the headers and writes the side-car; in a
 folder that cannot be written, the side-car goes to the user's cache folder. A side-car is plain
 arrays without pickles, written beside its final name and renamed, so readers never see half of one.
+
+A damaged shard has an index too, of what is whole before the damage, but leaves no side-car;
+``load_index`` refuses it.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
-from dist_siglip.data.tar_scan import Member, scan_tar
+from dist_siglip.data.tar_scan import DamagedTarError, Member, scan_tar
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class ShardIndex:
         offsets: (members,) int64, its first byte in the shard.
         sizes: (members,) int64, its length in bytes.
         digest: hash of all of the above but the path, for telling changed data.
+        damage: what is wrong with the shard, in one line; empty for a sound one.
     """
 
     path: str
@@ -65,6 +69,7 @@ class ShardIndex:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     digest: str
+    damage: str = ""
 
     def keys(self) -> list[str]:
         """List the keys of the samples, in sample order."""
@@ -96,13 +101,26 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def load_index(path: str) -> ShardIndex:
-    """Return the index of a shard from its side-car, or build it and leave a side-car.
-
-    Args:
-        path: local, uncompressed tar file.
+    """Return the index of a sound shard; see ``read_index``.
 
     Raises:
         UserError: if the shard is damaged, cut short or holds a member twice.
+    """
+    index = read_index(path)
+    if index.damage:
+        raise UserError(index.damage)
+    return index
+
+
+def read_index(path: str, *, rebuild: bool = False) -> ShardIndex:
+    """Return the index of a shard from its side-car, or build it and leave a side-car.
+
+    Args:
+        path: local tar file.
+        rebuild: scan the shard although there is a side-car.
+
+    Raises:
+        OSError: if the shard cannot be read.
     """
     status = os.stat(path)
     identity: dict[str, str | int] = {
@@ -111,24 +129,30 @@ def load_index(path: str) -> ShardIndex:
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
     }
-    for side_car in _side_cars(path):
+    for side_car in () if rebuild else _side_cars(path):
         index = _read_side_car(side_car, path, identity)
         if index is not None:
             return index
-    index = build_index(path, scan_tar(path))
-    for side_car in _side_cars(path):
+    try:
+        index = build_index(path, scan_tar(path))
+    except DamagedTarError as error:
+        index = build_index(path, error.members, damage=str(error))
+    for side_car in () if index.damage else _side_cars(path):
         if _write_side_car(side_car, index, identity):
             break
     return index
 
 
-def build_index(path: str, members: list[Member]) -> ShardIndex:
+def build_index(path: str, members: list[Member], *, damage: str = "") -> ShardIndex:
     """Group the members of a shard into samples.
 
-    Members of one sample need not stand next to each other.
+    Members of one sample need not stand next to each other. Of two members of one name the first
+    counts, and the shard is damaged.
 
-    Raises:
-        UserError: if one sample holds the same extension twice.
+    Args:
+        path: the shard.
+        members: in file order.
+        damage: what is known to be wrong with it.
     """
     rows: dict[str, int] = {}
     kinds: dict[str, int] = {}
@@ -141,10 +165,11 @@ def build_index(path: str, members: list[Member]) -> ShardIndex:
         key, extension = parts
         place = (rows.setdefault(key, len(rows)), kinds.setdefault(extension, len(kinds)))
         if place in seen:
-            raise UserError(
+            damage = damage or (
                 f"shard {path!r} holds member {member.name!r} twice; every key may occur once a "
                 "shard: write the shard again"
             )
+            continue
         seen.add(place)
         table.append((*place, member.offset, member.size))
     columns = np.array(table, dtype=np.int64).reshape(-1, 4).T.copy()
@@ -162,6 +187,7 @@ def build_index(path: str, members: list[Member]) -> ShardIndex:
         offsets=columns[2],
         sizes=columns[3],
         digest=digest.hexdigest(),
+        damage=damage,
     )
 
 

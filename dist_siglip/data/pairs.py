@@ -1,8 +1,9 @@
-"""Where are the picture and the caption of sample number i?
+"""Where are the picture and the captions of sample number i?
 
 A ``PairTable`` joins the indices of all shards of one data set into flat arrays, 32 bytes a sample,
 numbered shard after shard in the order given. Building it is the check before training: a shard
-that is damaged, or a sample that lacks its picture or its caption, is found here and nowhere later.
+that is damaged, or a sample that lacks its picture or every caption, is found here and nowhere
+later.
 """
 
 import hashlib
@@ -15,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.index import ShardIndex, load_index
+from dist_siglip.data.damage import Damage, OnDamage
+from dist_siglip.data.index import ShardIndex, read_index
 from dist_siglip.errors import UserError
 
-CAPTION_EXTENSION = "txt"
 _READERS = 8  # threads that wait for a slow file system together
 
 
@@ -39,20 +40,25 @@ class PairTable:
         starts: (shards + 1,) int64, the id of the first sample of each shard; last, the total.
         image_offsets: (samples,) int64.
         image_sizes: (samples,) int64.
-        caption_offsets: (samples,) int64.
-        caption_sizes: (samples,) int64.
+        caption_extensions: members that hold captions, in order of preference.
+        caption_offsets: (caption_extensions, samples) int64; -1 where a sample lacks the member.
+        caption_sizes: (caption_extensions, samples) int64.
         fingerprint: hash of shard names, member names, offsets and sizes.
         shard_lines: a line for each shard, "name<TAB>samples<TAB>hash", which tells changes apart.
+        dropped: (dropped samples, 2) int64, the shard and the number within it of every sample
+            that was left out because it is incomplete.
     """
 
     shards: tuple[str, ...]
     starts: NDArray[np.int64]
     image_offsets: NDArray[np.int64]
     image_sizes: NDArray[np.int64]
+    caption_extensions: tuple[str, ...]
     caption_offsets: NDArray[np.int64]
     caption_sizes: NDArray[np.int64]
     fingerprint: str
     shard_lines: str
+    dropped: NDArray[np.int64]
 
     @property
     def num_samples(self) -> int:
@@ -69,10 +75,18 @@ class PairTable:
         shard = self.shards[self._shard_of(sample_id)]
         return Span(shard, int(self.image_offsets[sample_id]), int(self.image_sizes[sample_id]))
 
-    def caption_span(self, sample_id: int) -> Span:
-        """Say where the caption of a sample lies."""
+    def caption_spans(self, sample_id: int) -> list[tuple[str, Span]]:
+        """Say where the captions of a sample lie.
+
+        Returns:
+            (extension, span) of every member with captions that the sample has, in order of
+            preference; at least one.
+        """
         shard = self.shards[self._shard_of(sample_id)]
-        return Span(shard, int(self.caption_offsets[sample_id]), int(self.caption_sizes[sample_id]))
+        offsets = self.caption_offsets[:, sample_id].tolist()
+        sizes = self.caption_sizes[:, sample_id].tolist()
+        members = zip(self.caption_extensions, offsets, sizes, strict=True)
+        return [(kind, Span(shard, offset, size)) for kind, offset, size in members if offset >= 0]
 
     def shard_range(self, sample_id: int) -> tuple[int, int]:
         """Return the first id of a sample's shard, and the id after its last."""
@@ -81,19 +95,33 @@ class PairTable:
 
     def describe(self, sample_id: int) -> str:
         """Name a sample for a log line, as ``shard/key``; reads the index of its shard again."""
+        shard, key = self.name(sample_id)
+        place = sample_id - self.shard_range(sample_id)[0]
+        return f"{shard!r}, sample {place}" if key is None else ascii(f"{shard}/{key}")
+
+    def name(self, sample_id: int) -> tuple[str, str | None]:
+        """Return shard and key of a sample; no key if the shard changed or vanished since."""
         number = self._shard_of(sample_id)
         shard, place = self.shards[number], sample_id - int(self.starts[number])
+        for before in self.dropped[self.dropped[:, 0] == number, 1].tolist():
+            place += before <= place
         try:
-            return ascii(f"{shard}/{load_index(shard).keys()[place]}")
-        except (OSError, UserError, IndexError):  # the shard changed or vanished since
-            return f"{shard!r}, sample {place}"
+            return shard, read_index(shard).keys()[place]
+        except (OSError, IndexError):
+            return shard, None
 
     def _shard_of(self, sample_id: int) -> int:
         return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
 
 
 def build_pair_table(
-    shards: Sequence[str], *, image_extensions: Sequence[str], name: str = "shards"
+    shards: Sequence[str],
+    *,
+    image_extensions: Sequence[str],
+    caption_extensions: Sequence[str] = ("txt",),
+    on_damage: OnDamage = "refuse",
+    max_bad_fraction: float = 0.01,
+    name: str = "shards",
 ) -> PairTable:
     """Index shards and join them into one table.
 
@@ -104,47 +132,110 @@ def build_pair_table(
     Args:
         shards: local tar files.
         image_extensions: extensions of the picture, without the dot, in order of preference.
+        caption_extensions: likewise of the captions; a sample needs one of them.
+        on_damage: "refuse", or "skip": leave out incomplete samples and what follows the damage of
+            a shard, and name them in the log.
+        max_bad_fraction: share of samples, and of shards, that may be skipped.
         name: the setting the shards came from, for error texts.
 
     Raises:
-        UserError: if a shard is damaged, a sample lacks its picture or its caption, or there is
-            no sample at all.
+        UserError: if a shard is damaged or a sample incomplete (with "skip": too many of them),
+            or there is no sample at all.
     """
-    extensions = [extension.lower().lstrip(".") for extension in image_extensions]
+    pictures = [extension.lower().lstrip(".") for extension in image_extensions]
+    captions = [extension.lower().lstrip(".") for extension in caption_extensions]
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
-        indices = list(readers.map(load_index, shards))
-    images = [_select(index, extensions, "picture") for index in indices]
-    captions = [_select(index, [CAPTION_EXTENSION], "caption") for index in indices]
-    starts = np.cumsum([0] + [index.num_samples for index in indices], dtype=np.int64)
+        indices = list(readers.map(_read, shards))
+    damage = Damage(on_damage, max_bad_fraction, name)
+    parts = [_Part.of(index, pictures, captions, damage) for index in indices]
+    damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
+    starts = np.cumsum([0] + [part.num_samples for part in parts], dtype=np.int64)
     if starts[-1] == 0:
         raise UserError(
             f"{name} holds no samples in {len(indices)} shards; a sample is a picture "
-            f"({_listed(extensions)}) and a caption (.{CAPTION_EXTENSION}) of the same name"
+            f"({_listed(pictures)}) and a caption ({_listed(captions)}) of the same name"
         )
     digest = hashlib.blake2b(digest_size=8)
-    lines = [
-        f"{ascii(os.path.basename(index.path))[1:-1]}\t{index.num_samples}\t{index.digest[:16]}"
-        for index in indices
-    ]
-    for index in indices:
-        line = f"{os.path.basename(index.path)}\0{index.num_samples}\0{index.digest}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+    lines = []
+    for index, part in zip(indices, parts, strict=True):
+        base, count = os.path.basename(index.path), part.num_samples
+        lines.append(f"{ascii(base)[1:-1]}\t{count}\t{index.digest[:16]}")
+        digest.update(f"{base}\0{count}\0{index.digest}\n".encode("utf-8", "surrogateescape"))
     return PairTable(
         shards=tuple(shards),
         starts=starts,
-        image_offsets=np.concatenate([offsets for offsets, _ in images]),
-        image_sizes=np.concatenate([sizes for _, sizes in images]),
-        caption_offsets=np.concatenate([offsets for offsets, _ in captions]),
-        caption_sizes=np.concatenate([sizes for _, sizes in captions]),
+        image_offsets=np.concatenate([part.image_offsets for part in parts]),
+        image_sizes=np.concatenate([part.image_sizes for part in parts]),
+        caption_extensions=tuple(captions),
+        caption_offsets=np.concatenate([part.caption_offsets for part in parts], axis=1),
+        caption_sizes=np.concatenate([part.caption_sizes for part in parts], axis=1),
         fingerprint=digest.hexdigest(),
         shard_lines="\n".join(lines),
+        dropped=np.array(
+            [(n, i) for n, part in enumerate(parts) for i in part.dropped], dtype=np.int64
+        ).reshape(-1, 2),
     )
 
 
+class _Part(NamedTuple):
+    """The rows one shard adds to a table."""
+
+    image_offsets: NDArray[np.int64]
+    image_sizes: NDArray[np.int64]
+    caption_offsets: NDArray[np.int64]
+    caption_sizes: NDArray[np.int64]
+    dropped: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.image_offsets)
+
+    @classmethod
+    def of(
+        cls, index: ShardIndex, pictures: list[str], captions: list[str], damage: Damage
+    ) -> "_Part":
+        """Pick the members of every sample; tell ``damage`` what is missing."""
+        if index.damage:
+            damage.shard(index.damage)
+        image_offsets, image_sizes = _select(index, pictures)
+        of_captions = [_select(index, [extension]) for extension in captions]
+        caption_offsets = np.stack([offsets for offsets, _ in of_captions])
+        caption_sizes = np.stack([sizes for _, sizes in of_captions])
+        has_picture, has_caption = image_offsets >= 0, (caption_offsets >= 0).any(axis=0)
+        for what, has, extensions in (
+            ("picture", has_picture, pictures),
+            ("caption", has_caption | ~has_picture, captions),
+        ):
+            missing = np.flatnonzero(~has)
+            if missing.size:
+                present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+                damage.samples(
+                    missing.size,
+                    f"shard {index.path!r}: {missing.size} of {index.num_samples} samples have no "
+                    f"{what} ({_listed(extensions)}), first {index.keys()[missing[0]]!r}; the "
+                    f"shard holds {present}: write it again with both members of every sample",
+                )
+        whole = has_picture & has_caption
+        return cls(
+            image_offsets[whole],
+            image_sizes[whole],
+            caption_offsets[:, whole],
+            caption_sizes[:, whole],
+            np.flatnonzero(~whole).tolist(),
+        )
+
+
+def _read(shard: str) -> ShardIndex:
+    try:
+        return read_index(shard)
+    except OSError as error:
+        raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error
+
+
 def _select(
-    index: ShardIndex, extensions: Sequence[str], what: str
+    index: ShardIndex, extensions: Sequence[str]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets and sizes of the preferred member of every sample of one shard."""
+    """Offsets (-1: none) and sizes of the preferred member of every sample of one shard."""
     offsets = np.full(index.num_samples, -1, dtype=np.int64)
     sizes = np.zeros(index.num_samples, dtype=np.int64)
     for extension in reversed(extensions):  # the preferred one is written last
@@ -152,14 +243,6 @@ def _select(
             chosen = index.kinds == index.extensions.index(extension)
             offsets[index.samples[chosen]] = index.offsets[chosen]
             sizes[index.samples[chosen]] = index.sizes[chosen]
-    missing = np.flatnonzero(offsets < 0)
-    if missing.size:
-        present = ", ".join(f".{extension}" for extension in index.extensions[:8])
-        raise UserError(
-            f"shard {index.path!r}: {missing.size} of {index.num_samples} samples have no {what} "
-            f"({_listed(extensions)}), first {index.keys()[missing[0]]!r}; the shard holds "
-            f"{present}: write it again with both members of every sample"
-        )
     return offsets, sizes
 
 

@@ -35,6 +35,18 @@ class Member(NamedTuple):
     size: int
 
 
+class DamagedTarError(UserError):
+    """A tar file that cannot be read to its end.
+
+    Attributes:
+        members: the whole members before the damage.
+    """
+
+    def __init__(self, message: str, members: list[Member]) -> None:
+        super().__init__(message)
+        self.members = members
+
+
 def scan_tar(path: str) -> list[Member]:
     """List the regular members of an uncompressed tar file, in file order.
 
@@ -45,15 +57,15 @@ def scan_tar(path: str) -> list[Member]:
         Name, byte offset and byte size of each member. Folders and links are left out.
 
     Raises:
-        UserError: if the file is empty, compressed, cut short, or not a tar archive.
+        DamagedTarError: if the file is empty, compressed, cut short, or not a tar archive.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         if size == 0:
-            raise UserError(f"shard {path!r} is empty; {_REMEDY}")
+            raise DamagedTarError(f"shard {path!r} is empty; {_REMEDY}", [])
         if os.pread(descriptor, 2, 0) == _GZIP:
-            raise UserError(f"shard {path!r} is compressed; unpack it with gunzip")
+            raise DamagedTarError(f"shard {path!r} is compressed; unpack it with gunzip", [])
         members = _scan_headers(path, descriptor, size)
         return _scan_with_tarfile(path, descriptor) if members is None else members
     finally:
@@ -72,15 +84,17 @@ def _scan_headers(path: str, descriptor: int, file_size: int) -> list[Member] | 
         if header == _END:
             return members
         if len(header) < _BLOCK:
-            raise UserError(f"shard {path!r} is cut short after {file_size} bytes; {_REMEDY}")
+            raise DamagedTarError(
+                f"shard {path!r} is cut short after {file_size} bytes; {_REMEDY}", members
+            )
         kind = header[156:157]
         size = _octal(header[124:136])
         if size is None or (kind not in _REGULAR and kind != _PAX) or not _is_sound(header):
             return None
         offset = position + _BLOCK
         if offset + size > file_size:
-            raise UserError(
-                f"shard {path!r} is cut short inside member {_name(header)!r}; {_REMEDY}"
+            raise DamagedTarError(
+                f"shard {path!r} is cut short inside member {_name(header)!r}; {_REMEDY}", members
             )
         if kind == _PAX:
             if size > _PAX_LIMIT or not _is_harmless(os.pread(descriptor, size, offset)):
@@ -113,9 +127,13 @@ def _scan_with_tarfile(path: str, descriptor: int) -> list[Member]:
                     members.append(Member(entry.name, entry.offset_data, entry.size))
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
-        raise UserError(f"shard {path!r} is damaged or cut short ({error}); {_REMEDY}") from error
+        raise DamagedTarError(
+            f"shard {path!r} is damaged or cut short ({error}); {_REMEDY}", members
+        ) from error
     if os.pread(descriptor, _BLOCK, end) != _END:
-        raise UserError(f"shard {path!r} is damaged or cut short at byte {end}; {_REMEDY}")
+        raise DamagedTarError(
+            f"shard {path!r} is damaged or cut short at byte {end}; {_REMEDY}", members
+        )
     return members
 
 

@@ -10,8 +10,13 @@ from tests.support.shards import UNEVEN, caption, encode, picture, write_shard, 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-def build(shards, extensions=EXTENSIONS):
-    return build_pair_table([str(shard) for shard in shards], image_extensions=extensions)
+def build(shards, extensions=EXTENSIONS, **options):
+    return build_pair_table(
+        [str(shard) for shard in shards],
+        image_extensions=extensions,
+        name="train_shards",
+        **options,
+    )
 
 
 def stored(span):
@@ -26,20 +31,22 @@ def test_spans_hold_the_members_of_every_sample(tmp_path):
     assert table.num_samples == sum(UNEVEN)
     for i in range(table.num_samples):
         assert stored(table.image_span(i)) == encode(picture(i))
-        assert stored(table.caption_span(i)) == caption(i).encode()
+        assert stored(table.caption_spans(i)[0][1]) == caption(i).encode()
 
 
 def test_shards_keep_the_order_given(tmp_path):
     shards = write_shards(tmp_path)
     table = build(shards[::-1])
     assert table.counts == UNEVEN[::-1]
-    assert stored(table.caption_span(0)) == caption(sum(UNEVEN[:-1])).encode()
+    assert stored(table.caption_spans(0)[0][1]) == caption(sum(UNEVEN[:-1])).encode()
 
 
 def test_empty_shards_among_others_are_fine(tmp_path):
     shards = write_shards(tmp_path, (0, 2, 0, 3, 0))
     table = build(shards)
-    assert [stored(table.caption_span(i)).decode() for i in range(5)] == [*map(caption, range(5))]
+    assert [stored(table.caption_spans(i)[0][1]).decode() for i in range(5)] == [
+        *map(caption, range(5))
+    ]
 
 
 def test_first_extension_is_preferred_and_others_ignored(tmp_path):
@@ -99,3 +106,96 @@ def test_samples_are_named_by_shard_and_key(tmp_path):
     for shard in shards:
         os.unlink(shard)
     assert table.describe(9) == f"'{shards[2]}', sample 1"
+
+
+def test_a_sample_may_have_several_members_with_captions(tmp_path):
+    parts = [
+        {"jpg": b"a", "txt": b"first", "json": b"{}"},
+        {"jpg": b"b", "json": b"{1}"},
+        {"jpg": b"c", "txt": b"third"},
+    ]
+    shard = write_shard(tmp_path / "a.tar", [(str(i), p) for i, p in enumerate(parts)])
+    table = build([shard], caption_extensions=("json", "TXT"))
+    read = [
+        [(kind, stored(span)) for kind, span in table.caption_spans(i)]
+        for i in range(table.num_samples)
+    ]
+    assert read == [[("json", b"{}"), ("txt", b"first")], [("json", b"{1}")], [("txt", b"third")]]
+    with pytest.raises(UserError, match=r"1 of 3 samples have no caption \(\.txt\), first '1'"):
+        build([shard])
+
+
+def damaged(folder):
+    """A shard cut inside a member, one that is no tar, one with incomplete samples, a sound one."""
+    shards = write_shards(folder, (9, 4, 4, 6))
+    os.truncate(shards[0], os.path.getsize(shards[0]) // 2)
+    with open(shards[1], "wb") as file:
+        file.write(b"not a tar" * 500)
+    parts = [("a", {"png": b"p"}), ("b", {"png": b"p", "txt": b"t"}), ("c", {"txt": b"t"})]
+    write_shard(folder / "00002.tar", [*parts, ("d", {"png": b"q", "txt": b"u"})])
+    return shards
+
+
+def test_everything_that_is_damaged_is_counted(tmp_path):
+    with pytest.raises(UserError) as info:
+        build(damaged(tmp_path))
+    text = str(info.value)
+    assert "2 of 4 shards and 2 of 15 samples" in text  # 5 + 4 + 6: what can be read
+    assert "00000.tar" in text
+    assert "00001.tar" in text
+    assert "dist-siglip data check" in text
+    assert "\n" not in text
+
+
+def test_damage_is_skipped_on_request_and_named_in_the_log(tmp_path, caplog):
+    shards = damaged(tmp_path)
+    table = build(shards, on_damage="skip", max_bad_fraction=0.5)
+    whole = table.counts[0]
+    assert 0 < whole < 9
+    assert table.counts == (whole, 0, 2, 6)
+    for i in range(whole):
+        assert stored(table.image_span(i)) == encode(picture(i))
+    assert stored(table.image_span(whole)) == b"p"
+    assert stored(table.image_span(whole + 1)) == b"q"
+    assert table.describe(whole) == f"'{shards[2]}/b'"
+    assert table.describe(whole + 1) == f"'{shards[2]}/d'"
+    assert table.describe(whole + 2).endswith("00003.tar/000017'")
+    assert caplog.text.count("skipped: shard") == 4
+    assert "train_shards: 2 of 4 shards" in caplog.text
+
+
+def test_too_much_damage_is_refused_with_the_list(tmp_path):
+    with pytest.raises(UserError, match=r"2 of 4 shards .*more than max_bad_fraction \(0.3\)"):
+        build(damaged(tmp_path), on_damage="skip", max_bad_fraction=0.3)
+
+
+def test_a_shard_cut_exactly_between_two_members_is_damaged(tmp_path):
+    (shard,) = write_shards(tmp_path, (3,))
+    table = build([shard])
+    last = table.caption_spans(2)[0][1]
+    os.truncate(shard, last.offset - 512 - 1024)  # its header and the PAX header before it
+    with pytest.raises(UserError, match="cut short"):
+        build([shard])
+    kept = build([shard], on_damage="skip", max_bad_fraction=1.0)
+    assert kept.num_samples == 2
+    assert kept.dropped.tolist() == [[0, 2]]
+
+
+def test_of_a_key_that_occurs_twice_the_first_member_counts(tmp_path):
+    shard = write_shard(
+        tmp_path / "a.tar",
+        [
+            ("k", {"png": b"1", "txt": b"t"}),
+            ("l", {"png": b"2", "txt": b"t"}),
+            ("k", {"png": b"3"}),
+        ],
+    )
+    with pytest.raises(UserError, match=r"holds member 'k\.png' twice"):
+        build([shard])
+    table = build([shard], on_damage="skip", max_bad_fraction=1.0)
+    assert [stored(table.image_span(i)) for i in range(2)] == [b"1", b"2"]
+
+
+def test_another_policy_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"on_damage \(ignore\) must be refuse or skip"):
+        build(write_shards(tmp_path), on_damage="ignore")
