@@ -1,6 +1,137 @@
-"""When are two captions the same?"""
+"""Which text goes with a picture, and when are two texts the same?
+
+A sample may offer several captions: in several members, lines of one, or entries of a list inside
+its JSON. A ``CaptionRule`` says which are meant and which one a place in the stream of samples
+gets.
+"""
 
 import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.randomness import draw_one
+from dist_siglip.errors import UserError
+
+MAX_CAPTION_BYTES = 1 << 20
+MAX_CAPTION_CHARACTERS = 4096
+# Parts the draw of a caption from the draws of substitutes, whose keys end in the attempt.
+_CAPTION_DRAW = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRule:
+    """Where the captions of a sample are, and which one is taken.
+
+    Args:
+        members: extensions of the members that hold captions, in order of preference; a sample
+            needs one of them. Of a ``json`` member ``json_field`` counts, others are text.
+        json_field: name of the field that holds a caption or a list of them; "a.b" is field b of
+            the object in field a.
+        pick: "first" takes the first caption that is not empty; "random" draws one of all, a
+            function of the place in the stream: another in the next epoch, the same when a run
+            resumes. Evaluations always take the first.
+        split_lines: whether each line of a text member is a caption of its own.
+    """
+
+    members: tuple[str, ...] = ("txt",)
+    json_field: str = "caption"
+    pick: Literal["first", "random"] = "first"
+    split_lines: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            UserError: if no member is named, or the rule is neither "first" nor "random".
+        """
+        if not self.members or not all(self.members):
+            raise UserError(f'captions.members ({list(self.members)}) must name one, e.g. ["txt"]')
+        if self.pick not in ("first", "random"):
+            raise UserError(f"captions.pick ({self.pick}) must be first or random")
+        if not self.json_field:
+            raise UserError('captions.json_field ("") must name a field, e.g. caption')
+
+    def choose(self, members: Iterable[tuple[str, bytes]], key: tuple[int, ...]) -> str:
+        """Take the caption of a sample.
+
+        Args:
+            members: (extension, bytes) of those the sample has, in order of preference; read no
+                further than needed.
+            key: of the place in the stream, integers >= 0.
+
+        Returns:
+            The text without white space at both ends, cut to ``MAX_CAPTION_CHARACTERS``: more
+            than any tokenizer keeps.
+
+        Raises:
+            BadSampleError: if a member that is looked at cannot be read, or all are empty.
+
+        Example:
+            >>> CaptionRule().choose([("txt", b" a red fox ")], (0,))
+            'a red fox'
+            >>> rule = CaptionRule(members=("json",), json_field="seo.alt")
+            >>> rule.choose([("json", b'{"seo": {"alt": ["", "a hen", "a bird"]}}')], (0,))
+            'a hen'
+        """
+        found: list[str] = []
+        for extension, data in members:
+            found += self._alternatives(extension, data)
+            if found and self.pick == "first":
+                return found[0]
+        if not found:
+            raise BadSampleError("caption is empty")
+        return found[draw_one(len(found), *key, _CAPTION_DRAW)]
+
+    def _alternatives(self, extension: str, data: bytes) -> list[str]:
+        """List the captions of one member that are not empty."""
+        if extension == "json":
+            texts = _texts_of(field_of(read_json(data), self.json_field), self.json_field)
+        else:
+            text = _decode(data)
+            texts = text.splitlines() if self.split_lines else [text]
+        cut = (text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts)
+        return [text for text in cut if text]
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """Parse a JSON member.
+
+    Args:
+        data: UTF-8, at most ``MAX_CAPTION_BYTES`` long.
+
+    Raises:
+        BadSampleError: if it is too long, not JSON, or no object.
+    """
+    try:
+        parsed = json.loads(_decode(data))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadSampleError(f"JSON cannot be read: {reason}") from error
+    if not isinstance(parsed, dict):
+        raise BadSampleError(f"JSON holds a {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def field_of(record: dict[str, Any], path: str) -> Any:
+    """Look up a field, "a.b" for field b of the object in field a.
+
+    Raises:
+        BadSampleError: if there is no such field.
+
+    Example:
+        >>> field_of({"a": {"b": 1}, "a.c": 2}, "a.b"), field_of({"a.c": 2}, "a.c")
+        (1, 2)
+    """
+    if path in record:
+        return record[path]
+    first, _, rest = path.partition(".")
+    inner = record.get(first)
+    if rest and isinstance(inner, dict):
+        return field_of(inner, rest)
+    raise BadSampleError(f"JSON has no field {path!r}")
 
 
 def caption_id(text: str) -> int:
@@ -24,3 +155,23 @@ def caption_id(text: str) -> int:
     """
     digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _decode(data: bytes) -> str:
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadSampleError(f"caption of {len(data)} bytes, at most {MAX_CAPTION_BYTES}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"caption is not UTF-8: {error.reason} at {error.start}") from error
+
+
+def _texts_of(value: Any, path: str) -> list[str]:
+    """Accept a string, a list of strings, or null for none."""
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadSampleError(
+                f"JSON field {path!r} holds a {type(text).__name__}, not a string or a list of them"
+            )
+    return texts

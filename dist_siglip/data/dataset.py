@@ -1,60 +1,86 @@
 """What is the sample in a given slot?
 
-``PairDataset[slot]`` is a function of the slot: which bytes, which crop, and which substitute if
-they are bad, whoever asks and in which process. So resumed, resharded and re-workered runs see the
-same pictures to the last bit.
+``PairDataset[slot]`` is a function of the slot: which bytes, which caption, which crop, and which
+substitute if they are bad, whoever asks and in which process. So resumed, resharded and re-workered
+runs see the same pictures to the last bit.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_siglip.data.bad_sample_log import BadSampleLog
 from dist_siglip.data.batch import PairSample
-from dist_siglip.data.decode import decode_caption, decode_image, sniff_media_type
+from dist_siglip.data.captions import CaptionRule, read_json
+from dist_siglip.data.decode import decode_image, sniff_media_type
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.randomness import draw_substitute, seeded_generators
+from dist_siglip.data.randomness import draw_one, seeded_generators
 from dist_siglip.data.slot import Slot
+from dist_siglip.data.stages import FilteredError, Stage, run_stages
+from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
-_ATTEMPTS = 20  # substitutes tried for one slot
+_BAD_ATTEMPTS = 20  # bad samples in a row for one slot
+_FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
+_SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand
 _NAMED = 20  # bad samples named by each process; then every hundredth
 
 
 class PairDataset(Dataset[PairSample]):
     """Map-style data set, indexed by ``Slot``.
 
-    A sample that cannot be read or decoded is logged with shard and key, and a substitute is
-    drawn from the key of the slot and the attempt: ten times from the same shard, then from all.
-    So every other sample stays where it is.
+    A sample that cannot be read or decoded is named in the log, and a substitute is drawn from the
+    key of the slot and the attempt: ten times from the same shard, then from the same source. So
+    every other sample stays where it is. A sample that a stage leaves out is replaced likewise,
+    but it is not bad.
 
     Args:
         table: where the members are.
-        transform: PIL picture to (3, H, W) tensor; random draws are seeded by
-            the key of the slot.
+        transform: picture to (3, H, W) tensor; random draws are seeded by the key of the slot.
         seed: >= 0.
         max_image_pixels: largest picture that is decoded.
-        is_evaluation: mark substitutes as not valid, so that they do not count.
+        captions: which caption a sample gets.
+        stages: steps between decoding and transform.
+        source_ranges: (first id, id after the last) of each source; by default one has all.
+        bad_sample_log: file for a JSON line about every bad sample: shard, key, sample_id, epoch,
+            position, source, reason. None writes none.
+        is_evaluation: take the first caption, and mark substitutes as not valid, so that they do
+            not count.
     """
 
     def __init__(
         self,
         table: PairTable,
-        transform: Callable[[Image.Image], Tensor],
+        transform: ImageTransform,
         *,
         seed: int,
         max_image_pixels: int,
+        captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
+        stages: Sequence[Stage] = (),
+        source_ranges: Sequence[tuple[int, int]] = (),
+        bad_sample_log: str | None = None,
         is_evaluation: bool = False,
     ) -> None:
         self.table = table
         self._transform = transform
         self._seed = seed
         self._max_image_pixels = max_image_pixels
+        self._captions = captions
+        if is_evaluation:
+            self._captions = CaptionRule(
+                members=captions.members,
+                json_field=captions.json_field,
+                split_lines=captions.split_lines,
+            )
+        self._stages = tuple(stages)
+        self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
+        self._log = BadSampleLog(bad_sample_log)
         self._is_evaluation = is_evaluation
         self._reader = ShardReader()
         self._num_bad = 0
@@ -66,26 +92,35 @@ class PairDataset(Dataset[PairSample]):
         """Return the sample of a slot, or its substitute.
 
         Raises:
-            UserError: if a sample and 20 substitutes in a row are bad.
+            UserError: if a sample and 20 substitutes in a row are bad, or stages leave out a
+                thousand.
         """
-        sample_id = slot.sample_id
-        for attempt in range(1, _ATTEMPTS + 2):
+        sample_id, num_bad, num_filtered = slot.sample_id, 0, 0
+        while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
-                image, caption = self._decode(sample_id, slot)
+                image, caption = self._make(sample_id, slot)
             except BadSampleError as error:
-                self._report(sample_id, error)
-                sample_id = self._substitute(slot, attempt)
-                continue
-            is_substitute = attempt > 1
-            return PairSample(
-                image=image,
-                caption=caption,
-                sample_id=sample_id,
-                is_valid=not (slot.is_padding or (self._is_evaluation and is_substitute)),
-                is_substitute=is_substitute,
+                num_bad += 1
+                self._report(sample_id, slot, error)
+            except FilteredError:
+                num_filtered += 1
+            else:
+                is_due = sample_id == slot.sample_id
+                return PairSample(
+                    image=image,
+                    caption=caption,
+                    sample_id=sample_id,
+                    is_valid=not slot.is_padding and (is_due or not self._is_evaluation),
+                    is_substitute=num_bad > 0,
+                )
+            sample_id = self._substitute(slot, num_bad + num_filtered)
+        if num_filtered >= _FILTERED_ATTEMPTS:
+            raise UserError(
+                f"stages leave out {num_filtered} samples in a row, from "
+                f"{self.table.describe(slot.sample_id)} on; let more pass, or write shards of those"
             )
         raise UserError(
-            f"sample {self.table.describe(slot.sample_id)} and {_ATTEMPTS} substitutes are all "
+            f"sample {self.table.describe(slot.sample_id)} and {_BAD_ATTEMPTS} substitutes are all "
             "bad (see the warnings above); repair the shards"
         )
 
@@ -99,28 +134,56 @@ class PairDataset(Dataset[PairSample]):
             BadSampleError: if it cannot be read.
         """
         data = self._reader.read(self.table.image_span(sample_id))
-        caption = decode_caption(self._reader.read(self.table.caption_spans(sample_id)[0][1]))
+        caption = self._captions.choose(self._members(sample_id), (self._seed, sample_id))
         return data, sniff_media_type(data), caption
 
-    def _decode(self, sample_id: int, slot: Slot) -> tuple[Tensor, str]:
+    def _make(self, sample_id: int, slot: Slot) -> tuple[Tensor, str]:
         """Read, decode and transform one sample with the randomness of a slot."""
-        caption = decode_caption(self._reader.read(self.table.caption_spans(sample_id)[0][1]))
+        key = slot.key(self._seed)
+        members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
+        caption = self._captions.choose(members, key)
         data = self._reader.read(self.table.image_span(sample_id))
         image = decode_image(data, max_pixels=self._max_image_pixels)
-        with seeded_generators(*slot.key(self._seed)):
+        with seeded_generators(*key):
+            if self._stages:
+                shard, name = self.table.name(sample_id)
+                sample: dict[str, Any] = {"__key__": name, "__url__": shard}
+                sample |= {"image": image, "text": caption}
+                sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
+                changed = run_stages(self._stages, sample)
+                image, caption = changed["image"], changed["text"]
             return self._transform(image), caption
 
-    def _substitute(self, slot: Slot, attempt: int) -> int:
-        """Draw a sample to stand in: at first of the same shard, which is open and at hand."""
-        first, stop = 0, len(self)
-        if attempt <= _ATTEMPTS // 2:
-            first, stop = self.table.shard_range(slot.sample_id)
-        return first + draw_substitute(stop - first, *slot.key(self._seed), attempt)
+    def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
+        """Read the members with captions, one at a time."""
+        for extension, span in self.table.caption_spans(sample_id):
+            yield extension, self._reader.read(span)
 
-    def _report(self, sample_id: int, error: BadSampleError) -> None:
-        """Count a bad sample and name it; every one at first, then now and then."""
+    def _substitute(self, slot: Slot, attempt: int) -> int:
+        """Draw a sample to stand in, of the same shard, later of the same source."""
+        if attempt <= _SAME_SHARD:
+            first, stop = self.table.shard_range(slot.sample_id)
+        else:
+            first, stop = self._source_ranges[slot.source]
+        return first + draw_one(stop - first, *slot.key(self._seed), attempt)
+
+    def _report(self, sample_id: int, slot: Slot, error: BadSampleError) -> None:
+        """Count a bad sample, write it down and name it in the log, at first and now and then."""
         self._num_bad += 1
-        if self._num_bad <= _NAMED or self._num_bad % 100 == 0:
+        is_named = self._num_bad <= _NAMED or self._num_bad % 100 == 0
+        if self._log.path is None and not is_named:
+            return
+        shard, key = self.table.name(sample_id)
+        self._log.append(
+            shard=shard,
+            key=key,
+            sample_id=sample_id,
+            epoch=slot.epoch,
+            position=slot.position,
+            source=slot.source,
+            reason=str(error),
+        )
+        if is_named:
             _LOGGER.warning(
                 "bad sample %d in this process: %s: %s; another sample stands in",
                 self._num_bad,

@@ -1,4 +1,4 @@
-"""How do the bytes of a member become a picture or a caption, without trusting them?
+"""How do the bytes of a member become a picture, without trusting them?
 
 Only JPEG, PNG and WebP decoders are offered the bytes, whatever the member is called; the size in
 pixels is read from the header and capped before any pixel is decoded. Nothing here unpickles,
@@ -30,8 +30,6 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-MAX_CAPTION_BYTES = 1 << 20
-MAX_CAPTION_CHARACTERS = 4096
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
@@ -62,35 +60,6 @@ def sniff_media_type(data: bytes) -> str:
     """
     with _open_image(data) as image:
         return Image.MIME[str(image.format)]
-
-
-def decode_caption(data: bytes) -> str:
-    """Decode a caption.
-
-    Args:
-        data: UTF-8, with or without a byte order mark, at most ``MAX_CAPTION_BYTES`` long.
-
-    Returns:
-        The text without white space at both ends, cut to ``MAX_CAPTION_CHARACTERS``: more than
-        any tokenizer keeps.
-
-    Raises:
-        BadSampleError: if it is too long, not UTF-8, or empty.
-
-    Example:
-        >>> decode_caption(b" a red fox ")
-        'a red fox'
-    """
-    if len(data) > MAX_CAPTION_BYTES:
-        raise BadSampleError(f"caption of {len(data)} bytes, at most {MAX_CAPTION_BYTES}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSampleError(f"caption is not UTF-8: {error.reason} at {error.start}") from error
-    text = text.strip()[:MAX_CAPTION_CHARACTERS].rstrip()
-    if not text:
-        raise BadSampleError("caption is empty")
-    return text
 
 
 @contextmanager

@@ -43,18 +43,18 @@ def seeded_generators(*key: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def draw_substitute(num_samples: int, *key: int) -> int:
-    """Choose a sample to stand in for a bad one, as a function of the key.
+def draw_one(num_choices: int, *key: int) -> int:
+    """Choose one of several, as a function of the key.
 
     Args:
-        num_samples: samples to choose from.
+        num_choices: >= 1.
         key: integers >= 0.
 
     Returns:
-        A sample id in [0, num_samples).
+        A number in [0, num_choices).
 
     Example:
-        >>> draw_substitute(1000, 0, 0, 7, 1) == draw_substitute(1000, 0, 0, 7, 1)
+        >>> draw_one(1000, 0, 0, 7, 1) == draw_one(1000, 0, 0, 7, 1)
         True
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(num_samples))
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] % np.uint64(num_choices))

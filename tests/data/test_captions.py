@@ -1,4 +1,17 @@
-from dist_siglip.data.captions import caption_id
+import collections
+
+import pytest
+
+from dist_siglip.data.captions import (
+    MAX_CAPTION_BYTES,
+    MAX_CAPTION_CHARACTERS,
+    CaptionRule,
+    caption_id,
+    field_of,
+    read_json,
+)
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.errors import UserError
 
 
 def test_ids_fit_int64_and_tell_captions_apart():
@@ -16,3 +29,109 @@ def test_white_space_at_the_ends_does_not_count():
 def test_id_never_changes():
     # Recomputed with `printf 'ein Füchslein' | b2sum -l 64`, shifted right by one bit.
     assert caption_id("ein Füchslein") == 0xE66F009D59DA7D02 >> 1
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a fox", "a fox"),
+        (b"\xef\xbb\xbf a fox \r\n", "a fox"),
+        ("ein Füchslein 🦊".encode(), "ein Füchslein 🦊"),
+        (b"x" * MAX_CAPTION_BYTES, "x" * MAX_CAPTION_CHARACTERS),
+        (b"x" * (MAX_CAPTION_CHARACTERS - 1) + b" y", "x" * (MAX_CAPTION_CHARACTERS - 1)),
+    ],
+)
+def test_captions_are_stripped_and_capped(data, text):
+    assert CaptionRule().choose([("txt", data)], (0,)) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b" \n\t\xc2\xa0", "empty"),
+        (b"caf\xe9", "not UTF-8"),
+        (b"x" * (MAX_CAPTION_BYTES + 1), "at most 1048576"),
+    ],
+)
+def test_bad_captions_are_named(data, reason):
+    with pytest.raises(BadSampleError, match=reason):
+        CaptionRule().choose([("txt", data)], (0,))
+
+
+JSON = b'{"caption": ["", " one ", "two"], "seo": {"alt": "three"}, "n": [1], "none": null}'
+
+
+@pytest.mark.parametrize(
+    ("rule", "members", "text"),
+    [
+        ({"json_field": "caption"}, [("json", JSON)], "one"),
+        ({"json_field": "seo.alt"}, [("json", JSON)], "three"),
+        ({"members": ("json", "txt")}, [("json", JSON), ("txt", b"four")], "one"),
+        ({"members": ("json", "txt"), "json_field": "none"}, [("json", JSON), ("txt", b"4")], "4"),
+        ({}, [("txt", b"first\nsecond")], "first\nsecond"),
+        ({"split_lines": True}, [("txt", b"\n first\r\nsecond\n")], "first"),
+    ],
+)
+def test_the_first_caption_that_is_not_empty_is_taken(rule, members, text):
+    assert CaptionRule(**rule).choose(members, (0,)) == text
+
+
+def test_members_after_the_first_caption_are_not_read():
+    def members():
+        yield "txt", b"a fox"
+        raise AssertionError
+
+    assert CaptionRule().choose(members(), (0,)) == "a fox"
+
+
+def test_random_captions_follow_the_place_alone_and_spread_evenly():
+    rule = CaptionRule(members=("txt", "json"), pick="random", split_lines=True)
+    members = [("txt", b"a\nb\n"), ("json", JSON)]
+    chosen = [rule.choose(members, (0, 0, place, 0)) for place in range(4000)]
+    assert chosen == [rule.choose(members, (0, 0, place, 0)) for place in range(4000)]
+    counts = collections.Counter(chosen)
+    assert set(counts) == {"a", "b", "one", "two"}
+    assert all(abs(count - 1000) < 120 for count in counts.values())  # four standard deviations
+    next_epoch = [rule.choose(members, (0, 1, place, 0)) for place in range(4000)]
+    assert sum(a == b for a, b in zip(chosen, next_epoch, strict=True)) < 1200
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"{", "JSON cannot be read"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"caption": ' + b"9" * 5000 + b"}", "JSON cannot be read"),
+        (b"[1]", "JSON holds a list, not an object"),
+        (b'{"other": "x"}', "JSON has no field 'caption'"),
+        (b'{"caption": 7}', "holds a int, not a string"),
+        (b'{"caption": ["x", null]}', "holds a NoneType, not a string"),
+        (b'{"caption": ["", " "]}', "caption is empty"),
+        (b"{" + b" " * MAX_CAPTION_BYTES + b"}", "at most 1048576"),
+    ],
+)
+def test_bad_json_is_a_bad_sample_with_a_reason(data, reason):
+    with pytest.raises(BadSampleError, match=reason):
+        CaptionRule(members=("json",)).choose([("json", data)], (0,))
+
+
+def test_a_field_may_hold_a_dot():
+    assert field_of({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
+    assert read_json(b'{"a": {"b": {"c": 3}}}')["a"]["b"] == {"c": 3}
+    with pytest.raises(BadSampleError, match=r"no field 'b\.c'"):
+        field_of({"a": {"b": 1}}, "a.b.c")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"members": ()}, r"captions.members \(\[\]\) must name one"),
+        ({"pick": "last"}, r"captions.pick \(last\) must be first or random"),
+        ({"json_field": ""}, "captions.json_field"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused(rule, message):
+    with pytest.raises(UserError, match=message):
+        CaptionRule(**rule).check()

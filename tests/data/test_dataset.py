@@ -1,12 +1,15 @@
+import json
 import os
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.pairs import build_pair_table
@@ -150,3 +153,113 @@ def test_programming_errors_in_a_transform_are_not_bad_samples(tmp_path):
 
     with pytest.raises(ValueError, match="a defect"):
         PairDataset(table, broken, seed=0, max_image_pixels=10_000)[Slot(0, 0, 0)]
+
+
+def several(folder):
+    members = [
+        (
+            f"key{i}",
+            {
+                "png": encode(picture(i)),
+                "txt": f"a{i}\nb{i}".encode(),
+                "json": b'{"caption": ["c%d", "d%d"], "width": 7}' % (i, i),
+            },
+        )
+        for i in range(6)
+    ]
+    return [write_shard(folder / "a.tar", members)]
+
+
+def captioned(shards, rule, **options):
+    table = build_pair_table(
+        [str(s) for s in shards], image_extensions=("png",), caption_extensions=rule.members
+    )
+    settings = {"seed": 7, "max_image_pixels": 10_000, "captions": rule} | options
+    return PairDataset(table, training_transform(tiny_inputs(), None), **settings)
+
+
+def test_one_of_several_captions_is_drawn_by_the_place(tmp_path):
+    rule = CaptionRule(members=("txt", "json"), pick="random", split_lines=True)
+    data = captioned(several(tmp_path), rule)
+    seen = [data[Slot(0, place, 3)].caption for place in range(200)]
+    assert set(seen) == {"a3", "b3", "c3", "d3"}
+    again = pickle.loads(pickle.dumps(data))
+    assert seen == [again[Slot(0, place, 3)].caption for place in range(200)]
+    assert data.raw(3)[2] in {"a3", "b3", "c3", "d3"}
+
+
+def test_an_evaluation_takes_the_first_caption(tmp_path):
+    rule = CaptionRule(members=("json",), pick="random")
+    data = captioned(several(tmp_path), rule, is_evaluation=True)
+    assert {data[Slot(0, place, 3)].caption for place in range(50)} == {"c3"}
+
+
+def test_stages_see_the_sample_and_draw_by_the_place(tmp_path):
+    seen = []
+
+    def look(samples):
+        for sample in samples:
+            seen.append(sample)
+            yield {**sample, "text": f"{sample['text']} {random.random()}"}
+
+    rule = CaptionRule(members=("json",))
+    shards = several(tmp_path)
+    data = captioned(shards, rule, stages=[look])
+    first = data[Slot(0, 5, 2)].caption
+    assert first.startswith("c2 0.")
+    assert data[Slot(0, 5, 2)].caption == first
+    assert data[Slot(0, 6, 2)].caption != first
+    assert seen[0]["__key__"] == "key2"
+    assert seen[0]["__url__"] == str(shards[0])
+    assert seen[0]["json"]["width"] == 7
+    assert seen[0]["image"].size == (20, 20)
+
+
+def test_samples_that_a_stage_leaves_out_are_replaced_but_not_bad(tmp_path, caplog):
+    def even(samples):
+        yield from (s for s in samples if int(s["__key__"][-1]) % 2 == 0)
+
+    data = captioned(several(tmp_path), CaptionRule(), stages=[even])
+    samples = [data[Slot(0, place, place % 6)] for place in range(60)]
+    assert {sample.sample_id for sample in samples} == {0, 2, 4}
+    assert not any(sample.is_substitute for sample in samples)
+    assert all(sample.is_valid for sample in samples)
+    assert caplog.text == ""
+    evaluated = captioned(several(tmp_path), CaptionRule(), stages=[even], is_evaluation=True)
+    assert [evaluated[Slot(0, i, i)].is_valid for i in range(4)] == [True, False, True, False]
+
+
+def test_stages_that_leave_out_everything_end_the_run(tmp_path):
+    data = captioned(several(tmp_path), CaptionRule(), stages=[lambda samples: iter(())])
+    with pytest.raises(UserError, match="stages leave out 1000 samples in a row"):
+        data[Slot(0, 0, 0)]
+
+
+def test_every_bad_sample_is_written_down(tmp_path):
+    shards = write_bad(tmp_path, {i: {"png": b"junk"} for i in (2, 4)})
+    path = tmp_path / "bad.jsonl"
+    data = dataset(shards, bad_sample_log=str(path))
+    for place in range(200):
+        data[Slot(3, place, 2)]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(records) > 200  # some substitutes are bad, too
+    assert records[0] == {
+        "shard": str(shards[0]),
+        "key": "key2",
+        "sample_id": 2,
+        "epoch": 3,
+        "position": 0,
+        "source": 0,
+        "reason": records[0]["reason"],
+    }
+    assert "cannot be decoded" in records[0]["reason"]
+    assert {record["key"] for record in records} == {"key2", "key4"}
+
+
+def test_substitutes_stay_in_the_source(tmp_path):
+    shards = write_shards(tmp_path, (2, 4, 6))
+    spoiled = Path(shards[0]).read_bytes().replace(b"PNG\r", b"JNK\r")
+    Path(shards[0]).write_bytes(spoiled)
+    data = dataset(shards, source_ranges=[(0, 6), (6, 12)])
+    ids = {data[Slot(0, place, 0)].sample_id for place in range(100)}
+    assert ids == {2, 3, 4, 5}

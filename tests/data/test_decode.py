@@ -7,9 +7,6 @@ import pytest
 from PIL import Image
 
 from dist_siglip.data.decode import (
-    MAX_CAPTION_BYTES,
-    MAX_CAPTION_CHARACTERS,
-    decode_caption,
     decode_image,
     sniff_media_type,
 )
@@ -75,31 +72,3 @@ def test_only_the_first_frame_is_taken():
     frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
     image = decode_image(buffer.getvalue(), max_pixels=400)
     assert np.array_equal(np.asarray(image), np.asarray(frames[0]))
-
-
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        (b"a fox", "a fox"),
-        (b"\xef\xbb\xbf a fox \r\n", "a fox"),
-        ("ein Füchslein 🦊".encode(), "ein Füchslein 🦊"),
-        (b"x" * MAX_CAPTION_BYTES, "x" * MAX_CAPTION_CHARACTERS),
-        (b"x" * (MAX_CAPTION_CHARACTERS - 1) + b" y", "x" * (MAX_CAPTION_CHARACTERS - 1)),
-    ],
-)
-def test_captions_are_stripped_and_capped(data, text):
-    assert decode_caption(data) == text
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty"),
-        (b" \n\t\xc2\xa0", "empty"),
-        (b"caf\xe9", "not UTF-8"),
-        (b"x" * (MAX_CAPTION_BYTES + 1), "at most 1048576"),
-    ],
-)
-def test_bad_captions_are_named(data, reason):
-    with pytest.raises(BadSampleError, match=reason):
-        decode_caption(data)

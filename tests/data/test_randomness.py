@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_siglip.data.randomness import draw_substitute, seeded_generators
+from dist_siglip.data.randomness import draw_one, seeded_generators
 
 
 def draw():
@@ -51,8 +51,8 @@ def test_neighbouring_keys_are_unrelated():
 
 
 def test_substitutes_spread_over_all_samples():
-    drawn = [draw_substitute(10, 0, 0, position, 1) for position in range(1000)]
+    drawn = [draw_one(10, 0, 0, position, 1) for position in range(1000)]
     assert np.bincount(drawn, minlength=10).min() > 50
-    assert drawn == [draw_substitute(10, 0, 0, position, 1) for position in range(1000)]
-    assert drawn != [draw_substitute(10, 0, 0, position, 2) for position in range(1000)]
-    assert {draw_substitute(1, position) for position in range(10)} == {0}
+    assert drawn == [draw_one(10, 0, 0, position, 1) for position in range(1000)]
+    assert drawn != [draw_one(10, 0, 0, position, 2) for position in range(1000)]
+    assert {draw_one(1, position) for position in range(10)} == {0}

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.stages import FilteredError, run_stages
+from dist_siglip.errors import UserError
+from tests.support.shards import picture
+
+
+def sample(text="a fox"):
+    return {"__key__": "k", "__url__": "s.tar", "image": picture(1), "text": text}
+
+
+def run(*stages, **fields):
+    return run_stages(stages, sample(**fields))
+
+
+def upper(fields):
+    return {**fields, "text": f" {fields['text'].upper()} "}
+
+
+def test_stages_of_webdataset_change_a_sample_one_after_another():
+    stages = (
+        webdataset.map(upper),
+        webdataset.map_dict(text=lambda text: text.replace("FOX", "HEN")),
+        webdataset.select(lambda fields: "HEN" in fields["text"]),
+    )
+    assert run(*stages)["text"] == "A HEN"
+
+
+def test_a_class_with_a_call_is_a_stage():
+    class Suffix:
+        def __init__(self, suffix):
+            self.suffix = suffix
+
+        def __call__(self, samples):
+            for fields in samples:
+                yield {**fields, "text": fields["text"] + self.suffix}
+
+    assert run(Suffix("!"), Suffix("?"))["text"] == "a fox!?"
+
+
+def test_a_sample_that_is_left_out_names_the_stage():
+    with pytest.raises(FilteredError, match="left out by stage none_at_all"):
+        run(none_at_all)
+
+
+def none_at_all(samples):
+    for _ in samples:
+        pass
+    return iter(())
+
+
+def twice(samples):
+    for fields in samples:
+        yield fields
+        yield fields
+
+
+def without_text(samples):
+    for fields in samples:
+        yield {"image": fields["image"]}
+
+
+def array_for_picture(samples):
+    for fields in samples:
+        yield {**fields, "image": np.asarray(fields["image"])}
+
+
+def number(samples):
+    yield 7
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (twice, "stage twice makes 2 samples of one"),
+        (without_text, "stage without_text must leave a string under 'text', not NoneType"),
+        (array_for_picture, "must leave a PIL.Image under 'image', not ndarray"),
+        (number, "must leave a PIL.Image under 'image'"),
+    ],
+)
+def test_a_stage_that_breaks_the_sample_is_named(stage, message):
+    with pytest.raises(UserError, match=message):
+        run(stage)
+
+
+def test_a_defect_in_a_stage_is_not_a_bad_sample():
+    def broken(samples):
+        for fields in samples:
+            yield {**fields, "text": fields["no such field"]}
+
+    with pytest.raises(RuntimeError, match=r"broken fails on s\.tar/k: KeyError") as info:
+        run(broken)
+    assert isinstance(info.value.__cause__, KeyError)
+
+
+def test_a_stage_may_call_a_sample_bad():
+    def picky(samples):
+        for _ in samples:
+            raise BadSampleError("too dark")
+        yield
+
+    with pytest.raises(BadSampleError, match="too dark"):
+        run(picky)
+    with pytest.raises(BadSampleError, match="caption is empty"):
+        run(webdataset.map(lambda fields: {**fields, "text": " "}))
+
+
+def test_pictures_come_out_in_rgb():
+    grey = webdataset.map(lambda fields: {**fields, "image": fields["image"].convert("L")})
+    assert run(grey)["image"].mode == "RGB"
+    assert isinstance(run()["image"], Image.Image)
