@@ -8,6 +8,7 @@ from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
 from dist_siglip.data.captions import caption_id
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.data.order import epoch_order
 from dist_siglip.data.pairs import PairTable, build_pair_table
 from dist_siglip.data.position import (
@@ -24,6 +25,7 @@ __all__ = [
     "BatchPlan",
     "EvaluationBatchSampler",
     "GlobalBatchSampler",
+    "ImageNormalizer",
     "ImageTextBatch",
     "ModelInputs",
     "PairCollator",

@@ -13,7 +13,7 @@ class ImageTextBatch(NamedTuple):
     """Pairs of pictures and captions on one rank; row i of every field belongs to pair i.
 
     Attributes:
-        images: (B, 3, H, W) float32, normalised.
+        images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``.
         texts: (B, L) int64, token ids.
         caption_ids: (B,) int64 >= 0; equal captions have equal ids.
         sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
@@ -36,7 +36,7 @@ class PairSample(NamedTuple):
     """One pair, decoded and transformed, its caption still a string.
 
     Attributes:
-        image: (3, H, W) float32, normalised.
+        image: (3, H, W) uint8.
         caption: stripped text.
         sample_id: index of the sample that is shown.
         is_valid: whether an evaluation counts it.

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from dist_siglip.data.bad_sample_log import BadSampleLog
 from dist_siglip.data.batch import PairSample
 from dist_siglip.data.captions import CaptionRule, read_json
-from dist_siglip.data.decode import decode_image, sniff_media_type
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.randomness import draw_one, seeded_generators
 from dist_siglip.data.slot import Slot
 from dist_siglip.data.stages import FilteredError, Stage, run_stages
@@ -42,7 +42,7 @@ class PairDataset(Dataset[PairSample]):
 
     Args:
         table: where the members are.
-        transform: picture to (3, H, W) tensor; random draws are seeded by the key of the slot.
+        transform: picture to (3, H, W) uint8; random draws are seeded by the key of the slot.
         seed: >= 0.
         max_image_pixels: largest picture that is decoded.
         captions: which caption a sample gets.
@@ -143,16 +143,16 @@ class PairDataset(Dataset[PairSample]):
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
         caption = self._captions.choose(members, key)
         data = self._reader.read(self.table.image_span(sample_id))
-        image = decode_image(data, max_pixels=self._max_image_pixels)
+        picture = EncodedPicture(data, max_pixels=self._max_image_pixels)
         with seeded_generators(*key):
-            if self._stages:
-                shard, name = self.table.name(sample_id)
-                sample: dict[str, Any] = {"__key__": name, "__url__": shard}
-                sample |= {"image": image, "text": caption}
-                sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
-                changed = run_stages(self._stages, sample)
-                image, caption = changed["image"], changed["text"]
-            return self._transform(image), caption
+            if not self._stages:
+                return self._transform(picture), caption
+            shard, name = self.table.name(sample_id)
+            sample: dict[str, Any] = {"__key__": name, "__url__": shard}
+            sample |= {"image": picture.decode(), "text": caption}
+            sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
+            changed = run_stages(self._stages, sample)
+            return self._transform(changed["image"]), changed["text"]
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

@@ -1,60 +1,129 @@
-"""How does a decoded picture become the tensor a model expects?
+"""How does a picture become the pixels a model expects?
 
-The transforms are open_clip's own, so that what is trained here sees the same pixels as in
-open_clip's trainer and evaluations.
+The crops and sizes are open_clip's own, so that what is trained here sees the same pixels as in
+open_clip's trainer and evaluations. What is left of its transform, the conversion to floats and the
+normalisation, happens on the device (``ImageNormalizer``): a byte is a quarter of a float to move.
 """
 
 from collections.abc import Callable
 
-from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Normalize, RandomResizedCrop
 
 from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.picture import REDUCTIONS, EncodedPicture
 
-ImageTransform = Callable[[Image.Image], Tensor]
+ImageTransform = Callable[[EncodedPicture | Image.Image], Tensor]
+
+_RATIO = (3 / 4, 4 / 3)  # of the sides of a crop: torchvision's, which open_clip leaves as it is
 
 
 def training_transform(
-    inputs: ModelInputs, crop_scale: tuple[float, float] | None
+    inputs: ModelInputs,
+    crop_scale: tuple[float, float] | None,
+    *,
+    scaled_decode: bool = True,
 ) -> ImageTransform:
-    """Return the training transform: a random crop, resized and normalised.
+    """Return the training transform: a random crop, resized.
 
     Args:
         inputs: preprocessing of the model.
         crop_scale: share of the picture's area that a crop keeps, (least, most). None turns
             augmentation off: the evaluation transform.
+        scaled_decode: decode a JPEG at the smallest fraction of its size at which the crop still
+            has the pixels it needs. Same crops, much faster for large pictures; the pixels differ
+            a little from those of open_clip. False: the same pixels.
 
     Returns:
-        A function from a PIL picture to (3, H, W) float32. It draws from the random generators of
+        A function from a picture to (3, H, W) uint8. It draws from the random generators of
         torch.
     """
     if crop_scale is None:
         return evaluation_transform(inputs)
-    transform: ImageTransform = image_transform_v2(
-        _preprocessing(inputs), is_train=True, aug_cfg=AugmentationCfg(scale=crop_scale)
-    )
-    return transform
+    return _RandomCrop(inputs.image_size, crop_scale, scaled_decode)
 
 
 def evaluation_transform(inputs: ModelInputs) -> ImageTransform:
-    """Return the evaluation transform: resized as the model asks, normalised, nothing random.
+    """Return the evaluation transform: resized as the model asks, nothing random.
 
     Args:
         inputs: preprocessing of the model.
 
     Returns:
-        A function from a PIL picture to (3, H, W) float32.
+        A function from a picture to (3, H, W) uint8: open_clip's pixels before normalisation.
     """
-    transform: ImageTransform = image_transform_v2(_preprocessing(inputs), is_train=False)
-    return transform
+    return _Evaluation(inputs)
 
 
-def _preprocessing(inputs: ModelInputs) -> PreprocessCfg:
-    return PreprocessCfg(
-        size=inputs.image_size,
-        mean=inputs.mean,
-        std=inputs.std,
-        interpolation=inputs.interpolation,
-        resize_mode=inputs.resize_mode,
-    )
+class _RandomCrop:
+    """open_clip's training transform, its crop drawn before anything is decoded."""
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        crop_scale: tuple[float, float],
+        scaled_decode: bool,
+    ) -> None:
+        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        self._target = (width, height)
+        self._crop_scale = list(crop_scale)
+        self._scaled_decode = scaled_decode
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        width, height = picture.size
+        # torchvision's own draw needs something of this size, not its pixels.
+        shape_only = torch.empty(1).expand(3, height, width)
+        top, left, rows, columns = RandomResizedCrop.get_params(
+            shape_only, self._crop_scale, list(_RATIO)
+        )
+        image = self._decode(picture, rows, columns)
+        box = (left, top, left + columns, top + rows)
+        if image.size == (width, height):
+            return _to_tensor(image.crop(box).resize(self._target, Image.Resampling.BICUBIC))
+        across, down = image.width / width, image.height / height
+        scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        return _to_tensor(image.resize(self._target, Image.Resampling.BICUBIC, box=scaled))
+
+    def _decode(
+        self, picture: EncodedPicture | Image.Image, rows: int, columns: int
+    ) -> Image.Image:
+        if isinstance(picture, Image.Image):
+            return picture
+        if not self._scaled_decode:
+            return picture.decode()
+        width, height = self._target
+        return picture.decode(
+            next(r for r in REDUCTIONS if r == 1 or (columns >= r * width and rows >= r * height))
+        )
+
+
+class _Evaluation:
+    """open_clip's evaluation transform without its last two steps."""
+
+    def __init__(self, inputs: ModelInputs) -> None:
+        settings = PreprocessCfg(
+            size=inputs.image_size,
+            mean=inputs.mean,
+            std=inputs.std,
+            interpolation=inputs.interpolation,
+            resize_mode=inputs.resize_mode,
+        )
+        *steps, to_floats, normalize = image_transform_v2(settings, is_train=False).transforms
+        if type(to_floats).__name__ != "MaybeToTensor" or not isinstance(normalize, Normalize):
+            raise RuntimeError("open_clip's transform no longer ends with ToTensor and Normalize")
+        self._steps = steps
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        image = picture if isinstance(picture, Image.Image) else picture.decode()
+        for step in self._steps:
+            image = step(image)
+        return _to_tensor(image)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Copy an RGB picture to (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -21,6 +21,7 @@ from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import build_loader
+from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.data.position import (
     BatchPlan,
     EvaluationBatchSampler,
@@ -249,6 +250,14 @@ class ImageTextDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             self._bad_samples.count(int(batch.substituted.sum()))
         return batch
+
+    def on_after_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
+        """Normalise the pictures where they are now, in the precision of the run."""
+        assert self.inputs is not None  # setup has checked it
+        batch = ImageNormalizer(self.inputs.mean, self.inputs.std)(batch)
+        if self.trainer is None:
+            return batch
+        return batch._replace(images=self.trainer.precision_plugin.convert_input(batch.images))
 
     def epochs(self) -> dict[str, float]:
         """Say how many epochs of the training data, or of each source of a mixture, are done."""

@@ -4,9 +4,15 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 
+from dist_siglip.data.normalize import ImageNormalizer
+from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.randomness import seeded_generators
 from dist_siglip.data.transforms import evaluation_transform, training_transform
-from tests.support.shards import picture, tiny_inputs
+from tests.support.shards import jpeg, photo, picture, tiny_inputs
+
+
+def normalized(pixels, inputs):
+    return ImageNormalizer(inputs.mean, inputs.std).pixels(pixels[None])[0]
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
@@ -27,8 +33,8 @@ def test_evaluation_pixels_are_those_of_open_clip(resize_mode, image_size, inter
     image = picture(3, side=33).crop((0, 0, 33, 25))
     ours = evaluation_transform(inputs)(image)
     assert ours.shape == (3, 16, 16) if image_size == 16 else (3, 12, 16)
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, theirs(image))
+    assert ours.dtype == torch.uint8
+    assert torch.equal(normalized(ours, inputs), theirs(image))
 
 
 def test_training_crops_are_those_of_open_clip():
@@ -42,7 +48,7 @@ def test_training_crops_are_those_of_open_clip():
             first = ours(picture(3))
         with seeded_generators(key):
             second = theirs(picture(3))
-        assert torch.equal(first, second)
+        assert torch.equal(normalized(first, inputs), second)
 
 
 def test_no_crop_scale_is_the_evaluation_transform():
@@ -51,3 +57,50 @@ def test_no_crop_scale_is_the_evaluation_transform():
     assert torch.equal(unaugmented, evaluation_transform(tiny_inputs())(image))
     cropped = training_transform(tiny_inputs(), (0.2, 0.3))(image)
     assert not torch.equal(cropped, unaugmented)
+
+
+def crops(data, scaled_decode, inputs, keys=range(8)):
+    transform = training_transform(inputs, (0.5, 1.0), scaled_decode=scaled_decode)
+    found = []
+    for key in keys:
+        with seeded_generators(key):
+            found.append(transform(EncodedPicture(data, max_pixels=10**7)))
+    return torch.stack(found)
+
+
+def test_crops_of_encoded_pictures_are_those_of_open_clip():
+    inputs = replace(tiny_inputs(), image_size=(24, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    data = jpeg(photo(300, 200))
+    theirs = image_transform(
+        (24, 32), is_train=True, mean=inputs.mean, std=inputs.std, aug_cfg={"scale": (0.5, 1.0)}
+    )
+    ours = crops(data, False, inputs)
+    for key, pixels in enumerate(ours):
+        with seeded_generators(key):
+            expected = theirs(EncodedPicture(data, max_pixels=10**7).decode())
+        assert torch.equal(normalized(pixels, inputs), expected)
+
+
+def test_scaled_decoding_shows_the_same_crop_nearly_to_the_pixel(monkeypatch):
+    asked = []
+    decode = EncodedPicture.decode
+    monkeypatch.setattr(
+        EncodedPicture,
+        "decode",
+        lambda self, reduction=1: asked.append(reduction) or decode(self, reduction),
+    )
+    inputs = replace(tiny_inputs(), image_size=64)
+    data = jpeg(photo(600, 400))
+    exact, scaled = (crops(data, choice, inputs).double() for choice in (False, True))
+    assert set(asked) == {1, 4}
+    error = (exact - scaled).abs()
+    assert error.mean() < 1.5  # of 255
+    psnr_db = 10 * torch.log10(255**2 / (exact - scaled).square().mean())
+    assert psnr_db > 38
+    assert not torch.equal(exact, scaled)
+
+
+def test_small_pictures_are_decoded_in_full():
+    inputs = replace(tiny_inputs(), image_size=64)
+    data = jpeg(photo(100, 90))
+    assert torch.equal(crops(data, True, inputs), crops(data, False, inputs))

@@ -25,6 +25,21 @@ def encode(image: Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def photo(width, height, seed=0):
+    """Smooth shapes with a little noise: compresses and shrinks like a photograph."""
+    generator = np.random.default_rng(seed)
+    small = generator.integers(0, 256, (height // 24 + 2, width // 24 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    noisy = smooth + generator.normal(0, 4, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
 def caption(sample_id: int) -> str:
     return f"pair number {sample_id}"
 
