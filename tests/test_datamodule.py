@@ -1,3 +1,4 @@
+import itertools
 import os
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
+from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.order import epoch_order
 from dist_siglip.datamodule import ImageTextDataModule, TrainSource
 from dist_siglip.errors import UserError
@@ -295,8 +297,46 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(shards, tmp_path):
     data = make_data(path, max_bad_fraction=0.1)
     run_to(20, data, tmp_path)
     assert data.num_substituted == 10  # once an epoch of two steps
-    with pytest.raises(UserError, match=r"max_bad_fraction \(0\.05\) is exceeded: 10 of 160"):
-        run_to(20, make_data(path, max_bad_fraction=0.05), tmp_path)
+    log = str(tmp_path / "bad_samples.jsonl")
+    text = (
+        r"max_bad_fraction \(0\.05\) is exceeded: 10 of 160 .*\(first .*bad\.tar/4: picture cannot"
+        r".*; all in .*bad_samples\.jsonl"
+    )
+    with pytest.raises(UserError, match=text):
+        run_to(20, make_data(path, max_bad_fraction=0.05, bad_sample_log=log), tmp_path)
+    assert len(Path(log).read_text().splitlines()) >= 10  # loaders read ahead
+
+
+def shout(samples):
+    for sample in samples:
+        yield {**sample, "text": sample["text"].upper()}
+
+
+def test_captions_stages_and_damage_are_settings_of_the_data(tmp_path):
+    members = [
+        (f"{i}", {"png": encode(picture(i)), "json": b'{"alt": "number %d"}' % i}) for i in range(8)
+    ]
+    members.append(("incomplete", {"json": b"{}"}))
+    path = str(write_shard(tmp_path / "a.tar", members))
+    options = {
+        "captions": CaptionRule(members=("json",), json_field="alt"),
+        "stages": [shout],
+        "scaled_decode": False,
+    }
+    with pytest.raises(UserError, match="1 of 9 samples have no picture"):
+        make_data(path, **options).check(1)
+    data = make_data(path, val_shards=path, on_damage="skip", max_bad_fraction=0.5, **options)
+    data.check(1)
+    data.setup("fit")
+    (batch,) = itertools.islice(data.train_dataloader(), 1)
+    texts = ["".join(map(chr, row)).rstrip("\0") for row in batch.texts.tolist()]
+    assert sorted(texts) == [f"NUMBER {i}" for i in range(8)]
+    assert batch.images.dtype == torch.uint8
+    normal = data.on_after_batch_transfer(batch, 0).images
+    assert normal.dtype == torch.float32
+    assert normal.min() < 0
+    (batch,) = data.val_dataloader()
+    assert int(batch.valid.sum()) == 8
 
 
 def test_gradient_accumulation_is_refused(shards, tmp_path):

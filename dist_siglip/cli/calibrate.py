@@ -101,14 +101,12 @@ class CalibrationData(ImageTextDataModule):
         name = f"{self.split}_shards"
         check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         is_training = self.split == "train"
-        self.excerpt = PairDataset(
-            self.tables.of(name),
-            training_transform(self.inputs, self.train_crop_scale)
-            if is_training
-            else evaluation_transform(self.inputs),
-            seed=self.seed,
-            max_image_pixels=self.max_image_pixels,
-        )
+        transform = evaluation_transform(self.inputs)
+        if is_training:
+            transform = training_transform(
+                self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
+            )
+        self.excerpt = self.dataset_of(name, transform, is_evaluation=not is_training)
 
     def val_dataloader(self) -> DataLoader[PairSample]:
         """Loader of this rank's share of the excerpt."""

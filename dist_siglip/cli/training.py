@@ -170,6 +170,8 @@ class TrainingCLI(LightningCLI):
                 "data has no end"
             )
         world_size = self.trainer.num_nodes * self.trainer.num_devices
+        if self.datamodule.bad_sample_log is None:
+            self.datamodule.bad_sample_log = str(self.folder.bad_samples)
         self.datamodule.check(world_size)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")

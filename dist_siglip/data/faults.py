@@ -3,8 +3,11 @@
 import torch
 from torch.distributed import ProcessGroup
 
+from dist_siglip.data.bad_sample_log import first_lines
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
+
+_NAMED = 5  # bad samples in the error that ends a run
 
 
 class BadSampleError(Exception):
@@ -18,9 +21,13 @@ class BadSampleLimit:
         max_fraction: share of the training samples, over all ranks and since the process started,
             that may be substitutes.
         check_steps: steps between two comparisons; each is one all-reduce of one number.
+        log_path: file of the bad samples (see ``BadSampleLog``), for the error.
     """
 
-    def __init__(self, max_fraction: float, check_steps: int = 20) -> None:
+    def __init__(
+        self, max_fraction: float, check_steps: int = 20, log_path: str | None = None
+    ) -> None:
+        self.log_path = log_path
         self._max_fraction = max_fraction
         self._check_steps = check_steps
         self._num_steps = 0
@@ -51,8 +58,10 @@ class BadSampleLimit:
         mine = torch.tensor(self.num_substituted, device=device)
         bad = int(sum_over_ranks(mine, group))
         if bad > self._max_fraction * self._num_samples:
+            named = "; ".join(first_lines(self.log_path, _NAMED))
+            listed = f"first {named}; all in {self.log_path}" if named else "named in the log above"
             raise UserError(
                 f"max_bad_fraction ({self._max_fraction}) is exceeded: {bad} of "
-                f"{self._num_samples} training samples were bad (named in the log above); repair "
-                "the shards or raise it"
+                f"{self._num_samples} training samples were bad ({listed}); repair the shards or "
+                "raise it"
             )

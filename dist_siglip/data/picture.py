@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dist_siglip.data.faults import BadSampleError
 
@@ -128,5 +128,7 @@ def _bad_if_it_fails() -> Iterator[None]:
     """Decoding errors inside the block are bad samples."""
     try:
         yield
+    except UnidentifiedImageError as error:
+        raise BadSampleError("picture cannot be decoded: no JPEG, PNG or WebP file") from error
     except _DECODER_ERRORS as error:
         raise BadSampleError(f"picture cannot be decoded: {error!r}") from error

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from dist_siglip.data.agreement import check_ranks_agree
 from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.inputs import ModelInputs
@@ -29,12 +31,17 @@ from dist_siglip.data.position import (
     Progress,
     check_divisible,
 )
-from dist_siglip.data.resume import position_to_resume_at
-from dist_siglip.data.sequence import MixtureSequence, SingleSequence
-from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.stages import Stage
+from dist_siglip.data.transforms import (
+    ImageTransform,
+    evaluation_transform,
+    training_transform,
+)
+from dist_siglip.datamodule.checks import check_least, check_shares
 from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
 from dist_siglip.datamodule.sources import TrainSource
 from dist_siglip.datamodule.tables import ShardTables
+from dist_siglip.datamodule.training_position import TrainingPosition
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 
@@ -65,10 +72,19 @@ class ImageTextDataModule(LightningDataModule):
         block_shards: shards shuffled together; more mixes better, fewer reads more locally.
         train_crop_scale: share of the picture's area a random training crop keeps, (least, most).
             Null turns augmentation off.
+        scaled_decode: decode JPEGs for training at the scale the crop needs: same crops, much
+            faster for large pictures. False: open_clip's pixels, to the bit.
         image_extensions: members that are the picture of a sample, in order of preference.
+        captions: where the captions of a sample are, and which one it gets.
+        stages: steps of your own between decoding and transform, as webdataset has them: class
+            paths of functions from an iterator of samples to an iterator of samples.
         max_image_pixels: pictures with more pixels count as bad samples.
+        on_damage: what damaged shards and incomplete samples do before training: "refuse" the
+            run, or "skip" them, up to ``max_bad_fraction`` of the shards and of the samples.
         max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
             before the run stops. Bad samples are named in the log and replaced.
+        bad_sample_log: file for a JSON line about every bad sample. The command line takes
+            bad_samples.jsonl in the run folder; null writes none.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -93,28 +109,35 @@ class ImageTextDataModule(LightningDataModule):
         max_bad_fraction: float = 0.01,
         train_sources: list[TrainSource] | None = None,
         accept_changed_data: bool = False,
+        scaled_decode: bool = True,
+        captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
+        stages: list[Stage] | None = None,
+        on_damage: OnDamage = "refuse",
+        bad_sample_log: str | None = None,
     ) -> None:
         super().__init__()
-        _check_least("global_batch_size", global_batch_size, 1)
-        _check_least("val_local_batch_size", val_local_batch_size, 1)
-        _check_least("workers_per_rank", workers_per_rank, 0)
-        _check_least("prefetch_factor", prefetch_factor, 1)
-        _check_least("seed", seed, 0)
-        _check_least("block_shards", block_shards, 1)
-        _check_least("max_image_pixels", max_image_pixels, 1)
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction ({max_bad_fraction}) must be in [0, 1]")
-        if train_crop_scale and not 0 < train_crop_scale[0] <= train_crop_scale[1] <= 1:
-            raise UserError(
-                f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
-            )
+        check_least(
+            {
+                "global_batch_size": (global_batch_size, 1),
+                "val_local_batch_size": (val_local_batch_size, 1),
+                "workers_per_rank": (workers_per_rank, 0),
+                "prefetch_factor": (prefetch_factor, 1),
+                "seed": (seed, 0),
+                "block_shards": (block_shards, 1),
+                "max_image_pixels": (max_image_pixels, 1),
+            }
+        )
+        check_shares(max_bad_fraction, train_crop_scale)
+        captions.check()
         self.tables = ShardTables(
             train_shards=train_shards,
             train_sources=train_sources,
             val_shards=val_shards,
             image_extensions=image_extensions,
+            caption_extensions=captions.members,
+            on_damage=on_damage,
+            max_bad_fraction=max_bad_fraction,
         )
-        self.accept_changed_data = accept_changed_data
         self.val_shards = val_shards
         self.inputs = inputs
         self.global_batch_size = global_batch_size
@@ -125,13 +148,24 @@ class ImageTextDataModule(LightningDataModule):
         self.block_shards = block_shards
         self.train_crop_scale = train_crop_scale
         self.max_image_pixels = max_image_pixels
-        self.progress = Progress()
+        self.scaled_decode = scaled_decode
+        self.captions = captions
+        self.stages = stages or []
+        self.bad_sample_log = bad_sample_log
+        self.position = TrainingPosition(accept_changed_data=accept_changed_data)
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
-        self.plan: BatchPlan | None = None
-        self._sequence: SingleSequence | MixtureSequence | None = None
-        self._restored: dict[str, int | str] | None = None
         self._bad_samples = BadSampleLimit(max_bad_fraction)
+
+    @property
+    def plan(self) -> BatchPlan | None:
+        """The sequence of training batches; None before ``setup("fit")``."""
+        return self.position.plan
+
+    @property
+    def progress(self) -> Progress:
+        """How far training has come."""
+        return self.position.progress
 
     @property
     def num_substituted(self) -> int:
@@ -178,28 +212,36 @@ class ImageTextDataModule(LightningDataModule):
             check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         if stage == "fit":
             check_divisible(self.global_batch_size, self._world().world_size)
-            self.plan = self._make_plan()
-            self._sequence = self.plan.sequence()
-            self.train_dataset = PairDataset(
-                self.tables.of("train_shards"),
-                training_transform(self.inputs, self.train_crop_scale),
-                seed=self.seed,
-                max_image_pixels=self.max_image_pixels,
+            self._bad_samples.log_path = self.bad_sample_log
+            transform = training_transform(
+                self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
+            self.train_dataset = self.dataset_of("train_shards", transform)
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)
                 count_first(self.trainer, self)
                 if self.val_shards is None:
                     self.trainer.limit_val_batches = 0  # an empty loader would warn
-            self._resume()
+            self.position.begin(self._make_plan(), self.tables.of("train_shards"))
         if "val_shards" in self.tables.settings_of(stage):
-            self.val_dataset = PairDataset(
-                self.tables.of("val_shards"),
-                evaluation_transform(self.inputs),
-                seed=self.seed,
-                max_image_pixels=self.max_image_pixels,
-                is_evaluation=True,
-            )
+            transform = evaluation_transform(self.inputs)
+            self.val_dataset = self.dataset_of("val_shards", transform, is_evaluation=True)
+
+    def dataset_of(
+        self, name: str, transform: ImageTransform, *, is_evaluation: bool = False
+    ) -> PairDataset:
+        """Build the data set of ``train_shards`` or ``val_shards`` as the settings say."""
+        return PairDataset(
+            self.tables.of(name),
+            transform,
+            seed=self.seed,
+            max_image_pixels=self.max_image_pixels,
+            captions=self.captions,
+            stages=self.stages,
+            source_ranges=self.tables.source_ranges() if name == "train_shards" else (),
+            bad_sample_log=self.bad_sample_log,
+            is_evaluation=is_evaluation,
+        )
 
     def train_dataloader(self) -> DataLoader[PairSample]:
         """Endless loader of this rank's slice of every global batch, from where training stands."""
@@ -228,10 +270,7 @@ class ImageTextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed, and what makes that number mean the same thing later."""
-        identity = {} if self.plan is None else self.plan.identity()
-        if self.plan is not None:
-            identity["shards"] = self.tables.of("train_shards").shard_lines
-        return {"samples_consumed": self.progress.samples_consumed, **identity}
+        return self.position.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written.
@@ -240,8 +279,7 @@ class ImageTextDataModule(LightningDataModule):
             UserError: if data, seed, global batch or block size are not what they were (data may
                 be, with ``accept_changed_data``).
         """
-        self._restored = dict(state_dict)
-        self._resume()
+        self.position.restore(state_dict)
 
     def on_before_batch_transfer(
         self, batch: ImageTextBatch, dataloader_idx: int
@@ -261,30 +299,12 @@ class ImageTextDataModule(LightningDataModule):
 
     def epochs(self) -> dict[str, float]:
         """Say how many epochs of the training data, or of each source of a mixture, are done."""
-        if self.plan is None or self._sequence is None:
-            return {}
-        done = self._sequence.epochs(self.progress.samples_consumed // self.global_batch_size)
-        if not self.plan.sources:
-            return {"data/epochs": done[0]}
-        names = (f"data/{source.name}/epochs" for source in self.plan.sources)
-        return dict(zip(names, done, strict=True))
+        return self.position.epochs()
 
     def advance(self) -> None:
         """Count one trained global batch."""
         self.progress.samples_consumed += self.global_batch_size
         self._bad_samples.finish_step(self.global_batch_size, self._device())
-
-    def _resume(self) -> None:
-        """Take over a restored position once the plan it belongs to exists."""
-        if self._restored is None or self.plan is None:
-            return
-        self.progress.samples_consumed = position_to_resume_at(
-            self.plan,
-            self.tables.of("train_shards").shard_lines,
-            self._restored,
-            accept_changed_data=self.accept_changed_data,
-        )
-        self._restored = None
 
     def _make_plan(self) -> BatchPlan:
         return self.tables.plan(
@@ -315,8 +335,3 @@ class ImageTextDataModule(LightningDataModule):
             prefetch_factor=self.prefetch_factor,
             pin_memory=self._device().type == "cuda",
         )
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name} ({value}) must be at least {least}")

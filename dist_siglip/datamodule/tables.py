@@ -1,5 +1,8 @@
 """Which pairs does each setting of the data module name?"""
 
+from functools import partial
+
+from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.pairs import PairTable, build_pair_table
 from dist_siglip.data.position import BatchPlan
 from dist_siglip.data.urls import expand_shards
@@ -20,6 +23,9 @@ class ShardTables:
         train_sources: sources of a mixture instead, or None.
         val_shards: specification of the validation shards, or None.
         image_extensions: members that are the picture of a sample, in order of preference.
+        caption_extensions: members that hold its captions, likewise.
+        on_damage: "refuse" or "skip".
+        max_bad_fraction: share of shards and samples that may be skipped.
 
     Raises:
         UserError: if ``train_sources`` contradict each other or ``train_shards``.
@@ -32,11 +38,20 @@ class ShardTables:
         train_sources: list[TrainSource] | None,
         val_shards: str | list[str] | None,
         image_extensions: tuple[str, ...],
+        caption_extensions: tuple[str, ...] = ("txt",),
+        on_damage: OnDamage = "refuse",
+        max_bad_fraction: float = 0.01,
     ) -> None:
         check_sources(train_sources, train_shards)
         self._specifications = {"train_shards": train_shards, "val_shards": val_shards}
         self._train_sources = train_sources
-        self._image_extensions = image_extensions
+        self._build = partial(
+            build_pair_table,
+            image_extensions=image_extensions,
+            caption_extensions=caption_extensions,
+            on_damage=on_damage,
+            max_bad_fraction=max_bad_fraction,
+        )
         self._source_paths: list[list[str]] = []
         self._built: dict[str, PairTable] = {}
 
@@ -59,9 +74,7 @@ class ShardTables:
             UserError: if the setting is null, or its shards are missing or damaged.
         """
         if name not in self._built:
-            self._built[name] = build_pair_table(
-                self._expand(name), image_extensions=self._image_extensions, name=name
-            )
+            self._built[name] = self._build(self._expand(name), name=name)
         return self._built[name]
 
     def plan(self, *, seed: int, global_batch_size: int, block_shards: int) -> BatchPlan:

@@ -5,6 +5,7 @@ config.yaml            resolved configuration; ``fit --config`` of it goes on wi
 provenance.json        command, versions, commit, host
 metrics.jsonl          one JSON object per logged step and per evaluation
 log.txt                plain lines of progress and warnings
+bad_samples.jsonl      one JSON object per bad sample, if there was any
 tensorboard/           event files
 checkpoints/           step=00000500.ckpt ...
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
@@ -52,6 +53,11 @@ class RunFolder:
     def log(self) -> Path:
         """What was said, in plain lines."""
         return self.path / "log.txt"
+
+    @property
+    def bad_samples(self) -> Path:
+        """One JSON object a line; missing while every sample is sound."""
+        return self.path / "bad_samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -24,6 +24,8 @@ FREE_KEYS = frozenset(
         "data.prefetch_factor",
         "data.max_bad_fraction",
         "data.accept_changed_data",
+        "data.on_damage",  # the fingerprint watches what is left
+        "data.bad_sample_log",
     }
 )
 
