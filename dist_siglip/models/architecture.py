@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -86,10 +87,17 @@ def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
     # Weights of single towers are never fetched behind the user's back.
     config["vision_cfg"]["timm_model_pretrained"] = False
     config["text_cfg"]["hf_model_pretrained"] = False
+    trunk = siglip_trunk(config["vision_cfg"])
+    if trunk is not None:
+        # The smallest tower of timm holds the place of the one described.
+        config["vision_cfg"]["timm_model_name"] = "test_vit"
     custom_text = config.pop("custom_text", False) or config["text_cfg"].get("hf_model_name")
     model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     try:
         network: nn.Module = model_class(**config)
+        if trunk is not None:
+            visual: Any = network.visual
+            visual.trunk = timm.create_model(**trunk)
         _fit_image_size(network)
     except (AssertionError, OSError, TypeError, ValueError) as error:
         raise UserError(
@@ -97,6 +105,34 @@ def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
             "correct vision_cfg or text_cfg"
         ) from error
     return network
+
+
+def siglip_trunk(vision: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments for timm's image tower of SigLIP where the config states its sizes, else None.
+
+    open_clip builds timm's towers by name alone. A config of ours may add ``width``, ``layers``,
+    ``head_width``, ``mlp_ratio``, ``patch_size``, ``act_kwargs`` and ``norm_kwargs`` to the name of
+    a SigLIP tower, which are those of open_clip's own towers; then they decide.
+    """
+    name = vision.get("timm_model_name") or ""
+    if "_siglip_" not in name or "width" not in vision:
+        return None
+    norm = partial(nn.LayerNorm, **(vision.get("norm_kwargs") or {"eps": 1e-6}))
+    return {
+        "model_name": name,
+        "pretrained": False,
+        "num_classes": 0,
+        "global_pool": vision.get("timm_pool", "map"),
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": vision["width"] // vision["head_width"],
+        "mlp_ratio": vision["mlp_ratio"],
+        "norm_layer": norm,
+        "act_layer": partial(nn.GELU, **(vision.get("act_kwargs") or {})),
+        "patch_drop_rate": vision.get("patch_dropout", 0.0),
+    }
 
 
 def _fit_image_size(network: nn.Module) -> None:

@@ -8,6 +8,8 @@ preprocessing, weights file, tokenizer folder:
     local-dir:exports/mine     a folder with open_clip_config.json and its weights
     hf-hub:timm/ViT-B-16-SigLIP    the same folder on the Hugging Face hub
 
+A folder may also be one of transformers (``config.json``); see ``hugging_face.py``.
+
 Nothing is registered in open_clip, so two files of the same name never meet. Reading the weights
 is the business of ``weights.py``, building the network that of ``architecture.py``.
 """
@@ -25,6 +27,8 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.hugging_face import CONFIG_NAME as HUGGING_FACE_CONFIG
+from dist_siglip.models.hugging_face import read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +144,16 @@ def _resolve_folder(model: str, path: str) -> ModelSource:
     folder = Path(path).expanduser()
     if not path or not folder.is_dir():
         raise UserError(f"model ({model}) names no folder; give local-dir:PATH of an existing one")
-    architecture, preprocessing = read_config(folder / CONFIG_NAME)
+    if not (folder / CONFIG_NAME).exists() and (folder / HUGGING_FACE_CONFIG).exists():
+        architecture, preprocessing, weights = read_folder(folder)
+    else:
+        architecture, preprocessing = read_config(folder / CONFIG_NAME)
+        weights = _weights_in_folder(folder)
     return ModelSource(
         name=model,
         architecture=architecture,
         preprocessing=preprocessing,
-        weights=_weights_in_folder(folder),
+        weights=weights,
         tokenizer_folder=folder,
     )
 

@@ -5,13 +5,14 @@ training checkpoints, checkpoints of this package). Files are read with ``weight
 safetensors, so a file that holds code is refused and its code never runs.
 """
 
+import json
 import logging
 import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -26,6 +27,11 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.hugging_face_names import (
+    has_flat_patches,
+    is_foreign,
+    to_own_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +57,14 @@ class Weights:
         logit_bias: the file's bias, added to the logits, or None if it has none.
         global_batch_size: pairs of the global batch the file was trained with, or None if it
             does not say.
+        interpolation: how image positions are resampled for another image size.
     """
 
     towers: dict[str, Tensor]
     logit_scale: float | None
     logit_bias: float | None
     global_batch_size: int | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 def read_weights(path: Path) -> Weights:
@@ -79,10 +87,15 @@ def read_weights(path: Path) -> Weights:
     if any(key.startswith(TOWERS_PREFIX) for key in tensors):
         return replace(_split_own_checkpoint(tensors), global_batch_size=global_batch_size)
     tensors = _strip_shared_prefix(tensors, NETWORK_PREFIX)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     log_scale = tensors.pop("logit_scale", None)
     bias = tensors.pop("logit_bias", None)
+    if is_foreign(tensors):
+        interpolation = "bilinear" if has_flat_patches(tensors) else "bicubic"
+        tensors = to_own_names(tensors)
     return Weights(
         towers=tensors,
+        interpolation=interpolation,
         logit_scale=None if log_scale is None else math.exp(log_scale.item()),
         logit_bias=None if bias is None else float(bias.item()),
         global_batch_size=global_batch_size,
@@ -118,7 +131,7 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
         if key not in ("logit_scale", "logit_bias")
     }
     tensors = _to_current_names(network, dict(weights.towers))
-    for key, old_shape in _resize_positions(network, tensors, own):
+    for key, old_shape in _resize_positions(network, tensors, own, weights.interpolation):
         logger.info("resized %s of %s: %s -> %s", key, path, old_shape, tuple(own[key].shape))
     problems = _differences(own, tensors)
     if problems:
@@ -131,6 +144,8 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
 
 def _read(path: Path) -> Any:
     try:
+        if path.name.endswith(".safetensors.index.json"):
+            return _read_shards(path)
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -146,6 +161,15 @@ def _read(path: Path) -> Any:
             f"weights {path} cannot be read ({' '.join(str(error).split())[:120]}); the file is "
             "damaged or of another kind"
         ) from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the files an index of transformers lists, all of which lie beside it."""
+    listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(listed.values())):
+        tensors |= safetensors.torch.load_file(index.parent / Path(name).name, device="cpu")
+    return tensors
 
 
 def _strip_shared_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -184,7 +208,7 @@ def _to_current_names(network: nn.Module, tensors: dict[str, Tensor]) -> dict[st
 
 
 def _resize_positions(
-    network: nn.Module, tensors: dict[str, Tensor], own: dict[str, Tensor]
+    network: nn.Module, tensors: dict[str, Tensor], own: dict[str, Tensor], interpolation: str
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Resample position embeddings that differ in length only, in place.
 
@@ -202,7 +226,9 @@ def _resize_positions(
             if not _is_square(old.shape[1] - num_prefix):
                 continue
             grid = list(visual.trunk.patch_embed.grid_size)
-            tensors[key] = resample_abs_pos_embed(old, new_size=grid, num_prefix_tokens=num_prefix)
+            tensors[key] = resample_abs_pos_embed(
+                old, new_size=grid, num_prefix_tokens=num_prefix, interpolation=interpolation
+            )
         elif key == "visual.positional_embedding":
             if not _is_square(old.shape[0] - 1):
                 continue

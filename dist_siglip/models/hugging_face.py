@@ -1,0 +1,194 @@
+"""What a folder of transformers says about its model, in open_clip's words.
+
+A folder with a ``config.json`` of model type siglip, siglip2 or clip describes towers that
+open_clip and timm can build: a ViT of timm with attention pooling and open_clip's text
+transformer, or open_clip's own CLIP. Sizes are read from the config, so no list of published
+models is needed. Only files are read here; transformers itself is not imported.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+from dist_siglip.errors import UserError
+
+CONFIG_NAME = "config.json"
+WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TOKENIZER_NAMES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+# What transformers leaves out of a config that has its default.
+_SIGLIP_TOWER = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_CLIP_TOWER = {**_SIGLIP_TOWER, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_TEXT = {
+    **_CLIP_TOWER,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+}
+_SIGLIP_TEXT = {**_SIGLIP_TOWER, "vocab_size": 32000, "max_position_embeddings": 64}
+_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "gelu": {},
+    "gelu_pytorch_tanh": {"act_kwargs": {"approximate": "tanh"}},
+}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Read a folder that ``save_pretrained`` of transformers wrote.
+
+    Returns:
+        open_clip's model config, its preprocessing config and the weights file.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the model is none of the three.
+    """
+    path = folder / CONFIG_NAME
+    architecture = _architecture(_read(path), path)
+    if not any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        raise UserError(
+            f"folder {folder} holds no tokenizer (none of {', '.join(TOKENIZER_NAMES)}); copy the "
+            "tokenizer files of the model into it"
+        )
+    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"folder {folder} holds no weights; expected {' or '.join(WEIGHT_NAMES)}")
+    return architecture, _preprocessing(folder, architecture), weights
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({text}); fetch the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be an object; fetch the model again")
+    return content
+
+
+def _architecture(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    kind = config.get("model_type")
+    image, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    try:
+        if kind == "clip":
+            return _clip(config, {**_CLIP_TOWER, **image}, {**_CLIP_TEXT, **text}, path)
+        if kind in ("siglip", "siglip2"):
+            return _siglip(kind, {**_SIGLIP_TOWER, **image}, {**_SIGLIP_TEXT, **text}, path)
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has sizes that are no numbers ({error}); correct it") from error
+    raise UserError(f"model_type ({kind}) of {path} must be siglip, siglip2 or clip")
+
+
+def _siglip(kind: str, image: dict[str, Any], text: dict[str, Any], path: Path) -> dict[str, Any]:
+    patch_size = image.get("patch_size", 16)
+    size = image.get("image_size", 224)
+    if kind == "siglip2" and "image_size" not in image:
+        size = math.isqrt(image.get("num_patches", 256)) * patch_size
+    if not image.get("vision_use_head", True):
+        raise UserError(f"{path} has no pooling head (vision_use_head: false), so no features")
+    vision = {
+        "image_size": size,
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "patch_size": patch_size,
+        "head_width": image["hidden_size"] // image["num_attention_heads"],
+        **_sizes(image, path),
+    }
+    embed_dim = text.get("projection_size") or text["hidden_size"]
+    if embed_dim != image["hidden_size"]:
+        raise UserError(
+            f"{path}: width of the image tower ({image['hidden_size']}) and projection_size "
+            f"({embed_dim}) must be equal"
+        )
+    return {
+        "embed_dim": embed_dim,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "hf_tokenizer_name": str(path.parent),
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "heads": text["num_attention_heads"],
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            **_sizes(text, path),
+        },
+    }
+
+
+def _clip(
+    config: dict[str, Any], image: dict[str, Any], text: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    quick = {tower["hidden_act"] == "quick_gelu" for tower in (image, text)}
+    if len(quick) > 1:
+        raise UserError(f"{path}: hidden_act of both towers must be quick_gelu, or of none")
+    return {
+        "embed_dim": config.get("projection_dim", 512),
+        "quick_gelu": quick == {True},
+        "vision_cfg": {
+            "image_size": image.get("image_size", 224),
+            "patch_size": image.get("patch_size", 32),
+            "head_width": image["hidden_size"] // image["num_attention_heads"],
+            **_sizes(image, path),
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "hf_tokenizer_name": str(path.parent),
+            "heads": text["num_attention_heads"],
+            **_sizes(text, path),
+        },
+    }
+
+
+def _sizes(tower: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Depth, width, activation and norm, which all towers state alike."""
+    activation = tower["hidden_act"]
+    if activation != "quick_gelu" and activation not in _ACTIVATIONS:
+        known = ", ".join((*_ACTIVATIONS, "quick_gelu"))
+        raise UserError(f"hidden_act ({activation}) of {path} must be one of {known}")
+    width, inner = tower["hidden_size"], tower["intermediate_size"]
+    ratio = inner / width
+    return {
+        "width": width,
+        "layers": tower["num_hidden_layers"],
+        # Towers round width * ratio down; the half keeps a product such as 4303.99 above.
+        "mlp_ratio": ratio if int(width * ratio) == inner else (inner + 0.5) / width,
+        "norm_kwargs": {"eps": tower["layer_norm_eps"]},
+        **_ACTIVATIONS.get(activation, {}),
+    }
+
+
+def _preprocessing(folder: Path, architecture: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        path = folder / "processor_config.json"
+    said = _read(path) if path.is_file() else {}
+    said = said.get("image_processor", said)
+    is_clip = not architecture.get("custom_text")
+    overlay: dict[str, Any] = {
+        "interpolation": _RESAMPLING.get(said.get("resample", 3 if is_clip else 2), "bicubic"),
+        "resize_mode": "shortest" if is_clip else "squash",
+    }
+    if not is_clip:
+        overlay |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if said.get(theirs):
+            overlay[ours] = tuple(said[theirs])
+    return merge_preprocess_dict(PreprocessCfg(), overlay)
