@@ -96,6 +96,8 @@ def _siglip(kind: str, image: dict[str, Any], text: dict[str, Any], path: Path) 
     size = image.get("image_size", 224)
     if kind == "siglip2" and "image_size" not in image:
         size = math.isqrt(image.get("num_patches", 256)) * patch_size
+    if "quick_gelu" in (image["hidden_act"], text["hidden_act"]):
+        raise UserError(f"hidden_act (quick_gelu) of {path} is of CLIP; SigLIP towers have gelu")
     if not image.get("vision_use_head", True):
         raise UserError(f"{path} has no pooling head (vision_use_head: false), so no features")
     vision = {
@@ -138,6 +140,9 @@ def _clip(
     quick = {tower["hidden_act"] == "quick_gelu" for tower in (image, text)}
     if len(quick) > 1:
         raise UserError(f"{path}: hidden_act of both towers must be quick_gelu, or of none")
+    end = text["eos_token_id"]
+    # transformers reads 2 as "the highest id", as open_clip does by itself.
+    is_highest = end in (2, text["vocab_size"] - 1)
     return {
         "embed_dim": config.get("projection_dim", 512),
         "quick_gelu": quick == {True},
@@ -152,6 +157,7 @@ def _clip(
             "vocab_size": text["vocab_size"],
             "hf_tokenizer_name": str(path.parent),
             "heads": text["num_attention_heads"],
+            **({} if is_highest else {"pool_type": "eos", "eos_id": end}),
             **_sizes(text, path),
         },
     }

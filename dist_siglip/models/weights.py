@@ -149,6 +149,8 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"weights {path} do not exist; give the path of a weights file") from error
     except pickle.UnpicklingError as error:
@@ -168,7 +170,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
-        tensors |= safetensors.torch.load_file(index.parent / Path(name).name, device="cpu")
+        path = index.parent / Path(name).name
+        if not path.is_file():
+            raise UserError(f"{index} lists {path.name}, which is missing; fetch the model again")
+        tensors |= safetensors.torch.load_file(path, device="cpu")
     return tensors
 
 

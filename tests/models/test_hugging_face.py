@@ -98,6 +98,17 @@ def test_names_come_back_as_they_were(kind, folders):
         assert torch.equal(back[name], value), name
 
 
+def test_clip_pools_at_the_end_token_its_config_names(tmp_path):
+    model = write_folder(tmp_path, "clip", end=5)
+    built = build_dual_encoder(f"local-dir:{tmp_path}")
+    tokens = torch.tensor([[1, 90, 40, 5, 0, 0, 0, 0], [1, 7, 8, 9, 99, 10, 5, 0]])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = built.encoder.eval().encode_text(tokens)
+    expected = their_features("clip", model, images, tokens)[1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_weights_in_several_files_are_read(folders, tmp_path):
     folder, model = folders["siglip"]
     model.save_pretrained(tmp_path, max_shard_size="50KB")
@@ -107,6 +118,30 @@ def test_weights_in_several_files_are_read(folders, tmp_path):
     whole, parts = (build_dual_encoder(f"local-dir:{f}") for f in (folder, tmp_path))
     for name, value in whole.encoder.state_dict().items():
         assert torch.equal(value, parts.encoder.state_dict()[name]), name
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(UserError, match=r"lists model-00002.* which is missing"):
+        build_dual_encoder(f"local-dir:{tmp_path}")
+
+
+class Payload:
+    """Something whose pickle runs code."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (type(self.mark).touch, (self.mark,))
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(folders, tmp_path):
+    folder, _ = folders["siglip"]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    torch.save({"weight": Payload(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="could run code") as caught:
+        build_dual_encoder(f"local-dir:{tmp_path}")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +150,7 @@ def test_weights_in_several_files_are_read(folders, tmp_path):
         ({"model_type": "blip"}, r"model_type \(blip\) of .* must be siglip, siglip2 or clip"),
         ({"vision_config": {"vision_use_head": False}}, "no pooling head"),
         ({"vision_config": {"hidden_act": "relu"}}, r"hidden_act \(relu\)"),
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "is of CLIP"),
         ({"text_config": {"projection_size": 3}}, "must be equal"),
     ],
 )

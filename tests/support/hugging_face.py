@@ -34,12 +34,12 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_folder(folder: Path, kind: str, **options: object) -> torch.nn.Module:
+def write_folder(folder: Path, kind: str, *, end: int = 2, **options: object) -> torch.nn.Module:
     """Save a small model of transformers with tokenizer and preprocessing, and return it."""
     import transformers as hf
 
     image = {**TOWER, "patch_size": 8}
-    text = {**TEXT, **SPECIAL}
+    text = {**TEXT, **SPECIAL, "eos_token_id": end}
     if kind == "siglip":
         config = hf.SiglipConfig(text_config=text, vision_config={**image, "image_size": 32})
         model = hf.SiglipModel(config)
