@@ -82,7 +82,7 @@ class PairDataset(Dataset[PairSample]):
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)
         self._is_evaluation = is_evaluation
-        self._reader = ShardReader()
+        self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
     def __len__(self) -> int:

@@ -1,7 +1,9 @@
 """How do the bytes of a member get here?
 
-By ``pread`` from a local shard: no shared file position, so threads and forked processes can use
-one descriptor. A reader keeps a few shards open and reopens them in a process it is pickled to.
+By ``pread`` from a shard on a local disk: no shared file position, so threads and forked processes
+can use one descriptor. A remote shard is read from its copy in the cache of the node. A reader
+keeps a few shards open and reopens them in a process it is pickled to; a copy that was evicted is
+closed, so that its space on the disk is free.
 """
 
 import os
@@ -9,6 +11,7 @@ from collections import OrderedDict
 
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.pairs import Span
+from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 
 _OPEN_SHARDS = 64  # far above a block of shards, far below the usual limit of 1024
 
@@ -17,10 +20,12 @@ class ShardReader:
     """Read spans of shards, keeping the shards used last open.
 
     Args:
+        cache: copies of remote shards; None if there are none to read.
         max_member_bytes: longest span it agrees to read; bounds memory.
     """
 
-    def __init__(self, max_member_bytes: int = 1 << 28) -> None:
+    def __init__(self, cache: ShardCache | None = None, max_member_bytes: int = 1 << 28) -> None:
+        self._cache = cache
         self._max_member_bytes = max_member_bytes
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
@@ -28,8 +33,9 @@ class ShardReader:
         """Return the bytes of a span.
 
         Raises:
-            BadSampleError: if the span is too long, or the shard cannot be read or is shorter
-                than when it was indexed.
+            BadSampleError: if the span is too long, or the shard cannot be read or fetched, or is
+                shorter than when it was indexed.
+            UserError: if the cache is full or closed.
         """
         if span.size > self._max_member_bytes:
             raise BadSampleError(f"member of {span.size} bytes, at most {self._max_member_bytes}")
@@ -37,6 +43,8 @@ class ShardReader:
             data = os.pread(self._open(span.shard), span.size, span.offset)
         except OSError as error:
             raise BadSampleError(f"shard cannot be read: {error}") from error
+        except RemoteError as error:
+            raise BadSampleError(str(error)) from error
         if len(data) < span.size:
             raise BadSampleError(f"shard ends {span.size - len(data)} bytes early")
         return data
@@ -49,11 +57,23 @@ class ShardReader:
     def _open(self, shard: str) -> int:
         """Return a descriptor of a shard, closing the one unused for longest beyond the limit."""
         if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+            if is_remote(shard):
+                self._close_evicted()
+                if self._cache is None:
+                    raise BadSampleError("shard is remote, and there is no cache for it")
+                self._descriptors[shard] = self._cache.open(shard)
+            else:
+                self._descriptors[shard] = os.open(shard, os.O_RDONLY)
             if len(self._descriptors) > _OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
+
+    def _close_evicted(self) -> None:
+        """Close copies that have no name any more."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
 
     def __getstate__(self) -> dict[str, object]:
         # Descriptors mean nothing in another process.

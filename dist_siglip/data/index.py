@@ -11,19 +11,24 @@ A damaged shard has an index too, of what is whole before the damage, but leaves
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.remote.transfer import describe_remote, read_small
 from dist_siglip.data.tar_scan import DamagedTarError, Member, scan_tar
 from dist_siglip.errors import UserError
 
@@ -40,6 +45,7 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+_LARGEST_SIDE_CAR = 1 << 28
 _SEPARATOR = "\0"  # cannot occur in the name of a member
 
 
@@ -100,28 +106,36 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def load_index(path: str) -> ShardIndex:
+def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
     """Return the index of a sound shard; see ``read_index``.
 
     Raises:
         UserError: if the shard is damaged, cut short or holds a member twice.
     """
-    index = read_index(path)
+    index = read_index(path, cache=cache)
     if index.damage:
         raise UserError(index.damage)
     return index
 
 
-def read_index(path: str, *, rebuild: bool = False) -> ShardIndex:
+def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Return the index of a shard from its side-car, or build it and leave a side-car.
 
+    A remote shard is asked for its size and tag. Its side-car lies in the user's cache folder;
+    where there is none, the side-car beside the remote shard is taken if it was made for a file of
+    this name and size; else the shard is fetched and scanned.
+
     Args:
-        path: local tar file.
+        path: tar file, or URL of one.
         rebuild: scan the shard although there is a side-car.
+        cache: copies of remote shards; needed for URLs.
 
     Raises:
         OSError: if the shard cannot be read.
+        UserError: if a remote shard cannot be fetched, or there is no cache for it.
     """
+    if is_remote(path):
+        return _read_remote(path, rebuild, cache)
     status = os.stat(path)
     identity: dict[str, str | int] = {
         "version": _VERSION,
@@ -133,14 +147,46 @@ def read_index(path: str, *, rebuild: bool = False) -> ShardIndex:
         index = _read_side_car(side_car, path, identity)
         if index is not None:
             return index
-    try:
-        index = build_index(path, scan_tar(path))
-    except DamagedTarError as error:
-        index = build_index(path, error.members, damage=str(error))
+    index = _scan(path, path)
     for side_car in () if index.damage else _side_cars(path):
         if _write_side_car(side_car, index, identity):
             break
     return index
+
+
+def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardIndex:
+    """Return the index of a remote shard."""
+    if cache is None:
+        raise UserError(f"shard {redact(url)!r} is remote, and there is no cache for it")
+    try:
+        remote = describe_remote(url, attempts=cache.settings.attempts)
+        name = shard_name(url)
+        made_for: dict[str, str | int] = {"version": _VERSION, "name": name, "size": remote.size}
+        identity = {**made_for, "etag": remote.etag or ""}
+        place = os.path.join(_cache_folder(), f"{_digest_of(url)}-{name[-80:]}.idx.npz")
+        index = None if rebuild else _read_side_car(place, url, identity)
+        if index is not None:
+            return index
+        if not rebuild and not set("?#") & set(url):
+            beside = read_small(f"{url}.idx.npz", _LARGEST_SIDE_CAR, attempts=1)
+            if beside is not None:
+                index = _parse(io.BytesIO(beside), url, made_for)
+        if index is None:
+            index = _scan(cache.fetch(url), redact(url))
+    except RemoteError as error:
+        raise UserError(f"{error}; check the address and the network") from error
+    index = replace(index, path=url)
+    if not index.damage:
+        _write_side_car(place, index, identity)
+    return index
+
+
+def _scan(path: str, name: str) -> ShardIndex:
+    """Scan a local file; texts about it call it ``name``."""
+    try:
+        return build_index(name, scan_tar(path))
+    except DamagedTarError as error:
+        return build_index(name, error.members, damage=str(error).replace(path, name))
 
 
 def build_index(path: str, members: list[Member], *, damage: str = "") -> ShardIndex:
@@ -194,22 +240,40 @@ def build_index(path: str, members: list[Member], *, damage: str = "") -> ShardI
 def _side_cars(path: str) -> Iterator[str]:
     """Name the places of the side-car, best first."""
     yield f"{path}.idx.npz"
+    name = f"{_digest_of(os.path.realpath(path))}-{os.path.basename(path)}.idx.npz"
+    yield os.path.join(_cache_folder(), name)
+
+
+def _cache_folder() -> str:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    real = os.path.realpath(path)
-    place = hashlib.blake2b(os.fsencode(real), digest_size=8).hexdigest()
-    name = f"{place}-{os.path.basename(path)}.idx.npz"
-    yield os.path.join(cache, "dist_siglip", "index", name)
+    return os.path.join(cache, "dist_siglip", "index")
+
+
+def _digest_of(place: str) -> str:
+    return hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
 
 
 def _read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
     """Read a side-car; None if there is none, or it is damaged, or made for another file."""
     try:
-        with open(side_car, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with open(side_car, "rb") as file:
+            return _parse(file, path, identity)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _LOGGER.warning("side-car %r cannot be read: %s", side_car, error)
+        return None
+
+
+def _parse(file: BinaryIO, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
+    """Parse a side-car; None if it is damaged, or made for another file."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if {key: header[key] for key in identity} != identity:
                 return None
             columns = arrays["members"]
-            index = ShardIndex(
+            return ShardIndex(
                 path=path,
                 num_samples=int(header["num_samples"]),
                 extensions=tuple(str(extension) for extension in header["extensions"]),
@@ -220,12 +284,9 @@ def _read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> 
                 sizes=columns[3],
                 digest=str(header["digest"]),
             )
-    except FileNotFoundError:
-        return None
     except _DAMAGE:
-        _LOGGER.warning("side-car %r is damaged and will be written again", side_car)
+        _LOGGER.warning("the side-car of shard %r is damaged; it is made again", redact(path))
         return None
-    return index
 
 
 def _write_side_car(side_car: str, index: ShardIndex, identity: dict[str, str | int]) -> bool:

@@ -7,10 +7,10 @@ later.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from dist_siglip.data.damage import Damage, OnDamage
 from dist_siglip.data.index import ShardIndex, read_index
+from dist_siglip.data.remote import ShardCache
+from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.errors import UserError
 
 _READERS = 8  # threads that wait for a slow file system together
@@ -47,6 +49,7 @@ class PairTable:
         shard_lines: a line for each shard, "name<TAB>samples<TAB>hash", which tells changes apart.
         dropped: (dropped samples, 2) int64, the shard and the number within it of every sample
             that was left out because it is incomplete.
+        cache: copies of remote shards, if there are any.
     """
 
     shards: tuple[str, ...]
@@ -59,6 +62,7 @@ class PairTable:
     fingerprint: str
     shard_lines: str
     dropped: NDArray[np.int64]
+    cache: ShardCache | None = None
 
     @property
     def num_samples(self) -> int:
@@ -96,7 +100,7 @@ class PairTable:
     def describe(self, sample_id: int) -> str:
         """Name a sample for a log line, as ``shard/key``; reads the index of its shard again."""
         shard, key = self.name(sample_id)
-        place = sample_id - self.shard_range(sample_id)[0]
+        place, shard = sample_id - self.shard_range(sample_id)[0], redact(shard)
         return f"{shard!r}, sample {place}" if key is None else ascii(f"{shard}/{key}")
 
     def name(self, sample_id: int) -> tuple[str, str | None]:
@@ -106,8 +110,8 @@ class PairTable:
         for before in self.dropped[self.dropped[:, 0] == number, 1].tolist():
             place += before <= place
         try:
-            return shard, read_index(shard).keys()[place]
-        except (OSError, IndexError):
+            return shard, read_index(shard, cache=self.cache).keys()[place]
+        except (OSError, UserError, IndexError):
             return shard, None
 
     def _shard_of(self, sample_id: int) -> int:
@@ -121,6 +125,7 @@ def build_pair_table(
     caption_extensions: Sequence[str] = ("txt",),
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = 0.01,
+    cache: ShardCache | None = None,
     name: str = "shards",
 ) -> PairTable:
     """Index shards and join them into one table.
@@ -130,12 +135,13 @@ def build_pair_table(
     written.
 
     Args:
-        shards: local tar files.
+        shards: tar files, or URLs of them.
         image_extensions: extensions of the picture, without the dot, in order of preference.
         caption_extensions: likewise of the captions; a sample needs one of them.
         on_damage: "refuse", or "skip": leave out incomplete samples and what follows the damage of
             a shard, and name them in the log.
         max_bad_fraction: share of samples, and of shards, that may be skipped.
+        cache: copies of remote shards.
         name: the setting the shards came from, for error texts.
 
     Raises:
@@ -145,7 +151,7 @@ def build_pair_table(
     pictures = [extension.lower().lstrip(".") for extension in image_extensions]
     captions = [extension.lower().lstrip(".") for extension in caption_extensions]
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
-        indices = list(readers.map(_read, shards))
+        indices = list(readers.map(partial(_read, cache=cache), shards))
     damage = Damage(on_damage, max_bad_fraction, name)
     parts = [_Part.of(index, pictures, captions, damage) for index in indices]
     damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
@@ -158,7 +164,7 @@ def build_pair_table(
     digest = hashlib.blake2b(digest_size=8)
     lines = []
     for index, part in zip(indices, parts, strict=True):
-        base, count = os.path.basename(index.path), part.num_samples
+        base, count = shard_name(index.path), part.num_samples
         lines.append(f"{ascii(base)[1:-1]}\t{count}\t{index.digest[:16]}")
         digest.update(f"{base}\0{count}\0{index.digest}\n".encode("utf-8", "surrogateescape"))
     return PairTable(
@@ -174,6 +180,7 @@ def build_pair_table(
         dropped=np.array(
             [(n, i) for n, part in enumerate(parts) for i in part.dropped], dtype=np.int64
         ).reshape(-1, 2),
+        cache=cache,
     )
 
 
@@ -209,11 +216,12 @@ class _Part(NamedTuple):
             missing = np.flatnonzero(~has)
             if missing.size:
                 present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+                few = f"{missing.size} of {index.num_samples} samples"
                 damage.samples(
                     missing.size,
-                    f"shard {index.path!r}: {missing.size} of {index.num_samples} samples have no "
-                    f"{what} ({_listed(extensions)}), first {index.keys()[missing[0]]!r}; the "
-                    f"shard holds {present}: write it again with both members of every sample",
+                    f"shard {redact(index.path)!r}: {few} have no {what} ({_listed(extensions)}), "
+                    f"first {index.keys()[missing[0]]!r}; the shard holds {present}: write it "
+                    "again with both members of every sample",
                 )
         whole = has_picture & has_caption
         return cls(
@@ -225,9 +233,9 @@ class _Part(NamedTuple):
         )
 
 
-def _read(shard: str) -> ShardIndex:
+def _read(shard: str, cache: ShardCache | None) -> ShardIndex:
     try:
-        return read_index(shard)
+        return read_index(shard, cache=cache)
     except OSError as error:
         raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error
 

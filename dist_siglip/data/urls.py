@@ -1,90 +1,156 @@
-"""Which shard files does the user mean?
+"""Which shards does the user mean?
 
-A shard specification is a path, a folder, a brace pattern or a list of these; the answer is the
-list of local files, in the order given (a folder in the order of its file names). Everything
-that is not a path on this machine is refused here, so nothing behind this file ever opens a
-URL or starts a command.
+A shard specification is a path, a folder, a brace pattern, a URL, a text file of these or a list of
+them; the answer is the list of locations, in the order given (a folder in the order of its file
+names). Local files must exist; whether a remote one does is found when it is indexed.
 """
 
 import os
 import re
 from collections.abc import Sequence
 
+from dist_siglip.data.remote.locations import check_location, is_remote, redact
+from dist_siglip.data.remote.transfer import list_remote
 from dist_siglip.errors import UserError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_ALLOWED = "allowed: a local .tar file, a folder of .tar files, a brace pattern, or a list of these"
+__all__ = ["expand_shards", "is_remote"]
+
+_ALLOWED = (
+    "allowed: a local .tar file, a folder of .tar files, a brace pattern, a .txt file of these, "
+    "a URL of http, https, s3, gs or hf, or a list of these"
+)
+_MOST = 10_000_000  # locations of one pattern
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_IPV6 = re.compile(r"(https?://(?:[^/@]*@)?\[[0-9A-Fa-f:.]+\](?::\d+)?)(/.*)")
 
 
-def expand_shards(spec: str | Sequence[str], *, name: str = "shards") -> list[str]:
-    """List the local shard files that a specification names.
+def expand_shards(
+    spec: str | Sequence[str], *, name: str = "shards", allow_remote: bool = True
+) -> list[str]:
+    """List the shards that a specification names.
 
     A path that exists is taken literally, even if its name holds braces. Otherwise braces are
     expanded and ``::`` separates alternatives, as in webdataset.
 
     Args:
-        spec: path, folder, brace pattern such as ``"train/{00000..00127}.tar"``, or a list.
+        spec: path, folder, brace pattern such as ``"train/{00000..00127}.tar"``, URL, ``.txt``
+            file with one of these a line (``#`` begins a comment line, relative paths count from
+            its folder), or a list. A URL of s3, gs or hf that ends in ``/`` is a folder.
         name: the setting it came from, for the error text.
+        allow_remote: whether URLs are taken.
 
     Returns:
-        Existing files in the order given; a folder contributes its ``*.tar``, sorted.
+        Existing files and URLs in the order given; a folder contributes its ``*.tar``, sorted.
 
     Raises:
         UserError: if a file is missing or named twice, a folder holds no shard, nothing is
-            named, or the specification is not local (``pipe:``, ``https:``, ``s3:``, ...).
+            named, or something is no path and no URL that is opened (``pipe:``, ``file:``, ...).
+        RemoteError: if a remote folder cannot be listed.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
-    paths = [path for pattern in patterns for path in _expand(pattern, name)]
+    paths = [path for pattern in patterns for path in _expand(pattern, name, allow_remote)]
     if not paths:
-        raise UserError(f"{name} ({spec!r}) names no shard; {_ALLOWED}")
+        raise UserError(f"{name} ({redact(repr(spec))}) names no shard; {_ALLOWED}")
     seen: set[str] = set()
     for path in paths:
-        real = os.path.realpath(path)
+        real = path if is_remote(path) else os.path.realpath(path)
         if real in seen:
-            raise UserError(f"{name} names {path!r} twice; list every shard once")
+            raise UserError(f"{name} names {redact(path)!r} twice; list every shard once")
         seen.add(real)
     return paths
 
 
-def _expand(pattern: str, name: str) -> list[str]:
-    """Expand one element of a specification into existing files."""
-    literal = os.path.expanduser(pattern)
+def _expand(pattern: str, name: str, allow_remote: bool, folder: str | None = None) -> list[str]:
+    """Expand one element; ``folder`` is that of the list file it stands in."""
+    if "\0" in pattern:
+        raise UserError(f"{name} ({redact(pattern)!r}) holds a control character; {_ALLOWED}")
+    literal = _local(pattern, folder)
     if os.path.isdir(literal):
         return _list_folder(literal, name)
     if os.path.isfile(literal):
-        return [literal]
-    paths: list[str] = []
+        if not literal.endswith(".txt"):
+            return [literal]
+        if folder is not None:
+            raise UserError(f"{name}: list file {literal!r} stands in a list file; name its lines")
+        return _read_list(literal, name, allow_remote)
+    found: list[str] = []
     missing: list[str] = []
     for part in _expand_braces(pattern, name):
-        path = os.path.expanduser(part)
-        if os.path.isdir(path):
-            paths.extend(_list_folder(path, name))
+        check_location(part, name)
+        path = _local(part, folder)
+        if is_remote(part):
+            if not allow_remote:
+                raise UserError(f"{name} ({redact(part)!r}) is not a path on this machine")
+            found.extend(_list_url(part, name) if part.endswith("/") else [part])
+        elif os.path.isdir(path):
+            found.extend(_list_folder(path, name))
         elif os.path.isfile(path):
-            paths.append(path)
+            found.append(path)
         else:
             missing.append(path)
     if missing:
         files = "a missing file" if len(missing) == 1 else f"{len(missing)} missing files, first"
-        raise UserError(f"{name} ({pattern!r}) names {files} {missing[0]!r}; {_ALLOWED}")
-    return paths
+        raise UserError(f"{name} ({redact(pattern)!r}) names {files} {missing[0]!r}; {_ALLOWED}")
+    return found
+
+
+def _local(path: str, folder: str | None) -> str:
+    """Return a path as this process opens it."""
+    path = os.path.expanduser(path)
+    return path if folder is None or is_remote(path) else os.path.join(folder, path)
+
+
+def _read_list(path: str, name: str, allow_remote: bool) -> list[str]:
+    """Expand the lines of a list file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} ({path!r}) is not a text file in UTF-8") from error
+    folder = os.path.dirname(path)
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    return [shard for line in wanted for shard in _expand(line, name, allow_remote, folder)]
+
+
+def _list_url(url: str, name: str) -> list[str]:
+    """List the shards directly inside a remote folder."""
+    if url.startswith("http"):
+        raise UserError(
+            f"{name} ({redact(url)!r}) is a folder of a web server, which cannot be listed; "
+            "write a brace pattern"
+        )
+    shards = list_remote(url)
+    if not shards:
+        raise UserError(f"{name} ({redact(url)!r}) is a folder without .tar files; {_ALLOWED}")
+    return shards
 
 
 def _expand_braces(pattern: str, name: str) -> list[str]:
-    """Expand braces and ``::`` with webdataset's own rules, and refuse what is not local."""
+    """Expand braces and ``::`` with webdataset's own rules."""
+    shown = redact(pattern)
     if "${" in pattern:  # webdataset would read the environment
-        raise UserError(f"{name} ({pattern!r}) holds a variable ${{...}}; write the path out")
+        raise UserError(f"{name} ({shown!r}) holds a variable ${{...}}; write the path out")
+    count = 1
+    for group in _BRACES.findall(pattern):
+        ends = _NUMBERS.match(group)
+        span = abs(int(ends[1]) - int(ends[2])) if ends else group.count(",")
+        count *= span + 1
+    if count > _MOST:
+        raise UserError(f"{name} ({shown!r}) names {count} shards, at most {_MOST}")
     # Read once, at webdataset's first import: no pickles, no commands, whoever calls it later.
     os.environ["WDS_SECURE"] = "1"
     from webdataset.shardlists import expand_urls
 
+    host, rest = "", pattern
+    if address := _IPV6.fullmatch(pattern):  # its colons separate nothing
+        host, rest = address[1], address[2]
     try:
-        parts: list[str] = expand_urls(pattern)
+        return [host + part for part in expand_urls(rest)]
     except ValueError as error:  # unbalanced braces
-        raise UserError(f"{name} ({pattern!r}) is not a brace pattern: {error}") from error
-    for part in parts:
-        if _SCHEME.match(part):
-            raise UserError(f"{name} ({part!r}) is not a path on this machine; {_ALLOWED}")
-    return parts
+        raise UserError(
+            f"{name} ({shown!r}) is not a brace pattern: {redact(str(error))}"
+        ) from None
 
 
 def _list_folder(folder: str, name: str) -> list[str]:

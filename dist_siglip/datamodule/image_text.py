@@ -2,10 +2,7 @@
 
 ``ImageTextDataModule`` wires the parts of ``dist_siglip.data`` to Lightning: it checks the data
 before anything starts, gives every rank its slice of each global batch, and keeps the one integer
-that resuming needs. That integer counts batches that were trained on. Loaders run ahead of
-training, and Lightning's own epoch counter has moved on by the time a run stops early, so neither
-can say where training stands; a small callback, first in line so that every checkpoint sees its
-count, does.
+that resuming needs.
 """
 
 import logging
@@ -31,14 +28,13 @@ from dist_siglip.data.position import (
     Progress,
     check_divisible,
 )
+from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.stages import Stage
-from dist_siglip.data.transforms import (
-    ImageTransform,
-    evaluation_transform,
-    training_transform,
-)
+from dist_siglip.data.transforms import ImageTransform, evaluation_transform, training_transform
 from dist_siglip.datamodule.checks import check_least, check_shares
 from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
+from dist_siglip.datamodule.prefetching import start_prefetching
 from dist_siglip.datamodule.sources import TrainSource
 from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.datamodule.training_position import TrainingPosition
@@ -51,19 +47,19 @@ _LOGGER = logging.getLogger(__name__)
 class ImageTextDataModule(LightningDataModule):
     """Pairs of pictures and captions from webdataset shards, exact to the sample.
 
-    The order of the training samples, their crops and the cut into global batches depend on the
-    data, ``seed``, ``global_batch_size`` and ``block_shards`` alone, not on the number of ranks or
-    loader processes. A checkpoint written after any step resumes with the next sample. Run it with
-    ``Trainer(max_epochs=-1, max_steps=..., use_distributed_sampler=False)``: the training loader
-    has no end.
+    Order, crops and the cut into global batches depend on the data, ``seed``,
+    ``global_batch_size`` and ``block_shards`` alone, not on ranks or loader processes. A checkpoint
+    of any step resumes with the next sample. The training loader has no end: run it with
+    ``Trainer(max_epochs=-1, max_steps=..., use_distributed_sampler=False)``.
 
     Args:
         train_shards: webdataset shards to train on: a .tar file, a folder of them, a brace
-            pattern such as "train/{00000..00127}.tar", or a list of these. Null: no training.
+            pattern such as "train/{00000..00127}.tar", a URL (http, https, s3, gs, hf), a .txt
+            file with one of these a line, or a list. Null: no training.
         train_sources: sources of a mixture, instead of ``train_shards``; each goes through its own
             epochs, at the pace of its weight.
-        val_shards: shards to evaluate on, likewise. Null: no validation.
-        inputs: preprocessing of the model; the command line fills it in from the model.
+        val_shards: shards to evaluate on. Null: no validation.
+        inputs: preprocessing of the model; the command line fills it in.
         global_batch_size: pairs of one training batch over all ranks; they must divide it.
         val_local_batch_size: pairs of one evaluation batch on each rank.
         workers_per_rank: loader processes of each rank; 0 loads in the training process.
@@ -76,15 +72,16 @@ class ImageTextDataModule(LightningDataModule):
             faster for large pictures. False: open_clip's pixels, to the bit.
         image_extensions: members that are the picture of a sample, in order of preference.
         captions: where the captions of a sample are, and which one it gets.
-        stages: steps of your own between decoding and transform, as webdataset has them: class
-            paths of functions from an iterator of samples to an iterator of samples.
+        stages: class paths of steps of your own between decoding and transform, functions from an
+            iterator of samples to an iterator of samples, as webdataset has them.
         max_image_pixels: pictures with more pixels count as bad samples.
-        on_damage: what damaged shards and incomplete samples do before training: "refuse" the
-            run, or "skip" them, up to ``max_bad_fraction`` of the shards and of the samples.
+        on_damage: "refuse" damaged shards and incomplete samples before training, or "skip" them,
+            up to ``max_bad_fraction`` of the shards and of the samples.
         max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
             before the run stops. Bad samples are named in the log and replaced.
         bad_sample_log: file for a JSON line about every bad sample. The command line takes
             bad_samples.jsonl in the run folder; null writes none.
+        cache: copies of remote shards on each node.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -114,6 +111,7 @@ class ImageTextDataModule(LightningDataModule):
         stages: list[Stage] | None = None,
         on_damage: OnDamage = "refuse",
         bad_sample_log: str | None = None,
+        cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     ) -> None:
         super().__init__()
         check_least(
@@ -129,6 +127,8 @@ class ImageTextDataModule(LightningDataModule):
         )
         check_shares(max_bad_fraction, train_crop_scale)
         captions.check()
+        cache.check()
+        self.cache = ShardCache(cache)
         self.tables = ShardTables(
             train_shards=train_shards,
             train_sources=train_sources,
@@ -137,6 +137,7 @@ class ImageTextDataModule(LightningDataModule):
             caption_extensions=captions.members,
             on_damage=on_damage,
             max_bad_fraction=max_bad_fraction,
+            cache=self.cache,
         )
         self.val_shards = val_shards
         self.inputs = inputs
@@ -155,6 +156,7 @@ class ImageTextDataModule(LightningDataModule):
         self.position = TrainingPosition(accept_changed_data=accept_changed_data)
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
+        self._prefetcher: Prefetcher | None = None
         self._bad_samples = BadSampleLimit(max_bad_fraction)
 
     @property
@@ -253,6 +255,8 @@ class ImageTextDataModule(LightningDataModule):
         )
         if world.is_first:
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
+        if self.trainer is not None and self.trainer.local_rank == 0:
+            self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         return self._loader(self.train_dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[PairSample] | list[DataLoader[PairSample]]:
@@ -267,6 +271,12 @@ class ImageTextDataModule(LightningDataModule):
             local_batch_size=self.val_local_batch_size,
         )
         return self._loader(self.val_dataset, sampler)
+
+    def teardown(self, stage: str) -> None:
+        """Stop fetching ahead."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
 
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed, and what makes that number mean the same thing later."""
@@ -314,7 +324,7 @@ class ImageTextDataModule(LightningDataModule):
         )
 
     def _world(self) -> World:
-        """Rank and world size as the trainer has them; without one, as torch has them."""
+        """Rank and world size of the trainer; without one, of torch."""
         if self.trainer is None:
             return World.detect()
         return World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)

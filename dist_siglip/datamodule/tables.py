@@ -5,6 +5,7 @@ from functools import partial
 from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.pairs import PairTable, build_pair_table
 from dist_siglip.data.position import BatchPlan
+from dist_siglip.data.remote import ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.datamodule.sources import (
     TrainSource,
@@ -26,6 +27,7 @@ class ShardTables:
         caption_extensions: members that hold its captions, likewise.
         on_damage: "refuse" or "skip".
         max_bad_fraction: share of shards and samples that may be skipped.
+        cache: copies of remote shards.
 
     Raises:
         UserError: if ``train_sources`` contradict each other or ``train_shards``.
@@ -41,6 +43,7 @@ class ShardTables:
         caption_extensions: tuple[str, ...] = ("txt",),
         on_damage: OnDamage = "refuse",
         max_bad_fraction: float = 0.01,
+        cache: ShardCache | None = None,
     ) -> None:
         check_sources(train_sources, train_shards)
         self._specifications = {"train_shards": train_shards, "val_shards": val_shards}
@@ -51,6 +54,7 @@ class ShardTables:
             caption_extensions=caption_extensions,
             on_damage=on_damage,
             max_bad_fraction=max_bad_fraction,
+            cache=cache,
         )
         self._source_paths: list[list[str]] = []
         self._built: dict[str, PairTable] = {}

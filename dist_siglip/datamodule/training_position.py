@@ -1,4 +1,10 @@
-"""Where in the endless sequence of batches does training stand, and what does it take to go on?"""
+"""Where in the endless sequence of batches does training stand, and what does it take to go on?
+
+One integer counts the batches that were trained on. Loaders run ahead of training, and Lightning's
+own epoch counter has moved on by the time a run stops early, so neither can say where training
+stands; a small callback (``position_counter``), first in line so that every checkpoint sees its
+count, does.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -65,11 +71,21 @@ class TrainingPosition:
         names = (f"data/{source.name}/epochs" for source in self.plan.sources)
         return dict(zip(names, done, strict=True))
 
+    @property
+    def table(self) -> PairTable:
+        """The table the position is in.
+
+        Raises:
+            RuntimeError: before ``begin``.
+        """
+        if self._table is None:
+            raise RuntimeError("the position has not begun")
+        return self._table
+
     def upcoming_shards(self) -> Iterator[str]:
         """Name the shards needed from the next batch on, in order, without end."""
-        if self._table is None or self._sequence is None:
-            raise RuntimeError("the position has not begun")
-        shards = self._table.shards
+        shards = self.table.shards
+        assert self._sequence is not None  # it begins with the table
         return (shards[number] for number in self._sequence.upcoming_shards(self._next_batch()))
 
     def _next_batch(self) -> int:

@@ -71,9 +71,10 @@ def test_naming_a_shard_twice_is_refused(folder):
     [
         "pipe:cat {0}/a.tar",
         "{0}/a.tar::pipe:cat {0}/b.tar",
-        "https://example.org/a.tar",
-        "s3://bucket/{{a,b}}.tar",
         "file:{0}/a.tar",
+        "file://{0}/a.tar",
+        "ftp://host/a.tar",
+        "HTTPS://host/a.tar",
         "{{pipe:true,{0}/a.tar}}",
     ],
 )
@@ -106,3 +107,48 @@ def test_webdataset_is_locked_before_its_import(folder, monkeypatch):
     with pytest.raises(ImportError):
         expand_shards(f"{folder}/{{a,b}}.tar")
     assert set(seen) == {"1"}
+
+
+def test_urls_expand_without_being_asked_for():
+    assert expand_shards("s3://bucket/{0..1}.tar") == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
+    assert expand_shards("http://[::1]:80/{a,b}.tar") == [
+        "http://[::1]:80/a.tar",
+        "http://[::1]:80/b.tar",
+    ]
+
+
+def test_urls_are_refused_where_only_paths_are_taken():
+    with pytest.raises(UserError, match="not a path on this machine"):
+        expand_shards("https://host/a.tar", allow_remote=False)
+
+
+def test_lines_of_a_list_file_count_from_its_folder(folder):
+    (folder / "list.txt").write_text("# two\n\n{b,a}.tar\nhttps://host/c.tar\n")
+    expected = [str(folder / "b.tar"), str(folder / "a.tar"), "https://host/c.tar"]
+    assert expand_shards(str(folder / "list.txt")) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "filecache::s3://bucket/a.tar",
+        "https://host/a\n.tar",
+        "https://host/a\0.tar",
+        "s3://key:word@bucket/a.tar",
+        "https://host",
+        "https://host/{0..99999999}.tar",
+        "https://host/",
+    ],
+)
+def test_tricks_in_urls_are_refused_in_one_line(spec):
+    with pytest.raises(UserError) as info:
+        expand_shards(spec)
+    assert "\n" not in str(info.value)
+
+
+def test_secrets_of_a_url_stay_out_of_the_error():
+    url = "https://me:password@host/a.tar?sig=secret"
+    with pytest.raises(UserError, match="twice") as info:
+        expand_shards([url, url])
+    assert "password" not in str(info.value)
+    assert "secret" not in str(info.value)

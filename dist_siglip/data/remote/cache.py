@@ -1,0 +1,256 @@
+"""Which remote shards lie on this node, and which of them go first?
+
+Every shard is one file named by the hash of its URL, so nothing in a URL chooses a path. One
+process fetches it under the lock of its name while the others wait. Room is made before a transfer:
+the copies used longest ago go first. A reader that has a copy open keeps it until it closes it.
+Beside a copy lie its record (``.json``: what the server said) and, while it is fetched, a sparse
+file of its size (``.want``) that holds its room. Only files of such names are ever deleted.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_siglip.atomic import write_atomically
+from dist_siglip.data.remote.locations import redact
+from dist_siglip.data.remote.node_lock import hold
+from dist_siglip.data.remote.transfer import RemoteError, describe_remote, download
+from dist_siglip.errors import UserError
+
+_PATIENCE_SECONDS = 900.0  # above all attempts of one transfer together
+_FRESH_SECONDS = 3600.0  # so long a copy is believed without asking the server again
+_COPY = re.compile(r"[0-9a-f]{32}\.tar")
+_OURS = re.compile(r"[0-9a-f]{32}\.(tar|want)")
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Where copies of remote shards are kept on each node, and how many.
+
+    Args:
+        folder: folder on a local disk of the node; None for ``dist_siglip/shards`` in the
+            user's cache folder.
+        max_gib: most they may hold together, in GiB, over all processes of the node; > 0.
+        attempts: tries for each transfer; >= 1.
+    """
+
+    folder: str | None = None
+    max_gib: float = 100.0
+    attempts: int = 5
+
+    def check(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if not self.max_gib > 0:
+            raise UserError(f"cache.max_gib ({self.max_gib}) must be above 0")
+        if self.attempts < 1:
+            raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
+
+
+class ShardCache:
+    """Whole copies of remote shards, shared by all processes of a node.
+
+    Holds nothing but its settings: it may be pickled and forked.
+    """
+
+    def __init__(self, settings: CacheSettings) -> None:
+        self.settings = settings
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        self.folder = settings.folder or os.path.join(home, "dist_siglip", "shards")
+        self.max_bytes = int(settings.max_gib * 2**30)
+        self._locks = os.path.join(self.folder, "locks")
+
+    def fetch(self, url: str) -> str:
+        """Return the path of a verified whole copy, fetched now if it is not there.
+
+        Another process may evict the copy before it is opened: use ``open`` to read it.
+
+        Raises:
+            RemoteError: if it cannot be fetched.
+            UserError: if the folder is full or closed, or the shard larger than the cache.
+        """
+        os.close(self.open(url))
+        return self._path(url)
+
+    def open(self, url: str) -> int:
+        """Return a descriptor of a verified whole copy, fetched now if it is not there.
+
+        Raises:
+            RemoteError: if it cannot be fetched.
+            UserError: if the folder is full or closed, or the shard larger than the cache.
+        """
+        path = self._path(url)
+        try:
+            if (present := self._open_fresh(path)) is not None:
+                return present
+            os.makedirs(self.folder, exist_ok=True)
+            with hold(self._locks, path, _PATIENCE_SECONDS, lambda: _size(f"{path}.part")):
+                if not self._is_fresh(path):
+                    self._renew(url, path)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                _touch(descriptor)
+                return descriptor
+        except TimeoutError as error:
+            raise RemoteError(f"{redact(url)} cannot be fetched: {error}") from None
+        except OSError as error:
+            raise self._explain(error) from error
+
+    def hold_ready(self, url: str) -> int:
+        """Fetch a shard if it is not here, note that it is wanted, and return its bytes.
+
+        Raises:
+            RemoteError: if it cannot be fetched.
+            UserError: if the folder is full or closed, or the shard larger than the cache.
+        """
+        descriptor = self.open(url)
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def describe(self) -> str:
+        """Describe what is kept in one line, for a log."""
+        sizes = [size for _, size, name in self._entries() if _COPY.fullmatch(name)]
+        held = sum(sizes) / 2**30
+        return f"{len(sizes)} shards, {held:.2f} of {self.settings.max_gib:g} GiB in {self.folder}"
+
+    def _path(self, url: str) -> str:
+        return os.path.join(
+            self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest() + ".tar"
+        )
+
+    def _open_fresh(self, path: str) -> int | None:
+        """Open a copy without a lock: what has its final name is whole."""
+        if not self._is_fresh(path):
+            return None
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # evicted this moment
+            return None
+        _touch(descriptor)
+        return descriptor
+
+    def _is_fresh(self, path: str) -> bool:
+        """Say whether a copy is there that the server was asked about lately."""
+        try:
+            return (
+                os.path.exists(path)
+                and time.time() - os.stat(_record(path)).st_mtime < _FRESH_SECONDS
+            )
+        except FileNotFoundError:
+            return False
+
+    def _renew(self, url: str, path: str) -> None:
+        """Ask the server; keep the copy if it is the same, else fetch. The lock is held."""
+        remote = describe_remote(url, attempts=self.settings.attempts)
+        said = {"size": remote.size, "etag": remote.etag}
+        if _size(path) != remote.size or _read_record(path) != said:
+            if remote.size > self.max_bytes:
+                raise UserError(
+                    f"cache.max_gib ({self.settings.max_gib:g}) is smaller than shard "
+                    f"{redact(url)!r}; set it to {remote.size / 2**30 * 1.01:.4g} at least"
+                )
+            want = f"{path[:-4]}.want"
+            try:
+                self._make_room(path, want, remote.size)
+                remote = download(url, path, attempts=self.settings.attempts, remote=remote)
+            finally:
+                Path(want).unlink(missing_ok=True)
+            said = {"size": remote.size, "etag": remote.etag}
+        write_atomically(Path(_record(path)), json.dumps(said), sync=False)
+
+    def _make_room(self, path: str, want: str, size: int) -> None:
+        """Delete what was used longest ago until a shard fits, and hold its room."""
+        since = time.monotonic()
+        Path(want).unlink(missing_ok=True)  # of a process that was killed
+        while True:
+            with hold(self._locks, "room", _PATIENCE_SECONDS):
+                Path(path).unlink(missing_ok=True)  # another version
+                entries = sorted(self._entries())
+                total = sum(entry[1] for entry in entries)
+                for _, held, name in entries:
+                    if total + size <= self.max_bytes:
+                        break
+                    if self._evict(os.path.join(self.folder, name)):
+                        total -= held
+                if total + size <= self.max_bytes:
+                    with open(want, "wb") as file:
+                        file.truncate(size)
+                    return
+            # Others are fetching: what they hold can go when they are done.
+            if time.monotonic() - since > _PATIENCE_SECONDS:
+                raise TimeoutError("the cache stays full of shards that are being fetched")
+            time.sleep(0.1)
+
+    def _evict(self, path: str) -> bool:
+        """Delete a copy or the room of a dead process; False if a live process is at it."""
+        copy = path.removesuffix(".want").removesuffix(".tar") + ".tar"
+        try:
+            with hold(self._locks, copy, 0.0):
+                for file in (path, _record(copy), f"{copy}.part"):
+                    Path(file).unlink(missing_ok=True)
+        except TimeoutError:
+            return False
+        return True
+
+    def _entries(self) -> list[tuple[int, int, str]]:
+        """List (last use, bytes, name) of what takes room."""
+        found = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if not _OURS.fullmatch(entry.name):
+                    continue
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                found.append((status.st_atime_ns, status.st_size, entry.name))
+        return found
+
+    def _explain(self, error: OSError) -> Exception:
+        """Say what a person can do about a folder that does not take a file."""
+        if error.errno in _FULL:
+            return UserError(
+                f"cache.folder ({self.folder!r}) is on a full disk; lower cache.max_gib "
+                f"({self.settings.max_gib:g}), free space or name another folder"
+            )
+        if error.errno in _CLOSED:
+            return UserError(
+                f"cache.folder ({self.folder!r}) cannot be written ({error.strerror}); name another"
+            )
+        return error
+
+
+def _record(path: str) -> str:
+    return f"{path[:-4]}.json"
+
+
+def _read_record(path: str) -> object:
+    """Read what the server said about a copy; None if there is no sound record."""
+    try:
+        return json.loads(Path(_record(path)).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _size(path: str) -> int:
+    """Return the size of a file; -1 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _touch(descriptor: int) -> None:
+    """Note that a copy is used now; its modification time stays."""
+    os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))

@@ -1,0 +1,87 @@
+"""May this text be opened as a shard, and how is it shown?
+
+A location is a path of this machine or a URL of five schemes. Everything else that looks like a
+URL (``pipe:``, ``file:``, a chain of openers) is refused here, so nothing behind this file ever
+starts a command. A URL may carry a password or a signature, so texts show it through ``redact``.
+"""
+
+import re
+from urllib.parse import urlsplit
+
+from dist_siglip.errors import UserError
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
+_URL = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s'\"<>]*@)?([^\s'\"<>?#]*)([?#][^\s'\"<>]*)?"
+)
+
+
+def is_remote(location: str) -> bool:
+    """Say whether a location is a URL of http, https, s3, gs or hf.
+
+    Example:
+        >>> is_remote("s3://bucket/00000.tar"), is_remote("/data/00000.tar")
+        (True, False)
+    """
+    return location.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def check_location(location: str, name: str) -> None:
+    """Refuse what is neither a path nor a URL that is opened.
+
+    Args:
+        location: one path or URL, braces expanded.
+        name: the setting it came from, for the error text.
+
+    Raises:
+        UserError: if it holds a control character, has another scheme, names no host or file, or
+            is a chain of openers.
+    """
+    shown = redact(location)
+    if _CONTROL.search(location):
+        raise UserError(f"{name} ({shown!r}) holds a control character; write the location out")
+    scheme = _SCHEME.match(location)
+    if scheme is None:
+        return
+    if not is_remote(location):
+        known = ", ".join(f"{one}://" for one in SCHEMES)
+        hint = "; write the scheme in lower case" if scheme[1].lower() in SCHEMES else ""
+        raise UserError(
+            f"{name} ({shown!r}) is not a path on this machine, nor a URL that is opened "
+            f"({known}){hint}"
+        )
+    try:
+        parts = urlsplit(location)
+    except ValueError as error:  # a bracket that is not closed
+        raise UserError(f"{name} ({shown!r}) is not a URL: {error}") from None
+    host, place = parts.netloc, location[len(scheme[0]) + 2 :].partition("/")[2]
+    if not host or not place:
+        raise UserError(f"{name} ({shown!r}) names no file; allowed: {scheme[1]}://place/file.tar")
+    if "::" in place or "::" in re.sub(r"\[[0-9A-Fa-f:.]*\]", "", host):
+        raise UserError(f"{name} ({shown!r}) chains openers (::); name the shard itself")
+    if "@" in host and scheme[1] not in ("http", "https"):
+        raise UserError(f"{name} ({shown!r}) holds credentials; put them into the environment")
+
+
+def redact(text: str) -> str:
+    """Cut user names, passwords, queries and fragments out of the URLs of a text.
+
+    Example:
+        >>> redact("cannot open https://me:secret@host/a.tar?sig=12ab")
+        'cannot open https://host/a.tar?...'
+    """
+    return _URL.sub(lambda url: url[1] + url[2] + (url[3][0] + "..." if url[3] else ""), text)
+
+
+def shard_name(location: str) -> str:
+    """Return the file name of a location, without the query of a URL.
+
+    Example:
+        >>> shard_name("https://host/set/00000.tar?sig=12ab"), shard_name("/data/00001.tar")
+        ('00000.tar', '00001.tar')
+    """
+    path = re.split(r"[?#]", location)[0] if is_remote(location) else location
+    return path.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,112 @@
+"""Which remote shards should be here before they are needed?
+
+A thread of one process per node asks from time to time which shards come next, and fetches them in
+that order, as far ahead as half of the cache reaches: the other half stays for what is being read.
+What lies behind is evicted by the cache, longest unused first.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from dist_siglip.data.remote.cache import ShardCache
+from dist_siglip.data.remote.locations import is_remote
+from dist_siglip.data.remote.retries import RemoteError
+from dist_siglip.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+_MOST_AHEAD = 256  # shards, however small
+
+
+class Prefetcher:
+    """Fetches shards ahead of the readers; never raises into training.
+
+    Args:
+        cache: where they go.
+        upcoming: names the shards needed from now on, in order; asked again for every round.
+        pause_seconds: between two rounds.
+        retry_seconds: pause after a failure, which is logged.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        upcoming: Callable[[], Iterator[str]],
+        *,
+        pause_seconds: float = 1.0,
+        retry_seconds: float = 30.0,
+    ) -> None:
+        self._cache = cache
+        self._upcoming = upcoming
+        self._pause_seconds = pause_seconds
+        self._retry_seconds = retry_seconds
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin; does nothing if it has begun."""
+        if self._thread is None:
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._run, name="shard prefetch", daemon=True)
+            self._thread.start()
+
+    def stop(self, patience_seconds: float = 5.0) -> None:
+        """End after the transfer under way, and wait a little for it."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(patience_seconds)
+            self._thread = None
+
+    def fetch_ahead(self) -> int:
+        """Go one round; return how many bytes ahead are here now.
+
+        Raises:
+            RemoteError: if a shard cannot be fetched.
+            UserError: if the cache is full or closed.
+        """
+        ahead, seen = 0, set[str]()
+        for shard in self._upcoming():
+            if self._stopped.is_set() or len(seen) >= _MOST_AHEAD:
+                break
+            if shard in seen:
+                break  # the data set is smaller than the way ahead
+            seen.add(shard)
+            if is_remote(shard):
+                ahead += self._cache.hold_ready(shard)
+            if ahead >= self._cache.max_bytes // 2:
+                break
+        return ahead
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            pause = self._pause_seconds
+            try:
+                self.fetch_ahead()
+            except (RemoteError, UserError) as error:
+                _LOGGER.warning("fetching ahead: %s", error)
+                pause = self._retry_seconds
+            self._stopped.wait(pause)
+
+
+def describe_tight_cache(cache: ShardCache, shard_bytes: list[int], block_shards: int) -> str:
+    """Warn if two blocks of shards do not fit a cache.
+
+    The order mixes ``block_shards`` shards at a time; while one block is read the next one is
+    fetched. What does not fit is fetched again and again.
+
+    Args:
+        cache: of the node.
+        shard_bytes: of each remote shard.
+        block_shards: shards shuffled together.
+
+    Returns:
+        One line for the log; empty if they fit.
+    """
+    largest = sum(sorted(shard_bytes)[-2 * block_shards :])
+    if largest <= cache.max_bytes:
+        return ""
+    return (
+        f"cache.max_gib ({cache.settings.max_gib:g}) holds less than two blocks of shards "
+        f"({largest / 2**30:.3g} GiB): shards will be fetched more than once an epoch; raise it or "
+        f"lower block_shards ({block_shards})"
+    )

@@ -1,0 +1,256 @@
+"""How does a whole remote file come here, and is it the right one?
+
+What the server says about a file (size, tag, checksum) is asked for first; the file is then
+fetched beside its final name, compared, and renamed. ``retries`` says when that is tried again.
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from typing import Any, NamedTuple
+
+from dist_siglip.data.remote.connections import file_system, wait_for
+from dist_siglip.data.remote.locations import check_location, is_remote, redact
+from dist_siglip.data.remote.retries import RemoteError, attempt
+from dist_siglip.errors import UserError
+
+__all__ = [
+    "RemoteError",
+    "RemoteFile",
+    "describe_remote",
+    "download",
+    "list_remote",
+    "read_small",
+]
+
+_ANSWER_SECONDS = 120.0  # for what is no transfer
+_SLOWEST_BYTES_PER_SECOND = 1 << 16  # a transfer slower than this has failed
+
+
+class RemoteFile(NamedTuple):
+    """What a server says about a file.
+
+    Attributes:
+        url: its address.
+        size: in bytes.
+        etag: changes when the content does; None if the server has none.
+        md5: checksum, 32 hexadecimal digits; None if the server offers none.
+        sha256: checksum, 64 hexadecimal digits; None if the server offers none.
+    """
+
+    url: str
+    size: int
+    etag: str | None = None
+    md5: str | None = None
+    sha256: str | None = None
+
+
+def describe_remote(url: str, *, attempts: int = 5) -> RemoteFile:
+    """Ask the server for size, tag and checksum of a file.
+
+    Args:
+        url: http, https, s3, gs or hf.
+        attempts: tries, with a growing pause between them.
+
+    Raises:
+        RemoteError: if there is no such file, or no answer after all attempts.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+    """
+    _check(url)
+    return attempt(url, attempts, lambda: _describe(url))
+
+
+def download(
+    url: str, path: str, *, attempts: int = 5, remote: RemoteFile | None = None
+) -> RemoteFile:
+    """Fetch a whole file, verified, so that ``path`` is either complete or not there.
+
+    It is written to ``path + ".part"``; one process at a time may do this for one path. A checksum
+    is compared where the server offers one, the size always.
+
+    Args:
+        url: http, https, s3, gs or hf.
+        path: local file name; replaced if it exists.
+        attempts: tries, with a growing pause between them.
+        remote: what ``describe_remote`` answered, if it was asked just now.
+
+    Returns:
+        What was fetched.
+
+    Raises:
+        RemoteError: if there is no such file, or no whole one after all attempts.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+        OSError: if it cannot be written here (disk full, no permission).
+    """
+    _check(url)
+    part = f"{path}.part"
+    known = [remote]
+
+    def fetch() -> RemoteFile:
+        # Described again after a failure: the file may have changed meanwhile.
+        described, known[0] = known[0] or _describe(url), None
+        _transfer(described, part)
+        _verify(described, part)
+        return described
+
+    try:
+        with open(part, "wb"):  # what is wrong on this side shows before any transfer
+            pass
+        result = attempt(url, attempts, fetch)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+    return result
+
+
+def read_small(url: str, max_bytes: int, *, attempts: int = 5) -> bytes | None:
+    """Read a small file into memory.
+
+    Args:
+        url: http, https, s3, gs or hf.
+        max_bytes: most it may hold.
+        attempts: tries, with a growing pause between them.
+
+    Returns:
+        Its bytes, or None if there is no such file.
+
+    Raises:
+        RemoteError: if it is longer than ``max_bytes``, or no answer after all attempts.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+    """
+    _check(url)
+
+    def read() -> bytes:
+        size = _describe(url).size
+        if size > max_bytes:
+            raise RemoteError(f"{redact(url)} has {size} bytes, at most {max_bytes} are read")
+        system, place = file_system(url), _place(url)
+        data: bytes = (
+            wait_for(system._cat_file(place), _ANSWER_SECONDS)
+            if system.async_impl
+            else system.cat_file(place)
+        )
+        if len(data) != size:
+            raise OSError(f"{len(data)} of {size} bytes came")
+        return data
+
+    try:
+        return attempt(url, attempts, read)
+    except RemoteError as error:
+        if error.is_missing:
+            return None
+        raise
+
+
+def list_remote(url: str, *, attempts: int = 5) -> list[str]:
+    """List the ``*.tar`` directly inside a folder of s3, gs or hf, sorted by name.
+
+    Raises:
+        RemoteError: if there is no such folder, or no answer after all attempts.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+    """
+    _check(url)
+    scheme = url.partition(":")[0]
+
+    def listing() -> list[str]:
+        system, place = file_system(url), _place(url).rstrip("/")
+        entries: list[dict[str, Any]] = (
+            wait_for(system._ls(place, detail=True), _ANSWER_SECONDS)
+            if system.async_impl
+            else system.ls(place, detail=True)
+        )
+        return sorted(entry["name"] for entry in entries if entry["type"] == "file")
+
+    names = attempt(url, attempts, listing)
+    return [f"{scheme}://{name}" for name in names if name.endswith(".tar")]
+
+
+def _check(url: str) -> None:
+    check_location(url, "URL")
+    if not is_remote(url):
+        raise UserError(f"URL ({url!r}) is a path of this machine; allowed: http, s3, gs, hf")
+
+
+def _place(url: str) -> str:
+    """Return the URL as the file system of its scheme wants it."""
+    return url if url.startswith("http") else url.partition("://")[2]
+
+
+def _describe(url: str) -> RemoteFile:
+    """Ask once."""
+    system, place = file_system(url), _place(url)
+    scheme = url.partition(":")[0]
+    if scheme == "s3":
+        bucket, key, version = system.split_path(place)
+        call = system._call_s3(
+            "head_object", Bucket=bucket, Key=key, **({"VersionId": version} if version else {})
+        )
+        return _of_s3(url, wait_for(call, _ANSWER_SECONDS))
+    info: dict[str, Any] = (
+        wait_for(system._info(place), _ANSWER_SECONDS) if system.async_impl else system.info(place)
+    )
+    if info.get("size") is None or info.get("type") != "file":
+        raise UserError(f"{redact(url)} is no file whose size the server tells")
+    if scheme == "gs":
+        return RemoteFile(url, int(info["size"]), info.get("etag"), _hex(info.get("md5Hash")))
+    if scheme == "hf":
+        stored = info.get("lfs") or {}
+        sha256 = stored.get("sha256")
+        return RemoteFile(url, int(info["size"]), sha256 or info.get("blob_id"), None, sha256)
+    return RemoteFile(
+        url, int(info["size"]), info.get("ETag") or info.get("Last-Modified"), _http_md5(info)
+    )
+
+
+def _of_s3(url: str, head: dict[str, Any]) -> RemoteFile:
+    """Read the answer of S3. The tag of an object in one part is its MD5, unless a key hides it."""
+    etag = str(head.get("ETag", "")).strip('"') or None
+    is_plain = head.get("ServerSideEncryption") in (None, "AES256")
+    is_plain = is_plain and not head.get("SSECustomerAlgorithm")
+    is_md5 = is_plain and etag is not None and re.fullmatch(r"[0-9a-f]{32}", etag)
+    return RemoteFile(url, int(head["ContentLength"]), etag, etag if is_md5 else None)
+
+
+def _http_md5(info: dict[str, Any]) -> str | None:
+    """Find an MD5 in the headers of an answer."""
+    digests = dict(part.strip().partition("=")[::2] for part in info.get("Digest", "").split(","))
+    return _hex(info.get("Content-MD5") or digests.get("md5") or digests.get("MD5"))
+
+
+def _hex(encoded: str | None) -> str | None:
+    """Turn a base64 checksum into hexadecimal digits; None for what is none."""
+    try:
+        digest = base64.b64decode(encoded or "", validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return digest.hex() if len(digest) == 16 else None
+
+
+def _transfer(remote: RemoteFile, part: str) -> None:
+    """Fetch once, into a file that exists."""
+    system, place = file_system(remote.url), _place(remote.url)
+    if system.async_impl:
+        limit = _ANSWER_SECONDS + remote.size / _SLOWEST_BYTES_PER_SECOND
+        wait_for(system._get_file(place, part), limit)
+    else:
+        system.get_file(place, part)
+
+
+def _verify(remote: RemoteFile, part: str) -> None:
+    """Compare what came with what the server said."""
+    size = os.path.getsize(part)
+    if size != remote.size:
+        raise OSError(f"{size} of {remote.size} bytes came")
+    for name, expected in (("md5", remote.md5), ("sha256", remote.sha256)):
+        if expected is None:
+            continue
+        digest = hashlib.new(name, usedforsecurity=False)
+        with open(part, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != expected:
+            raise OSError(f"the {name} of what came is not the one the server says")

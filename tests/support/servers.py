@@ -1,0 +1,104 @@
+"""A web server on loopback that fails on request, and counts what it is asked."""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class ShardServer:
+    """Serves bytes by path.
+
+    Attributes:
+        files: bytes by path, without the leading slash.
+        etags: tags by path; a path without one gets none.
+        headers: more headers by path.
+        faults: by path, what happens to the next GETs: "500", "cut" (half of the body, then the
+            connection ends), "stall" (half of the body, then nothing until ``release``), "short"
+            (a whole answer that is too short).
+        counts: how many requests there were, by (method, path).
+        release: set to let stalled transfers end.
+    """
+
+    def __init__(self):
+        self.files, self.etags, self.headers, self.faults = {}, {}, {}, {}
+        self.counts = Counter()
+        self.release = threading.Event()
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def fault_of(self, path):
+        with self.lock:
+            waiting = self.faults.get(path)
+            return waiting.pop(0) if waiting else None
+
+    def gets(self):
+        """How often each file was fetched."""
+        return {path: n for (method, path), n in self.counts.items() if method == "GET"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state = None
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        state, path = self.state, self.path.lstrip("/").split("?")[0]
+        with state.lock:
+            state.counts[self.command, path] += 1
+        if path.startswith("moved/"):
+            self.send_response(302)
+            self.send_header("Location", "/" + path.removeprefix("moved/"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body = state.files.get(path)
+        fault = state.fault_of(path) if with_body else None
+        if body is None or fault == "500":
+            self.send_response(404 if body is None else 500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        sent = body[: len(body) // 2] if fault else body
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(sent if fault == "short" else body)))
+        if path in state.etags:
+            self.send_header("ETag", state.etags[path])
+        for name, value in state.headers.get(path, {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not with_body:
+            return
+        self.wfile.write(sent)
+        if fault in ("cut", "stall"):
+            self.wfile.flush()
+            if fault == "stall":
+                state.release.wait(60)
+            self.close_connection = True
+
+
+@contextmanager
+def serve():
+    """Serve until the block ends; ``url`` of what is yielded ends with a slash."""
+    state = ShardServer()
+    handler = type("Handler", (_Handler,), {"state": state})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_port}/"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        state.release.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
