@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import bench, calibrate, quickstart, training
+from dist_siglip.cli import bench, calibrate, data, quickstart, training
 from dist_siglip.cli.subjects import parser_of
 from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
@@ -100,8 +100,9 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
-    elif words[0] == "bench":
-        parser_of("bench", bench.SUBJECTS, words[1])[1].parse_args(words[2:])
+    elif words[0] in ("bench", "data"):
+        subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
+        parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
     else:
         (calibrate.run if words[0] == "calibrate" else training.run)(words[0], words[1:])
         assert ran == [words[0]]

@@ -20,6 +20,7 @@ _VERBS = {
     ),
     "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
     "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
+    "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
     "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
     "calibrate": (
         "dist_siglip.cli.calibrate",

@@ -96,6 +96,19 @@ class CaptionRule:
         return [text for text in cut if text]
 
 
+def decode_caption(data: bytes) -> str:
+    """Decode a text that is one caption.
+
+    Raises:
+        BadSampleError: if it is too long, not UTF-8, or empty.
+
+    Example:
+        >>> decode_caption(b" a red fox ")
+        'a red fox'
+    """
+    return CaptionRule().choose([("txt", data)], ())
+
+
 def read_json(data: bytes) -> dict[str, Any]:
     """Parse a JSON member.
 

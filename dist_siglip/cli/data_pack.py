@@ -1,0 +1,90 @@
+"""``data pack``: a table and its pictures, or a folder, become shards."""
+
+import json as json_text
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.data.packing.pack import PackSettings
+from dist_siglip.data.packing.pack import pack as write_shards
+from dist_siglip.data.packing.table import Columns
+
+
+def pack(
+    table: str,
+    out: str = "shards",
+    images: str | None = None,
+    image_column: str = "image",
+    caption_column: str | list[str] = "caption",
+    keep_columns: bool = False,
+    samples_per_shard: int = 10_000,
+    max_shard_mib: int = 1024,
+    resize_short_side: int | None = None,
+    jpeg_quality: int = 90,
+    shuffle_seed: int | None = None,
+    max_image_pixels: int = 64_000_000,
+    max_bad_fraction: float = 0.01,
+    allow_outside: bool = False,
+    workers: int = 2,
+    json: bool = False,
+) -> int:
+    """Write webdataset shards of pictures and captions; called again, go on where it stopped.
+
+    A row gives the members <row number>.jpg (or .png, .webp, by content), .txt (the caption), and
+    .json where there are several captions (a list under "caption") or columns are kept. Rows that
+    cannot be used are listed in pack_skipped.jsonl. The EXIF orientation is not applied.
+
+    Args:
+        table: .csv, .tsv, .jsonl or .parquet file, or a folder of pictures with same-named .txt
+            files.
+        out: folder of the shards.
+        images: folder that relative picture paths count from. Null takes the table's.
+        image_column: column with the path of the picture.
+        caption_column: column with the caption or a list of captions; or several columns.
+        keep_columns: put the other columns into a .json member.
+        samples_per_shard: most samples of a shard.
+        max_shard_mib: a shard that has reached so many MiB takes no further sample.
+        resize_short_side: make pictures with a longer short side smaller (bicubic, as JPEG), in
+            pixels. Null keeps the bytes of every picture.
+        jpeg_quality: of pictures made smaller.
+        shuffle_seed: pack in a random order of this seed; all rows are in memory then. Null keeps
+            the order of the table.
+        max_image_pixels: pictures with more pixels are skipped.
+        max_bad_fraction: share of the rows that may be skipped.
+        allow_outside: accept pictures outside the images folder, by "..", absolute path or link.
+        workers: threads that read, check and resize.
+        json: print JSON instead of a table.
+    """
+    started = time.monotonic()
+    captions = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column)
+    report = write_shards(
+        Path(table),
+        Path(out),
+        PackSettings(
+            columns=Columns(image_column, captions, keep_columns),
+            samples_per_shard=samples_per_shard,
+            max_shard_mib=max_shard_mib,
+            resize_short_side=resize_short_side,
+            jpeg_quality=jpeg_quality,
+            shuffle_seed=shuffle_seed,
+            max_image_pixels=max_image_pixels,
+        ),
+        images=None if images is None else Path(images),
+        allow_outside=allow_outside,
+        max_bad_fraction=max_bad_fraction,
+        workers=workers,
+    )
+    seconds = time.monotonic() - started
+    if json:
+        content = {"out": out, **report._asdict(), "seconds": seconds}
+        sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
+        return 0
+    shown = Table(title=f"packed into {out}", caption=f"this call took {seconds:.1f} s")
+    for heading in report._fields:
+        shown.add_column(heading, justify="right")
+    shown.add_row(*(f"{count:,}" for count in report))
+    Console().print(shown)
+    return 0

@@ -1,0 +1,223 @@
+"""How do a table and a folder of pictures become shards, even if it is interrupted?
+
+webdataset's ``ShardWriter`` decides where one shard ends and the next begins. Each is written under
+a hidden name, synced, renamed, and then ``pack.json`` records how many rows are done. So a
+shard is whole or not there, and packing that was killed goes on with the first row that is
+in no shard: what comes out has the same bytes as if nothing had happened, for any number of
+workers. Keys are row numbers, and rows that cannot be used are listed in ``pack_skipped.jsonl``.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.packing.folder import PackFolder
+from dist_siglip.data.packing.sample import SampleMaker
+from dist_siglip.data.packing.table import Columns, Row, digest_table, read_rows
+from dist_siglip.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+_AHEAD = 8  # samples prepared ahead by each worker; bounds memory
+_EARLY_ROWS = 1000  # rows before the share of bad ones is judged for the first time
+_MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """What decides the bytes of the shards.
+
+    Attributes:
+        columns: which columns hold what.
+        samples_per_shard: most samples of a shard.
+        max_shard_mib: a shard that has reached so many MiB takes no further sample.
+        resize_short_side: longest short side of a picture, in pixels; None keeps all as they are.
+        jpeg_quality: of pictures made smaller, 1 to 95.
+        shuffle_seed: of a random order of the rows; None keeps the order of the table.
+        max_image_pixels: pictures with more pixels cannot be used.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    columns: Columns = field(default_factory=Columns)
+    samples_per_shard: int = 10_000
+    max_shard_mib: int = 1024
+    resize_short_side: int | None = None
+    jpeg_quality: int = 90
+    shuffle_seed: int | None = None
+    max_image_pixels: int = 64_000_000
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("samples_per_shard", 1, None),
+            ("max_shard_mib", 1, None),
+            ("resize_short_side", 1, None),
+            ("jpeg_quality", 1, 95),
+            ("shuffle_seed", 0, None),
+            ("max_image_pixels", 1, None),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} ({value}) must be at least {least}")
+            if value is not None and most is not None and value > most:
+                raise UserError(f"{name} ({value}) must be at most {most}")
+
+
+class PackReport(NamedTuple):
+    """What packing left behind, over all calls: shards, rows read, samples, rows skipped."""
+
+    shards: int
+    rows: int
+    samples: int
+    skipped: int
+
+
+def pack(
+    table: Path,
+    out: Path,
+    settings: PackSettings,
+    *,
+    images: Path | None = None,
+    allow_outside: bool = False,
+    max_bad_fraction: float = 0.01,
+    workers: int = 2,
+) -> PackReport:
+    """Write the pictures and captions of a table as shards, or go on where it stopped.
+
+    Args:
+        table: CSV, TSV, JSONL or Parquet file, or a folder of pictures with ``.txt`` files.
+        out: folder of the shards; new, empty, or left by an interrupted call with the same
+            table and settings.
+        settings: what decides the bytes.
+        images: folder that relative paths count from and that every picture lies in; None
+            takes the folder of the table.
+        allow_outside: accept pictures outside that folder.
+        max_bad_fraction: share of the rows that may be unusable; judged after 1000 rows, and at
+            the end.
+        workers: threads that read, decode and encode.
+
+    Raises:
+        UserError: if a setting or the table is wrong, the folder holds something else, a picture
+            lies outside, or too many rows cannot be used.
+    """
+    if workers < 1:
+        raise UserError(f"workers ({workers}) must be at least 1")
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"max_bad_fraction ({max_bad_fraction}) must be in [0, 1]")
+    root = images or (table if table.is_dir() else table.parent)
+    if not root.is_dir():
+        raise UserError(f"images ({root}) is not a folder")
+    if table.is_dir() and settings.columns.keep_others:
+        raise UserError("keep_columns (true) needs a table; a folder has no columns")
+    maker = SampleMaker(
+        images=str(root),
+        allow_outside=allow_outside,
+        resize_short_side=settings.resize_short_side,
+        jpeg_quality=settings.jpeg_quality,
+        max_image_pixels=settings.max_image_pixels,
+        keep_others=settings.columns.keep_others,
+    )
+    rows = _in_order(read_rows(table, settings.columns), settings.shuffle_seed)
+    identity = _identity(table, root, settings)
+    with PackFolder(out, identity) as folder:
+        _LOGGER.info("packing %s into %s from row %d on", table, out, folder.progress.rows)
+        if not folder.progress.finished:
+            _write(folder, rows, maker, settings, max_bad_fraction, workers)
+        _judge(folder, max_bad_fraction, 1)
+        done = folder.progress
+    return PackReport(done.shards, done.rows, done.samples, done.skipped)
+
+
+def _write(
+    folder: PackFolder,
+    rows: Iterable[Row],
+    maker: SampleMaker,
+    settings: PackSettings,
+    max_bad_fraction: float,
+    workers: int,
+) -> None:
+    """Write what is left of the rows."""
+    rest = islice(rows, folder.progress.rows, None)
+    with folder.shards(settings.samples_per_shard, settings.max_shard_mib * _MEBIBYTE) as write:
+        for row, outcome in _prepared(rest, maker, workers):
+            try:
+                sample = outcome()
+            except BadSampleError as error:
+                folder.skip({"row": row.number, "picture": row.picture, "reason": str(error)})
+            else:
+                write(sample)
+            _judge(folder, max_bad_fraction, _EARLY_ROWS)
+    if not folder.seen.rows:
+        raise UserError("the table has no rows; there is nothing to pack")
+    folder.finish()
+
+
+def _prepared(
+    rows: Iterable[Row], maker: SampleMaker, workers: int
+) -> Iterator[tuple[Row, Callable[[], dict[str, Any]]]]:
+    """Prepare samples in threads, a few ahead of what is written; the order stays.
+
+    Threads suffice: Pillow decodes, resizes and encodes without the interpreter's lock. They end
+    with this process, however it ends.
+    """
+    ahead: deque[tuple[Row, Future[dict[str, Any]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
+    try:
+        for row in rows:
+            ahead.append((row, pool.submit(maker, row)))
+            if len(ahead) >= _AHEAD * workers:
+                first, future = ahead.popleft()
+                yield first, future.result
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(rows: Iterator[Row], seed: int | None) -> Iterable[Row]:
+    """Shuffle the rows, which then are all in memory, or leave them as they come."""
+    if seed is None:
+        return rows
+    everything = list(rows)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    return (everything[place] for place in generator.permutation(len(everything)))
+
+
+def _judge(folder: PackFolder, max_bad_fraction: float, least_rows: int) -> None:
+    """Stop if the share of rows that cannot be used is above the limit."""
+    seen = folder.seen
+    if seen.skipped > max_bad_fraction * max(seen.rows, least_rows):
+        raise UserError(
+            f"max_bad_fraction ({max_bad_fraction}) is exceeded: {seen.skipped} of {seen.rows} "
+            f"rows cannot be used, listed in {folder.path / 'pack_skipped.jsonl'}, first "
+            f"{folder.first_skipped()}; mend them and pack into a new folder, or raise it"
+        )
+
+
+def _identity(table: Path, root: Path, settings: PackSettings) -> dict[str, Any]:
+    """Everything that decides the bytes of the shards, as plain values by name."""
+    values = asdict(settings)
+    columns = settings.columns
+    del values["columns"]
+    if settings.resize_short_side is not None:  # another JPEG encoder writes other bytes
+        values["pillow"] = PIL.__version__
+    return {
+        "table": table.name,
+        "table_digest": digest_table(table),
+        "images": os.path.realpath(root),
+        "image_column": columns.image,
+        "caption_column": list(columns.captions),
+        "keep_columns": columns.keep_others,
+        **values,
+    }

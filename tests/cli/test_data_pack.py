@@ -1,0 +1,91 @@
+"""``data pack`` as a process: killed and started again, and what it prints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_siglip.cli.data_pack import pack
+from dist_siglip.errors import UserError
+from tests.support.command import REPOSITORY, environment
+from tests.support.shards import caption, encode, picture
+
+COUNT = 60
+PACK = (
+    "import sys; from dist_siglip.cli.data_pack import pack; "
+    "sys.exit(pack(sys.argv[1], out=sys.argv[2], samples_per_shard=4, resize_short_side=40, "
+    "workers=int(sys.argv[3])))"
+)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A table of pictures large enough that packing takes a while."""
+    folder = tmp_path_factory.mktemp("pictures")
+    data = encode(picture(0, side=700))
+    for i in range(COUNT):
+        (folder / f"{i}.png").write_bytes(data)
+    lines = [json.dumps({"image": f"{i}.png", "caption": caption(i)}) for i in range(COUNT)]
+    (folder / "table.jsonl").write_text("\n".join(lines))
+    return folder / "table.jsonl"
+
+
+def start(table, out, workers):
+    return subprocess.Popen(
+        [sys.executable, "-c", PACK, str(table), str(out), str(workers)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        cwd=REPOSITORY,
+    )
+
+
+def shards_of(out):
+    return {path.name: path.read_bytes() for path in out.glob("*.tar")}
+
+
+def test_killed_and_started_again_the_shards_have_the_same_bytes(table, tmp_path):
+    pack(str(table), str(tmp_path / "whole"), samples_per_shard=4, resize_short_side=40)
+    out = tmp_path / "out"
+    for workers, number in ((1, 3), (2, 9)):
+        process = start(table, out, workers)
+        deadline = time.monotonic() + 60
+        while not (out / f"{number:05d}.tar").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert number < len(shards_of(out)) < COUNT // 4
+    process = start(table, out, 2)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+    assert shards_of(out) == shards_of(tmp_path / "whole")
+    assert not list(out.glob(".*"))
+
+
+def test_the_report_as_json_and_as_a_table(table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    out = str(tmp_path / "out")
+    assert pack(str(table), out, caption_column=["caption"], json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["seconds"] > 0
+    assert (report["shards"], report["rows"], report["samples"], report["skipped"]) == (
+        1,
+        60,
+        60,
+        0,
+    )
+    assert pack(str(table), out) == 0
+    assert "packed into" in capsys.readouterr().out
+
+
+def test_too_many_unreadable_pictures_are_an_error_that_names_the_list(table, tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\nnone.png,a hen\n")
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used, listed in .*_skipped\.jsonl"):
+        pack(str(tmp_path / "t.csv"), str(tmp_path / "out"))
