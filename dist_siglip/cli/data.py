@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from dist_siglip.cli.subjects import run_subject
 
 SUBJECTS = {
+    "index": ("dist_siglip.cli.data_index", "side-cars of shards, made ahead of training"),
+    "check": ("dist_siglip.cli.data_check", "everything that is wrong with shards"),
+    "stats": ("dist_siglip.cli.data_stats", "sizes, formats, caption lengths, duplicates"),
+    "plan": ("dist_siglip.cli.data_plan", "who reads what, for any number of ranks"),
     "pack": ("dist_siglip.cli.data_pack", "a table and its pictures, or a folder, to shards"),
 }
 

@@ -29,7 +29,8 @@ def run_subject(verb: str, subjects: Subjects, arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     set_up_logging()
     function, parser = parser_of(verb, subjects, arguments[0])
-    return function(**parser.parse_args(list(arguments[1:])).as_dict())
+    settings = parser.instantiate_classes(parser.parse_args(list(arguments[1:])))
+    return function(**settings.as_dict())
 
 
 def parser_of(verb: str, subjects: Subjects, subject: str) -> tuple[Callable[..., int], VerbParser]:

@@ -69,6 +69,18 @@ def test_killed_and_started_again_the_shards_have_the_same_bytes(table, tmp_path
     assert not list(out.glob(".*"))
 
 
+def test_shards_that_were_named_but_not_recorded_are_taken_over(table, tmp_path):
+    out = tmp_path / "out"
+    pack(str(table), str(out), samples_per_shard=20, resize_short_side=40)
+    before = shards_of(out)
+    manifest = json.loads((out / "pack.json").read_text())
+    nothing = dict.fromkeys(manifest["progress"], 0) | {"finished": False}
+    (out / "pack.json").write_text(json.dumps(manifest | {"progress": nothing}))
+    pack(str(table), str(out), samples_per_shard=20, resize_short_side=40)
+    assert shards_of(out) == before
+    assert not list(out.glob(".*"))
+
+
 def test_the_report_as_json_and_as_a_table(table, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     out = str(tmp_path / "out")

@@ -240,6 +240,8 @@ class PackFolder:
             partial.rename(final)
         elif final.is_symlink() or not filecmp.cmp(partial, final, shallow=False):
             raise UserError(f"{final} exists and is not the shard of these rows; move it away")
+        else:
+            partial.unlink()
         assert self._skips is not None
         os.fsync(self._skips.fileno())
         # Written atomically in the same folder, whose entry of the shard is synced with it.

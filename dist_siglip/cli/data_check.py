@@ -1,0 +1,120 @@
+"""``data check``: everything that is wrong with shards, before training meets it."""
+
+import json as json_text
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.atomic import open_atomically
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.inspection import (
+    HARMLESS,
+    KINDS,
+    Finding,
+    Inspector,
+    keys_in_several_shards,
+)
+from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.data.workers import spread
+
+_EXAMPLES = 3
+
+
+def check(
+    shards: str | list[str],
+    captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
+    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
+    max_image_pixels: int = 64_000_000,
+    decode: bool = True,
+    workers: int = 2,
+    limit_seconds: float = 3600.0,
+    cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
+    out: str | None = None,
+    json: bool = False,
+) -> int:
+    """Look at every sample of shards as training would; exit code 1 if anything is damaged.
+
+    Args:
+        shards: file, folder, pattern, list file or URL, or a JSON list of these.
+        captions: where captions are.
+        image_extensions: members that are the picture of a sample, in order of preference.
+        max_image_pixels: pictures with more pixels are bad.
+        decode: decode every picture; otherwise only headers are read.
+        workers: processes.
+        limit_seconds: longest time for one shard.
+        cache: copies of remote shards.
+        out: file for a JSON line about every finding. Null writes none.
+        json: print JSON instead of a table.
+    """
+    captions.check()
+    cache.check()
+    paths = expand_shards(shards)
+    inspector = Inspector(
+        image_extensions=image_extensions,
+        captions=captions,
+        max_image_pixels=max_image_pixels,
+        decode=decode,
+        cache=ShardCache(cache),
+    )
+    findings: list[Finding] = []
+    hashes: dict[str, np.ndarray] = {}
+    num_samples = 0
+    for done in spread(inspector, paths, workers=workers, limit_seconds=limit_seconds):
+        if done.result is None:
+            findings.append(Finding("damaged shard", done.item, "", done.failure))
+            continue
+        findings += done.result.findings
+        num_samples += done.result.num_samples
+        hashes[done.item] = done.result.key_hashes
+    order = {path: number for number, path in enumerate(paths)}
+    findings.sort(key=lambda finding: order[finding.shard])
+    counts = Counter(finding.kind for finding in findings)
+    if shared := keys_in_several_shards(hashes):
+        counts["key in several shards"] = shared
+    if out is not None:
+        with open_atomically(Path(out)) as file:
+            for finding in findings:
+                line = {**finding._asdict(), "shard": redact(finding.shard)}
+                file.write((json_text.dumps(line) + "\n").encode())
+    is_damaged = any(kind not in HARMLESS for kind in counts)
+    if json:
+        content = {
+            "shards": len(paths),
+            "samples": num_samples,
+            "damaged": is_damaged,
+            "findings": {kind: counts[kind] for kind in KINDS if counts[kind]},
+        }
+        sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
+    else:
+        Console().print(_table(findings, counts, len(paths), num_samples))
+    return 1 if is_damaged else 0
+
+
+def _table(
+    findings: list[Finding], counts: Counter[str], num_shards: int, num_samples: int
+) -> Table:
+    table = Table(title=f"{num_samples:,} samples of {num_shards:,} shards")
+    table.add_column("finding")
+    table.add_column("count", justify="right")
+    table.add_column("in training")
+    table.add_column("first", overflow="fold")
+    for kind, consequence in KINDS.items():
+        if not counts[kind]:
+            continue
+        first = [f for f in findings if f.kind == kind][:_EXAMPLES]
+        shown = "\n".join(
+            f"{shard_name(f.shard)}{'/' if f.key else ''}{f.key}: {redact(f.reason)[:200]}"
+            for f in first
+        )
+        table.add_row(
+            kind, f"{counts[kind]:,}", consequence, ascii(shown)[1:-1].replace("\\n", "\n")
+        )
+    if not counts:
+        table.add_row("nothing", "0", "", "")
+    return table

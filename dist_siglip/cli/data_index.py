@@ -1,0 +1,87 @@
+"""``data index``: side-cars of shards, made ahead of training."""
+
+import json as json_text
+import sys
+import time
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.data.index import ShardIndex, read_index
+from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.data.workers import spread
+from dist_siglip.distributed import World
+
+_CHUNK = 8  # shards indexed by one process
+_SHOWN = 20  # damaged shards in the table
+
+
+def index(
+    shards: str | list[str],
+    workers: int = 2,
+    rebuild: bool = False,
+    cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
+    json: bool = False,
+) -> int:
+    """Write a side-car <shard>.idx.npz for every shard that has none; exit code 1 on damage.
+
+    Started by torchrun or srun, each process takes its share of the shards.
+
+    Args:
+        shards: file, folder, pattern, list file or URL, or a JSON list of these.
+        workers: processes.
+        rebuild: scan shards that have a side-car, too.
+        cache: copies of remote shards.
+        json: print JSON instead of a table.
+    """
+    cache.check()
+    started = time.monotonic()
+    world = World.detect()
+    mine = expand_shards(shards)[world.rank :: world.world_size]
+    read = partial(_read_all, rebuild=rebuild, cache=ShardCache(cache))
+    chunks = [mine[i : i + _CHUNK] for i in range(0, len(mine), _CHUNK)]
+    num_samples = num_members = 0
+    damage: list[str] = []
+    for done in spread(read, chunks, workers=workers):
+        if done.result is None:
+            damage.append(f"shards from {done.item[0]!r} on: {done.failure}")
+            continue
+        for samples, members, problem in done.result:
+            num_samples += samples
+            num_members += members
+            damage += [problem] if problem else []
+    seconds = time.monotonic() - started
+    if json:
+        content = {
+            "shards": len(mine),
+            "samples": num_samples,
+            "members": num_members,
+            "damaged": damage,
+            "seconds": seconds,
+        }
+        sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
+        return 1 if damage else 0
+    table = Table(title=f"indexed in {seconds:.1f} s, {len(mine) / seconds:,.0f} shards/s")
+    for heading in ("shards", "samples", "members", "damaged"):
+        table.add_column(heading, justify="right")
+    table.add_row(f"{len(mine):,}", f"{num_samples:,}", f"{num_members:,}", f"{len(damage):,}")
+    console = Console()
+    console.print(table)
+    for problem in damage[:_SHOWN]:
+        console.print(problem, markup=False)
+    return 1 if damage else 0
+
+
+def _read_all(shards: list[str], rebuild: bool, cache: ShardCache) -> list[tuple[int, int, str]]:
+    """Index some shards: samples, members and damage of each."""
+    return [_read(shard, rebuild, cache) for shard in shards]
+
+
+def _read(shard: str, rebuild: bool, cache: ShardCache) -> tuple[int, int, str]:
+    try:
+        one: ShardIndex = read_index(shard, rebuild=rebuild, cache=cache)
+    except OSError as error:
+        return 0, 0, f"shard {shard!r} cannot be read: {error.strerror or error}"
+    return one.num_samples, len(one.offsets), one.damage

@@ -1,0 +1,175 @@
+"""What is wrong with a shard, looked at as training would, and as an attacker might have made it?
+
+Every sample is read, its picture decoded and its captions parsed the way training does it; the
+member names are looked at besides. Nothing is extracted.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.captions import CaptionRule, caption_id
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.index import read_index, split_name
+from dist_siglip.data.pairs import Span
+from dist_siglip.data.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.remote import ShardCache, is_remote
+
+# Kind of finding -> what training does about it.
+KINDS = {
+    "damaged shard": "refused, or skipped from the damage on",
+    "no picture": "refused, or the sample is skipped",
+    "no caption": "refused, or the sample is skipped",
+    "bad picture": "replaced by another sample",
+    "bad caption": "replaced by another sample",
+    "key in several shards": "used, each for itself",
+    "extension of another format": "used as what it is",
+    "path outside": "never written anywhere",
+    "link or device": "ignored",
+    "code": "ignored, never loaded",
+}
+# What a data set can be trained on with.
+HARMLESS = frozenset(
+    {
+        "key in several shards",
+        "extension of another format",
+        "path outside",
+        "link or device",
+        "code",
+    }
+)
+_CODE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "npy", "so", "py", "joblib"})
+_MEDIA = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: kind (see ``KINDS``), shard, key or member, reason."""
+
+    kind: str
+    shard: str
+    key: str
+    reason: str
+
+
+class ShardFindings(NamedTuple):
+    """What was found in one shard.
+
+    Attributes:
+        findings: in the order of the shard.
+        num_samples: samples it holds, incomplete ones included.
+        key_hashes: (samples,) int64, for finding keys that occur in several shards.
+    """
+
+    findings: list[Finding]
+    num_samples: int
+    key_hashes: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspector:
+    """How shards are looked at.
+
+    Args:
+        image_extensions: members that are the picture of a sample, in order of preference.
+        captions: where captions are.
+        max_image_pixels: largest picture.
+        decode: decode pictures in full; otherwise only their headers are read.
+        cache: copies of remote shards.
+    """
+
+    image_extensions: tuple[str, ...]
+    captions: CaptionRule
+    max_image_pixels: int
+    decode: bool = True
+    cache: ShardCache | None = None
+
+    def __call__(self, shard: str) -> ShardFindings:
+        """Look at one shard.
+
+        Raises:
+            UserError: if a remote shard cannot be fetched.
+        """
+        try:
+            index = read_index(shard, cache=self.cache)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror or error}"
+            return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
+        findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
+        findings += self._names(shard)
+        keys = index.keys()
+        members: list[dict[str, Span]] = [{} for _ in keys]
+        for sample, kind, offset, size in zip(
+            index.samples.tolist(),
+            index.kinds.tolist(),
+            index.offsets.tolist(),
+            index.sizes.tolist(),
+            strict=True,
+        ):
+            members[sample][index.extensions[kind]] = Span(shard, offset, size)
+        reader = ShardReader(self.cache)
+        for key, of_sample in zip(keys, members, strict=True):
+            findings += self._sample(shard, key, of_sample, reader)
+        reader.close()
+        hashes = np.array([caption_id(key) for key in keys], dtype=np.int64)
+        return ShardFindings(findings, len(keys), hashes)
+
+    def _sample(
+        self, shard: str, key: str, members: dict[str, Span], reader: ShardReader
+    ) -> Iterator[Finding]:
+        picture = next((e for e in self.image_extensions if e in members), None)
+        if picture is None:
+            yield Finding("no picture", shard, key, f"only {', '.join(sorted(members))}")
+        else:
+            try:
+                data = reader.read(members[picture])
+                encoded = EncodedPicture(data, max_pixels=self.max_image_pixels)
+                if self.decode:
+                    encoded.decode()
+                media = sniff_media_type(data)
+                if _MEDIA.get(picture, media) != media:
+                    reason = f".{picture} holds {media}"
+                    yield Finding("extension of another format", shard, key, reason)
+            except BadSampleError as error:
+                yield Finding("bad picture", shard, key, str(error))
+        texts = [extension for extension in self.captions.members if extension in members]
+        if not texts:
+            yield Finding("no caption", shard, key, f"only {', '.join(sorted(members))}")
+            return
+        try:
+            self.captions.choose([(e, reader.read(members[e])) for e in texts], (0,))
+        except BadSampleError as error:
+            yield Finding("bad caption", shard, key, str(error))
+
+    def _names(self, shard: str) -> Iterator[Finding]:
+        """Look at the names and types of all members, those that training never sees too."""
+        path = self.cache.fetch(shard) if is_remote(shard) and self.cache else shard
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for entry in archive:
+                    name = entry.name
+                    if name.startswith("/") or ".." in name.split("/"):
+                        yield Finding("path outside", shard, name, "leads out of the archive")
+                    if not (entry.isreg() or entry.isdir()):
+                        target = f" to {entry.linkname}" if entry.linkname else ""
+                        yield Finding("link or device", shard, name, f"no file{target}")
+                    parts = split_name(name)
+                    if parts and _CODE & set(parts[1].split(".")):
+                        yield Finding("code", shard, name, "of a format that can hold code")
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError):
+            return  # the index says what is damaged
+
+
+def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:
+    """Count keys that occur in more than one shard.
+
+    Args:
+        found: hashes of the keys of each shard.
+    """
+    hashes = np.concatenate([np.unique(h) for h in found.values()] or [np.zeros(0, np.int64)])
+    _, counts = np.unique(hashes, return_counts=True)
+    return int((counts > 1).sum())

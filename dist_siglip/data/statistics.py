@@ -1,0 +1,135 @@
+"""What do the pictures and captions of a data set look like, in numbers?"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.captions import CaptionRule, caption_id
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.picture import EncodedPicture, sniff_media_type
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+class Measured(NamedTuple):
+    """Samples that could be read, row by row.
+
+    Attributes:
+        numbers: (samples, 4) float64: width and height in pixels, bytes of the picture, characters
+            of the caption.
+        formats: media type of each picture.
+        caption_ids: (samples,) int64, equal for equal captions.
+        picture_ids: (samples,) int64, equal for equal bytes.
+        num_bad: samples that could not be read.
+    """
+
+    numbers: NDArray[np.float64]
+    formats: list[str]
+    caption_ids: NDArray[np.int64]
+    picture_ids: NDArray[np.int64]
+    num_bad: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gauge:
+    """Measures samples of a table; only headers of pictures are decoded.
+
+    Args:
+        table: where the members are.
+        captions: which caption counts; of several, the first.
+        max_image_pixels: larger pictures count as bad.
+    """
+
+    table: PairTable
+    captions: CaptionRule
+    max_image_pixels: int
+
+    def __call__(self, sample_ids: Sequence[int]) -> Measured:
+        """Measure samples, by id."""
+        reader = ShardReader(self.table.cache)
+        numbers, formats, captions, pictures, num_bad = [], [], [], [], 0
+        for sample_id in sample_ids:
+            try:
+                data = reader.read(self.table.image_span(sample_id))
+                size = EncodedPicture(data, max_pixels=self.max_image_pixels).size
+                media = sniff_media_type(data)
+                spans = self.table.caption_spans(sample_id)
+                first = CaptionRule(
+                    members=self.captions.members,
+                    json_field=self.captions.json_field,
+                    split_lines=self.captions.split_lines,
+                )
+                text = first.choose(((kind, reader.read(span)) for kind, span in spans), (0,))
+            except BadSampleError:
+                num_bad += 1
+                continue
+            numbers.append((*size, len(data), len(text)))
+            formats.append(media.removeprefix("image/"))
+            captions.append(caption_id(text))
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            pictures.append(int.from_bytes(digest, "big") >> 1)
+        reader.close()
+        return Measured(
+            np.array(numbers, dtype=np.float64).reshape(-1, 4),
+            formats,
+            np.array(captions, dtype=np.int64),
+            np.array(pictures, dtype=np.int64),
+            num_bad,
+        )
+
+
+def choose_samples(num_samples: int, most: int | None, seed: int) -> NDArray[np.int64]:
+    """Choose at most so many samples, evenly at random, in their order.
+
+    Example:
+        >>> choose_samples(5, None, 0).tolist(), len(choose_samples(1000, 10, 0))
+        ([0, 1, 2, 3, 4], 10)
+    """
+    if most is None or most >= num_samples:
+        return np.arange(num_samples)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    return np.sort(generator.choice(num_samples, most, replace=False))
+
+
+def summarize(parts: Sequence[Measured]) -> dict[str, object]:
+    """Join measurements into plain values for a table or JSON.
+
+    Returns:
+        samples, bad; quantiles (see ``QUANTILES``) of width, height, short_side, aspect_ratio
+        (width / height), picture_bytes, caption_characters; formats; and of captions and pictures
+        how many are distinct and how many samples share theirs with another.
+    """
+    numbers = np.concatenate([part.numbers for part in parts] or [np.zeros((0, 4))])
+    width, height, size, characters = numbers.T
+    columns = {
+        "width": width,
+        "height": height,
+        "short_side": np.minimum(width, height),
+        "aspect_ratio": width / height,
+        "picture_bytes": size,
+        "caption_characters": characters,
+    }
+    kinds, counts = np.unique([f for part in parts for f in part.formats], return_counts=True)
+    return {
+        "samples": len(numbers),
+        "bad": sum(part.num_bad for part in parts),
+        "quantiles": {
+            name: np.quantile(values, QUANTILES).tolist() if len(values) else []
+            for name, values in columns.items()
+        },
+        "formats": dict(zip(kinds.tolist(), counts.tolist(), strict=True)),
+        "captions": _sharing(parts, "caption_ids"),
+        "pictures": _sharing(parts, "picture_ids"),
+    }
+
+
+def _sharing(parts: Sequence[Measured], field: str) -> dict[str, int]:
+    ids = np.concatenate([getattr(part, field) for part in parts] or [np.zeros(0, np.int64)])
+    _, counts = np.unique(ids, return_counts=True)
+    return {"distinct": len(counts), "shared": int(counts[counts > 1].sum())}
