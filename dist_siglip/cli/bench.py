@@ -1,4 +1,4 @@
-"""``bench``: what the loss costs, measured here, predicted for a cluster, or simulated."""
+"""``bench``: what loss and data cost, measured here, predicted for a cluster, or simulated."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from dist_siglip.cli.subjects import run_subject
 
 SUBJECTS = {
     "loss": ("dist_siglip.cli.bench_loss", "time and memory beside other losses, on this machine"),
+    "data": ("dist_siglip.cli.bench_data", "images/s of our loader beside open_clip's"),
     "plan": ("dist_siglip.cli.bench_plan", "predicted cost of every exchange on a cluster"),
     "simulate": (
         "dist_siglip.cli.bench_simulate",

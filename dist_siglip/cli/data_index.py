@@ -13,8 +13,9 @@ from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
 from dist_siglip.distributed import World
+from dist_siglip.errors import UserError
 
-_CHUNK = 8  # shards indexed by one process
+_MOST_AT_ONCE = 8  # shards indexed by one process
 _SHOWN = 20  # damaged shards in the table
 
 
@@ -37,11 +38,14 @@ def index(
         json: print JSON instead of a table.
     """
     cache.check()
+    if workers < 1:
+        raise UserError(f"workers ({workers}) must be at least 1")
     started = time.monotonic()
     world = World.detect()
     mine = expand_shards(shards)[world.rank :: world.world_size]
     read = partial(_read_all, rebuild=rebuild, cache=ShardCache(cache))
-    chunks = [mine[i : i + _CHUNK] for i in range(0, len(mine), _CHUNK)]
+    size = max(1, min(_MOST_AT_ONCE, len(mine) // (2 * workers)))
+    chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
     num_samples = num_members = 0
     damage: list[str] = []
     for done in spread(read, chunks, workers=workers):

@@ -78,8 +78,9 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 
 def test_help_lists_the_subjects(capsys):
     assert main(["bench", "--help"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == [
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:6]] == [
         "loss",
+        "data",
         "plan",
         "simulate",
     ]

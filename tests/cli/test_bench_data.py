@@ -1,0 +1,73 @@
+"""``bench data``: every contestant delivers the same kind of batches, and the table adds up."""
+
+import json
+
+import pytest
+import torch
+
+from dist_siglip.cli import main
+from dist_siglip.cli.bench_data_contestants import CONTESTANTS, Streaming, batches
+from dist_siglip.cli.bench_data_shards import write_photo_shards
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # webdataset leaves a shard open
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_photo_shards(tmp_path_factory.mktemp("photos") / "a b", (96, 80), 40, 2)
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+def test_contestants_deliver_normalised_pictures_and_tokens(shards, contestant):
+    streaming = Streaming(
+        shards=tuple(shards), image_size=32, crop_scale=(0.9, 1.0), local_batch_size=8, workers=1
+    )
+    stream = batches(contestant, streaming)
+    images, texts = next(stream)
+    stream.close()
+    assert images.shape == (8, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert -3 < images.min() < 0 < images.max() < 3
+    assert texts.shape == (8, 77)
+    assert texts.dtype == torch.int64
+
+
+OPTIONS = (
+    "--image_size=32",
+    "--local_batch_size=4",
+    "--rounds=1",
+    "--seconds=0.05",
+    "--workers=[1]",
+)
+
+
+def test_the_ratio_is_over_open_clip(shards, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["bench", "data", f"--shards={json.dumps(shards)}", "--json=true", *OPTIONS]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["contestant"] for row in rows] == list(CONTESTANTS)
+    theirs = rows[0]["images_per_second"]
+    assert theirs > 0
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["images_per_second"] / theirs)
+    assert main(["bench", "data", f"--shards={json.dumps(shards)}", *OPTIONS]) == 0
+    assert "images/s of training loaders" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--rounds=0", "rounds (0) must be at least 1"),
+        ("--seconds=0", "seconds (0.0) must be above 0"),
+        ("--pictures=3", "pictures (3) must be at least two batches"),
+        ("--shards=none.tar", "names a missing file"),
+        ("--workers=[3]", "shards (2) must be at least one for each of 3 loader processes"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(shards, capsys, option, message):
+    arguments = [f"--shards={json.dumps(shards)}", *OPTIONS, option]
+    assert main(["bench", "data", *arguments]) == 2
+    assert message in capsys.readouterr().err
