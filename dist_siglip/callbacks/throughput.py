@@ -1,11 +1,18 @@
-"""How fast the run is, and how much of a step waits for data."""
+"""How fast the run is, how much of a step waits for data, and how many workers would mend that."""
 
+import logging
+import math
+import os
 import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.callbacks.metrics_log import MetricsLog
+
+_LOGGER = logging.getLogger(__name__)
+_BOUND = 0.25  # share of the time spent waiting above which a run is bound by its data
+_TOLD = (1, 10, 100, 1000)  # at which such interval it is said
 
 
 class Throughput(Callback):
@@ -14,7 +21,8 @@ class Throughput(Callback):
     train/pairs_per_second: pairs of the global batch per second of wall time.
     train/data_wait_percent: share of that time in which this rank waited for its next batch.
 
-    Evaluation and checkpointing between two steps are not counted.
+    Evaluation and checkpointing between two steps are not counted. A run that waits for a quarter
+    of the time or more is told how many loader processes would keep up (``workers_needed``).
     """
 
     def __init__(self) -> None:
@@ -23,6 +31,8 @@ class Throughput(Callback):
         self._num_steps = 0
         self._last_end: float | None = None
         self._start = 0.0
+        self._num_intervals = 0
+        self._num_bound = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget log lines after the checkpoint the run goes on from."""
@@ -61,9 +71,36 @@ class Throughput(Callback):
                     "train/data_wait_percent": 100 * self._waiting_seconds / seconds,
                 }
             )
+            self._judge(trainer, self._num_steps * len(batch.images))
             self._busy_seconds = self._waiting_seconds = 0.0
             self._num_steps = 0
         self._last_end = now
+
+    def _judge(self, trainer: Trainer, num_local_pairs: int) -> None:
+        """Say so if the interval was bound by the data; the first one starts the workers."""
+        self._num_intervals += 1
+        seconds = self._busy_seconds + self._waiting_seconds
+        workers: int | None = getattr(trainer.datamodule, "workers_per_rank", None)  # type: ignore[attr-defined]
+        if (
+            self._num_intervals == 1
+            or workers is None
+            or self._waiting_seconds < _BOUND * seconds
+            or not self._busy_seconds
+        ):
+            return
+        self._num_bound += 1
+        if self._num_bound in _TOLD and trainer.is_global_zero:
+            _LOGGER.warning(
+                "data-bound: %.0f %% of the time waits for pictures; %d workers a rank deliver "
+                "%.0f pairs/s, the model could take %.0f; about %d workers_per_rank would keep up "
+                "(this rank may use %d cores)",
+                100 * self._waiting_seconds / seconds,
+                workers,
+                num_local_pairs / seconds,
+                num_local_pairs / self._busy_seconds,
+                workers_needed(workers, self._busy_seconds, self._waiting_seconds),
+                _cores_of_a_rank(trainer),
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -72,3 +109,29 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again."""
         self._last_end = time.perf_counter()
+
+
+def workers_needed(workers: int, busy_seconds: float, waiting_seconds: float) -> int:
+    """Estimate how many loader processes would keep a model busy.
+
+    Workers that are waited for work all the time, so ``workers`` of them need ``busy + waiting``
+    for what the model takes ``busy`` for: K = ceil(workers * (busy + waiting) / busy). Without
+    workers the process itself loads while it waits, and K = ceil(waiting / busy).
+
+    Args:
+        workers: loader processes of a rank now.
+        busy_seconds: of the rank in its steps, > 0.
+        waiting_seconds: of the rank for its batches.
+
+    Example:
+        >>> workers_needed(2, 1.0, 3.0), workers_needed(0, 1.0, 2.5)
+        (8, 3)
+    """
+    if not workers:
+        return max(1, math.ceil(waiting_seconds / busy_seconds))
+    return math.ceil(workers * (busy_seconds + waiting_seconds) / busy_seconds)
+
+
+def _cores_of_a_rank(trainer: Trainer) -> int:
+    """Share the cores this process may use among the ranks of its node."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, trainer.num_devices))

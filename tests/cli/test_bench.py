@@ -62,7 +62,7 @@ def test_the_table_has_a_line_for_each_contestant(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["losses"], r"bench \(losses\) must be one of loss, plan, simulate"),
+        (["losses"], r"bench \(losses\) must be one of loss, data, plan, simulate"),
         (["loss", "--rounds=0"], r"rounds \(0\) must be at least 1"),
         (["loss", "--world_sizes=[0]"], r"world_sizes \(0\) must be at least 1"),
         (["loss", "--pairs=2"], "pairs"),
