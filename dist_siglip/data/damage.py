@@ -38,6 +38,11 @@ class Damage:
         self._num_samples = 0
         self._problems: list[str] = []
 
+    @property
+    def is_noted(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self._problems)
+
     def shard(self, problem: str) -> None:
         """Note a damaged shard: what is wrong, naming it."""
         self._num_shards += 1

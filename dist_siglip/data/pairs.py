@@ -7,21 +7,32 @@ later.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.data.damage import Damage, OnDamage
 from dist_siglip.data.index import ShardIndex, read_index
-from dist_siglip.data.remote import ShardCache
+from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.table_file import read_table, table_path, write_table
 from dist_siglip.errors import UserError
 
+_ARRAYS = (
+    "starts",
+    "image_offsets",
+    "image_sizes",
+    "caption_offsets",
+    "caption_sizes",
+    "dropped",
+)
+_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines")
 _READERS = 8  # threads that wait for a slow file system together
 
 
@@ -50,6 +61,7 @@ class PairTable:
         dropped: (dropped samples, 2) int64, the shard and the number within it of every sample
             that was left out because it is incomplete.
         cache: copies of remote shards, if there are any.
+        file: where the arrays are mapped from, if they are.
     """
 
     shards: tuple[str, ...]
@@ -63,6 +75,22 @@ class PairTable:
     shard_lines: str
     dropped: NDArray[np.int64]
     cache: ShardCache | None = None
+    file: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave mapped arrays out: another process maps the same file."""
+        state = dict(self.__dict__)
+        if self.file is not None and os.path.exists(self.file):
+            state = {"cache": self.cache, "file": self.file}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "starts" not in state:
+            found = _mapped(state["file"], state["cache"])
+            if found is None:
+                raise UserError(f"table {state['file']!r} vanished; start the run again")
+            state = found.__dict__
+        self.__dict__.update(state)
 
     @property
     def num_samples(self) -> int:
@@ -150,6 +178,16 @@ def build_pair_table(
     """
     pictures = [extension.lower().lstrip(".") for extension in image_extensions]
     captions = [extension.lower().lstrip(".") for extension in caption_extensions]
+    file = None
+    if not any(map(is_remote, shards)):
+        settings = {"images": pictures, "captions": captions}
+        try:
+            file = table_path(shards, settings)
+        except OSError as error:
+            raise UserError(f"{name}: shard cannot be read: {error}") from error
+        known = _mapped(file, cache)
+        if known is not None:
+            return known
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
         indices = list(readers.map(partial(_read, cache=cache), shards))
     damage = Damage(on_damage, max_bad_fraction, name)
@@ -167,7 +205,7 @@ def build_pair_table(
         base, count = shard_name(index.path), part.num_samples
         lines.append(f"{ascii(base)[1:-1]}\t{count}\t{index.digest[:16]}")
         digest.update(f"{base}\0{count}\0{index.digest}\n".encode("utf-8", "surrogateescape"))
-    return PairTable(
+    table = PairTable(
         shards=tuple(shards),
         starts=starts,
         image_offsets=np.concatenate([part.image_offsets for part in parts]),
@@ -182,6 +220,32 @@ def build_pair_table(
         ).reshape(-1, 2),
         cache=cache,
     )
+    # What is damaged is to be told every time, so it is not kept.
+    is_sound = not damage.is_noted
+    if file is None or not is_sound or not _keep(file, table):
+        return table
+    return _mapped(file, cache) or table
+
+
+def _keep(file: str, table: PairTable) -> bool:
+    """Write the file of a table."""
+    arrays = {name: getattr(table, name) for name in _ARRAYS}
+    values = {name: getattr(table, name) for name in _VALUES}
+    return write_table(file, arrays, values)
+
+
+def _mapped(file: str, cache: ShardCache | None) -> PairTable | None:
+    """Return the table of a file; None if there is none."""
+    found = read_table(file)
+    if found is None:
+        return None
+    arrays, values = found
+    if set(arrays) != set(_ARRAYS) or set(values) != set(_VALUES):
+        return None
+    fields: dict[str, Any] = {**arrays, **values, "cache": cache, "file": file}
+    for name in ("shards", "caption_extensions"):
+        fields[name] = tuple(values[name])
+    return PairTable(**fields)
 
 
 class _Part(NamedTuple):
