@@ -187,4 +187,6 @@ def _texts_of(value: Any, path: str) -> list[str]:
             raise BadSampleError(
                 f"JSON field {path!r} holds a {type(text).__name__}, not a string or a list of them"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
+            raise BadSampleError(f"JSON field {path!r} is not UTF-8: it holds half a character")
     return texts

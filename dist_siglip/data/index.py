@@ -15,6 +15,8 @@ import io
 import json
 import logging
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -42,6 +44,12 @@ _DAMAGE = (
     LookupError,
     TypeError,
     AttributeError,
+    RuntimeError,  # encrypted, compressed in an unknown way, nested too deeply
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    tokenize.TokenError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -266,14 +274,21 @@ def _read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> 
 
 
 def _parse(file: BinaryIO, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
-    """Parse a side-car; None if it is damaged, or made for another file."""
+    """Parse a side-car; None if it is damaged, or made for another file.
+
+    Its arrays are stored as they are, so they take no more memory than the file.
+    """
     try:
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a side-car is not compressed")
+        file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             if {key: header[key] for key in identity} != identity:
                 return None
             columns = arrays["members"]
-            return ShardIndex(
+            index = ShardIndex(
                 path=path,
                 num_samples=int(header["num_samples"]),
                 extensions=tuple(str(extension) for extension in header["extensions"]),
@@ -284,9 +299,31 @@ def _parse(file: BinaryIO, path: str, identity: dict[str, str | int]) -> ShardIn
                 sizes=columns[3],
                 digest=str(header["digest"]),
             )
+        _check(index, int(header["size"]))
     except _DAMAGE:
         _LOGGER.warning("the side-car of shard %r is damaged; it is made again", redact(path))
         return None
+    return index
+
+
+def _check(index: ShardIndex, size: int) -> None:
+    """Refuse a side-car that no shard of ``size`` bytes can have; it may come from anywhere.
+
+    Raises:
+        ValueError: if a number is out of its range, or arrays do not fit together.
+    """
+    columns = (index.samples, index.kinds, index.offsets, index.sizes)
+    arrays = (*columns, index.joined_keys)
+    types = [array.dtype for array in arrays]
+    if types != [np.int64] * 4 + [np.uint8] or any(array.ndim != 1 for array in arrays):
+        raise ValueError("members are not (4, n) int64, or keys are no bytes")
+    num_keys = int(np.count_nonzero(index.joined_keys == 0)) + 1 if index.joined_keys.size else 0
+    if index.num_samples != num_keys or len(index.digest) != 32:
+        raise ValueError(f"{num_keys} keys for {index.num_samples} samples")
+    ends = (index.num_samples, len(index.extensions), size + 1, size + 1)
+    for column, end in zip(columns, ends, strict=True):
+        if column.size and not 0 <= column.min() <= column.max() < end:
+            raise ValueError("a member is out of range")
 
 
 def _write_side_car(side_car: str, index: ShardIndex, identity: dict[str, str | int]) -> bool:

@@ -4,6 +4,7 @@ Every sample is read, its picture decoded and its captions parsed the way traini
 member names are looked at besides. Nothing is extracted.
 """
 
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dist_siglip.data.index import read_index, split_name
 from dist_siglip.data.pairs import Span
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.remote import ShardCache, is_remote
+from dist_siglip.data.tar_scan import entries_of, open_archive
 
 # Kind of finding -> what training does about it.
 KINDS = {
@@ -148,9 +150,10 @@ class Inspector:
     def _names(self, shard: str) -> Iterator[Finding]:
         """Look at the names and types of all members, those that training never sees too."""
         path = self.cache.fetch(shard) if is_remote(shard) and self.cache else shard
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            with tarfile.open(path, "r:") as archive:
-                for entry in archive:
+            with open_archive(descriptor) as archive:
+                for entry in entries_of(archive):
                     name = entry.name
                     if name.startswith("/") or ".." in name.split("/"):
                         yield Finding("path outside", shard, name, "leads out of the archive")
@@ -162,6 +165,8 @@ class Inspector:
                         yield Finding("code", shard, name, "of a format that can hold code")
         except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError):
             return  # the index says what is damaged
+        finally:
+            os.close(descriptor)
 
 
 def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:

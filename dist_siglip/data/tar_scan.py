@@ -8,9 +8,12 @@ library's ``tarfile``. Both ways find a file that was cut short, even exactly be
 members: a complete archive ends with a block of zeros.
 """
 
+import io
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
@@ -21,6 +24,7 @@ _END = bytes(_BLOCK)
 _REGULAR = (b"0", b"\0")
 _PAX = b"x"
 _PAX_LIMIT = 1 << 16
+_LARGEST_HEADER = 1 << 20  # bytes of a long name or of PAX records
 # PAX keywords that move no byte and rename nothing.
 _HARMLESS = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"})
 _GZIP = b"\x1f\x8b"
@@ -107,24 +111,56 @@ def _scan_headers(path: str, descriptor: int, file_size: int) -> list[Member] | 
         position = offset + -(-size // _BLOCK) * _BLOCK
 
 
+class _HeaderFile(io.BufferedReader):
+    """A file whose reader asks for headers only: no header makes it read, or reserve, much."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+@contextmanager
+def open_archive(descriptor: int) -> Iterator[tarfile.TarFile]:
+    """Open an uncompressed tar with the standard library, for ``entries_of``.
+
+    Args:
+        descriptor: stays open.
+    """
+    with (
+        _HeaderFile(io.FileIO(descriptor, "rb", closefd=False)) as file,
+        tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive,
+    ):
+        yield archive
+
+
+def entries_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """List the headers of an archive, whatever they are.
+
+    Raises:
+        tarfile.TarError: or ``ValueError``, ``OverflowError``, ``EOFError``, ``OSError``, if it is
+            damaged.
+    """
+    previous = -1
+    for entry in archive:
+        if entry.offset <= previous:  # a negative size would send tarfile round and round
+            raise tarfile.ReadError("a header points backwards")
+        previous = entry.offset
+        yield entry
+
+
 def _scan_with_tarfile(path: str, descriptor: int) -> list[Member]:
     """List the members with the standard library: slower, and knows every kind of header."""
     members: list[Member] = []
-    previous = -1
     try:
-        with (
-            open(descriptor, "rb", closefd=False) as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive,
-        ):
-            file_size = os.fstat(descriptor).st_size
-            for entry in archive:
-                if entry.offset <= previous:  # a negative size would send tarfile round and round
-                    raise tarfile.ReadError("a header points backwards")
-                previous = entry.offset
+        file_size = os.fstat(descriptor).st_size
+        with open_archive(descriptor) as archive:
+            for entry in entries_of(archive):
                 if entry.isreg() and not entry.issparse():
                     if entry.offset_data + entry.size > file_size:
                         raise tarfile.ReadError("unexpected end of data")
-                    members.append(Member(entry.name, entry.offset_data, entry.size))
+                    name = entry.name.partition("\0")[0]  # as in plain headers
+                    members.append(Member(name, entry.offset_data, entry.size))
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
         raise DamagedTarError(

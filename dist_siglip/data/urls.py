@@ -20,8 +20,10 @@ _ALLOWED = (
     "a URL of http, https, s3, gs or hf, or a list of these"
 )
 _MOST = 10_000_000  # locations of one pattern
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_DEEPEST = 20  # braces in braces
+_TOKEN = re.compile(r"\\.|[{},]", re.DOTALL)
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
 _IPV6 = re.compile(r"(https?://(?:[^/@]*@)?\[[0-9A-Fa-f:.]+\](?::\d+)?)(/.*)")
 
 
@@ -131,13 +133,10 @@ def _expand_braces(pattern: str, name: str) -> list[str]:
     shown = redact(pattern)
     if "${" in pattern:  # webdataset would read the environment
         raise UserError(f"{name} ({shown!r}) holds a variable ${{...}}; write the path out")
-    count = 1
-    for group in _BRACES.findall(pattern):
-        ends = _NUMBERS.match(group)
-        span = abs(int(ends[1]) - int(ends[2])) if ends else group.count(",")
-        count *= span + 1
-    if count > _MOST:
-        raise UserError(f"{name} ({shown!r}) names {count} shards, at most {_MOST}")
+    if sum(_count(part) for part in pattern.split("::")) > _MOST:
+        raise UserError(
+            f"{name} ({shown[:200]!r}) names more than {_MOST} shards, or nests braces too deeply"
+        )
     # Read once, at webdataset's first import: no pickles, no commands, whoever calls it later.
     os.environ["WDS_SECURE"] = "1"
     from webdataset.shardlists import expand_urls
@@ -151,6 +150,36 @@ def _expand_braces(pattern: str, name: str) -> list[str]:
         raise UserError(
             f"{name} ({shown!r}) is not a brace pattern: {redact(str(error))}"
         ) from None
+
+
+def _count(pattern: str) -> int:
+    """Bound the number of texts a brace pattern expands to, without expanding it."""
+    done, product = [0], [1]  # of each open brace: alternatives before, and the one it is in
+    starts = [0]
+    for token in _TOKEN.finditer(pattern):
+        if token[0] == "{":
+            done.append(0)
+            product.append(1)
+            starts.append(token.end())
+        elif token[0] == "," and len(done) > 1:
+            done[-1] += product[-1]
+            product[-1] = 1
+        elif token[0] == "}" and len(done) > 1:
+            inside = pattern[starts.pop() : token.start()]
+            alternatives = max(done.pop() + product.pop(), _range_length(inside))
+            product[-1] *= alternatives
+        if len(done) > _DEEPEST or product[-1] > _MOST:
+            return _MOST + 1
+    return product[-1]
+
+
+def _range_length(text: str) -> int:
+    """Bound the length of a range such as ``00..99`` or ``a..f``; 1 for other texts."""
+    if ends := _NUMBERS.fullmatch(text):
+        if max(len(ends[1]), len(ends[2])) > len(str(_MOST)) + 12:
+            return _MOST + 1
+        return abs(int(ends[1]) - int(ends[2])) + 1
+    return 52 if _LETTERS.fullmatch(text) else 1
 
 
 def _list_folder(folder: str, name: str) -> list[str]:

@@ -1,0 +1,667 @@
+"""What a run does with broken and hostile input: a row for each kind, through the real path."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import resource
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_siglip.data.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
+from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.index import load_index
+from dist_siglip.data.inspection import Inspector
+from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.picture import EncodedPicture
+from dist_siglip.data.slot import Slot
+from dist_siglip.data.tar_scan import scan_tar
+from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.errors import UserError
+from tests.support.hostile import (
+    KEYS,
+    chunk,
+    good_members,
+    in_child,
+    jpeg_of_claimed_size,
+    link,
+    pickle_that_makes,
+    png,
+    replaced,
+    tar_of,
+)
+from tests.support.shards import caption, encode, jpeg, photo, picture, tiny_inputs
+
+MAX_PIXELS = 1_000_000
+GOOD = tar_of(good_members())
+TEXT = CaptionRule()
+EXTENSIONS = ("jpg", "png", "webp")
+
+
+def member_start(number):
+    """Offset of the header of a member of the sound shard."""
+    with tarfile.open(fileobj=io.BytesIO(GOOD)) as archive:
+        return archive.getmembers()[number].offset
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # by a quarter
+    return saved(picture(9), "PNG", exif=exif)
+
+
+def palette():
+    return picture(9).convert("P")
+
+
+def animated():
+    return saved(picture(9), "WEBP", save_all=True, append_images=[picture(8)], lossless=True)
+
+
+def sixteen_bits():
+    return Image.fromarray((np.asarray(picture(9).convert("L")).astype(np.uint16)) * 257)
+
+
+# --- Shards that are refused before training, or skipped as far as they are damaged ---------
+
+
+class Damaged(NamedTuple):
+    """A shard that is wrong: its bytes, what is said, samples that "skip" can still use."""
+
+    data: bytes
+    record: str
+    usable: int
+
+
+DAMAGED = {
+    "tar cut inside a member": Damaged(GOOD[: member_start(4) + 600], "cut short", 2),
+    "tar cut inside a header": Damaged(GOOD[: member_start(4) + 200], "cut short", 2),
+    "tar cut exactly between members": Damaged(GOOD[: member_start(4)], "cut short", 2),
+    "shard of zero bytes": Damaged(b"", "is empty", 0),
+    "shard that is no tar": Damaged(b"<html>404 not found</html>" * 100, "damaged or cut short", 0),
+    "compressed shard": Damaged(b"\x1f\x8b" + bytes(600), "is compressed", 0),
+    "missing caption": Damaged(
+        tar_of([m for m in good_members() if m[0] != "k1.txt"]), "have no caption .*'k1'", 3
+    ),
+    "missing picture": Damaged(
+        tar_of([m for m in good_members() if m[0] != "k1.png"]), "have no picture .*'k1'", 3
+    ),
+    "picture under an extension that is not read": Damaged(
+        tar_of([(name.replace("k1.png", "k1.gif"), data) for name, data in good_members()]),
+        "have no picture .*'k1'; the shard holds .png, .txt, .gif",
+        3,
+    ),
+    "member that occurs twice": Damaged(
+        tar_of([*good_members(), ("k1.txt", b"another")]), "holds member 'k1.txt' twice", 4
+    ),
+}
+
+
+# --- Samples that are replaced, one by one ---------------------------------------------------
+
+
+class Bad(NamedTuple):
+    """A sample that cannot be used: its members, and the reason that is written down."""
+
+    parts: dict[str, bytes]
+    reason: str
+
+
+BAD = {
+    "empty caption": Bad({"txt": b""}, "caption is empty"),
+    "caption of white space": Bad({"txt": b" \n\t "}, "caption is empty"),
+    "caption that is not UTF-8": Bad({"txt": b"caf\xe9"}, "caption is not UTF-8"),
+    "caption above 1 MiB": Bad({"txt": b"x" * (MAX_CAPTION_BYTES + 1)}, "caption of 1048577 bytes"),
+    "truncated JPEG": Bad({"png": jpeg(photo(64, 64))[:-300]}, "cannot be decoded"),
+    "truncated PNG": Bad({"png": encode(picture(1))[:-100]}, "cannot be decoded"),
+    "PNG bomb": Bad({"png": png(40_000, 40_000, pixels=bytes(1 << 20))}, "decompression bomb"),
+    "PNG with a bomb of text": Bad(
+        {"png": png(20, 20, chunk(b"zTXt", b"a\0\0" + png(1, 1, pixels=bytes(1 << 24))[41:-16]))},
+        "cannot be decoded",
+    ),
+    "JPEG that claims 65000 x 65000": Bad(
+        {"png": jpeg_of_claimed_size(65_000, 65_000)}, "decompression bomb"
+    ),
+    "picture 300 times as wide as high": Bad({"png": png(3000, 10)}, "at most 200 : 1"),
+    "GIF under the name of a PNG": Bad({"png": saved(picture(1), "GIF")}, "no JPEG, PNG or WebP"),
+    "PostScript under the name of a PNG": Bad(
+        {"png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) (w) file\n"},
+        "no JPEG, PNG or WebP",
+    ),
+    "empty picture": Bad({"png": b""}, "no JPEG, PNG or WebP"),
+}
+BAD_JSON = {
+    "JSON cut short": Bad({"json": b'{"caption": "a h'}, "JSON cannot be read"),
+    "JSON nested 100000 deep": Bad({"json": b"[" * 100_000}, "nested too deeply"),
+    "JSON with a number of 5000 digits": Bad(
+        {"json": b'{"caption": ' + b"9" * 5000 + b"}"}, "JSON cannot be read"
+    ),
+    "JSON without the field": Bad({"json": b'{"text": "a hen"}'}, "no field 'caption'"),
+    "JSON with half a character": Bad({"json": rb'{"caption": "\ud800"}'}, "not UTF-8"),
+}
+
+
+# --- Samples that are used ---------------------------------------------------------------------
+
+
+class Used(NamedTuple):
+    """A sample that looks odd and is used: its picture, what it must show, its caption."""
+
+    parts: dict[str, bytes]
+    shows: Callable[[], Image.Image] = lambda: picture(1)
+    says: str = caption(1)
+    findings: tuple[str, ...] = ()
+
+
+USED = {
+    "caption of 1 MB": Used(
+        {"txt": b"word " * 200_000}, says=("word " * 1000)[:MAX_CAPTION_CHARACTERS].rstrip()
+    ),
+    "CMYK": Used(
+        {"png": saved(picture(9).convert("CMYK"), "JPEG")},
+        lambda: Image.open(io.BytesIO(saved(picture(9).convert("CMYK"), "JPEG"))).convert("RGB"),
+        findings=("extension of another format",),
+    ),
+    "16 bits": Used({"png": saved(sixteen_bits(), "PNG")}, lambda: picture(9).convert("L")),
+    "palette": Used({"png": saved(palette(), "PNG")}, palette),
+    "animated": Used(
+        {"png": animated()}, lambda: picture(9), findings=("extension of another format",)
+    ),
+    "turned by EXIF": Used({"png": turned()}, lambda: picture(9)),
+    "wrong extension": Used(
+        {"png": saved(picture(9), "WEBP", lossless=True)},
+        lambda: picture(9),
+        findings=("extension of another format",),
+    ),
+}
+
+
+# --- Members that are never opened -------------------------------------------------------------
+
+
+def ignored(root):
+    """Members that are ignored beside four sound samples, by what ``data check`` says of them."""
+    payload = pickle_that_makes(root / "pwned")
+    code = f"open({str(root / 'pwned')!r}, 'w')".encode()
+    return {
+        "member named ../../x": ("path outside", ("../../x.bin", b"x")),
+        "absolute path": ("path outside", (str(root / "outside.bin"), b"x")),
+        "symlink": ("link or device", link("k9.png", "/etc/passwd")),
+        "symlink in place of a picture": ("link or device", link("k8.png", "../../secret")),
+        "hard link": ("link or device", link("k7.txt", "/etc/passwd", tarfile.LNKTYPE)),
+        "device": ("link or device", link("k6.txt", "", tarfile.CHRTYPE)),
+        "fifo": ("link or device", link("k5.png", "", tarfile.FIFOTYPE)),
+        ".pyd": ("code", ("k1.pyd", payload)),
+        ".pkl": ("code", ("k1.pkl", payload)),
+        ".pth": ("code", ("k1.pth", payload)),
+        ".npy": ("code", ("k1.npy", b"\x93NUMPY\x01\x00" + payload)),
+        ".py": ("code", ("sitecustomize.py", code)),
+    }
+
+
+IGNORED = tuple(ignored(Path("nowhere")))
+
+
+# --- The place --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder with everything a process writes into: home, temporary files, data, work."""
+    for name in ("home", "tmp", "data", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def listing(root):
+    """Everything but folders, and but what lies in the cache folder of the user."""
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+    return {file for file in files if not file.startswith("home/.cache/dist_siglip/")}
+
+
+ALLOWED = {"data/a.tar", "data/a.tar.idx.npz", "work/bad.jsonl"}
+
+
+def put(root, data):
+    (root / "data" / "a.tar").write_bytes(data)
+    return [str(root / "data" / "a.tar")]
+
+
+def open_table(shards, **options):
+    return build_pair_table(shards, image_extensions=EXTENSIONS, **options)
+
+
+def dataset(table, captions=TEXT, crop=None):
+    transform = training_transform(tiny_inputs(), crop)
+    return PairDataset(
+        table,
+        transform,
+        seed=0,
+        max_image_pixels=MAX_PIXELS,
+        captions=captions,
+        bad_sample_log="bad.jsonl",
+    )
+
+
+def records():
+    if not os.path.exists("bad.jsonl"):
+        return []
+    with open("bad.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def check(shards, captions=TEXT):
+    """Kinds of finding of ``data check``, with their keys."""
+    inspect = Inspector(image_extensions=EXTENSIONS, captions=captions, max_image_pixels=MAX_PIXELS)
+    return [(finding.kind, finding.key) for finding in inspect(shards[0]).findings]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_shard_is_refused_or_skipped_and_named(root, caplog, name):
+    case = DAMAGED[name]
+    shards = put(root, case.data)
+    with pytest.raises(UserError, match=case.record) as info:
+        open_table(shards)
+    assert shards[0] in str(info.value)
+    assert "\n" not in str(info.value)
+    with pytest.raises(UserError, match=r"max_bad_fraction \(0\.1\) allows|skipped"):
+        open_table(shards, on_damage="skip", max_bad_fraction=0.1)
+    with caplog.at_level(logging.WARNING):
+        if case.usable:
+            table = open_table(shards, on_damage="skip", max_bad_fraction=1)
+            data = dataset(table)
+            for i in range(case.usable):
+                assert not data[Slot(0, i, i)].is_substitute
+            assert len(data) == case.usable
+        else:
+            with pytest.raises(UserError, match="holds no samples"):
+                open_table(shards, on_damage="skip", max_bad_fraction=1)
+    named = [r for r in caplog.records if r.getMessage().startswith("skipped: ")]
+    assert len(named) == 1
+    assert shards[0] in named[0].getMessage()
+    assert len(check(shards)) >= 1
+    assert listing(root) <= ALLOWED
+
+
+@pytest.mark.parametrize("name", [*BAD, *BAD_JSON])
+def test_bad_sample_is_replaced_with_one_record(root, name):
+    in_json = name in BAD_JSON
+    case = (BAD_JSON if in_json else BAD)[name]
+    captions = CaptionRule(members=("json", "txt")) if in_json else TEXT
+    members = good_members() + list(named_members(case)) if in_json else replaced(**case.parts)
+    shards = put(root, tar_of(members))
+    table = open_table(shards, caption_extensions=captions.members)
+    data = dataset(table, captions, crop=(0.3, 1.0))
+    place = load_index(shards[0]).keys().index("k1")
+    sample = data[Slot(2, 5, place)]
+    assert sample.is_substitute
+    assert sample.sample_id != place
+    (record,) = {json.dumps(record, sort_keys=True) for record in records()}
+    assert {k: v for k, v in json.loads(record).items() if k != "reason"} == {
+        "shard": shards[0],
+        "key": "k1",
+        "sample_id": place,
+        "epoch": 2,
+        "position": 5,
+        "source": 0,
+    }
+    assert case.reason in json.loads(record)["reason"]
+    for other in {0, 1, 2, 3} - {place}:
+        assert not data[Slot(2, 9, other)].is_substitute
+    assert [key for kind, key in check(shards, captions) if kind.startswith("bad ")] == ["k1"]
+    assert listing(root) <= ALLOWED
+
+
+def named_members(case):
+    return [(f"k1.{kind}", data) for kind, data in case.parts.items()]
+
+
+@pytest.mark.parametrize("name", USED)
+def test_odd_sample_is_used(root, name):
+    case = USED[name]
+    shards = put(root, tar_of(replaced(**case.parts)))
+    data = dataset(open_table(shards))
+    place = load_index(shards[0]).keys().index("k1")
+    sample = data[Slot(0, 0, place)]
+    assert not sample.is_substitute
+    assert sample.caption == case.says
+    wanted = evaluation_transform(tiny_inputs())(case.shows().convert("RGB"))
+    assert torch.equal(sample.image, wanted)
+    assert records() == []
+    assert tuple(kind for kind, _ in check(shards)) == case.findings
+    assert listing(root) <= ALLOWED
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_member_that_no_sample_needs_is_never_opened(root, name):
+    kind, member = ignored(root)[name]
+    shards = put(root, tar_of([*good_members(), member]))
+    data = dataset(open_table(shards, on_damage="skip", max_bad_fraction=1))
+    for i, key in enumerate(KEYS):
+        sample = data[Slot(0, i, i)]
+        assert (sample.caption, sample.is_substitute) == (caption(i), False), key
+    assert len(data) == 4
+    assert [found for found, _ in check(shards)].count(kind) == 1
+    assert listing(root) <= ALLOWED
+
+
+@pytest.mark.parametrize("key", ["../../x", "/outside/x", "a/../../../x"])
+def test_sample_whose_name_leads_outside_is_read_and_never_written(root, key):
+    members = [*good_members(), (f"{key}.png", encode(picture(7))), (f"{key}.txt", b"a hen")]
+    shards = put(root, tar_of(members))
+    data = dataset(open_table(shards))
+    assert data[Slot(0, 0, 4)].caption == "a hen"
+    assert {kind for kind, _ in check(shards)} == {"path outside"}
+    assert listing(root) <= ALLOWED
+
+
+def test_link_in_place_of_a_picture_is_a_missing_picture(root):
+    members = [m for m in good_members() if m[0] != "k1.png"]
+    shards = put(root, tar_of([*members, link("k1.png", "/etc/passwd")]))
+    with pytest.raises(UserError, match=r"have no picture .*first 'k1'"):
+        open_table(shards)
+
+
+# --- Code ------------------------------------------------------------------------------------
+
+
+def test_payload_works_where_it_is_unpickled(root):
+    pickle.loads(pickle_that_makes(root / "pwned")).close()
+    assert (root / "pwned").exists()
+
+
+@pytest.mark.parametrize("extension", ["png", "txt", "json"])
+def test_pickle_in_place_of_a_member_is_not_run(root, extension):
+    payload = pickle_that_makes(root / "pwned")
+    shards = put(root, tar_of(replaced(**{extension: payload})))
+    captions = CaptionRule(members=("json", "txt"))
+    data = dataset(open_table(shards, caption_extensions=captions.members), captions)
+    for i in range(4):
+        data[Slot(0, i, i)]
+    if extension == "png":
+        assert {record["key"] for record in records()} == {"k1"}
+    assert listing(root) <= ALLOWED
+
+
+def object_side_car(root, shard):
+    """A side-car whose arrays are pickles."""
+    load_index(shard)
+    with np.load(f"{shard}.idx.npz") as arrays:
+        header = arrays["header"]
+    hostile = np.array([pickle.loads(pickle.dumps(None))], dtype=object)
+    buffer = io.BytesIO()
+    np.save(buffer, hostile, allow_pickle=True)
+    start = buffer.getvalue()[: -len(pickle.dumps(hostile, protocol=4))]
+    with zipfile.ZipFile(f"{shard}.idx.npz", "w") as archive:
+        with archive.open("header.npy", "w") as file:
+            np.lib.format.write_array(file, header)
+        for name in ("members.npy", "keys.npy"):
+            archive.writestr(name, start + pickle_that_makes(root / "pwned"))
+
+
+def test_pickle_in_a_side_car_is_not_run(root, caplog):
+    shards = put(root, GOOD)
+    object_side_car(root, shards[0])
+    assert open_table(shards).num_samples == 4
+    assert "side-car of shard" in caplog.text
+    assert "is damaged; it is made again" in caplog.text
+    assert listing(root) <= ALLOWED
+
+
+# --- Side-cars ---------------------------------------------------------------------------------
+
+
+def rewrite_side_car(shard, change, compress=False):
+    """Let ``change`` edit the arrays and the parsed header of a good side-car."""
+    load_index(shard)
+    with np.load(f"{shard}.idx.npz") as arrays:
+        content = {name: arrays[name].copy() for name in arrays.files}
+    header = json.loads(content["header"].tobytes())
+    change(content, header)
+    content["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    (np.savez_compressed if compress else np.savez)(f"{shard}.idx.npz", **content)
+
+
+def set_member(row, value):
+    def change(content, header):
+        content["members"][row, 1] = value
+
+    return change
+
+
+SIDE_CARS = {
+    "sample out of range": set_member(0, 99),
+    "negative sample": set_member(0, -1),
+    "extension out of range": set_member(1, 9),
+    "negative offset": set_member(2, -512),
+    "negative size": set_member(3, -1),
+    "size above the shard": set_member(3, 1 << 40),
+    "size that overflows": set_member(3, np.iinfo(np.int64).max),
+    "offset above the shard": set_member(2, 1 << 60),
+    "too few keys": lambda content, header: content.update(keys=content["keys"][:4]),
+    "keys of another type": lambda content, header: content.update(keys=content["keys"] * 1.5),
+    "members of another type": lambda content, header: content.update(
+        members=content["members"] * 1.5
+    ),
+    "members of another shape": lambda content, header: content.update(
+        members=content["members"].reshape(-1)
+    ),
+    "too few columns": lambda content, header: content.update(members=content["members"][:3]),
+    "too many samples": lambda content, header: header.update(num_samples=1 << 50),
+    "negative number of samples": lambda content, header: header.update(num_samples=-4),
+    "extensions that are a number": lambda content, header: header.update(extensions=7),
+    "digest that is a list": lambda content, header: header.update(digest=[[1]] * 9),
+    "header without fields": lambda content, header: header.clear(),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_CARS)
+def test_side_car_that_does_not_fit_its_shard_is_made_again(root, caplog, name):
+    shards = put(root, GOOD)
+    wanted = load_index(shards[0])
+    rewrite_side_car(shards[0], SIDE_CARS[name])
+    found = load_index(shards[0])
+    assert found.digest == wanted.digest
+    assert found.keys() == wanted.keys()
+    assert np.array_equal(found.sizes, wanted.sizes)
+    assert "is damaged; it is made again" in caplog.text
+    assert listing(root) <= ALLOWED
+
+
+def test_side_car_that_is_a_bomb_is_made_again_and_not_unpacked(root):
+    shards = put(root, GOOD)
+
+    def grow(content, header):
+        content["keys"] = np.zeros(1 << 29, dtype=np.uint8)
+
+    rewrite_side_car(shards[0], grow, compress=True)
+    keys = in_child(lambda: load_index(shards[0]).keys(), more_bytes=200 << 20)
+    assert keys == list(KEYS)
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+def webp_bomb():
+    """An animated WebP that says its canvas has 16384 x 16384 pixels."""
+    data = animated()
+    place = data.index(b"VP8X") + 12
+    return data[:place] + b"\xff\x3f\0\xff\x3f\0" + data[place + 6 :]
+
+
+def bombs():
+    zeros = bytes(1 << 28)
+    packed = png(1, 1, pixels=zeros)[41:-16]
+    return {
+        "PNG of many pixels": png(60_000, 60_000, pixels=bytes(1 << 20)),
+        "PNG with too much data": png(20, 20, pixels=zeros),
+        "PNG with a bomb of text": png(20, 20, chunk(b"zTXt", b"a\0\0" + packed)),
+        "PNG with a bomb of a profile": png(20, 20, chunk(b"iCCP", b"a\0\0" + packed)),
+        "PNG with ten thousand frames": png(
+            20, 20, chunk(b"acTL", b"\0\0\x27\x10\0\0\0\0"), pixels=bytes(20 * 61)
+        ),
+        "JPEG of many pixels": jpeg_of_claimed_size(65_000, 65_000),
+        "JPEG of as many as allowed": jpeg_of_claimed_size(1000, 1000),
+    }
+
+
+def try_pictures(datas):
+    """Decode and transform; return what became of each."""
+    return {name: try_picture(data) for name, data in datas.items()}
+
+
+def try_picture(data):
+    try:
+        for crop in (None, (0.3, 1.0)):
+            transform = training_transform(tiny_inputs(), crop)
+            transform(EncodedPicture(data, max_pixels=MAX_PIXELS))
+    except BadSampleError:
+        return "bad"
+    return "used"
+
+
+def test_bombs_of_pictures_take_no_memory():
+    outcomes = in_child(try_pictures, bombs(), more_bytes=150 << 20)
+    assert set(outcomes.values()) == {"used", "bad"}
+    assert outcomes["PNG of many pixels"] == outcomes["JPEG of many pixels"] == "bad"
+
+
+def test_webp_of_a_large_canvas_takes_no_memory():
+    def peak(data):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return try_picture(data), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+    outcome, grown = in_child(peak, webp_bomb())
+    assert outcome == "bad"
+    assert grown < 100_000  # kilobytes
+
+
+def claims(size, kind):
+    """A tar whose first header claims a member of so many bytes."""
+    entry = tarfile.TarInfo("k0.png")
+    entry.size, entry.type = size, kind
+    return entry.tobuf(format=tarfile.GNU_FORMAT) + bytes(2048)
+
+
+@pytest.mark.parametrize("size", [1 << 32, (1 << 33) - 1, 1 << 62])
+@pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L", b"K", b"S", b"7"])
+def test_header_that_claims_too_much_takes_no_memory(root, size, kind):
+    shards = put(root, claims(size, kind))
+
+    def scan():
+        try:
+            return len(scan_tar(shards[0]))
+        except UserError as error:
+            return str(error)
+
+    outcome = in_child(scan, more_bytes=100 << 20, seconds=20)
+    assert "damaged" in outcome or "cut short" in outcome
+
+
+# --- Locations ---------------------------------------------------------------------------------
+
+INJECTIONS = [
+    "pipe:touch {root}/pwned",
+    "pipe:touch${{IFS}}{root}/pwned",
+    "{root}/data/a.tar::pipe:touch {root}/pwned",
+    "{{{root}/data/a.tar,pipe:touch {root}/pwned}}",
+    "{{p,P}}ipe:touch {root}/pwned",
+    "p{{ip}}e:touch {root}/pwned",
+    "PIPE:touch {root}/pwned",
+    "|touch {root}/pwned",
+    "{root}/data/a.tar;touch {root}/pwned",
+    "$(touch {root}/pwned)",
+    "`touch {root}/pwned`",
+    "${{HOME}}/a.tar",
+    "file:{root}/data/a.tar",
+    "file:///etc/passwd",
+    "gopen:touch {root}/pwned",
+    "simplecache::http://127.0.0.1/a.tar",
+    "http://127.0.0.1/zip://a.tar::file:///etc/passwd",
+    "zip://a.tar::/etc/passwd",
+    "local:///etc/passwd",
+    "ssh://host/a.tar",
+    "git://host/a.tar",
+    "python://os.system",
+    "http://",
+    "s3://",
+    "http://127.0.0.1/a.tar\nSet-Cookie: x",
+    "{root}/data/a.tar\0.tar",
+    "{{a..z}}" * 8,
+    "{{,,,,,,,,,{{a}}}}" * 12,
+    "{{0..9999999999}}",
+    "{{0.." + "9" * 5000 + "}}",
+    "{{" * 3000 + "}}" * 3000,
+    "{{a,{{b,{{c",
+    "a}}b{{",
+]
+
+
+@pytest.mark.parametrize("number", range(len(INJECTIONS)))
+@pytest.mark.parametrize("in_file", [False, True])
+def test_injection_into_a_location_is_refused(root, monkeypatch, number, in_file):
+    put(root, GOOD)
+    spec = INJECTIONS[number].format(root=root)
+    if in_file:
+        (root / "data" / "list.txt").write_text(spec + "\n")
+        spec = str(root / "data" / "list.txt")
+
+    def started(*arguments, **options):
+        raise AssertionError("a command was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    monkeypatch.setattr("os.system", started)
+
+    def expand():
+        try:
+            return expand_shards(spec)
+        except UserError as error:
+            return str(error)
+
+    outcome = in_child(expand, more_bytes=300 << 20, seconds=20)
+    assert isinstance(outcome, str), outcome[:5]
+    assert "\n" not in outcome
+    assert listing(root) <= ALLOWED | {"data/list.txt"}
+
+
+LIST_FILES = {
+    "not text": (b"\x80\xff\xfe" * 9, "not a text file in UTF-8"),
+    "empty": (b"", "names no shard"),
+    "only comments": (b"# a.tar\n\n", "names no shard"),
+    "a list in a list": (b"list.txt\n", "stands in a list file"),
+    "a shard twice": (b"a.tar\n./a.tar\n", "twice"),
+    "a missing shard": (b"../nothing.tar\n", "a missing file"),
+    "a device": (b"/dev/zero\n", "a missing file"),
+}
+
+
+@pytest.mark.parametrize("name", LIST_FILES)
+def test_hostile_list_file_is_refused(root, name):
+    put(root, GOOD)
+    data, message = LIST_FILES[name]
+    (root / "data" / "list.txt").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        expand_shards(str(root / "data" / "list.txt"))

@@ -1,0 +1,145 @@
+"""Broken and malicious bytes, and a child process in which they cannot hurt the tests."""
+
+import io
+import multiprocessing
+import pickle
+import resource
+import signal
+import struct
+import tarfile
+import traceback
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.shards import caption, encode, picture
+
+KEYS = ("k0", "k1", "k2", "k3")
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def pickle_that_makes(path) -> bytes:
+    return pickle.dumps(Payload(path))
+
+
+def good_members() -> list[tuple[str, bytes]]:
+    """Members of four sound samples."""
+    return [
+        member
+        for i, key in enumerate(KEYS)
+        for member in (
+            (f"{key}.png", encode(picture(i))),
+            (f"{key}.txt", caption(i).encode()),
+        )
+    ]
+
+
+def tar_of(members, kind=tarfile.USTAR_FORMAT) -> bytes:
+    """A tar of (name, bytes), or (``TarInfo``, bytes) for members that are no files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as archive:
+        for name, data in members:
+            entry = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def replaced(**parts: bytes) -> list[tuple[str, bytes]]:
+    """Four samples, members of the second one replaced: ``png=`` and ``txt=`` by extension."""
+    members = [member for member in good_members() if member[0].rpartition(".")[2] not in parts]
+    kept = [member for member in good_members() if member not in members and "k1." not in member[0]]
+    return members + kept + [(f"k1.{kind}", data) for kind, data in parts.items()]
+
+
+def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tuple[tarfile.TarInfo, bytes]:
+    """A member that is a link."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, target
+    return entry, b""
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG with the right checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width: int, height: int, *between: bytes, pixels: bytes = b"") -> bytes:
+    """A PNG of 8-bit RGB from its parts; ``pixels`` is what is compressed."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", pixels and zlib.compress(pixels, 9))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(between)
+        + body
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg_of_claimed_size(width: int, height: int) -> bytes:
+    """A JPEG of 20 x 20 pixels that says it is larger."""
+    data = encode(picture(0), "JPEG")
+    place = data.index(b"\xff\xc0") + 5
+    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+
+
+class ChildError(AssertionError):
+    """A child ended otherwise than it should."""
+
+
+def in_child(
+    work: Callable[..., Any], *arguments: Any, seconds: float = 60, more_bytes: int | None = None
+) -> Any:
+    """Call a function in a forked child and return its result.
+
+    Args:
+        work: its result must be picklable.
+        arguments: of the function.
+        seconds: time limit; the child is killed then.
+        more_bytes: address space it may take besides what is mapped already.
+
+    Raises:
+        ChildError: if it raises, is killed, crashes or hangs.
+    """
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_enter, args=(theirs, work, arguments, more_bytes), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        if not mine.poll(seconds):
+            raise ChildError(f"no result after {seconds} s")
+        is_fine, result = mine.recv()
+    except EOFError:
+        child.join(5)
+        code = child.exitcode or 0
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise ChildError(f"the child ended with {name}") from None
+    finally:
+        child.kill()
+        child.join()
+        mine.close()
+    if not is_fine:
+        raise ChildError(result)
+    return result
+
+
+def _enter(pipe, work, arguments, more_bytes) -> None:
+    try:
+        if more_bytes is not None:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                mapped = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes,) * 2)
+        pipe.send((True, work(*arguments)))
+    except BaseException:  # noqa: BLE001 - everything goes home
+        pipe.send((False, traceback.format_exc()))
