@@ -8,7 +8,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.data.index import ShardIndex, read_index
+from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
@@ -85,7 +85,7 @@ def _read_all(shards: list[str], rebuild: bool, cache: ShardCache) -> list[tuple
 
 def _read(shard: str, rebuild: bool, cache: ShardCache) -> tuple[int, int, str]:
     try:
-        one: ShardIndex = read_index(shard, rebuild=rebuild, cache=cache)
+        one = read_index(shard, rebuild=rebuild, cache=cache)
     except OSError as error:
         return 0, 0, f"shard {shard!r} cannot be read: {error.strerror or error}"
     return one.num_samples, len(one.offsets), one.damage

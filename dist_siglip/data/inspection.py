@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from dist_siglip.data.captions import CaptionRule, caption_id
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.index import read_index, split_name
+from dist_siglip.data.foreign_index import expected_samples
+from dist_siglip.data.index import read_index
 from dist_siglip.data.pairs import Span
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.remote import ShardCache, is_remote
+from dist_siglip.data.shard_index import split_name
 from dist_siglip.data.tar_scan import entries_of, open_archive
 
 # Kind of finding -> what training does about it.
@@ -102,6 +104,10 @@ class Inspector:
             reason = f"cannot be read: {error.strerror or error}"
             return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
+        expected = None if is_remote(shard) else expected_samples(shard)
+        if expected is not None and expected != index.num_samples:
+            reason = f"holds {index.num_samples} samples; img2dataset counted {expected}"
+            findings.append(Finding("damaged shard", shard, "", reason))
         findings += self._names(shard)
         keys = index.keys()
         members: list[dict[str, Span]] = [{} for _ in keys]

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.data.damage import Damage, OnDamage
-from dist_siglip.data.index import ShardIndex, read_index
+from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.shard_index import ShardIndex
 from dist_siglip.data.table_file import read_table, table_path, write_table
 from dist_siglip.errors import UserError
 

@@ -76,6 +76,18 @@ def scan_tar(path: str) -> list[Member]:
         os.close(descriptor)
 
 
+def read_header(header: bytes) -> tuple[str, int] | None:
+    """Read name and size of the member a plain header belongs to; None for any other block.
+
+    Args:
+        header: 512 bytes.
+    """
+    size = _octal(header[124:136])
+    if len(header) < _BLOCK or size is None or header[156:157] not in _REGULAR:
+        return None
+    return (_name(header), size) if _is_sound(header) else None
+
+
 def _scan_headers(path: str, descriptor: int, file_size: int) -> list[Member] | None:
     """Walk plain headers; None if one of them needs ``tarfile``."""
     members: list[Member] = []

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dist_siglip.data import index as index_module
-from dist_siglip.data.index import build_index, load_index, split_name
+from dist_siglip.data.index import load_index
+from dist_siglip.data.shard_index import build_index, split_name
 from dist_siglip.data.tar_scan import Member, scan_tar
 from dist_siglip.errors import UserError
 from tests.support.shards import write_shard

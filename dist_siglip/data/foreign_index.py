@@ -1,0 +1,103 @@
+"""What do the side-cars of other tools say about a shard?
+
+``00000.idx`` of DALI's wds2idx lists the members of ``00000.tar``; version 1.2, with their names,
+spares the scan, if a look at the shard agrees with it. ``00000_stats.json`` of img2dataset says
+how many samples there ought to be. Neither is believed blindly.
+"""
+
+import json
+import logging
+import os
+
+from dist_siglip.data.tar_scan import Member, read_header
+
+_LOGGER = logging.getLogger(__name__)
+_BLOCK = 512
+_LOOKS = 16  # members whose headers are compared
+_LARGEST = 1 << 28  # bytes of a side-car
+_IDX_VERSION = "v1.2"
+
+
+def members_of_idx(shard: str) -> list[Member] | None:
+    """Read the members of a shard from its ``.idx``.
+
+    Args:
+        shard: local tar file.
+
+    Returns:
+        The members in file order; None if there is no such side-car, it is of another version,
+        or it does not agree with the shard: where members end, sizes and names of some headers,
+        and that nothing follows the last one.
+    """
+    path = f"{_stem(shard)}.idx"
+    try:
+        if os.path.getsize(path) > _LARGEST:
+            return None
+        with open(path, encoding="utf-8") as file:
+            version, _, count = file.readline().partition(" ")
+            if version != _IDX_VERSION:
+                return None
+            members = [member for line in file for member in _parse(line)]
+            file.seek(0)
+            lines = sum(1 for _ in file) - 1
+        agrees = lines == int(count) and _agrees(shard, members)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _LOGGER.warning("side-car %r is not used: %s", path, error)
+        return None
+    if not agrees:
+        _LOGGER.warning("side-car %r does not agree with its shard and is not used", path)
+        return None
+    return members
+
+
+def expected_samples(shard: str) -> int | None:
+    """Say how many samples img2dataset counted for a shard; None if it left no count."""
+    path = f"{_stem(shard)}_stats.json"
+    try:
+        with open(path, "rb") as file:
+            stats = json.loads(file.read(1 << 20))
+        count = stats["successes"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return count if isinstance(count, int) and count >= 0 else None
+
+
+def _stem(shard: str) -> str:
+    """Cut a path at the first dot of its file name, as wds2idx does."""
+    folder, name = os.path.split(shard)
+    return os.path.join(folder, name.split(".", 1)[0])
+
+
+def _parse(line: str) -> list[Member]:
+    """Parse a line of a sample: extension, offset, size and name of each member."""
+    words = line.split()
+    if not words or len(words) % 4:  # a name with a space in it
+        raise ValueError(f"{len(words)} words in a line")
+    return [
+        Member(words[i + 3], int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)
+    ]
+
+
+def _agrees(shard: str, members: list[Member]) -> bool:
+    """Compare places of all members and headers of some with the shard."""
+    if not members:
+        return False
+    descriptor = os.open(shard, os.O_RDONLY)
+    try:
+        file_size, position = os.fstat(descriptor).st_size, 0
+        for member in members:
+            if member.offset < position + _BLOCK or member.offset % _BLOCK or member.size < 0:
+                return False
+            position = member.offset + -(-member.size // _BLOCK) * _BLOCK
+        if position > file_size or os.pread(descriptor, _BLOCK, position) != bytes(_BLOCK):
+            return False
+        step = -(-len(members) // _LOOKS)
+        for member in {*members[::step], members[-1]}:
+            header = read_header(os.pread(descriptor, _BLOCK, member.offset - _BLOCK))
+            if header != (member.name, member.size):
+                return False
+    finally:
+        os.close(descriptor)
+    return True
