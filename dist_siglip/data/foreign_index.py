@@ -31,8 +31,8 @@ def members_of_idx(shard: str) -> list[Member] | None:
     """
     path = f"{_stem(shard)}.idx"
     try:
-        if os.path.getsize(path) > _LARGEST:
-            return None
+        if os.path.getsize(path) > min(_LARGEST, os.path.getsize(shard)):
+            return None  # a member has more bytes of header than of line
         with open(path, encoding="utf-8") as file:
             version, _, count = file.readline().partition(" ")
             if version != _IDX_VERSION:
@@ -73,7 +73,7 @@ def _stem(shard: str) -> str:
 def _parse(line: str) -> list[Member]:
     """Parse a line of a sample: extension, offset, size and name of each member."""
     words = line.split()
-    if not words or len(words) % 4:  # a name with a space in it
+    if not words or len(words) % 4 or "\0" in line:  # a name with a space in it
         raise ValueError(f"{len(words)} words in a line")
     return [
         Member(words[i + 3], int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)

@@ -148,7 +148,7 @@ def _expand_braces(pattern: str, name: str) -> list[str]:
         return [host + part for part in expand_urls(rest)]
     except ValueError as error:  # unbalanced braces
         raise UserError(
-            f"{name} ({shown!r}) is not a brace pattern: {redact(str(error))}"
+            f"{name} ({shown!r}) is not a brace pattern: {redact(str(error))!a}"
         ) from None
 
 

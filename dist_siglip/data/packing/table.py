@@ -224,7 +224,8 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Mapping[str, Any] |
                 for place in range(batch.num_rows):
                     yield _parquet_row(batch.slice(place, 1))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"table ({table}) is no readable Parquet file: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
 
 
 def _parquet_row(batch: Any) -> Mapping[str, Any] | str:

@@ -1,0 +1,393 @@
+"""Ten thousand broken shards, members, side-cars, tables and locations through the real path.
+
+Each must end as a sample, a ``BadSampleError`` or a ``UserError``. The cases of a seed are always
+the same; they run in forked children, so that a crash, a hang or a lack of memory is an outcome
+too, with the seed in the message.
+"""
+
+import io
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import tarfile
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dist_siglip.data import urls
+from dist_siglip.data.captions import MAX_CAPTION_CHARACTERS, CaptionRule
+from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.index import read_index
+from dist_siglip.data.inspection import Inspector
+from dist_siglip.data.packing.sample import SampleMaker
+from dist_siglip.data.packing.table import Columns, read_rows
+from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.shard_index import build_index
+from dist_siglip.data.slot import Slot
+from dist_siglip.data.tar_scan import scan_tar
+from dist_siglip.data.transforms import training_transform
+from dist_siglip.errors import UserError
+from tests.support.hostile import ChildError, good_members, in_child, tar_of
+from tests.support.mutations import (
+    break_blocks,
+    break_bytes,
+    break_header,
+    break_idx,
+    break_jpeg,
+    break_png,
+    break_side_car,
+    break_webp,
+    make_json,
+    make_location,
+)
+from tests.support.shards import encode, photo, picture, tiny_inputs, write_shard
+
+MAX_PIXELS = 4_000_000
+SECONDS_A_CASE = 10
+MORE_BYTES = 1 << 30  # address space of a child, besides what is mapped before
+MORE_BYTES_OF_ARROW = 8 << 30  # which reserves it in large pieces
+EXTENSIONS = ("jpg", "png", "webp")
+CAPTIONS = CaptionRule(members=("json", "txt"), pick="random")
+BREAK = {"JPEG": break_jpeg, "PNG": break_png, "WEBP": break_webp}
+
+
+@cache
+def sources():
+    """Sound files to break, made once."""
+    members = [
+        (f"k{i}", {EXTENSIONS[i % 3]: encode(picture(i), kind), "txt": b"a hen"})
+        for i, kind in enumerate(("JPEG", "PNG", "WEBP", "PNG"))
+    ]
+    members[1][1]["json"] = b'{"caption": ["a hen", "a bird"]}'
+    long = [("a/" * 90 + name, data) for name, data in good_members()]
+    palette = picture(3, side=40).convert("P")
+    frames = io.BytesIO()
+    picture(1).save(frames, "WEBP", save_all=True, append_images=[picture(2)])
+    progressive = io.BytesIO()
+    photo(48, 40).save(progressive, "JPEG", progressive=True, subsampling=2)
+    return {
+        "members": members,
+        "plain": tar_of(good_members()),
+        "gnu": tar_of(long, tarfile.GNU_FORMAT),
+        "pax": tar_of(long, tarfile.PAX_FORMAT),
+        "JPEG": [
+            encode(photo(64, 48), "JPEG"),
+            encode(picture(2).convert("CMYK"), "JPEG"),
+            encode(picture(2).convert("L"), "JPEG"),
+            progressive.getvalue(),
+        ],
+        "PNG": [
+            encode(photo(40, 32)),
+            encode(palette),
+            encode(palette.convert("RGBA")),
+            encode(picture(5).convert("I;16")),
+            encode(picture(5).convert("1")),
+        ],
+        "WEBP": [encode(photo(40, 32), "WEBP"), encode(picture(2), "WEBP"), frames.getvalue()],
+    }
+
+
+# --- One case of each kind: draws, breaks, runs, and says what became of it --------------------
+
+
+def of_blocks(draw, folder):
+    return through_dataset(draw, folder, break_blocks(draw, any_tar(draw, folder)))
+
+
+def of_tar_bytes(draw, folder):
+    return through_dataset(draw, folder, break_bytes(draw, any_tar(draw, folder)))
+
+
+def of_headers(draw, folder):
+    return through_dataset(draw, folder, break_header(draw, any_tar(draw, folder)))
+
+
+def any_tar(draw, folder):
+    kind = draw.choice(("webdataset", "plain", "gnu", "pax"))
+    if kind == "webdataset":
+        return write_shard(folder / "source.tar", sources()["members"]).read_bytes()
+    return sources()[kind]
+
+
+def of_members(draw, folder):
+    """A sound tar whose members are broken."""
+    members = []
+    for key, parts in sources()["members"]:
+        changed = dict(parts)
+        name = draw.choice(tuple(changed))
+        if name == "txt":
+            changed[name] = draw.choice((b"", b"\xff", b" ", b"x" * (1 << 20), draw.randbytes(50)))
+        elif name == "json":
+            changed[name] = make_json(draw)
+        else:
+            changed[name] = any_picture(draw)
+        members.append((key, changed))
+    return through_dataset(draw, folder, write_shard(folder / "source.tar", members).read_bytes())
+
+
+def of_pictures(draw, folder):
+    data = any_picture(draw)
+    transform = training_transform(tiny_inputs(), draw.choice(((0.3, 1.0), (0.9, 1.0), None)))
+    try:
+        image = transform(EncodedPicture(data, max_pixels=MAX_PIXELS))
+        sniff_media_type(data)
+    except BadSampleError:
+        return "bad sample"
+    assert image.shape == (3, 16, 16)
+    return "used"
+
+
+def any_picture(draw):
+    kind = draw.choice(tuple(BREAK))
+    data = draw.choice(sources()[kind])
+    return BREAK[kind](draw, data) if draw.random() < 0.7 else break_bytes(draw, data)
+
+
+def of_captions(draw, folder):
+    rule = CaptionRule(
+        members=("json", "txt"),
+        json_field=draw.choice(("caption", "a.caption", "caption.a")),
+        pick=draw.choice(("first", "random")),
+        split_lines=draw.random() < 0.5,
+    )
+    members = [("json", make_json(draw)), ("txt", break_bytes(draw, "a hen\né\n".encode()))]
+    try:
+        check_caption(rule.choose(draw.sample(members, draw.choice((1, 2))), (1, 2)))
+    except BadSampleError:
+        return "bad sample"
+    return "used"
+
+
+def check_caption(text):
+    assert text.strip()
+    assert len(text) <= MAX_CAPTION_CHARACTERS
+    text.encode()  # what a tokenizer needs
+
+
+def of_side_cars(draw, folder):
+    shard = folder / "a.tar"
+    shard.write_bytes(sources()["plain"])
+    wanted = read_index(str(shard))
+    side_car = folder / "a.tar.idx.npz"
+    side_car.write_bytes(break_side_car(draw, side_car.read_bytes()))
+    found = read_index(str(shard))
+    assert len(found.keys()) == found.num_samples
+    outcome = through_dataset(draw, folder, None)
+    return "made again" if is_same(found, wanted) else f"believed, {outcome}"
+
+
+def of_foreign_side_cars(draw, folder):
+    """A sound shard with a broken ``.idx`` and ``_stats.json``."""
+    shard = folder / "a.tar"
+    shard.write_bytes(
+        tar_of([(f"{i}{name}", data) for i in range(6) for name, data in good_members()])
+    )
+    members = scan_tar(str(shard))
+    wanted = build_index(str(shard), members)
+    pairs = zip(members[::2], members[1::2], strict=True)
+    lines = [f"v1.2 {len(members) // 2}"]
+    lines += [
+        " ".join(f"{m.name.split('.')[1]} {m.offset} {m.size} {m.name}" for m in pair)
+        for pair in pairs
+    ]
+    (folder / "a.idx").write_bytes(break_idx(draw, lines))
+    (folder / "a_stats.json").write_bytes(make_json(draw))
+    found = read_index(str(shard))
+    assert len(found.keys()) == found.num_samples
+    outcome = through_dataset(draw, folder, None)
+    return "not believed" if is_same(found, wanted) else f"believed, {outcome}"
+
+
+def is_same(found, wanted):
+    same = found.keys() == wanted.keys() and found.extensions == wanted.extensions
+    names = ("samples", "kinds", "offsets", "sizes")
+    return same and all(np.array_equal(getattr(found, n), getattr(wanted, n)) for n in names)
+
+
+def of_locations(draw, folder):
+    (folder / "a.tar").write_bytes(b"x")
+    specs = [make_location(draw, str(folder / "a.tar")) for _ in range(3)]
+    spec = draw.choice((specs[0], specs))
+    if draw.random() < 0.4:
+        lines = "\n".join(specs).encode("utf-8", "surrogatepass")
+        (folder / "list.txt").write_bytes(lines)
+        spec = str(folder / "list.txt")
+    try:
+        found = urls.expand_shards(spec, allow_remote=draw.random() < 0.8)
+    except UserError as error:
+        return in_one_line(error, "refused")
+    assert all(urls.is_remote(shard) or os.path.isfile(shard) for shard in found)
+    return "used"
+
+
+def of_tables(draw, folder):
+    """A broken CSV, JSONL or Parquet table, as ``data pack`` reads it."""
+    suffix = draw.choice((".csv", ".tsv", ".jsonl", ".parquet"))
+    rows = [{"image": f"{i}.png", "caption": "a hen", "site": "é"} for i in range(3)]
+    if suffix == ".parquet":
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        data = buffer.getvalue()
+    elif suffix == ".jsonl":
+        data = b"\n".join(b'{"image": "%d.png", "caption": ["a hen", "b"]}' % i for i in range(3))
+        data += b"\n" + make_json(draw)
+    else:
+        mark = "," if suffix == ".csv" else "\t"
+        data = mark.join(rows[0]).encode() + b"\n"
+        data += "\n".join(mark.join(row.values()) for row in rows).encode()
+    (folder / f"table{suffix}").write_bytes(break_bytes(draw, data))
+    (folder / "0.png").write_bytes(sources()["PNG"][0])
+    maker = SampleMaker(images=str(folder), keep_others=True, max_image_pixels=MAX_PIXELS)
+    num_bad = 0
+    try:
+        for row in read_rows(folder / f"table{suffix}", Columns(keep_others=True)):
+            num_bad += not is_made(maker, row)
+    except UserError as error:
+        return in_one_line(error, "refused")
+    return "bad rows" if num_bad else "used"
+
+
+def in_one_line(error, outcome):
+    assert "\n" not in str(error)
+    return outcome
+
+
+def is_made(maker, row):
+    try:
+        maker(row)
+    except BadSampleError:
+        return False
+    return True
+
+
+def through_dataset(draw, folder, data):
+    """Index, join, read, decode and transform a shard; look at it as ``data check`` does."""
+    shard = folder / "a.tar"
+    if data is not None:
+        shard.write_bytes(data)
+    if draw.random() < 0.2:
+        captions = CaptionRule(members=("json", "txt"))
+        Inspector(image_extensions=EXTENSIONS, captions=captions, max_image_pixels=MAX_PIXELS)(
+            str(shard)
+        )
+    try:
+        table = build_pair_table(
+            [str(shard)],
+            image_extensions=EXTENSIONS,
+            caption_extensions=CAPTIONS.members,
+            on_damage="skip",
+            max_bad_fraction=1,
+        )
+    except UserError as error:
+        return in_one_line(error, "refused")
+    index = read_index(str(shard))  # by now from a side-car, if it is sound
+    assert len(index.keys()) == index.num_samples
+    samples = PairDataset(
+        table,
+        training_transform(tiny_inputs(), (0.3, 1.0)),
+        seed=0,
+        max_image_pixels=MAX_PIXELS,
+        captions=CAPTIONS,
+        bad_sample_log=str(folder / "bad.jsonl"),
+    )
+    num_bad = 0
+    try:
+        for i in range(min(len(samples), 4)):
+            sample = samples[Slot(0, i, i)]
+            num_bad += sample.is_substitute
+            check_caption(sample.caption)
+            assert sample.image.shape == (3, 16, 16)
+    except UserError as error:
+        return in_one_line(error, "all bad")
+    if num_bad:
+        return "substituted"
+    return "used in part" if index.damage or len(table.dropped) else "used"
+
+
+# Kind -> function, cases of the long run.
+KINDS = {
+    "blocks of a tar": (of_blocks, 1000),
+    "bytes of a tar": (of_tar_bytes, 1300),
+    "headers of a tar": (of_headers, 2500),
+    "members": (of_members, 600),
+    "pictures": (of_pictures, 9000),
+    "captions and JSON": (of_captions, 2500),
+    "side-cars": (of_side_cars, 1500),
+    "side-cars of other tools": (of_foreign_side_cars, 600),
+    "locations": (of_locations, 2000),
+    "tables to pack": (of_tables, 1000),
+}
+
+
+def run_cases(function, seeds, folder, place):
+    """Run the cases of some seeds; the seed at work stands in ``place``."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills the child
+    warnings.simplefilter("ignore")  # of Pillow, about what it reads
+    urls.list_remote = lambda url: []  # no case leaves this machine
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    outcomes = Counter()
+    for seed in seeds:
+        place[:8] = struct.pack("<q", seed)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_A_CASE)
+        work = folder / "case"
+        work.mkdir()
+        os.chdir(work)
+        outcomes[function(random.Random(seed), work)] += 1
+        assert {path.name for path in folder.iterdir()} <= {"case", "cache"}
+        shutil.rmtree(work)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return outcomes
+
+
+def fuzz(kind, seeds, folder, record):
+    """Run cases in a child and record how many ended in which way."""
+    place = mmap.mmap(-1, 8)  # shared with the child
+    sources()
+    where = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else folder
+    where = where / f"fuzz-{os.getpid()}"
+    where.mkdir()
+    more = MORE_BYTES_OF_ARROW if kind == "tables to pack" else MORE_BYTES
+    try:
+        outcomes = in_child(
+            run_cases, KINDS[kind][0], seeds, where, place, seconds=280, more_bytes=more
+        )
+    except ChildError as error:
+        (seed,) = struct.unpack("<q", place[:8])
+        raise AssertionError(f"{kind}, seed {seed}: {error}") from None
+    finally:
+        shutil.rmtree(where)
+        place.close()
+    record("outcomes", dict(outcomes))
+    assert sum(outcomes.values()) == len(seeds)
+    return outcomes
+
+
+def test_the_long_run_has_ten_thousand_cases():
+    assert sum(count for _, count in KINDS.values()) >= 10_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_broken_input_ends_well(kind, tmp_path, record_property):
+    count = KINDS[kind][1] // 50
+    fuzz(kind, range(1_000_000, 1_000_000 + count), tmp_path, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_much_broken_input_ends_well(kind, tmp_path, record_property, capsys):
+    outcomes = fuzz(kind, range(KINDS[kind][1]), tmp_path, record_property)
+    with capsys.disabled():
+        print(f"\n{kind}: {dict(sorted(outcomes.items()))}")
+    assert len(outcomes) > 1
