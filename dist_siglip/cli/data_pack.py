@@ -15,7 +15,7 @@ from dist_siglip.data.packing.table import Columns
 
 def pack(
     table: str,
-    out: str = "shards",
+    out: str,
     images: str | None = None,
     image_column: str = "image",
     caption_column: str | list[str] = "caption",
@@ -39,7 +39,7 @@ def pack(
 
     Args:
         table: .csv, .tsv, .jsonl or .parquet file, or a folder of pictures with same-named .txt
-            files.
+            files, or .json files with a "caption".
         out: folder of the shards.
         images: folder that relative picture paths count from. Null takes the table's.
         image_column: column with the path of the picture.

@@ -88,7 +88,7 @@ class CaptionRule:
     def _alternatives(self, extension: str, data: bytes) -> list[str]:
         """List the captions of one member that are not empty."""
         if extension == "json":
-            texts = _texts_of(field_of(read_json(data), self.json_field), self.json_field)
+            texts = texts_of(field_of(read_json(data), self.json_field), self.json_field)
         else:
             text = _decode(data)
             texts = text.splitlines() if self.split_lines else [text]
@@ -147,6 +147,31 @@ def field_of(record: dict[str, Any], path: str) -> Any:
     raise BadSampleError(f"JSON has no field {path!r}")
 
 
+def texts_of(value: Any, path: str) -> list[str]:
+    """List the texts of a JSON field: a string, a list of strings, or null for none.
+
+    Args:
+        value: of the field.
+        path: its name, for the error text.
+
+    Raises:
+        BadSampleError: if it holds anything else, or half a character.
+
+    Example:
+        >>> texts_of(["a hen", "a bird"], "caption"), texts_of("a hen", "caption")
+        (['a hen', 'a bird'], ['a hen'])
+    """
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadSampleError(
+                f"JSON field {path!r} holds a {type(text).__name__}, not a string or a list of them"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
+            raise BadSampleError(f"JSON field {path!r} is not UTF-8: it holds half a character")
+    return texts
+
+
 def caption_id(text: str) -> int:
     """Hash a caption to 63 bits, the same on every machine and in every process.
 
@@ -177,16 +202,3 @@ def _decode(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSampleError(f"caption is not UTF-8: {error.reason} at {error.start}") from error
-
-
-def _texts_of(value: Any, path: str) -> list[str]:
-    """Accept a string, a list of strings, or null for none."""
-    texts = value if isinstance(value, list) else [] if value is None else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadSampleError(
-                f"JSON field {path!r} holds a {type(text).__name__}, not a string or a list of them"
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
-            raise BadSampleError(f"JSON field {path!r} is not UTF-8: it holds half a character")
-    return texts

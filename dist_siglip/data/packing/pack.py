@@ -95,7 +95,8 @@ def pack(
     """Write the pictures and captions of a table as shards, or go on where it stopped.
 
     Args:
-        table: CSV, TSV, JSONL or Parquet file, or a folder of pictures with ``.txt`` files.
+        table: CSV, TSV, JSONL or Parquet file, or a folder of pictures with captions beside
+            them.
         out: folder of the shards; new, empty, or left by an interrupted call with the same
             table and settings.
         settings: what decides the bytes.

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from dist_siglip.data.captions import decode_caption
+from dist_siglip.data.captions import decode_caption, field_of, read_json, texts_of
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.packing.table import Row
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
@@ -70,17 +70,23 @@ class SampleMaker:
         if self.resize_short_side is not None and min(image.size) > self.resize_short_side:
             picture = encode_jpeg(shrink(image, self.resize_short_side), self.jpeg_quality)
             extension = "jpg"
+        others = dict(row.others)
+        captions = [_encode(text) for text in row.captions]
         if row.caption_path is not None:
             captions = [read_regular_file(self._resolve(row.caption_path, row.number))]
-        else:
-            captions = [_encode(text) for text in row.captions]
+            if row.caption_path.endswith(".json"):
+                others = read_json(captions[0])
+                found = texts_of(field_of(others, "caption"), "caption")
+                captions = [text.encode() for text in found if text.strip()]
+                others.pop("caption", None)
+        if not captions:
+            raise BadSampleError("caption is empty")
         texts = [decode_caption(caption) for caption in captions]
         sample: dict[str, Any] = {
             "__key__": f"{row.number:09d}",
             extension: picture,
             "txt": captions[0],
         }
-        others = dict(row.others)
         if len(texts) > 1:
             if "caption" in others:
                 raise UserError(

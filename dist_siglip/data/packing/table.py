@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def read_rows(table: Path, columns: Columns) -> Iterator[Row]:
-    """Read the rows of a table, or of a folder of pictures with same-named ``.txt`` files.
+    """Read the rows of a table, or of a folder of pictures with captions beside them.
 
     Args:
         table: .csv, .tsv (both UTF-8 with a line of names), .jsonl, .ndjson, .parquet, .pq; or a
@@ -114,15 +114,25 @@ def _describe(path: Path) -> bytes:
 
 
 def _read_folder(folder: Path) -> Iterator[Row]:
-    """Name every picture under a folder and its caption."""
-    found = [
-        os.path.normpath(os.path.join(os.path.relpath(parent, folder), name))
-        for parent, _, names in os.walk(folder, onerror=_refuse)
-        for name in names
-        if name.rpartition(".")[2].lower() in PICTURE_EXTENSIONS and not name.startswith(".")
-    ]
-    for number, picture in enumerate(sorted(found)):
-        yield Row(number, picture, caption_path=os.path.splitext(picture)[0] + ".txt")
+    """Name every picture under a folder and its caption: ``.txt``, or else ``.json``."""
+    found: list[tuple[str, str]] = []
+    for parent, _, names in os.walk(folder, onerror=_refuse):
+        present = set(names)
+        for name in names:
+            stem, extension = os.path.splitext(name)
+            if extension[1:].lower() not in PICTURE_EXTENSIONS or name.startswith("."):
+                continue
+            has_only_json = f"{stem}.json" in present and f"{stem}.txt" not in present
+            caption = f"{stem}.json" if has_only_json else f"{stem}.txt"
+            place = os.path.relpath(parent, folder)
+            found.append(
+                (
+                    os.path.normpath(os.path.join(place, name)),
+                    os.path.normpath(os.path.join(place, caption)),
+                )
+            )
+    for number, (picture, caption) in enumerate(sorted(found)):
+        yield Row(number, picture, caption_path=caption)
 
 
 def _refuse(error: OSError) -> None:

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dist_siglip.data import tar_scan
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.index import load_index
 from dist_siglip.data.packing.pack import PackSettings, pack
 from dist_siglip.data.packing.sample import encode_jpeg, shrink
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.picture import EncodedPicture
+from dist_siglip.data.slot import Slot
+from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
-from tests.support.shards import caption, encode, picture
+from tests.support.shards import caption, encode, picture, tiny_inputs
 
 COUNT = 23
 KINDS = ("JPEG", "PNG", "WEBP")
@@ -169,6 +175,57 @@ def test_a_folder_needs_no_table(tmp_path):
     (tmp_path / "in" / "a.jpg").write_bytes(b"changed")
     with pytest.raises(UserError, match="table_digest was"):
         packed(tmp_path / "in", tmp_path / "out", None)
+
+
+def test_captions_of_a_folder_may_be_json(tmp_path):
+    texts = {
+        "0": {"caption": ["a hen", "", "a bird"], "site": "é"},
+        "1": {"caption": "a cock"},
+        "2": {"caption": []},
+        "3": {"text": "a duck"},
+        "4": {"caption": "not this"},
+    }
+    (tmp_path / "in").mkdir()
+    for name, record in texts.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode(picture(int(name))))
+        (tmp_path / "in" / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "in" / "4.txt").write_text("but this")
+    report = packed(tmp_path / "in", tmp_path / "out", None, max_bad_fraction=0.5)
+    assert (report.samples, report.skipped) == (3, 2)
+    first, second, third = samples_of(tmp_path / "out")
+    assert first["txt"] == b"a hen"
+    assert json.loads(first["json"]) == {"caption": ["a hen", "a bird"], "site": "é"}
+    assert (second["txt"], third["txt"]) == (b"a cock", b"but this")
+    assert "json" not in second
+    reasons = [record["reason"] for record in skipped(tmp_path / "out")]
+    assert reasons == ["caption is empty", "JSON has no field 'caption'"]
+
+
+def test_packed_shards_train_with_the_pictures_and_captions_of_the_table(tmp_path, pictures):
+    rows = [{"image": f"{i}.jpg", "texts": [caption(i), f"other {i}"]} for i in range(COUNT)]
+    table = write_table(tmp_path / "t.jsonl", rows)
+    packed(table, tmp_path / "out", pictures, Columns("image", ("texts",)))
+    pairs = build_pair_table(
+        expand_shards(str(tmp_path / "out")),
+        image_extensions=("jpg", "png", "webp"),
+        caption_extensions=("json", "txt"),
+    )
+    data = PairDataset(
+        pairs,
+        evaluation_transform(tiny_inputs()),
+        seed=0,
+        max_image_pixels=1000,
+        captions=CaptionRule(members=("json", "txt"), pick="random"),
+    )
+    seen = set()
+    for i in range(COUNT):
+        sample = data[Slot(0, i, i)]
+        shown = Image.open(pictures / f"{i}.jpg").convert("RGB")
+        assert torch.equal(sample.image, evaluation_transform(tiny_inputs())(shown))
+        assert sample.caption in rows[i]["texts"]
+        assert not sample.is_substitute
+        seen.add(sample.caption.split()[0])
+    assert seen == {"pair", "other"}
 
 
 def test_only_larger_pictures_are_made_smaller(tmp_path):
