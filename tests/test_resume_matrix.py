@@ -4,19 +4,21 @@ Every chain of starts goes on twice inside one epoch and across epochs; compared
 pixels after augmentation, and captions of every global batch, in order.
 """
 
+import json
+
 import pytest
 import torch
 
+from dist_siglip.data.captions import CaptionRule
 from dist_siglip.datamodule import TrainSource
 from tests.support.processes import run_ranks
-from tests.support.resume_ranks import train_to
-from tests.support.shards import write_shards
+from tests.support.resume_ranks import shout_at_random, train_to
+from tests.support.shards import UNEVEN, encode, picture, write_shard, write_shards
 
 LAST = 11  # steps of 8 samples; 37 samples make four steps an epoch
 # (ranks, loader processes of each, trained to step) of each start.
 CHAINS = {
-    "ranks 1-2-1-4, workers 0-1-2-3": ((1, 0, 1), (2, 1, 3), (1, 2, 6), (4, 3, LAST)),
-    "ranks 1-2-1, workers 3-0-2": ((1, 3, 2), (2, 0, 3), (1, 2, LAST)),
+    "ranks 1-2-1-4, workers 3-1-2-0": ((1, 3, 1), (2, 1, 3), (1, 2, 6), (4, 0, LAST)),
 }
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -26,6 +28,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def settings(tmp_path_factory):
     """Data modules by name."""
     shards = write_shards(tmp_path_factory.mktemp("shards"))
+    bad = write_captioned(tmp_path_factory.mktemp("captioned"))
     return {
         "one source": {"train_shards": shards},
         "mixture": {
@@ -34,7 +37,33 @@ def settings(tmp_path_factory):
                 TrainSource(name="odd", shards=shards[1::2], weight=1.0),
             ]
         },
+        # Captions and stages that draw, and samples that are bad or left out.
+        "captions and stages": {
+            "train_shards": bad,
+            "captions": CaptionRule(members=("json",), pick="random"),
+            "stages": [shout_at_random],
+            "max_bad_fraction": 0.5,
+        },
     }
+
+
+def write_captioned(folder):
+    """Shards whose samples have three captions each; every seventh has a bad picture."""
+    paths, first = [], 0
+    for number, count in enumerate(UNEVEN):
+        members = [
+            (
+                f"{i:06d}",
+                {
+                    "png": b"bad" if i % 7 == 3 else encode(picture(i)),
+                    "json": json.dumps({"caption": [f"{i} {word}" for word in "abc"]}).encode(),
+                },
+            )
+            for i in range(first, first + count)
+        ]
+        paths.append(str(write_shard(folder / f"{number:05d}.tar", members)))
+        first += count
+    return paths
 
 
 def global_batches(by_rank):
@@ -49,7 +78,16 @@ def train(starts, settings, folder):
     """Run a chain of starts; return the global batches of each data module."""
     seen, checkpoint = {name: [] for name in settings}, None
     for world_size, workers, step in starts:
-        ranks = run_ranks(train_to, world_size, step, workers, settings, str(folder), checkpoint)
+        ranks = run_ranks(
+            train_to,
+            world_size,
+            step,
+            workers,
+            settings,
+            str(folder),
+            checkpoint,
+            limit_seconds=240.0,
+        )
         for name in settings:
             seen[name] += global_batches([rank[name] for rank in ranks])
         checkpoint = step

@@ -98,7 +98,7 @@ class PairDataset(Dataset[PairSample]):
         sample_id, num_bad, num_filtered = slot.sample_id, 0, 0
         while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
-                image, caption = self._make(sample_id, slot)
+                image, caption = self._make(sample_id, slot, num_bad + num_filtered)
             except BadSampleError as error:
                 num_bad += 1
                 self._report(sample_id, slot, error)
@@ -137,9 +137,11 @@ class PairDataset(Dataset[PairSample]):
         caption = self._captions.choose(self._members(sample_id), (self._seed, sample_id))
         return data, sniff_media_type(data), caption
 
-    def _make(self, sample_id: int, slot: Slot) -> tuple[Tensor, str]:
-        """Read, decode and transform one sample with the randomness of a slot."""
+    def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str]:
+        """Read, decode and transform one sample with the randomness of a slot and an attempt."""
         key = slot.key(self._seed)
+        if attempt:  # a stage that leaves out by lot would draw the same lot for ever
+            key = (*key, attempt)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
         caption = self._captions.choose(members, key)
         data = self._reader.read(self.table.image_span(sample_id))

@@ -229,6 +229,14 @@ def test_samples_that_a_stage_leaves_out_are_replaced_but_not_bad(tmp_path, capl
     assert [evaluated[Slot(0, i, i)].is_valid for i in range(4)] == [True, False, True, False]
 
 
+def test_a_stage_may_leave_out_by_lot(tmp_path):
+    def lucky(samples):
+        yield from (sample for sample in samples if random.random() < 0.3)
+
+    data = captioned(several(tmp_path), CaptionRule(), stages=[lucky])
+    assert all(data[Slot(0, place, place % 6)].caption for place in range(100))
+
+
 def test_stages_that_leave_out_everything_end_the_run(tmp_path):
     data = captioned(several(tmp_path), CaptionRule(), stages=[lambda samples: iter(())])
     with pytest.raises(UserError, match="stages leave out 1000 samples in a row"):

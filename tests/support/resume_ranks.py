@@ -1,5 +1,6 @@
 """What one rank of the resume matrix does: train to a step under Lightning, keep every batch."""
 
+import random
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,14 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def shout_at_random(samples):
+    """A stage that draws: leaves some samples out, and changes the text of others."""
+    for sample in samples:
+        luck = random.random()
+        if luck > 0.1:
+            yield {**sample, "text": sample["text"].upper() if luck > 0.5 else sample["text"]}
 
 
 def train_to(rank, world_size, step, workers, settings, folder, checkpoint):
