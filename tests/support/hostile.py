@@ -12,9 +12,14 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from dist_siglip.data.pairs import build_pair_table
 from tests.support.shards import caption, encode, picture
 
 KEYS = ("k0", "k1", "k2", "k3")
+MAX_PIXELS = 1_000_000
+EXTENSIONS = ("jpg", "png", "webp")
+# Below the folder of a test; besides, everything in the user's cache folder of this package.
+ALLOWED = {"data/a.tar", "data/a.tar.idx.npz", "work/bad.jsonl"}
 
 
 class Payload:
@@ -52,6 +57,34 @@ def tar_of(members, kind=tarfile.USTAR_FORMAT) -> bytes:
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()
+
+
+GOOD = tar_of(good_members())
+
+
+def listing(root):
+    """Everything but folders, and but what lies in the cache folder of the user."""
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+    return {file for file in files if not file.startswith("home/.cache/dist_siglip/")}
+
+
+def put(root, data):
+    (root / "data" / "a.tar").write_bytes(data)
+    return [str(root / "data" / "a.tar")]
+
+
+def open_table(shards, **options):
+    return build_pair_table(shards, image_extensions=EXTENSIONS, **options)
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def animated():
+    return saved(picture(9), "WEBP", save_all=True, append_images=[picture(8)], lossless=True)
 
 
 def replaced(**parts: bytes) -> list[tuple[str, bytes]]:
