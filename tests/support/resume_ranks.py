@@ -1,5 +1,6 @@
 """What one rank of the resume matrix does: train to a step under Lightning, keep every batch."""
 
+import multiprocessing
 import random
 import warnings
 from pathlib import Path
@@ -40,6 +41,8 @@ def train_to(rank, world_size, step, workers, settings, folder, checkpoint):
     """Train every named data module to a step; return this rank's batches of each."""
     warnings.simplefilter("ignore")  # of Lightning, about few workers and odd devices
     pretend_torchrun(rank, world_size)
+    # A spawned process would spawn its loader processes, too, at three seconds each.
+    multiprocessing.set_start_method("fork", force=True)
     return {
         name: _train(name, options, world_size, step, workers, Path(folder), checkpoint)
         for name, options in settings.items()
