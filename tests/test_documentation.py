@@ -16,7 +16,7 @@ from tests.support.command import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "dist_siglip"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md", "docs/data.md")
 
 
 def blocks(text, language):
