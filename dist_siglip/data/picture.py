@@ -119,8 +119,10 @@ def _decode_fast(data: bytes, size: tuple[int, int], reduction: int) -> np.ndarr
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Round grey values of 16 bits to 8; Pillow would cut them off at 255."""
-    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+    grey += 128
+    grey //= 257
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 @contextmanager

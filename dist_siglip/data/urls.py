@@ -65,7 +65,7 @@ def expand_shards(
 
 def _expand(pattern: str, name: str, allow_remote: bool, folder: str | None = None) -> list[str]:
     """Expand one element; ``folder`` is that of the list file it stands in."""
-    if "\0" in pattern:
+    if "\0" in pattern or not _can_be_a_path(pattern):
         raise UserError(f"{name} ({redact(pattern)!r}) holds a control character; {_ALLOWED}")
     literal = _local(pattern, folder)
     if os.path.isdir(literal):
@@ -95,6 +95,15 @@ def _expand(pattern: str, name: str, allow_remote: bool, folder: str | None = No
         files = "a missing file" if len(missing) == 1 else f"{len(missing)} missing files, first"
         raise UserError(f"{name} ({redact(pattern)!r}) names {files} {missing[0]!r}; {_ALLOWED}")
     return found
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Tell whether this machine can write a text as the bytes of a path."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True
 
 
 def _local(path: str, folder: str | None) -> str:

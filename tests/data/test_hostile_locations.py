@@ -37,6 +37,7 @@ INJECTIONS = [
     "{{,,,,,,,,,{{a}}}}" * 12,
     "{{0..9999999999}}",
     "{{0.." + "9" * 5000 + "}}",
+    "~\ud800/a.tar",
     "{{" * 3000 + "}}" * 3000,
     "{{a,{{b,{{c",
     "a}}b{{",
@@ -49,7 +50,7 @@ def test_injection_into_a_location_is_refused(root, monkeypatch, number, in_file
     put(root, GOOD)
     spec = INJECTIONS[number].format(root=root)
     if in_file:
-        (root / "data" / "list.txt").write_text(spec + "\n")
+        (root / "data" / "list.txt").write_bytes(spec.encode("utf-8", "surrogatepass"))
         spec = str(root / "data" / "list.txt")
 
     def started(*arguments, **options):

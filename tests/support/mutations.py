@@ -163,7 +163,7 @@ def break_side_car(draw, data):
         kind = draw.randrange(8)
         if name == "header" and kind < 5:
             content[name] = np.frombuffer(_break_header_of(draw, header), dtype=np.uint8)
-        elif kind < 3 and array.size:
+        elif kind < 3 and array.size and array.dtype in (np.uint8, np.int64):
             values = (
                 (0, 1, 7, 255) if array.dtype == np.uint8 else (-1, 0, 1, 99, 1 << 40, -(1 << 62))
             )
@@ -174,7 +174,7 @@ def break_side_car(draw, data):
             content[name] = array[:-1]
         elif kind == 5:
             types = (np.int32, np.float64, np.uint8, np.int64, np.complex128, "S4", "M8[s]")
-            content[name] = array.astype(draw.choice(types))
+            content[name] = np.zeros(array.shape, draw.choice(types))
         elif kind == 6:
             content[name] = draw.choice((array.reshape(-1), array[None], np.array([7]), array[:0]))
         else:

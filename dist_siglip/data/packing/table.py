@@ -233,7 +233,7 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Mapping[str, Any] |
             for batch in file.iter_batches(_BATCH_ROWS, columns=names):
                 for place in range(batch.num_rows):
                     yield _parquet_row(batch.slice(place, 1))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8
         reason = " ".join(str(error).split())
         raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
 

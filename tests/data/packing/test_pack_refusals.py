@@ -170,6 +170,13 @@ def test_wrong_settings_are_refused(tmp_path, pictures, options, message):
         packed(table, tmp_path / "out", pictures, **options)
 
 
+def test_parquet_whose_names_are_not_utf8_is_refused(tmp_path, pictures):
+    table = write_table(tmp_path / "t.parquet", rows_of(2))
+    table.write_bytes(table.read_bytes().replace(b"caption", b"capt\xff\xf0n"))
+    with pytest.raises(UserError, match=r"no readable Parquet file: .*codec can't decode"):
+        packed(table, tmp_path / "out", pictures)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
