@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dist_siglip.callbacks.metrics_log import MetricsLog
 
 _LOGGER = logging.getLogger(__name__)
-_BOUND = 0.25  # share of the time spent waiting above which a run is bound by its data
+_BOUND = 1 / 3  # share of the time spent waiting above which a run is bound by its data
 _TOLD = (1, 10, 100, 1000)  # at which such interval it is said
 
 
@@ -21,7 +21,7 @@ class Throughput(Callback):
     train/pairs_per_second: pairs of the global batch per second of wall time.
     train/data_wait_percent: share of that time in which this rank waited for its next batch.
 
-    Evaluation and checkpointing between two steps are not counted. A run that waits for a quarter
+    Evaluation and checkpointing between two steps are not counted. A run that waits for a third
     of the time or more is told how many loader processes would keep up (``workers_needed``).
     """
 

@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Any
 
+_REASON = 200  # characters of a reason in a list of names
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -40,8 +41,13 @@ class BadSampleLog:
             self._has_complained = True
 
 
-def first_lines(path: str | None, count: int) -> list[str]:
+def first_lines(path: str | None, count: int, start_bytes: int = 0) -> list[str]:
     """Name the first bad samples of a file, as ``shard/key: reason``.
+
+    Args:
+        path: the file; None has no lines.
+        count: most lines.
+        start_bytes: where to begin: what a file held before this start of a run is passed over.
 
     Returns:
         At most ``count`` names; none if there is no file.
@@ -51,9 +57,10 @@ def first_lines(path: str | None, count: int) -> list[str]:
         return names
     try:
         with open(path, encoding="utf-8") as file:
+            file.seek(start_bytes)
             for line in file:
                 record = json.loads(line)
-                names.append(f"{record['shard']}/{record['key']}: {record['reason']}")
+                names.append(f"{record['shard']}/{record['key']}: {record['reason'][:_REASON]}")
                 if len(names) == count:
                     break
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,7 +11,6 @@ from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 3  # problems in an error text
-_LOGGED = 20  # problems in the log
 
 OnDamage = Literal["refuse", "skip"]
 
@@ -69,7 +68,7 @@ class Damage:
         samples_allowed = self._max_fraction * num_samples
         few = self._num_shards <= shards_allowed and self._num_samples <= samples_allowed
         if self._policy == "skip" and few:
-            for problem in self._problems[:_LOGGED]:
+            for problem in self._problems:
                 _LOGGER.warning("skipped: %s", problem)
             _LOGGER.warning("%s: %s are skipped", self._name, self._counts(num_shards, num_samples))
             return

@@ -1,5 +1,7 @@
 """What may be wrong with one sample, and how much of it may a run put up with?"""
 
+import os
+
 import torch
 from torch.distributed import ProcessGroup
 
@@ -27,12 +29,19 @@ class BadSampleLimit:
     def __init__(
         self, max_fraction: float, check_steps: int = 20, log_path: str | None = None
     ) -> None:
-        self.log_path = log_path
+        self._log_path = log_path
+        self._log_start_bytes = 0
         self._max_fraction = max_fraction
         self._check_steps = check_steps
         self._num_steps = 0
         self._num_samples = 0
         self.num_substituted = 0
+
+    def name_from(self, log_path: str | None) -> None:
+        """Name bad samples from what is added to this file from now on."""
+        self._log_path = log_path
+        known = log_path is not None and os.path.exists(log_path)
+        self._log_start_bytes = os.path.getsize(log_path) if log_path and known else 0
 
     def count(self, num_substituted: int) -> None:
         """Add the substitutes of a batch of this rank."""
@@ -58,8 +67,10 @@ class BadSampleLimit:
         mine = torch.tensor(self.num_substituted, device=device)
         bad = int(sum_over_ranks(mine, group))
         if bad > self._max_fraction * self._num_samples:
-            named = "; ".join(first_lines(self.log_path, _NAMED))
-            listed = f"first {named}; all in {self.log_path}" if named else "named in the log above"
+            named = "; ".join(first_lines(self._log_path, _NAMED, self._log_start_bytes))
+            listed = (
+                f"first {named}; all in {self._log_path}" if named else "named in the log above"
+            )
             raise UserError(
                 f"max_bad_fraction ({self._max_fraction}) is exceeded: {bad} of "
                 f"{self._num_samples} training samples were bad ({listed}); repair the shards or "

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 
-from dist_siglip.data.tar_scan import Member, read_header
+from dist_siglip.data.tar_scan import Member, extra_header_bytes, read_header
 
 _LOGGER = logging.getLogger(__name__)
 _BLOCK = 512
@@ -90,6 +90,9 @@ def _agrees(shard: str, members: list[Member]) -> bool:
         for member in members:
             if member.offset < position + _BLOCK or member.offset % _BLOCK or member.size < 0:
                 return False
+            gap = member.offset - _BLOCK - position
+            if gap and gap != extra_header_bytes(os.pread(descriptor, _BLOCK, position)):
+                return False  # something lies there that the side-car does not list
             position = member.offset + -(-member.size // _BLOCK) * _BLOCK
         if position > file_size or os.pread(descriptor, _BLOCK, position) != bytes(_BLOCK):
             return False

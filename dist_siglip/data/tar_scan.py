@@ -88,6 +88,18 @@ def read_header(header: bytes) -> tuple[str, int] | None:
     return (_name(header), size) if _is_sound(header) else None
 
 
+def extra_header_bytes(header: bytes) -> int:
+    """Return how many bytes a PAX header and its records take; 0 for any other block.
+
+    Args:
+        header: 512 bytes.
+    """
+    size = _octal(header[124:136])
+    if len(header) < _BLOCK or size is None or header[156:157] != _PAX or not _is_sound(header):
+        return 0
+    return _BLOCK + -(-size // _BLOCK) * _BLOCK
+
+
 def _scan_headers(path: str, descriptor: int, file_size: int) -> list[Member] | None:
     """Walk plain headers; None if one of them needs ``tarfile``."""
     members: list[Member] = []

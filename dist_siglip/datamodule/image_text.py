@@ -80,7 +80,7 @@ class ImageTextDataModule(LightningDataModule):
         max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
             before the run stops. Bad samples are named in the log and replaced.
         bad_sample_log: file for a JSON line about every bad sample. The command line takes
-            bad_samples.jsonl in the run folder; null writes none.
+            bad_samples.jsonl in the run folder if it is null; a script then writes none.
         cache: copies of remote shards on each node.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
@@ -214,7 +214,7 @@ class ImageTextDataModule(LightningDataModule):
             check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         if stage == "fit":
             check_divisible(self.global_batch_size, self._world().world_size)
-            self._bad_samples.log_path = self.bad_sample_log
+            self._bad_samples.name_from(self.bad_sample_log)
             transform = training_transform(
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )

@@ -38,6 +38,9 @@ def test_the_first_are_named_and_damage_ends_the_list(tmp_path):
     for number in range(5):
         log.append(shard="s.tar", key=f"k{number}", reason="why")
     assert first_lines(str(path), 2) == ["s.tar/k0: why", "s.tar/k1: why"]
+    start = path.stat().st_size
+    log.append(shard="s.tar", key="new", reason="w" * 5000)
+    assert first_lines(str(path), 9, start) == ["s.tar/new: " + "w" * 200]
     path.write_text('{"shard": "a", "key": "b", "reason": "c"}\n{"torn')
     assert first_lines(str(path), 9) == ["a/b: c"]
     assert first_lines(str(tmp_path / "none"), 3) == []

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dist_siglip.data.bad_sample_log import BadSampleLog
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.errors import UserError
 
@@ -33,6 +34,18 @@ def test_zero_allows_none():
     limit.count(1)
     with pytest.raises(UserError):
         limit.finish_step(1000, CPU)
+
+
+def test_the_error_names_bad_samples_of_this_start_alone(tmp_path):
+    path = str(tmp_path / "bad.jsonl")
+    log = BadSampleLog(path)
+    log.append(shard="s.tar", key="before", reason="why")
+    limit = BadSampleLimit(0.0, check_steps=1)
+    limit.name_from(path)
+    log.append(shard="s.tar", key="now", reason="why")
+    limit.count(1)
+    with pytest.raises(UserError, match=r"\(first s\.tar/now: why; all in .*bad\.jsonl\)"):
+        limit.finish_step(10, CPU)
 
 
 @pytest.mark.distributed

@@ -75,6 +75,9 @@ def spoil(kind, shard, path):
     elif kind == "short":
         del lines[-1]
         lines[0] = f"v1.2 {len(lines) - 1}"
+    elif kind == "left out":
+        del lines[2]
+        lines[0] = f"v1.2 {len(lines) - 1}"
     elif kind == "count":
         lines[0] = "v1.2 9"
     elif kind == "version":
@@ -96,15 +99,19 @@ KINDS = (
     "words",
     "beyond",
     "short",
+    "left out",
     "count",
     "version",
     "binary",
 )
 
 
+@pytest.mark.parametrize("mtime", [None, 0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_idx_that_does_not_agree_is_not_believed(tmp_path, kind):
-    (shard,) = write_shards(tmp_path, (4,))
+def test_an_idx_that_does_not_agree_is_not_believed(tmp_path, kind, mtime):
+    members = [(f"{i:06d}", {"png": b"p" * 700, "txt": b"t"}) for i in range(4)]
+    options = {} if mtime is None else {"mtime": mtime}
+    shard = str(write_shard(tmp_path / "00000.tar", members, **options))
     expected = read_index(shard, rebuild=True)
     os.unlink(f"{shard}.idx.npz")
     spoil(kind, shard, write_idx(shard))
