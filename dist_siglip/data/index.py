@@ -103,7 +103,8 @@ def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardInde
         }
         identity = {**made_for, "etag": remote.etag or ""}
         place = os.path.join(index_folder(), f"{digest_of(url)}-{name[-80:]}.idx.npz")
-        index = None if rebuild else read_side_car(place, url, identity)
+        known = remote.size >= 0 or bool(remote.etag)  # else a change would not show
+        index = read_side_car(place, url, identity) if known and not rebuild else None
         if index is not None:
             return index
         if not rebuild and not set("?#") & set(url):
@@ -111,13 +112,22 @@ def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardInde
             if beside is not None:
                 index = parse_side_car(io.BytesIO(beside), url, made_for)
         if index is None:
-            index = _scan(cache.fetch(url), redact(url))
+            index = _scan_copy(url, cache)
     except RemoteError as error:
         raise UserError(f"{error}; check the address and the network") from error
     index = replace(index, path=url)
-    if not index.damage:
+    if known and not index.damage:
         write_side_car(place, index, identity)
     return index
+
+
+def _scan_copy(url: str, cache: ShardCache) -> ShardIndex:
+    """Scan the copy in the cache, which another process may evict meanwhile."""
+    descriptor = cache.open(url)
+    try:
+        return _scan(f"/dev/fd/{descriptor}", redact(url))
+    finally:
+        os.close(descriptor)
 
 
 def _scan(path: str, name: str) -> ShardIndex:

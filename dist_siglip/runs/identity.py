@@ -29,6 +29,7 @@ FREE_KEYS = frozenset(
         "data.cache.folder",
         "data.cache.max_gib",
         "data.cache.attempts",
+        "data.cache.recheck_hours",
     }
 )
 

@@ -1,5 +1,6 @@
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -7,6 +8,7 @@ from dist_siglip.data import fetch
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.pairs import Span
+from dist_siglip.data.remote import RemoteError
 
 
 @pytest.fixture
@@ -68,3 +70,37 @@ def test_copies_open_their_own_files(files):
     assert copy.read(Span(files[0], 1, 2)) == b"12"
     del copy
     assert reader.read(Span(files[0], 1, 2)) == b"12"
+
+
+def remote(tmp_path):
+    """A cache whose copies are files of this folder, by the name at the end of a URL."""
+
+    def open_copy(url):
+        path = tmp_path / url.rpartition("/")[2]
+        if not path.exists():
+            raise RemoteError(f"{url} cannot be fetched")
+        return os.open(path, os.O_RDONLY)
+
+    return SimpleNamespace(open=open_copy)
+
+
+def test_spans_of_remote_shards_are_read_from_their_copies(files, tmp_path):
+    reader = ShardReader(remote(tmp_path))
+    assert reader.read(Span("https://host/0.tar", 3, 4)) == b"3456"
+    assert reader.read(Span(files[0], 3, 4)) == b"3456"
+    with pytest.raises(BadSampleError, match=r"none\.tar cannot be fetched"):
+        reader.read(Span("https://host/none.tar", 0, 1))
+    with pytest.raises(BadSampleError, match="there is no cache"):
+        ShardReader().read(Span("https://host/0.tar", 0, 1))
+
+
+@needs_proc
+def test_an_evicted_copy_is_closed_so_that_its_space_is_free(files, tmp_path):
+    reader = ShardReader(remote(tmp_path))
+    reader.read(Span("https://host/0.tar", 0, 1))
+    opened = num_open_files()
+    os.unlink(files[0])
+    assert reader.read(Span("https://host/0.tar", 3, 4)) == b"3456"
+    reader.read(Span("https://host/1.tar", 0, 1))
+    assert num_open_files() == opened
+    reader.close()

@@ -6,9 +6,11 @@ import pytest
 
 from dist_siglip.data import index as index_module
 from dist_siglip.data.index import load_index
+from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.shard_index import build_index, split_name
 from dist_siglip.data.tar_scan import Member, scan_tar
 from dist_siglip.errors import UserError
+from tests.support.servers import serve
 from tests.support.shards import write_shard
 
 
@@ -170,3 +172,32 @@ def test_shard_without_samples_has_an_empty_index(tmp_path):
     path = str(write_shard(tmp_path / "a.tar", []))
     for index in (load_index(path), load_index(path)):
         assert (index.num_samples, index.keys(), index.samples.tolist()) == (0, [], [])
+
+
+def test_a_remote_shard_is_scanned_though_its_copy_is_evicted_meanwhile(tmp_path, monkeypatch):
+    body = write_shard(tmp_path / "a.tar", [("k", {"jpg": b"j", "txt": b"t"})]).read_bytes()
+    folder = tmp_path / "copies"
+
+    def scan(path):
+        for copy in folder.glob("*.tar"):
+            copy.unlink()
+        return scan_tar(path)
+
+    monkeypatch.setattr(index_module, "scan_tar", scan)
+    with serve() as server:
+        server.files["a.tar"] = body
+        store = ShardCache(CacheSettings(folder=str(folder)))
+        assert load_index(server.url + "a.tar", store).num_samples == 1
+
+
+def test_the_index_of_a_remote_file_that_could_change_unseen_is_not_kept(tmp_path, cache):
+    body = write_shard(tmp_path / "a.tar", [("k", {"jpg": b"j", "txt": b"t"})]).read_bytes()
+    with serve() as server:
+        server.files["a.tar"] = body
+        server.chunked = {"a.tar"}
+        store = ShardCache(CacheSettings(folder=str(tmp_path / "copies")))
+        assert load_index(server.url + "a.tar", store).num_samples == 1
+        assert not any(cache.glob("*"))
+        server.etags["a.tar"] = "1"
+        load_index(server.url + "a.tar", store)
+        assert any(cache.glob("*"))

@@ -15,13 +15,17 @@ class ShardServer:
         headers: more headers by path.
         faults: by path, what happens to the next GETs: "500", "cut" (half of the body, then the
             connection ends), "stall" (half of the body, then nothing until ``release``), "short"
-            (a whole answer that is too short).
+            (a whole answer that is too short), "changed" (the next answers have another tag).
+        chunked: paths that are answered in chunks, without a length.
+        before_get: called with the path of every GET before it is answered.
         counts: how many requests there were, by (method, path).
         release: set to let stalled transfers end.
     """
 
     def __init__(self):
         self.files, self.etags, self.headers, self.faults = {}, {}, {}, {}
+        self.chunked = set()
+        self.before_get = lambda path: None
         self.counts = Counter()
         self.release = threading.Event()
         self.lock = threading.Lock()
@@ -54,6 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         state, path = self.state, self.path.lstrip("/").split("?")[0]
         with state.lock:
             state.counts[self.command, path] += 1
+        if with_body:
+            state.before_get(path)
         if path.startswith("moved/"):
             self.send_response(302)
             self.send_header("Location", "/" + path.removeprefix("moved/"))
@@ -67,9 +73,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if fault == "changed":
+            state.etags[path] = state.etags.get(path, "") + "+"
+            fault = None
         sent = body[: len(body) // 2] if fault else body
         self.send_response(200)
-        self.send_header("Content-Length", str(len(sent if fault == "short" else body)))
+        if path in state.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(len(sent if fault == "short" else body)))
         if path in state.etags:
             self.send_header("ETag", state.etags[path])
         for name, value in state.headers.get(path, {}).items():
@@ -77,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not with_body:
             return
+        if path in state.chunked:
+            end = b"" if fault == "cut" else b"0\r\n\r\n"
+            sent = b"%x\r\n%b\r\n" % (len(sent), sent) + end
         self.wfile.write(sent)
         if fault in ("cut", "stall"):
             self.wfile.flush()
@@ -93,7 +108,7 @@ def serve():
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_port}/"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield state

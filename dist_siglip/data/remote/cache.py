@@ -5,11 +5,13 @@ process fetches it under the lock of its name while the others wait. Room is mad
 the copies used longest ago go first. A reader that has a copy open keeps it until it closes it.
 Beside a copy lie its record (``.json``: what the server said) and, while it is fetched, a sparse
 file of its size (``.want``) that holds its room. Only files of such names are ever deleted.
+A copy is believed for a while, then the server is asked whether the file changed.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -17,17 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.data.remote.connections import endpoint
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.node_lock import hold
-from dist_siglip.data.remote.transfer import RemoteError, describe_remote, download
+from dist_siglip.data.remote.stopping import pause
+from dist_siglip.data.remote.totals import CacheTotals, add_to_totals, read_totals
+from dist_siglip.data.remote.transfer import (
+    RemoteError,
+    RemoteFile,
+    describe_remote,
+    download,
+)
 from dist_siglip.errors import UserError
 
-_PATIENCE_SECONDS = 900.0  # above all attempts of one transfer together
-_FRESH_SECONDS = 3600.0  # so long a copy is believed without asking the server again
+_LOGGER = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 60.0  # for each attempt: above the time it may take without a byte
 _COPY = re.compile(r"[0-9a-f]{32}\.tar")
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|want)")
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +49,14 @@ class CacheSettings:
             user's cache folder.
         max_gib: most they may hold together, in GiB, over all processes of the node; > 0.
         attempts: tries for each transfer; >= 1.
+        recheck_hours: so long a copy is believed before the server is asked whether the file
+            changed; 0 asks whenever a process opens it.
     """
 
     folder: str | None = None
     max_gib: float = 100.0
     attempts: int = 5
+    recheck_hours: float = 1.0
 
     def check(self) -> None:
         """Refuse numbers out of range.
@@ -55,6 +68,8 @@ class CacheSettings:
             raise UserError(f"cache.max_gib ({self.max_gib}) must be above 0")
         if self.attempts < 1:
             raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
+        if not self.recheck_hours >= 0:
+            raise UserError(f"cache.recheck_hours ({self.recheck_hours}) must not be negative")
 
 
 class ShardCache:
@@ -69,6 +84,8 @@ class ShardCache:
         self.folder = settings.folder or os.path.join(home, "dist_siglip", "shards")
         self.max_bytes = int(settings.max_gib * 2**30)
         self._locks = os.path.join(self.folder, "locks")
+        self._totals = os.path.join(self.folder, "totals")
+        self._patience_seconds = _PATIENCE_SECONDS * max(2, settings.attempts)
 
     def fetch(self, url: str) -> str:
         """Return the path of a verified whole copy, fetched now if it is not there.
@@ -89,21 +106,27 @@ class ShardCache:
             RemoteError: if it cannot be fetched.
             UserError: if the folder is full or closed, or the shard larger than the cache.
         """
+        return self._open(url, is_read=True)
+
+    def _open(self, url: str, is_read: bool) -> int:
         path = self._path(url)
         try:
             if (present := self._open_fresh(path)) is not None:
+                if is_read:
+                    self._add(hits=1)
                 return present
             os.makedirs(self.folder, exist_ok=True)
-            with hold(self._locks, path, _PATIENCE_SECONDS, lambda: _size(f"{path}.part")):
-                if not self._is_fresh(path):
-                    self._renew(url, path)
+            with hold(self._locks, path, self._patience_seconds, lambda: _size(f"{path}.part")):
+                came = not self._is_fresh(path) and self._renew(url, path)
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 _touch(descriptor)
-                return descriptor
         except TimeoutError as error:
             raise RemoteError(f"{redact(url)} cannot be fetched: {error}") from None
         except OSError as error:
             raise self._explain(error) from error
+        if is_read and not came:
+            self._add(hits=1)
+        return descriptor
 
     def hold_ready(self, url: str) -> int:
         """Fetch a shard if it is not here, note that it is wanted, and return its bytes.
@@ -112,7 +135,7 @@ class ShardCache:
             RemoteError: if it cannot be fetched.
             UserError: if the folder is full or closed, or the shard larger than the cache.
         """
-        descriptor = self.open(url)
+        descriptor = self._open(url, is_read=False)
         try:
             return os.fstat(descriptor).st_size
         finally:
@@ -122,12 +145,23 @@ class ShardCache:
         """Describe what is kept in one line, for a log."""
         sizes = [size for _, size, name in self._entries() if _COPY.fullmatch(name)]
         held = sum(sizes) / 2**30
-        return f"{len(sizes)} shards, {held:.2f} of {self.settings.max_gib:g} GiB in {self.folder}"
+        return (
+            f"{len(sizes)} shards, {held:.2f} of {self.settings.max_gib:g} GiB in {self.folder}; "
+            f"so far {self.totals().describe()}"
+        )
+
+    def totals(self) -> CacheTotals:
+        """Return what was done since the folder was made, by all processes of the node."""
+        return read_totals(self._totals)
+
+    def _add(self, **events: int) -> None:
+        add_to_totals(self._totals, self._locks, CacheTotals(**events))
 
     def _path(self, url: str) -> str:
-        return os.path.join(
-            self.folder, hashlib.blake2b(url.encode(), digest_size=16).hexdigest() + ".tar"
-        )
+        server = endpoint(url)
+        text = f"{server}\n{url}" if server else url
+        name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return os.path.join(self.folder, f"{name}.tar")
 
     def _open_fresh(self, path: str) -> int | None:
         """Open a copy without a lock: what has its final name is whole."""
@@ -145,37 +179,69 @@ class ShardCache:
         try:
             return (
                 os.path.exists(path)
-                and time.time() - os.stat(_record(path)).st_mtime < _FRESH_SECONDS
+                and time.time() - os.stat(_record(path)).st_mtime
+                < 3600 * self.settings.recheck_hours
             )
         except FileNotFoundError:
             return False
 
-    def _renew(self, url: str, path: str) -> None:
-        """Ask the server; keep the copy if it is the same, else fetch. The lock is held."""
-        remote = describe_remote(url, attempts=self.settings.attempts)
-        said = {"size": remote.size, "etag": remote.etag}
-        if _size(path) != remote.size or _read_record(path) != said:
-            if remote.size > self.max_bytes:
-                raise UserError(
-                    f"cache.max_gib ({self.settings.max_gib:g}) is smaller than shard "
-                    f"{redact(url)!r}; set it to {remote.size / 2**30 * 1.01:.4g} at least"
-                )
-            want = f"{path[:-4]}.want"
-            try:
-                self._make_room(path, want, remote.size)
-                remote = download(url, path, attempts=self.settings.attempts, remote=remote)
-            finally:
-                Path(want).unlink(missing_ok=True)
-            said = {"size": remote.size, "etag": remote.etag}
-        write_atomically(Path(_record(path)), json.dumps(said), sync=False)
+    def _renew(self, url: str, path: str) -> bool:
+        """Ask the server; keep the copy if it is the same, else fetch. The lock is held.
 
-    def _make_room(self, path: str, want: str, size: int) -> None:
+        Returns:
+            Whether it was fetched.
+        """
+        attempts, on_retry = self.settings.attempts, lambda: self._add(retries=1)
+        record = _read_record(path)
+        try:
+            remote = describe_remote(
+                url, attempts=attempts, refresh=bool(record), on_retry=on_retry
+            )
+        except RemoteError as error:
+            if error.is_missing or record.get("bytes", -2) != _size(path):
+                raise
+            _LOGGER.warning("%s; the copy of this node is used, though it may be old", error)
+            os.utime(_record(path))
+            return False
+        same = _said(remote) == {name: record.get(name) for name in ("size", "etag")}
+        can_tell = remote.size >= 0 or remote.etag is not None
+        if same and can_tell and record.get("bytes") == _size(path):
+            os.utime(_record(path))
+            return False
+        if remote.size > self.max_bytes:
+            raise UserError(
+                f"cache.max_gib ({self.settings.max_gib:g}) is smaller than shard "
+                f"{redact(url)!r}; set it to {remote.size / 2**30 * 1.01:.4g} at least"
+            )
+        want = f"{path[:-4]}.want"
+        Path(path).unlink(missing_ok=True)  # another version
+        try:
+            self._make_room(want, max(0, remote.size))
+            remote = download(
+                url,
+                path,
+                attempts=attempts,
+                remote=remote,
+                max_bytes=self.max_bytes,
+                on_retry=on_retry,
+            )
+        finally:
+            Path(want).unlink(missing_ok=True)
+        came = _size(path)
+        if remote.size < 0:  # nobody could say how much room it takes
+            self._make_room(want, 0)
+            Path(want).unlink(missing_ok=True)
+        record = {**_said(remote), "bytes": came}
+        write_atomically(Path(_record(path)), json.dumps(record), sync=False)
+        self._add(downloads=1, downloaded_bytes=came)
+        return True
+
+    def _make_room(self, want: str, size: int) -> None:
         """Delete what was used longest ago until a shard fits, and hold its room."""
         since = time.monotonic()
         Path(want).unlink(missing_ok=True)  # of a process that was killed
         while True:
-            with hold(self._locks, "room", _PATIENCE_SECONDS):
-                Path(path).unlink(missing_ok=True)  # another version
+            with hold(self._locks, "room", self._patience_seconds):
                 entries = sorted(self._entries())
                 total = sum(entry[1] for entry in entries)
                 for _, held, name in entries:
@@ -184,13 +250,13 @@ class ShardCache:
                     if self._evict(os.path.join(self.folder, name)):
                         total -= held
                 if total + size <= self.max_bytes:
-                    with open(want, "wb") as file:
+                    with open(want, "xb") as file:
                         file.truncate(size)
                     return
             # Others are fetching: what they hold can go when they are done.
-            if time.monotonic() - since > _PATIENCE_SECONDS:
+            if time.monotonic() - since > self._patience_seconds:
                 raise TimeoutError("the cache stays full of shards that are being fetched")
-            time.sleep(0.1)
+            pause(0.1)
 
     def _evict(self, path: str) -> bool:
         """Delete a copy or the room of a dead process; False if a live process is at it."""
@@ -199,6 +265,8 @@ class ShardCache:
             with hold(self._locks, copy, 0.0):
                 for file in (path, _record(copy), f"{copy}.part"):
                     Path(file).unlink(missing_ok=True)
+            if path == copy:
+                self._add(evictions=1)
         except TimeoutError:
             return False
         return True
@@ -235,12 +303,17 @@ def _record(path: str) -> str:
     return f"{path[:-4]}.json"
 
 
-def _read_record(path: str) -> object:
-    """Read what the server said about a copy; None if there is no sound record."""
+def _read_record(path: str) -> dict[str, object]:
+    """Read what the server said about a copy; empty if there is no sound record."""
     try:
-        return json.loads(Path(_record(path)).read_text())
+        record = json.loads(Path(_record(path)).read_text())
     except (OSError, ValueError):
-        return None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _said(remote: RemoteFile) -> dict[str, object]:
+    return {"size": remote.size, "etag": remote.etag}
 
 
 def _size(path: str) -> int:

@@ -17,14 +17,21 @@ import atexit
 import concurrent.futures
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from dist_siglip.data.remote.stopping import longest_wait
 from dist_siglip.errors import UserError
 
 _Result = TypeVar("_Result")
-_CONNECT_SECONDS = 30.0
+_CONNECT_SECONDS = 15.0
 _STALL_SECONDS = 60.0  # without a byte
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"),
+    "gs": ("STORAGE_EMULATOR_HOST", "FSSPEC_GS_ENDPOINT_URL"),
+    "hf": ("HF_ENDPOINT",),
+}
 
 
 class _Connections:
@@ -63,21 +70,34 @@ def file_system(url: str) -> Any:
         return connections.file_systems[scheme]
 
 
+def endpoint(url: str) -> str:
+    """Name the server that the environment puts behind a URL; empty for the usual one.
+
+    The same ``s3://`` URL means another file on another server.
+    """
+    names = _ENDPOINTS.get(url.partition(":")[0], ())
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
 def wait_for(call: Coroutine[Any, Any, _Result], limit_seconds: float) -> _Result:
     """Run a coroutine of a file system on the loop of this process, and wait for its result.
 
     Raises:
         TimeoutError: if it takes longer; it is cancelled.
+        StoppedError: if this thread is told to stop; it is cancelled.
     """
     future = asyncio.run_coroutine_threadsafe(call, _running_loop())
+    until = time.monotonic() + limit_seconds
     try:
-        return future.result(limit_seconds)
-    except concurrent.futures.TimeoutError:
-        future.cancel()
-        raise TimeoutError(f"no answer within {limit_seconds:.0f} s") from None
+        while (left := until - time.monotonic()) > 0:
+            concurrent.futures.wait([future], longest_wait(left))
+            if future.done():
+                return future.result()
     except BaseException:
         future.cancel()
         raise
+    future.cancel()
+    raise TimeoutError(f"no answer within {limit_seconds:.0f} s")
 
 
 def _connect(scheme: str) -> Any:
@@ -101,6 +121,8 @@ def _connect(scheme: str) -> Any:
                 "read_timeout": _STALL_SECONDS,
                 "retries": {"max_attempts": 1},
             }
+        elif scheme == "hf" and (server := endpoint("hf://")):
+            options["endpoint"] = server
     except ImportError as error:
         raise UserError(
             f"{scheme}:// needs a package that is not installed ({error.name or error}); "

@@ -10,12 +10,18 @@ the file would drop them all, so there is one descriptor per process and file, n
 import fcntl
 import hashlib
 import os
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dist_siglip.data.remote.stopping import pause
+
 _POLL_SECONDS = 0.05
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux
 
 
 class _Process:
@@ -44,13 +50,13 @@ def hold(
         progress: something that changes while the holder is at work.
 
     Raises:
-        TimeoutError: if the lock stays held without progress.
+        TimeoutError: if the lock stays held without progress; its text names the holder.
         OSError: if the file cannot be opened.
     """
     process = _PROCESS[-1]
     with process.guard:
         if file not in process.descriptors:
-            process.descriptors[file] = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            process.descriptors[file] = os.open(file, _FLAGS, 0o600)
         descriptor = process.descriptors[file]
         thread = process.threads.setdefault((file, name), threading.Lock())
     place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
@@ -59,8 +65,11 @@ def hold(
         if (now := progress()) != seen:
             seen, since = now, time.monotonic()
         if time.monotonic() - since >= patience_seconds:
-            raise TimeoutError(f"the lock was held for {patience_seconds:.0f} s without progress")
-        time.sleep(_POLL_SECONDS)
+            holder = _holder(descriptor, place)
+            raise TimeoutError(
+                f"{holder} held the lock for {patience_seconds:.0f} s without progress"
+            )
+        pause(_POLL_SECONDS)
     try:
         yield
     finally:
@@ -81,3 +90,14 @@ def _take(thread: threading.Lock, descriptor: int, place: int) -> bool:
         thread.release()
         raise
     return True
+
+
+def _holder(descriptor: int, place: int) -> str:
+    """Name the process that holds a lock, where the system tells."""
+    if sys.platform != "linux":
+        return "another process"
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+    if kind == fcntl.F_UNLCK:  # locks of this process do not show
+        return "another thread"
+    return f"process {pid}" if pid > 0 else "a process of another container"

@@ -7,23 +7,25 @@ together; except where trying again cannot help: the file is not there, or acces
 import errno
 import logging
 import random
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dist_siglip.data.remote.locations import redact
+from dist_siglip.data.remote.stopping import pause
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MISSING = "it does not exist"
+_DENIED = "access is denied; credentials come from the environment"
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore
 _REFUSALS = {
     400: "the server refuses the request",
-    401: "access is denied; credentials come from the environment",
-    403: "access is denied; credentials come from the environment",
+    401: _DENIED,
+    403: _DENIED,
     404: _MISSING,
     405: "the server refuses the request",
     410: _MISSING,
@@ -45,18 +47,24 @@ class RemoteError(Exception):
         return _restore, (str(self), self.is_missing)
 
 
-def attempt(url: str, attempts: int, call: Callable[[], _Result]) -> _Result:
+def attempt(
+    url: str,
+    attempts: int,
+    call: Callable[[], _Result],
+    on_retry: Callable[[], object] = lambda: None,
+) -> _Result:
     """Call until it works, or trying again cannot help.
 
     Args:
         url: what is asked for, for the error text.
         attempts: most calls, at least 1.
         call: raises anything if it fails.
+        on_retry: called before every call but the first.
 
     Raises:
         RemoteError: if it fails for the last time.
         UserError: as ``call`` raises it.
-        OSError: if the disk of this machine is full.
+        OSError: if this machine does not take the bytes (disk full, file too large).
     """
     for number in range(1, attempts + 1):
         try:
@@ -74,10 +82,10 @@ def attempt(url: str, attempts: int, call: Callable[[], _Result]) -> _Result:
                 f"{redact(url)} cannot be fetched ({tries}): {reason}",
                 is_missing=refusal == _MISSING,
             )
-        pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (number - 1))
-        pause *= random.uniform(0.5, 1.5)
+        seconds = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (number - 1))
         _LOGGER.info("%s: %s; attempt %d follows", redact(url), reason, number + 1)
-        time.sleep(pause)
+        pause(seconds * random.uniform(0.5, 1.5))
+        on_retry()
     raise AssertionError("attempts is at least 1")
 
 
@@ -92,8 +100,8 @@ def _refusal(error: BaseException) -> str | None:
         return _REFUSALS.get(status)
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
         return _MISSING
-    if isinstance(error, PermissionError):
-        return _REFUSALS[403]
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return _DENIED
     return None
 
 

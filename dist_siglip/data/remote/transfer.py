@@ -2,14 +2,19 @@
 
 What the server says about a file (size, tag, checksum) is asked for first; the file is then
 fetched beside its final name, compared, and renamed. ``retries`` says when that is tried again.
+
+A web server that answers in chunks tells no size. Its files are taken if they end as a tar does
+(two blocks of zeros); a tag, if there is one, must not change meanwhile.
 """
 
 import base64
 import binascii
 import hashlib
+import io
 import os
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
 
 from dist_siglip.data.remote.connections import file_system, wait_for
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
@@ -25,8 +30,10 @@ __all__ = [
     "read_small",
 ]
 
-_ANSWER_SECONDS = 120.0  # for what is no transfer
+_ANSWER_SECONDS = 30.0  # for what is no transfer
 _SLOWEST_BYTES_PER_SECOND = 1 << 16  # a transfer slower than this has failed
+_LONGEST_UNSIZED_SECONDS = 3600.0
+_TAR_END = bytes(1024)
 
 
 class RemoteFile(NamedTuple):
@@ -34,7 +41,7 @@ class RemoteFile(NamedTuple):
 
     Attributes:
         url: its address.
-        size: in bytes.
+        size: in bytes; -1 if the server does not tell.
         etag: changes when the content does; None if the server has none.
         md5: checksum, 32 hexadecimal digits; None if the server offers none.
         sha256: checksum, 64 hexadecimal digits; None if the server offers none.
@@ -47,34 +54,50 @@ class RemoteFile(NamedTuple):
     sha256: str | None = None
 
 
-def describe_remote(url: str, *, attempts: int = 5) -> RemoteFile:
+def describe_remote(
+    url: str,
+    *,
+    attempts: int = 5,
+    refresh: bool = False,
+    on_retry: Callable[[], object] = lambda: None,
+) -> RemoteFile:
     """Ask the server for size, tag and checksum of a file.
 
     Args:
         url: http, https, s3, gs or hf.
         attempts: tries, with a growing pause between them.
+        refresh: ask, even if this process listed the folder before (hf keeps its listings).
+        on_retry: called before every try but the first.
 
     Raises:
         RemoteError: if there is no such file, or no answer after all attempts.
         UserError: if it is not a URL of these schemes, or a package is missing.
     """
     _check(url)
-    return attempt(url, attempts, lambda: _describe(url))
+    return attempt(url, attempts, lambda: _describe(url, refresh), on_retry)
 
 
 def download(
-    url: str, path: str, *, attempts: int = 5, remote: RemoteFile | None = None
+    url: str,
+    path: str,
+    *,
+    attempts: int = 5,
+    remote: RemoteFile | None = None,
+    max_bytes: int = 1 << 40,
+    on_retry: Callable[[], object] = lambda: None,
 ) -> RemoteFile:
     """Fetch a whole file, verified, so that ``path`` is either complete or not there.
 
-    It is written to ``path + ".part"``; one process at a time may do this for one path. A checksum
-    is compared where the server offers one, the size always.
+    It is written to ``path + ".part"``; one process at a time may do this for one path. The size is
+    compared, and the checksum if the server offers one; else its tag must not change meanwhile.
 
     Args:
         url: http, https, s3, gs or hf.
         path: local file name; replaced if it exists.
         attempts: tries, with a growing pause between them.
         remote: what ``describe_remote`` answered, if it was asked just now.
+        max_bytes: longest file that is taken if the server does not tell its size.
+        on_retry: called before every try but the first.
 
     Returns:
         What was fetched.
@@ -90,18 +113,21 @@ def download(
 
     def fetch() -> RemoteFile:
         # Described again after a failure: the file may have changed meanwhile.
-        described, known[0] = known[0] or _describe(url), None
-        _transfer(described, part)
+        described, known[0] = known[0] or _describe(url, refresh=True), None
+        _open_new(part).close()  # what an earlier try still writes goes elsewhere
+        _transfer(described, part, max_bytes)
         _verify(described, part)
+        has_checksum = described.md5 is not None or described.sha256 is not None
+        if not has_checksum and _describe(url, refresh=True) != described:
+            raise OSError("it changed while it was fetched")
         return described
 
     try:
-        with open(part, "wb"):  # what is wrong on this side shows before any transfer
-            pass
-        result = attempt(url, attempts, fetch)
+        _open_new(part).close()  # what is wrong on this side shows before any transfer
+        result = attempt(url, attempts, fetch, on_retry)
         os.replace(part, path)
     except BaseException:
-        if os.path.exists(part):
+        if os.path.lexists(part):
             os.unlink(part)
         raise
     return result
@@ -128,15 +154,15 @@ def read_small(url: str, max_bytes: int, *, attempts: int = 5) -> bytes | None:
         size = _describe(url).size
         if size > max_bytes:
             raise RemoteError(f"{redact(url)} has {size} bytes, at most {max_bytes} are read")
-        system, place = file_system(url), _place(url)
-        data: bytes = (
-            wait_for(system._cat_file(place), _ANSWER_SECONDS)
-            if system.async_impl
-            else system.cat_file(place)
-        )
-        if len(data) != size:
-            raise OSError(f"{len(data)} of {size} bytes came")
-        return data
+        data = io.BytesIO()
+        if url.startswith(("http", "hf")):
+            _get(url, data, max_bytes, _ANSWER_SECONDS)
+        else:
+            data.write(wait_for(file_system(url)._cat_file(_place(url)), _ANSWER_SECONDS))
+        came = len(data.getvalue())
+        if size not in (-1, came):
+            raise OSError(f"{came} of {size} bytes came")
+        return data.getvalue()
 
     try:
         return attempt(url, attempts, read)
@@ -180,7 +206,7 @@ def _place(url: str) -> str:
     return url if url.startswith("http") else url.partition("://")[2]
 
 
-def _describe(url: str) -> RemoteFile:
+def _describe(url: str, refresh: bool = False) -> RemoteFile:
     """Ask once."""
     system, place = file_system(url), _place(url)
     scheme = url.partition(":")[0]
@@ -191,19 +217,20 @@ def _describe(url: str) -> RemoteFile:
         )
         return _of_s3(url, wait_for(call, _ANSWER_SECONDS))
     info: dict[str, Any] = (
-        wait_for(system._info(place), _ANSWER_SECONDS) if system.async_impl else system.info(place)
+        wait_for(system._info(place), _ANSWER_SECONDS)
+        if system.async_impl
+        else system.info(place, refresh=refresh, expand_info=refresh)
     )
-    if info.get("size") is None or info.get("type") != "file":
-        raise UserError(f"{redact(url)} is no file whose size the server tells")
+    if info.get("type") != "file":
+        raise UserError(f"{redact(url)} is no file")
     if scheme == "gs":
         return RemoteFile(url, int(info["size"]), info.get("etag"), _hex(info.get("md5Hash")))
     if scheme == "hf":
         stored = info.get("lfs") or {}
         sha256 = stored.get("sha256")
         return RemoteFile(url, int(info["size"]), sha256 or info.get("blob_id"), None, sha256)
-    return RemoteFile(
-        url, int(info["size"]), info.get("ETag") or info.get("Last-Modified"), _http_md5(info)
-    )
+    size = -1 if info.get("size") is None else int(info["size"])
+    return RemoteFile(url, size, info.get("ETag") or info.get("Last-Modified"), _http_md5(info))
 
 
 def _of_s3(url: str, head: dict[str, Any]) -> RemoteFile:
@@ -230,20 +257,63 @@ def _hex(encoded: str | None) -> str | None:
     return digest.hex() if len(digest) == 16 else None
 
 
-def _transfer(remote: RemoteFile, part: str) -> None:
-    """Fetch once, into a file that exists."""
-    system, place = file_system(remote.url), _place(remote.url)
-    if system.async_impl:
-        limit = _ANSWER_SECONDS + remote.size / _SLOWEST_BYTES_PER_SECOND
-        wait_for(system._get_file(place, part), limit)
+class _Limited:
+    """A file that takes no more than a number of bytes, whatever a server sends."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file = file
+        self._limit = limit
+        self.read, self.close, self.tell = file.read, file.close, file.tell  # fsspec looks for them
+
+    def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._limit:
+            raise OSError(f"more than {self._limit} bytes came")
+        return self._file.write(data)
+
+
+def _open_new(path: str) -> BinaryIO:
+    """Open a new file; what lies there, be it a link to elsewhere, is not written to."""
+    if os.path.lexists(path):
+        os.unlink(path)
+    return open(path, "xb")
+
+
+def _transfer(remote: RemoteFile, part: str, max_bytes: int) -> None:
+    """Fetch once, into a new file that exists."""
+    seconds = _ANSWER_SECONDS + remote.size / _SLOWEST_BYTES_PER_SECOND
+    if remote.url.startswith(("http", "hf")):
+        limit, seconds = (
+            (max_bytes, _LONGEST_UNSIZED_SECONDS) if remote.size < 0 else (remote.size, seconds)
+        )
+        with open(part, "wb") as file:
+            _get(remote.url, file, limit, seconds)
     else:
-        system.get_file(place, part)
+        wait_for(file_system(remote.url)._get_file(_place(remote.url), part), seconds)
+
+
+def _get(url: str, file: BinaryIO, limit: int, seconds: float) -> None:
+    """Write the file behind a URL of http, https or hf into an open one."""
+    address, options = url, {}
+    if url.startswith("hf"):  # its own package has no time limit for a whole transfer
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        hub = file_system(url)
+        address, options = hub.url(_place(url)), {"headers": build_hf_headers(token=hub.token)}
+    call = file_system(address)._get_file(address, _Limited(file, limit), **options)
+    wait_for(call, seconds)
 
 
 def _verify(remote: RemoteFile, part: str) -> None:
     """Compare what came with what the server said."""
     size = os.path.getsize(part)
-    if size != remote.size:
+    if remote.size < 0:
+        with open(part, "rb") as file:
+            file.seek(max(0, size - len(_TAR_END)))
+            if file.read() != _TAR_END:
+                raise OSError(
+                    f"{size} bytes of unknown length came, which do not end as a tar does"
+                )
+    elif size != remote.size:
         raise OSError(f"{size} of {remote.size} bytes came")
     for name, expected in (("md5", remote.md5), ("sha256", remote.sha256)):
         if expected is None:

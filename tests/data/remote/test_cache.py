@@ -2,7 +2,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
+import warnings
+from unittest import mock
 
 import pytest
 
@@ -30,7 +34,7 @@ def fetch_all(settings, urls, barrier):
         assert len(content(store.open(url))) == len(BODY)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_node_fetches_a_shard_once(server, tmp_path, method):
     urls = [f"{server.url}{i}.tar" for i in range(3)]
@@ -60,7 +64,7 @@ def test_a_copy_is_named_by_a_hash_whatever_the_url_says(server, tmp_path):
         with contextlib.suppress(RemoteError):
             os.close(store.open(server.url + path))
     assert sorted(os.listdir(tmp_path)) == ["cache"]
-    names = [name for name in os.listdir(folder) if name != "locks"]
+    names = [name for name in os.listdir(folder) if name not in ("locks", "totals")]
     assert names
     assert all(len(name.split(".")[0]) == 32 for name in names)
 
@@ -101,16 +105,103 @@ def test_an_open_copy_outlives_its_eviction(server, tmp_path):
     assert content(first) == bytes(1000)
 
 
-def test_a_file_that_changed_on_the_server_is_fetched_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_FRESH_SECONDS", 0.0)
+def test_a_file_that_changed_on_the_server_is_fetched_again(server, tmp_path):
     server.files["a.tar"] = BODY
     server.etags["a.tar"] = "1"
-    store = make(tmp_path)
+    store = make(tmp_path, recheck_hours=0.0)
     for _ in range(2):
         assert content(store.open(server.url + "a.tar")) == BODY
     assert server.gets()["a.tar"] == 1
     server.files["a.tar"], server.etags["a.tar"] = BODY[::-1], "2"
     assert content(store.open(server.url + "a.tar")) == BODY[::-1]
+
+
+def test_a_copy_is_used_with_a_warning_while_the_server_does_not_answer(server, tmp_path, caplog):
+    server.files["a.tar"] = BODY
+    url = server.url + "a.tar"
+    store = make(tmp_path, recheck_hours=0.0, attempts=1)
+    os.close(store.open(url))
+    with mock.patch.object(cache, "describe_remote", side_effect=RemoteError("no answer")):
+        assert content(store.open(url)) == BODY
+    assert "no answer; the copy of this node is used" in caplog.text
+    del server.files["a.tar"]
+    with pytest.raises(RemoteError, match="does not exist"):
+        store.open(url)
+
+
+def test_a_url_on_another_server_has_another_copy(tmp_path, monkeypatch):
+    store, names = make(tmp_path), set()
+    for server in ("http://one", "http://two", ""):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+        names.add(store._path("s3://bucket/a.tar"))
+    assert len(names) == 3
+
+
+def test_a_file_without_a_length_is_kept_within_the_bound(server, tmp_path):
+    body = BODY + bytes(1024)
+    server.files = {f"{i}.tar": body for i in range(4)}
+    server.etags = {f"{i}.tar": "1" for i in range(4)}
+    server.chunked = set(server.files)
+    store = make(tmp_path, max_bytes=2.5 * len(body))
+    for i in range(4):
+        assert content(store.open(f"{server.url}{i}.tar")) == body
+    assert store.describe().startswith("2 shards, ")
+    assert store.totals()[1:4] == (4, 4 * len(body), 2)
+
+
+def test_readers_that_wait_take_a_shard_before_a_small_cache_evicts_it(server, tmp_path):
+    server.files = {f"{i}.tar": BODY for i in range(6)}
+    server.before_get = lambda path: time.sleep(0.25)  # several times a waiter's pause
+    store = make(tmp_path, max_bytes=2.1 * len(BODY))
+    urls = [f"{server.url}{i}.tar" for i in range(6)]
+    barrier = threading.Barrier(3)
+    readers = [
+        threading.Thread(target=fetch_all, args=(store.settings, urls, barrier)) for _ in range(3)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert set(server.gets().values()) == {1}
+
+
+def test_what_the_cache_did_is_counted_over_processes(server, tmp_path):
+    server.files = {f"{i}.tar": BODY for i in range(3)}
+    server.faults["0.tar"] = ["500"]
+    store = make(tmp_path, max_bytes=2.5 * len(BODY))
+    for i in (0, 0, 1, 2):
+        os.close(store.open(f"{server.url}{i}.tar"))
+    again = make(tmp_path, max_bytes=2.5 * len(BODY))
+    again.hold_ready(f"{server.url}2.tar")  # nobody reads it: no hit
+    assert again.totals() == (1, 3, 3 * len(BODY), 1, 1)
+    assert again.describe().endswith("3 downloads (0.00 GiB), 1 hits, 1 evictions, 1 retries")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system who holds a lock")
+def test_a_process_that_holds_a_lock_for_too_long_is_named(server, tmp_path, monkeypatch):
+    server.files["a.tar"] = BODY
+    server.faults["a.tar"] = ["stall"]
+    store = make(tmp_path)
+    url = server.url + "a.tar"
+    process = multiprocessing.get_context("fork").Process(
+        target=open_one, args=(store.settings, url)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads
+        process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while server.gets().get("a.tar", 0) == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGSTOP)
+        waiting = make(tmp_path)
+        waiting._patience_seconds = 0.2
+        with pytest.raises(RemoteError, match=rf"process {process.pid} held the lock for 0 s"):
+            waiting.open(url)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
 
 
 def test_files_that_are_not_ours_are_left_alone(server, tmp_path):
@@ -178,7 +269,9 @@ def test_a_full_disk_is_named(server, tmp_path, monkeypatch):
     assert not any(name.endswith(".want") for name in os.listdir(tmp_path))
 
 
-@pytest.mark.parametrize(("setting", "value"), [("max_gib", 0.0), ("attempts", 0)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("max_gib", 0.0), ("attempts", 0), ("recheck_hours", -1.0)]
+)
 def test_settings_out_of_range_are_named(setting, value):
     with pytest.raises(UserError, match=rf"cache\.{setting} \({value}\)"):
         CacheSettings(**{setting: value}).check()

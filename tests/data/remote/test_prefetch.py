@@ -49,6 +49,45 @@ def test_a_data_set_smaller_than_the_cache_is_fetched_whole_and_local_shards_are
     assert prefetcher.fetch_ahead() == 2 * len(BODY)
 
 
+def test_a_shard_that_cannot_be_had_is_passed_over_and_not_asked_for_at_once(
+    server, tmp_path, caplog
+):
+    server.files = {f"{i}.tar": BODY for i in (0, 2)}
+    urls = [f"{server.url}{i}.tar" for i in range(3)]
+    prefetcher = Prefetcher(make(tmp_path, 10), lambda: urls)
+    for _ in range(3):
+        assert prefetcher.fetch_ahead() == 2 * len(BODY)
+    assert caplog.text.count("it does not exist; again in 30 s") == 1
+
+
+def test_it_stops_in_the_middle_of_a_transfer_and_leaves_nothing(server, tmp_path):
+    server.files["a.tar"] = BODY
+    server.faults["a.tar"] = ["stall"]
+    arrived = threading.Event()
+    server.before_get = lambda path: arrived.set()
+    prefetcher = Prefetcher(make(tmp_path, 5), lambda: [server.url + "a.tar"])
+    prefetcher.start()
+    assert arrived.wait(30)
+    prefetcher.stop(30.0)
+    assert not any(thread.name == "shard prefetch" for thread in threading.enumerate())
+    assert not any(name.endswith((".tar", ".part", ".want")) for name in os.listdir(tmp_path))
+
+
+def test_whatever_goes_wrong_is_logged_and_tried_again(tmp_path, caplog):
+    again = threading.Event()
+
+    def upcoming():
+        if "fetching ahead" in caplog.text:
+            again.set()
+        raise RuntimeError("the position has not begun")
+
+    prefetcher = Prefetcher(make(tmp_path, 5), upcoming, retry_seconds=0.01)
+    prefetcher.start()
+    assert again.wait(30)
+    prefetcher.stop()
+    assert "RuntimeError: the position has not begun" in caplog.text
+
+
 def test_failures_are_logged_and_the_thread_goes_on_and_stops(server, tmp_path, caplog):
     arrived = threading.Event()
     server.files["b.tar"] = BODY

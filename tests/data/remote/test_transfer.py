@@ -2,10 +2,12 @@ import base64
 import errno
 import hashlib
 import os
+import resource
 import sys
 from pathlib import Path
 
 import pytest
+from fsspec.registry import _registry
 
 from dist_siglip.data.remote import connections, transfer
 from dist_siglip.data.remote.retries import RemoteError
@@ -76,6 +78,86 @@ def test_a_wrong_checksum_is_tried_again_and_then_told(server, tmp_path):
     assert download(server.url + "a.tar", str(tmp_path / "a")).md5 == hashlib.md5(BODY).hexdigest()
 
 
+TAR = os.urandom(1024) + bytes(1024)
+
+
+def test_a_file_without_a_length_is_taken_if_it_ends_as_a_tar_does(server, tmp_path):
+    server.files = {"a.tar": TAR, "b.tar": TAR[:-512]}
+    server.chunked = {"a.tar", "b.tar"}
+    path = str(tmp_path / "a")
+    assert download(server.url + "a.tar", path).size == -1
+    assert Path(path).read_bytes() == TAR
+    with pytest.raises(RemoteError, match="do not end as a tar does"):
+        download(server.url + "b.tar", str(tmp_path / "b"), attempts=2)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_chunked_answer_that_is_cut_is_tried_again(server, tmp_path):
+    server.files["a.tar"] = TAR
+    server.chunked = {"a.tar"}
+    path = str(tmp_path / "a")
+    describe_remote(server.url + "a.tar")
+    asked = server.gets()["a.tar"]  # no length: fsspec asks by GET too, without reading
+    server.faults["a.tar"] = ["cut", "cut", "cut"]
+    download(server.url + "a.tar", path)
+    assert Path(path).read_bytes() == TAR
+    assert server.gets()["a.tar"] > asked + 2
+
+
+def test_a_file_without_a_length_is_bounded(server, tmp_path):
+    server.files["a.tar"] = bytes(5000)
+    server.chunked = {"a.tar"}
+    with pytest.raises(RemoteError, match="more than 4999 bytes came"):
+        download(server.url + "a.tar", str(tmp_path / "a"), attempts=1, max_bytes=4999)
+    with pytest.raises(RemoteError, match="more than 100 bytes came"):
+        read_small(server.url + "a.tar", 100, attempts=1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_changes_while_it_is_fetched_is_fetched_again(server, tmp_path):
+    server.files["a.tar"] = BODY
+    server.etags["a.tar"] = "v"
+    server.faults["a.tar"] = ["changed"]
+    assert download(server.url + "a.tar", str(tmp_path / "a")).etag == "v+"
+    assert server.gets()["a.tar"] == 2
+
+
+def test_a_link_where_the_file_is_written_is_not_followed(server, tmp_path):
+    server.files["a.tar"] = BODY
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "a.part").symlink_to(victim)
+    download(server.url + "a.tar", str(tmp_path / "a"))
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == BODY
+
+
+def test_a_disk_that_takes_no_more_bytes_is_not_tried_again(server, tmp_path):
+    server.files["a.tar"] = BODY
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(BODY) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            download(server.url + "a.tar", str(tmp_path / "a"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert server.gets()["a.tar"] == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_retries_are_counted_and_logged_without_the_signature(server, tmp_path, caplog):
+    caplog.set_level("INFO", logger="dist_siglip")
+    server.files["a.tar"] = BODY
+    server.faults["a.tar"] = ["500", "cut"]
+    counted = []
+    url = server.url.replace("//", "//me:PASSWORD@") + "a.tar?sig=SECRET"
+    download(url, str(tmp_path / "a"), on_retry=lambda: counted.append(1))
+    assert len(counted) == 2
+    assert "a.tar?...: the server answered 500; attempt 2 follows" in caplog.text
+    assert "SECRET" not in caplog.text
+    assert "PASSWORD" not in caplog.text
+
+
 def test_redirections_are_followed(server, tmp_path):
     server.files["a.tar"] = BODY
     path = str(tmp_path / "a")
@@ -100,7 +182,7 @@ def test_a_small_file_must_be_small(server):
 def test_a_full_disk_is_not_tried_again(server, tmp_path, monkeypatch):
     server.files["a.tar"] = BODY
 
-    def full(remote, part):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(transfer, "_transfer", full)
@@ -111,7 +193,8 @@ def test_a_full_disk_is_not_tried_again(server, tmp_path, monkeypatch):
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    connections._CONNECTIONS[-1].file_systems.pop("s3", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    connections._begin_anew()
     with pytest.raises(
         UserError, match=r's3:// needs a package .*pip install "dist-siglip\[remote\]"'
     ):

@@ -1,0 +1,116 @@
+"""A web server on loopback that speaks what we use of Google's storage and the Hugging Face hub.
+
+One bucket ``shards`` and one data set ``me/shards`` hold the same files.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class Hub:
+    """What is served.
+
+    Attributes:
+        files: bytes by path.
+        asked: method and path of each request.
+        tokens: what each of them sent as authorization.
+        elsewhere: URL of the server that files of the hub are fetched from, as from its CDN.
+        url: its own, without a slash at the end.
+    """
+
+    def __init__(self):
+        self.files, self.asked, self.url = {}, [], ""
+        self.tokens, self.elsewhere = [], ""
+
+
+def in_bucket(name, body):
+    return {
+        "name": name,
+        "bucket": "shards",
+        "size": str(len(body)),
+        "etag": "e" + hashlib.md5(body).hexdigest()[:4],
+        "md5Hash": base64.b64encode(hashlib.md5(body).digest()).decode(),
+        "generation": "1",
+    }
+
+
+def in_repository(name, body):
+    sha256 = hashlib.sha256(body).hexdigest()
+    lfs = {"oid": sha256, "size": len(body), "pointerSize": 100}
+    return {"type": "file", "path": name, "size": len(body), "oid": "0" * 40, "lfs": lfs}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state = None
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        asked = urlsplit(self.path)
+        place, query = unquote(asked.path), parse_qs(asked.query)
+        files = self.state.files
+        self.state.asked.append((self.command, place))
+        self.state.tokens.append(self.headers.get("Authorization"))
+        if place.startswith("/storage/v1/b/shards/o/"):
+            name = place.removeprefix("/storage/v1/b/shards/o/")
+            self.answer(in_bucket(name, files[name]) if name in files else None)
+        elif place == "/storage/v1/b/shards/o":
+            prefix = query.get("prefix", [""])[0]
+            found = [
+                in_bucket(name, body) for name, body in files.items() if name.startswith(prefix)
+            ]
+            self.answer({"items": found})
+        elif place.startswith("/download/storage/v1/b/shards/o/"):
+            self.answer(files.get(place.removeprefix("/download/storage/v1/b/shards/o/")))
+        elif "/paths-info/" in place or "/tree/" in place:
+            self.answer([in_repository(name, body) for name, body in files.items()])
+        elif "/resolve/main/" in place and self.state.elsewhere:
+            self.answer(b"", 302, {"Location": self.state.elsewhere + place})
+        elif "/resolve/main/" in place:
+            self.answer(files.get(place.partition("/resolve/main/")[2]))
+        elif place == "/api/datasets/me/shards":
+            self.answer({"id": "me/shards", "sha": "1" * 40, "siblings": []})
+        else:
+            self.answer(None)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def answer(self, content, status=200, headers=()):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(404 if content is None else status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except ConnectionError:  # gcsfs drops questions it no longer needs an answer to
+            self.close_connection = True
+
+
+@contextmanager
+def serve_hub():
+    """Serve until the block ends."""
+    state = Hub()
+    handler = type("Handler", (_Handler,), {"state": state})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
