@@ -86,6 +86,8 @@ def _read_all(shards: list[str], rebuild: bool, cache: ShardCache) -> list[tuple
 def _read(shard: str, rebuild: bool, cache: ShardCache) -> tuple[int, int, str]:
     try:
         one = read_index(shard, rebuild=rebuild, cache=cache)
+    except UserError as error:  # a remote shard that cannot be fetched
+        return 0, 0, str(error)
     except OSError as error:
         return 0, 0, f"shard {shard!r} cannot be read: {error.strerror or error}"
     return one.num_samples, len(one.offsets), one.damage

@@ -23,6 +23,7 @@ from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.shard_index import split_name
 from dist_siglip.data.tar_scan import entries_of, open_archive
+from dist_siglip.errors import UserError
 
 # Kind of finding -> what training does about it.
 KINDS = {
@@ -93,15 +94,11 @@ class Inspector:
     cache: ShardCache | None = None
 
     def __call__(self, shard: str) -> ShardFindings:
-        """Look at one shard.
-
-        Raises:
-            UserError: if a remote shard cannot be fetched.
-        """
+        """Look at one shard; one that cannot be read or fetched is damaged."""
         try:
             index = read_index(shard, cache=self.cache)
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
+        except (OSError, UserError) as error:  # of one shard; the others are looked at
+            reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
             return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
         expected = None if is_remote(shard) else expected_samples(shard)

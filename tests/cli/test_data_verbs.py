@@ -156,6 +156,16 @@ def test_check_finds_everything_and_ends_with_one(capsys, tmp_path):
     assert "replaced by another sample" in shown
 
 
+def test_a_remote_shard_out_of_reach_does_not_lose_the_report(capsys, tmp_path):
+    shards = [*write_shards(tmp_path / "shards"), "http://127.0.0.1:9/none.tar"]
+    once = "--cache.attempts=1"
+    code, found = run(capsys, "check", as_list(shards), once)
+    assert (code, found["samples"], found["findings"]) == (1, 37, {"damaged shard": 1})
+    code, found = run(capsys, "index", as_list(shards), once)
+    assert (code, found["samples"]) == (1, 37)
+    assert "none.tar cannot be fetched" in found["damaged"][0]
+
+
 def test_check_of_sound_shards_ends_with_nought(capsys, tmp_path):
     shards = write_shards(tmp_path / "shards")
     code, found = run(capsys, "check", as_list(shards), "--workers=3")
