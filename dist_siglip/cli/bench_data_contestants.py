@@ -24,7 +24,7 @@ _SCALED, _EXACT = "ours", "ours, exact pixels"
 CONTESTANTS = (OPEN_CLIP, _SCALED, _EXACT)
 
 _MAX_PIXELS = 64_000_000
-_SHUFFLED, _SHUFFLED_FIRST = 500, 100  # samples in open_clip's buffer, and before it begins
+_SHUFFLED = 100  # samples in open_clip's buffer; full before it begins, as in a long run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _open_clip(streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, N
         _open_local,  # the three stages of tarfile_to_samples, which opens no local file securely
         tar_file_expander,
         group_by_keys,
-        webdataset.shuffle(bufsize=_SHUFFLED, initial=_SHUFFLED_FIRST),
+        webdataset.shuffle(bufsize=_SHUFFLED, initial=_SHUFFLED),
         webdataset.select(_is_whole),
         webdataset.decode("pilrgb"),
         webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),

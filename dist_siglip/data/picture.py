@@ -6,7 +6,7 @@ unpacks or executes. Every way the bytes can be wrong ends in ``BadSampleError``
 
 A JPEG can be decoded at a half, a quarter or an eighth of its size for a fraction of the time: its
 coefficients are frequencies. Where ``simplejpeg`` is installed it decodes plain JPEGs, to the same
-pixels as Pillow and faster.
+pixels as Pillow.
 """
 
 import io
@@ -93,7 +93,7 @@ class EncodedPicture:
                 except ValueError:
                     pass  # stricter than Pillow, which has the last word
             if is_plain and reduction > 1:
-                image.draft("RGB", (self.size[0] // reduction, self.size[1] // reduction))
+                image.draft("RGB", tuple(max(1, side // reduction) for side in self.size))
             if image.mode.startswith("I"):
                 return _from_16_bits(image)
             return image.convert("RGB")

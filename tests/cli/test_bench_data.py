@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dist_siglip.cli import main
+from dist_siglip.cli import bench_data, main
 from dist_siglip.cli.bench_data_contestants import CONTESTANTS, Streaming, batches
 from dist_siglip.cli.bench_data_shards import write_photo_shards
 
@@ -55,6 +55,26 @@ def test_the_ratio_is_over_open_clip(shards, capsys, monkeypatch):
         assert row["ratio"] == pytest.approx(row["images_per_second"] / theirs)
     assert main(["bench", "data", f"--shards={json.dumps(shards)}", *OPTIONS]) == 0
     assert "images/s of training loaders" in capsys.readouterr().out
+
+
+def test_one_thread_computes_while_it_is_timed_and_as_many_as_before_after(
+    shards, capsys, monkeypatch
+):
+    seen = []
+
+    def count_threads(*arguments):
+        seen.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(bench_data, "_images_per_second", count_threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["bench", "data", f"--shards={json.dumps(shards)}", *OPTIONS]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize(
