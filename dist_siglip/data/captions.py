@@ -8,7 +8,7 @@ gets.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dist_siglip.data.faults import BadSampleError
@@ -53,6 +53,10 @@ class CaptionRule:
             raise UserError(f"captions.pick ({self.pick}) must be first or random")
         if not self.json_field:
             raise UserError('captions.json_field ("") must name a field, e.g. caption')
+
+    def always_first(self) -> "CaptionRule":
+        """Return the same rule without a draw, as evaluations need it."""
+        return replace(self, pick="first")
 
     def choose(self, members: Iterable[tuple[str, bytes]], key: tuple[int, ...]) -> str:
         """Take the caption of a sample.

@@ -71,13 +71,7 @@ class PairDataset(Dataset[PairSample]):
         self._transform = transform
         self._seed = seed
         self._max_image_pixels = max_image_pixels
-        self._captions = captions
-        if is_evaluation:
-            self._captions = CaptionRule(
-                members=captions.members,
-                json_field=captions.json_field,
-                split_lines=captions.split_lines,
-            )
+        self._captions = captions.always_first() if is_evaluation else captions
         self._stages = tuple(stages)
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)

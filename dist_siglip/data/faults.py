@@ -23,13 +23,10 @@ class BadSampleLimit:
         max_fraction: share of the training samples, over all ranks and since the process started,
             that may be substitutes.
         check_steps: steps between two comparisons; each is one all-reduce of one number.
-        log_path: file of the bad samples (see ``BadSampleLog``), for the error.
     """
 
-    def __init__(
-        self, max_fraction: float, check_steps: int = 20, log_path: str | None = None
-    ) -> None:
-        self._log_path = log_path
+    def __init__(self, max_fraction: float, check_steps: int = 20) -> None:
+        self._log_path: str | None = None
         self._log_start_bytes = 0
         self._max_fraction = max_fraction
         self._check_steps = check_steps

@@ -27,6 +27,7 @@ class ImageNormalizer:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self._mean = tuple(mean)
         self._std = tuple(std)
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, batch: ImageTextBatch) -> ImageTextBatch:
         """Normalise the images of a batch, on the device they are on."""
@@ -36,8 +37,13 @@ class ImageNormalizer:
         """Normalise (B, 3, H, W) pixels."""
         if images.is_floating_point():
             return images
-        mean, std = (
-            torch.tensor(values, device=images.device).reshape(3, 1, 1)
-            for values in (self._mean, self._std)
-        )
+        mean, std = self._constants(images.device)
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std, (3, 1, 1), sent to a device once: each copy may wait for it."""
+        if device not in self._by_device:
+            mean = torch.tensor(self._mean, device=device).reshape(3, 1, 1)
+            std = torch.tensor(self._std, device=device).reshape(3, 1, 1)
+            self._by_device[device] = mean, std
+        return self._by_device[device]

@@ -22,6 +22,7 @@ import numpy as np
 from dist_siglip.atomic import open_atomically
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.shard_index import ShardIndex
+from dist_siglip.data.user_cache import user_cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1
@@ -53,8 +54,7 @@ def side_car_places(path: str) -> Iterator[str]:
 
 def index_folder() -> str:
     """Name the folder for side-cars in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "dist_siglip", "index")
+    return user_cache_folder("index")
 
 
 def digest_of(place: str) -> str:

@@ -52,7 +52,7 @@ class Gauge:
 
     def __call__(self, sample_ids: Sequence[int]) -> Measured:
         """Measure samples, by id."""
-        reader = ShardReader(self.table.cache)
+        reader, first = ShardReader(self.table.cache), self.captions.always_first()
         numbers, formats, captions, pictures, num_bad = [], [], [], [], 0
         for sample_id in sample_ids:
             try:
@@ -60,11 +60,6 @@ class Gauge:
                 size = EncodedPicture(data, max_pixels=self.max_image_pixels).size
                 media = sniff_media_type(data)
                 spans = self.table.caption_spans(sample_id)
-                first = CaptionRule(
-                    members=self.captions.members,
-                    json_field=self.captions.json_field,
-                    split_lines=self.captions.split_lines,
-                )
                 text = first.choose(((kind, reader.read(span)) for kind, span in spans), (0,))
             except BadSampleError:
                 num_bad += 1

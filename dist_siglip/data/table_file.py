@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.data.user_cache import user_cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 _MAGIC = b"dist_siglip table 1\n"
@@ -44,8 +45,7 @@ def table_path(shards: Sequence[str], settings: Mapping[str, Any]) -> str:
         status = os.stat(shard)
         place = os.fsencode(os.path.abspath(shard))
         digest.update(b"%s\0%d\0%d\n" % (place, status.st_size, status.st_mtime_ns))
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "dist_siglip", "tables", f"{digest.hexdigest()}.table")
+    return os.path.join(user_cache_folder("tables"), f"{digest.hexdigest()}.table")
 
 
 def write_table(path: str, arrays: Arrays, values: Mapping[str, Any]) -> bool:

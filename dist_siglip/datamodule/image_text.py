@@ -1,11 +1,11 @@
 """How do shards become the batches of a Lightning run that can stop and go on at any sample?
 
 ``ImageTextDataModule`` wires the parts of ``dist_siglip.data`` to Lightning: it checks the data
-before anything starts, gives every rank its slice of each global batch, and keeps the one integer
-that resuming needs.
+before anything starts, gives every rank its slice of each global batch, and resumes at any sample.
 """
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,8 +77,7 @@ class ImageTextDataModule(LightningDataModule):
         max_image_pixels: pictures with more pixels count as bad samples.
         on_damage: "refuse" damaged shards and incomplete samples before training, or "skip" them,
             up to ``max_bad_fraction`` of the shards and of the samples.
-        max_bad_fraction: share of training samples that may be bad (unreadable, undecodable)
-            before the run stops. Bad samples are named in the log and replaced.
+        max_bad_fraction: share of training samples that may be bad (they are replaced).
         bad_sample_log: file for a JSON line about every bad sample. The command line takes
             bad_samples.jsonl in the run folder if it is null; a script then writes none.
         cache: copies of remote shards on each node.
@@ -278,6 +277,11 @@ class ImageTextDataModule(LightningDataModule):
             self._prefetcher.stop()
             self._prefetcher = None
 
+    @cached_property
+    def _normalize(self) -> ImageNormalizer:
+        assert self.inputs is not None  # setup has checked it
+        return ImageNormalizer(self.inputs.mean, self.inputs.std)
+
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed, and what makes that number mean the same thing later."""
         return self.position.state()
@@ -301,8 +305,7 @@ class ImageTextDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
         """Normalise the pictures where they are now, in the precision of the run."""
-        assert self.inputs is not None  # setup has checked it
-        batch = ImageNormalizer(self.inputs.mean, self.inputs.std)(batch)
+        batch = self._normalize(batch)
         if self.trainer is None:
             return batch
         return batch._replace(images=self.trainer.precision_plugin.convert_input(batch.images))

@@ -30,6 +30,7 @@ from dist_siglip.data.remote.transfer import (
     describe_remote,
     download,
 )
+from dist_siglip.data.user_cache import user_cache_folder
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -80,8 +81,7 @@ class ShardCache:
 
     def __init__(self, settings: CacheSettings) -> None:
         self.settings = settings
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        self.folder = settings.folder or os.path.join(home, "dist_siglip", "shards")
+        self.folder = settings.folder or user_cache_folder("shards")
         self.max_bytes = int(settings.max_gib * 2**30)
         self._locks = os.path.join(self.folder, "locks")
         self._totals = os.path.join(self.folder, "totals")
