@@ -78,6 +78,7 @@ def build_dual_encoder(
     patch_dropout: float | None = None,
     gradient_checkpointing: bool = False,
     check_tokenizer: bool = True,
+    with_weights: bool = True,
 ) -> BuiltModel:
     """Build a dual encoder from an open_clip architecture, with or without weights.
 
@@ -93,12 +94,13 @@ def build_dual_encoder(
         gradient_checkpointing: recompute the blocks of both towers in backward to save memory.
         check_tokenizer: load the tokenizer now, so that a missing one is noticed here rather
             than by a loader process.
+        with_weights: False leaves the weights that the names stand for unread and unfetched.
 
     Raises:
         UserError: If a name, tag or file is unknown or missing, the weights do not fit the
             model, or the tokenizer cannot be loaded.
     """
-    source = resolve_model(model, pretrained)
+    source = resolve_model(model, pretrained, with_weights=with_weights)
     architecture = override_architecture(
         source.architecture,
         image_size=image_size,

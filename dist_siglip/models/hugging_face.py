@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
@@ -45,11 +46,25 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Read a folder that ``save_pretrained`` of transformers wrote.
+def fetch_folder(repository: str, with_weights: bool) -> str:
+    """Fetch a repository of transformers from the hub, once, and return its folder here.
+
+    Only configs, tokenizer files and one kind of weights are taken: safetensors if there are any.
+    """
+    small = ["*config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_NAMES]
+    if not with_weights:
+        return snapshot_download(repository, allow_patterns=small)
+    folder = snapshot_download(repository, allow_patterns=[*small, "model*.safetensors*"])
+    if not any((Path(folder) / name).is_file() for name in WEIGHT_NAMES):
+        folder = snapshot_download(repository, allow_patterns=["pytorch_model.bin"])
+    return folder
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what a folder that ``save_pretrained`` of transformers wrote says of its model.
 
     Returns:
-        open_clip's model config, its preprocessing config and the weights file.
+        open_clip's model config and its preprocessing config.
 
     Raises:
         UserError: If a file is missing or damaged, or the model is none of the three.
@@ -61,10 +76,19 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
             f"folder {folder} holds no tokenizer (none of {', '.join(TOKENIZER_NAMES)}); copy the "
             "tokenizer files of the model into it"
         )
+    return architecture, _preprocessing(folder, architecture)
+
+
+def weights_in_folder(folder: Path) -> Path:
+    """Return the weights file of such a folder.
+
+    Raises:
+        UserError: If there is none.
+    """
     weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
     if weights is None:
         raise UserError(f"folder {folder} holds no weights; expected {' or '.join(WEIGHT_NAMES)}")
-    return architecture, _preprocessing(folder, architecture), weights
+    return weights
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.hugging_face import CONFIG_NAME as HUGGING_FACE_CONFIG
-from dist_siglip.models.hugging_face import read_folder
+from dist_siglip.models.hugging_face import fetch_folder, read_folder, weights_in_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class ModelSource:
     tokenizer_folder: Path | None
 
 
-def resolve_model(model: str, pretrained: str | None = None) -> ModelSource:
+def resolve_model(
+    model: str, pretrained: str | None = None, *, with_weights: bool = True
+) -> ModelSource:
     """Find out what ``model`` and ``pretrained`` mean, and fetch what is not on this machine.
 
     A built-in model without a tag is preprocessed the way all its published weights agree on
@@ -79,6 +81,7 @@ def resolve_model(model: str, pretrained: str | None = None) -> ModelSource:
         model: built-in name, path of a ``.json`` config, ``local-dir:PATH`` or ``hf-hub:ORG/REPO``.
         pretrained: an open_clip tag of a built-in model, or the path of a local weights file.
             Must be None for ``local-dir:`` and ``hf-hub:``, which bring their own weights.
+        with_weights: False neither looks for the weights nor fetches them; ``weights`` is None.
 
     Raises:
         UserError: If a name, tag or file does not exist or cannot be fetched, if a config cannot
@@ -91,13 +94,13 @@ def resolve_model(model: str, pretrained: str | None = None) -> ModelSource:
                     f"pretrained ({pretrained}) cannot be combined with model ({model}), which "
                     "brings its own weights; remove one of them"
                 )
-            return resolve(model, model.removeprefix(schema))
+            return resolve(model, model.removeprefix(schema), with_weights)
     if model.endswith(".json"):
-        return _resolve_config_file(model, pretrained)
-    return _resolve_built_in(model, pretrained)
+        return _resolve_config_file(model, pretrained if with_weights else None)
+    return _resolve_built_in(model, pretrained, with_weights)
 
 
-def _resolve_built_in(model: str, pretrained: str | None) -> ModelSource:
+def _resolve_built_in(model: str, pretrained: str | None, with_weights: bool) -> ModelSource:
     name = model.replace("/", "-")
     architecture = open_clip.get_model_config(name)
     if architecture is None:
@@ -112,10 +115,11 @@ def _resolve_built_in(model: str, pretrained: str | None) -> ModelSource:
                 pretrained,
                 name,
             )
-        weights: Path | None = _download_tag(name, pretrained, published)
+        weights = _download_tag(name, pretrained, published) if with_weights else None
         overlay = published
     else:
-        weights = None if pretrained is None else _weights_file(pretrained, name, tags)
+        is_file = pretrained is not None and with_weights
+        weights = _weights_file(str(pretrained), name, tags) if is_file else None
         overlay = _agreed_preprocessing(open_clip.get_pretrained_cfg(name, tag) for tag in tags)
     return ModelSource(
         name=model,
@@ -140,15 +144,19 @@ def _resolve_config_file(model: str, pretrained: str | None) -> ModelSource:
     )
 
 
-def _resolve_folder(model: str, path: str) -> ModelSource:
+def _resolve_folder(model: str, path: str, with_weights: bool) -> ModelSource:
     folder = Path(path).expanduser()
     if not path or not folder.is_dir():
         raise UserError(f"model ({model}) names no folder; give local-dir:PATH of an existing one")
+    weights: Path | None = None
     if not (folder / CONFIG_NAME).exists() and (folder / HUGGING_FACE_CONFIG).exists():
-        architecture, preprocessing, weights = read_folder(folder)
+        architecture, preprocessing = read_folder(folder)
+        if with_weights:
+            weights = weights_in_folder(folder)
     else:
         architecture, preprocessing = read_config(folder / CONFIG_NAME)
-        weights = _weights_in_folder(folder)
+        if with_weights:
+            weights = _weights_in_folder(folder)
     return ModelSource(
         name=model,
         architecture=architecture,
@@ -158,12 +166,15 @@ def _resolve_folder(model: str, path: str) -> ModelSource:
     )
 
 
-def _resolve_hub(model: str, repository: str) -> ModelSource:
+def _resolve_hub(model: str, repository: str, with_weights: bool) -> ModelSource:
     if repository.count("/") != 1:
         raise UserError(f"model ({model}) must look like hf-hub:ORGANISATION/REPOSITORY")
     try:
-        config = download_pretrained_from_hf(repository, filename=CONFIG_NAME)
-        weights = download_pretrained_from_hf(repository)
+        try:
+            config = download_pretrained_from_hf(repository, filename=CONFIG_NAME)
+        except FileNotFoundError:  # a repository of transformers has another config
+            return _resolve_folder(model, fetch_folder(repository, with_weights), with_weights)
+        weights = download_pretrained_from_hf(repository) if with_weights else None
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"model ({model}) cannot be fetched ({_one_line(error)}); check the name and the "
@@ -174,7 +185,7 @@ def _resolve_hub(model: str, repository: str) -> ModelSource:
         name=model,
         architecture=architecture,
         preprocessing=preprocessing,
-        weights=Path(weights),
+        weights=None if weights is None else Path(weights),
         tokenizer_folder=None,
     )
 

@@ -13,6 +13,7 @@ from torch import nn
 from dist_siglip.errors import UserError
 from dist_siglip.models.depth import Place, Tower, places
 from dist_siglip.models.dual_encoder import DualEncoder
+from dist_siglip.models.lora import LoraSettings, add_adapters, is_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class TowerConfig:
             and the end of the tower; in (0, 1], 1 trains all layers alike.
         weight_decay: of this tower instead of ``optim.weight_decay``; >= 0. SigLIP does not decay
             pretrained weights: 0.
+        lora: low-rank adapters in place of the weights, which are then locked. Null has none.
     """
 
     locked: bool = False
@@ -36,6 +38,12 @@ class TowerConfig:
     learning_rate_factor: float = 1.0
     layer_decay: float = 1.0
     weight_decay: float | None = None
+    lora: LoraSettings | None = None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the weights the tower was built with are kept, at least most of them."""
+        return self.locked or self.lora is not None
 
 
 class Tuning(NamedTuple):
@@ -59,7 +67,7 @@ def check_tower(tower: Tower, config: TowerConfig) -> None:
     name = f"{tower}_tower"
     if config.unlocked_groups < 0:
         raise UserError(f"{name}.unlocked_groups ({config.unlocked_groups}) must be >= 0")
-    if config.unlocked_groups and not config.locked:
+    if config.unlocked_groups and not config.is_locked:
         raise UserError(
             f"{name}.unlocked_groups ({config.unlocked_groups}) needs {name}.locked: true"
         )
@@ -97,11 +105,14 @@ def tune_towers(
     for tower, config in configs.items():
         check_tower(tower, config)
         _check_groups(tower, config, [place for place in found.values() if place.tower == tower])
+        if config.lora is not None:
+            add_adapters(encoder, tower, config.lora)
     parameters = dict(encoder.named_parameters())
     tuned: dict[str, Tuning] = {}
-    for name, place in found.items():
+    for name, place in places(encoder).items():
         config = configs[place.tower]
-        if config.locked and place.groups_behind >= config.unlocked_groups:
+        is_kept = config.is_locked and place.groups_behind >= config.unlocked_groups
+        if is_kept and not is_adapter(name):
             parameters[name].requires_grad_(False)
             continue
         factor = config.learning_rate_factor * config.layer_decay**place.groups_behind

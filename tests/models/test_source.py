@@ -96,6 +96,7 @@ def test_folder_without_prefix_is_pointed_out(tmp_path):
 def test_unreachable_tag_and_hub_are_refused(monkeypatch):
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     monkeypatch.setattr("dist_siglip.models.source.download_pretrained_from_hf", no_network)
+    monkeypatch.setattr("dist_siglip.models.hugging_face.snapshot_download", no_network)
     for model, pretrained in (("ViT-B-32", "openai"), ("hf-hub:org/name", None)):
         with pytest.raises(UserError, match=r"cannot be fetched .*\(offline\)") as caught:
             resolve_model(model, pretrained)

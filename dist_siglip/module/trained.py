@@ -1,0 +1,109 @@
+"""What did a run make of its model? Towers as they are used: trained, adapters folded in.
+
+A run folder says which model it trained; a checkpoint holds its weights. The weights the run
+started from are not needed, only the config and the tokenizer of the model.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_siglip.errors import UserError
+from dist_siglip.models import BuiltModel, build_dual_encoder
+from dist_siglip.models.depth import Tower
+from dist_siglip.models.lora import LoraSettings, add_adapters, merge_adapters
+from dist_siglip.models.weights import load_towers, read_weights
+from dist_siglip.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def load_trained(
+    *,
+    run_dir: str | None = None,
+    ckpt_path: str | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+) -> BuiltModel:
+    """Load the model of a run, or one by name, on the CPU and in evaluation mode.
+
+    Args:
+        run_dir: folder of a run. Its newest checkpoint is taken.
+        ckpt_path: another checkpoint of that run.
+        model: in place of a run, as ``model.model`` of a run names it.
+        pretrained: weights of ``model``, as ``model.pretrained`` names them.
+
+    Returns:
+        Towers, preprocessing and tokenizer; ``start_scale`` and ``start_bias`` are the trained
+        scale and the trained bias in its absolute form. A run that averages its weights gives
+        the averages.
+
+    Raises:
+        UserError: if neither or both are named, a file is missing or damaged, or the checkpoint
+            is not of that run's model.
+    """
+    if (run_dir is None) == (model is None):
+        raise UserError("name either run_dir, a run that has a checkpoint, or model")
+    if model is not None:
+        if ckpt_path is not None:
+            raise UserError(f"ckpt_path ({ckpt_path}) is of a run; name its run_dir, not model")
+        built = build_dual_encoder(model, pretrained)
+        if not built.weights_loaded:
+            logger.warning("model %s has random weights; name pretrained weights", model)
+    elif pretrained is not None:
+        raise UserError(f"pretrained ({pretrained}) is of model; with run_dir leave it out")
+    else:
+        built = _of_run(RunFolder(Path(str(run_dir))), ckpt_path)
+    built.encoder.eval().requires_grad_(False)
+    return built
+
+
+def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
+    settings = _model_settings(folder)
+    checkpoint = Path(ckpt_path) if ckpt_path is not None else folder.newest_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"run_dir ({folder.path}) has no checkpoint; train it, or name another")
+    built = build_dual_encoder(
+        settings["model"],
+        settings.get("pretrained"),
+        image_size=settings.get("image_size"),
+        context_length=settings.get("context_length"),
+        with_weights=False,
+    )
+    towers: tuple[Tower, ...] = ("image", "text")
+    for tower in towers:
+        adapters = (settings.get(f"{tower}_tower") or {}).get("lora")
+        if adapters is not None:
+            add_adapters(built.encoder, tower, LoraSettings(**adapters))
+    weights = read_weights(checkpoint)
+    load_towers(built.encoder.clip, weights, checkpoint)
+    merge_adapters(built.encoder)
+    if weights.logit_scale is None or weights.logit_bias is None:
+        raise UserError(f"checkpoint ({checkpoint}) holds no scale and bias; name one of fit")
+    logger.info("loaded %s", checkpoint)
+    return replace(
+        built,
+        start_scale=weights.logit_scale,
+        start_bias=weights.logit_bias,
+        weights_loaded=True,
+        trained_global_batch=weights.global_batch_size,
+    )
+
+
+def _model_settings(folder: RunFolder) -> Mapping[str, Any]:
+    """The group "model" of the resolved configuration of a run."""
+    try:
+        content = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        settings = content["model"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"run_dir ({folder.path}) holds no readable config.yaml of a run "
+            f"({' '.join(str(error).split())[:120]}); name the folder that fit wrote"
+        ) from error
+    if not isinstance(settings, Mapping) or not settings.get("model"):
+        raise UserError(f"{folder.config} names no model; name the folder that fit wrote")
+    return settings
