@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import bench, calibrate, data, quickstart, training
+from dist_siglip.cli import bench, calibrate, data, embed, quickstart, training
 from dist_siglip.cli.subjects import parser_of
 from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
@@ -100,6 +100,8 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
+    elif words[0] == "embed":
+        embed.parser("embed").parse_args(words[1:])
     elif words[0] in ("bench", "data"):
         subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])

@@ -21,7 +21,9 @@ _VERBS = {
     "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
     "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
     "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
+    "embed": ("dist_siglip.cli.embed", "write the embeddings of shards, on any number of ranks"),
     "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
+    "export": ("dist_siglip.cli.export", "a trained model as other libraries read it"),
     "calibrate": (
         "dist_siglip.cli.calibrate",
         "fit scale and bias to a model, its data and its global batch",

@@ -1,0 +1,116 @@
+"""``embed``: shards in, a folder of embeddings out."""
+
+import json as json_text
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.cli.logs import set_up_logging
+from dist_siglip.cli.parser import VerbParser
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.damage import OnDamage
+from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.embedding.embed import EmbedSettings, Format, embed_shards
+from dist_siglip.embedding.encoder import Precision, RowType, Towers
+from dist_siglip.models.build import build_dual_encoder
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Parse the options of ``embed`` and run it."""
+    set_up_logging()
+    made = parser(verb)
+    settings = made.instantiate_classes(made.parse_args(list(arguments)))
+    return embed(**settings.as_dict())
+
+
+def parser(verb: str) -> VerbParser:
+    """Return the parser of the options: the signature of ``embed``."""
+    made = VerbParser(prog=f"dist-siglip {verb}", description=embed.__doc__)
+    made.add_function_arguments(embed, as_group=False, as_positional=True)
+    return made
+
+
+def embed(
+    shards: str | list[str],
+    *,
+    out: str,
+    model: str,
+    pretrained: str | None = None,
+    towers: Towers = "both",
+    format: Format = "clip-retrieval",  # noqa: A002 - the name of the option
+    dtype: RowType = "float16",
+    precision: Precision = "32-true",
+    device: str = "auto",
+    local_batch_size: int = 256,
+    workers: int = 2,
+    captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
+    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
+    max_image_pixels: int = 64_000_000,
+    on_damage: OnDamage = "refuse",
+    max_bad_fraction: float = 0.01,
+    cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
+    json: bool = False,
+) -> int:
+    """Write an embedding for every picture and caption; called again, go on where it stopped.
+
+    Every shard becomes files of its own, with one row for each sample, of length 1. Samples that
+    cannot be used are left out and listed in left_out/. Started by torchrun or srun, each
+    process takes its share of the shards.
+
+    Args:
+        shards: file, folder, pattern, list file or URL, or a JSON list of these.
+        out: folder of the embeddings.
+        model: open_clip name, JSON config, local-dir:PATH or hf-hub:ORG/REPO.
+        pretrained: open_clip tag of the model, or a file of weights.
+        towers: "both", or only "image" or "text"; with "text" no picture is decoded.
+        format: "clip-retrieval": img_emb/, text_emb/ and metadata/.
+        dtype: of the embeddings in the files.
+        precision: of the computation.
+        device: "auto" takes this process's GPU, or the CPU; or cpu, cuda, cuda:1, ...
+        local_batch_size: samples of a batch on each process.
+        workers: loader processes of each process; 0 loads in the process itself.
+        captions: where captions are; of several the first is taken.
+        image_extensions: members that are the picture of a sample, in order of preference.
+        max_image_pixels: pictures with more pixels are left out.
+        on_damage: "refuse" damaged shards and incomplete samples, or "skip" them.
+        max_bad_fraction: share of shards and samples that may be skipped or left out.
+        cache: copies of remote shards.
+        json: print JSON instead of a table.
+    """
+    cache.check()
+    settings = EmbedSettings(
+        towers=towers,
+        format=format,
+        dtype=dtype,
+        precision=precision,
+        device=device,
+        local_batch_size=local_batch_size,
+        workers=workers,
+        captions=captions,
+        max_image_pixels=max_image_pixels,
+        max_bad_fraction=max_bad_fraction,
+    )
+    table = build_pair_table(
+        expand_shards(shards),
+        image_extensions=image_extensions,
+        caption_extensions=captions.members,
+        on_damage=on_damage,
+        max_bad_fraction=max_bad_fraction,
+        cache=ShardCache(cache),
+    )
+    built = build_dual_encoder(model, pretrained)
+    report = embed_shards(table, built, Path(out), settings)
+    if json:
+        sys.stdout.write(json_text.dumps({"out": out, **report._asdict()}, indent=2) + "\n")
+        return 0
+    shown = Table(title=f"embedded into {out}")
+    for heading in report._fields:
+        shown.add_column(heading.replace("_", " "), justify="right")
+    shown.add_row(*(f"{count:,.0f}" for count in report))
+    Console().print(shown)
+    return 0

@@ -1,0 +1,56 @@
+"""How do the rows of a part become an Arrow table, and that a Parquet file?
+
+Importing this needs pyarrow.
+"""
+
+from pathlib import Path
+
+from dist_siglip.atomic import open_atomically
+from dist_siglip.embedding.part import PartRows
+from dist_siglip.errors import UserError
+
+try:
+    import pyarrow
+    from pyarrow import parquet
+except ImportError as error:
+    raise UserError(
+        'embeddings with metadata need pyarrow; pip install "dist-siglip[pack]"'
+    ) from error
+
+
+def part_table(done: PartRows) -> pyarrow.Table:
+    """Return the metadata of a part.
+
+    Columns: image_path (the key of the sample, as clip-retrieval has it), caption, shard (its base
+    name) and place (of the sample within the shard, int64).
+    """
+    return pyarrow.table(
+        {
+            "image_path": pyarrow.array(done.row_keys(), pyarrow.string()),
+            "caption": pyarrow.array(done.rows.captions, pyarrow.string()),
+            "shard": pyarrow.array([done.part.shard] * len(done.rows.captions), pyarrow.string()),
+            "place": pyarrow.array(done.places()),
+        }
+    )
+
+
+def write_parquet(path: Path, table: pyarrow.Table) -> None:
+    """Write a table in one piece."""
+    with open_atomically(path) as file:
+        parquet.write_table(table, file)
+
+
+def num_rows_of(path: Path) -> int | None:
+    """Count the rows of a Parquet file; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return parquet.read_metadata(path).num_rows
+    except FileNotFoundError:
+        return None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is no readable Parquet file; delete it, and it is made again"
+        ) from error

@@ -1,0 +1,211 @@
+"""How does a data set become embeddings, on any number of ranks, interrupted or not?
+
+Every shard becomes one part, written whole. Rank r of R takes every R-th part that is not there
+yet; ranks share nothing but the folder, so a lost one holds up nobody, and started again, on
+as many ranks as you like, the rest is done.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch.utils.data import DataLoader
+
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.distributed import World
+from dist_siglip.embedding.clip_retrieval import ClipRetrievalLayout
+from dist_siglip.embedding.encoder import Encoder, Precision, RowType, Towers, choose_device
+from dist_siglip.embedding.folder import claim_folder, digest_model
+from dist_siglip.embedding.left_out import check_share, write_left_out
+from dist_siglip.embedding.part import Part, PartRows, keys_of, parts_of
+from dist_siglip.embedding.samples import EmbeddingDataset, EmbeddingSample, embedding_loader
+from dist_siglip.errors import UserError
+from dist_siglip.models.build import BuiltModel
+
+_LOGGER = logging.getLogger(__name__)
+
+Format = Literal["clip-retrieval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """How a data set is embedded.
+
+    Attributes:
+        towers: which features are wanted.
+        format: of the folder.
+        dtype: of the features in the files.
+        precision: of the computation.
+        device: "auto", or a device of torch.
+        local_batch_size: samples of a batch on each rank.
+        workers: loader processes of each rank.
+        captions: which caption a sample has.
+        max_image_pixels: pictures with more cannot be used.
+        max_bad_fraction: share of the samples of each rank that may be left out.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    towers: Towers = "both"
+    format: Format = "clip-retrieval"
+    dtype: RowType = "float16"
+    precision: Precision = "32-true"
+    device: str = "auto"
+    local_batch_size: int = 256
+    workers: int = 2
+    captions: CaptionRule = field(default_factory=CaptionRule)
+    max_image_pixels: int = 64_000_000
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, least in (("local_batch_size", 1), ("workers", 0), ("max_image_pixels", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"{name} ({value}) must be at least {least}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
+        self.captions.check()
+
+
+class EmbedReport(NamedTuple):
+    """What one rank did and found: shards of its share, how many were there before, samples."""
+
+    shards: int
+    kept: int
+    samples: int
+    left_out: int
+    seconds: float
+    pairs_per_second: float
+
+
+def embed_shards(
+    table: PairTable,
+    built: BuiltModel,
+    out: Path,
+    settings: EmbedSettings,
+    *,
+    world: World | None = None,
+) -> EmbedReport:
+    """Write the embeddings of a data set, or go on where an earlier call stopped.
+
+    Distributed contract: every rank passes the same table and model, takes the parts
+    ``rank, rank + world_size, ...``, and waits for nobody.
+
+    Args:
+        table: the data set.
+        built: the model; its towers are moved to the device and put into evaluation mode.
+        out: new, empty, or left by an interrupted call with the same table, model and settings.
+        settings: what is written, and how.
+        world: of this process; detected by default.
+
+    Raises:
+        UserError: if the folder holds something else, the device cannot be used, a shard changed,
+            numbers are not finite, or too many samples cannot be used.
+    """
+    started = time.monotonic()
+    world = World.detect() if world is None else world
+    device = choose_device(settings.device, world.local_rank)
+    claim_folder(out, _identity(table, built, settings))
+    layout = ClipRetrievalLayout(out)
+    mine = parts_of(table)[world.rank :: world.world_size]
+    rows = {part.number: layout.num_rows(part) for part in mine}
+    pending = [part for part in mine if rows[part.number] is None]
+    kept = len(mine) - len(pending)
+    _LOGGER.info("embedding %d shards into %s; %d are there already", len(mine), out, kept)
+    encoder = Encoder(
+        built,
+        towers=settings.towers,
+        dtype=settings.dtype,
+        device=device,
+        precision=settings.precision,
+    )
+    samples = sum(part.num_samples for part in mine if rows[part.number] is not None)
+    left_out = samples - sum(count or 0 for count in rows.values())
+    embedded, begun = 0, time.monotonic()
+    batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
+    for number, part in enumerate(pending, start=1):
+        count = len(part.batches(settings.local_batch_size))
+        encoded = encoder.encode(next(batches) for _ in range(count))
+        done = PartRows(part, encoded, keys_of(table, part))
+        write_left_out(out, done)
+        layout.write(done)
+        embedded += len(encoded.sample_ids)
+        samples += part.num_samples
+        left_out += len(encoded.problems)
+        rate = embedded / (time.monotonic() - begun)
+        _LOGGER.info(
+            "shard %d of %d: %d rows, %d left out; %.0f pairs/s",
+            kept + number,
+            len(mine),
+            len(encoded.sample_ids),
+            len(encoded.problems),
+            rate,
+        )
+        check_share(out, left_out, samples, settings.max_bad_fraction, is_end=False)
+    seconds = time.monotonic() - begun
+    check_share(out, left_out, samples, settings.max_bad_fraction, is_end=True)
+    return EmbedReport(
+        len(mine),
+        kept,
+        samples,
+        left_out,
+        time.monotonic() - started,
+        embedded / seconds if embedded else 0.0,
+    )
+
+
+def _loader(
+    table: PairTable,
+    built: BuiltModel,
+    settings: EmbedSettings,
+    parts: Sequence[Part],
+    *,
+    pin_memory: bool,
+) -> DataLoader[EmbeddingSample]:
+    """Load all parts through the same processes: batch after batch, none across two parts."""
+    inputs = ModelInputs(
+        image_size=built.image_size,
+        mean=built.mean,
+        std=built.std,
+        interpolation=built.interpolation,
+        resize_mode=built.resize_mode,
+        context_length=built.context_length,
+        tokenizer=built.tokenizer,
+    )
+    dataset = EmbeddingDataset(
+        table,
+        None if settings.towers == "text" else evaluation_transform(inputs),
+        captions=settings.captions,
+        max_image_pixels=settings.max_image_pixels,
+    )
+    return embedding_loader(
+        dataset,
+        [batch for part in parts for batch in part.batches(settings.local_batch_size)],
+        None if settings.towers == "image" else inputs.tokenizer,
+        workers=settings.workers if parts else 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> dict[str, Any]:
+    """Everything that decides the numbers, as plain values by name."""
+    return {
+        "version": 1,
+        "model": digest_model(built),
+        "shards": table.fingerprint,
+        "towers": settings.towers,
+        "format": settings.format,
+        "dtype": settings.dtype,
+        "precision": settings.precision,
+        "caption_members": list(settings.captions.members),
+        "caption_json_field": settings.captions.json_field,
+        "caption_split_lines": settings.captions.split_lines,
+        "max_image_pixels": settings.max_image_pixels,
+    }

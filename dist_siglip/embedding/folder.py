@@ -1,0 +1,84 @@
+"""Do these embeddings belong into this folder?
+
+``embed.json`` says what decides the numbers: weights, preprocessing, shards, number format. Another
+model, or shards that changed, go into another folder. Ranks need not talk: all of them find the
+same file, or write the same one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_siglip.atomic import write_atomically
+from dist_siglip.errors import UserError
+from dist_siglip.models.build import BuiltModel
+
+_NAME = "embed.json"
+
+
+def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write what decides the numbers into a new folder, or compare it with what is there.
+
+    Args:
+        folder: made if missing.
+        identity: plain values by name.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be written.
+    """
+    manifest = folder / _NAME
+    try:
+        if not manifest.exists():
+            others = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+            if others and _NAME not in others and not manifest.exists():
+                raise UserError(
+                    f"out ({folder}) holds {others[0]!r} and no {_NAME}; give a new folder"
+                )
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror}") from error
+    try:
+        if not manifest.exists():
+            write_atomically(manifest, json.dumps(identity, indent=2) + "\n")
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{manifest} is damaged; give a new folder") from error
+    now = json.loads(json.dumps(identity))
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
+            "the same model, shards and settings"
+        )
+
+
+def digest_model(built: BuiltModel) -> str:
+    """Hash the weights of the towers and everything else that decides their features."""
+    digest = hashlib.blake2b(digest_size=8)
+    settings = {
+        "architecture": built.architecture,
+        "image_size": built.image_size,
+        "mean": built.mean,
+        "std": built.std,
+        "interpolation": built.interpolation,
+        "resize_mode": built.resize_mode,
+        "context_length": built.context_length,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(built.encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""What is one part of an embedded data set?
+
+A part is what one shard becomes: number, keys and rows. Parts are written on their own, so ranks
+need not talk and a run that was killed loses one part.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.index import read_index
+from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.embedding.encoder import EncodedRows
+from dist_siglip.errors import UserError
+
+
+class Part(NamedTuple):
+    """One shard of the data set.
+
+    Attributes:
+        number: of the shard, in the order of the data set.
+        label: the number with leading zeros, as clip-retrieval names files.
+        shard: base name of the shard.
+        first: id of its first sample.
+        stop: id after its last.
+    """
+
+    number: int
+    label: str
+    shard: str
+    first: int
+    stop: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the shard, bad ones included."""
+        return self.stop - self.first
+
+    def batches(self, local_batch_size: int) -> list[list[int]]:
+        """Cut its sample ids into batches.
+
+        Example:
+            >>> Part(0, "0", "a.tar", 10, 15).batches(3)
+            [[10, 11, 12], [13, 14]]
+        """
+        ids = list(range(self.first, self.stop))
+        return [ids[i : i + local_batch_size] for i in range(0, len(ids), local_batch_size)]
+
+
+class PartRows(NamedTuple):
+    """What is written of a part.
+
+    Attributes:
+        part: which one.
+        rows: embeddings of the samples that could be used.
+        keys: of all samples of the shard, the bad ones too.
+    """
+
+    part: Part
+    rows: EncodedRows
+    keys: list[str]
+
+    def row_keys(self) -> list[str]:
+        """Keys of the rows."""
+        return [self.keys[i - self.part.first] for i in self.rows.sample_ids]
+
+    def places(self) -> NDArray[np.int64]:
+        """(R,) int64, place of each row's sample within its shard."""
+        return np.array(self.rows.sample_ids, dtype=np.int64) - self.part.first
+
+
+def parts_of(table: PairTable) -> list[Part]:
+    """List the parts of a data set."""
+    starts, count = table.starts.tolist(), len(table.shards)
+    return [
+        Part(
+            number,
+            str(number).zfill(len(str(count))),
+            shard_name(shard),
+            starts[number],
+            starts[number + 1],
+        )
+        for number, shard in enumerate(table.shards)
+    ]
+
+
+def keys_of(table: PairTable, part: Part) -> list[str]:
+    """List the keys of the samples of a part, as text that any file can hold.
+
+    Raises:
+        UserError: if the shard changed or vanished since the table was made.
+    """
+    shard = table.shards[part.number]
+    try:
+        keys = read_index(shard, cache=table.cache).keys()
+    except OSError as error:
+        raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error
+    dropped = set(table.dropped[table.dropped[:, 0] == part.number, 1].tolist())
+    kept = [key for place, key in enumerate(keys) if place not in dropped]
+    if len(kept) != part.num_samples:
+        raise UserError(f"shard {redact(shard)!r} changed since the start; start again")
+    # A name that is not UTF-8 is half characters here.
+    return [key.encode("utf-8", "backslashreplace").decode() for key in kept]
