@@ -53,6 +53,11 @@ class ModelTokenizer:
         if self._loaded is None:
             self._loaded = self._load_hugging_face() if self.hugging_face else self._load_simple()
 
+    def loaded(self) -> SimpleTokenizer | HFTokenizer:
+        """Return open_clip's own object, loaded if need be; see ``load``."""
+        self.load()
+        return self._loaded
+
     def __call__(self, texts: list[str]) -> Tensor:
         """Return token ids (len(texts), context_length), int64."""
         self.load()

@@ -1,0 +1,56 @@
+"""Does what was written give the features of the model it was written from?
+
+Pixels and captions go through both: through our towers and tokenizer, and through what another
+library made of the files. The largest difference of any entry of a feature is what is reported.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.dual_encoder import evaluation_mode
+
+# Plain, with punctuation and capitals, with odd spaces, and longer than any context.
+CAPTIONS = (
+    "two dogs on a beach",
+    "A Red car, parked_outside (in 1987)!",
+    "  three   spaces\tand a tab ",
+    " ".join(["word"] * 300),
+)
+
+
+class Reader(NamedTuple):
+    """A model as another library reads it; both features have length 1.
+
+    Attributes:
+        encode_image: (B, 3, H, W) normalised pixels to (B, D) features.
+        encode_captions: B captions to (B, D) features, with the tokenizer that was written.
+    """
+
+    encode_image: Callable[[Tensor], Tensor]
+    encode_captions: Callable[[list[str]], Tensor]
+
+
+def largest_difference(built: BuiltModel, reader: Reader) -> float:
+    """Return the largest difference of an entry of a feature, over pixels and captions.
+
+    Args:
+        built: the model that was exported.
+        reader: the export, read back.
+    """
+    size = built.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    captions = list(CAPTIONS)
+    with torch.inference_mode(), evaluation_mode(built.encoder):
+        pairs = (
+            (built.encoder.encode_image(images), reader.encode_image(images)),
+            (
+                built.encoder.encode_text(built.tokenizer(captions)),
+                reader.encode_captions(captions),
+            ),
+        )
+        return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)

@@ -1,0 +1,77 @@
+"""How does a trained model leave this package: in which form, complete, and checked?
+
+Every form is a function that writes into a folder and one that reads it back with the library it
+is meant for. A folder appears only after its features were found equal to ours.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dist_siglip.errors import UserError
+from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.export.comparison import largest_difference
+from dist_siglip.models.export.open_clip_folder import (
+    read_open_clip,
+    read_safetensors,
+    write_open_clip,
+    write_safetensors,
+)
+from dist_siglip.models.export.whole_folder import MARK, whole_folder
+
+Form = Literal["open_clip", "safetensors"]
+
+# Of an entry of a feature of length 1, in fp32.
+LARGEST_DIFFERENCE = 1e-5
+
+_FORMS = {
+    "open_clip": (write_open_clip, read_open_clip),
+    "safetensors": (write_safetensors, read_safetensors),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written.
+
+    Args:
+        folder: where it is.
+        largest_difference: between an entry of our features and of those read back.
+    """
+
+    folder: Path
+    largest_difference: float
+
+
+def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool = False) -> Exported:
+    """Write a model into a folder for another library, and read it back before it is shown.
+
+    Args:
+        built: with the trained scale and the trained absolute bias as its start values.
+        folder: made; it is there only if everything went well.
+        to: which library's form.
+        overwrite: replace an earlier export in ``folder``.
+
+    Raises:
+        UserError: If the form cannot express the model, a package is missing, ``folder`` is in
+            use, or the features read back differ by more than 1e-5.
+    """
+    write, read = _FORMS[to]
+    with whole_folder(folder, overwrite=overwrite) as beside:
+        write(built, beside)
+        difference = largest_difference(built, read(built, beside))
+        # Not-a-number fails, too.
+        if not difference <= LARGEST_DIFFERENCE:
+            raise UserError(
+                f"to ({to}) gives features that differ by {difference:.1e}, more than "
+                f"{LARGEST_DIFFERENCE:g}, so nothing was written; use safetensors"
+            )
+        said = {
+            "to": to,
+            "logit_scale": built.start_scale,
+            "logit_bias": built.start_bias,
+            "largest_difference": difference,
+        }
+        (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    return Exported(folder=folder, largest_difference=difference)

@@ -1,0 +1,136 @@
+"""The folder that ``open_clip.create_model_from_pretrained("local-dir:...")`` reads.
+
+    open_clip_config.json           architecture and preprocessing
+    open_clip_model.safetensors     towers, logarithm of the scale, absolute bias
+    tokenizer.json, ...             the tokenizer, if it is one of Hugging Face
+
+``safetensors`` is the same folder for image towers that open_clip has no name for: this package
+reads it as ``local-dir:...`` too.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dist_siglip.errors import UserError
+from dist_siglip.models.build import BuiltModel, build_dual_encoder
+from dist_siglip.models.dual_encoder import unit_rows
+from dist_siglip.models.export.comparison import Reader
+from dist_siglip.models.export.timm_names import name_of_tower
+from dist_siglip.models.export.tokenizer_files import tokenizer_of
+from dist_siglip.models.source import CONFIG_NAME, LOCAL_DIR, WEIGHT_NAMES
+
+# Sizes that are part of the name of a timm tower.
+_STATED_SIZES = (
+    "width",
+    "layers",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "act_kwargs",
+    "norm_kwargs",
+)
+
+
+def write_open_clip(built: BuiltModel, folder: Path) -> None:
+    """Write a model as open_clip reads it.
+
+    Raises:
+        UserError: If open_clip has no name for the image tower.
+    """
+    architecture = _architecture(built)
+    vision = architecture["vision_cfg"]
+    if vision.get("timm_model_name"):
+        name = name_of_tower(built.encoder.clip.visual, built.embed_dim, vision)
+        if name is None:
+            raise UserError(_no_name(built))
+        for key in _STATED_SIZES:
+            vision.pop(key, None)
+        vision["timm_model_name"] = name
+    _write(built, architecture, folder)
+
+
+def write_safetensors(built: BuiltModel, folder: Path) -> None:
+    """Write any model as this package reads it: open_clip's names, and sizes where they decide."""
+    _write(built, _architecture(built), folder)
+
+
+def read_open_clip(built: BuiltModel, folder: Path) -> Reader:
+    """Read a folder with open_clip alone."""
+    name = f"{LOCAL_DIR}{folder}"
+    network: Any = open_clip.create_model_from_pretrained(name, return_transform=False)
+    network.eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    return Reader(
+        encode_image=lambda images: unit_rows(network.encode_image(images)),
+        encode_captions=lambda captions: unit_rows(network.encode_text(tokenizer(captions))),
+    )
+
+
+def read_safetensors(built: BuiltModel, folder: Path) -> Reader:
+    """Read a folder with this package."""
+    read = build_dual_encoder(f"{LOCAL_DIR}{folder}")
+    read.encoder.eval()
+    return Reader(
+        encode_image=read.encoder.encode_image,
+        encode_captions=lambda captions: read.encoder.encode_text(read.tokenizer(captions)),
+    )
+
+
+def _architecture(built: BuiltModel) -> dict[str, Any]:
+    """The model config, without what is of training or of this machine."""
+    architecture = copy.deepcopy(built.architecture)
+    architecture["init_logit_bias"] = built.start_bias
+    architecture["vision_cfg"].pop("patch_dropout", None)
+    tokenizer = architecture["text_cfg"].get("hf_tokenizer_name")
+    if tokenizer and (Path(tokenizer).is_absolute() or Path(tokenizer).exists()):
+        # Any name will do: of a local folder, open_clip takes the tokenizer that lies in it.
+        architecture["text_cfg"]["hf_tokenizer_name"] = "."
+    return architecture
+
+
+def _write(built: BuiltModel, architecture: dict[str, Any], folder: Path) -> None:
+    preprocessing = {
+        "size": built.image_size,
+        "mode": "RGB",
+        "mean": built.mean,
+        "std": built.std,
+        "interpolation": built.interpolation,
+        "resize_mode": built.resize_mode,
+        "fill_color": 0,
+    }
+    config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(
+        _tensors(built), folder / WEIGHT_NAMES[0], metadata={"format": "pt"}
+    )
+    tokenizer = tokenizer_of(built)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+
+
+def _tensors(built: BuiltModel) -> dict[str, Tensor]:
+    """All tensors by open_clip's names, logarithm of the scale and absolute bias among them."""
+    towers = built.encoder.clip.state_dict()
+    return {
+        # A copy each: safetensors refuses tensors that share memory.
+        **{name: value.detach().cpu().contiguous().clone() for name, value in towers.items()},
+        "logit_scale": torch.tensor(math.log(built.start_scale)),
+        "logit_bias": torch.tensor(float(built.start_bias)),
+    }
+
+
+def _no_name(built: BuiltModel) -> str:
+    name = built.architecture["vision_cfg"]["timm_model_name"]
+    return (
+        f"to (open_clip) cannot express this image tower ({name} at {built.image_size} pixels): "
+        "open_clip builds towers of timm by name, each at one size and with one activation, and no "
+        "name stands for this one; use hf, safetensors or onnx"
+    )
