@@ -1,4 +1,4 @@
-"""``bench``: what loss and data cost, measured here, predicted for a cluster, or simulated."""
+"""``bench``: what loss, data and runs cost: measured here, predicted for a cluster, simulated."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,10 @@ from dist_siglip.cli.subjects import run_subject
 SUBJECTS = {
     "loss": ("dist_siglip.cli.bench_loss", "time and memory beside other losses, on this machine"),
     "data": ("dist_siglip.cli.bench_data", "images/s of our loader beside open_clip's"),
+    "train": (
+        "dist_siglip.cli.bench_train",
+        "samples/s of a whole run, where its time goes, open_clip_train beside it",
+    ),
     "plan": ("dist_siglip.cli.bench_plan", "predicted cost of every exchange on a cluster"),
     "simulate": (
         "dist_siglip.cli.bench_simulate",
