@@ -15,9 +15,10 @@ from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.embedding.embed import EmbedSettings, Format, embed_shards
+from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.embedding.encoder import Precision, RowType, Towers
-from dist_siglip.models.build import build_dual_encoder
+from dist_siglip.embedding.layout import Format
+from dist_siglip.module.trained import load_trained
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -39,7 +40,9 @@ def embed(
     shards: str | list[str],
     *,
     out: str,
-    model: str,
+    run_dir: str | None = None,
+    ckpt_path: str | None = None,
+    model: str | None = None,
     pretrained: str | None = None,
     towers: Towers = "both",
     format: Format = "clip-retrieval",  # noqa: A002 - the name of the option
@@ -58,17 +61,20 @@ def embed(
 ) -> int:
     """Write an embedding for every picture and caption; called again, go on where it stopped.
 
-    Every shard becomes files of its own, with one row for each sample, of length 1. Samples that
-    cannot be used are left out and listed in left_out/. Started by torchrun or srun, each
-    process takes its share of the shards.
+    Name a run or a model. Every sample has a row of length 1; samples that cannot be used are left
+    out and listed in left_out/. Started by torchrun or srun, each process takes its share of the
+    shards and reports on that.
 
     Args:
         shards: file, folder, pattern, list file or URL, or a JSON list of these.
         out: folder of the embeddings.
+        run_dir: folder of a run, whose newest checkpoint is taken; or give a model.
+        ckpt_path: another checkpoint of that run.
         model: open_clip name, JSON config, local-dir:PATH or hf-hub:ORG/REPO.
         pretrained: open_clip tag of the model, or a file of weights.
         towers: "both", or only "image" or "text"; with "text" no picture is decoded.
-        format: "clip-retrieval": img_emb/, text_emb/ and metadata/.
+        format: "clip-retrieval" writes img_emb/, text_emb/ and metadata/, files for each shard;
+            "parquet" one embeddings.parquet with a list of numbers for each tower.
         dtype: of the embeddings in the files.
         precision: of the computation.
         device: "auto" takes this process's GPU, or the CPU; or cpu, cuda, cuda:1, ...
@@ -103,7 +109,7 @@ def embed(
         max_bad_fraction=max_bad_fraction,
         cache=ShardCache(cache),
     )
-    built = build_dual_encoder(model, pretrained)
+    built = load_trained(run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained)
     report = embed_shards(table, built, Path(out), settings)
     if json:
         sys.stdout.write(json_text.dumps({"out": out, **report._asdict()}, indent=2) + "\n")

@@ -5,6 +5,9 @@ Importing this needs pyarrow.
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.part import PartRows
 from dist_siglip.errors import UserError
@@ -18,7 +21,7 @@ except ImportError as error:
     ) from error
 
 
-def part_table(done: PartRows) -> pyarrow.Table:
+def metadata_table(done: PartRows) -> pyarrow.Table:
     """Return the metadata of a part.
 
     Columns: image_path (the key of the sample, as clip-retrieval has it), caption, shard (its base
@@ -32,6 +35,22 @@ def part_table(done: PartRows) -> pyarrow.Table:
             "place": pyarrow.array(done.places()),
         }
     )
+
+
+def full_table(done: PartRows) -> pyarrow.Table:
+    """Return metadata and embeddings of a part.
+
+    Columns: those of ``metadata_table``, then image_embedding and text_embedding, lists of D
+    numbers; a tower that is not wanted has no column.
+    """
+    table = metadata_table(done)
+    for name, features in (
+        ("image_embedding", done.rows.image_features),
+        ("text_embedding", done.rows.text_features),
+    ):
+        if features is not None:
+            table = table.append_column(name, _fixed_size_lists(features))
+    return table
 
 
 def write_parquet(path: Path, table: pyarrow.Table) -> None:
@@ -54,3 +73,9 @@ def num_rows_of(path: Path) -> int | None:
         raise UserError(
             f"{path} is no readable Parquet file; delete it, and it is made again"
         ) from error
+
+
+def _fixed_size_lists(features: NDArray[np.floating]) -> pyarrow.Array:
+    """Return (R, D) as R lists of D numbers, without copying."""
+    values = pyarrow.array(np.ascontiguousarray(features).reshape(-1))
+    return pyarrow.FixedSizeListArray.from_arrays(values, features.shape[1])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
-from dist_siglip.embedding.arrow import num_rows_of, part_table, write_parquet
+from dist_siglip.embedding.arrow import metadata_table, num_rows_of, write_parquet
 from dist_siglip.embedding.part import Part, PartRows
 
 
@@ -29,22 +29,32 @@ class ClipRetrievalLayout:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def files(self, part: Part) -> list[Path]:
+        """Name the files of a part; the last one is written last."""
+        return [
+            self._folder / name / f"{name}_{part.label}{suffix}"
+            for name, suffix in (
+                ("img_emb", ".npy"),
+                ("text_emb", ".npy"),
+                ("metadata", ".parquet"),
+            )
+        ]
+
     def num_rows(self, part: Part) -> int | None:
         """Count the rows of a finished part; None if it is not finished."""
-        return num_rows_of(self._file("metadata", part, ".parquet"))
+        return num_rows_of(self.files(part)[-1])
 
     def write(self, done: PartRows) -> None:
         """Write a part."""
-        for name, features in (
-            ("img_emb", done.rows.image_features),
-            ("text_emb", done.rows.text_features),
-        ):
-            if features is not None:
-                _write_array(self._file(name, done.part, ".npy"), features)
-        write_parquet(self._file("metadata", done.part, ".parquet"), part_table(done))
+        image_file, text_file, metadata_file = self.files(done.part)
+        if done.rows.image_features is not None:
+            _write_array(image_file, done.rows.image_features)
+        if done.rows.text_features is not None:
+            _write_array(text_file, done.rows.text_features)
+        write_parquet(metadata_file, metadata_table(done))
 
-    def _file(self, name: str, part: Part, suffix: str) -> Path:
-        return self._folder / name / f"{name}_{part.label}{suffix}"
+    def finish(self) -> None:
+        """Do nothing: the files of the parts are what is wanted."""
 
 
 def _write_array(path: Path, array: NDArray[np.floating]) -> None:

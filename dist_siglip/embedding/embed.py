@@ -6,11 +6,11 @@ as many ranks as you like, the rest is done.
 """
 
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -19,18 +19,23 @@ from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.transforms import evaluation_transform
 from dist_siglip.distributed import World
-from dist_siglip.embedding.clip_retrieval import ClipRetrievalLayout
+from dist_siglip.embedding.ahead import fetching_ahead
 from dist_siglip.embedding.encoder import Encoder, Precision, RowType, Towers, choose_device
 from dist_siglip.embedding.folder import claim_folder, digest_model
-from dist_siglip.embedding.left_out import check_share, write_left_out
+from dist_siglip.embedding.layout import Format, layout_of, remove_partial
+from dist_siglip.embedding.left_out import left_out_file, write_left_out
 from dist_siglip.embedding.part import Part, PartRows, keys_of, parts_of
-from dist_siglip.embedding.samples import EmbeddingDataset, EmbeddingSample, embedding_loader
+from dist_siglip.embedding.samples import (
+    EmbeddingBatch,
+    EmbeddingDataset,
+    EmbeddingSample,
+    embedding_loader,
+)
+from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 
 _LOGGER = logging.getLogger(__name__)
-
-Format = Literal["clip-retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +79,6 @@ class EmbedSettings:
         self.captions.check()
 
 
-class EmbedReport(NamedTuple):
-    """What one rank did and found: shards of its share, how many were there before, samples."""
-
-    shards: int
-    kept: int
-    samples: int
-    left_out: int
-    seconds: float
-    pairs_per_second: float
-
-
 def embed_shards(
     table: PairTable,
     built: BuiltModel,
@@ -106,19 +100,32 @@ def embed_shards(
         world: of this process; detected by default.
 
     Raises:
-        UserError: if the folder holds something else, the device cannot be used, a shard changed,
-            numbers are not finite, or too many samples cannot be used.
+        UserError: if the folder holds something else or cannot be written, the device cannot be
+            used, a shard changed or is out of reach, numbers are not finite, or too many samples
+            cannot be used.
     """
-    started = time.monotonic()
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
     claim_folder(out, _identity(table, built, settings))
-    layout = ClipRetrievalLayout(out)
-    mine = parts_of(table)[world.rank :: world.world_size]
-    rows = {part.number: layout.num_rows(part) for part in mine}
-    pending = [part for part in mine if rows[part.number] is None]
-    kept = len(mine) - len(pending)
-    _LOGGER.info("embedding %d shards into %s; %d are there already", len(mine), out, kept)
+    parts = parts_of(table)
+    layout = layout_of(settings.format, out, parts)
+    tally = Tally(out, settings.max_bad_fraction)
+    pending = []
+    for part in parts[world.rank :: world.world_size]:
+        num_rows = layout.num_rows(part)
+        if num_rows is None:
+            pending.append(part)
+        else:
+            tally.keep(part, num_rows)
+    files = [file for part in pending for file in (*layout.files(part), left_out_file(out, part))]
+    remove_partial(files)
+    _LOGGER.info(
+        "embedding %d shards into %s on %s; %d are there already",
+        len(pending) + tally.kept,
+        out,
+        device,
+        tally.kept,
+    )
     encoder = Encoder(
         built,
         towers=settings.towers,
@@ -126,39 +133,23 @@ def embed_shards(
         device=device,
         precision=settings.precision,
     )
-    samples = sum(part.num_samples for part in mine if rows[part.number] is not None)
-    left_out = samples - sum(count or 0 for count in rows.values())
-    embedded, begun = 0, time.monotonic()
     batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
-    for number, part in enumerate(pending, start=1):
-        count = len(part.batches(settings.local_batch_size))
-        encoded = encoder.encode(next(batches) for _ in range(count))
-        done = PartRows(part, encoded, keys_of(table, part))
-        write_left_out(out, done)
-        layout.write(done)
-        embedded += len(encoded.sample_ids)
-        samples += part.num_samples
-        left_out += len(encoded.problems)
-        rate = embedded / (time.monotonic() - begun)
-        _LOGGER.info(
-            "shard %d of %d: %d rows, %d left out; %.0f pairs/s",
-            kept + number,
-            len(mine),
-            len(encoded.sample_ids),
-            len(encoded.problems),
-            rate,
-        )
-        check_share(out, left_out, samples, settings.max_bad_fraction, is_end=False)
-    seconds = time.monotonic() - begun
-    check_share(out, left_out, samples, settings.max_bad_fraction, is_end=True)
-    return EmbedReport(
-        len(mine),
-        kept,
-        samples,
-        left_out,
-        time.monotonic() - started,
-        embedded / seconds if embedded else 0.0,
-    )
+    with fetching_ahead(table, parts, layout, world, lambda: tally.current):
+        for part in pending:
+            tally.current = part.number
+            count = len(part.batches(settings.local_batch_size))
+            rows = encoder.encode(_all_read(islice(batches, count), part))
+            done = PartRows(part, rows, keys_of(table, part))
+            try:
+                write_left_out(out, done)
+                layout.write(done)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"out ({out}) cannot be written: {reason}") from error
+            tally.add(done, len(pending))
+    tally.judge(is_end=True)
+    layout.finish()
+    return tally.report()
 
 
 def _loader(
@@ -192,6 +183,17 @@ def _loader(
         workers=settings.workers if parts else 0,
         pin_memory=pin_memory,
     )
+
+
+def _all_read(batches: Iterable[EmbeddingBatch], part: Part) -> Iterator[EmbeddingBatch]:
+    """Pass batches on, as long as their shard can be read."""
+    for batch in batches:
+        if batch.lost:
+            raise UserError(
+                f"shard {part.shard!r} is out of reach: {batch.lost}; finished shards are kept: "
+                "start again when it is back"
+            )
+        yield batch
 
 
 def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> dict[str, Any]:

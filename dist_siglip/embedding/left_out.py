@@ -9,12 +9,17 @@ import logging
 from pathlib import Path
 
 from dist_siglip.atomic import write_atomically
-from dist_siglip.embedding.part import PartRows
+from dist_siglip.embedding.part import Part, PartRows
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 _EARLY_SAMPLES = 1000  # before the share is judged for the first time
 _NAMED = 5  # of each shard, in the log
+
+
+def left_out_file(folder: Path, part: Part) -> Path:
+    """Name the file of a part's bad samples."""
+    return folder / "left_out" / f"left_out_{part.label}.jsonl"
 
 
 def write_left_out(folder: Path, done: PartRows) -> None:
@@ -29,7 +34,7 @@ def write_left_out(folder: Path, done: PartRows) -> None:
         lines.append(json.dumps(record) + "\n")
         if number < _NAMED:
             _LOGGER.warning("left out: %s: %s", ascii(f"{part.shard}/{done.keys[place]}"), reason)
-    write_atomically(folder / "left_out" / f"left_out_{part.label}.jsonl", "".join(lines))
+    write_atomically(left_out_file(folder, part), "".join(lines))
 
 
 def check_share(

@@ -1,7 +1,8 @@
 """What does sample i give the towers, or why does it give nothing?
 
 Same bytes, caption and pixels as in an evaluation. But a bad sample gets no substitute: an
-embedding belongs to its own sample or is not there.
+embedding belongs to its own sample or is not there. And a shard that is out of reach for the moment
+is not a shard of bad samples.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +16,10 @@ from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.loader import prepare_worker
-from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.pairs import PairTable, Span
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.transforms import ImageTransform
+from dist_siglip.errors import UserError
 
 
 class EmbeddingSample(NamedTuple):
@@ -28,12 +30,14 @@ class EmbeddingSample(NamedTuple):
         image: (3, H, W) uint8; None if no image is wanted.
         caption: stripped text.
         problem: why the sample cannot be used; empty if it can.
+        lost: why its shard is out of reach; empty if it is not.
     """
 
     sample_id: int
     image: Tensor | None = None
     caption: str = ""
     problem: str = ""
+    lost: str = ""
 
 
 class EmbeddingBatch(NamedTuple):
@@ -45,6 +49,7 @@ class EmbeddingBatch(NamedTuple):
         texts: (B, L) int64 token ids; None if no text is wanted or B is 0.
         captions: of the B rows.
         problems: by sample id, why it is not among the rows.
+        lost: why the shard is out of reach; empty if it is not.
     """
 
     sample_ids: list[int]
@@ -52,6 +57,7 @@ class EmbeddingBatch(NamedTuple):
     texts: Tensor | None
     captions: list[str]
     problems: dict[int, str]
+    lost: str = ""
 
 
 class EmbeddingDataset(Dataset[EmbeddingSample]):
@@ -83,17 +89,33 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
 
     def __getitem__(self, sample_id: int) -> EmbeddingSample:
         """Read a sample; one that cannot be used says why."""
-        spans = self._table.caption_spans(sample_id)
         try:
-            members = ((kind, self._reader.read(span)) for kind, span in spans)
-            caption = self._captions.choose(members, ())
-            if self._transform is None:
-                return EmbeddingSample(sample_id, caption=caption)
-            data = self._reader.read(self._table.image_span(sample_id))
-            picture = EncodedPicture(data, max_pixels=self._max_image_pixels)
-            return EmbeddingSample(sample_id, self._transform(picture), caption)
+            image, caption = self._make(sample_id)
         except BadSampleError as error:
             return EmbeddingSample(sample_id, problem=str(error))
+        except (_LostError, UserError) as error:
+            return EmbeddingSample(sample_id, lost=str(error))
+        return EmbeddingSample(sample_id, image, caption)
+
+    def _make(self, sample_id: int) -> tuple[Tensor | None, str]:
+        spans = self._table.caption_spans(sample_id)
+        caption = self._captions.choose(((kind, self._read(span)) for kind, span in spans), ())
+        if self._transform is None:
+            return None, caption
+        data = self._read(self._table.image_span(sample_id))
+        return self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels)), caption
+
+    def _read(self, span: Span) -> bytes:
+        try:
+            return self._reader.read(span)
+        except BadSampleError as error:
+            if error.__cause__ is None:  # the span itself is bad
+                raise
+            raise _LostError(str(error)) from error
+
+
+class _LostError(Exception):
+    """A shard cannot be read or fetched."""
 
 
 class EmbeddingCollator:
@@ -108,16 +130,16 @@ class EmbeddingCollator:
 
     def __call__(self, samples: Sequence[EmbeddingSample]) -> EmbeddingBatch:
         """Collate samples in their order."""
-        sound = [sample for sample in samples if not sample.problem]
+        sound = [sample for sample in samples if not sample.problem and not sample.lost]
         images = [sample.image for sample in sound if sample.image is not None]
         captions = [sample.caption for sample in sound]
-        has_texts = self._tokenizer is not None and len(sound) > 0
         return EmbeddingBatch(
             sample_ids=[sample.sample_id for sample in sound],
             images=torch.stack(images) if images else None,
-            texts=self._tokenizer(captions).long() if self._tokenizer and has_texts else None,
+            texts=self._tokenizer(captions).long() if self._tokenizer and captions else None,
             captions=captions,
             problems={sample.sample_id: sample.problem for sample in samples if sample.problem},
+            lost=next((sample.lost for sample in samples if sample.lost), ""),
         )
 
 

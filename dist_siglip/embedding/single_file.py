@@ -1,0 +1,90 @@
+"""How do the parts of all ranks become one Parquet file?
+
+Each part waits in ``parts/`` until all are there. The rank that finishes last joins them, shard
+after shard, under a lock, and only a whole file gets the name ``embeddings.parquet``. Its metadata
+say how many rows each shard has.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pyarrow import parquet
+
+from dist_siglip.atomic import open_atomically
+from dist_siglip.embedding.arrow import full_table, num_rows_of, write_parquet
+from dist_siglip.embedding.part import Part, PartRows
+
+_ROWS_OF_SHARDS = b"rows_of_shards"
+
+
+class SingleFileLayout:
+    """Writes parts as files of their own, then one file of all.
+
+    Args:
+        folder: of the file.
+        parts: all of the data set.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+        self._folder = folder
+        self._parts = parts
+        self._joined = folder / "embeddings.parquet"
+
+    def files(self, part: Part) -> list[Path]:
+        """Name the files of a part."""
+        return [self._folder / "parts" / f"part_{part.label}.parquet"]
+
+    def num_rows(self, part: Part) -> int | None:
+        """Count the rows of a finished part; None if it is not finished."""
+        found = num_rows_of(self.files(part)[0])
+        if found is None and self._joined.exists():  # it went there
+            metadata = parquet.read_schema(self._joined).metadata
+            found = int(json.loads(metadata[_ROWS_OF_SHARDS])[part.number])
+        return found
+
+    def write(self, done: PartRows) -> None:
+        """Write a part."""
+        write_parquet(self.files(done.part)[0], full_table(done))
+
+    def finish(self) -> None:
+        """Join the parts, if all are there and nobody has done it."""
+        with _lock(self._folder / ".lock"):
+            files = [file for part in self._parts for file in self.files(part)]
+            if not self._joined.exists():
+                rows = [num_rows_of(file) for file in files]
+                if None in rows:
+                    return
+                self._join(files, [count or 0 for count in rows])
+            for file in files:
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # another file is in there
+                (self._folder / "parts").rmdir()
+
+    def _join(self, files: Sequence[Path], rows: Sequence[int]) -> None:
+        """Write one file, a row group for each part."""
+        for left in self._folder.glob(f".{self._joined.name}.*.tmp"):  # of a killed process
+            left.unlink()
+        schema = parquet.read_schema(files[0]).with_metadata(
+            {_ROWS_OF_SHARDS: json.dumps(list(rows)).encode()}
+        )
+        with (
+            open_atomically(self._joined) as file,
+            parquet.ParquetWriter(file, schema) as writer,
+        ):
+            for path in files:
+                writer.write_table(parquet.ParquetFile(path).read().cast(schema))
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock while the block runs, on file systems that know locks.
+
+    The system drops it when the process ends, however it ends.
+    """
+    with path.open("w") as file:
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
