@@ -123,7 +123,7 @@ def build_dual_encoder(
     if source.weights is not None:
         weights = read_weights(source.weights)
         load_towers(network, weights, source.weights)
-        start_scale, start_bias = _start_values(weights, source.weights)
+        start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
         trained_global_batch = weights.global_batch_size
     if gradient_checkpointing:
         if is_resnet(architecture):
@@ -150,9 +150,10 @@ def build_dual_encoder(
     )
 
 
-def _start_values(weights: Weights, path: Path) -> tuple[float, float]:
+def _start_values(weights: Weights, path: Path, stated_bias: float | None) -> tuple[float, float]:
     """The file's own scale and bias; where it lacks one, ours, with a warning."""
-    scale, bias = weights.logit_scale, weights.logit_bias
+    scale = weights.logit_scale
+    bias = stated_bias if weights.logit_bias is None else weights.logit_bias
     if scale is None:
         logger.warning("weights %s have no logit scale; starting at %g", path, START_SCALE)
         scale = START_SCALE

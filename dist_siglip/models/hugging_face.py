@@ -167,8 +167,11 @@ def _clip(
     end = text["eos_token_id"]
     # transformers reads 2 as "the highest id", as open_clip does by itself.
     is_highest = end in (2, text["vocab_size"] - 1)
+    # CLIPModel has no bias; an export of ours leaves it in the config.
+    bias = config.get("logit_bias")
     return {
         "embed_dim": config.get("projection_dim", 512),
+        **({} if bias is None else {"init_logit_bias": float(bias)}),
         "quick_gelu": quick == {True},
         "vision_cfg": {
             "image_size": image.get("image_size", 224),
@@ -212,9 +215,11 @@ def _preprocessing(folder: Path, architecture: dict[str, Any]) -> dict[str, Any]
     said = _read(path) if path.is_file() else {}
     said = said.get("image_processor", said)
     is_clip = not architecture.get("custom_text")
+    size = said.get("size")
+    is_shortest = "shortest_edge" in size if isinstance(size, dict) else is_clip
     overlay: dict[str, Any] = {
         "interpolation": _RESAMPLING.get(said.get("resample", 3 if is_clip else 2), "bicubic"),
-        "resize_mode": "shortest" if is_clip else "squash",
+        "resize_mode": "shortest" if is_shortest else "squash",
     }
     if not is_clip:
         overlay |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

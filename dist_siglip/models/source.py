@@ -60,6 +60,7 @@ class ModelSource:
         weights: file to load, or None to start from random weights.
         tokenizer_folder: folder that must hold the Hugging Face tokenizer, if the model needs
             one and came from ``local-dir:``; otherwise None.
+        logit_bias: bias of weights that have none of their own, if the config names one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModelSource:
     preprocessing: dict[str, Any]
     weights: Path | None
     tokenizer_folder: Path | None
+    logit_bias: float | None = None
 
 
 def resolve_model(
@@ -149,8 +151,11 @@ def _resolve_folder(model: str, path: str, with_weights: bool) -> ModelSource:
     if not path or not folder.is_dir():
         raise UserError(f"model ({model}) names no folder; give local-dir:PATH of an existing one")
     weights: Path | None = None
+    logit_bias: float | None = None
     if not (folder / CONFIG_NAME).exists() and (folder / HUGGING_FACE_CONFIG).exists():
         architecture, preprocessing = read_folder(folder)
+        if not architecture.get("custom_text"):  # CLIPModel, which has no tensor for it
+            logit_bias = architecture.get("init_logit_bias")
         if with_weights:
             weights = weights_in_folder(folder)
     else:
@@ -163,6 +168,7 @@ def _resolve_folder(model: str, path: str, with_weights: bool) -> ModelSource:
         preprocessing=preprocessing,
         weights=weights,
         tokenizer_folder=folder,
+        logit_bias=logit_bias,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import open_clip
 import safetensors.torch
 import torch
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from dist_siglip.errors import UserError
@@ -111,8 +112,8 @@ def _write(built: BuiltModel, architecture: dict[str, Any], folder: Path) -> Non
     safetensors.torch.save_file(
         _tensors(built), folder / WEIGHT_NAMES[0], metadata={"format": "pt"}
     )
-    tokenizer = tokenizer_of(built)
-    if hasattr(tokenizer, "save_pretrained"):
+    tokenizer = tokenizer_of(built).loaded()
+    if isinstance(tokenizer, HFTokenizer):
         tokenizer.save_pretrained(folder)
 
 

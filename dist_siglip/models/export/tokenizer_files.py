@@ -1,18 +1,185 @@
-"""Which files let another library cut captions into the same tokens?"""
+"""Which files let another library cut captions into the same tokens?
+
+The whole way from caption to tokens becomes one ``tokenizer.json``: the cleaning that open_clip
+does before its tokenizer, the tokenizer, and the tokens around it. What ``tokenizers`` has no
+words for is left out: mending of mojibake and of HTML entities (ftfy).
+"""
+
+import json
+import re
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from open_clip import SimpleTokenizer
 from open_clip.tokenizer import HFTokenizer
 
+from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.tokenizer import ModelTokenizer
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-def tokenizer_of(built: BuiltModel) -> SimpleTokenizer | HFTokenizer:
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's words, but for the tokens around a caption.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def tokenizer_of(built: BuiltModel) -> ModelTokenizer:
     """Return the tokenizer of a model, loaded.
 
     Raises:
-        TypeError: If the model was given a tokenizer that is none of open_clip.
+        TypeError: If the model was given a tokenizer that is none of ours.
     """
     if not isinstance(built.tokenizer, ModelTokenizer):
-        raise TypeError(f"{type(built.tokenizer).__name__} is no tokenizer of open_clip")
-    return built.tokenizer.loaded()
+        raise TypeError(f"{type(built.tokenizer).__name__} is no ModelTokenizer")
+    built.tokenizer.load()
+    return built.tokenizer
+
+
+def write_for_transformers(
+    built: BuiltModel, folder: Path, *, names: list[str]
+) -> dict[str, int | None]:
+    """Write what ``AutoTokenizer`` reads.
+
+    Args:
+        built: the model.
+        folder: gets the files.
+        names: of the tensors that the model of transformers takes.
+
+    Returns:
+        The ids of the special tokens, as a config of transformers names them.
+
+    Raises:
+        UserError: If an option of the tokenizer cannot be written down.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    ours = tokenizer_of(built)
+    inner = ours.loaded()
+    if isinstance(inner, HFTokenizer) and not inner.tokenizer.is_fast:
+        # Of SentencePiece: it has rules of its own, SiglipTokenizer those of SigLIP.
+        _refuse_options(ours)
+        inner.save_pretrained(folder)
+        return _special_ids(inner.tokenizer)
+    whole = whole_tokenizer(built)
+    special: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END}
+    if isinstance(inner, HFTokenizer):
+        theirs = inner.tokenizer
+        special = {
+            kind: str(token)
+            for kind, token in theirs.special_tokens_map.items()
+            if isinstance(token, str)
+        }
+        special["padding_side"] = theirs.padding_side
+    else:
+        # open_clip pads with token 0, which is a letter, too: captions must not be cut at it.
+        special |= {"pad_token": inner.decoder[0], "split_special_tokens": True}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=whole,
+        model_max_length=built.context_length,
+        model_input_names=names,
+        **special,
+    )
+    made.save_pretrained(folder)
+    if isinstance(inner, SimpleTokenizer) and _cleaning(ours) == "lower":
+        whole.model.save(str(folder))  # vocab.json and merges.txt, for CLIPTokenizer
+    # The class that takes tokenizer.json as it is, by the name all versions know.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return _special_ids(made)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    return {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+
+
+def whole_tokenizer(built: BuiltModel) -> "Tokenizer":
+    """Return cleaning, tokenizer and the tokens around a caption as one; without padding.
+
+    Raises:
+        UserError: If an option of the tokenizer cannot be written down.
+    """
+    from tokenizers import Tokenizer
+
+    ours = tokenizer_of(built)
+    _refuse_options(ours)
+    inner = ours.loaded()
+    if isinstance(inner, SimpleTokenizer):
+        made = _byte_pairs(inner)
+    else:
+        made = Tokenizer.from_str(inner.tokenizer.backend_tokenizer.to_str())
+        made.no_padding()
+        made.no_truncation()
+    _clean_first(made, _cleaning(ours))
+    return made
+
+
+def _cleaning(ours: ModelTokenizer) -> str:
+    """Name open_clip's cleaning of captions; its two tokenizers have different defaults."""
+    return str(ours.options.get("clean", "whitespace" if ours.hugging_face else "lower"))
+
+
+def _refuse_options(ours: ModelTokenizer) -> None:
+    """Refuse what changes tokens and has no place in a file."""
+    options = {key: value for key, value in ours.options.items() if value}
+    if ours.mode:
+        options["tokenizer_mode"] = ours.mode
+    for key in ("strip_sep_token", "reduction_mask", "additional_special_tokens", "tokenizer_mode"):
+        if key in options:
+            raise UserError(
+                f"{key} ({options[key]}) of the tokenizer of {ours.name} cannot be written into "
+                "tokenizer files; use open_clip or safetensors"
+            )
+
+
+def _byte_pairs(simple: SimpleTokenizer) -> "Tokenizer":
+    """open_clip's own tokenizer, whose tokens around a caption get the names of CLIP."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    names = {simple.sot_token_id: START, simple.eot_token_id: END}
+    made = Tokenizer(
+        models.BPE(
+            vocab={names.get(number, token): number for token, number in simple.encoder.items()},
+            merges=sorted(simple.bpe_ranks, key=simple.bpe_ranks.get),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=END,
+        )
+    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(START, simple.sot_token_id), (END, simple.eot_token_id)],
+    )
+    return made
+
+
+def _clean_first(tokenizer: "Tokenizer", cleaning: str) -> None:
+    """Put open_clip's cleaning of captions before the normalizer, unless it is there already."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = [
+        normalizers.NFC(),
+        normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
+        normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),
+    ]
+    if cleaning == "canonicalize":
+        steps.append(normalizers.Replace("_", " "))
+        steps.append(normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""))
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if cleaning in ("canonicalize", "lower"):
+        steps.append(normalizers.Lowercase())
+    own = tokenizer.normalizer
+    first = [json.loads(step.__getstate__()) for step in steps]
+    present = [] if own is None else json.loads(own.__getstate__()).get("normalizers", [])
+    if present[: len(first)] != first:
+        tokenizer.normalizer = normalizers.Sequence(steps if own is None else [*steps, own])
