@@ -6,7 +6,9 @@ text_emb/text_emb_0.npy          (R, D), same rows
 metadata/metadata_0.parquet      image_path (the key), caption, shard, place
 
 The number has leading zeros where there are ten shards or more. The metadata are written last: a
-part that has them is finished.
+part that has them is finished. A shard without any row has no files: embedding-reader, by which
+clip-retrieval and autofaiss read, passes over empty arrays but not over their metadata, and would
+pair all later files wrongly.
 """
 
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.arrow import metadata_table, num_rows_of, write_parquet
+from dist_siglip.embedding.left_out import is_all_left_out
 from dist_siglip.embedding.part import Part, PartRows
 
 
@@ -42,10 +45,13 @@ class ClipRetrievalLayout:
 
     def num_rows(self, part: Part) -> int | None:
         """Count the rows of a finished part; None if it is not finished."""
-        return num_rows_of(self.files(part)[-1])
+        found = num_rows_of(self.files(part)[-1])
+        return 0 if found is None and is_all_left_out(self._folder, part) else found
 
     def write(self, done: PartRows) -> None:
         """Write a part."""
+        if not done.rows.sample_ids:
+            return
         image_file, text_file, metadata_file = self.files(done.part)
         if done.rows.image_features is not None:
             _write_array(image_file, done.rows.image_features)

@@ -32,26 +32,18 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         UserError: if the folder holds something else, or cannot be written.
     """
     manifest = folder / _NAME
-    try:
-        if not manifest.exists():
-            others = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-            if others and _NAME not in others and not manifest.exists():
-                raise UserError(
-                    f"out ({folder}) holds {others[0]!r} and no {_NAME}; give a new folder"
-                )
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"out ({folder}) cannot be used: {error.strerror}") from error
-    try:
-        if not manifest.exists():
-            write_atomically(manifest, json.dumps(identity, indent=2) + "\n")
-        before = json.loads(manifest.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"out ({folder}) cannot be used: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{manifest} is damaged; give a new folder") from error
     now = json.loads(json.dumps(identity))
+    try:
+        if not manifest.exists():
+            _check_empty(folder)
+            write_atomically(manifest, json.dumps(now, indent=2) + "\n")
+        before = dict(json.loads(manifest.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{manifest} is damaged; give a new folder") from error
     changes = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted({*before, *now})
@@ -62,6 +54,14 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
             f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
             "the same model, shards and settings"
         )
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder that holds anything but what another rank has begun this moment."""
+    found = sorted(os.listdir(folder)) if folder.exists() else []
+    visible = [name for name in found if not name.startswith(".")]
+    if visible and not (folder / _NAME).exists():
+        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {_NAME}; give a new folder")
 
 
 def digest_model(built: BuiltModel) -> str:

@@ -37,6 +37,15 @@ def write_left_out(folder: Path, done: PartRows) -> None:
     write_atomically(left_out_file(folder, part), "".join(lines))
 
 
+def is_all_left_out(folder: Path, part: Part) -> bool:
+    """Tell whether a part is finished and has no row at all."""
+    try:
+        with left_out_file(folder, part).open(encoding="utf-8") as file:
+            return sum(1 for _ in file) == part.num_samples
+    except FileNotFoundError:
+        return part.num_samples == 0
+
+
 def check_share(
     folder: Path, left_out: int, samples: int, max_bad_fraction: float, *, is_end: bool
 ) -> None:

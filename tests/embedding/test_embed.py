@@ -102,6 +102,18 @@ def test_bad_samples_are_left_out_and_named(tmp_path, built):
     assert (second["key"], second["reason"]) == ("000004", "caption is empty")
 
 
+def test_a_shard_without_rows_has_no_files_and_is_finished(tmp_path, built):
+    members = [("a", {"png": b"no picture", "txt": b"a hen"})]
+    write_shard(tmp_path / "0.tar", members)
+    paths = [str(tmp_path / "0.tar"), *write_shards(tmp_path / "sound", (2,))]
+    settings = EmbedSettings(workers=0, device="cpu", max_bad_fraction=0.5)
+    for kept in (0, 2):
+        report = embed_shards(table_of(paths), built, tmp_path / "out", settings)
+        assert (report.kept, report.samples, report.left_out) == (kept, 3, 1)
+    names = {path.name for path in (tmp_path / "out").rglob("*.*") if path.suffix != ".jsonl"}
+    assert names == {"embed.json", "img_emb_1.npy", "text_emb_1.npy", "metadata_1.parquet"}
+
+
 def test_too_many_bad_samples_are_an_error(tmp_path, built):
     members = [(str(i), {"png": b"no picture", "txt": b"a hen"}) for i in range(3)]
     shard = str(write_shard(tmp_path / "a.tar", members))
