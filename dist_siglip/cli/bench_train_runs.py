@@ -27,6 +27,7 @@ Precision = Literal["32-true", "bf16-mixed"]
 LOG_EVERY = 10
 _PEER_PRECISION = {"32-true": "fp32", "bf16-mixed": "amp_bf16"}
 _PEER_LINE = re.compile(r"Train Epoch: \d+ \[ *(\d+)/.*Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)")
+_COMPLAINT = re.compile(r"[Ee]rror: \S")
 _CLOCK = "dist_siglip.cli.bench_train_clock.StepClock"
 
 
@@ -87,7 +88,7 @@ def run_ours(case: TrainCase, folder: Path) -> TrainSpeed:
     """Run ``dist-siglip fit`` in an empty folder.
 
     Raises:
-        UserError: if it fails; with its last line.
+        UserError: if it fails; with its complaint.
     """
     found = folder / "clock.json"
     clock = {"path": str(found), "first_step": case.warmup_steps}
@@ -131,7 +132,7 @@ def run_open_clip(case: TrainCase, folder: Path, python: str) -> TrainSpeed:
         python: interpreter of the virtual environment that has it.
 
     Raises:
-        UserError: if it fails; with its last line.
+        UserError: if it fails; with its complaint.
     """
     is_json = case.model.endswith(".json")
     samples = (case.warmup_steps + case.steps) * case.global_batch_size
@@ -223,5 +224,7 @@ def _run(command: Sequence[str], case: TrainCase, name: str) -> list[tuple[float
         raise UserError(f"{name} cannot be started: {error}") from error
     if process.returncode:
         said = [line for _, line in lines if line.strip()] or ["it said nothing"]
-        raise UserError(f"{name} ended with code {process.returncode}: {said[-1]}")
+        complaints = [line for line in said if _COMPLAINT.search(line)]  # torchrun adds a page
+        reason = (complaints or said)[-1]
+        raise UserError(f"{name} ended with code {process.returncode}: {reason}")
     return lines
