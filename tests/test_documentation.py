@@ -16,7 +16,7 @@ from tests.support.command import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "dist_siglip"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md", "docs/data.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "slurm/README.md", "docs/data.md", "docs/embed.md")
 
 
 def blocks(text, language):
@@ -80,7 +80,8 @@ def documented_commands():
         commands += [(path.name, line) for line in comment.replace("\\\n", " ").splitlines()]
     for source, line in commands:
         for part in line.split("#")[0].split("&&"):
-            if not part.strip().startswith(("dist-siglip ", "sbatch ")):
+            part = re.sub(r"^(srun|torchrun .*-m) dist[-_]siglip ", "dist-siglip ", part.strip())
+            if not part.startswith(("dist-siglip ", "sbatch ")):
                 continue
             words = shlex.split(part)
             if words[:1] == ["dist-siglip"]:

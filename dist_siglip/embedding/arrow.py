@@ -1,31 +1,22 @@
-"""How do the rows of a part become an Arrow table, and that a Parquet file?
-
-Importing this needs pyarrow.
-"""
+"""How do the rows of a part become an Arrow table, and that a Parquet file?"""
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.part import PartRows
 from dist_siglip.errors import UserError
-
-try:
-    import pyarrow
-    from pyarrow import parquet
-except ImportError as error:
-    raise UserError(
-        'embeddings with metadata need pyarrow; pip install "dist-siglip[pack]"'
-    ) from error
 
 
 def metadata_table(done: PartRows) -> pyarrow.Table:
     """Return the metadata of a part.
 
     Columns: image_path (the key of the sample, as clip-retrieval has it), caption, shard (its base
-    name) and place (of the sample within the shard, int64).
+    name) and place (of the sample among the complete ones of the shard, int64).
     """
     return pyarrow.table(
         {

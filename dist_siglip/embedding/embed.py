@@ -106,9 +106,9 @@ def embed_shards(
     """
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
-    claim_folder(out, _identity(table, built, settings))
     parts = parts_of(table)
     layout = layout_of(settings.format, out, parts)
+    claim_folder(out, _identity(table, built, settings))
     tally = Tally(out, settings.max_bad_fraction)
     pending = []
     for part in parts[world.rank :: world.world_size]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from dist_siglip.embedding.part import Part, PartRows
+from dist_siglip.errors import UserError
 
 Format = Literal["clip-retrieval", "parquet"]
 
@@ -36,13 +37,19 @@ def layout_of(name: Format, folder: Path, parts: Sequence[Part]) -> Layout:
         name: of the format.
         folder: to write into.
         parts: all of the data set.
+
+    Raises:
+        UserError: if a package that it needs is missing.
     """
-    if name == "parquet":
+    try:
+        from dist_siglip.embedding.clip_retrieval import ClipRetrievalLayout
         from dist_siglip.embedding.single_file import SingleFileLayout
-
+    except ImportError as error:
+        raise UserError(
+            f'format ({name}) needs pyarrow ({error}); pip install "dist-siglip[pack]"'
+        ) from error
+    if name == "parquet":
         return SingleFileLayout(folder, parts)
-    from dist_siglip.embedding.clip_retrieval import ClipRetrievalLayout
-
     return ClipRetrievalLayout(folder)
 
 

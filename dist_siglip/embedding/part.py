@@ -67,7 +67,7 @@ class PartRows(NamedTuple):
         return [self.keys[i - self.part.first] for i in self.rows.sample_ids]
 
     def places(self) -> NDArray[np.int64]:
-        """(R,) int64, place of each row's sample within its shard."""
+        """(R,) int64, place of each row's sample among the complete ones of its shard."""
         return np.array(self.rows.sample_ids, dtype=np.int64) - self.part.first
 
 

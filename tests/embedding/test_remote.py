@@ -5,7 +5,8 @@ import pytest
 
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
-from dist_siglip.embedding import EmbedSettings, embed_shards
+from dist_siglip.distributed import World
+from dist_siglip.embedding import EmbedSettings, ahead, embed_shards
 from dist_siglip.errors import UserError
 from tests.support.embedding import COUNTS, build_tiny, load_rows, table_of
 from tests.support.servers import serve
@@ -57,3 +58,26 @@ def test_a_shard_out_of_reach_is_not_a_shard_of_bad_samples(served, tmp_path):
     server.files["00002.tar"] = shard
     report = embed_shards(table, built, tmp_path / "out", settings)
     assert (report.kept, report.left_out) == (2, 0)
+
+
+def test_the_first_rank_of_a_node_fetches_for_its_node(served, tmp_path, monkeypatch):
+    _, server = served
+    fetched = []
+
+    class Recorder:
+        def __init__(self, cache, upcoming):
+            self.upcoming = upcoming
+
+        def start(self):
+            fetched.append([url[-9:] for url in self.upcoming()])
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(ahead, "Prefetcher", Recorder)
+    table = remote_table(server, tmp_path / "cache")
+    built = build_tiny(tmp_path)
+    for rank in (1, 3, 0, 2):  # two nodes of two ranks; shard 1 is done when rank 0 starts
+        world = World(rank=rank, world_size=4, local_rank=rank % 2, local_world_size=2)
+        embed_shards(table, built, tmp_path / "out", FP32, world=world)
+    assert fetched == [["00000.tar"], ["00002.tar"]]

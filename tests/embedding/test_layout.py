@@ -1,0 +1,23 @@
+import sys
+
+import pytest
+
+from dist_siglip.embedding.layout import layout_of, remove_partial
+from dist_siglip.errors import UserError
+
+
+@pytest.mark.parametrize("form", ["clip-retrieval", "parquet"])
+def test_without_pyarrow_there_is_one_line(tmp_path, monkeypatch, form):
+    for name in ("arrow", "clip_retrieval", "single_file"):
+        monkeypatch.delitem(sys.modules, f"dist_siglip.embedding.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r'needs pyarrow .*; pip install "dist-siglip\[pack\]"'):
+        layout_of(form, tmp_path, [])
+
+
+def test_only_what_is_half_written_of_the_given_files_goes(tmp_path):
+    left, other, whole = (".a.npy.01ab.tmp", ".b.npy.01ab.tmp", "a.npy")
+    for name in (left, other, whole):
+        (tmp_path / name).write_text("")
+    remove_partial([tmp_path / "a.npy", tmp_path / "missing" / "a.npy"])
+    assert {path.name for path in tmp_path.iterdir()} == {other, whole}
