@@ -40,8 +40,8 @@ def export(
 
     Args:
         to: open_clip for open_clip.create_model_from_pretrained("local-dir:FOLDER"); hf for
-            transformers.AutoModel and AutoProcessor; safetensors for this package, whatever the
-            image tower.
+            transformers.AutoModel and AutoProcessor; onnx for onnxruntime, a graph for each tower;
+            safetensors for this package, whatever the image tower.
         out: folder to write; it appears only when it is complete and its features are ours.
         run_dir: folder of a run, whose newest checkpoint is exported.
         ckpt_path: another checkpoint of that run.

@@ -13,6 +13,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.export.comparison import largest_difference
 from dist_siglip.models.export.hugging_face_folder import read_hugging_face, write_hugging_face
+from dist_siglip.models.export.onnx_folder import read_onnx, write_onnx
 from dist_siglip.models.export.open_clip_folder import (
     read_open_clip,
     read_safetensors,
@@ -21,7 +22,7 @@ from dist_siglip.models.export.open_clip_folder import (
 )
 from dist_siglip.models.export.whole_folder import MARK, whole_folder
 
-Form = Literal["open_clip", "hf", "safetensors"]
+Form = Literal["open_clip", "hf", "safetensors", "onnx"]
 
 # Of an entry of a feature of length 1, in fp32.
 LARGEST_DIFFERENCE = 1e-5
@@ -30,6 +31,7 @@ _FORMS = {
     "open_clip": (write_open_clip, read_open_clip),
     "hf": (write_hugging_face, read_hugging_face),
     "safetensors": (write_safetensors, read_safetensors),
+    "onnx": (write_onnx, read_onnx),
 }
 
 

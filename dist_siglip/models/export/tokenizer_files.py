@@ -112,6 +112,11 @@ def whole_tokenizer(built: BuiltModel) -> "Tokenizer":
     inner = ours.loaded()
     if isinstance(inner, SimpleTokenizer):
         made = _byte_pairs(inner)
+    elif not inner.tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {ours.name} is of SentencePiece and cannot become a tokenizer.json; "
+            "use open_clip, hf or safetensors"
+        )
     else:
         made = Tokenizer.from_str(inner.tokenizer.backend_tokenizer.to_str())
         made.no_padding()

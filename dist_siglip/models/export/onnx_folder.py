@@ -1,0 +1,152 @@
+"""The folder that onnxruntime reads: a graph for each tower, and what goes into them.
+
+    image.onnx          pixels (B, 3, H, W) fp32, normalised -> features (B, D) of length 1
+    text.onnx           tokens (B, L) int64 -> features (B, D) of length 1
+    tokenizer.json      caption to tokens, padded and cut, for ``tokenizers.Tokenizer.from_file``
+    dual_encoder.json   preprocessing, context length, scale and absolute bias
+
+B is free, H, W and L are those of the model. Logits are scale * image @ text.T + bias.
+"""
+
+import importlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import HFTokenizer
+from torch import Tensor, nn
+
+from dist_siglip.errors import UserError
+from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode
+from dist_siglip.models.export.comparison import Reader
+from dist_siglip.models.export.tokenizer_files import tokenizer_of, whole_tokenizer
+
+# A file of ONNX holds 2 GiB at most; larger weights lie beside it.
+_LARGEST_FILE_BYTES = 2**30
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tokenizers")
+_CONFIG_NAME = "dual_encoder.json"
+
+
+class _Image(nn.Module):
+    """The image tower alone."""
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder.encode_image(pixels)
+
+
+class _Text(nn.Module):
+    """The text tower alone."""
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.encoder.encode_text(tokens)
+
+
+def write_onnx(built: BuiltModel, folder: Path) -> None:
+    """Write both towers as graphs, with tokenizer and preprocessing.
+
+    Raises:
+        UserError: If a package is missing, or the tokenizer cannot be written into one file.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'to (onnx) needs {", ".join(missing)}; run: pip install "dist-siglip[onnx,hf]"'
+        )
+    _write_tokenizer(built, folder)
+    size = built.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    # Two rows: a single one would be taken for a constant.
+    pixels = torch.zeros(2, 3, height, width)
+    tokens = built.tokenizer(["a", "b"])
+    with evaluation_mode(built.encoder), _quiet():
+        _write_graph(_Image(built.encoder), pixels, "pixels", folder / "image.onnx")
+        _write_graph(_Text(built.encoder), tokens, "tokens", folder / "text.onnx")
+    config = {
+        "embed_dim": built.embed_dim,
+        "logit_scale": built.start_scale,
+        "logit_bias": built.start_bias,
+        "context_length": built.context_length,
+        "image_size": [height, width],
+        "mean": built.mean,
+        "std": built.std,
+        "interpolation": built.interpolation,
+        "resize_mode": built.resize_mode,
+    }
+    (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_onnx(built: BuiltModel, folder: Path) -> Reader:
+    """Read a folder with onnxruntime and tokenizers alone."""
+    from tokenizers import Tokenizer
+
+    runtime: Any = importlib.import_module("onnxruntime")
+    image, text = (runtime.InferenceSession(folder / f"{name}.onnx") for name in ("image", "text"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def encode_captions(captions: list[str]) -> Tensor:
+        tokens = torch.tensor([row.ids for row in tokenizer.encode_batch(captions)])
+        return torch.from_numpy(text.run(None, {"tokens": tokens.numpy()})[0])
+
+    return Reader(
+        encode_image=lambda pixels: torch.from_numpy(
+            image.run(None, {"pixels": pixels.numpy()})[0]
+        ),
+        encode_captions=encode_captions,
+    )
+
+
+def _write_tokenizer(built: BuiltModel, folder: Path) -> None:
+    made = whole_tokenizer(built)
+    inner = tokenizer_of(built).loaded()
+    pad: dict[str, Any] = {"pad_id": 0, "pad_token": "!"}
+    if isinstance(inner, HFTokenizer):
+        theirs = inner.tokenizer
+        pad = {"pad_id": theirs.pad_token_id, "pad_token": str(theirs.pad_token)}
+        pad["direction"] = theirs.padding_side
+    made.enable_truncation(built.context_length)
+    made.enable_padding(length=built.context_length, **pad)
+    made.save(str(folder / "tokenizer.json"))
+
+
+def _write_graph(tower: nn.Module, example: Tensor, name: str, path: Path) -> None:
+    program: Any = torch.onnx.export(
+        tower.eval(),
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=[name],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+    for node in program.model.graph:
+        # Where in the source, by paths of this machine, an operation comes from.
+        node.metadata_props.clear()
+        node.doc_string = None
+    num_bytes = sum(value.numel() * value.element_size() for value in tower.state_dict().values())
+    program.save(path, external_data=num_bytes > _LARGEST_FILE_BYTES)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter says of its own optimisations out of the output."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

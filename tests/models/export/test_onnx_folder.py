@@ -1,0 +1,98 @@
+"""What onnxruntime computes is what the exported model computes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dist_siglip.errors import UserError
+from dist_siglip.models import build_dual_encoder
+from dist_siglip.models.export import export_model, onnx_folder
+from tests.support.exports import (
+    BIAS,
+    CAPTIONS,
+    SCALE,
+    built_from,
+    features_of,
+    picture,
+    pixels_of,
+    prepared,
+)
+from tests.support.hugging_face import write_folder
+from tests.support.tiny_models import ARCHITECTURES
+
+onnxruntime = pytest.importorskip("onnxruntime")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip", "siglip2"])
+def pair(request, tmp_path_factory):
+    """A model and its export; the SigLIPs come from transformers with their tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "clip":
+        built = built_from(ARCHITECTURES["clip"], folder)
+    else:
+        write_folder(folder, request.param)
+        built = prepared(build_dual_encoder(f"local-dir:{folder}"))
+    export_model(built, folder / "out", to="onnx")
+    return built, folder / "out"
+
+
+def run(folder, name, rows):
+    session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+    (given,) = session.get_inputs()
+    return torch.from_numpy(session.run(["features"], {given.name: rows.numpy()})[0])
+
+
+def test_features_are_equal_for_any_number_of_rows(pair):
+    built, folder = pair
+    for count in (1, 3):
+        pixels = torch.cat([pixels_of(built, picture(i)) for i in range(count)])
+        images, texts = features_of(built, pixels, CAPTIONS[:count])
+        tokens = built.tokenizer(CAPTIONS[:count])
+        torch.testing.assert_close(run(folder, "image", pixels), images, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run(folder, "text", tokens), texts, rtol=0, atol=1e-5)
+
+
+def test_tokens_are_equal_without_transformers(pair):
+    built, folder = pair
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    captions = [*CAPTIONS, "", "one!! ! it\u2019s DON'T"]
+    found = np.array([row.ids for row in tokenizer.encode_batch(captions)])
+    assert (found == built.tokenizer(captions).numpy()).all()
+
+
+def test_what_else_is_needed_is_in_one_file(pair):
+    built, folder = pair
+    said = json.loads((folder / "dual_encoder.json").read_text())
+    assert (said["logit_scale"], said["logit_bias"]) == (SCALE, BIAS)
+    assert said["image_size"] == [built.image_size] * 2
+    assert tuple(said["mean"]) == built.mean
+    assert tuple(said["std"]) == built.std
+    assert (said["interpolation"], said["resize_mode"]) == (built.interpolation, built.resize_mode)
+    assert said["context_length"] == built.context_length
+
+
+def test_the_graphs_name_no_path(pair):
+    for path in pair[1].iterdir():
+        assert b".py" not in path.read_bytes(), path.name
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_folder, "_LARGEST_FILE_BYTES", 0)
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    export_model(built, tmp_path / "out", to="onnx")
+    assert (tmp_path / "out" / "text.onnx.data").stat().st_size > 2**20
+    tokens = built.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        ours = built.encoder.encode_text(tokens)
+    torch.testing.assert_close(run(tmp_path / "out", "text", tokens), ours, rtol=0, atol=1e-5)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_folder, "_PACKAGES", ("onnx", "no_such_package"))
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    with pytest.raises(UserError, match=r"needs no_such_package; run: pip install"):
+        export_model(built, tmp_path / "out", to="onnx")
