@@ -50,20 +50,30 @@ def write_parquet(path: Path, table: pyarrow.Table) -> None:
         parquet.write_table(table, file)
 
 
-def num_rows_of(path: Path) -> int | None:
-    """Count the rows of a Parquet file; None if there is none.
+def read_footer(path: Path) -> parquet.FileMetaData | None:
+    """Return counts and metadata of a Parquet file; None if there is none.
 
     Raises:
         UserError: if it is damaged.
     """
     try:
-        return parquet.read_metadata(path).num_rows
+        return parquet.read_metadata(path)
     except FileNotFoundError:
         return None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is no readable Parquet file; delete it, and it is made again"
         ) from error
+
+
+def num_rows_of(path: Path) -> int | None:
+    """Count the rows of a Parquet file; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    footer = read_footer(path)
+    return None if footer is None else footer.num_rows
 
 
 def _fixed_size_lists(features: NDArray[np.floating]) -> pyarrow.Array:

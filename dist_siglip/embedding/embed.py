@@ -7,6 +7,7 @@ as many ranks as you like, the rest is done.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -137,19 +138,29 @@ def embed_shards(
     with fetching_ahead(table, parts, layout, world, lambda: tally.current):
         for part in pending:
             tally.current = part.number
-            count = len(part.batches(settings.local_batch_size))
+            count = part.num_batches(settings.local_batch_size)
             rows = encoder.encode(_all_read(islice(batches, count), part))
             done = PartRows(part, rows, keys_of(table, part))
-            try:
+            with _told_in_one_line(out):
                 write_left_out(out, done)
                 layout.write(done)
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(f"out ({out}) cannot be written: {reason}") from error
             tally.add(done, len(pending))
     tally.judge(is_end=True)
-    layout.finish()
+    with _told_in_one_line(out):
+        layout.finish()
     return tally.report()
+
+
+@contextmanager
+def _told_in_one_line(out: Path) -> Iterator[None]:
+    """A full disk or a lost folder inside the block is no defect."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"out ({out}) cannot be written: {error.strerror or error}; finished shards are kept: "
+            "start again when there is room"
+        ) from error
 
 
 def _loader(
@@ -178,7 +189,7 @@ def _loader(
     )
     return embedding_loader(
         dataset,
-        [batch for part in parts for batch in part.batches(settings.local_batch_size)],
+        (batch for part in parts for batch in part.batches(settings.local_batch_size)),
         None if settings.towers == "image" else inputs.tokenizer,
         workers=settings.workers if parts else 0,
         pin_memory=pin_memory,

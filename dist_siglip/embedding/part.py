@@ -4,6 +4,7 @@ A part is what one shard becomes: number, keys and rows. Parts are written on th
 need not talk and a run that was killed loses one part.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -38,15 +39,19 @@ class Part(NamedTuple):
         """Samples of the shard, bad ones included."""
         return self.stop - self.first
 
-    def batches(self, local_batch_size: int) -> list[list[int]]:
+    def num_batches(self, local_batch_size: int) -> int:
+        """Count its batches."""
+        return -(-self.num_samples // local_batch_size)
+
+    def batches(self, local_batch_size: int) -> Iterator[list[int]]:
         """Cut its sample ids into batches.
 
         Example:
-            >>> Part(0, "0", "a.tar", 10, 15).batches(3)
+            >>> list(Part(0, "0", "a.tar", 10, 15).batches(3))
             [[10, 11, 12], [13, 14]]
         """
-        ids = list(range(self.first, self.stop))
-        return [ids[i : i + local_batch_size] for i in range(0, len(ids), local_batch_size)]
+        for start in range(self.first, self.stop, local_batch_size):
+            yield list(range(start, min(start + local_batch_size, self.stop)))
 
 
 class PartRows(NamedTuple):

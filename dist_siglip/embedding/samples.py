@@ -155,7 +155,7 @@ def embedding_loader(
 
     Args:
         dataset: samples by id.
-        batches: sample ids of every batch, in order.
+        batches: sample ids of every batch, in order; gone through once.
         tokenizer: as ``EmbeddingCollator``.
         workers: loader processes; 0 loads in this process.
         pin_memory: whether batches are copied to page-locked memory, for a GPU.

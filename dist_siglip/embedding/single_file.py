@@ -14,7 +14,7 @@ from pathlib import Path
 from pyarrow import parquet
 
 from dist_siglip.atomic import open_atomically
-from dist_siglip.embedding.arrow import full_table, num_rows_of, write_parquet
+from dist_siglip.embedding.arrow import full_table, num_rows_of, read_footer, write_parquet
 from dist_siglip.embedding.part import Part, PartRows
 
 _ROWS_OF_SHARDS = b"rows_of_shards"
@@ -32,6 +32,7 @@ class SingleFileLayout:
         self._folder = folder
         self._parts = parts
         self._joined = folder / "embeddings.parquet"
+        self._joined_rows: list[int] = []
 
     def files(self, part: Part) -> list[Path]:
         """Name the files of a part."""
@@ -40,9 +41,12 @@ class SingleFileLayout:
     def num_rows(self, part: Part) -> int | None:
         """Count the rows of a finished part; None if it is not finished."""
         found = num_rows_of(self.files(part)[0])
-        if found is None and self._joined.exists():  # it went there
-            metadata = parquet.read_schema(self._joined).metadata
-            found = int(json.loads(metadata[_ROWS_OF_SHARDS])[part.number])
+        if found is None and not self._joined_rows:
+            footer = read_footer(self._joined)
+            if footer is not None:
+                self._joined_rows = json.loads(footer.metadata[_ROWS_OF_SHARDS])
+        if found is None and self._joined_rows:
+            return self._joined_rows[part.number]
         return found
 
     def write(self, done: PartRows) -> None:
@@ -54,22 +58,20 @@ class SingleFileLayout:
         with _lock(self._folder / ".lock"):
             files = [file for part in self._parts for file in self.files(part)]
             if not self._joined.exists():
-                rows = [num_rows_of(file) for file in files]
-                if None in rows:
+                if not all(file.exists() for file in files):
                     return
-                self._join(files, [count or 0 for count in rows])
+                self._join(files)
             for file in files:
                 file.unlink(missing_ok=True)
             with suppress(OSError):  # another file is in there
                 (self._folder / "parts").rmdir()
 
-    def _join(self, files: Sequence[Path], rows: Sequence[int]) -> None:
+    def _join(self, files: Sequence[Path]) -> None:
         """Write one file, a row group for each part."""
         for left in self._folder.glob(f".{self._joined.name}.*.tmp"):  # of a killed process
             left.unlink()
-        schema = parquet.read_schema(files[0]).with_metadata(
-            {_ROWS_OF_SHARDS: json.dumps(list(rows)).encode()}
-        )
+        rows = json.dumps([num_rows_of(file) for file in files])
+        schema = parquet.read_schema(files[0]).with_metadata({_ROWS_OF_SHARDS: rows.encode()})
         with (
             open_atomically(self._joined) as file,
             parquet.ParquetWriter(file, schema) as writer,

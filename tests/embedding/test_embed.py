@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -37,6 +39,41 @@ def test_rows_are_the_features_of_each_sample_alone(tmp_path, shards, built):
     np.testing.assert_allclose(load_rows(tmp_path, "img_emb"), images, atol=1e-6)
     np.testing.assert_allclose(load_rows(tmp_path, "text_emb"), texts, atol=1e-6)
     assert (report.shards, report.kept, report.samples, report.left_out) == (4, 0, 25, 0)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "hf"])
+def test_towers_of_timm_and_of_transformers_give_the_features_of_each_sample(
+    tmp_path, shards, kind
+):
+    model = build_tiny(tmp_path, kind)
+    settings = EmbedSettings(dtype="float32", local_batch_size=5, workers=2, device="cpu")
+    embed_shards(table_of(shards), model, tmp_path / "out", settings)
+    images, texts = expected_rows(model, range(sum(COUNTS)))
+    np.testing.assert_allclose(load_rows(tmp_path / "out", "img_emb"), images, atol=1e-6)
+    np.testing.assert_allclose(load_rows(tmp_path / "out", "text_emb"), texts, atol=1e-6)
+
+
+def test_a_full_disk_is_one_line_and_costs_one_shard(tmp_path, shards, built, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    embed_shards(table_of(shards), built, tmp_path, FP32)
+    before = files_of(tmp_path)
+    (tmp_path / "metadata" / "metadata_3.parquet").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(UserError, match=r"cannot be written: No space left.*start again"):
+            embed_shards(table_of(shards), built, tmp_path, FP32)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    embed_shards(table_of(shards), built, tmp_path, FP32)
+    assert files_of(tmp_path) == before
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, shards, built):
+    embed_shards(table_of(shards), built, tmp_path, FP32)
+    (tmp_path / "metadata" / "metadata_1.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"metadata_1.parquet is no readable Parquet file; delete"):
+        embed_shards(table_of(shards), built, tmp_path, FP32)
 
 
 def test_metadata_name_every_row(tmp_path, shards, built):

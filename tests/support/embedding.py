@@ -6,6 +6,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.models.build import build_dual_encoder
+from tests.support.hugging_face import write_folder
 from tests.support.shards import caption, picture
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
@@ -13,8 +14,11 @@ COUNTS = (7, 1, 12, 5)
 
 
 def build_tiny(folder, kind="clip"):
-    """A tiny model with random weights, always the same."""
+    """A tiny model with random weights, always the same; "hf" is a folder of transformers."""
     torch.manual_seed(0)
+    if kind == "hf":
+        write_folder(folder / kind, "siglip2")
+        return build_dual_encoder(f"local-dir:{folder / kind}", image_size=32)
     return build_dual_encoder(write_config(folder / f"{kind}.json", ARCHITECTURES[kind]))
 
 
