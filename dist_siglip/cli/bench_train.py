@@ -5,7 +5,9 @@ reported is the median round. Each is a run of its own, started as a user would 
 """
 
 import json as json_text
+import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +34,8 @@ from dist_siglip.cli.bench_train_runs import (
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
+
+logger = logging.getLogger(__name__)
 
 OURS, OPEN_CLIP = "ours", "open_clip_train"
 
@@ -104,6 +108,11 @@ def train(
         raise UserError(
             f"world_sizes ({max(world_sizes)}) must be at most the {torch.cuda.device_count()} "
             "GPUs of this machine; or set device to cpu"
+        )
+    if open_clip_python is not None and shutil.which(open_clip_python) is None:
+        raise UserError(
+            f"open_clip_python ({open_clip_python}) must be a program; python -m venv FOLDER makes "
+            "FOLDER/bin/python"
         )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -178,9 +187,8 @@ def _measure(
     flops = step_flops(
         built, local_batch_size=case.local_batch_size, global_batch_size=case.global_batch_size
     )
-    found: dict[str, list[TrainSpeed]] = {OURS: []}
-    if open_clip_python is not None:
-        found[OPEN_CLIP] = []
+    names = (OURS,) if open_clip_python is None else (OPEN_CLIP, OURS)
+    found: dict[str, list[TrainSpeed]] = {name: [] for name in names}
     for number in range(rounds):
         for name, speeds in found.items():
             place = folder / f"{number}-{name}"
@@ -189,6 +197,14 @@ def _measure(
                 speeds.append(run_open_clip(case, place, open_clip_python))
             else:
                 speeds.append(run_ours(case, place))
+            logger.info(
+                "W=%d, round %d of %d, %s: %.0f samples/s",
+                case.world_size,
+                number + 1,
+                rounds,
+                name,
+                speeds[-1].samples_per_second,
+            )
     limit = max(speed.gemm_flops_per_second or 0.0 for speed in found[OURS])
     rates = {name: [s.samples_per_second for s in speeds] for name, speeds in found.items()}
     return [

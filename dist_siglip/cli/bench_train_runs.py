@@ -200,28 +200,24 @@ def _run(command: Sequence[str], case: TrainCase, name: str) -> list[tuple[float
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(case.threads),
-        "WDS_VERBOSE_CACHE": "0",
         "PYTHONUNBUFFERED": "1",
     }
     lines = []
-    try:
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-        ) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    lines.append((time.perf_counter(), line.rstrip()))  # noqa: PERF401 - the moment
-            except BaseException:
-                process.terminate()
-                raise
-    except OSError as error:
-        raise UserError(f"{name} cannot be started: {error}") from error
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append((time.perf_counter(), line.rstrip()))  # noqa: PERF401 - the moment
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode:
         said = [line for _, line in lines if line.strip()] or ["it said nothing"]
         complaints = [line for line in said if _COMPLAINT.search(line)]  # torchrun adds a page
