@@ -2,42 +2,46 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 
 from dist_siglip.cli import main
+from dist_siglip.models import build_dual_encoder
 from dist_siglip.module.trained import load_trained
 from tests.support.command import run_command, write_settings
-from tests.support.exports import CAPTIONS, features_of
+from tests.support.exports import features_of
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
-@pytest.mark.slow
-def test_what_a_run_trained_opens_in_open_clip(tmp_path, capsys):
-    settings = write_settings(tmp_path, max_steps=4, limit_val_batches=0)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A short run with the other parameterisation of the bias."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = write_settings(folder, max_steps=4, limit_val_batches=0)
     done = run_command("fit", "--config", settings, "--model.logits.bias_parameterization=relative")
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
-    assert main(["export", f"--run_dir={tmp_path / 'run'}", "--to=open_clip", f"--out={out}"]) == 0
-    assert "features differ by" in capsys.readouterr().out
+    return folder / "run"
 
-    trained = load_trained(run_dir=str(tmp_path / "run"))
-    network, _ = open_clip.create_model_from_pretrained(f"local-dir:{out}")
-    network.eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS)
-    pixels = torch.randn(3, 3, 32, 32)
-    ours = features_of(trained, pixels)
-    with torch.no_grad():
-        found = (
-            network.encode_image(pixels, normalize=True),
-            network.encode_text(tokens, normalize=True),
-        )
-    for a, b in zip(ours, found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-    assert network.logit_scale.exp().item() == pytest.approx(trained.start_scale, rel=1e-6)
-    assert network.logit_bias.item() == pytest.approx(trained.start_bias, rel=1e-6)
-    assert network.logit_bias.item() != -10
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["open_clip", "hf", "safetensors", "onnx"])
+def test_a_run_is_exported_with_its_trained_scale_and_absolute_bias(to, run_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", f"--run_dir={run_dir}", f"--to={to}", f"--out={out}"]) == 0
+    assert "features differ by" in capsys.readouterr().out
+    said = json.loads((out / "export.json").read_text())
+    trained = load_trained(run_dir=str(run_dir))
+    assert (said["logit_scale"], said["logit_bias"]) == (trained.start_scale, trained.start_bias)
+    assert trained.start_bias not in (-10, 1)
+    if to != "onnx":
+        again = build_dual_encoder(f"local-dir:{out}")
+        assert again.start_scale == pytest.approx(trained.start_scale, rel=1e-6)
+        assert again.start_bias == pytest.approx(trained.start_bias, rel=1e-6)
+        pixels = torch.randn(3, 3, 32, 32)
+        for ours, theirs in zip(
+            features_of(trained, pixels), features_of(again, pixels), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_model_by_name_is_written_with_what_was_said_of_it(tmp_path, capsys):

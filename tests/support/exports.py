@@ -18,17 +18,18 @@ NATIVE = copy.deepcopy(ARCHITECTURES)
 NATIVE["siglip"]["vision_cfg"]["image_size"] = 160
 
 
-def built_from(architecture, folder):
+def built_from(architecture, folder, *, random=True):
     """A model with random weights, a trained scale and a trained bias."""
     built = build_dual_encoder(write_config(folder / "tiny.json", architecture))
-    return prepared(built)
+    return prepared(built, random=random)
 
 
-def prepared(built):
+def prepared(built, *, random=True):
     """The same with weights that leave no two rows of features alike, and preprocessing."""
     torch.manual_seed(0)
-    for parameter in built.encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    if random:
+        for parameter in built.encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
     built.encoder.eval()
     return replace(
         built, start_scale=SCALE, start_bias=BIAS, mean=(0.4, 0.5, 0.6), std=(0.5, 0.4, 0.3)

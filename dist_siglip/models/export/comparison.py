@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.dual_encoder import evaluation_mode
 
@@ -40,17 +41,28 @@ def largest_difference(built: BuiltModel, reader: Reader) -> float:
     Args:
         built: the model that was exported.
         reader: the export, read back.
+
+    Returns:
+        A number, not-a-number if a feature read back is none.
+
+    Raises:
+        UserError: If our own features are not numbers.
     """
     size = built.image_size
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     captions = list(CAPTIONS)
     with torch.inference_mode(), evaluation_mode(built.encoder):
-        pairs = (
-            (built.encoder.encode_image(images), reader.encode_image(images)),
+        ours = torch.cat(
             (
+                built.encoder.encode_image(images),
                 built.encoder.encode_text(built.tokenizer(captions)),
-                reader.encode_captions(captions),
-            ),
+            )
         )
-        return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+        if not ours.isfinite().all():
+            raise UserError(
+                "the features of this model are not numbers; name a checkpoint from before it "
+                "diverged"
+            )
+        theirs = torch.cat((reader.encode_image(images), reader.encode_captions(captions)))
+    return float((ours - theirs).abs().max())

@@ -61,6 +61,7 @@ def write_for_transformers(
     if isinstance(inner, HFTokenizer) and not inner.tokenizer.is_fast:
         # Of SentencePiece: it has rules of its own, SiglipTokenizer those of SigLIP.
         _refuse_options(ours)
+        inner.tokenizer.model_max_length = built.context_length
         inner.save_pretrained(folder)
         return _special_ids(inner.tokenizer)
     whole = whole_tokenizer(built)

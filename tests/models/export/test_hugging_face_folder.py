@@ -61,28 +61,26 @@ MORE_CAPTIONS = [
 ]
 
 
-@pytest.fixture(params=["siglip", "siglip-naflex", "clip-hf", *MODELS])
-def built(request, tmp_path):
-    """From transformers with its tokenizer, or from open_clip with its own."""
+@pytest.fixture(scope="module", params=["siglip", "siglip-naflex", "clip-hf", *MODELS])
+def pair(request, tmp_path_factory):
+    """A model, from transformers with its tokenizer or of open_clip's own, and its export."""
+    folder = tmp_path_factory.mktemp(request.param)
     if request.param in MODELS:
-        return built_from(MODELS[request.param], tmp_path)
-    kind = {"siglip-naflex": "siglip2", "clip-hf": "clip"}.get(request.param, "siglip")
-    (tmp_path / "source").mkdir()
-    write_folder(tmp_path / "source", kind)
-    return prepared(build_dual_encoder(f"local-dir:{tmp_path / 'source'}"))
-
-
-@pytest.fixture
-def exported(built, tmp_path):
-    export_model(built, tmp_path / "out", to="hf")
-    return tmp_path / "out"
+        built = built_from(MODELS[request.param], folder)
+    else:
+        kind = {"siglip-naflex": "siglip2", "clip-hf": "clip"}.get(request.param, "siglip")
+        write_folder(folder, kind)
+        built = prepared(build_dual_encoder(f"local-dir:{folder}"))
+    export_model(built, folder / "out", to="hf")
+    return built, folder / "out"
 
 
 def is_clip(model):
     return type(model).__name__ == "CLIPModel"
 
 
-def test_features_tokens_pixels_scale_and_bias_are_equal(built, exported):
+def test_features_tokens_pixels_scale_and_bias_are_equal(pair):
+    built, exported = pair
     model = transformers.AutoModel.from_pretrained(exported).eval()
     processor = transformers.AutoProcessor.from_pretrained(exported, backend="pil")
     inputs = processor(
@@ -108,8 +106,9 @@ def test_features_tokens_pixels_scale_and_bias_are_equal(built, exported):
     torch.testing.assert_close(output.logits_per_image, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_default_processor_is_off_by_at_most_one_of_255(built, exported):
+def test_the_default_processor_is_off_by_at_most_one_of_255(pair):
     """It resizes with torchvision, which rounds otherwise than PIL."""
+    built, exported = pair
     processor = transformers.AutoProcessor.from_pretrained(exported)
     found = processor(images=picture(), return_tensors="pt").pixel_values
     one = 1 / 255 / torch.tensor(built.std).reshape(1, 3, 1, 1)
@@ -127,7 +126,8 @@ def test_a_crop_with_an_odd_margin_is_one_pixel_off(tmp_path):
     torch.testing.assert_close(found[:, :, 1:], ours[:, :, :-1], rtol=0, atol=1e-6)
 
 
-def test_our_own_reader_takes_it_back(built, exported):
+def test_our_own_reader_takes_it_back(pair):
+    built, exported = pair
     again = build_dual_encoder(f"local-dir:{exported}")
     pixels = pixels_of(built, picture())
     for ours, theirs in zip(features_of(built, pixels), features_of(again, pixels), strict=True):
@@ -138,9 +138,10 @@ def test_our_own_reader_takes_it_back(built, exported):
     assert torch.equal(again.tokenizer(MORE_CAPTIONS), built.tokenizer(MORE_CAPTIONS))
 
 
-def test_no_file_names_a_path_of_this_machine(exported, tmp_path):
-    for path in exported.glob("*.json"):
-        assert str(tmp_path) not in path.read_text(), path.name
+def test_no_file_names_a_path_of_this_machine(pair):
+    folder = pair[1]
+    for path in folder.glob("*.json"):
+        assert str(folder.parent) not in path.read_text(), path.name
 
 
 def test_the_tokenizer_of_clip_is_there_under_its_own_class(tmp_path):
