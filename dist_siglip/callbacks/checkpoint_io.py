@@ -6,13 +6,16 @@ previous good checkpoint too.
 """
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole, stored_shapes
 from dist_siglip.errors import UserError
 
 
@@ -50,12 +53,23 @@ class AtomicCheckpointIO(CheckpointIO):
         return read_checkpoint(Path(path), map_location=map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint that is no longer kept."""
-        Path(path).unlink(missing_ok=True)
+        """Delete a checkpoint that is no longer kept; a folder loses its name first."""
+        path = Path(path)
+        if path.is_dir():
+            hidden = path.with_name(f".{path.name}.{uuid4().hex}.old")
+            path.rename(hidden)
+            shutil.rmtree(hidden)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint file without executing anything; see ``AtomicCheckpointIO``."""
+    """Load a checkpoint without executing anything; see ``AtomicCheckpointIO``.
+
+    A sharded one, a folder, is put together as the file it could have been.
+    """
+    if is_sharded(path):
+        return read_whole(path)
     if not path.is_file():
         raise UserError(f"checkpoint ({path}) does not exist; name an existing .ckpt file")
     try:
@@ -74,6 +88,14 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"checkpoint ({path}) holds no state_dict; name a checkpoint of fit")
     return content
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the weights of a checkpoint by name; of a sharded one only the index is read."""
+    if is_sharded(path):
+        return stored_shapes(path)
+    state = read_checkpoint(path)["state_dict"]
+    return {name: value.shape for name, value in state.items()}
 
 
 def _unreadable(path: Path, error: Exception) -> str:

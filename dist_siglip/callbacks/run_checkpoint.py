@@ -54,4 +54,4 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(folder.checkpoint(trainer.global_step))
         if trainer.is_global_zero:
             for step in folder.steps_with_checkpoint()[: -self.keep]:
-                folder.checkpoint(step).unlink(missing_ok=True)
+                trainer.strategy.remove_checkpoint(folder.checkpoint(step))

@@ -30,7 +30,7 @@ from dist_siglip.callbacks import (
     RunCheckpoint,
     Throughput,
 )
-from dist_siglip.callbacks.checkpoint_io import read_checkpoint
+from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.table import print_evaluation
@@ -272,14 +272,14 @@ def check_fits(model: torch.nn.Module, path: Path) -> None:
     Raises:
         UserError: if it cannot be read or belongs to another model; names the first differences.
     """
-    loaded = read_checkpoint(path)["state_dict"]
-    wanted = model.state_dict()
+    loaded = read_shapes(path)
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
     problems = [f"missing {key}" for key in wanted if key not in loaded]
     problems += [f"unexpected {key}" for key in loaded if key not in wanted]
     problems += [
-        f"{key} is {tuple(loaded[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in loaded and loaded[key].shape != value.shape
+        f"{key} is {tuple(loaded[key])} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in loaded and loaded[key] != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -7,7 +7,7 @@ bias = -scale * relative_bias.
 """
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +42,9 @@ class LogitConfig:
 class LogitScaleBias(nn.Module):
     """Holds log_scale and logit_bias, or log_scale and relative_bias; returns scale and bias.
 
-    Parameters have one element and one dimension (FSDP2 rejects 0-d parameters). There is no
-    clamp: published SigLIP checkpoints have a scale above the customary limit of 100.
+    Parameters have one element and one dimension (FSDP2 rejects 0-d parameters) and stay in
+    float32 when a model around them goes to half precision. There is no clamp: published SigLIP
+    checkpoints have a scale above the customary limit of 100.
 
     The state of one parameterisation loads into the other and keeps the function: the bias is
     converted in float64. Moments of an optimizer are not; continue a run with its own.
@@ -117,6 +118,16 @@ class LogitScaleBias(nn.Module):
             train_scale=config.train_scale,
             train_bias=config.train_bias,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogitScaleBias":
+        """Move and widen like any module, but never narrow: bfloat16 has 3 digits."""
+
+        def keep_precision(value: Tensor) -> Tensor:
+            moved = fn(value)
+            is_narrower = moved.dtype.itemsize < value.dtype.itemsize
+            return value.to(moved.device) if is_narrower else moved
+
+        return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any

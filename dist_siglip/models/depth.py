@@ -18,6 +18,7 @@ _BLOCK = re.compile(
     r"(?:^|\.)(?:resblocks|blocks|layers?|block|stages)\.(\d+)\.(?:blocks\.(\d+)\.|(?=downsample))?"
     r"|(?:^|\.)layer(\d+)\.(\d+)\."
 )
+_IS_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers?|block|stages|layer\d)\.\d+$")
 _HEAD = re.compile(
     r"(?:trunk\.|transformer\.|encoder\.)*(?:ln_post|proj|attn_pool|attnpool|head|norm|fc_norm|fc"
     r"|ln_final|text_projection|pooler|final_layer_norm|ln_f)(?:\.|$)"
@@ -63,6 +64,21 @@ def places(encoder: nn.Module) -> dict[str, Place]:
             else:
                 behind = 0 if _HEAD.match(short) else len(blocks) + 1
             found[name] = Place(tower, behind)
+    return found
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Names of the blocks of a tower or of an encoder, outermost ones only.
+
+    Example:
+        >>> tower = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))})
+        >>> block_names(tower)
+        ['blocks.0', 'blocks.1']
+    """
+    found: list[str] = []
+    for name, _ in module.named_modules():
+        if _IS_BLOCK.search(name) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
     return found
 
 

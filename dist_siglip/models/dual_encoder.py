@@ -48,8 +48,12 @@ class DualEncoder(nn.Module):
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) normalised pixels to (B, D) fp32 features of length 1."""
-        return unit_rows(self.clip.encode_image(images))
+        """Encode (B, 3, H, W) normalised pixels to (B, D) fp32 features of length 1.
+
+        Pixels are taken in the precision of the tower.
+        """
+        dtype = next(self.clip.visual.parameters()).dtype
+        return unit_rows(self.clip.encode_image(images.to(dtype)))
 
     def encode_text(self, texts: Tensor) -> Tensor:
         """Encode (B, L) token ids to (B, D) fp32 features of length 1."""

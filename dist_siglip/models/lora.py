@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.depth import Tower
+from dist_siglip.models.depth import Tower, block_names
 from dist_siglip.models.dual_encoder import DualEncoder
 from dist_siglip.models.linear_attention import LinearAttention, can_split
 
-# A matrix of a numbered block: "blocks.0.attn.qkv", "resblocks.11.mlp.c_fc".
-_IN_BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers?|block|stages)\.\d+\.")
 _IS_ADAPTER = re.compile(r"(?:^|\.)lora_(?:A|B)\.")
 
 
@@ -133,7 +131,8 @@ def _targets(module: nn.Module, tower: Tower, asked: list[str] | None) -> list[s
     """Names of the layers to adapt: those asked for, else every matrix of every block."""
     names = _adaptable(module)
     if asked is None:
-        found, missing = [name for name in names if _IN_BLOCK.search(name)], []
+        blocks = tuple(f"{block}." for block in block_names(module))
+        found, missing = [name for name in names if name.startswith(blocks)], []
     else:
         ends = {end: [n for n in names if n == end or n.endswith(f".{end}")] for end in asked}
         found = [name for name in names if any(name in matches for matches in ends.values())]

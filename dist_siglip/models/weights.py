@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
 from dist_siglip.errors import UserError
 from dist_siglip.models.hugging_face_names import (
     has_flat_patches,
@@ -143,6 +144,8 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
 
 
 def _read(path: Path) -> Any:
+    if is_sharded(path):
+        return read_whole(path)
     try:
         if path.name.endswith(".safetensors.index.json"):
             return _read_shards(path)

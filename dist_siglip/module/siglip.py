@@ -25,8 +25,11 @@ from dist_siglip.models import (
 )
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
+from dist_siglip.module.optimizing import clip, configure
+from dist_siglip.module.sharding import shard_module
 from dist_siglip.module.start_calibration import calibrate_to_training_pairs
-from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
+from dist_siglip.optim import OptimConfig, ParameterRule
+from dist_siglip.optim.state_names import by_name, by_number
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ class SigLipModule(LightningModule):
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
         self._loaded_steps = 0
+        self._is_sharded = False
         # Stays on the device of the batches: reading it each step would wait for the GPU.
         self._num_substituted: Tensor | int = 0
         if compile_towers:
@@ -129,13 +133,26 @@ class SigLipModule(LightningModule):
         """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
         return max(self.global_step, self._loaded_steps)
 
+    def configure_model(self) -> None:
+        """Shard parameters if the strategy has a mesh for it."""
+        if self.device_mesh is not None and not self._is_sharded:
+            shard_module(self, self.device_mesh)
+            self._is_sharded = True
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down for which global batch scale and bias were trained."""
+        """Write down the global batch of scale and bias; name the optimizer's parameters."""
         checkpoint["global_batch_size"] = self.global_batch_size
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [
+            by_name(state, optimizer, self) if state else state
+            for state, optimizer in zip(states, self.trainer.optimizers, strict=True)
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the step: Lightning's evaluation loop restores weights only."""
         self._loaded_steps = int(checkpoint["global_step"])
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [by_number(state) for state in states]
         self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
 
     def on_fit_start(self) -> None:
@@ -253,11 +270,7 @@ class SigLipModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer and its schedule, stepped every optimizer step."""
-        optimizer, schedule = build_optimizer(self, self.optim, self.trainer.max_steps, self._rules)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return configure(self, self.optim, self._rules, is_sharded=self._is_sharded)
 
     def configure_gradient_clipping(
         self,
@@ -269,16 +282,9 @@ class SigLipModule(LightningModule):
 
         Lightning's own clipping refuses fused AdamW under mixed precision.
         """
-        if gradient_clip_algorithm not in (None, "norm"):
-            given = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
-            raise UserError(f"trainer.gradient_clip_algorithm ({given}) must be norm")
-        norm: Tensor | None = None
-        if gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        elif self._is_logged_step():
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-        if norm is not None and self._is_logged_step():
+        is_logged = self._is_logged_step()
+        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_logged)
+        if norm is not None and is_logged:
             self.log("train/grad_norm", norm)
 
     @property

@@ -89,6 +89,8 @@ def build_optimizer(
     config: OptimConfig,
     total_steps: int,
     rules: Mapping[str, ParameterRule] | None = None,
+    *,
+    scales_gradients: bool = False,
 ) -> tuple[Optimizer, LambdaLR]:
     """Build the optimizer and its schedule, which is to be stepped once per optimizer step.
 
@@ -100,10 +102,12 @@ def build_optimizer(
         config: settings.
         total_steps: optimizer steps of the whole run, not of what is left of it; > 0.
         rules: parameters with a learning rate or weight decay of their own, by name.
+        scales_gradients: a GradScaler multiplies the loss (float16). A fused optimizer would
+            divide by its factor itself, after the gradients were clipped, so none is taken.
 
     Raises:
         UserError: If nothing is trainable, total_steps is not positive, or the optimizer of the
-            settings does not take the parameters.
+            settings does not take the parameters, or is fused where gradients are scaled.
         RuntimeError: If a trainable parameter is in no group or in two.
     """
     _require("total_steps", total_steps, total_steps > 0, "> 0; set max_steps of the trainer")
@@ -134,7 +138,12 @@ def build_optimizer(
         min_fraction=config.min_learning_rate_fraction,
         cooldown_steps=config.cooldown_steps,
     )
-    optimizer = _make(config, groups, fused=can_fuse(module))
+    optimizer = _make(config, groups, fused=can_fuse(module) and not scales_gradients)
+    if scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"optimizer ({type(optimizer).__name__}) is fused, which cannot be clipped with "
+            "precision 16-mixed; give it fused: false, or take bf16-mixed"
+        )
     return optimizer, LambdaLR(optimizer, factor)
 
 

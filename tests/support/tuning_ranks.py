@@ -4,7 +4,9 @@ import warnings
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.plugins.precision import MixedPrecision
 
+from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
@@ -35,17 +37,24 @@ def batches_of(num_batches, rank=0, world_size=1, kind="siglip"):
     return found
 
 
-def fit(module, folder, batches, rank=0, world_size=1, **settings):
+def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **settings):
     """Train on the batches, one step each; return the trainer."""
     if world_size > 1:
         warnings.simplefilter("ignore")
         pretend_torchrun(rank, world_size)
-        settings["strategy"] = "ddp"
+        settings.setdefault("strategy", "ddp")
+    plugins = [AtomicCheckpointIO()]
+    if settings.get("precision") == "16-mixed":
+        # The Trainer refuses it on a CPU, where torch can do it. A scale of 65,536 would overflow
+        # at the first step, which is then skipped.
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        plugins.append(MixedPrecision(settings.pop("precision"), "cpu", scaler))
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
         logger=False,
         enable_checkpointing=False,
+        plugins=plugins,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -54,5 +63,5 @@ def fit(module, folder, batches, rank=0, world_size=1, **settings):
         **{"max_steps": len(batches), **settings},
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer

@@ -1,0 +1,285 @@
+"""How do ranks write one checkpoint together, each its own shards, and read it in any number?
+
+A folder of ``torch.distributed.checkpoint`` that holds tensors only, and beside them one file of
+plain values. It appears under its name when every rank has written its part. Nothing in it is
+executed when it is read: tensors and values load with ``weights_only=True``, and the index, which
+torch keeps as a pickle, may name the classes of an index and nothing else.
+"""
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dist_siglip.errors import UserError
+
+_INDEX = ".metadata"
+_VALUES = "values.pt"
+_MODEL = "model/"
+_OPTIMIZER = "optimizer/"
+# What the index is made of: how large each tensor is and where its pieces lie.
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "builtins": {"set"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is the folder of a sharded checkpoint."""
+    return (path / _INDEX).is_file()
+
+
+def write_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint, whose tensors may be sharded, as one folder.
+
+    Distributed contract: every rank of the default group calls it, with its shards of the same
+    tensors. The folder is complete when it has its name.
+
+    Args:
+        checkpoint: "state_dict" with tensors by name, "optimizer_states" with one state by
+            parameter name ("state", "param_groups"), and plain values, those of the first rank.
+        path: the folder; one of that name is replaced.
+    """
+    values = dict(checkpoint)
+    tensors = {_MODEL + name: value for name, value in values.pop("state_dict").items()}
+    groups = []
+    for number, state in enumerate(values.pop("optimizer_states", [])):
+        groups.append(state["param_groups"])
+        tensors |= flatten_optimizer(state, number)
+    values["param_groups"] = groups
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    beside = [path.with_name(f".{path.name}.{uuid4().hex}.tmp")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(beside)
+    folder = beside[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _quiet_alone():
+            save(tensors, storage_writer=FileSystemWriter(folder, overwrite=True))
+        if is_first:
+            with (folder / _VALUES).open("wb") as file:
+                torch.save(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folder(folder)
+            _put_in_place(folder, path)
+    except BaseException as error:
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            raise OSError(f"checkpoint ({path}) was not written ({_reason(error)})") from error
+        raise
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read what is no tensor; "param_groups" lists the groups of each optimizer.
+
+    Raises:
+        UserError: if the folder is damaged or holds more than plain values.
+    """
+    try:
+        values = torch.load(path / _VALUES, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(_damaged(path, error)) from error
+    if not isinstance(values, dict):
+        raise UserError(_damaged(path, TypeError("values.pt is no table of values")))
+    return values
+
+
+def read_into(
+    path: Path, model: Mapping[str, Any], optimizers: list[dict[str, Any]] | None = None
+) -> None:
+    """Fill tensors, sharded or not, from a checkpoint of any number of ranks, in place.
+
+    Distributed contract: every rank of the default group calls it with the same names.
+
+    Args:
+        path: the folder.
+        model: tensors by name, as "state_dict" had them.
+        optimizers: states by parameter name, as "optimizer_states" had them.
+
+    Raises:
+        UserError: if the folder is damaged, or lacks a tensor.
+    """
+    tensors = {_MODEL + name: value for name, value in model.items()}
+    for number, state in enumerate(optimizers or []):
+        tensors |= flatten_optimizer(state, number)
+    _load(path, tensors)
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """Read a checkpoint in one process, as ``write_sharded`` was given it, its tensors whole.
+
+    Raises:
+        UserError: if the folder is damaged.
+    """
+    values = read_values(path)
+    index = _read_index(path)
+    tensors = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in index.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    _load(path, tensors, no_dist=True)
+    groups = values.pop("param_groups", [])
+    states: list[dict[str, Any]] = [{"state": {}, "param_groups": each} for each in groups]
+    model: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith(_MODEL):
+            model[name.removeprefix(_MODEL)] = value
+        else:
+            _, number, parameter, key = name.split("/")
+            states[int(number)]["state"].setdefault(parameter, {})[key] = value
+    return {**values, "state_dict": model, "optimizer_states": states}
+
+
+def stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the tensors of "state_dict" by name, from the index alone.
+
+    Raises:
+        UserError: if the folder is damaged.
+    """
+    return {
+        name.removeprefix(_MODEL): stored.size
+        for name, stored in _read_index(path).state_dict_metadata.items()
+        if name.startswith(_MODEL) and isinstance(stored, TensorStorageMetadata)
+    }
+
+
+def flatten_optimizer(state: Mapping[str, Any], number: int) -> dict[str, Tensor]:
+    """Name each tensor of an optimizer's state: ``optimizer/NUMBER/PARAMETER/KEY``.
+
+    Example:
+        >>> state = {"state": {"w": {"step": torch.tensor(3.0)}}, "param_groups": []}
+        >>> flatten_optimizer(state, 0)
+        {'optimizer/0/w/step': tensor(3.)}
+    """
+    return {
+        f"{_OPTIMIZER}{number}/{parameter}/{key}": value
+        for parameter, entries in state["state"].items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load(path: Path, tensors: dict[str, Tensor], *, no_dist: bool = False) -> None:
+    try:
+        with _quiet_alone():
+            load(tensors, storage_reader=_Reader(path), no_dist=no_dist)
+    except UserError:
+        raise
+    except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Without torch's remark that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+class _Reader(FileSystemReader):
+    """Reads an index that names no foreign class and no file outside of the folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.folder = path
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        index = _read_index(self.folder)
+        if index.storage_meta is None:
+            index.storage_meta = StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_of_torch = module == "torch" and (
+            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if is_of_torch or name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}")
+
+
+def _read_index(path: Path) -> Metadata:
+    try:
+        with (path / _INDEX).open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        names = {Path(info.relative_path) for info in index.storage_data.values()}
+    # A damaged pickle fails in as many ways as it has instructions.
+    except Exception as error:
+        raise UserError(_damaged(path, error)) from error
+    if not isinstance(index, Metadata) or any(len(name.parts) != 1 for name in names):
+        raise UserError(_damaged(path, ValueError("the index names files outside of the folder")))
+    return index
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return f"checkpoint ({path}) cannot be read ({_reason(error)}); it is damaged; use another one"
+
+
+def _reason(error: BaseException) -> str:
+    """One line; of an error that torch collected from all ranks, that of the first of them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    """Give a folder its name; what had the name before goes after that."""
+    old = path.with_name(f".{path.name}.{uuid4().hex}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        folder.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    _sync_folder(path.parent)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

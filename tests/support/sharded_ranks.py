@@ -1,0 +1,78 @@
+"""Training runs under several strategies and precisions that must agree."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dist_siglip.strategies import FullyShardedStrategy
+from tests.support.tuning_ranks import batches_of, fit, locked_module
+
+
+class Losses(Callback):
+    """Keeps the global loss of every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.values.append(trainer.callback_metrics["train/loss"].item())
+
+
+def train(model, folder, case, rank=0, world_size=1, num_steps=3):
+    """Train one case; return whole parameters, losses of the steps, and the last grad norm.
+
+    Args:
+        case: "module" (settings of the module), "trainer" (of the Trainer), "shard" (of
+            FullyShardedStrategy; null is DDP), "start" and "save" (checkpoints), "done" (steps
+            behind the checkpoint).
+    """
+    module = locked_module(model, **case.get("module", {}))
+    settings: dict[str, Any] = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
+    sharding = case.get("shard")
+    if sharding is not None and world_size > 1:
+        settings["strategy"] = FullyShardedStrategy(**sharding)
+    losses = Losses()
+    # More batches than steps: Lightning would begin an epoch where they end.
+    batches = batches_of(num_steps + 8, rank, world_size)[case.get("done", 0) :]
+    trainer = fit(
+        module,
+        folder,
+        batches,
+        rank,
+        world_size,
+        case.get("start"),
+        callbacks=[losses],
+        **{"max_steps": num_steps, **settings},
+    )
+    if case.get("save"):
+        trainer.save_checkpoint(case["save"])
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(module, options=whole)
+    state = {name: value.clone() for name, value in state.items()}
+    norm = trainer.callback_metrics["train/grad_norm"].item()
+    return {"state": state, "losses": losses.values, "norm": norm}
+
+
+def train_cases(rank, world_size, model, folder, cases, num_steps=3):
+    """Train one case after the other in one process group."""
+    return [train(model, folder, case, rank, world_size, num_steps) for case in cases]
+
+
+def start_of(model, case):
+    """Parameters before the first step."""
+    module = locked_module(model, **case.get("module", {}))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def worst_error(found, expected, start):
+    """Largest distance of a parameter from what is expected, relative to its movement."""
+    return max(
+        (
+            (found[name].double() - value.double()).norm()
+            / (value.double() - start[name].double()).norm()
+        ).item()
+        for name, value in expected.items()
+        if not torch.equal(value, start[name])
+    )
