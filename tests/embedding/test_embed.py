@@ -8,6 +8,7 @@ from pyarrow import parquet
 
 from dist_siglip.distributed import World
 from dist_siglip.embedding import EmbedSettings, embed_shards
+from dist_siglip.embedding.part import keys_of, parts_of
 from dist_siglip.errors import UserError
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, load_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shard, write_shards
@@ -137,6 +138,33 @@ def test_bad_samples_are_left_out_and_named(tmp_path, built):
     assert (first["shard"], first["key"], first["place"]) == ("a.tar", "000002", 2)
     assert "no JPEG, PNG or WebP" in first["reason"]
     assert (second["key"], second["reason"]) == ("000004", "caption is empty")
+
+
+def test_incomplete_samples_that_are_skipped_shift_no_key(tmp_path, built):
+    members = [
+        (f"{i:06d}", {"png": encode(picture(i)), "txt": caption(i).encode()}) for i in range(4)
+    ]
+    del members[1][1]["png"]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    table = table_of([shard], on_damage="skip", max_bad_fraction=0.5)
+    report = embed_shards(table, built, tmp_path / "out", FP32)
+    assert (report.samples, report.left_out) == (3, 0)
+    rows = parquet.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet").to_pylist()
+    assert [(row["image_path"], row["place"]) for row in rows] == [
+        ("000000", 0),
+        ("000002", 1),
+        ("000003", 2),
+    ]
+    images, _ = expected_rows(built, [0, 2, 3])
+    np.testing.assert_allclose(load_rows(tmp_path / "out", "img_emb", (4,)), images, atol=1e-6)
+
+
+def test_a_shard_that_changed_meanwhile_is_an_error(tmp_path, built):
+    shards = write_shards(tmp_path / "shards", (3,))
+    table = table_of(shards)
+    write_shards(tmp_path / "shards", (2,))
+    with pytest.raises(UserError, match=r"changed since the start; start again"):
+        keys_of(table, parts_of(table)[0])
 
 
 def test_a_shard_without_rows_has_no_files_and_is_finished(tmp_path, built):

@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -100,4 +102,31 @@ def test_all_ranks_may_start_at_once(tmp_path, shards, built):
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0] * 8
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+class KilledError(BaseException):
+    """Nothing catches it, as nothing catches a signal."""
+
+
+@pytest.mark.parametrize("form", ["clip-retrieval", "parquet"])
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_shard_is_done_again_whichever_of_its_files_was_the_last(
+    tmp_path, shards, built, monkeypatch, form, call
+):
+    settings = EmbedSettings(format=form, workers=0, device="cpu")
+    table = table_of(shards[:2])
+    embed_shards(table, built, tmp_path / "whole", settings)
+    embed_shards(table, built, tmp_path / "out", settings, world=World(rank=0, world_size=2))
+    synced = []
+
+    def sync(descriptor):
+        synced.append(descriptor)
+        if len(synced) == call:
+            raise KilledError
+
+    with monkeypatch.context() as patch, suppress(KilledError):
+        patch.setattr(os, "fsync", sync)
+        embed_shards(table, built, tmp_path / "out", settings)
+    embed_shards(table, built, tmp_path / "out", settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
