@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.export.comparison import largest_difference
@@ -59,11 +61,15 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
 
     Raises:
         UserError: If the form cannot express the model, a package is missing, ``folder`` is in
-            use, or the features read back differ by more than 1e-5.
+            use or cannot be written, or the features read back differ by more than 1e-5.
     """
     write, read = _FORMS[to]
     with whole_folder(folder, overwrite=overwrite) as beside:
-        write(built, beside)
+        try:
+            write(built, beside)
+        except (OSError, SafetensorError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(f"out ({folder}) cannot be written: {text}") from error
         difference = largest_difference(built, read(built, beside))
         # Not-a-number fails, too.
         if not difference <= LARGEST_DIFFERENCE:

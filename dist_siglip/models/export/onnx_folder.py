@@ -59,7 +59,8 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
     """Write both towers as graphs, with tokenizer and preprocessing.
 
     Raises:
-        UserError: If a package is missing, or the tokenizer cannot be written into one file.
+        UserError: If a package is missing, a tower cannot become a graph, or the tokenizer cannot
+            be written into one file.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -119,19 +120,25 @@ def _write_tokenizer(built: BuiltModel, folder: Path) -> None:
         pad["direction"] = theirs.padding_side
     made.enable_truncation(built.context_length)
     made.enable_padding(length=built.context_length, **pad)
-    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8")
 
 
 def _write_graph(tower: nn.Module, example: Tensor, name: str, path: Path) -> None:
-    program: Any = torch.onnx.export(
-        tower.eval(),
-        (example,),
-        dynamo=True,
-        verbose=False,
-        input_names=[name],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )
+    try:
+        program: Any = torch.onnx.export(
+            tower.eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=[name],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f"to (onnx): torch cannot turn the tower that takes {name} into a graph "
+            f"({str(error).splitlines()[0][:100]}); use open_clip or safetensors"
+        ) from error
     for node in program.model.graph:
         # Where in the source, by paths of this machine, an operation comes from.
         node.metadata_props.clear()

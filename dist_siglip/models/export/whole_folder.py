@@ -26,11 +26,14 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         overwrite: replace an earlier export of this name.
 
     Raises:
-        UserError: If ``folder`` is a file, or holds files and may not be replaced.
+        UserError: If ``folder`` is a file, cannot be made, or holds files and may not be replaced.
     """
     _refuse_to_replace(folder, overwrite)
     beside = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be made: {error.strerror or error}") from error
     try:
         yield beside
         for path in (*beside.iterdir(), beside):

@@ -96,3 +96,17 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     built = built_from(ARCHITECTURES["clip"], tmp_path)
     with pytest.raises(UserError, match=r"needs no_such_package; run: pip install"):
         export_model(built, tmp_path / "out", to="onnx")
+
+
+def test_a_tower_that_cannot_become_a_graph_is_refused_in_one_line(tmp_path):
+    vision = {
+        "image_size": 64,
+        "timm_model_name": "vit_relpos_small_patch16_224",
+        "timm_proj": "linear",
+    }
+    architecture = {**ARCHITECTURES["clip"], "vision_cfg": vision}
+    built = built_from(architecture, tmp_path)
+    with pytest.raises(UserError, match="the tower that takes pixels into a graph") as caught:
+        export_model(built, tmp_path / "out", to="onnx")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]

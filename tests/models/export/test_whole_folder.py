@@ -42,6 +42,8 @@ def test_files_of_others_are_never_replaced(tmp_path):
             export_to(tmp_path, "x", overwrite=overwrite)
     with pytest.raises(UserError, match="is a file"):
         export_to(tmp_path / "thesis.tex", "x")
+    with pytest.raises(UserError, match="cannot be made: Not a directory"):
+        export_to(tmp_path / "thesis.tex" / "out", "x")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
