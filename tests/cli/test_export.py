@@ -2,14 +2,18 @@
 
 import json
 
+import open_clip
 import pytest
 import torch
+import yaml
 
 from dist_siglip.cli import main
 from dist_siglip.models import build_dual_encoder
+from dist_siglip.models.lora import LoraSettings, add_adapters
 from dist_siglip.module.trained import load_trained
+from dist_siglip.runs import RunFolder
 from tests.support.command import run_command, write_settings
-from tests.support.exports import features_of
+from tests.support.exports import CAPTIONS, features_of
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
@@ -42,6 +46,38 @@ def test_a_run_is_exported_with_its_trained_scale_and_absolute_bias(to, run_dir,
             features_of(trained, pixels), features_of(again, pixels), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_into_what_open_clip_reads(tmp_path):
+    pytest.importorskip("peft")
+    settings = write_settings(tmp_path, max_steps=4, limit_val_batches=0)
+    content = yaml.safe_load(settings.read_text())
+    for tower in ("image", "text"):
+        content["model"][f"{tower}_tower"] = {"lora": {"rank": 2}}
+    settings.write_text(yaml.safe_dump(content))
+    done = run_command("fit", "--config", settings, "--model.optim.learning_rate=0.1")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert main(["export", f"--run_dir={tmp_path / 'run'}", "--to=open_clip", f"--out={out}"]) == 0
+
+    live = build_dual_encoder(content["model"]["model"])
+    for tower in ("image", "text"):
+        add_adapters(live.encoder, tower, LoraSettings(rank=2))
+    checkpoint = RunFolder(tmp_path / "run").newest_checkpoint()
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    towers = {k.removeprefix("towers."): v for k, v in state.items() if k.startswith("towers.")}
+    live.encoder.load_state_dict(towers)
+    assert any(v.abs().max() > 0.01 for k, v in towers.items() if "lora_B" in k)
+
+    network, _ = open_clip.create_model_from_pretrained(f"local-dir:{out}")
+    network.eval()
+    pixels = torch.randn(3, 3, 32, 32)
+    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS)
+    with torch.no_grad():
+        found = (network.encode_image(pixels, True), network.encode_text(tokens, True))
+    for ours, theirs in zip(features_of(live, pixels), found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_model_by_name_is_written_with_what_was_said_of_it(tmp_path, capsys):

@@ -17,7 +17,7 @@ from dist_siglip.models.dual_encoder import evaluation_mode
 # Plain, with punctuation and capitals, with odd spaces, and longer than any context.
 CAPTIONS = (
     "two dogs on a beach",
-    "A Red car, parked_outside (in 1987)!",
+    "A Red car, parked outside (in 1987)!",
     "  three   spaces\tand a tab ",
     " ".join(["word"] * 300),
 )

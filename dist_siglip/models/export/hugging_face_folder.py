@@ -8,6 +8,8 @@ tokenizer.json, ...                 see tokenizer_files.py
 import importlib.util
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
     """Read a folder with transformers alone."""
     from transformers import AutoModel, AutoProcessor
 
-    model = AutoModel.from_pretrained(folder).eval()
+    with _no_bar():
+        model = AutoModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
 
     def encode_captions(captions: list[str]) -> Tensor:
@@ -65,6 +68,20 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
         encode_image=lambda images: _unit(model.get_image_features(pixel_values=images)),
         encode_captions=encode_captions,
     )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep the progress bar of transformers off the screen."""
+    from transformers.utils import logging as messages
+
+    was_enabled = messages.is_progress_bar_enabled()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            messages.enable_progress_bar()
 
 
 def _unit(features: Any) -> Tensor:

@@ -63,6 +63,7 @@ def write_for_transformers(
         _refuse_options(ours)
         inner.tokenizer.model_max_length = built.context_length
         inner.save_pretrained(folder)
+        _set(folder, "model_input_names", names)
         return _special_ids(inner.tokenizer)
     whole = whole_tokenizer(built)
     special: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END}
@@ -87,11 +88,15 @@ def write_for_transformers(
     if isinstance(inner, SimpleTokenizer) and _cleaning(ours) == "lower":
         whole.model.save(str(folder))  # vocab.json and merges.txt, for CLIPTokenizer
     # The class that takes tokenizer.json as it is, by the name all versions know.
+    _set(folder, "tokenizer_class", "PreTrainedTokenizerFast")
+    return _special_ids(made)
+
+
+def _set(folder: Path, key: str, value: str | list[str]) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config[key] = value
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _special_ids(made)
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int | None]:
