@@ -212,7 +212,9 @@ def test_another_model_needs_another_folder(tmp_path, shards, built):
     embed_shards(table_of(shards), built, tmp_path / "out", FP32)
     other = build_tiny(tmp_path)
     other.encoder.clip.visual.proj.data[0, 0] += 1
-    with pytest.raises(UserError, match=r"holds other embeddings: model was '\w+' and is '\w+'"):
+    with pytest.raises(
+        UserError, match=r"holds other embeddings: image_tower was '\w+' and is '\w+'"
+    ):
         embed_shards(table_of(shards), other, tmp_path / "out", FP32)
 
 
