@@ -74,7 +74,9 @@ def embed(
         pretrained: open_clip tag of the model, or a file of weights.
         towers: "both", or only "image" or "text"; with "text" no picture is decoded.
         format: "clip-retrieval" writes img_emb/, text_emb/ and metadata/, files for each shard;
-            "parquet" one embeddings.parquet with a list of numbers for each tower.
+            "parquet" one embeddings.parquet with a list of numbers for each tower; "features" a
+            file for each shard that training reads in place of a locked tower
+            (data.train_features; with dtype float32 as exact as the tower itself).
         dtype: of the embeddings in the files.
         precision: of the computation.
         device: "auto" takes this process's GPU, or the CPU; or cpu, cuda, cuda:1, ...

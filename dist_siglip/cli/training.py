@@ -38,6 +38,7 @@ from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
+from dist_siglip.module.locked_features import check_features
 from dist_siglip.runs import (
     RunFolder,
     collect_provenance,
@@ -173,6 +174,7 @@ class TrainingCLI(LightningCLI):
         if self.datamodule.bad_sample_log is None:
             self.datamodule.bad_sample_log = str(self.folder.bad_samples)
         self.datamodule.check(world_size)
+        check_features(self.datamodule, self.model.built, self.model.towers)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._checkpoint_to_start_from(given)

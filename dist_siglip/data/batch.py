@@ -13,8 +13,9 @@ class ImageTextBatch(NamedTuple):
     """Pairs of pictures and captions on one rank; row i of every field belongs to pair i.
 
     Attributes:
-        images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``.
-        texts: (B, L) int64, token ids.
+        images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``; (B, 3, 0, 0)
+            where image_features stand in.
+        texts: (B, L) int64, token ids; (B, 0) where text_features stand in.
         caption_ids: (B,) int64 >= 0; equal captions have equal ids.
         sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
             substitute, the id of the sample that is shown.
@@ -22,6 +23,8 @@ class ImageTextBatch(NamedTuple):
             batch, or a sample that could not be decoded). Always True in training.
         substituted: (B,) bool; True where the sample due here could not be decoded and
             another one stands in for it.
+        image_features: (B, D) float32, L2-normalised, of a locked tower; None: it sees images.
+        text_features: likewise for texts.
     """
 
     images: Tensor
@@ -30,17 +33,21 @@ class ImageTextBatch(NamedTuple):
     sample_ids: Tensor
     valid: Tensor
     substituted: Tensor
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
 
 
 class PairSample(NamedTuple):
     """One pair, decoded and transformed, its caption still a string.
 
     Attributes:
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8; (3, 0, 0) if image_features is given.
         caption: stripped text.
         sample_id: index of the sample that is shown.
         is_valid: whether an evaluation counts it.
         is_substitute: whether it stands in for a sample that could not be decoded.
+        image_features: (D,) float32, in place of the image.
+        text_features: (D,) float32, in place of the caption's tokens.
     """
 
     image: Tensor
@@ -48,6 +55,8 @@ class PairSample(NamedTuple):
     sample_id: int
     is_valid: bool
     is_substitute: bool
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
 
 
 class PairCollator:
@@ -64,11 +73,16 @@ class PairCollator:
     def __call__(self, samples: Sequence[PairSample]) -> ImageTextBatch:
         """Collate B samples in their order."""
         captions = [sample.caption for sample in samples]
+        image_features = [s.image_features for s in samples if s.image_features is not None]
+        text_features = [s.text_features for s in samples if s.text_features is not None]
+        no_texts = torch.empty(len(samples), 0, dtype=torch.long)
         return ImageTextBatch(
             images=torch.stack([sample.image for sample in samples]),
-            texts=self._tokenizer(captions).long(),
+            texts=no_texts if text_features else self._tokenizer(captions).long(),
             caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
             sample_ids=torch.tensor([sample.sample_id for sample in samples]),
             valid=torch.tensor([sample.is_valid for sample in samples]),
             substituted=torch.tensor([sample.is_substitute for sample in samples]),
+            image_features=torch.stack(image_features) if image_features else None,
+            text_features=torch.stack(text_features) if text_features else None,
         )

@@ -9,11 +9,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dist_siglip.data.bad_sample_log import BadSampleLog
 from dist_siglip.data.batch import PairSample
+from dist_siglip.data.cached_features import CachedFeatures
 from dist_siglip.data.captions import CaptionRule, read_json
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
@@ -25,6 +27,7 @@ from dist_siglip.data.stages import FilteredError, Stage, run_stages
 from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
 
+_NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _LOGGER = logging.getLogger(__name__)
 _BAD_ATTEMPTS = 20  # bad samples in a row for one slot
 _FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
@@ -50,6 +53,7 @@ class PairDataset(Dataset[PairSample]):
         source_ranges: (first id, id after the last) of each source; by default one has all.
         bad_sample_log: file for a JSON line about every bad sample: shard, key, sample_id, epoch,
             position, source, reason. None writes none.
+        features: rows that stand in for pictures, captions or both; a sample without one is bad.
         is_evaluation: take the first caption, and mark substitutes as not valid, so that they do
             not count.
     """
@@ -65,6 +69,7 @@ class PairDataset(Dataset[PairSample]):
         stages: Sequence[Stage] = (),
         source_ranges: Sequence[tuple[int, int]] = (),
         bad_sample_log: str | None = None,
+        features: CachedFeatures | None = None,
         is_evaluation: bool = False,
     ) -> None:
         self.table = table
@@ -75,6 +80,7 @@ class PairDataset(Dataset[PairSample]):
         self._stages = tuple(stages)
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)
+        self._features = features
         self._is_evaluation = is_evaluation
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
@@ -93,6 +99,7 @@ class PairDataset(Dataset[PairSample]):
         while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
                 image, caption = self._make(sample_id, slot, num_bad + num_filtered)
+                features = self._rows(sample_id)
             except BadSampleError as error:
                 num_bad += 1
                 self._report(sample_id, slot, error)
@@ -106,6 +113,8 @@ class PairDataset(Dataset[PairSample]):
                     sample_id=sample_id,
                     is_valid=not slot.is_padding and (is_due or not self._is_evaluation),
                     is_substitute=num_bad > 0,
+                    image_features=features.get("image"),
+                    text_features=features.get("text"),
                 )
             sample_id = self._substitute(slot, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -138,6 +147,8 @@ class PairDataset(Dataset[PairSample]):
             key = (*key, attempt)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
         caption = self._captions.choose(members, key)
+        if self._features is not None and "image" in self._features.towers:
+            return _NO_PIXELS, caption
         data = self._reader.read(self.table.image_span(sample_id))
         picture = EncodedPicture(data, max_pixels=self._max_image_pixels)
         with seeded_generators(*key):
@@ -149,6 +160,12 @@ class PairDataset(Dataset[PairSample]):
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
             changed = run_stages(self._stages, sample)
             return self._transform(changed["image"]), changed["text"]
+
+    def _rows(self, sample_id: int) -> dict[str, Tensor]:
+        """Read the features that stand in, by tower."""
+        if self._features is None:
+            return {}
+        return {tower: self._features.row(sample_id, tower) for tower in self._features.towers}
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

@@ -5,22 +5,20 @@ before anything starts, gives every rank its slice of each global batch, and res
 """
 
 import logging
-from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.batch import PairCollator, PairSample
+from dist_siglip.data.cached_features import CachedFeatures
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import build_loader
-from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.data.position import (
     BatchPlan,
     EvaluationBatchSampler,
@@ -33,18 +31,20 @@ from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.stages import Stage
 from dist_siglip.data.transforms import ImageTransform, evaluation_transform, training_transform
 from dist_siglip.datamodule.checks import check_least, check_shares
+from dist_siglip.datamodule.features import load_features
 from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
 from dist_siglip.datamodule.prefetching import start_prefetching
 from dist_siglip.datamodule.sources import TrainSource
 from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.datamodule.training_position import TrainingPosition
+from dist_siglip.datamodule.transfer import BatchTransfer
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 
 
-class ImageTextDataModule(LightningDataModule):
+class ImageTextDataModule(BatchTransfer):
     """Pairs of pictures and captions from webdataset shards, exact to the sample.
 
     Order, crops and the cut into global batches depend on the data, ``seed``,
@@ -81,6 +81,8 @@ class ImageTextDataModule(LightningDataModule):
         bad_sample_log: file for a JSON line about every bad sample. The command line takes
             bad_samples.jsonl in the run folder if it is null; a script then writes none.
         cache: copies of remote shards on each node.
+        train_features: folder or folders of ``dist-siglip embed --format features``, read in place
+            of the pictures (or captions) that a locked tower would encode.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -111,6 +113,7 @@ class ImageTextDataModule(LightningDataModule):
         on_damage: OnDamage = "refuse",
         bad_sample_log: str | None = None,
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
+        train_features: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         check_least(
@@ -152,11 +155,13 @@ class ImageTextDataModule(LightningDataModule):
         self.captions = captions
         self.stages = stages or []
         self.bad_sample_log = bad_sample_log
+        self.train_features = train_features
+        self.features: CachedFeatures | None = None
         self.position = TrainingPosition(accept_changed_data=accept_changed_data)
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
         self._prefetcher: Prefetcher | None = None
-        self._bad_samples = BadSampleLimit(max_bad_fraction)
+        self.bad_samples = BadSampleLimit(max_bad_fraction)
 
     @property
     def plan(self) -> BatchPlan | None:
@@ -171,25 +176,23 @@ class ImageTextDataModule(LightningDataModule):
     @property
     def num_substituted(self) -> int:
         """Bad samples replaced in the training batches of this rank, since this process started."""
-        return self._bad_samples.num_substituted
+        return self.bad_samples.num_substituted
 
     def check(self, world_size: int) -> None:
         """Find what is wrong with data and batch sizes before any rank is started.
 
         Reads shard headers (and leaves side-cars), no picture.
 
-        Args:
-            world_size: ranks the run will have.
-
         Raises:
-            UserError: if shards are missing or damaged, there is nothing to do, or the global batch
-                does not fit the data or the ranks.
+            UserError: if shards or features are missing or damaged, there is nothing to do, or the
+                global batch does not fit the data or the ``world_size`` ranks of the run.
         """
         if not self.tables.trains and self.val_shards is None:
             raise UserError("train_shards and val_shards are both null; set at least one")
         if self.tables.trains:
             check_divisible(self.global_batch_size, world_size)
             self._make_plan()
+            self.features = self._load_features()
         if self.val_shards is not None:
             self.tables.of("val_shards")
 
@@ -213,11 +216,12 @@ class ImageTextDataModule(LightningDataModule):
             check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         if stage == "fit":
             check_divisible(self.global_batch_size, self._world().world_size)
-            self._bad_samples.name_from(self.bad_sample_log)
+            self.bad_samples.name_from(self.bad_sample_log)
             transform = training_transform(
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
-            self.train_dataset = self.dataset_of("train_shards", transform)
+            self.features = self._load_features()
+            self.train_dataset = self.dataset_of("train_shards", transform, features=self.features)
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)
                 count_first(self.trainer, self)
@@ -228,9 +232,7 @@ class ImageTextDataModule(LightningDataModule):
             transform = evaluation_transform(self.inputs)
             self.val_dataset = self.dataset_of("val_shards", transform, is_evaluation=True)
 
-    def dataset_of(
-        self, name: str, transform: ImageTransform, *, is_evaluation: bool = False
-    ) -> PairDataset:
+    def dataset_of(self, name: str, transform: ImageTransform, **options: Any) -> PairDataset:
         """Build the data set of ``train_shards`` or ``val_shards`` as the settings say."""
         return PairDataset(
             self.tables.of(name),
@@ -241,7 +243,7 @@ class ImageTextDataModule(LightningDataModule):
             stages=self.stages,
             source_ranges=self.tables.source_ranges() if name == "train_shards" else (),
             bad_sample_log=self.bad_sample_log,
-            is_evaluation=is_evaluation,
+            **options,
         )
 
     def train_dataloader(self) -> DataLoader[PairSample]:
@@ -277,11 +279,6 @@ class ImageTextDataModule(LightningDataModule):
             self._prefetcher.stop()
             self._prefetcher = None
 
-    @cached_property
-    def _normalize(self) -> ImageNormalizer:
-        assert self.inputs is not None  # setup has checked it
-        return ImageNormalizer(self.inputs.mean, self.inputs.std)
-
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed, and what makes that number mean the same thing later."""
         return self.position.state()
@@ -295,21 +292,6 @@ class ImageTextDataModule(LightningDataModule):
         """
         self.position.restore(state_dict)
 
-    def on_before_batch_transfer(
-        self, batch: ImageTextBatch, dataloader_idx: int
-    ) -> ImageTextBatch:
-        """Count substitutes while the batch is still on the CPU."""
-        if self.trainer is not None and self.trainer.training:
-            self._bad_samples.count(int(batch.substituted.sum()))
-        return batch
-
-    def on_after_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
-        """Normalise the pictures where they are now, in the precision of the run."""
-        batch = self._normalize(batch)
-        if self.trainer is None:
-            return batch
-        return batch._replace(images=self.trainer.precision_plugin.convert_input(batch.images))
-
     def epochs(self) -> dict[str, float]:
         """Say how many epochs of the training data, or of each source of a mixture, are done."""
         return self.position.epochs()
@@ -317,13 +299,22 @@ class ImageTextDataModule(LightningDataModule):
     def advance(self) -> None:
         """Count one trained global batch."""
         self.progress.samples_consumed += self.global_batch_size
-        self._bad_samples.finish_step(self.global_batch_size, self._device())
+        self.bad_samples.finish_step(self.global_batch_size, self._device())
 
     def _make_plan(self) -> BatchPlan:
         return self.tables.plan(
             seed=self.seed,
             global_batch_size=self.global_batch_size,
             block_shards=self.block_shards,
+        )
+
+    def _load_features(self) -> CachedFeatures | None:
+        return load_features(
+            self.train_features,
+            self.tables.of("train_shards"),
+            captions=self.captions,
+            stages=self.stages,
+            train_crop_scale=self.train_crop_scale,
         )
 
     def _world(self) -> World:

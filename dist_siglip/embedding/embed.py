@@ -22,7 +22,7 @@ from dist_siglip.data.transforms import evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.embedding.ahead import fetching_ahead
 from dist_siglip.embedding.encoder import Encoder, Precision, RowType, Towers, choose_device
-from dist_siglip.embedding.folder import claim_folder, digest_model
+from dist_siglip.embedding.folder import claim_folder
 from dist_siglip.embedding.layout import Format, layout_of, remove_partial
 from dist_siglip.embedding.left_out import left_out_file, write_left_out
 from dist_siglip.embedding.part import Part, PartRows, keys_of, parts_of
@@ -35,6 +35,7 @@ from dist_siglip.embedding.samples import (
 from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.digest import digest_tower
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def embed_shards(
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
     parts = parts_of(table)
-    layout = layout_of(settings.format, out, parts)
+    layout = layout_of(settings.format, out, parts, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
     tally = Tally(out, settings.max_bad_fraction)
     pending = []
@@ -211,7 +212,8 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
     """Everything that decides the numbers, as plain values by name."""
     return {
         "version": 1,
-        "model": digest_model(built),
+        "image_tower": None if settings.towers == "text" else digest_tower(built, "image"),
+        "text_tower": None if settings.towers == "image" else digest_tower(built, "text"),
         "shards": table.fingerprint,
         "towers": settings.towers,
         "format": settings.format,

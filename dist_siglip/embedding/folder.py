@@ -5,18 +5,14 @@ model, or shards that changed, go into another folder. Ranks need not talk: all 
 same file, or write the same one.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
-from dist_siglip.models.build import BuiltModel
 
 _NAME = "embed.json"
 
@@ -62,23 +58,3 @@ def _check_empty(folder: Path) -> None:
     visible = [name for name in found if not name.startswith(".")]
     if visible and not (folder / _NAME).exists():
         raise UserError(f"out ({folder}) holds {visible[0]!r} and no {_NAME}; give a new folder")
-
-
-def digest_model(built: BuiltModel) -> str:
-    """Hash the weights of the towers and everything else that decides their features."""
-    digest = hashlib.blake2b(digest_size=8)
-    settings = {
-        "architecture": built.architecture,
-        "image_size": built.image_size,
-        "mean": built.mean,
-        "std": built.std,
-        "interpolation": built.interpolation,
-        "resize_mode": built.resize_mode,
-        "context_length": built.context_length,
-    }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(built.encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from dist_siglip.embedding.features import FeaturesLayout
 from dist_siglip.embedding.part import Part, PartRows
 from dist_siglip.errors import UserError
 
-Format = Literal["clip-retrieval", "parquet"]
+Format = Literal["clip-retrieval", "parquet", "features"]
 
 
 class Layout(Protocol):
@@ -30,17 +31,22 @@ class Layout(Protocol):
         ...
 
 
-def layout_of(name: Format, folder: Path, parts: Sequence[Part]) -> Layout:
+def layout_of(
+    name: Format, folder: Path, parts: Sequence[Part], shard_lines: Sequence[str]
+) -> Layout:
     """Return the layout of a format.
 
     Args:
         name: of the format.
         folder: to write into.
         parts: all of the data set.
+        shard_lines: what tells the versions of their shards apart.
 
     Raises:
         UserError: if a package that it needs is missing.
     """
+    if name == "features":
+        return FeaturesLayout(folder, shard_lines)
     try:
         from dist_siglip.embedding.clip_retrieval import ClipRetrievalLayout
         from dist_siglip.embedding.single_file import SingleFileLayout

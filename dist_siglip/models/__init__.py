@@ -2,7 +2,11 @@
 
 from dist_siglip.models.build import BuiltModel, build_dual_encoder
 from dist_siglip.models.dual_encoder import DualEncoder, compile_towers, evaluation_mode
-from dist_siglip.models.micro_batches import encode_in_micro_batches, refuse_batch_norm
+from dist_siglip.models.micro_batches import (
+    encode_in_micro_batches,
+    encode_tower_in_micro_batches,
+    refuse_batch_norm,
+)
 from dist_siglip.models.weights import recorded_global_batch
 
 __all__ = [
@@ -11,6 +15,7 @@ __all__ = [
     "build_dual_encoder",
     "compile_towers",
     "encode_in_micro_batches",
+    "encode_tower_in_micro_batches",
     "evaluation_mode",
     "recorded_global_batch",
     "refuse_batch_norm",

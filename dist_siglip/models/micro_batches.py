@@ -38,12 +38,21 @@ def encode_in_micro_batches(
         Image features (B, D) and text features (B, D), L2-normalised.
     """
     return (
-        _encode(encoder.encode_image, images, micro_batch_size),
-        _encode(encoder.encode_text, texts, micro_batch_size),
+        encode_tower_in_micro_batches(encoder.encode_image, images, micro_batch_size),
+        encode_tower_in_micro_batches(encoder.encode_text, texts, micro_batch_size),
     )
 
 
-def _encode(encode: Callable[[Tensor], Tensor], inputs: Tensor, micro_batch_size: int) -> Tensor:
+def encode_tower_in_micro_batches(
+    encode: Callable[[Tensor], Tensor], inputs: Tensor, micro_batch_size: int
+) -> Tensor:
+    """Encode one side; see ``encode_in_micro_batches``.
+
+    Args:
+        encode: ``encode_image`` or ``encode_text`` of an encoder.
+        inputs: B rows of what it takes.
+        micro_batch_size: rows encoded together, at least 1.
+    """
     parts = inputs.split(micro_batch_size)
     if len(parts) <= 1 or not torch.is_grad_enabled():
         # A single part would be encoded again for nothing.

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.distributed import copy_from_first_rank, sum_over_ranks
+from dist_siglip.distributed import copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.calibration import Calibration, describe_batch_change
@@ -25,9 +25,11 @@ from dist_siglip.models import (
 )
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
+from dist_siglip.module.locked_features import check_features, encode_beside_features
 from dist_siglip.module.optimizing import clip, configure
 from dist_siglip.module.sharding import shard_module
 from dist_siglip.module.start_calibration import calibrate_to_training_pairs
+from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import OptimConfig, ParameterRule
 from dist_siglip.optim.state_names import by_name, by_number
 
@@ -92,6 +94,7 @@ class SigLipModule(LightningModule):
             patch_dropout=patch_dropout,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.built = built
         self.towers = built.encoder
         tuned = tune_towers(self.towers, image_tower=image_tower, text_tower=text_tower)
         self._rules = {f"towers.{name}": ParameterRule(*how) for name, how in tuned.items()}
@@ -155,6 +158,10 @@ class SigLipModule(LightningModule):
         checkpoint["optimizer_states"] = [by_number(state) for state in states]
         self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
 
+    def setup(self, stage: str) -> None:
+        """Check that features of the data module are those of a locked tower of this model."""
+        check_features(getattr(self.trainer, "datamodule", None), self.built, self.towers)
+
     def on_fit_start(self) -> None:
         """Tell Lightning that locked parts are in evaluation mode on purpose."""
         if self.towers.is_kept_in_evaluation:
@@ -171,7 +178,7 @@ class SigLipModule(LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
-        image_features, text_features = self._encode(batch)
+        image_features, text_features = self.encode(batch)
         # Under autocast the loss's products run in the precision of the towers, and so do the
         # exchanged features; logits and gradients stay float32 inside the loss.
         device_type = image_features.device.type
@@ -186,7 +193,7 @@ class SigLipModule(LightningModule):
         loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
-            self._log_training(loss, logit_scale, logit_bias)
+            log_training(self, loss, logit_scale, logit_bias, self._num_substituted)
         return loss
 
     def check_can_calibrate(self) -> int:
@@ -297,12 +304,14 @@ class SigLipModule(LightningModule):
         base = getattr(self.loss, "base", self.loss)
         return getattr(base, "duplicates", None) or "negative"
 
-    def _encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-        if self.micro_batch_size is None:
+    def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """Encode a batch; features it brings along stand in for a locked tower."""
+        size = self.micro_batch_size
+        if batch.image_features is not None or batch.text_features is not None:
+            return encode_beside_features(self.towers, batch, size)
+        if size is None:
             return self.towers(batch.images, batch.texts)
-        return encode_in_micro_batches(
-            self.towers, batch.images, batch.texts, self.micro_batch_size
-        )
+        return encode_in_micro_batches(self.towers, batch.images, batch.texts, size)
 
     def _freeze_bias(self) -> None:
         """Keep a parameter that the loss never touches from stopping DDP."""
@@ -321,23 +330,3 @@ class SigLipModule(LightningModule):
         """Whether the step under way is one Lightning writes to its loggers."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
         return bool(every) and (self.global_step + 1) % every == 0
-
-    def _log_training(self, loss: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> None:
-        """Log global values; one small all-reduce, on logged steps only."""
-        duplicates: Tensor | None = getattr(self.loss, "last_duplicate_pairs", None)
-        counts = (self._num_substituted, 0 if duplicates is None else duplicates)
-        sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
-        loss_sum, num_substituted, num_duplicates = sum_over_ranks(sums).unbind()
-        optimizer = self.trainer.optimizers[0]
-        if duplicates is not None:
-            self.log("train/duplicate_captions", num_duplicates)
-        self.log_dict(
-            {
-                "train/loss": loss_sum / self.trainer.world_size,
-                "train/logit_scale": logit_scale.detach(),
-                "train/logit_bias": logit_bias.detach(),
-                "train/relative_bias": (-logit_bias / logit_scale).detach(),
-                "train/learning_rate": max(g["lr"] for g in optimizer.param_groups),
-                "train/substituted_samples": num_substituted,
-            }
-        )

@@ -43,7 +43,7 @@ def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
         for loaded in loader:
             batch = module.transfer_batch_to_device(loaded, module.device, 0)
             batch = data.on_after_batch_transfer(batch, 0)
-            rows.append((*module.towers(batch.images, batch.texts), batch.caption_ids))
+            rows.append((*module.encode(batch), batch.caption_ids))
     fitted = module.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
     set_logits(module.logits, fitted)
     logger.info("calibrated before the first step: %s", fitted.describe())

@@ -26,6 +26,7 @@ FREE_KEYS = frozenset(
         "data.accept_changed_data",
         "data.on_damage",  # the fingerprint watches what is left
         "data.bad_sample_log",
+        "data.train_features",  # those of the locked tower, or refused
         "data.cache.folder",
         "data.cache.max_gib",
         "data.cache.attempts",

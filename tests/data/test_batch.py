@@ -18,7 +18,8 @@ def test_rows_keep_their_order_and_types():
     assert batch.sample_ids.tolist() == [10, 11, 12]
     assert batch.valid.tolist() == [True, True, False]
     assert batch.substituted.tolist() == [False, True, False]
-    types = [field.dtype for field in batch]
+    types = [field.dtype for field in batch if field is not None]
+    assert batch.image_features is batch.text_features is None
     assert types == [torch.float32, *[torch.int64] * 3, *[torch.bool] * 2]
 
 

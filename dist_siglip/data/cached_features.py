@@ -1,0 +1,126 @@
+"""Which features stand in for the pictures, or captions, of a data set?
+
+A tower that is locked gives a picture the same features in every epoch. ``embed --format
+features`` writes them once; training then reads a row instead of decoding and encoding a picture.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.feature_file import TOWERS, FeatureFile, Tower, feature_path
+from dist_siglip.data.pairs import PairTable
+from dist_siglip.errors import UserError
+
+_MANIFEST = "embed.json"
+
+
+class CachedFeatures:
+    """Features of the samples of a table, by sample id.
+
+    Travels to loader processes, which open files of their own.
+
+    Args:
+        folders: that ``embed --format features`` wrote, of one model; together they have every
+            shard of the table.
+        table: the data set.
+
+    Attributes:
+        towers: whose features are there.
+        digests: what decides the features of each tower, see ``models.digest``.
+
+    Raises:
+        UserError: if a folder is not of that format, folders differ, or a shard has no file.
+    """
+
+    def __init__(self, folders: Sequence[str], table: PairTable) -> None:
+        manifests = [_read_manifest(Path(folder)) for folder in folders]
+        first = manifests[0]
+        self.digests: dict[Tower, str] = {
+            tower: first[f"{tower}_tower"] for tower in TOWERS if first.get(f"{tower}_tower")
+        }
+        self.towers = tuple(self.digests)
+        for folder, manifest in zip(folders, manifests, strict=True):
+            if any(manifest.get(f"{tower}_tower") != self.digests.get(tower) for tower in TOWERS):
+                raise UserError(
+                    f"train_features ({folder}) are of another model than those in {folders[0]}; "
+                    "embed all shards with the same"
+                )
+        self._captions = first
+        self._starts = table.starts
+        self._paths = [_find(folders, line) for line in table.shard_lines.split("\n")]
+        self._open: dict[int, FeatureFile] = {}
+
+    def check_captions(self, rule: CaptionRule) -> None:
+        """Check that the text features are those of the captions of a rule.
+
+        Raises:
+            UserError: if captions are drawn, or were taken from elsewhere.
+        """
+        if "text" not in self.towers:
+            return
+        if rule.pick != "first":
+            raise UserError(
+                f"captions.pick ({rule.pick}) must be first: train_features holds the features of "
+                "one caption for each sample"
+            )
+        for name in ("members", "json_field", "split_lines"):
+            now, then = getattr(rule, name), self._captions.get(f"caption_{name}")
+            if (list(now) if isinstance(now, tuple) else now) != then:
+                raise UserError(
+                    f"captions.{name} ({now}) is not what train_features were made with ({then}); "
+                    "set it so, or embed again"
+                )
+
+    def row(self, sample_id: int, tower: Tower) -> Tensor:
+        """Return the features (D,) of a sample, float32.
+
+        Raises:
+            BadSampleError: if it has none, or the file cannot be read.
+        """
+        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
+        try:
+            if shard not in self._open:
+                self._open[shard] = FeatureFile(self._paths[shard])
+            found = self._open[shard].row(sample_id - int(self._starts[shard]), tower)
+        except OSError as error:
+            raise BadSampleError(f"its features cannot be read ({error})") from error
+        if found is None:
+            raise BadSampleError(f"it has no {tower} features: it was bad when it was embedded")
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        kind = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"train_features ({folder}) is no folder of embeddings ({_MANIFEST}: "
+            f"{' '.join(str(error).split())[:80]}); make one: dist-siglip embed --format features"
+        ) from error
+    if kind != "features":
+        raise UserError(
+            f"train_features ({folder}) has format {kind}; embed the shards with --format features"
+        )
+    return dict(manifest)
+
+
+def _find(folders: Sequence[str], line: str) -> Path:
+    for folder in folders:
+        path = feature_path(Path(folder), line)
+        if path.is_file():
+            return path
+    raise UserError(
+        f"train_features ({', '.join(folders)}) lack shard {line.split(chr(9))[0]}, or hold those "
+        "of another version of it; run dist-siglip embed --format features again"
+    )

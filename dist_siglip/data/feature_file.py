@@ -1,0 +1,91 @@
+"""How do the embeddings of a shard lie in a file, so that each sample finds its row?
+
+FOLDER/features/NAME.DIGEST.safetensors, one for every shard: ``rows`` (N,) int32, the row of each
+of the N complete samples of the shard, -1 for one that has none, and ``image_features`` and
+``text_features``, (R, D) each, or one of them. The digest is that of the shard's members, so a
+shard that changed has no file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from dist_siglip.atomic import write_atomically
+
+Tower = Literal["image", "text"]
+TOWERS: tuple[Tower, ...] = ("image", "text")
+
+
+def feature_path(folder: Path, shard_line: str) -> Path:
+    r"""Name the file of a shard.
+
+    Args:
+        folder: of all shards.
+        shard_line: "name<TAB>samples<TAB>digest", as ``PairTable.shard_lines`` has it.
+
+    Example:
+        >>> feature_path(Path("f"), "train-0.tar\t10\t0123456789abcdef").as_posix()
+        'f/features/train-0.tar.0123456789abcdef.safetensors'
+    """
+    name, _, digest = shard_line.split("\t")
+    return folder / "features" / f"{name}.{digest}.safetensors"
+
+
+def write_features(
+    path: Path, features: Mapping[Tower, NDArray[np.floating]], rows: NDArray[np.int32]
+) -> None:
+    """Write the file of a shard, whole.
+
+    Args:
+        path: as ``feature_path`` names it.
+        features: (R, D) for each tower, L2-normalised.
+        rows: (N,), the row of each sample, or -1.
+    """
+    tensors: dict[str, NDArray[Any]] = {"rows": rows.astype(np.int32)}
+    for tower, values in features.items():
+        tensors[f"{tower}_features"] = np.ascontiguousarray(values)
+    write_atomically(path, save(tensors))
+
+
+class FeatureFile:
+    """The rows of one shard, read one at a time from a file that stays open.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            self._rows: NDArray[np.int32] = self._file.get_tensor("rows").numpy()
+            self._slices = {
+                tower: self._file.get_slice(f"{tower}_features")
+                for tower in TOWERS
+                if f"{tower}_features" in self._file.keys()  # noqa: SIM118 - it is no mapping
+            }
+        except SafetensorError as error:
+            raise OSError(f"{path} is damaged ({error})") from error
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the shard, those without a row included."""
+        return len(self._rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples that have a row."""
+        return int((self._rows >= 0).sum())
+
+    def row(self, place: int, tower: Tower) -> Tensor | None:
+        """Return the features (D,) of the sample at a place of the shard; None if it has none."""
+        row = int(self._rows[place])
+        if row < 0:
+            return None
+        found: Tensor = self._slices[tower][row : row + 1][0]
+        return found.float()

@@ -1,0 +1,33 @@
+"""Does a tower give the same features as another?"""
+
+import hashlib
+import json
+
+import torch
+
+from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.depth import Tower
+
+
+def digest_tower(built: BuiltModel, tower: Tower) -> str:
+    """Hash the weights of one tower and everything else that decides its features.
+
+    Towers with the same digest give the same features, but for rounding. Half precision, an
+    adapter or a changed weight gives another one.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if tower == "image":
+        architecture = built.architecture["vision_cfg"]
+        inputs = [built.image_size, built.mean, built.std, built.interpolation, built.resize_mode]
+    else:
+        architecture = built.architecture["text_cfg"]
+        inputs = [built.context_length]
+    settings = [architecture, built.embed_dim, built.architecture.get("quick_gelu"), inputs]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(built.encoder.state_dict().items()):
+        if name.startswith("clip.visual.") != (tower == "image"):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""When may features that were written down stand in for a tower, and how does a step use them?"""
+
+import torch
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.cached_features import CachedFeatures
+from dist_siglip.errors import UserError
+from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
+from dist_siglip.models.depth import places
+from dist_siglip.models.digest import digest_tower
+
+
+def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None:
+    """Check that the features a data module reads are those of towers that are locked whole.
+
+    Args:
+        data: data module; one without ``features`` is fine.
+        built: what the towers were built as.
+        towers: as they will train.
+
+    Raises:
+        UserError: if a tower trains, or gives other features.
+    """
+    features: CachedFeatures | None = getattr(data, "features", None)
+    if features is None:
+        return
+    found = places(towers)
+    for tower in features.towers:
+        trained = [
+            name
+            for name, parameter in towers.named_parameters()
+            if parameter.requires_grad and found[name].tower == tower
+        ]
+        if trained:
+            raise UserError(
+                f"train_features hold features of the {tower} tower, which trains ({trained[0]}, "
+                f"{len(trained)} in all); set {tower}_tower.locked: true without unlocked_groups "
+                "or lora, or leave train_features out"
+            )
+        if digest_tower(built, tower) != features.digests[tower]:
+            raise UserError(
+                f"train_features are not those of this {tower} tower: other weights or other "
+                "preprocessing; embed the shards again with the model of this run"
+            )
+
+
+def encode_beside_features(
+    towers: DualEncoder, batch: ImageTextBatch, micro_batch_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode the side of a batch that has no features; those of the other side are taken as is.
+
+    Returns:
+        Image features (B, D) and text features (B, D), L2-normalised, float32.
+    """
+    image_features, text_features = batch.image_features, batch.text_features
+    size = micro_batch_size or len(batch.images)
+    if image_features is None:
+        image_features = encode_tower_in_micro_batches(towers.encode_image, batch.images, size)
+    if text_features is None:
+        text_features = encode_tower_in_micro_batches(towers.encode_text, batch.texts, size)
+    return image_features, text_features

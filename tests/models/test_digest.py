@@ -1,0 +1,26 @@
+import torch
+
+from dist_siglip.models.digest import digest_tower
+from tests.support.embedding import build_tiny
+
+
+def test_the_digest_of_a_tower_depends_on_its_weights_and_its_inputs_alone(tmp_path):
+    built = build_tiny(tmp_path)
+    image, text = (digest_tower(built, tower) for tower in ("image", "text"))
+    assert digest_tower(build_tiny(tmp_path), "image") == image != text
+    built.encoder.clip.visual.proj.data[0, 0] += 1
+    assert digest_tower(built, "image") != image
+    assert digest_tower(built, "text") == text
+    built.encoder.clip.visual.proj.data[0, 0] -= 1
+    object.__setattr__(built, "mean", (0.1, 0.2, 0.3))
+    assert digest_tower(built, "image") != image
+    assert digest_tower(built, "text") == text
+    object.__setattr__(built, "context_length", 5)
+    assert digest_tower(built, "text") != text
+
+
+def test_half_precision_weights_have_a_digest_of_their_own(tmp_path):
+    built = build_tiny(tmp_path)
+    first = digest_tower(built, "image")
+    built.encoder.to(torch.bfloat16)
+    assert digest_tower(built, "image") != first
