@@ -9,12 +9,14 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from pyarrow import parquet
+from safetensors.numpy import load_file
 
 from dist_siglip.distributed import World
 from dist_siglip.embedding import EmbedSettings, embed_shards
 from tests.support.embedding import build_tiny, table_of
 from tests.support.shards import write_shards
 
+FORMS = ("clip-retrieval", "parquet", "features")
 COUNTS = tuple(1 + n % 4 for n in range(30))
 
 
@@ -53,8 +55,9 @@ def start_ranks(world_size, shards, built, out, settings):
 
 
 def num_written(out):
-    """Parts that are finished, of either form."""
-    return len([*out.glob("metadata/*.parquet"), *out.glob("parts/*.parquet")])
+    """Parts that are finished, of any form."""
+    patterns = ("metadata/*.parquet", "parts/*.parquet", "features/*.safetensors")
+    return sum(len(list(out.glob(pattern))) for pattern in patterns)
 
 
 def read_all(out):
@@ -64,12 +67,14 @@ def read_all(out):
             np.load(path)
         elif path.suffix == ".parquet":
             parquet.ParquetFile(path).read()
+        elif path.suffix == ".safetensors":
+            load_file(path)
         elif path.is_file():
             json.loads(path.read_text())
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["clip-retrieval", "parquet"])
+@pytest.mark.parametrize("form", FORMS)
 def test_killed_again_and_again_the_files_have_the_same_bytes(tmp_path, shards, built, form):
     settings = EmbedSettings(format=form, local_batch_size=2, workers=0, device="cpu")
     embed_shards(table_of(shards), built, tmp_path / "whole", settings)
@@ -109,7 +114,7 @@ class KilledError(BaseException):
     """Nothing catches it, as nothing catches a signal."""
 
 
-@pytest.mark.parametrize("form", ["clip-retrieval", "parquet"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("call", range(1, 7))
 def test_a_shard_is_done_again_whichever_of_its_files_was_the_last(
     tmp_path, shards, built, monkeypatch, form, call
