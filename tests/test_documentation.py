@@ -23,6 +23,7 @@ PAGES = (
     "docs/data.md",
     "docs/embed.md",
     "docs/export.md",
+    "docs/finetuning.md",
 )
 
 

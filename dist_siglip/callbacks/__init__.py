@@ -1,19 +1,25 @@
 """What plugs into a Lightning Trainer: logging, progress, checkpoints, evaluation records."""
 
 from dist_siglip.callbacks.checkpoint_io import AtomicCheckpointIO
+from dist_siglip.callbacks.collapse_alarm import CollapseAlarm
 from dist_siglip.callbacks.evaluation_record import EvaluationRecord
 from dist_siglip.callbacks.metrics_log import MetricsLog
 from dist_siglip.callbacks.progress import ProgressReport
 from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
+from dist_siglip.callbacks.start_evaluation import StartEvaluation
 from dist_siglip.callbacks.termination import EndOnTermination
 from dist_siglip.callbacks.throughput import Throughput
+from dist_siglip.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "AtomicCheckpointIO",
+    "CollapseAlarm",
     "EndOnTermination",
     "EvaluationRecord",
     "MetricsLog",
     "ProgressReport",
     "RunCheckpoint",
+    "StartEvaluation",
     "Throughput",
+    "WeightAverage",
 ]

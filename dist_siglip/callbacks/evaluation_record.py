@@ -31,7 +31,8 @@ class EvaluationRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; each appears whole or not at all."""
         evaluation = getattr(pl_module, "last_evaluation", None)
-        if evaluation is None or not trainer.is_global_zero or trainer.sanity_checking:
+        is_check = trainer.sanity_checking and trainer.num_sanity_val_steps != math.inf
+        if evaluation is None or not trainer.is_global_zero or is_check:
             return
         folder = RunFolder(Path(trainer.default_root_dir)).evaluation
         numbers = {"step": pl_module.last_evaluated_step, **evaluation.metrics}

@@ -23,11 +23,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks import (
     AtomicCheckpointIO,
+    CollapseAlarm,
     EndOnTermination,
     EvaluationRecord,
     MetricsLog,
     ProgressReport,
     RunCheckpoint,
+    StartEvaluation,
     Throughput,
 )
 from dist_siglip.callbacks.checkpoint_io import read_shapes
@@ -113,7 +115,14 @@ class TrainingCLI(LightningCLI):
             help="Folder of the run. If it holds checkpoints of this run, fit goes on from the "
             "newest.",
         )
+        parser.add_argument(
+            "--evaluate_at_start",
+            type=bool | None,
+            default=None,
+            help="Evaluate before the first step of a new run. Null: if its weights are loaded.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(CollapseAlarm, "collapse_alarm")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("data.global_batch_size", "model.global_batch_size")
         parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
@@ -133,6 +142,7 @@ class TrainingCLI(LightningCLI):
             Throughput(),
             ProgressReport(),
             EvaluationRecord(),
+            StartEvaluation(),
         ]
         metrics_log = MetricsLog(root)
         trainer = super().instantiate_trainer(
@@ -206,6 +216,8 @@ class TrainingCLI(LightningCLI):
             return
         if start is not None:
             logger.info("going on from %s", start)
+        elif self._evaluates_at_start():
+            self.trainer.num_sanity_val_steps = float("inf")
         self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
         if self.trainer.global_step < self.trainer.max_steps:
             raise KeyboardInterrupt  # Lightning stops quietly; the caller must see it
@@ -217,6 +229,10 @@ class TrainingCLI(LightningCLI):
                 from dist_siglip.report import write_report
 
                 write_report(self.folder.path)
+
+    def _evaluates_at_start(self) -> bool:
+        asked: bool | None = self._get(self.config, "evaluate_at_start")
+        return self.model.built.weights_loaded if asked is None else asked
 
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.constellation import constellation, quantile_constellation
+from dist_siglip.metrics.effective_rank import effective_rank
 from dist_siglip.metrics.gap import modality_gap
 from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
 from dist_siglip.metrics.pair_statistics import (
@@ -85,7 +86,8 @@ def evaluate_pairs(
         constellation margin, relative_bias, margin_5_95, relative_bias_5_95
         gap           modality_gap (distance of centroids), relative_modality_gap,
                       mean_pair_distance, alignment, positive_cosine, image_cosine, text_cosine,
-                      image_uniformity, text_uniformity, linear_separability
+                      image_uniformity, text_uniformity, image_effective_rank,
+                      text_effective_rank, linear_separability
         gallery       gallery_pairs, distinct_captions
 
     Distributed contract: every rank passes its own pairs, any number of them (0 too). Four or
@@ -277,6 +279,7 @@ def _gap_metrics(
         metrics[f"{name}_uniformity"] = uniformity(
             features, chunk_rows=chunk_rows, exchange=exchange, group=group
         )
+        metrics[f"{name}_effective_rank"] = effective_rank(features, group=group)
     metrics["linear_separability"] = linear_separability(
         rows.image_features,
         rows.text_features,

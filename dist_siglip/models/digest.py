@@ -8,6 +8,9 @@ import torch
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
 
+# Of training only, or where a file lies.
+_IRRELEVANT = frozenset({"patch_dropout", "hf_tokenizer_name"})
+
 
 def digest_tower(built: BuiltModel, tower: Tower) -> str:
     """Hash the weights of one tower and everything else that decides its features.
@@ -22,6 +25,7 @@ def digest_tower(built: BuiltModel, tower: Tower) -> str:
     else:
         architecture = built.architecture["text_cfg"]
         inputs = [built.context_length]
+    architecture = {key: architecture[key] for key in architecture if key not in _IRRELEVANT}
     settings = [architecture, built.embed_dim, built.architecture.get("quick_gelu"), inputs]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(built.encoder.state_dict().items()):

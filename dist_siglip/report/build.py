@@ -54,6 +54,8 @@ _SPACE_MEASURES = (
     ("alignment", "alignment", "mean squared distance of a pair, 0 is perfect"),
     ("image uniformity", "image_uniformity", "0: one point, -4: spread over the sphere"),
     ("text uniformity", "text_uniformity", "0: one point, -4: spread over the sphere"),
+    ("image effective rank", "image_effective_rank", "directions the images spread over"),
+    ("text effective rank", "text_effective_rank", "directions the texts spread over"),
 )
 
 

@@ -93,7 +93,8 @@ def test_a_run_is_calibrated_before_its_first_step(trained, tmp_path, capsys):
         assert done.returncode == 0, done.stderr
         assert (warning in done.stderr) == (pairs == "null")
         assert ("calibrated before the first step" in done.stderr) == (pairs == "4096")
-        firsts[pairs] = json.loads(run.metrics.read_text().splitlines()[0])
+        lines = map(json.loads, run.metrics.read_text().splitlines())
+        firsts[pairs] = next(line for line in lines if "train/loss" in line)
     asked = calibrate(capsys, *arguments, f"--run_dir={tmp_path / 'none'}")
     assert asked["expected_loss"] < asked["expected_loss_before"]
     assert firsts["null"]["train/loss"] == pytest.approx(asked["expected_loss_before"], rel=1e-4)

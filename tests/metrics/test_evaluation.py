@@ -23,6 +23,7 @@ NAMES = {
     *("loss", "margin", "relative_bias", "margin_5_95", "relative_bias_5_95", "modality_gap"),
     *("relative_modality_gap", "mean_pair_distance", "alignment", "positive_cosine"),
     *("image_cosine", "text_cosine", "image_uniformity", "text_uniformity"),
+    *("image_effective_rank", "text_effective_rank"),
     *("linear_separability", "gallery_pairs", "distinct_captions"),
 }
 

@@ -19,6 +19,13 @@ def test_the_digest_of_a_tower_depends_on_its_weights_and_its_inputs_alone(tmp_p
     assert digest_tower(built, "text") != text
 
 
+def test_what_counts_in_training_only_leaves_the_digest_alone(tmp_path):
+    built = build_tiny(tmp_path)
+    first = digest_tower(built, "image")
+    built.architecture["vision_cfg"]["patch_dropout"] = 0.5
+    assert digest_tower(built, "image") == first
+
+
 def test_half_precision_weights_have_a_digest_of_their_own(tmp_path):
     built = build_tiny(tmp_path)
     first = digest_tower(built, "image")

@@ -1,0 +1,45 @@
+"""In how many directions do the embeddings of a modality spread?"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.metrics.checks import check_features
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> float:
+    """Exponential of the entropy of the normalised singular values of all ranks' features.
+
+        p_k = s_k / sum_j s_j        effective rank = exp(-sum_k p_k log p_k)
+
+    with s_k the singular values of the (N, D) matrix of features, which are not centred. It is
+    between 1 (all on one line) and min(N, D); a model that collapses loses it.
+
+    Distributed contract: every rank passes its own rows, any number of them; the result is that of
+    all rows and equal on every rank. One all-reduce of (D, D).
+
+    Args:
+        features: (B, D), finite.
+        group: process group.
+
+    Raises:
+        UserError: if features are not finite; on every rank.
+
+    Example:
+        >>> round(effective_rank(torch.eye(3)), 6), round(effective_rank(torch.ones(3, 2)), 6)
+        (3.0, 1.0)
+
+    Source:
+        Roy and Vetterli 2007, "The effective rank"; Garrido et al. 2023, arXiv:2210.02885,
+        equation 1 (RankMe), without its epsilon.
+    """
+    row_ids = torch.arange(len(features), device=features.device)
+    check_features([("features", features)], [("rows", row_ids)], unit_norm=False, group=group)
+    rows = features.double()
+    second_moment = sum_over_ranks(rows.T @ rows, group).cpu()
+    singular = torch.linalg.eigvalsh(second_moment).clamp_min(0).sqrt()
+    shares = singular / singular.sum()
+    # x log x goes to 0 with x; rounding of the eigenvalues leaves shares of 1e-8.
+    return float(torch.exp(-torch.xlogy(shares, shares).sum()))

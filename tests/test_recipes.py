@@ -1,0 +1,86 @@
+"""Each recipe of configs/ runs: its settings, a tiny model of the same kind, two steps."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from dist_siglip.data.handwriting import write_handwriting_shards
+from dist_siglip.runs import RunFolder
+from tests.support.command import run_command
+from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Shards, a model as JSON, and weights of it."""
+    folder = tmp_path_factory.mktemp("parts")
+    shards = write_handwriting_shards(
+        folder / "data", num_train_pairs=40, num_val_pairs=16, num_train_shards=2, image_size=32
+    )
+    weights = {
+        name: value
+        for name, value in network_of(ARCHITECTURES["siglip"]).state_dict().items()
+        if name not in ("logit_scale", "logit_bias")
+    }
+    save_file(weights, folder / "weights.safetensors")
+    write_config(folder / "tiny.json", ARCHITECTURES["siglip"])
+    return SimpleNamespace(folder=folder, train=shards.train, val=shards.val)
+
+
+def shrunk(recipe, parts, folder):
+    """Settings that make a recipe small; everything else stays as the file says."""
+    model, trainer = recipe["model"], recipe["trainer"]
+    found = {
+        "run_dir": folder / "run",
+        "model.model": parts.folder / "tiny.json",
+        "model.optim.warmup_steps": 1,
+        "data.train_shards": parts.train,
+        "data.val_shards": parts.val,
+        "data.global_batch_size": 8,
+        "data.val_local_batch_size": 8,
+        "data.workers_per_rank": 0,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2 if "strategy" in trainer else 1,
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+        "checkpoint.every_steps": 2,
+        "collapse_alarm.action": "warn",
+    }
+    for name, value in (("micro_batch_size", 4), ("calibration_pairs", 16)):
+        if name in model:
+            found[f"model.{name}"] = value
+    if "pretrained" in model:
+        found["model.pretrained"] = parts.folder / "weights.safetensors"
+    if "cooldown_steps" in model.get("optim", {}):
+        found["model.optim.cooldown_steps"] = 1
+    if recipe["data"].get("train_features"):
+        found["data.train_features"] = folder / "features"
+    return [word for name, value in found.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_recipe_trains_two_steps_and_evaluates(path, parts, tmp_path):
+    recipe = yaml.safe_load(path.read_text())
+    if recipe["data"].get("train_features"):
+        command = ["embed", parts.train, "--out", tmp_path / "features"]
+        command += ["--format", "features", "--towers", "image", "--dtype", "float32"]
+        command += ["--model", parts.folder / "tiny.json", "--workers", 0]
+        command += ["--pretrained", parts.folder / "weights.safetensors"]
+        done = run_command(*command)
+        assert done.returncode == 0, done.stderr
+    done = run_command("fit", "--config", path, *shrunk(recipe, parts, tmp_path))
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(tmp_path / "run")
+    assert run.steps_with_checkpoint() == [2]
+    lines = list(map(json.loads, run.metrics.read_text().splitlines()))
+    evaluated = [line["step"] for line in lines if "val/loss" in line]
+    # A recipe with weights is evaluated before its first step.
+    assert evaluated == ([0, 2] if "pretrained" in recipe["model"] else [2])
+    assert run.report.stat().st_size > 0
