@@ -50,7 +50,7 @@ def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **setting
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
         plugins.append(MixedPrecision(settings.pop("precision"), "cpu", scaler))
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=settings.pop("accelerator", "cpu"),
         devices=world_size,
         logger=False,
         enable_checkpointing=False,
@@ -59,8 +59,7 @@ def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **setting
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        log_every_n_steps=1,
-        **{"max_steps": len(batches), **settings},
+        **{"max_steps": len(batches), "log_every_n_steps": 1, **settings},
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(module, loader, ckpt_path=ckpt_path)

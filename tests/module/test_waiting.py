@@ -1,0 +1,52 @@
+"""A step that is not logged makes the host wait for nothing."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from dist_siglip.callbacks import EndOnTermination, Throughput
+from tests.support.processes import run_ranks
+from tests.support.sync_ranks import count_all
+from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import batches_of, fit, locked_module
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_no_value_is_read_and_no_collective_asked_for_in_a_step(tmp_path):
+    """Steps 2 to 5 of two ranks; the count notices Lightning's broadcast, and a loss that is read.
+
+    The features travel point to point, and DDP reduces inside its own code.
+    """
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
+    for ours, lightnings, reading in run_ranks(count_all, 2, model, str(tmp_path)):
+        assert ours == {"waits": [], "calls": []}
+        assert lightnings["calls"] == ["broadcast"] * 4
+        assert len(lightnings["waits"]) == 4
+        assert len(reading["waits"]) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
+    """CUDA itself raises wherever the host would wait, in steps 3 to 6."""
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
+    module = locked_module(model)
+
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if 2 < batch_idx < 6 else "default")
+
+    try:
+        callbacks = [EndOnTermination(), Throughput(), Strict()]
+        fit(
+            module,
+            tmp_path,
+            batches_of(8),
+            accelerator="gpu",
+            callbacks=callbacks,
+            log_every_n_steps=100,
+            gradient_clip_val=1.0,
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
