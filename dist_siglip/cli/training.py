@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -46,6 +47,7 @@ from dist_siglip.runs import (
     collect_provenance,
     describe_differences,
 )
+from dist_siglip.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +147,17 @@ class TrainingCLI(LightningCLI):
             StartEvaluation(),
         ]
         metrics_log = MetricsLog(root)
-        trainer = super().instantiate_trainer(
-            default_root_dir=str(root),
-            logger=[
-                metrics_log,
-                TensorBoardLogger(str(root), name="", version="tensorboard"),
-                *extra_loggers,
-            ],
-            plugins=self._plugins(),
-            **kwargs,
-        )
+        loggers = [
+            metrics_log,
+            TensorBoardLogger(str(root), name="", version="tensorboard"),
+            *extra_loggers,
+        ]
+        try:
+            trainer = super().instantiate_trainer(
+                default_root_dir=str(root), logger=loggers, plugins=self._plugins(), **kwargs
+            )
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         metrics_log.follow(lambda: self.model.steps_done)
         return trainer
 
@@ -184,6 +187,8 @@ class TrainingCLI(LightningCLI):
         if self.datamodule.bad_sample_log is None:
             self.datamodule.bad_sample_log = str(self.folder.bad_samples)
         self.datamodule.check(world_size)
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            self.trainer.strategy.check_world()
         check_features(self.datamodule, self.model.built, self.model.towers)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")

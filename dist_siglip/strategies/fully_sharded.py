@@ -65,13 +65,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
         self.shard_within = shard_within
 
-    def setup_environment(self) -> None:
-        """Join the other ranks and lay out the mesh."""
+    def check_world(self) -> None:
+        """Refuse a single rank.
+
+        Raises:
+            UserError: naming what to raise.
+        """
         if self.num_nodes * self.num_processes < 2:
             raise UserError(
                 "trainer.strategy (FullyShardedStrategy) shards a model over ranks and there is "
                 "one; raise trainer.devices or trainer.num_nodes, or leave the strategy out"
             )
+
+    def setup_environment(self) -> None:
+        """Join the other ranks and lay out the mesh."""
+        self.check_world()
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()

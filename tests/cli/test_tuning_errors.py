@@ -1,0 +1,108 @@
+"""What can be wrong with a checkpoint, a tower, a strategy: one line, code 2, nothing written."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dist_siglip.cli import main
+from tests.support.command import write_settings
+from tests.support.hugging_face import write_folder
+from tests.support.tiny_models import ARCHITECTURES, network_of
+
+SHARDED = "dist_siglip.strategies.FullyShardedStrategy"
+CASES = {
+    "a checkpoint of another width": (
+        ["--model.pretrained={wrong}/wide.safetensors"],
+        "instead of (16, 8)",
+    ),
+    "a truncated file": (["--model.pretrained={wrong}/cut.safetensors"], "cannot be read"),
+    "a truncated torch file": (["--model.pretrained={wrong}/cut.pt"], "cannot be read"),
+    "a pickle with code": (
+        ["--model.pretrained={wrong}/code.pt"],
+        "hold more than tensors, or are damaged, and were not loaded",
+    ),
+    "a folder without tokenizer": (
+        ["--model.model=local-dir:{wrong}/folder"],
+        "holds no tokenizer (none of tokenizer.json",
+    ),
+    "adapters for a layer that is not there": (
+        ['--model.image_tower.lora={{"targets": ["q_proj"]}}'],
+        "image_tower.lora.targets (q_proj): the tower has no such layer; it has ",
+    ),
+    "adapters of rank 0": (['--model.text_tower.lora={{"rank": 0}}'], "text_tower.lora.rank (0)"),
+    "shards on one rank": (
+        [f"--trainer.strategy.class_path={SHARDED}"],
+        "shards a model over ranks and there is one; raise trainer.devices",
+    ),
+    "an unknown way to shard": (
+        [f"--trainer.strategy.class_path={SHARDED}", "--trainer.strategy.shard_within=rack"],
+        "shard_within",
+    ),
+    "an unknown strategy": (
+        ["--trainer.strategy=fsdp9"],
+        "invalid strategy name: `strategy='fsdp9'",
+    ),
+    "features of no folder": (
+        ["--data.train_features={wrong}/none", "--data.train_crop_scale=null"],
+        "train_features ({wrong}/none) is no folder of embeddings",
+    ),
+    "an unknown alarm": (["--collapse_alarm.action=shout"], "action"),
+    "an alarm out of range": (["--collapse_alarm.rank_share=2"], "collapse_alarm.rank_share (2.0)"),
+    "too many unlocked groups": (
+        ["--model.image_tower.locked=true", "--model.image_tower.unlocked_groups=9"],
+        "image_tower.unlocked_groups (9) must be at most",
+    ),
+}
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return write_settings(tmp_path_factory.mktemp("settings"))
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """Weights of another width, cut files, a pickle with code, a folder without tokenizer."""
+    folder = tmp_path_factory.mktemp("wrong")
+    wide = {**ARCHITECTURES["clip"], "embed_dim": 12}
+    save_file(network_of(wide).state_dict(), folder / "wide.safetensors")
+    own = network_of(ARCHITECTURES["clip"]).state_dict()
+    save_file(own, folder / "whole.safetensors")
+    torch.save(own, folder / "whole.pt")
+    for kind in ("safetensors", "pt"):
+        content = (folder / f"whole.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(content[: len(content) // 2])
+    torch.save({"a": Evil(folder / "ran")}, folder / "code.pt")
+    write_folder(folder / "folder", "siglip")
+    for path in (folder / "folder").iterdir():
+        if path.name.startswith(("tokenizer", "special")):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line_and_nothing_is_written(case, settings, wrong, tmp_path, capsys):
+    options, text = CASES[case]
+    words = [option.format(wrong=wrong) for option in options]
+    run = tmp_path / "run"
+    code = main(["fit", "--config", str(settings), "--run_dir", str(run), *words])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2, lines
+    assert text.format(wrong=wrong) in lines[-1]
+    assert lines[-1].startswith("dist-siglip: error: ")
+    assert not any("Traceback" in line for line in lines)
+    assert not (run / "config.yaml").exists()
+    assert not (wrong / "ran").exists()
