@@ -29,7 +29,8 @@ class CollapseAlarm(Callback):
         action: "warn" writes a line to the log; "stop" ends the run with an error, its checkpoints
             kept; "off" looks at nothing.
         logit_separation: distance of the means of positive and negative logits, in units of their
-            standard deviation, below which they have met, if they were twice as far apart before.
+            standard deviation, below which they have met, if they were that far apart, and
+            twice as far as now, before.
         rank_share: share of the largest effective rank so far below which it has dropped.
         recall_errors: standard errors of recall@1 by which it must lie under that of the first
             evaluation.
@@ -69,11 +70,12 @@ class CollapseAlarm(Callback):
         if self.action == "off" or evaluation is None or is_check:
             return
         signs = self.look(evaluation.metrics)
+        step: int = getattr(pl_module, "last_evaluated_step", 0)
         for each in trainer.loggers:
-            each.log_metrics({"val/collapse_signs": float(len(signs))}, step=trainer.global_step)
+            each.log_metrics({"val/collapse_signs": float(len(signs))}, step=step)
         if not signs:
             return
-        text = f"the model may be collapsing at step {trainer.global_step}: {'; '.join(signs)}"
+        text = f"the model may be collapsing at step {step}: {'; '.join(signs)}"
         remedy = (
             "lower optim.learning_rate, lock a tower, or calibrate scale and bias to the batch "
             "(model.calibration_pairs)"
@@ -95,7 +97,7 @@ class CollapseAlarm(Callback):
         signs = []
         separation = logit_separation(metrics)
         best = self._best.get("separation", -math.inf)
-        if separation < self.logit_separation and best >= 2 * separation and best > 0:
+        if best >= self.logit_separation and separation < min(self.logit_separation, best / 2):
             signs.append(f"positive and negative logits meet ({separation:.2f} apart, {best:.2f})")
         for name in _RANKS:
             best = self._best.get(name, 0.0)

@@ -148,7 +148,8 @@ class LogitScaleBias(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (logit_scale, logit_bias), both 0-d and with gradients."""
-        scale = self.log_scale.exp().reshape(())
+        # The sum of one element: FSDP2 warns of outputs that are views of a parameter.
+        scale = self.log_scale.exp().sum()
         if self.bias_parameterization == "relative":
-            return scale, -scale * self.relative_bias.reshape(())
-        return scale, self.logit_bias.reshape(())
+            return scale, -scale * self.relative_bias.sum()
+        return scale, self.logit_bias.sum()

@@ -92,6 +92,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if self.shard_within == "world":
             return init_device_mesh(device, (self.world_size,), mesh_dim_names=("shard",))
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+        if self.world_size % per_node:
+            raise UserError(
+                "strategy.shard_within (node) needs the same number of ranks on every node; "
+                f"{self.world_size} ranks are no multiple of {per_node}"
+            )
         return init_device_mesh(
             device, (self.world_size // per_node, per_node), mesh_dim_names=("replicate", "shard")
         )

@@ -67,7 +67,8 @@ def test_a_run_from_random_weights_begins_without_signs():
         "image_to_text_recall@1": 0.001,
         "text_to_image_recall@1": 0.001,
     }
-    assert signs_after(random, random, {}) == []
+    worse = {**random, "positive_logit_mean": -6.01}
+    assert signs_after(random, worse, {}) == []
 
 
 def test_a_resumed_run_compares_with_its_own_start():
