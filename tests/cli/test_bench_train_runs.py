@@ -13,7 +13,7 @@ from dist_siglip.errors import UserError
 from tests.support.command import REPOSITORY
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
-# What the real trainer takes and writes, at 200 batches per second, and what breaks it on a CPU.
+# What the real trainer takes and writes, at 50 batches per second, and what breaks it on a CPU.
 STAND_IN = """
 import json, logging, os, sys, time
 from pathlib import Path
@@ -43,11 +43,11 @@ def main(arguments):
     pairs *= int(os.environ.get("WORLD_SIZE", 1))
     steps, every = samples // pairs, int(given["log-every-n-steps"])
     for step in range(steps):
-        time.sleep(0.005)
+        time.sleep(0.02)
         if step % every == 0 or step == steps - 1:
             logging.info(
                 f"Train Epoch: 0 [{(step + 1) * pairs:>5}/{samples} ({step / steps:.0%})] "
-                "Data (t): 0.001 Batch (t): 0.005, 800.000/s, 800.000/s/gpu LR: 0.000100 "
+                "Data (t): 0.004 Batch (t): 0.020, 200.000/s, 200.000/s/gpu LR: 0.000100 "
                 "Logit Scale: 10.000 Contrastive_loss: 9.6094 (9.6094) Loss: 9.6094 (9.6094)"
             )
 """
@@ -96,7 +96,7 @@ def stub_open_clip(stand_in, text):
 
 def test_open_clip_is_given_the_same_and_timed_by_its_log(case, stand_in, tmp_path):
     found = run_open_clip(case, tmp_path, sys.executable)
-    assert 200 < found.samples_per_second <= 800  # 4 pairs in 5 ms, or longer on a busy machine
+    assert 50 < found.samples_per_second < 220  # 4 pairs in 20 ms, or longer on a busy machine
     assert found.shares == {"data": pytest.approx(0.2)}
     assert found.peak_bytes > 50e6
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -113,7 +113,7 @@ def test_open_clip_is_given_the_same_and_timed_by_its_log(case, stand_in, tmp_pa
 @pytest.mark.distributed
 def test_open_clip_trains_on_two_processes_of_a_cpu(case, stand_in, tmp_path):
     found = run_open_clip(on_two_ranks(case), tmp_path, sys.executable)
-    assert 400 < found.samples_per_second <= 1600
+    assert 100 < found.samples_per_second < 440
 
 
 def test_a_trainer_without_a_log_is_of_another_version(case, stand_in, tmp_path):
