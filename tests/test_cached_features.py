@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.feature_file import FeatureFile
+from dist_siglip.data.feature_file import FeatureFile, write_features
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError
@@ -181,3 +181,19 @@ def test_features_in_half_precision_are_near(shards, model, tmp_path):
     cached = run(model, shards, tmp_path, data={"train_features": folder})
     assert cached["losses"] == pytest.approx(live["losses"], rel=1e-3)
     assert not np.array_equal(cached["losses"], live["losses"])
+
+
+def test_a_damaged_file_makes_bad_samples_and_runs_no_code(shards, model, features, tmp_path):
+    folder = embed(shards, model, tmp_path / "f")
+    for number, path in enumerate(sorted(Path(folder).glob("features/*.safetensors"))):
+        content = path.read_bytes()
+        path.write_bytes([content[:50], b"", content[:-4000]][number])
+    with pytest.raises(UserError, match=r"substitutes are all bad"):
+        run(model, shards, tmp_path, data={"train_features": folder, "max_bad_fraction": 1.0})
+
+
+def test_rows_that_point_past_the_end_are_damage(tmp_path):
+    features = {"image": np.ones((2, 4), dtype=np.float32)}
+    write_features(tmp_path / "a.safetensors", features, np.array([0, 2, -1], dtype=np.int32))
+    with pytest.raises(OSError, match="is damaged"):
+        FeatureFile(tmp_path / "a.safetensors")

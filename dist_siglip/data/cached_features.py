@@ -19,6 +19,7 @@ from dist_siglip.data.pairs import PairTable
 from dist_siglip.errors import UserError
 
 _MANIFEST = "embed.json"
+_MOST_OPEN = 64  # files at once; a block of shards is read together
 
 
 class CachedFeatures:
@@ -87,6 +88,8 @@ class CachedFeatures:
         shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         try:
             if shard not in self._open:
+                while len(self._open) >= _MOST_OPEN:
+                    del self._open[next(iter(self._open))]
                 self._open[shard] = FeatureFile(self._paths[shard])
             found = self._open[shard].row(sample_id - int(self._starts[shard]), tower)
         except OSError as error:

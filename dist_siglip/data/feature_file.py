@@ -69,8 +69,12 @@ class FeatureFile:
                 for tower in TOWERS
                 if f"{tower}_features" in self._file.keys()  # noqa: SIM118 - it is no mapping
             }
+            counts = {each.get_shape()[0] for each in self._slices.values()}
         except SafetensorError as error:
             raise OSError(f"{path} is damaged ({error})") from error
+        most = int(self._rows.max(initial=-1))
+        if self._rows.ndim != 1 or not counts or most >= min(counts):
+            raise OSError(f"{path} is damaged (row {most} of {min(counts, default=0)})")
 
     @property
     def num_samples(self) -> int:

@@ -19,12 +19,19 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: axes "shard", or "replicate" and "shard" (hybrid sharding).
 
     Raises:
-        UserError: if the mesh is of another strategy.
+        UserError: if the mesh is of another strategy, or there are other parameters.
     """
     if "shard" not in (mesh.mesh_dim_names or ()):
         raise UserError(
             f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
             "shard this model use the class dist_siglip.strategies.FullyShardedStrategy"
+        )
+    sharded = ("towers.", "logits.")
+    others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
+    if others:
+        raise UserError(
+            f"FullyShardedStrategy shards towers, scale and bias, and {others[0]} is none of them; "
+            "use a loss without parameters, or trainer.strategy: ddp"
         )
     towers = module.get_submodule("towers")
     for name in block_names(towers):

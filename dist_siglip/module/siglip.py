@@ -145,17 +145,18 @@ class SigLipModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the global batch of scale and bias; name the optimizer's parameters."""
         checkpoint["global_batch_size"] = self.global_batch_size
-        states = checkpoint.get("optimizer_states", [])
-        checkpoint["optimizer_states"] = [
-            by_name(state, optimizer, self) if state else state
-            for state, optimizer in zip(states, self.trainer.optimizers, strict=True)
-        ]
+        if "optimizer_states" in checkpoint:
+            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [
+                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
+            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the step: Lightning's evaluation loop restores weights only."""
         self._loaded_steps = int(checkpoint["global_step"])
-        states = checkpoint.get("optimizer_states", [])
-        checkpoint["optimizer_states"] = [by_number(state) for state in states]
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [by_number(state) for state in states]
         self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
 
     def setup(self, stage: str) -> None:

@@ -283,3 +283,22 @@ def test_settings_that_cannot_work_are_named(model, tmp_path):
         )
     with pytest.raises(UserError, match=r"total_steps \(-1\) must be > 0; set max_steps"):
         trainer(tmp_path, max_epochs=1).fit(SigLipModule(model), loader(1))
+
+
+def test_a_checkpoint_of_weights_alone_has_no_optimizer(model, tmp_path):
+    run, module = trainer(tmp_path, max_steps=1), SigLipModule(model)
+    run.fit(module, loader(1))
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert "optimizer_states" not in saved
+    assert set(saved["state_dict"]) == set(module.state_dict())
+
+
+def test_the_state_of_the_optimizer_stands_under_names(model, tmp_path):
+    run, module = trainer(tmp_path, max_steps=1), SigLipModule(model)
+    run.fit(module, loader(1))
+    run.save_checkpoint(tmp_path / "all.ckpt")
+    (state,) = torch.load(tmp_path / "all.ckpt", weights_only=True)["optimizer_states"]
+    names = {name for name, _ in module.named_parameters()}
+    assert set(state["state"]) == names
+    assert {name for group in state["param_groups"] for name in group["params"]} == names

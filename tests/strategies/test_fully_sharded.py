@@ -1,12 +1,16 @@
 """FSDP2 and DDP on two and more ranks against one process: losses, norms and parameters."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.models.lora import LoraSettings
 from dist_siglip.models.tuning import TowerConfig
+from dist_siglip.module.sharding import shard_module
 from dist_siglip.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import start_of, train, train_cases, worst_error
@@ -123,3 +127,11 @@ def test_the_strategy_of_lightning_is_refused_with_ours_named(model, tmp_path):
 def test_an_unknown_setting_is_named(setting, value):
     with pytest.raises(UserError, match=rf"strategy.{setting} \({value}\) must be"):
         FullyShardedStrategy(**{setting: value})
+
+
+def test_a_loss_with_parameters_is_refused(model):
+    module = locked_module(model)
+    module.loss.weight = torch.nn.Parameter(torch.ones(1))
+    mesh = SimpleNamespace(mesh_dim_names=("shard",))
+    with pytest.raises(UserError, match=r"loss.weight is none of them"):
+        shard_module(module, mesh)
