@@ -11,6 +11,7 @@ from dist_siglip.cli.bench_train_clock import PHASES
 from dist_siglip.cli.bench_train_runs import TrainCase, run_open_clip, run_ours
 from dist_siglip.errors import UserError
 from tests.support.command import REPOSITORY
+from tests.support.ports import next_port
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 # What the real trainer takes and writes, at 50 batches per second, and what breaks it on a CPU.
@@ -132,7 +133,8 @@ def test_what_a_run_complains_of_is_told(case, stand_in, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_our_run_is_a_fit_whose_log_says_the_same(case, tmp_path):
+def test_our_run_is_a_fit_whose_log_says_the_same(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(next_port()))
     found = run_ours(on_two_ranks(case), tmp_path)
     assert tuple(found.shares) == PHASES
     assert min(found.shares.values()) > 0

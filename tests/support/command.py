@@ -11,18 +11,20 @@ from pathlib import Path
 import yaml
 
 from dist_siglip.data.handwriting import write_handwriting_shards
+from tests.support.ports import next_port
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
-    """One thread per process; the repository importable for recording callbacks."""
+    """One thread per process, a port of its own; the repository importable for callbacks."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "HF_HUB_OFFLINE": "1",
+        "MASTER_PORT": str(next_port()),
         "COLUMNS": "120",
     }
 
