@@ -19,11 +19,18 @@ from dist_siglip.distributed import leave_process_groups
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
+
 
 @pytest.fixture(autouse=True)
 def _clean_process_state():
-    """Seed torch, and leave no process group or default dtype behind."""
+    """Seed torch; leave no process group, default dtype or variable of a launcher behind."""
     torch.manual_seed(0)
+    before = {name: os.environ.get(name) for name in _OF_A_RANK}
     yield
     leave_process_groups()
     torch.set_default_dtype(torch.float32)
+    left = {name for name, value in before.items() if os.environ.get(name) != value}
+    for name in left:
+        os.environ.pop(name)
+    assert not left, f"the test leaves {left} behind, which makes later commands wait for ranks"

@@ -19,8 +19,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 def environment() -> dict[str, str]:
     """One thread per process, a port of its own; the repository importable for callbacks."""
+    # A rank of its own would be taken for one of a launcher, and wait for the others.
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR")
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in ranks},
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "HF_HUB_OFFLINE": "1",
