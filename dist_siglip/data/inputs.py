@@ -1,7 +1,8 @@
 """What does a model want to be fed?"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -28,3 +29,8 @@ class ModelInputs:
     resize_mode: str
     context_length: int
     tokenizer: Callable[[list[str]], Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelInputs":
+        """Take the values from a built model, which has attributes of the same names."""
+        return cls(**{field.name: getattr(model, field.name) for field in fields(cls)})

@@ -220,7 +220,7 @@ class ImageTextDataModule(BatchTransfer):
             transform = training_transform(
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
-            self.features = self._load_features()
+            self.features = self.features or self._load_features()
             self.train_dataset = self.dataset_of("train_shards", transform, features=self.features)
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)

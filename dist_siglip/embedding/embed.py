@@ -173,15 +173,7 @@ def _loader(
     pin_memory: bool,
 ) -> DataLoader[EmbeddingSample]:
     """Load all parts through the same processes: batch after batch, none across two parts."""
-    inputs = ModelInputs(
-        image_size=built.image_size,
-        mean=built.mean,
-        std=built.std,
-        interpolation=built.interpolation,
-        resize_mode=built.resize_mode,
-        context_length=built.context_length,
-        tokenizer=built.tokenizer,
-    )
+    inputs = ModelInputs.of(built)
     dataset = EmbeddingDataset(
         table,
         None if settings.towers == "text" else evaluation_transform(inputs),

@@ -102,15 +102,7 @@ class SigLipModule(LightningModule):
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
-        self.inputs = ModelInputs(
-            image_size=built.image_size,
-            mean=built.mean,
-            std=built.std,
-            interpolation=built.interpolation,
-            resize_mode=built.resize_mode,
-            context_length=built.context_length,
-            tokenizer=built.tokenizer,
-        )
+        self.inputs = ModelInputs.of(built)
         self.optim = optim
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

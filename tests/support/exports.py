@@ -44,15 +44,7 @@ def picture(seed=0, size=(70, 50)):
 
 def pixels_of(built, image):
     """(1, 3, H, W), as the towers take them in an evaluation."""
-    inputs = ModelInputs(
-        image_size=built.image_size,
-        mean=built.mean,
-        std=built.std,
-        interpolation=built.interpolation,
-        resize_mode=built.resize_mode,
-        context_length=built.context_length,
-        tokenizer=built.tokenizer,
-    )
+    inputs = ModelInputs.of(built)
     return ImageNormalizer(built.mean, built.std).pixels(evaluation_transform(inputs)(image)[None])
 
 
