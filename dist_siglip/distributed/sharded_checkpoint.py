@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dist_siglip.atomic import sync_folder
 from dist_siglip.errors import UserError
 
 _INDEX = ".metadata"
@@ -89,7 +90,7 @@ def write_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
                 torch.save(values, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(folder)
+            sync_folder(folder)
             _put_in_place(folder, path)
     except BaseException as error:
         if is_first:
@@ -270,16 +271,8 @@ def _put_in_place(folder: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     if old.is_dir():
         shutil.rmtree(old)
     else:
         old.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
