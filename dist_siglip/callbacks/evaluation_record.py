@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.data import PairDataset
+from dist_siglip.full_disk import going_on_without
 from dist_siglip.metrics import Evaluation
 from dist_siglip.runs import RunFolder
 
@@ -29,7 +30,7 @@ class EvaluationRecord(Callback):
         self.gallery_images = gallery_images
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files; each appears whole or not at all."""
+        """Write the files; each appears whole or, on a full disk, not at all."""
         evaluation = getattr(pl_module, "last_evaluation", None)
         is_check = trainer.sanity_checking and trainer.num_sanity_val_steps != math.inf
         if evaluation is None or not trainer.is_global_zero or is_check:
@@ -39,14 +40,14 @@ class EvaluationRecord(Callback):
         finite = {
             name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
         }
-        write_atomically(folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
+        _replace(folder / "metrics.json", json.dumps(finite, indent=1) + "\n")
         packed = io.BytesIO()
         np.savez_compressed(packed, **evaluation.arrays)
-        write_atomically(folder / "arrays.npz", packed.getvalue())
+        _replace(folder / "arrays.npz", packed.getvalue())
         dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
         if dataset is not None:
             examples = self._examples(dataset, evaluation)
-            write_atomically(folder / "examples.json", json.dumps(examples))
+            _replace(folder / "examples.json", json.dumps(examples))
 
     def _examples(self, dataset: PairDataset, evaluation: Evaluation) -> dict[str, object]:
         captions, images = [], []
@@ -61,3 +62,13 @@ class EvaluationRecord(Callback):
                 encoded = base64.b64encode(image_bytes).decode()
                 images.append({"row": row, "media_type": media_type, "base64": encoded})
         return {"captions": captions, "images": images}
+
+
+def _replace(path: Path, content: str | bytes) -> None:
+    """Write a file; without room for it, take away that of the evaluation before."""
+    with going_on_without(str(path)):
+        try:
+            write_atomically(path, content)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise

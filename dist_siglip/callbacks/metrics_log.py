@@ -1,10 +1,16 @@
-"""metrics.jsonl: one JSON object a line, whole lines only, no step twice."""
+"""metrics.jsonl: one JSON object a line, whole lines only, no step twice.
+
+A full disk does not stop the run: lines wait in memory until there is room (``full_disk``).
+"""
 
 import argparse
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.full_disk import LineLog, going_on_without
 from dist_siglip.runs import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog(Logger):
@@ -28,6 +37,7 @@ class MetricsLog(Logger):
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__()
         self._path = RunFolder(Path(run_dir)).metrics
+        self._lines = LineLog(self._path, "metrics")
         self._steps_done: Callable[[], int] | None = None
 
     def follow(self, steps_done: Callable[[], int]) -> None:
@@ -59,21 +69,42 @@ class MetricsLog(Logger):
         for name, value in metrics.items():
             if name != "epoch":  # means nothing for a loader without an end
                 line[name] = value if math.isfinite(value) else str(value)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError):  # told when the line cannot be written
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines.append(json.dumps(line))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what waits for room, or say how much does."""
+        self._lines.flush()
+        if self._lines.num_waiting:
+            logger.warning(
+                "%d lines of metrics still wait for room; they are lost with this process",
+                self._lines.num_waiting,
+            )
 
     @rank_zero_only
     def discard_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run will do again, and a line cut by a crash."""
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                logged_step = json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-            if logged_step is not None and logged_step <= step:
-                kept.append(line + "\n")
-        write_atomically(self._path, "".join(kept))
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _is_whole(line) and _step_of(line) <= step]
+        with going_on_without(f"{self._path.name} without the steps after {step}"):
+            if kept == lines[: len(kept)]:
+                os.truncate(self._path, sum(map(len, kept)))  # needs no room
+            else:
+                write_atomically(self._path, b"".join(kept))
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n")
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line; infinity for a line without one, or cut."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf

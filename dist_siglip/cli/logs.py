@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dist_siglip.distributed import is_first_process
+from dist_siglip.full_disk import LineLog
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -27,6 +28,22 @@ class _Screen(_StreamHandler):
         return sys.stderr
 
 
+class _InFile(logging.Handler):
+    """Writes to a file; a full disk costs no line, unless it stays full to the end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.lines = LineLog(path, "the log")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a message."""
+        self.lines.append(self.format(record))
+
+    def flush(self) -> None:
+        """Write what waits for room."""
+        self.lines.flush()
+
+
 def set_up_logging(log_file: Path | None = None) -> None:
     """Send our messages to stderr (and to ``log_file``), on rank 0; others only warn.
 
@@ -44,7 +61,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
         _add(ours, on_screen)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        _add(ours, logging.FileHandler(log_file, encoding="utf-8"))
+        _add(ours, _InFile(log_file))
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
 

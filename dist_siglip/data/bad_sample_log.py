@@ -1,16 +1,16 @@
 """Where is every bad sample written down?
 
-One JSON object a line, in a file that all loader processes of all ranks append to. Each line is one
-write, so lines do not mix on a local file system; what cannot be written is told once and lost.
+One JSON object a line, in a file that all loader processes of all ranks append to; a full disk or a
+lost folder does not stop the run (``full_disk``).
 """
 
 import json
-import logging
-import os
+from pathlib import Path
 from typing import Any
 
+from dist_siglip.full_disk import LineLog
+
 _REASON = 200  # characters of a reason in a list of names
-_LOGGER = logging.getLogger(__name__)
 
 
 class BadSampleLog:
@@ -22,23 +22,12 @@ class BadSampleLog:
 
     def __init__(self, path: str | None) -> None:
         self.path = path
-        self._has_complained = False
+        self._lines = None if path is None else LineLog(Path(path), "bad samples")
 
     def append(self, **record: Any) -> None:
-        """Add one line; a full disk or a lost folder does not stop the run."""
-        if self.path is None:
-            return
-        line = json.dumps(record, ensure_ascii=True) + "\n"
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if not self._has_complained:
-                _LOGGER.warning("bad samples cannot be written to %s: %s", self.path, error)
-            self._has_complained = True
+        """Add one line; where there is no room for it, it waits in this process."""
+        if self._lines is not None:
+            self._lines.append(json.dumps(record, ensure_ascii=True))
 
 
 def first_lines(path: str | None, count: int, start_bytes: int = 0) -> list[str]:
@@ -56,13 +45,22 @@ def first_lines(path: str | None, count: int, start_bytes: int = 0) -> list[str]
     if path is None:
         return names
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             file.seek(start_bytes)
             for line in file:
-                record = json.loads(line)
-                names.append(f"{record['shard']}/{record['key']}: {record['reason'][:_REASON]}")
+                if name := _name_of(line):
+                    names.append(name)
                 if len(names) == count:
                     break
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         return names
     return names
+
+
+def _name_of(line: str) -> str | None:
+    """Name the sample of a line; None for one that a crash has cut."""
+    try:
+        record = json.loads(line)
+        return f"{record['shard']}/{record['key']}: {record['reason'][:_REASON]}"
+    except (ValueError, KeyError, TypeError):
+        return None

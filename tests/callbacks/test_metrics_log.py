@@ -38,6 +38,39 @@ def test_lines_after_the_checkpoint_and_a_torn_line_are_discarded(tmp_path):
     assert _lines(tmp_path)[-1]["train/loss"] == 3.5
 
 
+def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.log_metrics({"train/loss": 1.0}, step=step)
+    log.finalize("success")
+    assert "2 lines of metrics still wait for room" in caplog.messages[-1]
+    path.unlink()
+    log.log_metrics({"train/loss": 1.0}, step=3)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+    assert sum("cannot be written" in message for message in caplog.messages) == 1
+
+
+def test_a_line_cut_in_the_middle_of_the_file_is_discarded(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "tr\n{"step": 2}\n{"step": 3}\n')
+    MetricsLog(tmp_path).discard_after(2)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_does_not_keep_steps_that_are_done_again(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.log_metrics({"train/loss": 1.0}, step=step)
+    monkeypatch.setattr("dist_siglip.atomic.os.fsync", refuse)
+    log.discard_after(1)
+    assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
 def test_nothing_to_discard_is_no_file(tmp_path):
     MetricsLog(tmp_path).discard_after(0)
     assert list(tmp_path.iterdir()) == []

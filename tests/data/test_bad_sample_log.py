@@ -24,15 +24,20 @@ def test_lines_of_many_processes_do_not_mix(tmp_path):
 
 
 def test_a_full_disk_is_told_once_and_stops_nothing(tmp_path, caplog):
-    log = BadSampleLog("/dev/full")
+    path = tmp_path / "bad.jsonl"
+    path.symlink_to("/dev/full")
+    log = BadSampleLog(str(path))
     for _ in range(3):
-        log.append(key="k")
-    assert caplog.text.count("cannot be written to /dev/full") == 1
+        log.append(shard="s", key="k", reason="r")
+    assert caplog.text.count("bad samples cannot be written") == 1
+    path.unlink()
+    log.append(shard="s", key="k", reason="r")
+    assert first_lines(str(path), 9) == ["s/k: r"] * 4
     BadSampleLog(str(tmp_path / "no folder" / "x")).append(key="k")
     assert "no folder" in caplog.text
 
 
-def test_the_first_are_named_and_damage_ends_the_list(tmp_path):
+def test_the_first_are_named_and_a_cut_line_is_passed_over(tmp_path):
     path = tmp_path / "bad.jsonl"
     log = BadSampleLog(str(path))
     for number in range(5):
@@ -42,6 +47,7 @@ def test_the_first_are_named_and_damage_ends_the_list(tmp_path):
     log.append(shard="s.tar", key="new", reason="w" * 5000)
     assert first_lines(str(path), 9, start) == ["s.tar/new: " + "w" * 200]
     path.write_text('{"shard": "a", "key": "b", "reason": "c"}\n{"torn')
-    assert first_lines(str(path), 9) == ["a/b: c"]
+    log.append(shard="d", key="e", reason="f")
+    assert first_lines(str(path), 9) == ["a/b: c", "d/e: f"]
     assert first_lines(str(tmp_path / "none"), 3) == []
     assert first_lines(None, 3) == []

@@ -1,0 +1,127 @@
+"""What happens when something cannot be written that training can do without?
+
+Training goes on. The first failure of a log is a warning, what follows is kept in memory or
+counted, and writing goes on as soon as there is room. A file of lines never holds a part of one.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 10_000
+
+
+class LineLog:
+    """Appends whole lines to a file, and outlives a disk that is full, gone or closed.
+
+    Lines there is no room for wait in memory and are written ahead of the next one that fits, so
+    that a file has no gap unless more than ``most_waiting`` waited; then the oldest are lost, and
+    counted. Several processes may append to one file.
+
+    Args:
+        path: the file; its folder must exist when a line is written.
+        name: what the lines are, for the warning.
+        most_waiting: lines kept in memory.
+
+    Attributes:
+        num_lost: lines that waited and were given up.
+    """
+
+    def __init__(self, path: Path, name: str, most_waiting: int = _MOST_WAITING) -> None:
+        self.path = path
+        self.name = name
+        self.num_lost = 0
+        self._waiting: deque[str] = deque(maxlen=most_waiting)
+        self._is_failing = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Lines that there was no room for yet."""
+        return len(self._waiting)
+
+    def append(self, line: str) -> None:
+        """Append one line, given without its end, and those that waited for room."""
+        self.num_lost += len(self._waiting) == self._waiting.maxlen
+        self._waiting.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait, if there is room now."""
+        if not self._waiting:
+            return
+        count = len(self._waiting)
+        try:
+            append_whole(self.path, "".join(f"{line}\n" for line in self._waiting).encode())
+        except OSError as error:
+            # Remembered before it is told: the warning may come back as a line of this log.
+            was_failing, self._is_failing = self._is_failing, True
+            if not was_failing:
+                logger.warning(
+                    "%s cannot be written to %s (%s): the run goes on, and lines wait for room",
+                    self.name,
+                    self.path,
+                    error.strerror or error,
+                )
+            return
+        self._waiting.clear()
+        was_failing, self._is_failing = self._is_failing, False
+        if was_failing:
+            logger.warning(
+                "%s can be written again: %d lines waited for it, %d were lost",
+                self.name,
+                count,
+                self.num_lost,
+            )
+
+
+def append_whole(path: Path, lines: bytes) -> None:
+    """Append lines to a file, all of them or none.
+
+    One write, so that lines of several processes do not mix on a local file system. What a full
+    disk took of them is cut off again, unless another process has appended meanwhile. A part of a
+    line that a crash has left at the end gets an end of its own.
+
+    Args:
+        path: the file; made if it is missing.
+        lines: with their ends.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    with path.open("ab+", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        if start and os.pread(file.fileno(), 1, start - 1) != b"\n":
+            lines = b"\n" + lines
+        written = 0
+        try:
+            while written < len(lines):
+                written += file.write(lines[written:])
+        except OSError:
+            if os.fstat(file.fileno()).st_size == start + written:
+                with suppress(OSError):
+                    file.truncate(start)
+            raise
+
+
+@contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Turn a failure to write inside the block into a warning.
+
+    Args:
+        what: what is then missing, as the subject of a sentence.
+
+    Example:
+        >>> with going_on_without("the report"):
+        ...     raise OSError(28, "No space left on device")
+    """
+    try:
+        yield
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s); the run goes on without", what, error.strerror or error
+        )

@@ -1,0 +1,56 @@
+"""TensorBoard on a full disk costs a warning, never the run, and goes on when there is room."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dist_siglip.callbacks import tensorboard_log
+from dist_siglip.callbacks.tensorboard_log import TensorBoardLog
+from tests.support.small_disk import room_for
+
+
+def _steps(tmp_path):
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars("x")]
+
+
+# The writer's own thread says what it met, on stderr.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_told_once_and_numbers_come_again_when_there_is_room(
+    tmp_path, monkeypatch, caplog
+):
+    log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
+    with room_for(2000):
+        for step in range(200):
+            log.log_metrics({"x": 1.0}, step=step)
+            log.save()
+        log.finalize("success")
+    monkeypatch.setattr(tensorboard_log, "_RETRY_SECONDS", 0.0)
+    for step in range(200, 210):
+        log.log_metrics({"x": 1.0}, step=step)
+    log.finalize("success")
+    assert caplog.text.count("TensorBoard cannot be written") == 1
+    assert caplog.text.count("TensorBoard is written to again") == 1
+    steps = _steps(tmp_path)
+    assert steps[0] == 0
+    assert steps[-10:] == list(range(200, 210))
+
+
+def test_a_disk_that_stays_full_is_not_tried_at_every_step(tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    tries = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
+    log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
+    for step in range(5):
+        log.log_metrics({"x": 1.0}, step=step)
+    assert len(tries) == 1
+
+
+def test_a_value_it_does_not_know_is_still_refused(tmp_path):
+    log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
+    with pytest.raises(ValueError, match="not supported"):
+        log.log_metrics({"x": object()}, step=0)
+    log.finalize("success")

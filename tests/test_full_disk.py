@@ -1,0 +1,122 @@
+"""A log outlives a full disk: told once, lines wait, and the file holds whole lines only."""
+
+import errno
+import logging
+import multiprocessing
+import os
+
+import pytest
+
+from dist_siglip.full_disk import LineLog, append_whole, going_on_without
+from tests.support.small_disk import make_room, room_for
+
+
+def test_a_line_that_the_disk_cuts_is_taken_back(tmp_path):
+    path = tmp_path / "lines"
+    append_whole(path, b"first\n")
+    with room_for(9), pytest.raises(OSError, match="File too large"):
+        append_whole(path, b"second\n")
+    assert path.read_bytes() == b"first\n"
+
+
+def test_a_line_of_another_process_is_not_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    look_at = os.fstat
+
+    def another_appends_first(descriptor):
+        make_room()
+        with path.open("ab") as file:
+            file.write(b"theirs\n")
+        return look_at(descriptor)
+
+    with room_for(4), monkeypatch.context() as patched:
+        patched.setattr("dist_siglip.full_disk.os.fstat", another_appends_first)
+        with pytest.raises(OSError, match="File too large"):
+            append_whole(path, b"mine is long\n")
+    append_whole(path, b"next\n")
+    assert path.read_bytes() == b"minetheirs\nnext\n"
+
+
+def test_what_a_crash_has_cut_does_not_spoil_the_next_line(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    append_whole(path, b'{"a": 2}\n')
+    assert path.read_bytes() == b'{"a": 1}\n{"a"\n{"a": 2}\n'
+
+
+def test_lines_wait_for_room_and_arrive_in_order(tmp_path, caplog):
+    path = tmp_path / "lines"
+    path.symlink_to("/dev/full")
+    log = LineLog(path, "metrics")
+    for number in range(3):
+        log.append(str(number))
+    assert log.num_waiting == 3
+    path.unlink()
+    log.append("3")
+    assert path.read_text() == "0\n1\n2\n3\n"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "metrics cannot be written" in caplog.messages[0]
+    assert "No space left on device" in caplog.messages[0]
+    assert caplog.messages[1] == (
+        "metrics can be written again: 4 lines waited for it, 0 were lost"
+    )
+
+
+def test_only_so_many_lines_wait_and_the_oldest_are_counted(tmp_path, caplog):
+    path = tmp_path / "lines"
+    path.symlink_to("/dev/full")
+    log = LineLog(path, "metrics", most_waiting=2)
+    for number in range(5):
+        log.append(str(number))
+    assert (log.num_waiting, log.num_lost) == (2, 3)
+    path.unlink()
+    log.flush()
+    assert path.read_text() == "3\n4\n"
+    assert "2 lines waited for it, 3 were lost" in caplog.messages[-1]
+
+
+def test_a_second_full_disk_is_told_again(tmp_path, caplog):
+    path = tmp_path / "lines"
+    log = LineLog(path, "metrics")
+    for _ in range(2):
+        path.symlink_to("/dev/full")
+        log.append("x")
+        path.unlink()
+        log.append("y")
+        path.unlink()
+    assert len(caplog.messages) == 4
+
+
+def test_a_missing_folder_is_like_a_full_disk(tmp_path, caplog):
+    log = LineLog(tmp_path / "gone" / "lines", "metrics")
+    log.append("x")
+    (tmp_path / "gone").mkdir()
+    log.append("y")
+    assert (tmp_path / "gone" / "lines").read_text() == "x\ny\n"
+
+
+def append_many(path, process):
+    for number in range(200):
+        append_whole(path, f"{process}-{number}-{'x' * 300}\n".encode())
+
+
+def test_lines_of_many_processes_are_whole(tmp_path):
+    path = tmp_path / "lines"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=append_many, args=(path, i)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    lines = path.read_text().splitlines()
+    assert sorted(lines) == sorted(f"{p}-{n}-{'x' * 300}" for p in range(3) for n in range(200))
+
+
+def test_what_can_be_missing_is_a_warning_and_a_defect_is_not(caplog):
+    with caplog.at_level(logging.WARNING), going_on_without("the report"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert caplog.messages == [
+        "the report cannot be written (Disk quota exceeded); the run goes on without"
+    ]
+    with pytest.raises(ZeroDivisionError), going_on_without("the report"):
+        raise ZeroDivisionError
