@@ -39,6 +39,7 @@ from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.datamodule.training_position import TrainingPosition
 from dist_siglip.datamodule.transfer import BatchTransfer
 from dist_siglip.distributed import World
+from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ class ImageTextDataModule(BatchTransfer):
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
         self._prefetcher: Prefetcher | None = None
+        self.start_facts: dict[str, str] = {}  # what ranks must share beside the data
         self.bad_samples = BadSampleLimit(max_bad_fraction)
 
     @property
@@ -207,9 +209,11 @@ class ImageTextDataModule(BatchTransfer):
         """Build what a stage needs; during ``fit``, start counting.
 
         Raises:
-            UserError: if shards or ``inputs`` are missing, ranks see different data, or the trainer
-                accumulates gradients.
+            UserError: if shards or ``inputs`` are missing, ranks were started differently or see
+                different data, or the trainer accumulates gradients.
         """
+        # Lightning sets up the data first, and what follows runs collectives.
+        check_ranks_started_alike(self.start_facts)
         if self.inputs is None:
             raise UserError("inputs (null) must describe what the model wants to be fed")
         for name in self.tables.settings_of(stage):

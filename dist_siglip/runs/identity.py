@@ -49,8 +49,8 @@ def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]
         >>> describe_differences({"trainer": {"max_steps": 1}}, {"trainer": {"max_steps": 2}})
         []
     """
-    before = dict(_flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
-    after = dict(_flatten({key: current.get(key) for key in IDENTITY_KEYS if key in current}))
+    before = dict(flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
+    after = dict(flatten({key: current.get(key) for key in IDENTITY_KEYS if key in current}))
     return [
         f"{key} ({before[key]!r} in the folder, {after[key]!r} now)"
         for key in before
@@ -58,9 +58,15 @@ def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]
     ]
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through the leaves of nested settings, with the path of each.
+
+    Example:
+        >>> list(flatten({"data": {"seed": 0}, "run_dir": "a"}))
+        [('data.seed', 0), ('run_dir', 'a')]
+    """
     if not isinstance(tree, Mapping):
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
         return
     for key, value in tree.items():
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))

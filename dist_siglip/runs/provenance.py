@@ -41,8 +41,18 @@ def collect_provenance(arguments: Sequence[str], *, world_size: int) -> dict[str
         "platform": platform.platform(),
         "host": platform.node(),
         "world_size": world_size,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": installed_versions(),
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Version of this package and of those it stands on, by name; None for one that is not there.
+
+    Example:
+        >>> "torch" in installed_versions()
+        True
+    """
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

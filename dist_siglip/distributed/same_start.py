@@ -1,0 +1,158 @@
+"""Were all ranks started alike?
+
+Ranks with different settings, code or libraries hang in the first collective they do not share, or
+train something nobody asked for. So every rank writes down what it was started with, in the store
+that brought the ranks together, and the first one compares. No collective runs: a rank that
+would never answer one is named all the same.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.errors import UserError
+
+_MOST_TOLD = 4  # differences of one message
+_LONGEST_VALUE = 80
+_GOODBYE_SECONDS = 5.0  # the first rank, which may hold the store, leaves after the others
+_occasions = count()
+
+
+def check_ranks_started_alike(
+    facts: Mapping[str, str],
+    *,
+    group: ProcessGroup | None = None,
+    limit: timedelta = timedelta(minutes=10),
+) -> None:
+    """Refuse to start if ranks differ in what they were started with.
+
+    Distributed contract: every rank calls it, equally often. Through the store of the group: one
+    value from each rank, one answer of the first rank. Without a process group, or in a world of
+    one, there is nothing to compare.
+
+    Args:
+        facts: readable value by readable name.
+        group: ranks to compare; the default group if None.
+        limit: how long ranks wait for each other.
+
+    Raises:
+        UserError: on every rank, naming what differs, the ranks and their values.
+        RuntimeError: within the limit and some seconds, naming ranks that never came.
+    """
+    group = resolve_group(group)
+    if group is None or group.size() == 1:
+        return
+    # A connection of its own: the waits below hold nobody else up.
+    store = PrefixStore(f"same-start-{next(_occasions)}", group.get_group_store().clone())
+    store.set(f"rank-{group.rank()}", json.dumps(dict(facts)))
+    if group.rank() == 0:
+        missing, everyone = _collect(store, group.size(), limit)
+        answer: dict[str, Any] = {"missing": missing, "differences": describe_differences(everyone)}
+        store.set("answer", json.dumps(answer))
+        if missing or answer["differences"]:
+            _wait_until_read(store, group.size() - 1 - len(missing))
+    else:
+        try:
+            store.wait(["answer"], limit + timedelta(seconds=_GOODBYE_SECONDS))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {group.rank()} of {group.size()} waited for rank 0 to compare how the "
+                "ranks were started, and it did not answer; look at its log"
+            ) from error
+        answer = json.loads(store.get("answer"))
+        store.add("read", 1)
+    if answer["missing"]:
+        raise RuntimeError(
+            f"rank {list_ranks(answer['missing'])} of {group.size()} did not say within "
+            f"{limit.total_seconds():.0f} s how it was started: it ended, or hangs; look at its log"
+        )
+    if answer["differences"]:
+        told = "; ".join(answer["differences"][:_MOST_TOLD])
+        more = len(answer["differences"]) - _MOST_TOLD
+        raise UserError(
+            f"ranks were not started alike: {told}{f' and {more} more' if more > 0 else ''}; start "
+            "every rank with the same command, code and libraries"
+        )
+
+
+def _collect(
+    store: Store, world_size: int, limit: timedelta
+) -> tuple[list[int], list[dict[str, str] | None]]:
+    """Wait for all ranks; return those that never came, and the facts of each, in rank order."""
+    deadline = time.monotonic() + limit.total_seconds()
+    everyone = [_read(store, f"rank-{rank}", deadline) for rank in range(world_size)]
+    return [rank for rank, facts in enumerate(everyone) if facts is None], everyone
+
+
+def _read(store: Store, key: str, deadline: float) -> dict[str, str] | None:
+    try:
+        store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+    except RuntimeError:
+        return None
+    facts: dict[str, str] = json.loads(store.get(key))
+    return facts
+
+
+def _wait_until_read(store: Store, num_readers: int) -> None:
+    deadline = time.monotonic() + _GOODBYE_SECONDS
+    while store.add("read", 0) < num_readers and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def describe_differences(everyone: Sequence[Mapping[str, str] | None]) -> list[str]:
+    """Say for each fact that ranks do not share which ranks differ, and from what most have.
+
+    Args:
+        everyone: facts by name, in rank order; None for a rank that is not there.
+
+    Example:
+        >>> describe_differences([{"torch": "2.14"}, {"torch": "2.14"}, {"torch": "2.15"}])
+        ['torch is 2.15 on rank 2 and 2.14 on rank 0-1']
+        >>> describe_differences([{"seed": "1"}, {"seed": "2"}, None])
+        ['seed is 2 on rank 1 and 1 on rank 0']
+    """
+    ranks = [rank for rank, facts in enumerate(everyone) if facts is not None]
+    present = [facts for facts in everyone if facts is not None]
+    lines = []
+    for name in dict.fromkeys(name for facts in present for name in facts):
+        values = [facts.get(name, "missing") for facts in present]
+        # Of equally many, the first met: the one of the first rank.
+        (usual, _), *others = Counter(values).most_common()
+        where = {
+            value: list_ranks([r for r, v in zip(ranks, values, strict=True) if v == value])
+            for value in set(values)
+        }
+        lines += [
+            f"{name} is {_shorten(other)} on rank {where[other]} and {_shorten(usual)} on rank "
+            f"{where[usual]}"
+            for other, _ in others
+        ]
+    return lines
+
+
+def _shorten(value: str) -> str:
+    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
+
+
+def list_ranks(ranks: Sequence[int]) -> str:
+    """Write ascending ranks briefly.
+
+    Example:
+        >>> list_ranks([0, 1, 2, 5, 8, 9])
+        '0-2, 5, 8-9'
+    """
+    runs: list[tuple[int, int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1] = (runs[-1][0], rank)
+        else:
+            runs.append((rank, rank))
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
