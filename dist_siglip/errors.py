@@ -1,8 +1,9 @@
-"""The one exception for mistakes a person can mend.
+"""Which ends of a run are told in one line?
 
 Everything below the command line raises ``UserError`` for a wrong value, a missing file or a
-setting that cannot work; the command line prints its text as one line and exits with code 2.
-A defect of the program is never a ``UserError``: it keeps its traceback.
+setting that cannot work, and ``RunFailedError`` for a run that cannot go on although its settings
+are sound. The command line prints the text as one line and exits with code 2 or 3.
+A defect of the program is neither: it keeps its traceback.
 """
 
 
@@ -14,4 +15,17 @@ class UserError(ValueError):
         Traceback (most recent call last):
             ...
         dist_siglip.errors.UserError: chunk_rows (0) must be at least 1
+    """
+
+
+class RunFailedError(Exception):
+    """A run that cannot go on, and would not if it were started again as it is.
+
+    In one line: what happened, how often, what to look at or to change.
+
+    Example:
+        >>> raise RunFailedError("3 checkpoints in a row could not be written; make room")
+        Traceback (most recent call last):
+            ...
+        dist_siglip.errors.RunFailedError: 3 checkpoints in a row could not be written; make room
     """

@@ -7,19 +7,19 @@ from dist_siglip.callbacks.metrics_log import MetricsLog
 from dist_siglip.callbacks.progress import ProgressReport
 from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
 from dist_siglip.callbacks.start_evaluation import StartEvaluation
-from dist_siglip.callbacks.termination import EndOnTermination
+from dist_siglip.callbacks.stop_together import StopTogether
 from dist_siglip.callbacks.throughput import Throughput
 from dist_siglip.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "AtomicCheckpointIO",
     "CollapseAlarm",
-    "EndOnTermination",
     "EvaluationRecord",
     "MetricsLog",
     "ProgressReport",
     "RunCheckpoint",
     "StartEvaluation",
+    "StopTogether",
     "Throughput",
     "WeightAverage",
 ]

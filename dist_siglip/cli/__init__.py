@@ -8,9 +8,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 
-from dist_siglip.errors import UserError
+from dist_siglip import stop_request
+from dist_siglip.errors import RunFailedError, UserError
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
 _VERBS = {
@@ -30,7 +32,8 @@ _VERBS = {
     ),
 }
 
-EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED = 0, 1, 2, 3
+EXIT_HUNG, EXIT_SAVED, EXIT_INTERRUPTED = 70, 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        0 done; 1 ``quickstart`` stayed below its recall floor; 2 a mistake of the user, told in
-        one line; 130 interrupted.
+        0 done; 1 ``quickstart`` stayed below its recall floor, or a check found damage; 2 a
+        mistake of the user, told in one line; 3 a run that would fail again, told in one line; 75
+        ``fit`` was asked to stop, has saved, and goes on when started again; 130 interrupted. A
+        process whose ranks hang ends with 70, without returning.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -53,11 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
+    # Before the heavy imports: a signal during them must not end the run.
+    with stop_request.listening() if verb == "fit" else nullcontext():
+        code = _run(verb, rest)
+        if code == EXIT_SAVED or (code != EXIT_OK and _rank()):
+            # A launcher that sees one rank leave ends the others; each keeps its own exit code.
+            stop_request.turn_deaf()
+    return code
+
+
+def _run(verb: str, arguments: Sequence[str]) -> int:
+    """Run a verb, and tell in one line what a person can mend."""
     try:
-        code: int = importlib.import_module(_module_of(verb)).run(verb, rest)
+        code: int = importlib.import_module(_module_of(verb)).run(verb, arguments)
     except UserError as error:
         _complain(f"dist-siglip: error: {error}")
         return EXIT_USER_ERROR
+    except RunFailedError as error:
+        _complain(f"dist-siglip: failed: {error}")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         _complain("dist-siglip: interrupted")
         return EXIT_INTERRUPTED
@@ -74,9 +93,15 @@ def _module_of(verb: str) -> str:
 
 def _complain(message: str) -> None:
     """Write one line; a rank other than 0 says which one it is."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK")
+    rank = _rank()
     prefix = f"[rank {rank}] " if rank and rank != "0" else ""
     sys.stderr.write(prefix + " ".join(message.split()) + "\n")
+
+
+def _rank() -> str | None:
+    """Return what a launcher calls this process, without importing torch; None without one."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
 def _help() -> str:

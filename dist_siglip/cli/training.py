@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -22,31 +22,26 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dist_siglip.atomic import write_atomically
-from dist_siglip.callbacks import (
-    AtomicCheckpointIO,
-    CollapseAlarm,
-    EndOnTermination,
-    EvaluationRecord,
-    MetricsLog,
-    ProgressReport,
-    RunCheckpoint,
-    StartEvaluation,
-    Throughput,
-)
-from dist_siglip.callbacks.checkpoint_io import read_shapes
+from dist_siglip.callbacks import AtomicCheckpointIO, MetricsLog, StopTogether
+from dist_siglip.cli import EXIT_SAVED
+from dist_siglip.cli.callback_groups import CONFIGURED, UNCONFIGURED
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
+from dist_siglip.cli.start_point import (
+    check_fits,
+    check_same_run,
+    checkpoint_to_look_at,
+    checkpoint_to_start_from,
+    evaluated_step,
+    owes_evaluation,
+)
 from dist_siglip.cli.table import print_evaluation
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
-from dist_siglip.runs import (
-    RunFolder,
-    collect_provenance,
-    describe_differences,
-)
+from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -68,9 +63,9 @@ _TRAINER_DEFAULTS = {
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Run ``fit`` or ``validate``."""
-    train([verb, *arguments])
+    code = train([verb, *arguments]).exit_code
     leave_process_groups()
-    return 0
+    return code
 
 
 def train(arguments: list[str]) -> "TrainingCLI":
@@ -99,6 +94,7 @@ class TrainingCLI(LightningCLI):
     datamodule: ImageTextDataModule
     trainer: Trainer
     _lock: TextIO | None = None
+    exit_code = 0
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -123,8 +119,8 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Evaluate before the first step of a new run. Null: if its weights are loaded.",
         )
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(CollapseAlarm, "collapse_alarm")
+        for group, callback in CONFIGURED.items():
+            parser.add_lightning_class_args(callback, group)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("data.global_batch_size", "model.global_batch_size")
         parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
@@ -139,13 +135,7 @@ class TrainingCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         asked = settings.get("logger")
         extra_loggers = asked if isinstance(asked, list) else [asked] if _is_logger(asked) else []
-        self.trainer_defaults["callbacks"] = [
-            EndOnTermination(),
-            Throughput(),
-            ProgressReport(),
-            EvaluationRecord(),
-            StartEvaluation(),
-        ]
+        self.trainer_defaults["callbacks"] = [callback() for callback in UNCONFIGURED]
         metrics_log = MetricsLog(root)
         loggers = [
             metrics_log,
@@ -192,12 +182,12 @@ class TrainingCLI(LightningCLI):
         check_features(self.datamodule, self.model.built, self.model.towers)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = self._checkpoint_to_start_from(given)
+        self.start_checkpoint = checkpoint_to_start_from(self.folder, given)
         if self.start_checkpoint is not None:
             check_fits(self.model, self.start_checkpoint)
         if self.trainer.is_global_zero:
             resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
-            self._check_same_run(yaml.safe_load(resolved))
+            check_same_run(self.folder, yaml.safe_load(resolved))
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
             write_atomically(self.folder.config, resolved)
@@ -211,6 +201,8 @@ class TrainingCLI(LightningCLI):
         start = self.start_checkpoint
         done = max(self.folder.steps_with_checkpoint(), default=0)
         if done >= self.trainer.max_steps:
+            if evaluated_step(self.folder) < done or not self.folder.report.exists():
+                self._conclude(model, start)
             logger.info(
                 "run %s is complete: step %d of %d; raise trainer.max_steps to go on, or choose "
                 "another run_dir",
@@ -221,28 +213,53 @@ class TrainingCLI(LightningCLI):
             return
         if start is not None:
             logger.info("going on from %s", start)
-        elif self._evaluates_at_start():
+        if self._evaluates_at_start():
             self.trainer.num_sanity_val_steps = float("inf")
         self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
+        stop: StopTogether = self._get(self.config_init, "stop")
+        if stop.has_stopped:
+            stop.leave(self.trainer)
+            self.exit_code = self._code_of_a_stop()
+            return
         if self.trainer.global_step < self.trainer.max_steps:
             raise KeyboardInterrupt  # Lightning stops quietly; the caller must see it
-        if self.datamodule.val_shards is not None:
-            if self.model.last_evaluated_step != self.trainer.global_step:
-                self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
-            if self.trainer.is_global_zero:
-                # Plotting takes a while to import, and only this moment needs it.
-                from dist_siglip.report import write_report
+        self._conclude(model)
 
-                write_report(self.folder.path)
+    def _conclude(self, model: LightningModule, source: Path | None = None) -> None:
+        """Evaluate the last step, of a checkpoint or just trained, and leave a report."""
+        if self.datamodule.val_shards is None:
+            return
+        if source is not None or self.model.last_evaluated_step != self.trainer.global_step:
+            self.trainer.validate(
+                model,
+                datamodule=self.datamodule,
+                ckpt_path=source,
+                verbose=False,
+                weights_only=True,
+            )
+        if self.trainer.is_global_zero:
+            # Plotting takes a while to import, and only this moment needs it.
+            from dist_siglip.report import write_report
+
+            write_report(self.folder.path)
+
+    def _code_of_a_stop(self) -> int:
+        """EXIT_SAVED, but for the children of Lightning's launcher, whose code would kill it."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        is_child = isinstance(environment, LightningEnvironment) and self.trainer.local_rank > 0
+        return 0 if is_child else EXIT_SAVED
 
     def _evaluates_at_start(self) -> bool:
+        if self.start_checkpoint is not None:
+            return owes_evaluation(self.folder, self.trainer.val_check_interval)
         asked: bool | None = self._get(self.config, "evaluate_at_start")
         return self.model.built.weights_loaded if asked is None else asked
 
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
         self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
-        self.start_checkpoint = self._checkpoint_to_look_at()
+        given = self._get(self.config, "ckpt_path")
+        self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
 
     def validate(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Evaluate the given checkpoint, else the newest of the run, else the model as built."""
@@ -257,59 +274,6 @@ class TrainingCLI(LightningCLI):
     def _get_all(self) -> Any:
         """Return the resolved configuration of the verb."""
         return self.config[self.subcommand]
-
-    def _checkpoint_to_look_at(self) -> Path | None:
-        """Return the checkpoint given, else the newest of the run, if any; it fits the model."""
-        given = self._get(self.config, "ckpt_path")
-        chosen = Path(given) if given else self.folder.newest_checkpoint()
-        if chosen is not None:
-            check_fits(self.model, chosen)
-        return chosen
-
-    def _checkpoint_to_start_from(self, given: str | None) -> Path | None:
-        newest = self.folder.newest_checkpoint()
-        if given is None:
-            return newest
-        if newest is not None:
-            raise UserError(
-                f"ckpt_path ({given}) is given but run_dir ({self.folder.path}) has its own "
-                f"{newest.name}; leave ckpt_path out to go on, or choose another run_dir"
-            )
-        return Path(given)
-
-    def _check_same_run(self, resolved: dict[str, Any]) -> None:
-        if not self.folder.config.exists():
-            return
-        recorded = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")) or {}
-        differences = describe_differences(recorded, resolved)
-        if differences and self.folder.newest_checkpoint() is not None:
-            raise UserError(
-                f"run_dir ({self.folder.path}) holds another run: {'; '.join(differences[:3])}; "
-                "choose another run_dir, or use its settings"
-            )
-
-
-def check_fits(model: torch.nn.Module, path: Path) -> None:
-    """Check names and shapes of a checkpoint against a model, reading no weights.
-
-    Raises:
-        UserError: if it cannot be read or belongs to another model; names the first differences.
-    """
-    loaded = read_shapes(path)
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    problems = [f"missing {key}" for key in wanted if key not in loaded]
-    problems += [f"unexpected {key}" for key in loaded if key not in wanted]
-    problems += [
-        f"{key} is {tuple(loaded[key])} instead of {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in loaded and loaded[key] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"checkpoint ({path}) belongs to another model: {'; '.join(problems[:3])}{more}; use "
-            "the model it was made with, or another run_dir"
-        )
 
 
 def _is_logger(value: Any) -> bool:

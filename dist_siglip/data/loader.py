@@ -45,12 +45,12 @@ def build_loader(
 def prepare_worker(worker: int) -> None:
     """Make a loader process deaf to the signals a cluster sends to the training process.
 
-    SLURM signals every process of a step, and the default action of SIGUSR1 is death.
+    SLURM signals every process of a step, and the default action of SIGUSR1 and SIGTERM is death.
 
     Args:
         worker: number of the loader process; not used.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # One loader process is one core; tokenizers would start a thread for each core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,8 +1,6 @@
 """``fit`` and ``validate`` for real: ranks, kill, resume, evaluation, files."""
 
 import json
-import signal
-import time
 
 import pytest
 import torch
@@ -10,10 +8,8 @@ import yaml
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import (
-    is_group_alive,
     kill_when,
     run_command,
-    started_until,
     write_settings,
 )
 from tests.support.recording import global_batches
@@ -116,22 +112,6 @@ def test_killed_and_resumed_on_other_ranks_sees_the_same_samples(uninterrupted, 
     assert set(range(1, 16)) - set(logged) <= {4, 8, 12}
     curve = losses(uninterrupted / "run")
     assert logged == pytest.approx({step: curve[step] for step in logged}, rel=1e-4)
-
-
-def test_a_terminated_rank_ends_the_whole_run(uninterrupted, tmp_path):
-    """SIGTERM to rank 0 alone, in the middle of training: no rank waits for the other."""
-    run = RunFolder(tmp_path / "run")
-    arguments = [
-        *("fit", "--config", uninterrupted / "settings.yaml", f"--run_dir={run.path}"),
-        *("--trainer.devices=2", "--trainer.max_steps=100000", "--checkpoint.every_steps=4"),
-    ]
-    with started_until(arguments, lambda: run.newest_checkpoint() is not None) as process:
-        process.terminate()
-        assert process.wait(timeout=20) == -signal.SIGTERM
-        deadline = time.monotonic() + 20
-        while is_group_alive(process.pid):
-            assert time.monotonic() < deadline, "a rank is still waiting"
-            time.sleep(0.1)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(uninterrupted):

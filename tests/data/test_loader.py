@@ -90,7 +90,7 @@ def test_workers_outlive_cluster_signals(shards):
     batches = iter(loader(shards, workers=1))
     first = next(batches)
     (worker,) = batches._workers
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         os.kill(worker.pid, number)
     time.sleep(0.1)
     assert worker.is_alive()

@@ -4,7 +4,7 @@ import itertools
 import os
 
 _PORTS_OF_A_WORKER = 4000
-_numbers = itertools.count(os.getpid() % 997)
+_numbers = itertools.count(os.getpid() * 61 % _PORTS_OF_A_WORKER)  # far from a test run beside
 
 
 def next_port() -> int:

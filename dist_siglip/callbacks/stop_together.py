@@ -1,0 +1,119 @@
+"""When one rank is asked to stop, how do all of them stop at the same step, with a checkpoint?
+
+Each rank remembers signals on its own (``stop_request``). Every few steps they compare, over a
+group of CPUs so that no GPU is waited for; if any was asked, all end the step loop, write a
+checkpoint and leave. The run goes on from there when it is started again.
+
+Lightning answers SIGTERM inside the handler, by a broadcast that deadlocks with an exchange under
+way, and asks the first rank in every step whether it was signalled, for which the host waits until
+the device has caught up. Both are taken out.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dist_siglip import stop_request
+from dist_siglip.callbacks.slurm_requeue import requeue_job
+from dist_siglip.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Of Lightning 2.6: what a step loop asks, and who installs handlers.
+_QUESTION, _HANDLERS, _INSTALL = (
+    "_broadcast_sigterm_tensor",
+    "_signal_connector",
+    "register_signal_handlers",
+)
+
+
+class StopTogether(Callback):
+    """Ends training between two steps once any rank got SIGUSR1, SIGUSR2 or SIGTERM.
+
+    The signals are those that ``stop_request.listening`` remembers; outside of it they keep their
+    usual effect. ``RunCheckpoint`` saves where training ends. An evaluation that is due at that
+    step waits for the next start.
+
+    Args:
+        agree_every_steps: optimizer steps between two looks at what was asked; a rank that was
+            signalled trains on until then.
+        requeue: once all ranks have saved, the first one has SLURM requeue the job. Leave it off
+            where the batch script does so, as the ones in slurm/ do.
+
+    Attributes:
+        has_stopped: whether training ended because of a signal.
+
+    Raises:
+        UserError: if agree_every_steps < 1.
+    """
+
+    def __init__(self, agree_every_steps: int = 10, requeue: bool = False) -> None:
+        if agree_every_steps < 1:
+            raise UserError(f"stop.agree_every_steps ({agree_every_steps}) must be at least 1")
+        self.agree_every_steps = agree_every_steps
+        self.requeue = requeue
+        self.has_stopped = False
+        self._group: dist.ProcessGroup | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep Lightning from installing handlers of its own."""
+        handlers: Any = getattr(trainer, _HANDLERS, None)
+        if hasattr(handlers, _INSTALL):
+            setattr(handlers, _INSTALL, _do_nothing)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the question out of every step, and make the group."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, _QUESTION):
+            setattr(loop, _QUESTION, _do_nothing)
+        if trainer.world_size > 1 and self._group is None:
+            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+            self._group = group
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every few steps, agree."""
+        if trainer.global_step % self.agree_every_steps or self.has_stopped:
+            return
+        if trainer.global_step >= trainer.max_steps or not self._is_any_asked():
+            return
+        self.has_stopped = True
+        # Not should_stop, for which Lightning would evaluate first.
+        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+        trainer.limit_val_batches = 0
+        if trainer.is_global_zero:
+            logger.warning(
+                "asked to stop (%s): saving after step %d; start again to go on",
+                stop_request.asked_by() or "another rank",
+                trainer.global_step,
+            )
+
+    def leave(self, trainer: Trainer) -> None:
+        """Wait until every rank has saved, then requeue the job if asked to.
+
+        Distributed contract: every rank calls it after ``fit`` if ``has_stopped``.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # aborted transfers can take a fabric down
+        if self._group is not None:
+            dist.barrier(self._group)
+        if self.requeue and trainer.is_global_zero:
+            requeue_job()
+
+    def _is_any_asked(self) -> bool:
+        asked = stop_request.asked_by() is not None
+        if self._group is None:
+            return asked
+        flag = torch.tensor([int(asked)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+
+def _do_nothing() -> None:
+    """Stand in for a broadcast in every step, and for handlers."""

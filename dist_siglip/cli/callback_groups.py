@@ -1,0 +1,26 @@
+"""Which callbacks does every run have, and which of them have settings on the command line?"""
+
+from lightning.pytorch import Callback
+
+from dist_siglip.callbacks import (
+    CollapseAlarm,
+    EvaluationRecord,
+    ProgressReport,
+    RunCheckpoint,
+    StartEvaluation,
+    StopTogether,
+    Throughput,
+)
+
+# Group of settings -> class; what has to come first stands first.
+CONFIGURED: dict[str, type[Callback]] = {
+    "stop": StopTogether,
+    "checkpoint": RunCheckpoint,
+    "collapse_alarm": CollapseAlarm,
+}
+UNCONFIGURED: tuple[type[Callback], ...] = (
+    Throughput,
+    ProgressReport,
+    EvaluationRecord,
+    StartEvaluation,
+)

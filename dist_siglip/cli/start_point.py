@@ -1,0 +1,101 @@
+"""Where does a command begin: at which checkpoint, of which run, and does it fit the model?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dist_siglip.callbacks.checkpoint_io import read_shapes
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder, describe_differences
+
+
+def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
+    """Return the newest checkpoint of the run, or the one given to a run that has none.
+
+    Raises:
+        UserError: if one is given and the run has its own.
+    """
+    newest = folder.newest_checkpoint()
+    if given is None:
+        return newest
+    if newest is not None:
+        raise UserError(
+            f"ckpt_path ({given}) is given but run_dir ({folder.path}) has its own "
+            f"{newest.name}; leave ckpt_path out to go on, or choose another run_dir"
+        )
+    return Path(given)
+
+
+def checkpoint_to_look_at(
+    folder: RunFolder, given: str | None, model: torch.nn.Module
+) -> Path | None:
+    """Return the checkpoint given, else the newest of the run, if any; it fits the model.
+
+    Raises:
+        UserError: as ``check_fits``.
+    """
+    chosen = Path(given) if given else folder.newest_checkpoint()
+    if chosen is not None:
+        check_fits(model, chosen)
+    return chosen
+
+
+def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
+    """Check that a configuration goes on with the run in a folder, if there is one.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if not folder.config.exists():
+        return
+    recorded = yaml.safe_load(folder.config.read_text(encoding="utf-8")) or {}
+    differences = describe_differences(recorded, resolved)
+    if differences and folder.newest_checkpoint() is not None:
+        raise UserError(
+            f"run_dir ({folder.path}) holds another run: {'; '.join(differences[:3])}; "
+            "choose another run_dir, or use its settings"
+        )
+
+
+def check_fits(model: torch.nn.Module, path: Path) -> None:
+    """Check names and shapes of a checkpoint against a model, reading no weights.
+
+    Raises:
+        UserError: if it cannot be read or belongs to another model; names the first differences.
+    """
+    loaded = read_shapes(path)
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    problems = [f"missing {key}" for key in wanted if key not in loaded]
+    problems += [f"unexpected {key}" for key in loaded if key not in wanted]
+    problems += [
+        f"{key} is {tuple(loaded[key])} instead of {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in loaded and loaded[key] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"checkpoint ({path}) belongs to another model: {'; '.join(problems[:3])}{more}; use "
+            "the model it was made with, or another run_dir"
+        )
+
+
+def owes_evaluation(folder: RunFolder, val_check_interval: float | None) -> bool:
+    """Whether a run ended between a checkpoint and the evaluation that was due at its step."""
+    step = max(folder.steps_with_checkpoint(), default=0)
+    if not step or not isinstance(val_check_interval, int) or step % val_check_interval:
+        return False
+    return evaluated_step(folder) < step
+
+
+def evaluated_step(folder: RunFolder) -> int:
+    """Step of the newest evaluation of a run; -1 if there is none."""
+    try:
+        record = json.loads((folder.evaluation / "metrics.json").read_text(encoding="utf-8"))
+        return int(record["step"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return -1
