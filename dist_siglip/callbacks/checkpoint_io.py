@@ -15,8 +15,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.distributed.checkpoint_damage import save_sealed
 from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole, stored_shapes
 from dist_siglip.errors import UserError
+from dist_siglip.runs import check_sound
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -27,8 +29,11 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> None:
         """Write ``checkpoint``; at any instant ``path`` is the old file or the new one.
 
+        The file ends in its checksum.
+
         Raises:
             UserError: if storage options are given; checkpoints go to a local folder.
+            OSError: if it cannot be written; what was there before stays.
         """
         if storage_options is not None:
             raise UserError(
@@ -36,7 +41,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 "leave them out"
             )
         with open_atomically(Path(path)) as file:
-            torch.save(checkpoint, file)
+            save_sealed(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -66,14 +71,33 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint without executing anything; see ``AtomicCheckpointIO``.
 
-    A sharded one, a folder, is put together as the file it could have been.
+    Its bytes are compared with their checksum first. A sharded one, a folder, is put together as
+    the file it could have been.
     """
+    _check_exists(path)
+    check_sound(path)
     if is_sharded(path):
         return read_whole(path)
-    if not path.is_file():
+    return _read_file(path, map_location=map_location)
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the weights of a checkpoint by name; the weights are not read."""
+    _check_exists(path)
+    if is_sharded(path):
+        return stored_shapes(path)
+    state = _read_file(path, mmap=True)["state_dict"]
+    return {name: value.shape for name, value in state.items()}
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
         raise UserError(f"checkpoint ({path}) does not exist; name an existing .ckpt file")
+
+
+def _read_file(path: Path, **options: Any) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = torch.load(path, weights_only=True, **options)
     # A damaged or foreign file surfaces as one of these, depending on where reading stops.
     except (
         pickle.UnpicklingError,
@@ -88,14 +112,6 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"checkpoint ({path}) holds no state_dict; name a checkpoint of fit")
     return content
-
-
-def read_shapes(path: Path) -> dict[str, torch.Size]:
-    """Shapes of the weights of a checkpoint by name; of a sharded one only the index is read."""
-    if is_sharded(path):
-        return stored_shapes(path)
-    state = read_checkpoint(path)["state_dict"]
-    return {name: value.shape for name, value in state.items()}
 
 
 def _unreadable(path: Path, error: Exception) -> str:

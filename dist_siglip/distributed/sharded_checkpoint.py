@@ -1,73 +1,73 @@
 """How do ranks write one checkpoint together, each its own shards, and read it in any number?
 
 A folder of ``torch.distributed.checkpoint`` that holds tensors only, and beside them one file of
-plain values. It appears under its name when every rank has written its part. Nothing in it is
-executed when it is read: tensors and values load with ``weights_only=True``, and the index, which
-torch keeps as a pickle, may name the classes of an index and nothing else.
+plain values, and a list of checksums. It appears under its name when every rank has written its
+part; where one cannot, all of them hear of it. Nothing in it is executed when it is read: tensors
+and values load with ``weights_only=True``, and for the index see ``sharded_index``.
 """
 
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dist_siglip.atomic import sync_folder
+from dist_siglip.distributed.checkpoint_damage import (
+    cause_of,
+    list_checksums,
+    save_sealed,
+    seal_folder,
+)
+from dist_siglip.distributed.sharded_index import (
+    INDEX,
+    IndexedReader,
+    damaged,
+    read_index,
+    reason_of,
+)
 from dist_siglip.errors import UserError
 
-_INDEX = ".metadata"
 _VALUES = "values.pt"
 _MODEL = "model/"
 _OPTIMIZER = "optimizer/"
-# What the index is made of: how large each tensor is and where its pieces lie.
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "builtins": {"set"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-}
+_T = TypeVar("_T")
 
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is the folder of a sharded checkpoint."""
-    return (path / _INDEX).is_file()
+    return (path / INDEX).is_file()
 
 
-def write_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
+def write_sharded(
+    checkpoint: Mapping[str, Any], path: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Write a checkpoint, whose tensors may be sharded, as one folder.
 
-    Distributed contract: every rank of the default group calls it, with its shards of the same
-    tensors. The folder is complete when it has its name.
+    Distributed contract: every rank of the group calls it, with its shards of the same tensors.
+    The folder is complete when it has its name. A failure of any rank is raised on all.
 
     Args:
         checkpoint: "state_dict" with tensors by name, "optimizer_states" with one state by
             parameter name ("state", "param_groups"), and plain values, those of the first rank.
         path: the folder; one of that name is replaced.
+        group: all ranks; None is the default group. A thread needs one of its own.
+
+    Raises:
+        OSError: if a file cannot be written; nothing is left behind, and an older folder stays.
     """
     values = dict(checkpoint)
     tensors = {_MODEL + name: value for name, value in values.pop("state_dict").items()}
@@ -76,30 +76,59 @@ def write_sharded(checkpoint: Mapping[str, Any], path: Path) -> None:
         groups.append(state["param_groups"])
         tensors |= flatten_optimizer(state, number)
     values["param_groups"] = groups
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
     beside = [path.with_name(f".{path.name}.{uuid4().hex}.tmp")]
     if dist.is_initialized():
-        dist.broadcast_object_list(beside)
+        dist.broadcast_object_list(beside, group=group, group_src=0)
     folder = beside[0]
+
+    def finish(listed: list[dict[str, tuple[int, int]]]) -> None:
+        with (folder / _VALUES).open("wb") as file:
+            save_sealed(values, file)
+            file.flush()
+            os.fsync(file.fileno())
+        all_files = list_checksums([folder / INDEX, folder / _VALUES])
+        for files in listed:
+            all_files |= files
+        seal_folder(folder, all_files)
+        _put_in_place(folder, path)
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            together(lambda: folder.mkdir(parents=True, exist_ok=True), group)
+        else:
+            together(lambda: None, group)
         with _quiet_alone():
-            save(tensors, storage_writer=FileSystemWriter(folder, overwrite=True))
-        if is_first:
-            with (folder / _VALUES).open("wb") as file:
-                torch.save(values, file)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(folder)
-            _put_in_place(folder, path)
+            save(tensors, storage_writer=_Writer(folder, overwrite=True), process_group=group)
+        written = together(lambda: list_checksums(folder.glob(f"__{rank}_*")), group)
+        together(lambda: finish(written) if rank == 0 else None, group)
     except BaseException as error:
-        if is_first:
+        if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, CheckpointException):
-            raise OSError(f"checkpoint ({path}) was not written ({_reason(error)})") from error
+            raise OSError(f"checkpoint ({path}) was not written ({reason_of(error)})") from error
         raise
-    if dist.is_initialized():
-        dist.barrier()
+
+
+def together(work: Callable[[], _T], group: dist.ProcessGroup | None = None) -> list[_T]:
+    """Call ``work`` on every rank of a group and return the results of all.
+
+    Raises:
+        OSError: on every rank, if it was raised on any; the text names the first such rank.
+    """
+    if not dist.is_initialized():
+        return [work()]
+    results: list[Any] = [None] * dist.get_world_size(group)
+    mine: tuple[_T | None, str | None] = (None, None)
+    try:
+        mine = (work(), None)
+    except OSError as error:
+        mine = (None, str(error))
+    dist.all_gather_object(results, mine, group=group)
+    for rank, (_, problem) in enumerate(results):
+        if problem is not None:
+            raise OSError(f"rank {rank}: {problem}")
+    return [result for result, _ in results]
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -111,9 +140,9 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         values = torch.load(path / _VALUES, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
     if not isinstance(values, dict):
-        raise UserError(_damaged(path, TypeError("values.pt is no table of values")))
+        raise UserError(damaged(path, TypeError("values.pt is no table of values")))
     return values
 
 
@@ -145,7 +174,7 @@ def read_whole(path: Path) -> dict[str, Any]:
         UserError: if the folder is damaged.
     """
     values = read_values(path)
-    index = _read_index(path)
+    index = read_index(path)
     tensors = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
         for name, stored in index.state_dict_metadata.items()
@@ -172,7 +201,7 @@ def stored_shapes(path: Path) -> dict[str, torch.Size]:
     """
     return {
         name.removeprefix(_MODEL): stored.size
-        for name, stored in _read_index(path).state_dict_metadata.items()
+        for name, stored in read_index(path).state_dict_metadata.items()
         if name.startswith(_MODEL) and isinstance(stored, TensorStorageMetadata)
     }
 
@@ -196,11 +225,21 @@ def flatten_optimizer(state: Mapping[str, Any], number: int) -> dict[str, Tensor
 def _load(path: Path, tensors: dict[str, Tensor], *, no_dist: bool = False) -> None:
     try:
         with _quiet_alone():
-            load(tensors, storage_reader=_Reader(path), no_dist=no_dist)
+            load(tensors, storage_reader=IndexedReader(path), no_dist=no_dist)
     except UserError:
         raise
     except (CheckpointException, OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
+
+
+class _Writer(FileSystemWriter):
+    """Names the failure to write, not what it does to torch's archive writer."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise cause_of(error) from None
 
 
 @contextmanager
@@ -209,55 +248,6 @@ def _quiet_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-class _Reader(FileSystemReader):
-    """Reads an index that names no foreign class and no file outside of the folder."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.folder = path
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        index = _read_index(self.folder)
-        if index.storage_meta is None:
-            index.storage_meta = StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_of_torch = module == "torch" and (
-            name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)
-        )
-        if is_of_torch or name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the index names {module}.{name}")
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with (path / _INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        names = {Path(info.relative_path) for info in index.storage_data.values()}
-    # A damaged pickle fails in as many ways as it has instructions.
-    except Exception as error:
-        raise UserError(_damaged(path, error)) from error
-    if not isinstance(index, Metadata) or any(len(name.parts) != 1 for name in names):
-        raise UserError(_damaged(path, ValueError("the index names files outside of the folder")))
-    return index
-
-
-def _damaged(path: Path, error: BaseException) -> str:
-    return f"checkpoint ({path}) cannot be read ({_reason(error)}); it is damaged; use another one"
-
-
-def _reason(error: BaseException) -> str:
-    """One line; of an error that torch collected from all ranks, that of the first of them."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _put_in_place(folder: Path, path: Path) -> None:

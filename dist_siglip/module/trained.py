@@ -17,7 +17,7 @@ from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.lora import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights import load_towers, read_weights
-from dist_siglip.runs import RunFolder
+from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def load_trained(
     """Load the model of a run, or one by name, on the CPU and in evaluation mode.
 
     Args:
-        run_dir: folder of a run. Its newest checkpoint is taken.
+        run_dir: folder of a run. Its newest sound checkpoint is taken.
         ckpt_path: another checkpoint of that run.
         model: in place of a run, as ``model.model`` of a run names it.
         pretrained: weights of ``model``, as ``model.pretrained`` names them.
@@ -64,9 +64,10 @@ def load_trained(
 
 def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
     settings = _model_settings(folder)
-    checkpoint = Path(ckpt_path) if ckpt_path is not None else folder.newest_checkpoint()
+    checkpoint = newest_sound_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)
     if checkpoint is None:
         raise UserError(f"run_dir ({folder.path}) has no checkpoint; train it, or name another")
+    check_sound(checkpoint)
     built = build_dual_encoder(
         settings["model"],
         settings.get("pretrained"),

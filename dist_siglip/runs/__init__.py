@@ -3,5 +3,12 @@
 from dist_siglip.runs.folder import RunFolder
 from dist_siglip.runs.identity import describe_differences
 from dist_siglip.runs.provenance import collect_provenance
+from dist_siglip.runs.sound_checkpoint import check_sound, newest_sound_checkpoint
 
-__all__ = ["RunFolder", "collect_provenance", "describe_differences"]
+__all__ = [
+    "RunFolder",
+    "check_sound",
+    "collect_provenance",
+    "describe_differences",
+    "newest_sound_checkpoint",
+]

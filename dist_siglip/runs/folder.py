@@ -6,8 +6,9 @@ provenance.json        command, versions, commit, host
 metrics.jsonl          one JSON object per logged step and per evaluation
 log.txt                plain lines of progress and warnings
 bad_samples.jsonl      one JSON object per bad sample, if there was any
+skipped_steps.jsonl    one JSON object per skipped step, if there was any
 tensorboard/           event files
-checkpoints/           step=00000500.ckpt ...
+checkpoints/           step=00000500.ckpt ..., best.json (step of the best one, if one is kept)
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
 report.html            one self-contained page
 """
@@ -21,6 +22,7 @@ from typing import TextIO
 from dist_siglip.errors import UserError
 
 _CHECKPOINT_NAME = re.compile(r"step=(\d+)\.ckpt")
+_UNFINISHED_NAME = re.compile(r"\.(step=\d+\.ckpt|best\.json)\.[0-9a-f]{32}\.(tmp|old)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class RunFolder:
         return self.path / "bad_samples.jsonl"
 
     @property
+    def skipped_steps(self) -> Path:
+        """One JSON object a line; missing while every step is taken."""
+        return self.path / "skipped_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
@@ -78,8 +85,16 @@ class RunFolder:
         """Name of the checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step={step:08d}.ckpt"
 
+    @property
+    def best(self) -> Path:
+        """Step, metric and value of the best checkpoint; missing while none is kept."""
+        return self.checkpoints / "best.json"
+
     def newest_checkpoint(self) -> Path | None:
-        """Checkpoint of the largest step; None if there is none."""
+        """Checkpoint of the largest step; None if there is none.
+
+        Its name says that it was complete once; see ``newest_sound_checkpoint``.
+        """
         found = self.steps_with_checkpoint()
         return self.checkpoint(max(found)) if found else None
 
@@ -89,6 +104,12 @@ class RunFolder:
             return []
         matches = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
+
+    def unfinished(self) -> list[Path]:
+        """What writers that were killed have left: files and folders without their final name."""
+        if not self.checkpoints.is_dir():
+            return []
+        return [p for p in self.checkpoints.iterdir() if _UNFINISHED_NAME.fullmatch(p.name)]
 
     def lock(self) -> TextIO:
         """Claim the folder for this process until the returned file is closed.

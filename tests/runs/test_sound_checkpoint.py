@@ -1,0 +1,73 @@
+"""A run goes on from the newest checkpoint that is whole, and says what is wrong with others."""
+
+import pytest
+import torch
+
+from dist_siglip.callbacks import AtomicCheckpointIO
+from dist_siglip.distributed.sharded_checkpoint import write_sharded
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
+
+CONTENT = {"state_dict": {"w": torch.zeros(100)}, "optimizer_states": []}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoints of steps 10 (a file), 20 (a folder), 30 (a file)."""
+    folder = RunFolder(tmp_path / "run")
+    for step in (10, 30):
+        AtomicCheckpointIO().save_checkpoint(CONTENT, folder.checkpoint(step))
+    write_sharded(CONTENT, folder.checkpoint(20))
+    return folder
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def test_the_newest_is_taken_when_it_is_whole(run):
+    assert newest_sound_checkpoint(run) == run.checkpoint(30)
+
+
+def test_a_damaged_one_is_passed_over_and_named(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "dist_siglip.runs.sound_checkpoint.logger.warning", lambda text, *of: said.append(text % of)
+    )
+    flip(run.checkpoint(30))
+    assert newest_sound_checkpoint(run) == run.checkpoint(20)
+    (run.checkpoint(20) / ".metadata").unlink()
+    assert newest_sound_checkpoint(run) == run.checkpoint(10)
+    assert "step=00000030.ckpt is damaged (its bytes have another checksum" in said[0]
+    assert "step=00000020.ckpt is damaged (.metadata is missing" in said[2]
+
+
+def test_a_run_of_damaged_checkpoints_does_not_begin_anew_by_itself(run):
+    for step in (10, 30):
+        run.checkpoint(step).write_bytes(b"")
+    flip(run.checkpoint(20) / "values.pt")
+    with pytest.raises(UserError, match="has 3 checkpoints and all are damaged"):
+        newest_sound_checkpoint(run)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert newest_sound_checkpoint(RunFolder(tmp_path)) is None
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_damaged_one_that_was_named_is_an_error(run, step):
+    path = run.checkpoint(step)
+    check_sound(path)
+    flip(path / "values.pt" if path.is_dir() else path)
+    for read in (check_sound, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(UserError, match=r"cannot be read \(.*another checksum") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_program_is_left_to_torch(tmp_path):
+    torch.save(CONTENT, tmp_path / "a.ckpt")
+    check_sound(tmp_path / "a.ckpt")
+    assert "state_dict" in AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
