@@ -1,4 +1,4 @@
-"""How good are the weights a start begins with?"""
+"""How good was the checkpoint before the first step?"""
 
 import logging
 import math
@@ -9,11 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 class StartEvaluation(Callback):
-    """Evaluates before the first step of a start, and logs that as the evaluation of its step.
+    """Evaluates a new run before its first step, and logs that as the evaluation of step 0.
 
-    For a new run from loaded weights, and for one that ended before an evaluation that was due.
-    It takes the place of Lightning's sanity check and needs ``num_sanity_val_steps`` of -1: a
-    check of a few batches is no evaluation.
+    It takes the place of Lightning's sanity check and needs ``num_sanity_val_steps`` of -1: a check
+    of a few batches is no evaluation.
     """
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -24,7 +23,7 @@ class StartEvaluation(Callback):
             return
         values = {f"val/{name}": value for name, value in evaluation.metrics.items()}
         for each in trainer.loggers:
-            each.log_metrics(values, step=trainer.global_step)
+            each.log_metrics(values, step=0)
         shown = ("image_to_text_recall@1", "text_to_image_recall@1", "loss", "modality_gap")
         parts = [f"{name} {values[f'val/{name}']:.4g}" for name in shown]
         logger.info("before the first step: %s", ", ".join(parts))

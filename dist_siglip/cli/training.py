@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks import AtomicCheckpointIO, MetricsLog, StopTogether
@@ -202,7 +203,7 @@ class TrainingCLI(LightningCLI):
         done = max(self.folder.steps_with_checkpoint(), default=0)
         if done >= self.trainer.max_steps:
             if evaluated_step(self.folder) < done or not self.folder.report.exists():
-                self._conclude(model, start)
+                self._conclude(start)
             logger.info(
                 "run %s is complete: step %d of %d; raise trainer.max_steps to go on, or choose "
                 "another run_dir",
@@ -211,10 +212,13 @@ class TrainingCLI(LightningCLI):
                 self.trainer.max_steps,
             )
             return
+        if start is None and self._evaluates_at_start():
+            self.trainer.num_sanity_val_steps = float("inf")
         if start is not None:
             logger.info("going on from %s", start)
-        if self._evaluates_at_start():
-            self.trainer.num_sanity_val_steps = float("inf")
+            if owes_evaluation(self.folder, self.trainer.val_check_interval):
+                with isolate_rng():  # training must not see that it took place
+                    self._evaluate(start)
         self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
         stop: StopTogether = self._get(self.config_init, "stop")
         if stop.has_stopped:
@@ -223,20 +227,14 @@ class TrainingCLI(LightningCLI):
             return
         if self.trainer.global_step < self.trainer.max_steps:
             raise KeyboardInterrupt  # Lightning stops quietly; the caller must see it
-        self._conclude(model)
+        self._conclude()
 
-    def _conclude(self, model: LightningModule, source: Path | None = None) -> None:
+    def _conclude(self, source: Path | None = None) -> None:
         """Evaluate the last step, of a checkpoint or just trained, and leave a report."""
         if self.datamodule.val_shards is None:
             return
         if source is not None or self.model.last_evaluated_step != self.trainer.global_step:
-            self.trainer.validate(
-                model,
-                datamodule=self.datamodule,
-                ckpt_path=source,
-                verbose=False,
-                weights_only=True,
-            )
+            self._evaluate(source)
         if self.trainer.is_global_zero:
             # Plotting takes a while to import, and only this moment needs it.
             from dist_siglip.report import write_report
@@ -250,8 +248,6 @@ class TrainingCLI(LightningCLI):
         return 0 if is_child else EXIT_SAVED
 
     def _evaluates_at_start(self) -> bool:
-        if self.start_checkpoint is not None:
-            return owes_evaluation(self.folder, self.trainer.val_check_interval)
         asked: bool | None = self._get(self.config, "evaluate_at_start")
         return self.model.built.weights_loaded if asked is None else asked
 
@@ -265,11 +261,19 @@ class TrainingCLI(LightningCLI):
         """Evaluate the given checkpoint, else the newest of the run, else the model as built."""
         source = self.start_checkpoint
         logger.info("evaluating %s", source or "the model as built: no checkpoint in run_dir")
-        self.trainer.validate(
-            model, datamodule=self.datamodule, ckpt_path=source, verbose=False, weights_only=True
-        )
+        self._evaluate(source)
         if self.trainer.is_global_zero:
             print_evaluation(self.folder)
+
+    def _evaluate(self, source: Path | None) -> None:
+        """Evaluate a checkpoint, or the model as it is."""
+        self.trainer.validate(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=source,
+            verbose=False,
+            weights_only=True,
+        )
 
     def _get_all(self) -> Any:
         """Return the resolved configuration of the verb."""
@@ -287,5 +291,6 @@ for _message in (
     r".*sync_dist=True.*when logging on epoch level.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The `srun` command is available on your system.*",
 ):
     warnings.filterwarnings("ignore", message=_message)
