@@ -9,21 +9,44 @@ On a CPU a call looks at its own features: one pass over them. On a GPU reading 
 the host wait, so a ``FiniteCheck`` reads what earlier calls found, once the device has come to it:
 the error arrives a step or two late, on all ranks, and names the row of the first bad step. Cost
 on a GPU: one pass over the features and a dozen small kernels; no wait.
+
+Where a step that is not finite will be skipped, nothing is looked for: ``let_pass``.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 # Findings that the device may fall behind by before the host waits for the oldest.
 _MOST_PENDING = 8
+_LETS_PASS = ContextVar("lets_pass", default=False)
+
+
+@contextmanager
+def let_pass() -> Iterator[None]:
+    """Let losses called in the block take what is not finite, and return it.
+
+    For a training that skips such steps. Every rank must enter it alike.
+
+    Example:
+        >>> with let_pass():
+        ...     refuse_not_finite({"text_features": torch.tensor([[torch.nan]])})
+        ''
+    """
+    token = _LETS_PASS.set(True)
+    try:
+        yield
+    finally:
+        _LETS_PASS.reset(token)
 
 
 def refuse_not_finite(named: Mapping[str, Tensor]) -> str:
     """Return what is not finite among tensors on a CPU; "" if nothing is or on another device."""
-    if any(tensor.device.type != "cpu" for tensor in named.values()):
+    if _LETS_PASS.get() or any(tensor.device.type != "cpu" for tensor in named.values()):
         return ""
     return _describe(named, _first_bad_rows(named).tolist())
 
@@ -43,6 +66,9 @@ class FiniteCheck:
 
     def look(self, named: Mapping[str, Tensor]) -> str:
         """Return what is not finite: now on a CPU, in earlier calls on a GPU; "" if nothing."""
+        if _LETS_PASS.get():
+            self._last_value = None
+            return ""
         if all(tensor.device.type == "cpu" for tensor in named.values()):
             found = refuse_not_finite(named)
             if not found and self._last_value is not None and not self._last_value.isfinite():

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dist_siglip.distributed import copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.calibration import Calibration, describe_batch_change
+from dist_siglip.losses.finite import let_pass
 from dist_siglip.losses.pair_similarities import calibrate_on_features
 from dist_siglip.losses.pair_terms import Duplicates
 from dist_siglip.metrics import Evaluation, PairEvaluation
@@ -30,7 +32,7 @@ from dist_siglip.module.optimizing import clip, configure
 from dist_siglip.module.sharding import shard_module
 from dist_siglip.module.start_calibration import calibrate_to_training_pairs
 from dist_siglip.module.training_log import log_training
-from dist_siglip.optim import OptimConfig, ParameterRule
+from dist_siglip.optim import OptimConfig, ParameterRule, StepCheck
 from dist_siglip.optim.state_names import by_name, by_number
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,8 @@ class SigLipModule(LightningModule):
         self.last_evaluated_step: int | None = None
         self._loaded_steps = 0
         self._is_sharded = False
+        # Of the callback StepGuard: skips a step that is not finite, which else is an error.
+        self.step_check: StepCheck | None = None
         # Stays on the device of the batches: reading it each step would wait for the GPU.
         self._num_substituted: Tensor | int = 0
         if compile_towers:
@@ -183,11 +187,14 @@ class SigLipModule(LightningModule):
             logit_bias = logit_bias.detach()
         uses_ids = getattr(self.loss, "uses_caption_ids", False)
         ids = {"caption_ids": batch.caption_ids} if uses_ids else {}
-        loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
+        with nullcontext() if self.step_check is None else let_pass():
+            loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
             log_training(self, loss, logit_scale, logit_bias, self._num_substituted)
-        return loss
+        if self.step_check is None:
+            return loss
+        return self.step_check.look(loss, image_features, text_features, batch.sample_ids)
 
     def check_can_calibrate(self) -> int:
         """Return the global batch to calibrate for.
@@ -278,14 +285,17 @@ class SigLipModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and log the norm before clipping.
+        """Clip by the global norm, log the norm before clipping, and judge the step by it.
 
         Lightning's own clipping refuses fused AdamW under mixed precision.
         """
-        is_logged = self._is_logged_step()
-        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_logged)
+        is_logged, check = self._is_logged_step(), self.step_check
+        is_wanted = is_logged or check is not None
+        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
         if norm is not None and is_logged:
             self.log("train/grad_norm", norm)
+        if norm is not None and check is not None:
+            check.decide(optimizer, norm)
 
     @property
     def _uses_bias(self) -> bool:

@@ -3,11 +3,16 @@
 from dist_siglip.optim.build import OptimConfig, build_optimizer
 from dist_siglip.optim.groups import ParameterRule
 from dist_siglip.optim.schedule import Schedule, learning_rate_factor
+from dist_siglip.optim.spike import NormHistory
+from dist_siglip.optim.step_check import StepCheck, StepFinding
 
 __all__ = [
+    "NormHistory",
     "OptimConfig",
     "ParameterRule",
     "Schedule",
+    "StepCheck",
+    "StepFinding",
     "build_optimizer",
     "learning_rate_factor",
 ]
