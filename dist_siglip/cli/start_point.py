@@ -10,16 +10,16 @@ import yaml
 
 from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.errors import UserError
-from dist_siglip.runs import RunFolder, describe_differences
+from dist_siglip.runs import RunFolder, describe_differences, newest_sound_checkpoint
 
 
 def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
-    """Return the newest checkpoint of the run, or the one given to a run that has none.
+    """Return the newest sound checkpoint of the run, or the one given to a run that has none.
 
     Raises:
-        UserError: if one is given and the run has its own.
+        UserError: if one is given and the run has its own, or all of the run are damaged.
     """
-    newest = folder.newest_checkpoint()
+    newest = newest_sound_checkpoint(folder)
     if given is None:
         return newest
     if newest is not None:
@@ -33,12 +33,12 @@ def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | Non
 def checkpoint_to_look_at(
     folder: RunFolder, given: str | None, model: torch.nn.Module
 ) -> Path | None:
-    """Return the checkpoint given, else the newest of the run, if any; it fits the model.
+    """Return the checkpoint given, else the newest sound one, if any; it fits the model.
 
     Raises:
-        UserError: as ``check_fits``.
+        UserError: as ``check_fits``, or if all checkpoints of the run are damaged.
     """
-    chosen = Path(given) if given else folder.newest_checkpoint()
+    chosen = Path(given) if given else newest_sound_checkpoint(folder)
     if chosen is not None:
         check_fits(model, chosen)
     return chosen
@@ -84,9 +84,14 @@ def check_fits(model: torch.nn.Module, path: Path) -> None:
         )
 
 
-def owes_evaluation(folder: RunFolder, val_check_interval: float | None) -> bool:
-    """Whether a run ended between a checkpoint and the evaluation that was due at its step."""
-    step = max(folder.steps_with_checkpoint(), default=0)
+def steps_behind(folder: RunFolder, start: Path | None) -> int:
+    """Optimizer steps this run has behind it at a checkpoint; 0 at none, or at one of another."""
+    steps = folder.steps_with_checkpoint()
+    return next((step for step in steps if folder.checkpoint(step) == start), 0)
+
+
+def owes_evaluation(folder: RunFolder, step: int, val_check_interval: float | None) -> bool:
+    """Whether a run ended between the checkpoint of a step and the evaluation due there."""
     if not step or not isinstance(val_check_interval, int) or step % val_check_interval:
         return False
     return evaluated_step(folder) < step

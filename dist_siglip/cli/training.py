@@ -35,6 +35,7 @@ from dist_siglip.cli.start_point import (
     checkpoint_to_start_from,
     evaluated_step,
     owes_evaluation,
+    steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
@@ -43,6 +44,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.runs import RunFolder, collect_provenance
+from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
@@ -186,8 +188,9 @@ class TrainingCLI(LightningCLI):
         self.start_checkpoint = checkpoint_to_start_from(self.folder, given)
         if self.start_checkpoint is not None:
             check_fits(self.model, self.start_checkpoint)
+        resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
+        self.datamodule.start_facts = self._start_facts(yaml.safe_load(resolved), world_size)
         if self.trainer.is_global_zero:
-            resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
             check_same_run(self.folder, yaml.safe_load(resolved))
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
@@ -200,9 +203,9 @@ class TrainingCLI(LightningCLI):
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Train to max_steps, evaluate the end, leave a report."""
         start = self.start_checkpoint
-        done = max(self.folder.steps_with_checkpoint(), default=0)
+        done = steps_behind(self.folder, start)
         if done >= self.trainer.max_steps:
-            if evaluated_step(self.folder) < done or not self.folder.report.exists():
+            if self._owes_end(done):
                 self._conclude(start)
             logger.info(
                 "run %s is complete: step %d of %d; raise trainer.max_steps to go on, or choose "
@@ -216,7 +219,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.num_sanity_val_steps = float("inf")
         if start is not None:
             logger.info("going on from %s", start)
-            if owes_evaluation(self.folder, self.trainer.val_check_interval):
+            if owes_evaluation(self.folder, done, self.trainer.val_check_interval):
                 with isolate_rng():  # training must not see that it took place
                     self._evaluate(start)
         self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
@@ -240,6 +243,21 @@ class TrainingCLI(LightningCLI):
             from dist_siglip.report import write_report
 
             write_report(self.folder.path)
+
+    def _owes_end(self, step: int) -> bool:
+        """Whether the last step was reached, but not its evaluation or the report."""
+        return evaluated_step(self.folder) < step or not self.folder.report.exists()
+
+    def _start_facts(self, settings: dict[str, Any], world_size: int) -> dict[str, str]:
+        """Write down what all ranks of this start have to share."""
+        start = self.start_checkpoint
+        return describe_start(
+            settings,
+            world_size=world_size,
+            checkpoint=None if start is None else start.name,
+            evaluated_step=evaluated_step(self.folder),
+            has_report=self.folder.report.exists(),
+        )
 
     def _code_of_a_stop(self) -> int:
         """EXIT_SAVED, but for the children of Lightning's launcher, whose code would kill it."""
