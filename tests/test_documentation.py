@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import bench, calibrate, data, embed, export, quickstart, training
+from dist_siglip.cli import bench, calibrate, data, doctor, embed, export, quickstart, training
 from dist_siglip.cli.subjects import parser_of
 from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
@@ -111,8 +111,9 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
-    elif words[0] in ("embed", "export"):
-        {"embed": embed, "export": export}[words[0]].parser(words[0]).parse_args(words[1:])
+    elif words[0] in ("embed", "export", "doctor"):
+        verbs = {"embed": embed, "export": export, "doctor": doctor}
+        verbs[words[0]].parser(words[0]).parse_args(words[1:])
     elif words[0] in ("bench", "data"):
         subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
