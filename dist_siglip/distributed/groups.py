@@ -19,6 +19,7 @@ from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
 from dist_siglip.distributed.mail import Mail
 from dist_siglip.distributed.roll_call import name_missing
 from dist_siglip.distributed.travel import Visitor
+from dist_siglip.distributed.waiting import waiting_for
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def companions_of(group: ProcessGroup) -> Companions:
         backend = dist.get_backend(group)
         timeout = _timeout_of(group)
         try:
-            transfer = _new_group(ranks, backend, timeout)
-            control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
+            with waiting_for(lambda: "all ranks to connect for their first exchange"):
+                transfer = _new_group(ranks, backend, timeout)
+                control = transfer if backend == "gloo" else _new_group(ranks, "gloo", timeout)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {group.rank()} of {group.size()} waited for all ranks to connect for their "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.roll_call import name_missing
+from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
 
 # Tells every rank one message and returns the messages of all ranks, in rank order.
@@ -111,15 +112,21 @@ class GroupAnnouncer:
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         everyone = torch.empty(self.group.size() * len(message), dtype=torch.uint8)
         try:
-            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+            with waiting_for(lambda: self._describe(message)):
+                dist.all_gather_into_tensor(everyone, mine, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(self._complaint(message)) from error
         return [bytes(part.tolist()) for part in everyone.split(len(message))]
 
     def _complaint(self, message: bytes) -> str:
+        return (
+            f"rank {self.group.rank()} of {self.group.size()} waited for "
+            f"{self._describe(message)} and " + name_missing(self.group, f"exchange-{self.calls}")
+        )
+
+    def _describe(self, message: bytes) -> str:
         signature = message[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace")
         return (
-            f"rank {self.group.rank()} of {self.group.size()} waited for all ranks to say what "
-            f"they exchange [{signature}] (exchange {self.calls} of this group) and "
-            + name_missing(self.group, f"exchange-{self.calls}")
+            f"all ranks to say what they exchange [{signature}] (exchange {self.calls} of this "
+            "group)"
         )

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from dist_siglip.distributed.waiting import waiting_for
+
 
 class Parcel(NamedTuple):
     """Tensors that go to, or come from, one rank.
@@ -75,18 +77,21 @@ class Mail:
                 what this rank waited for.
         """
         try:
-            for work in posted.works:
-                work.wait()
+            with waiting_for(lambda: self._describe(posted)):
+                for work in posted.works:
+                    work.wait()
         except RuntimeError as error:
             raise RuntimeError(self._complaint(posted)) from error
 
     def _complaint(self, posted: Posted) -> str:
+        return (
+            f"rank {self.group.rank()} of {self.group.size()} waited for {self._describe(posted)}, "
+            "and the transfer failed: one of these ranks ended, raised, or makes another call; "
+            "look at its log"
+        )
+
+    def _describe(self, posted: Posted) -> str:
         def listed(parcels: Sequence[Parcel], preposition: str) -> str:
             return ", ".join(f"{p.what} {preposition} rank {p.peer}" for p in parcels) or "nothing"
 
-        return (
-            f"rank {self.group.rank()} of {self.group.size()} waited for "
-            f"{listed(posted.arriving, 'from')} while sending {listed(posted.outgoing, 'to')}, and "
-            "the transfer failed: one of these ranks ended, raised, or makes another call; look at "
-            "its log"
-        )
+        return f"{listed(posted.arriving, 'from')} while sending {listed(posted.outgoing, 'to')}"
