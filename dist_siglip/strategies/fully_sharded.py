@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,6 +47,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
     Raises:
         UserError: if a setting is unknown; later, if there is only one rank.
     """
+
+    checkpoint_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -116,12 +119,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a file through the checkpoint writer of the run, or a folder from all ranks."""
-        path = Path(self.broadcast(str(filepath)))
+        """Write a file through the checkpoint writer of the run, or a folder from all ranks.
+
+        A thread may call it if ``checkpoint_group`` is a group of all ranks for it alone.
+        """
         if self._save_distributed_checkpoint:
-            write_sharded(checkpoint, path)
+            write_sharded(checkpoint, Path(filepath), self.checkpoint_group)
         else:
-            Strategy.save_checkpoint(self, checkpoint, path, storage_options)
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

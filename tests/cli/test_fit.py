@@ -177,4 +177,5 @@ def test_the_resolved_configuration_is_complete_yaml(uninterrupted):
     config = yaml.safe_load((uninterrupted / "run" / "config.yaml").read_text())
     assert config["model"]["loss"]["init_args"]["exchange"] == "ring"
     assert config["data"]["global_batch_size"] == 12
-    assert config["checkpoint"] == {"every_steps": 4, "keep": 2}
+    assert config["checkpoint"]["every_steps"] == 4
+    assert config["checkpoint"]["keep_best_of"] is None

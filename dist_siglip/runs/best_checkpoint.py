@@ -1,0 +1,49 @@
+"""Which checkpoint of a run was the best so far, and by what?"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from dist_siglip.atomic import write_atomically
+from dist_siglip.runs.folder import RunFolder
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """Step, metric and value of the best checkpoint, as ``checkpoints/best.json`` has them."""
+
+    step: int
+    metric: str
+    value: float
+
+    def is_beaten_by(self, value: float, mode: Mode) -> bool:
+        """Whether another value is better; one that is no number never is.
+
+        Example:
+            >>> best = BestCheckpoint(500, "val/loss", 0.4)
+            >>> [best.is_beaten_by(value, "min") for value in (0.3, 0.4, float("nan"))]
+            [True, False, False]
+        """
+        return value < self.value if mode == "min" else value > self.value
+
+    def write(self, folder: RunFolder) -> None:
+        """Write it down in one piece."""
+        write_atomically(folder.best, json.dumps(asdict(self)) + "\n")
+
+
+def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
+    """Return what is written down, or what anything beats if it is of no use.
+
+    It is of use if it is about this metric and its checkpoint is there.
+    """
+    nothing = BestCheckpoint(-1, metric, math.inf if mode == "min" else -math.inf)
+    try:
+        found = BestCheckpoint(**json.loads(folder.best.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return nothing
+    if found.metric != metric or found.step not in folder.steps_with_checkpoint():
+        return nothing
+    return found
