@@ -7,6 +7,7 @@ from dist_siglip.callbacks.metrics_log import MetricsLog
 from dist_siglip.callbacks.progress import ProgressReport
 from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
 from dist_siglip.callbacks.start_evaluation import StartEvaluation
+from dist_siglip.callbacks.step_guard import StepGuard
 from dist_siglip.callbacks.stop_together import StopTogether
 from dist_siglip.callbacks.throughput import Throughput
 from dist_siglip.callbacks.weight_average import WeightAverage
@@ -19,6 +20,7 @@ __all__ = [
     "ProgressReport",
     "RunCheckpoint",
     "StartEvaluation",
+    "StepGuard",
     "StopTogether",
     "Throughput",
     "WeightAverage",

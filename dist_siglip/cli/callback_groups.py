@@ -8,6 +8,7 @@ from dist_siglip.callbacks import (
     ProgressReport,
     RunCheckpoint,
     StartEvaluation,
+    StepGuard,
     StopTogether,
     Throughput,
 )
@@ -15,6 +16,7 @@ from dist_siglip.callbacks import (
 # Group of settings -> class; what has to come first stands first.
 CONFIGURED: dict[str, type[Callback]] = {
     "stop": StopTogether,
+    "step_guard": StepGuard,
     "checkpoint": RunCheckpoint,
     "collapse_alarm": CollapseAlarm,
 }

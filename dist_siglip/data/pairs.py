@@ -8,7 +8,7 @@ later.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -134,14 +134,28 @@ class PairTable:
 
     def name(self, sample_id: int) -> tuple[str, str | None]:
         """Return shard and key of a sample; no key if the shard changed or vanished since."""
-        number = self._shard_of(sample_id)
-        shard, place = self.shards[number], sample_id - int(self.starts[number])
-        for before in self.dropped[self.dropped[:, 0] == number, 1].tolist():
-            place += before <= place
+        return self.names([sample_id])[0]
+
+    def names(self, sample_ids: Iterable[int]) -> list[tuple[str, str | None]]:
+        """Name many samples as ``name`` does; the index of each shard is read once."""
+        keys: dict[int, list[str]] = {}
+        found: list[tuple[str, str | None]] = []
+        for sample_id in sample_ids:
+            number = self._shard_of(sample_id)
+            if number not in keys:
+                keys[number] = self._keys_of(number)
+            place = sample_id - int(self.starts[number])
+            for before in self.dropped[self.dropped[:, 0] == number, 1].tolist():
+                place += before <= place
+            key = keys[number][place] if place < len(keys[number]) else None
+            found.append((self.shards[number], key))
+        return found
+
+    def _keys_of(self, number: int) -> list[str]:
         try:
-            return shard, read_index(shard, cache=self.cache).keys()[place]
-        except (OSError, UserError, IndexError):
-            return shard, None
+            return read_index(self.shards[number], cache=self.cache).keys()
+        except (OSError, UserError):
+            return []
 
     def _shard_of(self, sample_id: int) -> int:
         return int(np.searchsorted(self.starts, sample_id, side="right")) - 1

@@ -38,14 +38,17 @@ class NormHistory:
 
     @property
     def values(self) -> Tensor:
-        """(steps remembered,), float32, on the CPU, in no order; waits for the device."""
-        return self._values[: int(self._count.clamp(max=self.window))].cpu()
+        """(steps remembered,), float32, oldest first, on the CPU; waits for the device."""
+        count = int(self._count)
+        if count <= self.window:
+            return self._values[:count].cpu()
+        return self._values.roll(-(count % self.window)).cpu()
 
     def restore(self, values: Tensor) -> None:
-        """Take over norms of an earlier history, the last ones if they are too many.
+        """Take over the norms of an earlier history, the newest if they are too many.
 
         Args:
-            values: (steps,).
+            values: (steps,), oldest first.
         """
         kept = values[-self.window :].to(self._values)
         self._values.fill_(torch.inf)

@@ -38,7 +38,7 @@ def test_norms_are_judged_as_defined(factor, window):
     expected, kept = expected_of(norms, factor, window)
     assert found == expected
     assert 0 < sum(found) < 200
-    torch.testing.assert_close(history.values.sort().values, torch.tensor(sorted(kept)))
+    assert history.values.tolist() == torch.tensor(kept).tolist()
 
 
 def test_what_is_not_finite_is_not_remembered():
@@ -51,9 +51,23 @@ def test_norms_that_stay_high_become_the_new_measure_and_a_few_do_not():
     assert found == [False] * 8 + [True] * 2 + [False] * 8 + [True] * 5 + [False] * 7
 
 
-def test_a_restored_history_judges_on_and_keeps_the_newest():
+@pytest.mark.parametrize("num_before", [3, 8, 29])
+def test_a_restored_history_goes_on_as_if_it_had_not_been_away(num_before):
+    torch.manual_seed(1)
+    norms = torch.distributions.LogNormal(0.0, 1.0).sample((60,)).tolist()
+    expected, whole = judged(norms, 2.0, 8)
+    _, first = judged(norms[:num_before], 2.0, 8)
+    second = NormHistory(2.0, 8)
+    second.restore(first.values)
+    found = []
+    for norm in norms[num_before:]:
+        found.append(second.is_spike(torch.tensor(norm)).item())
+        second.add(torch.tensor(norm))
+    assert found == expected[num_before:]
+    assert torch.equal(second.values, whole.values)
+
+
+def test_a_smaller_window_takes_over_the_newest_norms():
     history = NormHistory(3.0, 2)
-    history.restore(torch.tensor([9.0, 1.0, 1.0]))
-    assert history.values.tolist() == [1.0, 1.0]
-    assert history.is_spike(torch.tensor(3.1))
-    assert not history.is_spike(torch.tensor(2.9))
+    history.restore(torch.tensor([9.0, 1.0, 2.0]))
+    assert history.values.tolist() == [1.0, 2.0]

@@ -1,0 +1,168 @@
+"""A step that is not finite on one rank is skipped on all, as if its batch had not been there."""
+
+import math
+
+import pytest
+
+from tests.support.guard_ranks import are_same, train_all
+from tests.support.processes import run_ranks
+from tests.support.tiny_models import ARCHITECTURES, write_config
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*"),
+]
+
+# Faults are given by the number of steps done before: what is done in step 3 stands under 2.
+KINDS = ("pixels", "gradient", "loss")
+COMMON = [
+    {"name": "without", "keep": [0, 1, 4, 5]},
+    *({"name": kind, "keep": range(6), "bad": {2: kind, 3: kind}} for kind in KINDS),
+    {"name": "broken", "keep": range(6), "bad": {2: "loss"}, "alone": True},
+]
+NEVER_MORE = dict.fromkeys(range(4, 100), "loss")
+SPIKES = {"spike_factor": 20.0, "spike_window": 4}
+
+
+def cases_of_two(folder):
+    """What is shown on two ranks; several starts of processes would cost more than the runs."""
+    half, back = str(folder / "half.ckpt"), {"abort_after": 9, "roll_back_after": 2}
+    sharded = {"shard": {}, "trainer": {"max_steps": 4}}
+    return [
+        *COMMON,
+        {"name": "spike", "bad": {4: "large", 7: "loss", 8: "large"}, "guard": SPIKES},
+        {"name": "without spike", "keep": [0, 1, 2, 3, 5, 6, 9, 10, 11], "guard": SPIKES},
+        {
+            "name": "half",
+            "bad": {4: "large", 7: "loss"},
+            "guard": SPIKES,
+            "trainer": {"max_steps": 8, "log_every_n_steps": 5},
+            "save": half,
+        },
+        {
+            "name": "resumed",
+            "bad": {8: "large"},
+            "guard": SPIKES,
+            "trainer": {"max_steps": 12},
+            "start": half,
+            "done": 8,
+        },
+        {"name": "abort", "bad": NEVER_MORE, "guard": {"abort_after": 3}},
+        {"name": "back", "keep": range(8), "bad": {4: "loss", 5: "loss", 6: "loss"}, "every": 2,
+         "guard": back},
+        {"name": "as if back", "keep": [0, 1, 7]},
+        {"name": "nowhere to go", "keep": range(8), "bad": {4: "loss", 5: "loss"}, "guard": back},
+        {"name": "without 4 and 5", "keep": [0, 1, 2, 3, 6, 7]},
+        {"name": "SGD", "bad": {1: "pixels"}, "keep": range(4), "sgd": True},
+        {"name": "SGD without", "keep": [0, 2, 3], "sgd": True},
+        {"name": "sharded", "bad": {1: "pixels", 2: "loss"}, **sharded},
+        {"name": "sharded without", "keep": [0, 3], "shard": {}},
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    return write_config(path, ARCHITECTURES["siglip"])
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    """Results of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    cases = cases_of_two(folder)
+    return run_ranks(train_all, 2, model, str(folder), cases, limit_seconds=280)
+
+
+def check_common(ranks):
+    expected = ranks[0]["without"]
+    for found in ranks:
+        assert are_same(found["without"], expected)
+        for kind in KINDS:
+            assert are_same(found[kind], expected), kind
+            assert found[kind]["num_skipped"] == 2
+            assert found[kind]["metrics"]["train/skipped_steps"] == 2
+            assert [line["step"] for line in found[kind]["lines"]] == [3, 4]
+    pixels, gradient, loss = (ranks[0][kind]["lines"][0] for kind in KINDS)
+    assert (pixels["reason"], pixels["loss"]) == ("loss is not finite", "nan")
+    assert pixels["not_finite"] == [{1: 0, 2: 2, 3: 2}[len(ranks)]]
+    assert (gradient["reason"], gradient["not_finite"]) == ("gradient is not finite", [])
+    assert math.isfinite(gradient["loss"])
+    assert (loss["reason"], loss["loss"], loss["not_finite"]) == ("loss is not finite", "inf", [])
+    assert loss["samples"] == [0, 1, 2, 3]
+
+
+def test_one_process_skips_steps_to_the_bit(model, tmp_path):
+    """Whether features, a gradient or only the loss is not finite."""
+    check_common([train_all(0, 1, model, str(tmp_path), COMMON[:-1])])
+
+
+@pytest.mark.distributed
+def test_two_ranks_skip_what_is_wrong_on_one_of_them(two):
+    check_common(two)
+
+
+@pytest.mark.distributed
+def test_three_ranks_with_uneven_batches_skip_what_is_wrong_on_one_of_them(model, tmp_path):
+    ranks = run_ranks(train_all, 3, model, str(tmp_path), COMMON, limit_seconds=280)
+    check_common(ranks)
+    assert not are_same(ranks[0]["broken"], ranks[2]["broken"])
+
+
+@pytest.mark.distributed
+def test_a_variant_that_skips_on_one_rank_only_is_rejected(two):
+    first, last = (found["broken"] for found in two)
+    assert not are_same(first, last)
+    assert not are_same(first, two[0]["without"])
+
+
+@pytest.mark.distributed
+def test_spikes_of_the_gradient_norm_are_skipped_on_all_ranks(two):
+    for found in two:
+        assert are_same(found["spike"], two[0]["without spike"])
+        assert found["spike"]["num_skipped"] == 3
+    reasons = [(line["step"], line["reason"]) for line in two[0]["spike"]["lines"]]
+    assert [step for step, _ in reasons] == [5, 8, 9]
+    assert reasons[0][1].endswith("is a spike")
+    assert reasons[1][1] == "loss is not finite"
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_judges_counts_and_ends_as_one_that_was_not_stopped(two):
+    """The checkpoint is written while a finding still waits to be read."""
+    for found in two:
+        assert are_same(found["resumed"], found["spike"])
+        assert found["resumed"]["num_skipped"] == found["spike"]["num_skipped"]
+        assert found["half"]["num_skipped"] == 2
+
+
+@pytest.mark.distributed
+def test_many_skipped_steps_in_a_row_end_the_run_on_every_rank(two):
+    for found in two:
+        assert found["abort"]["error"].startswith("3 steps in a row were skipped, 5 to 7, and")
+    assert [line["step"] for line in two[0]["abort"]["lines"]] == [5, 6, 7]
+
+
+@pytest.mark.distributed
+def test_a_roll_back_goes_on_from_the_checkpoint_with_the_batches_after_the_bad_ones(two):
+    """Step 4 has the weights there are, so step 2 is loaded; the batch of step 8 comes next."""
+    for found in two:
+        assert are_same(found["back"], two[0]["as if back"])
+        assert found["back"]["num_skipped"] == 3
+
+
+@pytest.mark.distributed
+def test_a_roll_back_without_a_checkpoint_goes_on_where_it_is(two):
+    assert are_same(two[1]["nowhere to go"], two[0]["without 4 and 5"])
+
+
+@pytest.mark.distributed
+def test_an_optimizer_without_a_fused_kernel_skips_too(two):
+    for found in two:
+        assert are_same(found["SGD"], two[0]["SGD without"])
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_skips_too(two):
+    assert two[0]["sharded"]["num_skipped"] == two[1]["sharded"]["num_skipped"] == 2
+    assert are_same(two[0]["sharded"], two[0]["sharded without"])

@@ -1,0 +1,167 @@
+"""Guarded training runs in which one rank has something that is not finite."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dist_siglip.callbacks import StepGuard
+from dist_siglip.errors import RunFailedError
+from dist_siglip.losses import SigLipLoss
+from dist_siglip.optim import OptimConfig, StepCheck
+from dist_siglip.optim.skip import skip_where
+from dist_siglip.runs import RunFolder
+from dist_siglip.strategies import FullyShardedStrategy
+from tests.support.tuning_ranks import batches_of, fit, locked_module
+
+SGD = OptimConfig(
+    learning_rate=0.01, schedule="constant", optimizer=partial(torch.optim.SGD, momentum=0.9)
+)
+
+
+class Faults(Callback):
+    """Makes steps go wrong on one rank: {batch: "pixels" | "gradient" | "loss" | "large"}."""
+
+    def __init__(self, bad, is_here):
+        self.bad, self.is_here, self.now = bad, is_here, None
+
+    def on_train_start(self, trainer, module):
+        module.logits.log_scale.register_hook(self._on_gradient)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        # The step, not the batch's number in this start.
+        self.now = self.bad.get(trainer.global_step) if self.is_here else None
+        if self.now == "pixels":
+            batch.images[0, 0, 0, 0] = torch.nan
+
+    def _on_gradient(self, gradient):
+        # Before the reduction over ranks; only a value that a sum over ranks keeps is a fault.
+        factor = {"gradient": torch.inf, "large": 1e4}.get(self.now, 1.0)
+        return gradient * factor
+
+
+class FaultyLoss(nn.Module):
+    """Infinite with finite gradients, where asked."""
+
+    uses_caption_ids = False
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.faults = SigLipLoss(), None
+
+    def forward(self, *args):
+        return self.base(*args) + (torch.inf if self.faults.now == "loss" else 0.0)
+
+
+class Alone(StepCheck):
+    """The broken variant: each rank skips by its own loss."""
+
+    def look(self, loss, image_features, text_features, sample_ids):
+        super().look(loss, image_features, text_features, sample_ids)
+        return loss
+
+    def decide(self, optimizer, norm):
+        super().decide(optimizer, norm)
+        skip_where(optimizer, ~self._loss.isfinite())
+
+
+def train(rank, world_size, model, folder, case):
+    """Train one case.
+
+    Args:
+        case: "bad" (step -> fault, on the last rank), "keep" (batches that are trained on at
+            all), "guard" (settings of StepGuard), "trainer", "sgd" (instead of AdamW), "shard" (of
+            FullyShardedStrategy), "every" (steps between checkpoints), "start", "save"
+            (checkpoints), "done" (steps behind it), "alone" (the broken variant), "init_scale"
+            (of a GradScaler).
+
+    Returns:
+        Whole parameters, state of the optimizer, counts, lines of skipped steps, or the error.
+    """
+    folder = Path(folder, case["name"])
+    folder.mkdir(exist_ok=True)
+    loss = FaultyLoss()
+    module = locked_module(model, loss=loss, **({"optim": SGD} if case.get("sgd") else {}))
+    faults = Faults(case.get("bad", {}), rank == world_size - 1)
+    loss.faults = faults
+    guard = StepGuard(**case.get("guard", {}))
+    callbacks = [faults, guard]
+    if case.get("alone"):
+        callbacks.append(_Swap())
+    if "init_scale" in case:
+        callbacks.append(_Scale(case["init_scale"]))
+    if "every" in case:
+        callbacks.append(_Save(case["every"]))
+    settings = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
+    if "shard" in case and world_size > 1:
+        settings["strategy"] = FullyShardedStrategy(**case["shard"])
+    batches = batches_of(12, rank, world_size)
+    batches = [batches[number] for number in case.get("keep", range(12))]
+    settings.setdefault("max_steps", len(batches))
+    batches = batches[case.get("done", 0) :] + batches  # more than steps: an epoch has no end here
+    try:
+        trainer = fit(
+            module, folder, batches, rank, world_size, case.get("start"),
+            callbacks=callbacks, **settings,
+        )  # fmt: skip
+    except RunFailedError as error:
+        return {"error": str(error), "lines": _lines(folder)}
+    if case.get("save"):
+        trainer.save_checkpoint(case["save"])
+    state = module.state_dict()
+    if "shard" in case:  # whole on the first rank
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(module, options=whole)
+    moments = trainer.strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+    return {
+        "state": {name: value.clone() for name, value in state.items()},
+        "moments": [v for number in moments for v in moments[number].values()],
+        "num_skipped": guard.num_skipped,
+        "lines": _lines(folder),
+        "metrics": {name: float(v) for name, v in trainer.callback_metrics.items()},
+        "rate": trainer.optimizers[0].param_groups[0]["lr"],
+    }
+
+
+class _Swap(Callback):
+    def on_train_start(self, trainer, module):
+        module.step_check.__class__ = Alone
+
+
+class _Save(Callback):
+    def __init__(self, every):
+        self.every = every
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step % self.every == 0:
+            folder = RunFolder(Path(trainer.default_root_dir))
+            trainer.save_checkpoint(folder.checkpoint(trainer.global_step))
+
+
+class _Scale(Callback):
+    def __init__(self, scale):
+        self.scale = scale
+
+    def on_fit_start(self, trainer, module):
+        trainer.precision_plugin.scaler._init_scale = self.scale
+
+
+def _lines(folder):
+    path = folder / "skipped_steps.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_all(rank, world_size, model, folder, cases):
+    """Train one case after the other in one process group; return the results by name."""
+    return {case["name"]: train(rank, world_size, model, folder, case) for case in cases}
+
+
+def are_same(one, other):
+    """Whether parameters and moments are equal to the bit."""
+    pairs = [(one["state"][name], value) for name, value in other["state"].items()]
+    pairs += zip(one["moments"], other["moments"], strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
