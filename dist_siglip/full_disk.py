@@ -109,11 +109,12 @@ def append_whole(path: Path, lines: bytes) -> None:
 
 
 @contextmanager
-def going_on_without(what: str) -> Iterator[None]:
+def going_on_without(what: str, *consequences: type[Exception]) -> Iterator[None]:
     """Turn a failure to write inside the block into a warning.
 
     Args:
         what: what is then missing, as the subject of a sentence.
+        consequences: errors that an earlier failure to write leads to here.
 
     Example:
         >>> with going_on_without("the report"):
@@ -121,7 +122,6 @@ def going_on_without(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s); the run goes on without", what, error.strerror or error
-        )
+    except (OSError, *consequences) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("%s cannot be written (%s); the run goes on without", what, reason)

@@ -27,6 +27,19 @@ class TensorBoardLog(TensorBoardLogger):
 
     _failed_at: float | None = None
 
+    @property
+    def experiment(self) -> Any:
+        """Writer of the event file.
+
+        Raises:
+            AttributeError: while none can be opened; Lightning asks whether there is one.
+        """
+        try:
+            return super().experiment
+        except OSError as error:
+            self._give_up(error)
+            raise AttributeError("no event file can be written") from error
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write numbers, if they can be written."""
@@ -57,10 +70,9 @@ class TensorBoardLog(TensorBoardLogger):
             return
         try:
             write()
-        except (OSError, ValueError) as error:
-            # Lightning makes a ValueError of whatever add_scalar raises.
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
+        except (OSError, ValueError, AttributeError) as error:
+            cause = _os_error_behind(error)
+            if cause is None:
                 raise
             self._give_up(cause)
             return
@@ -90,3 +102,10 @@ class TensorBoardLog(TensorBoardLogger):
         if broken is not None:
             with suppress(OSError):
                 broken.close()
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    """Find what failed; Lightning makes a ValueError of whatever add_scalar raises."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error

@@ -19,11 +19,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dist_siglip.atomic import write_atomically
-from dist_siglip.callbacks import AtomicCheckpointIO, MetricsLog, StopTogether
+from dist_siglip.callbacks import AtomicCheckpointIO, MetricsLog, StopTogether, TensorBoardLog
 from dist_siglip.cli import EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED, UNCONFIGURED
 from dist_siglip.cli.logs import set_up_logging
@@ -41,6 +40,7 @@ from dist_siglip.cli.table import print_evaluation
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
+from dist_siglip.full_disk import going_on_without
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.runs import RunFolder, collect_provenance
@@ -142,7 +142,7 @@ class TrainingCLI(LightningCLI):
         metrics_log = MetricsLog(root)
         loggers = [
             metrics_log,
-            TensorBoardLogger(str(root), name="", version="tensorboard"),
+            TensorBoardLog(str(root), name="", version="tensorboard"),
             *extra_loggers,
         ]
         try:
@@ -242,7 +242,8 @@ class TrainingCLI(LightningCLI):
             # Plotting takes a while to import, and only this moment needs it.
             from dist_siglip.report import write_report
 
-            write_report(self.folder.path)
+            with going_on_without("the report", UserError):
+                write_report(self.folder.path)
 
     def _owes_end(self, step: int) -> bool:
         """Whether the last step was reached, but not its evaluation or the report."""

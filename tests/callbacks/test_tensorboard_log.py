@@ -3,8 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_siglip.callbacks import tensorboard_log
-from dist_siglip.callbacks.tensorboard_log import TensorBoardLog
+from dist_siglip.callbacks import TensorBoardLog, tensorboard_log
 from tests.support.small_disk import room_for
 
 
@@ -44,9 +43,12 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(tmp_path, monkeypatch
     tries = []
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
     log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
+    assert not hasattr(log, "experiment")
     for step in range(5):
         log.log_metrics({"x": 1.0}, step=step)
+        log.save()
     assert len(tries) == 1
+    assert len(caplog.messages) == 1
 
 
 def test_a_value_it_does_not_know_is_still_refused(tmp_path):
