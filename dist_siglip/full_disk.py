@@ -120,8 +120,9 @@ def going_on_without(what: str, *consequences: type[Exception]) -> Iterator[None
         >>> with going_on_without("the report"):
         ...     raise OSError(28, "No space left on device")
     """
+    told: tuple[type[Exception], ...] = (OSError, *consequences)
     try:
         yield
-    except (OSError, *consequences) as error:
+    except told as error:
         reason = getattr(error, "strerror", None) or error
         logger.warning("%s cannot be written (%s); the run goes on without", what, reason)

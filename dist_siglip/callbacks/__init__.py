@@ -9,6 +9,7 @@ from dist_siglip.callbacks.run_checkpoint import RunCheckpoint
 from dist_siglip.callbacks.start_evaluation import StartEvaluation
 from dist_siglip.callbacks.step_guard import StepGuard
 from dist_siglip.callbacks.stop_together import StopTogether
+from dist_siglip.callbacks.tensorboard_log import TensorBoardLog
 from dist_siglip.callbacks.throughput import Throughput
 from dist_siglip.callbacks.weight_average import WeightAverage
 
@@ -22,6 +23,7 @@ __all__ = [
     "StartEvaluation",
     "StepGuard",
     "StopTogether",
+    "TensorBoardLog",
     "Throughput",
     "WeightAverage",
 ]
