@@ -70,19 +70,19 @@ def test_the_first_rank_alone_is_asked_and_all_stop_with_a_checkpoint(
 
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(settings, tmp_path):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    options = ("--trainer.max_steps=600", "--trainer.val_check_interval=600")
-    options += ("--trainer.devices=2", "--checkpoint.every_steps=20")
+    options = ("--trainer.max_steps=120", "--trainer.val_check_interval=120")
+    options += ("--trainer.devices=2", "--checkpoint.every_steps=10")
     done = run_command(*arguments(settings, whole, *options))
     assert done.returncode == 0, done.stderr
     stopping = arguments(settings, parts, *options, "--stop.agree_every_steps=1")
     with started_until(stopping, lambda: parts.newest_checkpoint() is not None) as process:
         process.send_signal(signal.SIGUSR1)
         wait_for_the_end(process, 75)
-    assert max(parts.steps_with_checkpoint()) < 600
+    assert max(parts.steps_with_checkpoint()) < 120
     done = run_command(*arguments(settings, parts, *options))
     assert done.returncode == 0, done.stderr
     first, second = (
-        torch.load(run.checkpoint(600), weights_only=True)["state_dict"] for run in (whole, parts)
+        torch.load(run.checkpoint(120), weights_only=True)["state_dict"] for run in (whole, parts)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 

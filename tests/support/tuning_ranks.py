@@ -37,7 +37,9 @@ def batches_of(num_batches, rank=0, world_size=1, kind="siglip"):
     return found
 
 
-def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **settings):
+def fit(
+    module, folder, batches, rank=0, world_size=1, ckpt_path=None, val_batches=None, **settings
+):
     """Train on the batches, one step each; return the trainer."""
     if world_size > 1:
         warnings.simplefilter("ignore")
@@ -53,7 +55,7 @@ def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **setting
         accelerator=settings.pop("accelerator", "cpu"),
         devices=world_size,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=settings.pop("enable_checkpointing", False),
         plugins=plugins,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -62,5 +64,6 @@ def fit(module, folder, batches, rank=0, world_size=1, ckpt_path=None, **setting
         **{"max_steps": len(batches), "log_every_n_steps": 1, **settings},
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    val_loader = val_batches and torch.utils.data.DataLoader(val_batches, batch_size=None)
+    trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path)
     return trainer

@@ -1,0 +1,119 @@
+"""Signals to one rank: all ranks end at the same step, with one checkpoint, and can go on."""
+
+import signal
+
+import pytest
+import torch
+
+from dist_siglip import stop_request
+from dist_siglip.callbacks import StopTogether
+from dist_siglip.callbacks.slurm_requeue import requeue_job
+from dist_siglip.errors import UserError
+from tests.support.processes import run_ranks
+from tests.support.stop_ranks import train_alone, train_at_each_moment
+from tests.support.tiny_models import ARCHITECTURES, write_config
+
+# The boundary after each: agreed every 3 steps, evaluated at 6 and 12, saved at 5 and 10.
+BOUNDARIES = {"setup": 3, "step": 6, "evaluation": 9, "save": 6, "before the gradients meet": 6}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_config(tmp_path / "siglip.json", ARCHITECTURES["siglip"])
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "moments"), [(2, [*BOUNDARIES]), (3, ["before the gradients meet"])]
+)
+def test_three_signals_to_one_rank_stop_all_at_the_next_boundary(
+    model, tmp_path, world_size, moments
+):
+    """USR1, USR2 and TERM at once, at five moments; the last run goes on to the same weights."""
+    ranks = run_ranks(
+        train_at_each_moment, world_size, model, str(tmp_path), moments, world_size - 1
+    )
+    for moment in moments:
+        step = BOUNDARIES[moment]
+        for found in (each[moment] for each in ranks):
+            assert (found["has_stopped"], found["step"]) == (True, step), moment
+            assert found["checkpoints"][-1] == step, moment
+            # The evaluation due at step 6 waits for the next start, unless it was there before.
+            assert found["evaluated"] == ([6] if step > 6 else []), moment
+    for found in ranks:
+        assert not found["never"]["has_stopped"]
+        assert found["never"]["step"] == 12
+        assert found["never"]["evaluated"] == [6, 12]
+    never, resumed = ranks[0]["never"]["weights"], ranks[0]["resumed"]["weights"]
+    assert all(torch.equal(never[name], resumed[name]) for name in never)
+
+
+@pytest.mark.distributed
+def test_ranks_that_do_not_agree_lose_each_other(model, tmp_path):
+    """The same test body notices a callback that stops one rank alone."""
+    found = run_ranks(train_alone, 2, model, str(tmp_path), timeout_seconds=5)
+    assert found == ["lost", "lost"]
+
+
+def test_a_signal_outside_of_a_run_keeps_its_effect():
+    before = signal.getsignal(signal.SIGUSR1)
+    with stop_request.listening():
+        assert signal.getsignal(signal.SIGUSR1) is not before
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_the_first_signal_is_the_one_that_is_named():
+    with stop_request.listening():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop_request.asked_by() == "SIGTERM"
+    assert stop_request.asked_by() is None
+
+
+def test_a_deaf_process_stays_deaf():
+    before = {number: signal.getsignal(number) for number in stop_request.SIGNALS}
+    try:
+        with stop_request.listening():
+            stop_request.turn_deaf()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_agreeing_takes_at_least_one_step():
+    with pytest.raises(UserError, match=r"agree_every_steps \(0\) must be at least 1"):
+        StopTogether(agree_every_steps=0)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A scontrol that writes down what it is asked, and fails if told to."""
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nexit ${{SCONTROL_CODE:-0}}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "asked"
+
+
+def test_a_job_of_an_array_is_requeued_by_its_number_in_the_array(scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert requeue_job()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert requeue_job()
+    assert scontrol.read_text() == "requeue 12\nrequeue 10_3\n"
+
+
+def test_a_job_that_cannot_be_requeued_is_a_warning(scontrol, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SCONTROL_CODE", "1")
+    assert not requeue_job()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not requeue_job()
+    told = [record.message for record in caplog.records]
+    assert "job 12 was not requeued" in told[0]
+    assert "outside of SLURM" in told[1]
