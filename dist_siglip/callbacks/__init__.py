@@ -11,6 +11,7 @@ from dist_siglip.callbacks.step_guard import StepGuard
 from dist_siglip.callbacks.stop_together import StopTogether
 from dist_siglip.callbacks.tensorboard_log import TensorBoardLog
 from dist_siglip.callbacks.throughput import Throughput
+from dist_siglip.callbacks.watchdog import Watchdog
 from dist_siglip.callbacks.weight_average import WeightAverage
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "StopTogether",
     "TensorBoardLog",
     "Throughput",
+    "Watchdog",
     "WeightAverage",
 ]

@@ -11,10 +11,12 @@ from dist_siglip.callbacks import (
     StepGuard,
     StopTogether,
     Throughput,
+    Watchdog,
 )
 
 # Group of settings -> class; what has to come first stands first.
 CONFIGURED: dict[str, type[Callback]] = {
+    "watchdog": Watchdog,
     "stop": StopTogether,
     "step_guard": StepGuard,
     "checkpoint": RunCheckpoint,

@@ -13,6 +13,9 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
+# Innermost calls that wait without a frame of the above: DDP's own, and functional collectives.
+_WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py")
+_WRITING = "torch/distributed/checkpoint/"
 _BACKWARD = "_engine_run_backward"  # where DDP averages gradients
 _DEBUGGERS = frozenset({"pdb.py", "bdb.py"})
 
@@ -76,9 +79,12 @@ def describe_frames(frames: list[tuple[str, str, int]], described: str | None = 
     collective = [function for file, function, _ in frames if file.endswith(_COLLECTIVES)]
     if collective:
         return Doing(f"{collective[-1]} ({place})", waits=True)
-    if frames[0][1] == _BACKWARD:
+    file, function, _ = frames[0]
+    if any(part in file for part in _WAITING) and _WRITING not in file:
+        return Doing(f"{function} ({place})", waits=True)
+    if function == _BACKWARD:
         return Doing(f"the backward pass, where gradients are averaged ({place})", waits=True)
-    return Doing(f"{frames[0][1]} ({place})", waits=False)
+    return Doing(f"{function} ({place})", waits=False)
 
 
 def is_inside(function: str) -> bool:

@@ -1,0 +1,106 @@
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from dist_siglip.callbacks import Watchdog
+from dist_siglip.distributed import waiting
+from dist_siglip.errors import UserError
+from tests.support.processes import run_ranks
+
+MINUTE = 60.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"collective_minutes": 0}, r"watchdog.collective_minutes \(0\) must be above 0"),
+        ({"stall_minutes": -1.0}, r"watchdog.stall_minutes \(-1.0\) must be above 0"),
+        ({"slow_minutes": 1}, r"slow_minutes \(1\) must be at least stall_minutes \(8.0\)"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(settings, text):
+    with pytest.raises(UserError, match=text):
+        Watchdog(**settings)
+
+
+def beats_of_a_run(watchdog):
+    """What the sentinel sees after each hook of two steps, an evaluation and a checkpoint."""
+    trainer, seen = SimpleNamespace(global_step=0), []
+
+    def call(hook, *arguments):
+        getattr(watchdog, hook)(trainer, None, *arguments)
+        beat = watchdog._newest_beat()
+        seen.append((beat.phase, beat.step, beat.limit_seconds / MINUTE))
+
+    for _ in range(2):
+        call("on_train_batch_start", None, 0)
+        trainer.global_step += 1
+        call("on_train_batch_end", None, None, 0)
+    call("on_validation_start")
+    call("on_validation_batch_end", None, None, 0)
+    call("on_validation_end")
+    call("on_train_end")
+    return seen
+
+
+def test_only_the_first_step_the_evaluation_and_the_end_may_be_slow():
+    assert beats_of_a_run(Watchdog(stall_minutes=2, slow_minutes=20)) == [
+        ("step", 1, 20),
+        ("waiting for data", 2, 2),
+        ("step", 2, 2),
+        ("waiting for data", 3, 2),
+        ("evaluation", 2, 20),
+        ("evaluation", 2, 20),
+        ("waiting for data", 3, 2),
+        ("ending", 2, 20),
+    ]
+
+
+def test_a_checkpoint_may_be_slow_until_it_is_written(monkeypatch):
+    watchdog = Watchdog(stall_minutes=2, slow_minutes=20)
+    trainer = SimpleNamespace(global_step=4)
+    watchdog.on_train_batch_end(trainer, None, None, None, 0)
+    monkeypatch.setattr("dist_siglip.callbacks.watchdog.is_inside", lambda name: True)
+    watchdog.on_save_checkpoint(trainer, None, {})
+    saving = watchdog._newest_beat()
+    monkeypatch.setattr("dist_siglip.callbacks.watchdog.is_inside", lambda name: False)
+    after = watchdog._newest_beat()
+    assert (saving.phase, saving.step, saving.limit_seconds) == ("saving a checkpoint", 4, 1200)
+    assert (after.phase, after.step, after.limit_seconds) == ("waiting for data", 5, 120)
+
+
+def test_a_call_inside_the_one_asked_for_is_found():
+    def save_checkpoint():
+        return waiting.is_inside("save_checkpoint"), waiting.is_inside("no_such_function")
+
+    assert save_checkpoint() == (True, False)
+    assert not waiting.is_inside("save_checkpoint")
+
+
+def _limits(rank, world_size, folder):
+    """Limits of the group: as it was, then by the callback, then by a strategy's own."""
+    found = []
+    watchdog = Watchdog(collective_minutes=3, stall_minutes=None)
+    for given in (None, timedelta(minutes=30), timedelta(minutes=7)):
+        if given is not None:
+            strategy = SimpleNamespace(_timeout=given)
+            trainer = SimpleNamespace(strategy=strategy, default_root_dir=folder, global_rank=rank)
+            watchdog.setup(trainer, None, "fit")
+        options = dist.group.WORLD._get_backend(dist.distributed_c10d._get_pg_default_device())
+        found.append(options.options._timeout.total_seconds() / MINUTE)
+    return found
+
+
+@pytest.mark.distributed
+def test_the_group_gets_the_limit_unless_its_strategy_has_one_of_its_own(tmp_path):
+    assert run_ranks(_limits, 2, str(tmp_path)) == [[0.5, 3, 3]] * 2
+
+
+def test_it_may_be_turned_off(tmp_path):
+    watchdog = Watchdog(stall_minutes=None)
+    watchdog.setup(SimpleNamespace(default_root_dir=tmp_path), None, "fit")
+    assert watchdog._sentinel is None
+    watchdog.on_exception(None, None, KeyError())
+    watchdog.teardown(None, None, "fit")
