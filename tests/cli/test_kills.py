@@ -1,0 +1,177 @@
+"""SIGKILL at random moments and a new start each time: the weights of an uninterrupted run.
+
+Every start is forked from a process that has done the imports; from there on it is the command.
+"""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+
+from dist_siglip.distributed.checkpoint_damage import damage_of
+from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
+from dist_siglip.runs import RunFolder
+from tests.support.command import write_settings
+from tests.support.forked_runs import start
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+NUM_KILLS = 50
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return write_settings(tmp_path_factory.mktemp("kills"), val_check_interval=40)
+
+
+def arguments(settings, run, steps, *more):
+    return [
+        "fit",
+        f"--config={settings}",
+        f"--run_dir={run.path}",
+        f"--trainer.max_steps={steps}",
+        "--data.global_batch_size=4",
+        "--checkpoint.every_steps=1",
+        "--checkpoint.keep_best_of=val/loss",
+        *more,
+    ]
+
+
+def newest(run):
+    return max(run.steps_with_checkpoint(), default=0)
+
+
+def wait_until(is_time, started, seconds=120):
+    """Wait, looking all the time; return whether the run is still there to be killed."""
+    deadline = time.monotonic() + seconds
+    while not is_time():
+        if any(rank.exitcode is not None for rank in started.ranks):
+            return False
+        assert time.monotonic() < deadline, f"the moment never came:\n{started.said()}"
+        time.sleep(0.0005)
+    return True
+
+
+def moments(run, draw):
+    """When to kill the next start, in turns: at any time, after a few steps, inside a save."""
+    while True:
+        end = time.monotonic() + draw.uniform(0.0, 1.5)
+        yield lambda end=end: time.monotonic() > end
+        for _ in range(3):
+            goal = newest(run) + draw.randint(1, 3)
+            yield lambda goal=goal: newest(run) >= goal
+            seen = newest(run)
+            yield lambda seen=seen: newest(run) > seen and bool(run.unfinished())
+
+
+def content_of(run, step):
+    path = run.checkpoint(step)
+    assert damage_of(path) is None
+    return read_whole(path) if is_sharded(path) else torch.load(path, weights_only=True)
+
+
+def assert_same_bits(found, expected, where="checkpoint"):
+    assert type(found) is type(expected) or isinstance(found, dict), where
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same_bits(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same_bits(one, other, f"{where}[{number}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+def losses(run):
+    lines = map(json.loads, run.metrics.read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_same_end(run, reference, steps):
+    """Weights, moments, schedule and position are those of the other run, bit for bit."""
+    found, expected = content_of(run, steps), content_of(reference, steps)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ImageTextDataModule"):
+        assert_same_bits(found[part], expected[part], part)
+    curve = losses(reference)
+    logged = losses(run)
+    assert logged == {step: curve[step] for step in logged}
+    assert json.loads(run.best.read_text()) == json.loads(reference.best.read_text())
+
+
+def kill_starts(command, run, times, folder, world_size=1, victim=None):
+    """Start, kill, start again; return how many were killed inside a save.
+
+    Args:
+        command: arguments of a start by its number.
+        run: its folder.
+        times: how many starts are killed.
+        folder: for what they say.
+        world_size: ranks of a start.
+        victim: the rank that is killed by the number of the start; all at once where null.
+    """
+    when = moments(run, random.Random(20261121))
+    inside_saves = 0
+    for number in range(times):
+        left = set(run.unfinished())
+        started = start(command(number), folder / f"{number}.txt", world_size)
+        assert wait_until(next(when), started), started.said()
+        rank = victim(number) if victim else None
+        started.kill(rank)
+        codes = started.wait(60)
+        assert 0 not in codes, started.said()
+        inside_saves += bool(set(run.unfinished()) - left)
+    return inside_saves
+
+
+def test_fifty_random_kills_cost_nothing(settings, tmp_path, capsys):
+    """Every second start writes in the background."""
+    reference, run = RunFolder(tmp_path / "reference"), RunFolder(tmp_path / "run")
+    uninterrupted = start(arguments(settings, reference, STEPS), tmp_path / "reference.txt")
+
+    def command(number):
+        asynchronous = f"--checkpoint.asynchronous={str(number % 2 == 0).lower()}"
+        return arguments(settings, run, STEPS, asynchronous)
+
+    inside_saves = kill_starts(command, run, NUM_KILLS, tmp_path)
+    reached = newest(run)
+    assert 0 < reached < STEPS
+    assert inside_saves > 5
+    finished = start(arguments(settings, run, STEPS), tmp_path / "last.txt")
+    assert finished.wait() == [0], finished.said()
+    assert uninterrupted.wait() == [0], uninterrupted.said()
+    assert_same_end(run, reference, STEPS)
+    with capsys.disabled():
+        print(f"{NUM_KILLS} kills, {inside_saves} inside a save, at step {reached} of {STEPS}")
+
+
+SHARDED = [
+    "--trainer.strategy=dist_siglip.strategies.FullyShardedStrategy",
+    "--trainer.strategy.checkpoint=sharded",
+]
+
+
+@pytest.mark.parametrize("more", [[], SHARDED], ids=["DDP", "FSDP2 to folders"])
+def test_kills_of_one_or_both_of_two_ranks_cost_nothing(settings, more, tmp_path):
+    """Killed are both ranks, the second, the first, in turns; the one that is left ends too."""
+    steps = 24
+    reference, run = RunFolder(tmp_path / "reference"), RunFolder(tmp_path / "run")
+    more = ["--trainer.devices=2", *more]
+    uninterrupted = start(arguments(settings, reference, steps, *more), tmp_path / "r.txt", 2)
+    assert uninterrupted.wait() == [0, 0], uninterrupted.said()
+
+    def command(number):
+        asynchronous = f"--checkpoint.asynchronous={str(number % 2 == 0).lower()}"
+        return arguments(settings, run, steps, asynchronous, *more)
+
+    kill_starts(command, run, 6, tmp_path, 2, victim=lambda number: (None, 1, 0)[number % 3])
+    assert 0 < newest(run) < steps
+    finished = start(arguments(settings, run, steps, *more), tmp_path / "last.txt", 2)
+    assert finished.wait() == [0, 0], finished.said()
+    assert_same_end(run, reference, steps)

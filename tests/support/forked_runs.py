@@ -1,0 +1,91 @@
+"""Starts of the command line that cost no imports: forked from a process that has done them.
+
+A start of ``fit`` spends most of its time on imports. A test that needs fifty of them forks each
+from one server; from there on it is the command as a user starts it, in a session of its own, with
+its output in a file, and it can be killed at any time with everything it started.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.support.ports import next_port
+from tests.support.torchrun import pretend_torchrun
+
+# pytest besides: every child looks at the main module of the tests.
+_IMPORTED_ONCE = ["pytest", "tests.support.warm_imports"]
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
+
+
+@dataclass
+class ForkedRun:
+    """One start, on one rank or several."""
+
+    log: Path
+    ranks: list[BaseProcess] = field(default_factory=list)
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL a rank, or all at once, with what they started."""
+        for each in self.ranks if rank is None else [self.ranks[rank]]:
+            with suppress(ProcessLookupError):
+                os.killpg(each.pid, signal.SIGKILL)
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        """Send a signal to a rank."""
+        os.kill(self.ranks[rank].pid, number)
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Return the exit codes of all ranks."""
+        deadline = time.monotonic() + seconds
+        for each in self.ranks:
+            each.join(max(0.0, deadline - time.monotonic()))
+        alive = [each.pid for each in self.ranks if each.exitcode is None]
+        if alive:
+            self.kill()
+            raise TimeoutError(f"{alive} ran past {seconds} s:\n{self.said()}")
+        return [each.exitcode for each in self.ranks]
+
+    def said(self) -> str:
+        """Standard output and error of all ranks."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def start(arguments: list[object], log: Path, world_size: int = 1) -> ForkedRun:
+    """Start ``dist-siglip ARGUMENTS``; several ranks as torchrun starts them."""
+    run = ForkedRun(log)
+    port = next_port()
+    for rank in range(world_size):
+        process = _server().Process(
+            target=_run,
+            args=(json.dumps([str(a) for a in arguments]), str(log), rank, world_size, port),
+        )
+        process.start()
+        run.ranks.append(process)
+    return run
+
+
+def _run(arguments: str, log: str, rank: int, world_size: int, port: int) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if world_size > 1:
+        pretend_torchrun(rank, world_size)
+        os.environ["MASTER_PORT"] = str(port)
+    from dist_siglip import cli
+
+    raise SystemExit(cli.main(json.loads(arguments)))

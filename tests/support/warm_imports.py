@@ -1,0 +1,18 @@
+"""What a start of ``fit`` imports, on one thread."""
+
+import importlib
+from contextlib import suppress
+
+import torch
+
+import dist_siglip.cli.training
+import dist_siglip.report
+import tests.support.torchrun
+
+# Lightning looks for them when it opens a log, which imports them.
+for _name in ("tensorboard", "s3fs", "gcsfs", "adlfs"):
+    with suppress(ImportError):
+        importlib.import_module(_name)
+
+torch.set_num_threads(1)
+__all__ = ["dist_siglip", "tests"]
