@@ -157,7 +157,7 @@ class StepGuard(Callback):
         self._settle(trainer)
         checkpoint[_STATE] = {
             "num_skipped": self.num_skipped,
-            "in_a_row": self._in_a_row,
+            "in_a_row": list(self._in_a_row),
             "has_rolled_back": self._has_rolled_back,
             "norms": torch.empty(0) if self.history is None else self.history.values,
         }

@@ -1,9 +1,12 @@
 """A step that is not finite on one rank is skipped on all, as if its batch had not been there."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from dist_siglip.callbacks import StepGuard, WeightAverage
+from dist_siglip.errors import UserError
 from tests.support.guard_ranks import are_same, train_all
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -51,10 +54,19 @@ def cases_of_two(folder):
         {"name": "back", "keep": range(8), "bad": {4: "loss", 5: "loss", 6: "loss"}, "every": 2,
          "guard": back},
         {"name": "as if back", "keep": [0, 1, 7]},
+        {
+            "name": "sharded back",
+            "keep": range(8),
+            "bad": {4: "loss", 5: "loss", 6: "loss"},
+            "every": 2,
+            "guard": back,
+            "shard": {"checkpoint": "sharded"},
+        },
+        {"name": "as if sharded back", "keep": [0, 1, 7], "shard": {}},
         {"name": "nowhere to go", "keep": range(8), "bad": {4: "loss", 5: "loss"}, "guard": back},
         {"name": "without 4 and 5", "keep": [0, 1, 2, 3, 6, 7]},
-        {"name": "SGD", "bad": {1: "pixels"}, "keep": range(4), "sgd": True},
-        {"name": "SGD without", "keep": [0, 2, 3], "sgd": True},
+        {"name": "SGD", "bad": {1: "pixels"}, "keep": range(4), "optim": "SGD"},
+        {"name": "SGD without", "keep": [0, 2, 3], "optim": "SGD"},
         {"name": "sharded", "bad": {1: "pixels", 2: "loss"}, **sharded},
         {"name": "sharded without", "keep": [0, 3], "shard": {}},
     ]  # fmt: skip
@@ -95,6 +107,74 @@ def check_common(ranks):
 def test_one_process_skips_steps_to_the_bit(model, tmp_path):
     """Whether features, a gradient or only the loss is not finite."""
     check_common([train_all(0, 1, model, str(tmp_path), COMMON[:-1])])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_the_search_of_a_scaler_is_not_counted_and_a_loss_that_is_not_finite_is(model, tmp_path):
+    """A factor of 2^40 overflows float16 until it is halved often enough."""
+    case = {
+        "name": "scaled",
+        "bad": {20: "pixels"},
+        "keep": [*range(12), *range(12), *range(6)],
+        "trainer": {"precision": "16-mixed"},
+        "init_scale": 2.0**40,
+        "guard": {"abort_after": 3},
+    }
+    found = train_all(0, 1, model, str(tmp_path), [case])["scaled"]
+    assert found["num_skipped"] == 1
+    assert [line["step"] for line in found["lines"]] == [21]
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_going_back(model, tmp_path):
+    """The newest before the bad steps is of step 4; the one of step 2 is loaded in its place."""
+    bad = dict.fromkeys((5, 6), "loss")
+    guard = {"abort_after": 9, "roll_back_after": 2}
+    case = {"name": "damaged", "keep": range(8), "bad": bad, "every": 2, "guard": guard}
+    case["damage"] = 4
+    found = train_all(0, 1, model, str(tmp_path), [case, {"name": "as if", "keep": [0, 1, 7]}])
+    assert are_same(found["damaged"], found["as if"])
+
+
+def test_a_schedule_goes_on_through_skipped_steps_and_a_roll_back(model, tmp_path):
+    guard = {"abort_after": 9, "roll_back_after": 2}
+    plain = {"name": "plain", "keep": range(8), "optim": "falling"}
+    case = {"name": "back", "bad": dict.fromkeys((4, 5), "loss"), "every": 2, "guard": guard}
+    found = train_all(0, 1, model, str(tmp_path), [plain, {**plain, **case}])
+    assert found["back"]["num_skipped"] == 2
+    assert found["back"]["rates"] == found["plain"]["rates"]
+    assert not are_same(found["back"], found["plain"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"action": "stop"}, r"step_guard.action \(stop\) must be skip or off"),
+        ({"abort_after": 0}, r"step_guard.abort_after \(0\) must be at least 1"),
+        ({"spike_factor": 1.0}, r"step_guard.spike_factor \(1.0\) must be above 1"),
+        ({"spike_window": 0}, r"step_guard.spike_window \(0\) must be at least 1"),
+        ({"roll_back_after": 10}, r"step_guard.roll_back_after \(10\) must .* below abort_after"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, complaint):
+    with pytest.raises(UserError, match=complaint):
+        StepGuard(**settings)
+
+
+def test_an_average_of_the_weights_cannot_be_sent_back():
+    trainer = SimpleNamespace(callbacks=[WeightAverage()])
+    with pytest.raises(UserError, match=r"roll_back_after \(2\) cannot send an average"):
+        StepGuard(roll_back_after=2).setup(trainer, SimpleNamespace(step_check=None), "fit")
+
+
+def test_a_module_that_knows_of_no_check_is_refused():
+    with pytest.raises(UserError, match="cannot skip steps of SimpleNamespace"):
+        StepGuard().setup(SimpleNamespace(callbacks=[]), SimpleNamespace(), "fit")
+
+
+def test_without_the_guard_a_loss_that_is_not_finite_ends_the_run(model, tmp_path):
+    case = {"name": "off", "bad": {1: "pixels"}, "guard": {"action": "off"}}
+    with pytest.raises(UserError, match="image_features row 0 is not finite"):
+        train_all(0, 1, model, str(tmp_path), [case])
 
 
 @pytest.mark.distributed
@@ -149,6 +229,11 @@ def test_a_roll_back_goes_on_from_the_checkpoint_with_the_batches_after_the_bad_
     for found in two:
         assert are_same(found["back"], two[0]["as if back"])
         assert found["back"]["num_skipped"] == 3
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_rolls_back_too(two):
+    assert are_same(two[0]["sharded back"], two[0]["as if sharded back"])
 
 
 @pytest.mark.distributed

@@ -1,13 +1,18 @@
 """Guarded training runs in which one rank has something that is not finite."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
 from dist_siglip.callbacks import StepGuard
 from dist_siglip.errors import RunFailedError
@@ -16,23 +21,28 @@ from dist_siglip.optim import OptimConfig, StepCheck
 from dist_siglip.optim.skip import skip_where
 from dist_siglip.runs import RunFolder
 from dist_siglip.strategies import FullyShardedStrategy
-from tests.support.tuning_ranks import batches_of, fit, locked_module
+from tests.support.tuning_ranks import CALM, batches_of, fit, locked_module
 
-SGD = OptimConfig(
-    learning_rate=0.01, schedule="constant", optimizer=partial(torch.optim.SGD, momentum=0.9)
-)
+OPTIMS = {
+    "AdamW": CALM,
+    "falling": OptimConfig(learning_rate=0.01, epsilon=0.01, schedule="linear"),
+    "SGD": OptimConfig(
+        learning_rate=0.01, schedule="constant", optimizer=partial(torch.optim.SGD, momentum=0.9)
+    ),
+}
 
 
 class Faults(Callback):
     """Makes steps go wrong on one rank: {batch: "pixels" | "gradient" | "loss" | "large"}."""
 
     def __init__(self, bad, is_here):
-        self.bad, self.is_here, self.now = bad, is_here, None
+        self.bad, self.is_here, self.now, self.rates = bad, is_here, None, []
 
     def on_train_start(self, trainer, module):
         module.logits.log_scale.register_hook(self._on_gradient)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         # The step, not the batch's number in this start.
         self.now = self.bad.get(trainer.global_step) if self.is_here else None
         if self.now == "pixels":
@@ -74,18 +84,19 @@ def train(rank, world_size, model, folder, case):
 
     Args:
         case: "bad" (step -> fault, on the last rank), "keep" (batches that are trained on at
-            all), "guard" (settings of StepGuard), "trainer", "sgd" (instead of AdamW), "shard" (of
-            FullyShardedStrategy), "every" (steps between checkpoints), "start", "save"
-            (checkpoints), "done" (steps behind it), "alone" (the broken variant), "init_scale"
-            (of a GradScaler).
+            all), "guard" (settings of StepGuard), "trainer", "optim" (see OPTIMS), "shard" (of
+            FullyShardedStrategy), "every" (steps between checkpoints), "damage" (step of one that
+            is cut), "start", "save" (checkpoints), "done" (steps behind it), "alone" (the broken
+            variant), "init_scale" (of a GradScaler).
 
     Returns:
-        Whole parameters, state of the optimizer, counts, lines of skipped steps, or the error.
+        Whole parameters, state of the optimizer, learning rates, counts and lines of skipped
+        steps; or the error.
     """
     folder = Path(folder, case["name"])
     folder.mkdir(exist_ok=True)
     loss = FaultyLoss()
-    module = locked_module(model, loss=loss, **({"optim": SGD} if case.get("sgd") else {}))
+    module = locked_module(model, loss=loss, optim=OPTIMS[case.get("optim", "AdamW")])
     faults = Faults(case.get("bad", {}), rank == world_size - 1)
     loss.faults = faults
     guard = StepGuard(**case.get("guard", {}))
@@ -95,7 +106,7 @@ def train(rank, world_size, model, folder, case):
     if "init_scale" in case:
         callbacks.append(_Scale(case["init_scale"]))
     if "every" in case:
-        callbacks.append(_Save(case["every"]))
+        callbacks.append(_Save(case["every"], case.get("damage")))
     settings = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
     if "shard" in case and world_size > 1:
         settings["strategy"] = FullyShardedStrategy(**case["shard"])
@@ -112,18 +123,19 @@ def train(rank, world_size, model, folder, case):
         return {"error": str(error), "lines": _lines(folder)}
     if case.get("save"):
         trainer.save_checkpoint(case["save"])
-    state = module.state_dict()
+    optimizer = trainer.optimizers[0]
+    state, moments = module.state_dict(), optimizer.state_dict()["state"]
     if "shard" in case:  # whole on the first rank
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(module, options=whole)
-    moments = trainer.strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+        moments = get_optimizer_state_dict(module, optimizer, options=whole).get("state", {})
     return {
         "state": {name: value.clone() for name, value in state.items()},
         "moments": [v for number in moments for v in moments[number].values()],
         "num_skipped": guard.num_skipped,
         "lines": _lines(folder),
         "metrics": {name: float(v) for name, v in trainer.callback_metrics.items()},
-        "rate": trainer.optimizers[0].param_groups[0]["lr"],
+        "rates": faults.rates,
     }
 
 
@@ -133,13 +145,15 @@ class _Swap(Callback):
 
 
 class _Save(Callback):
-    def __init__(self, every):
-        self.every = every
+    def __init__(self, every, damaged):
+        self.every, self.damaged = every, damaged
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step % self.every == 0:
-            folder = RunFolder(Path(trainer.default_root_dir))
-            trainer.save_checkpoint(folder.checkpoint(trainer.global_step))
+            path = RunFolder(Path(trainer.default_root_dir)).checkpoint(trainer.global_step)
+            trainer.save_checkpoint(path)
+            if trainer.global_step == self.damaged:
+                os.truncate(path, path.stat().st_size // 2)
 
 
 class _Scale(Callback):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_siglip.callbacks import StopTogether, Throughput
+from dist_siglip.callbacks import StepGuard, StopTogether, Throughput
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 # Parts of the loss that a CPU alone takes, where a value is at hand; see their docstrings.
@@ -70,7 +70,8 @@ def count(rank, world_size, model, folder, mends=True, reads=False):
             return loss
 
         module.training_step = reading_step
-    callbacks = [*([StopTogether(agree_every_steps=100)] if mends else []), Throughput(), watch]
+    stops = [StopTogether(agree_every_steps=100)] if mends else []
+    callbacks = [*stops, StepGuard(), Throughput(), watch]
     own = {name: getattr(dist, name) for name in COLLECTIVES}
     try:
         fit(
