@@ -24,6 +24,7 @@ PAGES = (
     "docs/embed.md",
     "docs/export.md",
     "docs/finetuning.md",
+    "docs/guarantees.md",
 )
 
 
@@ -120,6 +121,17 @@ def test_documented_commands_parse(words, monkeypatch):
     else:
         (calibrate.run if words[0] == "calibrate" else training.run)(words[0], words[1:])
         assert ran == [words[0]]
+
+
+def test_every_test_that_proves_a_guarantee_exists():
+    text = (REPOSITORY / "docs/guarantees.md").read_text(encoding="utf-8")
+    proofs = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    for file, name in proofs:
+        assert f"\ndef {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), name
+    promises, faults = text.split("## Faults")
+    assert len(re.findall(r"^\*\*\d+\. ", promises, flags=re.MULTILINE)) == 10
+    rows = [line for line in faults.splitlines() if line.startswith("| ")][2:]
+    assert all("::test_" in row for row in rows)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)

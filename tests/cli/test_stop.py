@@ -1,10 +1,12 @@
-"""A run that is asked to stop saves at a step all ranks agree on, and later goes on."""
+"""A run that is asked to stop saves, leaves with 75, and later goes on; under every launcher."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,17 @@ from tests.support.command import (
     REPOSITORY,
     environment,
     is_group_alive,
-    run_command,
     started_until,
     write_settings,
 )
+from tests.support.forked_runs import start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LONG = (
     "--trainer.max_steps=100000",
     "--trainer.val_check_interval=100000",
     "--stop.agree_every_steps=3",
+    "--checkpoint.every_steps=4",
 )
 
 
@@ -37,76 +40,125 @@ def arguments(settings, run, *options):
     return ["fit", "--config", settings, f"--run_dir={run.path}", *options]
 
 
-def wait_for_the_end(process, code):
-    assert process.wait(timeout=60) == code
-    deadline = time.monotonic() + 20
-    while is_group_alive(process.pid):
-        assert time.monotonic() < deadline, "a rank is still there"
-        time.sleep(0.1)
-
-
-@pytest.mark.parametrize(
-    ("devices", "numbers"),
-    [(1, [signal.SIGUSR1]), (2, [signal.SIGTERM]), (2, [signal.SIGUSR2, signal.SIGTERM])],
-)
-def test_the_first_rank_alone_is_asked_and_all_stop_with_a_checkpoint(
-    settings, tmp_path, devices, numbers
-):
-    run = RunFolder(tmp_path / "run")
-    options = (*LONG, f"--trainer.devices={devices}", "--checkpoint.every_steps=4")
-    with started_until(
-        arguments(settings, run, *options), lambda: run.newest_checkpoint() is not None
-    ) as process:
-        for number in numbers:
-            process.send_signal(number)
-            time.sleep(0.02)
-        wait_for_the_end(process, 75)
-    last = max(run.steps_with_checkpoint())
-    assert last % 3 == 0
-    assert torch.load(run.checkpoint(last), weights_only=True)["global_step"] == last
-    log = run.log.read_text()
-    assert f"asked to stop ({numbers[0].name}): saving after step {last}" in log
+def wait_until(is_time, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_time():
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.005)
 
 
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(settings, tmp_path):
+    """Two ranks as torchrun starts them; two signals, to the second rank."""
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    options = ("--trainer.max_steps=120", "--trainer.val_check_interval=120")
-    options += ("--trainer.devices=2", "--checkpoint.every_steps=10")
-    done = run_command(*arguments(settings, whole, *options))
-    assert done.returncode == 0, done.stderr
-    stopping = arguments(settings, parts, *options, "--stop.agree_every_steps=1")
-    with started_until(stopping, lambda: parts.newest_checkpoint() is not None) as process:
-        process.send_signal(signal.SIGUSR1)
-        wait_for_the_end(process, 75)
-    assert max(parts.steps_with_checkpoint()) < 120
-    done = run_command(*arguments(settings, parts, *options))
-    assert done.returncode == 0, done.stderr
+    options = ["--trainer.max_steps=120", "--trainer.val_check_interval=120"]
+    options += ["--trainer.devices=2", "--checkpoint.every_steps=10", "--stop.agree_every_steps=1"]
+    run = start(arguments(settings, whole, *options), tmp_path / "whole.txt", world_size=2)
+    assert run.wait() == [0, 0], run.said()
+    stopped = start(arguments(settings, parts, *options), tmp_path / "parts.txt", world_size=2)
+    wait_until(lambda: parts.newest_checkpoint() is not None)
+    stopped.signal(signal.SIGUSR2, rank=1)
+    time.sleep(0.02)
+    stopped.signal(signal.SIGTERM, rank=1)
+    assert stopped.wait() == [75, 75], stopped.said()
+    last = max(parts.steps_with_checkpoint())
+    assert last < 120
+    assert f"asked to stop (another rank): saving after step {last}" in parts.log.read_text()
+    again = start(arguments(settings, parts, *options), tmp_path / "again.txt", world_size=2)
+    assert again.wait() == [0, 0], again.said()
     first, second = (
         torch.load(run.checkpoint(120), weights_only=True)["state_dict"] for run in (whole, parts)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_an_earlier_start_did_not_come_to_is_made_up_for(settings, tmp_path):
+    """Ended before the evaluation due at its checkpoint; then before the report."""
+    run = RunFolder(tmp_path / "run")
+    options = ["--trainer.max_steps=12", "--trainer.val_check_interval=6"]
+    options += ["--checkpoint.every_steps=6"]
+    assert start(arguments(settings, run, *options), tmp_path / "1.txt").wait() == [0]
+    evaluated = evaluations(run)
+    assert list(evaluated) == [6, 12]
+    run.checkpoint(12).unlink()
+    (run.evaluation / "metrics.json").unlink()
+    run.metrics.write_text("")
+    assert start(arguments(settings, run, *options), tmp_path / "2.txt").wait() == [0]
+    assert evaluations(run) == evaluated
+    run.report.unlink()
+    before = run.checkpoint(12).stat().st_mtime_ns
+    assert start(arguments(settings, run, *options), tmp_path / "3.txt").wait() == [0]
+    assert run.report.exists()
+    assert run.checkpoint(12).stat().st_mtime_ns == before
+
+
+def evaluations(run):
+    """Validation loss by step, of the log; each step once."""
+    lines = map(json.loads, run.metrics.read_text().splitlines())
+    found = [(line["step"], line["val/loss"]) for line in lines if "val/loss" in line]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_the_first_rank_of_lightnings_launcher_is_asked_and_all_stop(settings, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    options = (*LONG, "--trainer.devices=2")
+    with started_until(
+        arguments(settings, run, *options), lambda: run.newest_checkpoint() is not None
+    ) as process:
+        process.terminate()
+        assert process.wait(timeout=60) == 75
+        wait_until(lambda: not is_group_alive(process.pid), 20)
+    last = max(run.steps_with_checkpoint())
+    assert last % 3 == 0
+    assert torch.load(run.checkpoint(last), weights_only=True)["global_step"] == last
+    assert f"asked to stop (SIGTERM): saving after step {last}" in run.log.read_text()
+
+
 def test_a_signal_while_python_imports_is_remembered(settings, tmp_path):
     """Sent as soon as the handler is there, seconds before torch is."""
     run = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "dist_siglip", *arguments(settings, run, *LONG)]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        env=environment(),
-        cwd=REPOSITORY,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    caught = 1 << (signal.SIGUSR1 - 1)
-    deadline = time.monotonic() + 30
-    while not caught & handled(process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
-    process.send_signal(signal.SIGUSR1)
-    wait_for_the_end(process, 75)
+    with launched("dist_siglip", *arguments(settings, run, *LONG)) as process:
+        caught = 1 << (signal.SIGUSR1 - 1)
+        wait_until(lambda: caught & handled(process.pid))
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75
     assert run.steps_with_checkpoint() == [3]
+
+
+def test_one_rank_of_torchrun_is_asked_and_both_stop(settings, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dist_siglip"]
+    command = [*torchrun, *arguments(settings, run, *LONG), "--trainer.devices=2"]
+    with launched(*command) as process:
+        wait_until(lambda: run.newest_checkpoint() is not None, 90)
+        os.kill(children(process.pid)[1], signal.SIGUSR1)
+        assert process.wait(timeout=60) != 0  # torchrun passes no code on
+    last = max(run.steps_with_checkpoint())
+    assert last % 3 == 0
+    assert "asked to stop (another rank)" in run.log.read_text()
+
+
+class launched:  # noqa: N801 - used like a function
+    """Start ``python -m ...`` in a group of processes, which ends with the block."""
+
+    def __init__(self, *words):
+        self.command = [sys.executable, "-m", *map(str, words)]
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment(),
+            cwd=REPOSITORY,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self.process
+
+    def __exit__(self, *error):
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def handled(pid):
@@ -118,35 +170,3 @@ def handled(pid):
 def children(pid):
     """Process ids of the children, in the order they were started."""
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-def test_one_rank_of_torchrun_is_asked_and_both_stop(settings, tmp_path):
-    run = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "dist_siglip", *map(str, arguments(settings, run, *LONG))]
-    command += ["--trainer.devices=2", "--checkpoint.every_steps=4"]
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=REPOSITORY,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while run.newest_checkpoint() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(children(process.pid)[1], signal.SIGUSR1)
-        assert process.wait(timeout=60) != 0  # torchrun passes no code on
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    last = max(run.steps_with_checkpoint())
-    assert last % 3 == 0
-    assert "asked to stop (another rank)" in run.log.read_text()
-
-
-def test_a_wrong_number_is_one_line(settings, tmp_path):
-    done = run_command(*arguments(settings, RunFolder(tmp_path), "--stop.agree_every_steps=0"))
-    assert done.returncode == 2
-    assert "stop.agree_every_steps (0) must be at least 1" in done.stderr
