@@ -54,7 +54,7 @@ def doctor(
     write_mib: int = 64,
     local_batch_size: int = 2048,
     embed_dim: int = 512,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = 90.0,
 ) -> int:
     """Look at machines, ranks, run folder and shards; exit code 1 if a run would fail.
 
@@ -74,7 +74,8 @@ def doctor(
         write_mib: MiB written to the run folder.
         local_batch_size: rows of features each rank sends through every exchange.
         embed_dim: width of these features.
-        timeout_seconds: longest wait for other ranks, and for what is looked at.
+        timeout_seconds: longest wait for other ranks, and for what is looked at; inside a process
+            group a third of it.
     """
     numbers = {
         "num_shards": num_shards,

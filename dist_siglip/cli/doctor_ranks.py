@@ -152,7 +152,7 @@ def look_at_layout(hosts: Sequence[str]) -> tuple[list[Finding], int]:
     names = list(dict.fromkeys(hosts))
     ranks_of = {name: [r for r, host in enumerate(hosts) if host == name] for name in names}
     shown = ", ".join(f"{name} (rank {list_ranks(ranks)})" for name, ranks in ranks_of.items())
-    text = f"{len(hosts)} ranks on {len(names)} nodes: {shown}"
+    text = f"{len(hosts)} ranks on {len(names)} node{'s' * (len(names) > 1)}: {shown}"
     sizes = {len(ranks) for ranks in ranks_of.values()}
     places = [names.index(host) for host in hosts]
     if len(sizes) > 1 or places != sorted(places):
@@ -187,7 +187,7 @@ def judge_group(
         speed = speed._replace(seconds=slowest)
         text = (
             f"{speed.bytes_per_second / 1e9:.2f} GB/s sent by each rank, "
-            f"{1e3 * speed.seconds:,.1f} ms for {embed_bytes / 2**20:.0f} MiB of features a rank, "
+            f"{1e3 * speed.seconds:,.1f} ms for {embed_bytes / 2**20:.3g} MiB of features a rank, "
             f"{1e3 * speed.latency_seconds:,.2f} ms for one row"
         )
         yield _judge_sums(speed.exchange, text, wrong)

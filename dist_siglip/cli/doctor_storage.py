@@ -201,7 +201,7 @@ def judge_pairs(pairs: Sequence[FirstPair], num_shards: int, check: str) -> Iter
     if slowest > _SLOW_PAIR_SECONDS:
         yield Finding("warn", check, text, "this storage is slow: copy the shards nearer")
     elif bare:
-        text = f"{text}; {bare} had no side-car"
+        text = f"{num_shards} named; {bare} of {len(pairs)} opened had no side-car"
         remedy = "dist-siglip data index makes them ahead; else the first start scans every shard"
         yield Finding("warn", check, text, remedy)
     else:

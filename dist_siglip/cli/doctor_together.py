@@ -104,6 +104,7 @@ def _examine_as_first(
 ) -> Outcome:
     meeting.tell("here", launch.host)
     hosts = meeting.hear_all("here", limit_seconds)
+    present = [rank for rank, host in enumerate(hosts) if host is not None]
     with ExitStack() as stack:
         opening_checks = BoundedChecks(_SHARE * limit_seconds)
         kept_file = opening_checks.run("run folder", lambda: _keep_file(stack, plan.run_dir))
@@ -111,7 +112,7 @@ def _examine_as_first(
         stage_ends = time.monotonic() + limit_seconds
         checks = BoundedChecks(_SHARE * limit_seconds)
         meeting.tell("look", look_around(launch.world, plan, kept_file, checks)._asdict())
-        told = meeting.hear_all("look", stage_ends - time.monotonic())
+        told = meeting.hear_all("look", stage_ends - time.monotonic(), present)
         looks = [None if value is None else unpack_look(value) for value in told]
         findings = _missing(hosts, told, limit_seconds, f"{launch.address}:{launch.port}")
         per_node = 1
@@ -132,6 +133,7 @@ def _examine_as_first(
             has_hung |= _measure(launch, features, meeting, decision, limit_seconds)
             ends = meeting.hear_all("end", stage_ends - time.monotonic())
             findings += _judge_ends(ends, hosts, features)
+            told = ends
         meeting.answer("verdict", _has_failed(findings))
         meeting.leave(sum(value is not None for value in told))
     num_nodes = len(set(hosts)) if all(hosts) else 0
@@ -184,7 +186,7 @@ def _measure(
             num_rows=features.num_rows,
             embed_dim=features.embed_dim,
             # Whoever waits inside a group learns more than that its time is over.
-            limit=timedelta(seconds=limit_seconds / 2),
+            limit=timedelta(seconds=limit_seconds / 3),
         ),
         remedy="look at the log of the rank that is named; check firewall and interfaces",
     )

@@ -7,6 +7,7 @@ Every wait has a limit, after which it is known who did not speak.
 
 import json
 import time
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -34,11 +35,19 @@ class Meeting:
         """Say something to the first rank, in plain JSON values."""
         self.store.set(f"{occasion}/{self.rank}", json.dumps(value))
 
-    def hear_all(self, occasion: str, limit_seconds: float) -> list[Any]:
-        """Return what every rank has told, in rank order; None for one that did not in time."""
+    def hear_all(
+        self, occasion: str, limit_seconds: float, ranks: Collection[int] | None = None
+    ) -> list[Any]:
+        """Return what every rank has told, in rank order; None for one that did not in time.
+
+        Args:
+            occasion: when they told it.
+            limit_seconds: longest wait for all of them together.
+            ranks: the only ones that are waited for; all by default.
+        """
+        wanted = range(self.world_size) if ranks is None else ranks
+        self._wait([f"{occasion}/{rank}" for rank in wanted], limit_seconds)
         keys = [f"{occasion}/{rank}" for rank in range(self.world_size)]
-        if self._wait(keys, limit_seconds):
-            return [self._read(key) for key in keys]
         return [self._read(key) if self.store.check([key]) else None for key in keys]
 
     def answer(self, occasion: str, value: Any) -> None:
