@@ -1,0 +1,336 @@
+"""What the doctor concludes from what it found: each fault of its own, without starting a rank."""
+
+import errno
+import fcntl
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_siglip.cli import doctor_storage
+from dist_siglip.cli.doctor_bounds import BoundedChecks
+from dist_siglip.cli.doctor_config import RunNeeds, judge_needs
+from dist_siglip.cli.doctor_launch import detect_launch
+from dist_siglip.cli.doctor_machine import (
+    look_at_environment,
+    look_at_limits,
+    look_without_gpu,
+    unfit_packages,
+)
+from dist_siglip.cli.doctor_page import Finding, merge, render
+from dist_siglip.cli.doctor_ranks import (
+    compare_ranks,
+    judge_clocks,
+    judge_links,
+    look_at_layout,
+)
+from dist_siglip.cli.doctor_storage import (
+    ShardSet,
+    judge_disk,
+    look_at_folder,
+    look_at_shards,
+    look_for_file,
+)
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.index import read_index
+from dist_siglip.data.remote import CacheSettings
+from dist_siglip.distributed import World
+from dist_siglip.distributed.clock_skew import ClockReading
+from dist_siglip.runs.disk_check import DiskFacts, locked_file
+from tests.support.shards import encode, picture, write_shard
+from tests.support.small_disk import room_for
+
+
+def kinds(findings):
+    return [(finding.status, finding.check) for finding in findings]
+
+
+def failing(*_, **__):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+# Folder
+
+
+def test_a_sound_folder_is_ok_and_left_as_it_was(tmp_path):
+    (found,) = look_at_folder(tmp_path / "not yet" / "there", 2**20)
+    assert found.check == "run folder"
+    assert found.status in ("ok", "warn")  # of this machine
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("os.fsync", "cannot sync a file"),
+        ("Path.unlink", "cannot remove a file"),
+        ("fcntl.flock", "cannot lock a file"),
+        ("open_atomically", "cannot rename a file"),
+    ],
+)
+def test_a_folder_says_what_it_cannot_do(tmp_path, monkeypatch, broken, told):
+    monkeypatch.setattr(f"dist_siglip.runs.disk_check.{broken}", failing)
+    (found,) = look_at_folder(tmp_path, 1000)
+    assert found.status == "FAIL"
+    assert f"{told}: Input/output error" in found.text
+    assert found.remedy
+
+
+def test_a_folder_without_room_fails_and_keeps_nothing(tmp_path):
+    with room_for(2**20):
+        (found,) = look_at_folder(tmp_path, 2**22)
+    assert found.status == "FAIL"
+    assert "cannot write a file: File too large" in found.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_changes_data_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dist_siglip.runs.disk_check.os.fsync", lambda file: os.pwrite(file, b"other", 500)
+    )
+    (found,) = look_at_folder(tmp_path, 1000)
+    assert (found.status, "does not give back" in found.text) == ("FAIL", True)
+
+
+def test_a_folder_in_use_is_told(tmp_path):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = look_at_folder(tmp_path, 1000)
+    assert "is in use by another process" in found[-1].text
+
+
+@pytest.mark.parametrize(
+    ("facts", "checkpoint", "status"),
+    [
+        ({}, 0, "ok"),
+        ({"free_bytes": 2**33}, 0, "warn"),  # 8 GiB
+        ({"free_bytes": 2**33}, 2**30, "ok"),  # known to be enough
+        ({"free_bytes": 2**33}, 2**34, "FAIL"),
+        ({"free_bytes": 2**20}, 0, "FAIL"),
+        ({"free_inodes": 3}, 0, "FAIL"),
+        ({"free_inodes": None}, 0, "ok"),
+        ({"bytes_per_second": 1e6}, 0, "warn"),
+        ({"rename_seconds": 9.0}, 0, "warn"),
+    ],
+)
+def test_room_and_speed_are_judged_by_what_checkpoints_need(facts, checkpoint, status):
+    sound = DiskFacts(Path("/r"), "ext4 at /", 2**40, 10**6, 1e9, 0.01)
+    (found,) = judge_disk(sound._replace(**facts), checkpoint)
+    assert found.status == status
+
+
+def test_a_folder_that_is_not_shared_and_a_lock_that_does_not_hold_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_storage, "_VISIBLE_WITHIN_SECONDS", 0.2)
+    assert kinds(look_for_file(tmp_path / "never")) == [("FAIL", "shared folder")]
+    (tmp_path / "there").write_text("")
+    assert kinds(look_for_file(tmp_path / "there")) == [("warn", "shared folder")]
+    with locked_file(tmp_path, "locked") as path:
+        assert kinds(look_for_file(path)) == [("ok", "shared folder")]
+
+
+# Shards
+
+
+def shard_set(path):
+    rule, cache = CaptionRule(), CacheSettings()
+    return ShardSet("train_shards", str(path), rule, ("png",), 10**6, cache)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"png": b"no picture", "txt": b"a"}, "its first sample: "),
+        ({"png": encode(picture(0)), "txt": b"  "}, "its first sample: "),
+        ({"png": encode(picture(0))}, "caption"),
+    ],
+)
+def test_the_first_pair_of_a_shard_that_cannot_be_used_is_told(tmp_path, members, told):
+    path = write_shard(tmp_path / "a.tar", [("0", members)])
+    ((found,), _) = look_at_shards(shard_set(path), 4)
+    assert found.status == "FAIL"
+    assert found.text.startswith("a.tar: ")
+    assert told in found.text
+
+
+def test_a_shard_that_is_cut_short_or_missing_is_told(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [("0", {"png": encode(picture(0)), "txt": b"a"})])
+    path.write_bytes(path.read_bytes()[:700])
+    ((found,), _) = look_at_shards(shard_set(path), 4)
+    assert (found.status, "a.tar" in found.text) == ("FAIL", True)
+    ((found,), facts) = look_at_shards(shard_set(tmp_path / "none.tar"), 4)
+    assert (found.status, facts) == ("FAIL", {})
+
+
+def test_sound_shards_are_ok_with_a_side_car_and_without_one_told(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [("0", {"png": encode(picture(0)), "txt": b"a"})])
+    ((found,), facts) = look_at_shards(shard_set(path), 4)
+    assert (found.status, "1 of 1 opened had no side-car" in found.text) == ("warn", True)
+    read_index(str(path))
+    ((found,), again) = look_at_shards(shard_set(path), 4)
+    assert (found.status, facts) == ("ok", again)
+    assert "train_shards: a.tar" in facts
+
+
+# Machine
+
+
+def test_packages_that_are_missing_or_too_old_are_named():
+    assert list(unfit_packages(["torch>=1", "no-such-thing>=1", "other; extra == 'x'"])) == [
+        "no-such-thing is missing, no-such-thing>=1 is needed"
+    ]
+    (old,) = unfit_packages(["lightning>=999"])
+    assert old.startswith("lightning is ")
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "cuda", "environ", "status"),
+    [
+        (False, None, {}, "ok"),
+        (True, None, {}, "FAIL"),  # a build without CUDA
+        (True, "13.0", {}, "FAIL"),  # a driver that is too old, or no GPU in the job
+        (True, "13.0", {"CUDA_VISIBLE_DEVICES": ""}, "warn"),
+    ],
+)
+def test_a_missing_gpu_is_judged_by_what_should_be_there(has_driver, cuda, environ, status):
+    assert look_without_gpu(has_driver, cuda, environ).status == status
+
+
+def test_few_cores_little_shared_memory_and_few_files_are_told():
+    assert kinds(look_at_limits(8, 2**31, 65536)) == []
+    assert len(list(look_at_limits(1, 2**26, 1024))) == 3
+
+
+@pytest.mark.parametrize(
+    ("environ", "statuses"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, ["ok"]),
+        ({"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "ib"}, ["FAIL"]),
+        ({"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, ["FAIL"]),
+        ({"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "^docker"}, ["ok"]),
+        ({"OMP_NUM_THREADS": "1", "NCCL_IB_DISABLE": "1", "NCCL_P2P_DISABLE": "1"}, ["warn"] * 2),
+        ({"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, ["warn"]),
+    ],
+)  # fmt: skip
+def test_variables_that_break_or_slow_a_run_are_told(environ, statuses):
+    world = World(rank=0, world_size=4, local_rank=0, local_world_size=2)
+    found = look_at_environment(environ, world, ["lo", "eth0"])
+    assert [finding.status for finding in found] == statuses
+
+
+def test_only_variables_that_steer_a_run_are_shown():
+    environ = {"AWS_SECRET_ACCESS_KEY": "s3cret", "HF_TOKEN": "s3cret", "NCCL_DEBUG": "WARN"}
+    (found,) = look_at_environment(environ, World(), ["lo"])
+    assert found.text == "NCCL_DEBUG=WARN"
+
+
+# Ranks
+
+
+def test_links_and_clocks_and_layouts_are_judged():
+    assert judge_links([1.0, 1.0, 1.0], ["a"] * 3, 10**9).status == "ok"
+    slow = judge_links([1.0, 9.0, 9.0, 1.0], ["a"] * 4, 10**9)
+    assert (slow.status, slow.text.startswith("rank 1 (a) to rank 2 (a)")) == ("warn", True)
+    # A slow link between nodes is no fault beside quick ones inside them.
+    assert judge_links([1.0, 9.0, 9.0, 9.0], ["a", "a", "b", "b"], 10**9).status == "ok"
+    for ahead, status in ((0.1, "ok"), (-5.0, "warn"), (4000.0, "FAIL")):
+        clocks = [ClockReading(0, 0), ClockReading(ahead, 0.01)]
+        assert judge_clocks(clocks, ["a", "b"]).status == status
+    assert look_at_layout(["a", "a", "b"])[0][0].status == "warn"
+    assert look_at_layout(["a", "a", "b", "b"])[1] == 2
+
+
+def test_ranks_that_differ_are_named():
+    (found,) = compare_ranks([{"torch": "2.15"}, {"torch": "2.14"}, {"torch": "2.15"}, None])
+    assert (found.status, found.text) == ("FAIL", "torch is 2.14 on rank 1 and 2.15 on rank 0, 2")
+    assert compare_ranks([{"torch": "2.15"}, None])[0].status == "ok"
+
+
+SRUN = {
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_NODELIST": "n[5-6]",
+    "SLURMD_NODENAME": "n6",
+}
+
+
+def launch_of(monkeypatch, environ):
+    for name in ("MASTER_ADDR", "MASTER_PORT", *SRUN):
+        monkeypatch.setenv(name, "")  # so that what Lightning makes of it is undone
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    return detect_launch(os.environ)
+
+
+def test_ranks_of_srun_meet_where_lightning_lets_them_meet(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    launch = launch_of(monkeypatch, SRUN)
+    assert (launch.world.rank, launch.world.world_size, launch.host) == (3, 4, "n6")
+    assert (launch.address, launch.port) == ("n5", 19567)
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "told"),
+    [
+        ({"SLURM_STEP_ID": None}, "warn", "started without srun in a job of 4 tasks"),
+        ({"SLURM_JOB_NAME": "bash"}, "FAIL", "Lightning takes each task for a run"),
+        ({"SLURM_NTASKS_PER_NODE": None}, "FAIL", "without --ntasks-per-node"),
+    ],
+)
+def test_a_slurm_job_that_fit_would_misread_is_told(monkeypatch, changed, status, told):
+    environ = {name: value for name, value in (SRUN | changed).items() if value is not None}
+    launch = launch_of(monkeypatch, environ)
+    assert (launch.world.world_size, launch.is_silent) == (1, True)
+    assert launch.complaint.status == status
+    assert told in launch.complaint.text
+    assert not launch_of(monkeypatch, environ | {"SLURM_PROCID": "0"}).is_silent
+
+
+@pytest.mark.parametrize(
+    ("needs", "world_size", "num_nodes", "told"),
+    [
+        ({}, 8, 2, None),
+        ({"devices": "auto"}, 8, 2, None),
+        ({}, 1, 1, None),
+        ({"global_batch_size": 100}, 8, 2, "set it to 96"),
+        ({"num_nodes": 4}, 8, 2, "set trainer.num_nodes 2, trainer.devices 4"),
+        ({"accelerator": "gpu"}, 8, 2, "ask the job for GPUs"),
+    ],
+)
+def test_a_configuration_is_compared_with_the_ranks(needs, world_size, num_nodes, told):
+    sound = RunNeeds("runs/a", (), 64, 4, 2, "auto")
+    found = list(judge_needs(sound._replace(**needs), world_size, num_nodes))
+    if told is None:
+        assert kinds(found) == [("ok", "configuration")]
+    else:
+        assert (found[0].status, found[0].remedy) == ("FAIL", told)
+
+
+# Page
+
+
+def test_what_hangs_or_fails_becomes_a_line():
+    checks = BoundedChecks(0.2)
+    checks.take("a", lambda: [Finding("ok", "a", "fine")])
+    checks.take("b", lambda: 1 // 0, remedy="divide by another")
+    checks.take("c", lambda: time.sleep(2))
+    assert kinds(checks.findings) == [("ok", "a"), ("FAIL", "b"), ("FAIL", "c")]
+    assert checks.findings[1].text == "integer division or modulo by zero"
+    assert checks.has_hung
+
+
+def test_the_page_of_a_thousand_ranks_is_one_page():
+    ranks = [
+        [Finding("ok", "host", f"{rank} GiB"), Finding("warn", "disk", f"slow {rank}", "replace")]
+        for rank in range(1000)
+    ]
+    page = render("doctor", merge(ranks))
+    assert len(page.splitlines()) < 20
+    assert "and 996 more of the kind" in page
+    assert "rank 0: slow 0" in page
