@@ -10,14 +10,20 @@ import yaml
 
 from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.errors import UserError
-from dist_siglip.runs import RunFolder, describe_differences, newest_sound_checkpoint
+from dist_siglip.runs import (
+    RunFolder,
+    check_sound,
+    describe_differences,
+    newest_sound_checkpoint,
+)
 
 
 def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
     """Return the newest sound checkpoint of the run, or the one given to a run that has none.
 
     Raises:
-        UserError: if one is given and the run has its own, or all of the run are damaged.
+        UserError: if one is given and is damaged, or the run has its own; if all of the run are
+            damaged.
     """
     newest = newest_sound_checkpoint(folder)
     if given is None:
@@ -27,6 +33,7 @@ def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | Non
             f"ckpt_path ({given}) is given but run_dir ({folder.path}) has its own "
             f"{newest.name}; leave ckpt_path out to go on, or choose another run_dir"
         )
+    check_sound(Path(given))
     return Path(given)
 
 
@@ -36,8 +43,10 @@ def checkpoint_to_look_at(
     """Return the checkpoint given, else the newest sound one, if any; it fits the model.
 
     Raises:
-        UserError: as ``check_fits``, or if all checkpoints of the run are damaged.
+        UserError: as ``check_fits``, or if the one given or all of the run are damaged.
     """
+    if given:
+        check_sound(Path(given))
     chosen = Path(given) if given else newest_sound_checkpoint(folder)
     if chosen is not None:
         check_fits(model, chosen)

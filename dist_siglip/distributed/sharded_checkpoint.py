@@ -106,7 +106,8 @@ def write_sharded(
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, CheckpointException):
-            raise OSError(f"checkpoint ({path}) was not written ({reason_of(error)})") from error
+            first = min(error.failures, default=0)
+            raise OSError(f"rank {first}: {reason_of(error)}") from error
         raise
 
 
@@ -123,7 +124,7 @@ def together(work: Callable[[], _T], group: dist.ProcessGroup | None = None) -> 
     try:
         mine = (work(), None)
     except OSError as error:
-        mine = (None, str(error))
+        mine = (None, reason_of(error))
     dist.all_gather_object(results, mine, group=group)
     for rank, (_, problem) in enumerate(results):
         if problem is not None:

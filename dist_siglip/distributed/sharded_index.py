@@ -91,5 +91,7 @@ def damaged(path: Path, error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """One line; of an error that torch collected from all ranks, that of the first of them."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        error = error.failures[min(error.failures)][0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split())[:160] or type(error).__name__
