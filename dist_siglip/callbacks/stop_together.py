@@ -10,7 +10,6 @@ the device has caught up. Both are taken out.
 """
 
 import logging
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip import stop_request
 from dist_siglip.callbacks.slurm_requeue import requeue_job
+from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ class StopTogether(Callback):
         if hasattr(loop, _QUESTION):
             setattr(loop, _QUESTION, _do_nothing)
         if trainer.world_size > 1 and self._group is None:
-            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
-            assert isinstance(group, dist.ProcessGroup)  # every rank is in it
-            self._group = group
+            self._group = new_cpu_group()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -13,7 +13,7 @@ from dist_siglip.distributed.exchange import (
     circulate,
     prepare_exchange,
 )
-from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.distributed.groups import new_cpu_group, resolve_group
 from dist_siglip.distributed.shutdown import leave_process_groups
 from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
 from dist_siglip.distributed.travel import AccumulatorSpec
@@ -32,6 +32,7 @@ __all__ = [
     "is_first_process",
     "leave_process_groups",
     "max_over_ranks",
+    "new_cpu_group",
     "prepare_exchange",
     "resolve_group",
     "set_local_world_size",

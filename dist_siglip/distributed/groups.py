@@ -81,6 +81,19 @@ def companions_of(group: ProcessGroup) -> Companions:
     return found
 
 
+def new_cpu_group() -> ProcessGroup | None:
+    """Make a gloo group of all ranks, with the time limit of the default group (collective).
+
+    For a few bytes between hosts that must wait for no GPU. None without a process group.
+    """
+    world = resolve_group(None)
+    if world is None:
+        return None
+    made = dist.new_group(backend="gloo", timeout=_timeout_of(world))
+    assert isinstance(made, ProcessGroup)  # every rank is in it
+    return made
+
+
 def set_companions(group: ProcessGroup, companions: Companions) -> None:
     """Serve ``group`` by other companions than the usual ones (for ``simulation``)."""
     _companions[group] = companions
