@@ -208,6 +208,11 @@ def test_spikes_of_the_gradient_norm_are_skipped_on_all_ranks(two):
 
 
 @pytest.mark.distributed
+def test_ranks_whose_norms_are_rounded_apart_agree_on_a_spike(two):
+    assert [found["spike on the last rank"] for found in two] == [True, True]
+
+
+@pytest.mark.distributed
 def test_a_resumed_run_judges_counts_and_ends_as_one_that_was_not_stopped(two):
     """The checkpoint is written while a finding still waits to be read."""
     for found in two:

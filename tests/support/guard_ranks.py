@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dist_siglip.callbacks import StepGuard
 from dist_siglip.errors import RunFailedError
 from dist_siglip.losses import SigLipLoss
-from dist_siglip.optim import OptimConfig, StepCheck
+from dist_siglip.optim import NormHistory, OptimConfig, StepCheck
 from dist_siglip.optim.skip import skip_where
 from dist_siglip.runs import RunFolder
 from dist_siglip.strategies import FullyShardedStrategy
@@ -171,7 +171,17 @@ def _lines(folder):
 
 def train_all(rank, world_size, model, folder, cases):
     """Train one case after the other in one process group; return the results by name."""
-    return {case["name"]: train(rank, world_size, model, folder, case) for case in cases}
+    found = {case["name"]: train(rank, world_size, model, folder, case) for case in cases}
+    return {**found, "spike on the last rank": judge_apart(rank == world_size - 1)}
+
+
+def judge_apart(is_last):
+    """Whether a step is skipped that only the last rank takes for a spike."""
+    history, weight = NormHistory(factor=2.0, window=4), nn.Parameter(torch.ones(1))
+    history.restore(torch.ones(4))
+    check = StepCheck(history)
+    check.decide(torch.optim.SGD([weight]), torch.tensor(2.1 if is_last else 1.9))
+    return check.take().is_skipped.item()
 
 
 def are_same(one, other):
