@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import bench, calibrate, data, doctor, embed, export, quickstart, training
+from dist_siglip.cli import (
+    bench,
+    calibrate,
+    data,
+    doctor,
+    embed,
+    export,
+    quickstart,
+    slurm,
+    training,
+)
 from dist_siglip.cli.subjects import parser_of
 from dist_siglip.cli.training import TrainingCLI
 from tests.support.command import REPOSITORY, environment
@@ -53,7 +63,8 @@ def test_the_file_tree_lists_every_file_of_the_package():
     files = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".json", ".yaml", ".html") and path.name != "__init__.py"
+        if path.suffix in (".py", ".json", ".yaml", ".html", ".sbatch")
+        and path.name != "__init__.py"
     }
     assert tree_paths() == files
 
@@ -99,6 +110,10 @@ def documented_commands():
                 yield pytest.param(words[1:], id=f"{source}:{' '.join(words[1:4])}")
             if words[:2] == ["sbatch", "slurm/train.sbatch"]:
                 yield pytest.param(["fit", "--config", *words[2:]], id=f"{source}:sbatch")
+            elif words[0] == "sbatch":
+                assert any((REPOSITORY / word).is_file() for word in words if "sbatch" in word), (
+                    line
+                )
 
 
 @pytest.mark.parametrize("words", list(documented_commands()))
@@ -115,6 +130,9 @@ def test_documented_commands_parse(words, monkeypatch):
     elif words[0] in ("embed", "export", "doctor"):
         verbs = {"embed": embed, "export": export, "doctor": doctor}
         verbs[words[0]].parser(words[0]).parse_args(words[1:])
+    elif words[0] == "slurm":
+        job, fit_options = slurm.parse(words[1], words[2:])
+        assert job.render(fit_options).startswith("#!/bin/bash")
     elif words[0] in ("bench", "data"):
         subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])

@@ -25,6 +25,7 @@ _VERBS = {
     "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
     "embed": ("dist_siglip.cli.embed", "write the embeddings of shards, on any number of ranks"),
     "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
+    "slurm": ("dist_siglip.cli.slurm", "print or submit the batch script of a run"),
     "doctor": ("dist_siglip.cli.doctor", "will a run work here: machines, ranks, folder, shards"),
     "export": ("dist_siglip.cli.export", "a trained model as other libraries read it"),
     "calibrate": (

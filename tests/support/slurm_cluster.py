@@ -45,7 +45,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 KillWait={kill_wait}
 SlurmdTimeout={node_lost}
-MessageTimeout=2
+MessageTimeout=5
 TCPTimeout=1
 BatchStartTimeout=5
 ReturnToService=2
@@ -61,7 +61,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=90
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
@@ -193,23 +193,43 @@ class SlurmCluster:
         command = ["sbatch", "--parsable", *options, str(path), *map(str, arguments)]
         return Job(self, self._call(*command, **variables))
 
+    def submit_command(self, command: str, *options: str) -> "Job":
+        """Submit a command of the shell."""
+        return Job(self, self._call("sbatch", "--parsable", *options, f"--wrap={command}"))
+
+    def rank(self, job: "Job", number: int) -> int | None:
+        """Process id of a rank of a job's step; None if it is gone."""
+        marks = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}", "SLURM_STEP_ID=0"}
+        found = self._processes_with(marks)
+        return min(found) if found else None
+
+    def is_running(self, number: str) -> bool:
+        """Whether any process of a job is there, or of SLURM for it."""
+        title = f"slurmstepd: [{number}.".encode()
+        return bool(self._processes_with({f"SLURM_JOB_ID={number}"})) or any(
+            (Path("/proc") / str(process) / "cmdline").read_bytes().startswith(title)
+            for process in self._processes()
+        )
+
     def states_of_nodes(self) -> set[str]:
         """What sinfo says about the nodes: idle, allocated, down, ..."""
         return set(self._call("sinfo", "--noheader", "--partition=low", "--format=%T").split())
 
     def _processes(self, node: str | None = None) -> list[int]:
         """Process ids of the cluster, or of one node: the daemons and what they have started."""
-        own = f"{self.folder}/slurm.conf".encode()
-        marks = [] if node is None else [f"SANDBOX_NODE={node}", f"SLURMD_NODENAME={node}"]
+        if node is None:
+            return self._processes_with(set())
+        marks = ({f"SANDBOX_NODE={node}"}, {f"SLURMD_NODENAME={node}"})
+        return [process for mark in marks for process in self._processes_with(mark)]
+
+    def _processes_with(self, marks: set[str]) -> list[int]:
+        """Process ids of the cluster with all of some variables."""
+        wanted = {f"SLURM_CONF={self.folder}/slurm.conf", *marks}
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
-            if int(entry.name) == os.getpid():
-                continue
             with suppress(OSError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if b"SLURM_CONF=" + own not in variables:
-                    continue
-                if not marks or any(mark.encode() in variables for mark in marks):
+                variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                if wanted <= set(variables) and int(entry.name) != os.getpid():
                     found.append(int(entry.name))
         return found
 
@@ -224,6 +244,10 @@ class Job:
     def __init__(self, cluster: SlurmCluster, number: str) -> None:
         self.cluster = cluster
         self.number = number
+
+    def task(self, number: int) -> "Job":
+        """Return a task of this array."""
+        return Job(self.cluster, f"{self.number}_{number}")
 
     def _show(self) -> dict[str, str]:
         shown = self.cluster._call("scontrol", "--oneliner", "show", "job", self.number)
@@ -269,10 +293,11 @@ class Job:
             job = self._show()
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
                 return job["Restarts"] == str(restarts) and job["JobState"] == "RUNNING"
-            # Again and again: the delay begins anew when the last of its processes is gone.
-            self.cluster._call(
-                "scontrol", "update", f"jobid={self.number}", "starttime=now", may_fail=True
-            )
+            # What is left of the last start is killed by the job's number: a new start with it.
+            if not self.cluster.is_running(self.number):
+                self.cluster._call(
+                    "scontrol", "update", f"jobid={self.number}", "starttime=now", may_fail=True
+                )
             return False
 
         wait_until(runs_again, seconds, lambda: f"{self._show()}\n{self.output}")
@@ -285,7 +310,7 @@ def wait_until(
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, f"not within {seconds} s: {explain()}"
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def _free_port(open_ports: ExitStack) -> int:
