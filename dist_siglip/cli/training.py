@@ -194,9 +194,12 @@ class TrainingCLI(LightningCLI):
             check_same_run(self.folder, yaml.safe_load(resolved))
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
-            write_atomically(self.folder.config, resolved)
+            with going_on_without(str(self.folder.config)):
+                write_atomically(self.folder.config, resolved)
             provenance = collect_provenance(sys.argv, world_size=world_size)
-            write_atomically(self.folder.provenance, json.dumps(provenance, indent=1) + "\n")
+            with going_on_without(str(self.folder.provenance)):
+                content = json.dumps(provenance, indent=1) + "\n"
+                write_atomically(self.folder.provenance, content)
             num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             logger.info("run folder %s, %.1f M parameters", self.folder.path, num_parameters / 1e6)
 

@@ -1,8 +1,12 @@
 """A run whose logs, evaluation and report cannot be written trains to its end, and says so."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.support.command import run_command, write_settings
+from tests.support.command import REPOSITORY, environment, write_settings
 
 
 @pytest.mark.slow
@@ -11,11 +15,22 @@ def test_fit_ends_well_where_nothing_but_checkpoints_can_be_written(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.txt").symlink_to("/dev/full")
-    # A file and folders that cannot be made.
+    # Files and folders that cannot be made.
     (run / "metrics.jsonl").symlink_to(tmp_path / "gone" / "metrics.jsonl")
+    (run / "provenance.json").mkdir()
     for name in ("evaluation", "tensorboard"):
         (run / name).symlink_to(tmp_path / "gone")
-    done = run_command("fit", "--config", settings)
+    # What SLURM writes down of a job may be on the same disk.
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_siglip", "fit", "--config", str(settings)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=REPOSITORY,
+            timeout=180,
+        )
     assert done.returncode == 0, done.stderr
     assert (run / "checkpoints" / "step=00000004.ckpt").exists()
     assert "Traceback" not in done.stderr
@@ -24,5 +39,6 @@ def test_fit_ends_well_where_nothing_but_checkpoints_can_be_written(tmp_path):
     assert len([line for line in told if "the log cannot be written" in line]) == 1
     assert len([line for line in told if "TensorBoard cannot be written" in line]) == 1
     assert any("evaluation/metrics.json cannot be written" in line for line in told)
+    assert any("provenance.json cannot be written" in line for line in told)
     assert any("the report cannot be written" in line for line in told)
     assert "lines of metrics still wait for room" in done.stderr
