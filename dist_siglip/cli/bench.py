@@ -1,4 +1,4 @@
-"""``bench``: what loss, data and runs cost: measured here, predicted for a cluster, simulated."""
+"""``bench``: what training costs: measured here, predicted for a cluster, simulated."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,10 @@ SUBJECTS = {
     "train": (
         "dist_siglip.cli.bench_train",
         "samples/s of a whole run, where its time goes, open_clip_train beside it",
+    ),
+    "checkpoint": (
+        "dist_siglip.cli.bench_checkpoint",
+        "what a checkpoint costs training, at once or in the background",
     ),
     "plan": ("dist_siglip.cli.bench_plan", "predicted cost of every exchange on a cluster"),
     "simulate": (

@@ -24,7 +24,7 @@ def run_subject(verb: str, subjects: Subjects, arguments: Sequence[str]) -> int:
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"usage: dist-siglip {verb} SUBJECT [options]", ""]
-        lines += [f"  {name:<10}{text}" for name, (_, text) in subjects.items()]
+        lines += [f"  {name:<12}{text}" for name, (_, text) in subjects.items()]
         sys.stdout.write("\n".join([*lines, ""]))
         return 0 if arguments else 2
     set_up_logging()
