@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.callbacks.metrics_log import MetricsLog
+from dist_siglip.callbacks.stragglers import Stragglers
+from dist_siglip.distributed.pace import Pace
 
 _LOGGER = logging.getLogger(__name__)
 _BOUND = 1 / 3  # share of the time spent waiting above which a run is bound by its data
@@ -21,6 +23,10 @@ class Throughput(Callback):
     train/pairs_per_second: pairs of the global batch per second of wall time.
     train/data_wait_percent: share of that time in which this rank waited for its next batch.
 
+    train/slowest_rank, train/slowest_rank_data_wait_percent, train/slowest_rank_encode_percent: of
+    several ranks, the one that takes longest for its batches and its towers, which the others
+    wait for, and the shares of its time; a rank that stays slow is warned of (``Stragglers``).
+
     Evaluation and checkpointing between two steps are not counted. A run that waits for a third
     of the time or more is told how many loader processes would keep up (``workers_needed``).
     """
@@ -28,11 +34,13 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._busy_seconds = 0.0
         self._waiting_seconds = 0.0
+        self._step_waiting_seconds = 0.0
         self._num_steps = 0
         self._last_end: float | None = None
         self._start = 0.0
         self._num_intervals = 0
         self._num_bound = 0
+        self._stragglers = Stragglers()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget log lines after the checkpoint the run goes on from."""
@@ -47,7 +55,8 @@ class Throughput(Callback):
         """Take the time since the previous step's end as waiting."""
         self._start = time.perf_counter()
         if self._last_end is not None:
-            self._waiting_seconds += self._start - self._last_end
+            self._step_waiting_seconds = self._start - self._last_end
+            self._waiting_seconds += self._step_waiting_seconds
 
     def on_train_batch_end(
         self,
@@ -59,8 +68,12 @@ class Throughput(Callback):
     ) -> None:
         """Log every ``log_every_n_steps``."""
         now = time.perf_counter()
-        self._busy_seconds += now - self._start
+        busy_seconds = now - self._start
+        waiting_seconds, self._step_waiting_seconds = self._step_waiting_seconds, 0.0
+        self._busy_seconds += busy_seconds
         self._num_steps += 1
+        pace = _pace_of(pl_module)
+        pace.end_step(waiting_seconds, waiting_seconds + busy_seconds)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
         if every and trainer.global_step % every == 0:
             seconds = self._busy_seconds + self._waiting_seconds
@@ -71,6 +84,9 @@ class Throughput(Callback):
                     "train/data_wait_percent": 100 * self._waiting_seconds / seconds,
                 }
             )
+            paces = pace.read()
+            if len(paces) > 1:
+                pl_module.log_dict(self._stragglers.look(paces, tells=trainer.is_global_zero))
             self._judge(trainer, self._num_steps * len(batch.images))
             self._busy_seconds = self._waiting_seconds = 0.0
             self._num_steps = 0
@@ -130,6 +146,12 @@ def workers_needed(workers: int, busy_seconds: float, waiting_seconds: float) ->
     if not workers:
         return max(1, math.ceil(waiting_seconds / busy_seconds))
     return math.ceil(workers * (busy_seconds + waiting_seconds) / busy_seconds)
+
+
+def _pace_of(module: LightningModule) -> Pace:
+    """Pace of our module; of another one there is nothing to read."""
+    pace = getattr(module, "pace", None)
+    return pace if isinstance(pace, Pace) else Pace()
 
 
 def _cores_of_a_rank(trainer: Trainer) -> int:

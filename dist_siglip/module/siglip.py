@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.distributed import copy_from_first_rank
+from dist_siglip.distributed.pace import Pace
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.calibration import Calibration, describe_batch_change
@@ -118,6 +119,7 @@ class SigLipModule(LightningModule):
         self.evaluation = PairEvaluation()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
+        self.pace = Pace()
         self._loaded_steps = 0
         self._is_sharded = False
         # Of the callback StepGuard: skips a step that is not finite, which else is an error.
@@ -175,7 +177,9 @@ class SigLipModule(LightningModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
+        self.pace.begin_encoding(self.device)
         image_features, text_features = self.encode(batch)
+        self.pace.end_encoding()
         # Under autocast the loss's products run in the precision of the towers, and so do the
         # exchanged features; logits and gradients stay float32 inside the loss.
         device_type = image_features.device.type
@@ -191,7 +195,7 @@ class SigLipModule(LightningModule):
             loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
-            log_training(self, loss, logit_scale, logit_bias, self._num_substituted)
+            log_training(self, loss, logit_scale, logit_bias, self._num_substituted, self.pace)
         if self.step_check is None:
             return loss
         return self.step_check.look(loss, image_features, text_features, batch.sample_ids)

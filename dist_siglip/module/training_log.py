@@ -5,6 +5,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.distributed.pace import Pace
 
 
 def log_training(
@@ -13,6 +14,7 @@ def log_training(
     logit_scale: Tensor,
     logit_bias: Tensor,
     num_substituted: Tensor | int,
+    pace: Pace,
 ) -> None:
     """Log global values; one small all-reduce, on logged steps only.
 
@@ -22,11 +24,15 @@ def log_training(
         logit_scale: of the step.
         logit_bias: of the step.
         num_substituted: samples of this rank so far that stood in for bad ones.
+        pace: of this rank; keeps that of all ranks.
     """
     duplicates: Tensor | None = getattr(module.loss, "last_duplicate_pairs", None)
     counts = (num_substituted, 0 if duplicates is None else duplicates)
     sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
-    loss_sum, all_substituted, num_duplicates = sum_over_ranks(sums).unbind()
+    row = pace.take_row(module.trainer.global_rank, module.trainer.world_size)
+    sums = sum_over_ranks(torch.cat([sums, row.to(sums)]))
+    loss_sum, all_substituted, num_duplicates = sums[:3].unbind()
+    pace.keep_sum(sums[3:])
     if duplicates is not None:
         module.log("train/duplicate_captions", num_duplicates)
     groups = module.trainer.optimizers[0].param_groups

@@ -69,8 +69,9 @@ def test_a_rank_that_hangs_in_its_data_is_named_after_a_slow_start_and_a_slow_ev
     results, root = ended
     for code, seconds, _ in results["data"]:
         assert code == HUNG
-        assert 6 < seconds < 40
+        assert seconds < 40
     log = log_of(root, "data")
+    assert "evaluation at step 3" in log
     assert "nothing gets on: rank 1 is behind: waiting for data, step " in log
     assert "in stand_still_in_the_data (watched_runs.py:" in log
     assert "; rank 0 waiting in " in log
