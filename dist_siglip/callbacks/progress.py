@@ -20,6 +20,7 @@ _SHOWN = (
     ("train/logit_bias", "bias", "{:.2f}"),
     ("train/grad_norm", "grad norm", "{:.3f}"),
     ("train/substituted_samples", "bad samples", "{:.0f}"),
+    ("train/skipped_steps", "skipped steps", "{:.0f}"),
 )
 
 
