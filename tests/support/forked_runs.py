@@ -18,16 +18,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.support.ports import next_port
+from tests.support.processes import IMPORTED_ONCE
 from tests.support.torchrun import pretend_torchrun
-
-# pytest besides: every child looks at the main module of the tests.
-_IMPORTED_ONCE = ["pytest", "tests.support.warm_imports"]
 
 
 @cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    context.set_forkserver_preload(IMPORTED_ONCE)
     return context
 
 

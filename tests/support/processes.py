@@ -1,10 +1,13 @@
 """Run a function on several gloo processes and bring the results home.
 
 Rendezvous goes over a temporary file, so tests never fight over a port; every process uses one
-thread; a failing rank shows its own traceback; a hanging rank is ended by the time limit.
+thread; a failing rank shows its own traceback; a hanging rank is ended by the time limit. All are
+forked from a process that has done the imports (``warm_imports``), so that a start costs little.
 """
 
 import faulthandler
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,9 +21,17 @@ import torch.multiprocessing as mp
 
 from dist_siglip.distributed import leave_process_groups
 
+# pytest besides: every child looks at the main module of the tests.
+IMPORTED_ONCE = ["pytest", "tests.support.warm_imports"]
 
-def _enter(rank: int, world_size: int, folder: str, timeout_seconds: float, fn, args) -> None:
+
+def _enter(
+    rank: int, world_size: int, folder: str, timeout_seconds: float, environ, fn, args
+) -> None:
     faulthandler.enable()  # a rank that is aborted says where
+    # Those of the process that was forked are of an earlier test.
+    os.environ.clear()
+    os.environ.update(environ)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -49,12 +60,13 @@ def run_ranks(
     this raise ``torch.multiprocessing.ProcessRaisedException`` with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
         context = mp.start_processes(
             _enter,
-            args=(world_size, folder, timeout_seconds, fn, args),
+            args=(world_size, folder, timeout_seconds, dict(os.environ), fn, args),
             nprocs=world_size,
             join=False,
-            start_method="spawn",
+            start_method="forkserver",
         )
         deadline = time.monotonic() + limit_seconds
         while not context.join(timeout=1.0):
