@@ -1,13 +1,15 @@
 """What the batch scripts make of signals and exit codes, on a real SLURM with actors as ranks."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support import actor
-from tests.support.slurm_cluster import wait_until
+from tests.support.slurm_cluster import Job, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=100")
@@ -23,6 +25,15 @@ def stage(tmp_path_factory):
         folder / "apptainer",
         '[ "$1 $2 $3" = "exec --nv --bind" ] || exit 9\n'
         'export CONTAINER="apptainer $4 $5"; shift 5; exec "$@"',
+    )
+    # pyxis takes its options out of srun's.
+    play(
+        folder / "srun",
+        "for word; do shift; case $word in\n"
+        "  --container-image=*) image=${word#*=} ;; --container-mounts=*) mounts=${word#*=} ;;\n"
+        '  --no-container-mount-home) ;; *) set -- "$@" "$word" ;;\nesac; done\n'
+        '[ -z "${image:-}" ] || export CONTAINER="pyxis $mounts $image"\n'
+        f'exec {shutil.which("srun")} "$@"',
     )
     (folder / "setup.sh").write_text(f'export PATH="{folder}:$PATH"\n')
     return folder
@@ -128,3 +139,40 @@ def test_torchrun_passes_a_failure_on_to_the_job(submit):
     job = submit("train_torchrun.sbatch", "x.yaml", part=2, options=("--ntasks-per-node=1",))
     job.wait_for("FAILED")
     assert job.exit_code == 2
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_every_rank_is_started_in_the_container(runtime, submit, tmp_path):
+    """By stand-ins for pyxis and apptainer, which are called as these would be."""
+    job = submit(
+        "train_container.sbatch",
+        "x.yaml",
+        part=0,
+        DIST_SIGLIP_CONTAINER=runtime,
+        DIST_SIGLIP_IMAGE="an image.sif",
+        DIST_SIGLIP_MOUNTS="/shared",
+    )
+    job.wait_for("COMPLETED", "FAILED")
+    ranks = notes(tmp_path, job)
+    assert [rank["CONTAINER"] for rank in ranks] == [f"{runtime} /shared an image.sif"] * 4
+    assert ranks[0]["arguments"][:5] == ["-m", "dist_siglip", "fit", "--config", "x.yaml"]
+
+
+def test_slurm_submit_submits_what_it_prints(cluster, stage, tmp_path):
+    (tmp_path / "it.yaml").write_text("data: {global_batch_size: 8}\n")
+    command = ["slurm", "submit", "it.yaml", "--run_dir=runs/it", "--gpus_per_node=2"]
+    command += ["--cpus_per_gpu=1", f"--setup={stage / 'setup.sh'}"]
+    actor_of = {"ACTOR_PART": "0", "ACTOR_NOTES": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_siglip", *command, "--", "--seed_everything", "5"],
+        env={**cluster.environment(), **actor_of},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed, _, answer = done.stdout.rpartition("\nSubmitted batch job ")
+    job = Job(cluster, answer.strip())
+    assert cluster.script_of(job) == printed
+    job.wait_for("COMPLETED", "FAILED")
+    assert "--run_dir runs/it --seed_everything 5" in " ".join(notes(tmp_path, job)[3]["arguments"])

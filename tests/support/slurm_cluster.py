@@ -197,6 +197,12 @@ class SlurmCluster:
         """Submit a command of the shell."""
         return Job(self, self._call("sbatch", "--parsable", *options, f"--wrap={command}"))
 
+    def script_of(self, job: "Job") -> str:
+        """Return the batch script as SLURM keeps it."""
+        path = self.folder / f"script-{job.number}"
+        self._call("scontrol", "write", "batch_script", job.number, str(path))
+        return path.read_text()
+
     def rank(self, job: "Job", number: int) -> int | None:
         """Process id of a rank of a job's step; None if it is gone."""
         marks = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}", "SLURM_STEP_ID=0"}
