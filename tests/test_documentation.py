@@ -13,7 +13,7 @@ from dist_siglip.cli import (
     bench,
     calibrate,
     data,
-    doctor,
+    doctor_command,
     embed,
     export,
     quickstart,
@@ -128,7 +128,7 @@ def test_documented_commands_parse(words, monkeypatch):
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
     elif words[0] in ("embed", "export", "doctor"):
-        verbs = {"embed": embed, "export": export, "doctor": doctor}
+        verbs = {"embed": embed, "export": export, "doctor": doctor_command}
         verbs[words[0]].parser(words[0]).parse_args(words[1:])
     elif words[0] == "slurm":
         job, fit_options = slurm.parse(words[1], words[2:])

@@ -19,6 +19,7 @@ from dist_siglip.runs.start_facts import digest_of_sources
 _GIB = 2**30
 _LEAST_SHARED_MEMORY = _GIB  # loader processes hand batches over through it
 _LEAST_OPEN_FILES = 4096
+_LARGEST_ERROR = 1e-2  # of a product, relative; TF32 makes 1e-3 of it
 _SHOWN_PREFIXES = ("NCCL_", "OMP_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "MASTER_")
 _SHOWN_NAMES = (
     "CUDA_VISIBLE_DEVICES",
@@ -102,36 +103,37 @@ def _devices(world: World) -> Iterator[Finding]:
     if not count:
         yield look_without_gpu(Path("/dev/nvidiactl").exists(), torch.version.cuda, os.environ)
         return
-    if world.local_world_size > count and world.local_rank >= count:
+    if world.local_rank >= count:
         yield Finding(
             "FAIL",
             "devices",
-            f"local rank {world.local_rank} has no GPU: {count} of them for "
-            f"{world.local_world_size} ranks of this node",
-            "start as many tasks per node as there are GPUs, or ask for more GPUs",
+            f"local rank {world.local_rank} of {world.local_world_size} sees {count} of the GPUs "
+            "of its node",
+            "every rank must see as many GPUs as its node has ranks: --gpus-per-node, and no "
+            "--gpus-per-task",
         )
         return
-    device = torch.device("cuda", _device_of(world))
+    # Alone, for all of them; else each rank for its own.
+    chosen = range(count) if world.world_size == 1 else [world.local_rank]
+    found = [_look_at_gpu(torch.device("cuda", index), count) for index in chosen]
+    yield from [finding for finding in found if finding.status != "ok"] or found[:1]
+
+
+def _look_at_gpu(device: torch.device, count: int) -> Finding:
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     text = (
-        f"{count} x {properties.name}, {total / _GIB:.0f} GiB, {free / _GIB:.0f} GiB free, "
-        f"driver {_driver()}, CUDA {torch.version.cuda}"
+        f"{count} x {properties.name}, {total / _GIB:.0f} GiB, {free / _GIB:.0f} GiB free on "
+        f"{device}, driver {_driver()}, CUDA {torch.version.cuda}"
     )
     error = _largest_error_of_a_product(device)
-    if error > 1e-2:
-        yield Finding(
-            "FAIL",
-            "devices",
-            f"{text}; a product of matrices is wrong by {error:.1e}",
-            "take this GPU out of service",
-        )
-    elif free < 0.9 * total:
-        yield Finding(
-            "warn", "devices", text, "another process uses this GPU: nvidia-smi shows which"
-        )
-    else:
-        yield Finding("ok", "devices", text)
+    if error > _LARGEST_ERROR:
+        text = f"{text}; a product of matrices is wrong by {error:.1e}"
+        return Finding("FAIL", "devices", text, "take this GPU out of service")
+    if free < 0.9 * total:
+        remedy = "another process uses this GPU: nvidia-smi shows which"
+        return Finding("warn", "devices", text, remedy)
+    return Finding("ok", "devices", text)
 
 
 def look_without_gpu(
@@ -146,7 +148,7 @@ def look_without_gpu(
     hidden = environ.get("CUDA_VISIBLE_DEVICES")
     if hidden == "" or hidden == "-1":
         text = "CUDA_VISIBLE_DEVICES hides every GPU from this rank"
-        return Finding("warn", "devices", text, "unset it, or ask for GPUs, e.g. --gpus-per-task")
+        return Finding("warn", "devices", text, "unset it, or ask for GPUs: --gpus-per-node")
     if has_driver and cuda_of_torch is None:
         text = "there is an NVIDIA driver, and this torch is built without CUDA"
         return Finding("FAIL", "devices", text, "install PyPI's torch and torchvision as a pair")
@@ -179,10 +181,10 @@ def _driver() -> str:
 
 
 def _largest_error_of_a_product(device: torch.device) -> float:
-    """Multiply two matrices there and here; return the largest difference."""
+    """Multiply two matrices there and here; return the largest relative difference."""
     left, right = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
     there = (left.to(device) @ right.to(device)).cpu()
-    # Entries are about 20; with TF32 they differ by some 1e-2.
+    # Entries are about 20.
     return float((there - left @ right).abs().max()) / 20
 
 

@@ -25,6 +25,7 @@ from dist_siglip.distributed.link_check import (
 from dist_siglip.distributed.meeting import Meeting
 from dist_siglip.distributed.same_start import describe_differences, list_ranks
 
+_MOST_NODES = 8  # shown by name
 _MOST_GATHERED_BYTES = 2**30
 _MEANT_SKEW_SECONDS = 2.0
 _WORST_SKEW_SECONDS = 300.0
@@ -151,7 +152,10 @@ def look_at_layout(hosts: Sequence[str]) -> tuple[list[Finding], int]:
     """
     names = list(dict.fromkeys(hosts))
     ranks_of = {name: [r for r, host in enumerate(hosts) if host == name] for name in names}
-    shown = ", ".join(f"{name} (rank {list_ranks(ranks)})" for name, ranks in ranks_of.items())
+    listed = [f"{name} (rank {list_ranks(ranks)})" for name, ranks in ranks_of.items()]
+    if len(listed) > _MOST_NODES:
+        listed[_MOST_NODES - 1 : -1] = ["..."]
+    shown = ", ".join(listed)
     text = f"{len(hosts)} ranks on {len(names)} node{'s' * (len(names) > 1)}: {shown}"
     sizes = {len(ranks) for ranks in ranks_of.values()}
     places = [names.index(host) for host in hosts]
@@ -273,7 +277,9 @@ def compare_ranks(facts: Sequence[Mapping[str, str] | None]) -> list[Finding]:
     """Judge what differs between ranks and should not."""
     differences = describe_differences(facts)
     if not differences:
-        return [Finding("ok", "alike", f"{len(facts)} ranks have the same versions and data")]
+        return [
+            Finding("ok", "alike", f"{len(facts)} ranks have the same versions, code and settings")
+        ]
     remedy = "give all nodes the same environment and the same shards"
     return [Finding("FAIL", "alike", difference, remedy) for difference in differences[:4]]
 

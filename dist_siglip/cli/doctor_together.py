@@ -209,10 +209,11 @@ def _missing(
     absent = [rank for rank, host in enumerate(hosts) if host is None]
     lost = [rank for rank, look in enumerate(looks) if look is None and rank not in absent]
     if absent:
-        here = ", ".join(f"{rank} ({host})" for rank, host in enumerate(hosts) if host)
+        here = [rank for rank in range(len(hosts)) if rank not in absent]
+        names = list(dict.fromkeys(str(hosts[rank]) for rank in here))
         text = (
             f"rank {list_ranks(absent)} of {len(hosts)} did not come within {limit_seconds:g} s; "
-            f"here are {here}"
+            f"rank {list_ranks(here)} did, of {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
         )
         remedy = f"look at their logs: did they start, and can they reach {place}?"
         findings.append(Finding("FAIL", "ranks", text, remedy))
@@ -242,7 +243,7 @@ def _share_gpus(looks: list[Look | None], hosts: list[str | None]) -> list[Findi
             "FAIL",
             "devices",
             f"rank {list_ranks(ranks)} share one GPU of {host}",
-            "start one task per GPU, e.g. --gpus-per-task=1 or --gpus-per-node",
+            "start as many tasks on a node as it has GPUs: --ntasks-per-node and --gpus-per-node",
         )
         for (host, _), ranks in ranks_of.items()
         if len(ranks) > 1

@@ -1,6 +1,8 @@
 """The doctor finds what ails machines and ranks, names it, and never waits without end."""
 
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 from dist_siglip import cli
-from tests.support.command import write_settings
+from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.doctor_ranks import start_doctors
 from tests.support.shards import write_shards
 
@@ -54,6 +56,23 @@ def test_a_sound_machine_is_told_so_on_one_page(folder, shards, capsys, monkeypa
     assert list(folder.iterdir()) == []
 
 
+def test_libraries_that_cannot_be_imported_are_told(folder):
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_siglip", "doctor"],
+        env={**environment(), "PYTHONPATH": f"{folder}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith(
+        "FAIL  imports       ImportError: libcudart.so.13: cannot open shared object file\n"
+    )
+
+
 def test_a_configuration_says_what_to_look_at(folder, capsys, monkeypatch):
     settings = write_settings(folder)
     code, page = alone(capsys, monkeypatch, "--config", settings)
@@ -87,7 +106,7 @@ def test_a_mistake_in_its_own_options_is_one_line(capsys):
 def test_shards_that_hang_are_told_in_bounded_time(folder, capsys, monkeypatch):
     answer, left = threading.Event(), []
     monkeypatch.setattr("dist_siglip.cli.doctor_look.look_at_shards", lambda *_: answer.wait())
-    monkeypatch.setattr("dist_siglip.cli.doctor.os._exit", left.append)
+    monkeypatch.setattr("dist_siglip.cli.doctor_command.os._exit", left.append)
     _, page = alone(capsys, monkeypatch, "--shards", folder, "--timeout_seconds", 1)
     assert "FAIL  shards        did not come back within 1 s" in page
     assert left == [1]  # not held by the thread that still waits
@@ -118,7 +137,7 @@ def test_a_rank_that_never_comes_is_named_in_bounded_time(folder):
     )
     codes, page, seconds = doctor_of_all(run)
     assert codes == [1, 1]
-    assert "rank 1 of 3 did not come within 4 s; here are 0 (n0), 2 (n2)" in page
+    assert "rank 1 of 3 did not come within 4 s; rank 0, 2 did, of n0, n2" in page
     assert seconds < 3 * _PATIENCE_SECONDS + 5
 
 

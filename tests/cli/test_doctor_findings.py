@@ -5,14 +5,16 @@ import fcntl
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dist_siglip.cli import doctor_storage
+from dist_siglip.cli import doctor_machine, doctor_storage
 from dist_siglip.cli.doctor_bounds import BoundedChecks
 from dist_siglip.cli.doctor_config import RunNeeds, judge_needs
 from dist_siglip.cli.doctor_launch import detect_launch
 from dist_siglip.cli.doctor_machine import (
+    gpu_of,
     look_at_environment,
     look_at_limits,
     look_without_gpu,
@@ -196,6 +198,32 @@ def test_a_missing_gpu_is_judged_by_what_should_be_there(has_driver, cuda, envir
     assert look_without_gpu(has_driver, cuda, environ).status == status
 
 
+def fake_gpus(monkeypatch, *, count=2, free=1.0, error=1e-4):
+    gpu = SimpleNamespace(name="H200", uuid="0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: gpu)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free * 2**37, 2**37))
+    monkeypatch.setattr(doctor_machine, "_largest_error_of_a_product", lambda _: error)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "told"),
+    [
+        ({}, "ok", "2 x H200, 128 GiB"),
+        ({"free": 0.5}, "warn", "64 GiB free on cuda:1"),
+        ({"error": 0.5}, "FAIL", "a product of matrices is wrong by 5.0e-01"),
+        ({"count": 1}, "FAIL", "local rank 1 of 2 sees 1 of the GPUs"),
+    ],
+)
+def test_gpus_that_are_too_few_busy_or_wrong_are_told(monkeypatch, fault, status, told):
+    fake_gpus(monkeypatch, **fault)
+    world = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    (found,) = doctor_machine._devices(world)
+    assert (found.status, told in found.text) == (status, True), found
+    assert gpu_of(World()) == "0"
+
+
 def test_few_cores_little_shared_memory_and_few_files_are_told():
     assert kinds(look_at_limits(8, 2**31, 65536)) == []
     assert len(list(look_at_limits(1, 2**26, 1024))) == 3
@@ -238,6 +266,8 @@ def test_links_and_clocks_and_layouts_are_judged():
         assert judge_clocks(clocks, ["a", "b"]).status == status
     assert look_at_layout(["a", "a", "b"])[0][0].status == "warn"
     assert look_at_layout(["a", "a", "b", "b"])[1] == 2
+    many = look_at_layout([f"n{rank}" for rank in range(1000)])[0][0].text
+    assert many.endswith("n6 (rank 6), ..., n999 (rank 999)")
 
 
 def test_ranks_that_differ_are_named():
