@@ -68,11 +68,6 @@ class StepCheck:
         self._kept = list(values)
         self._before = [value.clone() for value in self._kept]
 
-    @torch.no_grad()
-    def _look_at_rows(self, *features: Tensor) -> Tensor:
-        sums = torch.stack([each.detach().sum(dim=1, dtype=torch.float32) for each in features])
-        return ~sums.isfinite().all(dim=0)
-
     def look(
         self, loss: Tensor, image_features: Tensor, text_features: Tensor, sample_ids: Tensor
     ) -> Tensor:
@@ -88,7 +83,7 @@ class StepCheck:
             The same loss; if it is not finite, none of its gradients is.
         """
         self._loss, self._sample_ids = loss.detach(), sample_ids
-        self._bad_rows = self._look_at_rows(image_features, text_features)
+        self._bad_rows = _bad_rows(image_features.detach(), text_features.detach())
         return carry_not_finite(loss)
 
     @torch.no_grad()
@@ -115,3 +110,9 @@ class StepCheck:
         """Hand over what was found in the last step; None if nothing was decided in it."""
         found, self._finding = self._finding, None
         return found
+
+
+def _bad_rows(*features: Tensor) -> Tensor:
+    """Rows in which any of the (B, D) tensors is not finite: their sums are not, (B,), bool."""
+    sums = torch.stack([each.sum(dim=1, dtype=torch.float32) for each in features])
+    return ~sums.isfinite().all(dim=0)

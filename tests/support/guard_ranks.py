@@ -86,7 +86,7 @@ def train(rank, world_size, model, folder, case):
         case: "bad" (step -> fault, on the last rank), "keep" (batches that are trained on at
             all), "guard" (settings of StepGuard), "trainer", "optim" (see OPTIMS), "shard" (of
             FullyShardedStrategy), "every" (steps between checkpoints), "damage" (step of one that
-            is cut), "start", "save" (checkpoints), "done" (steps behind it), "alone" (the broken
+            is cut), "start" (a checkpoint), "done" (steps behind it), "alone" (the broken
             variant), "init_scale" (of a GradScaler).
 
     Returns:
@@ -121,8 +121,6 @@ def train(rank, world_size, model, folder, case):
         )  # fmt: skip
     except RunFailedError as error:
         return {"error": str(error), "lines": _lines(folder)}
-    if case.get("save"):
-        trainer.save_checkpoint(case["save"])
     optimizer = trainer.optimizers[0]
     state, moments = module.state_dict(), optimizer.state_dict()["state"]
     if "shard" in case:  # whole on the first rank
