@@ -91,8 +91,9 @@ def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Fi
         asked = len(needs.devices)
     else:
         asked = int(needs.devices) if str(needs.devices).isdecimal() else 0
-    if not is_launched and asked:
-        ranks = asked * needs.num_nodes
+    if not is_launched:
+        here = 1 if needs.accelerator == "cpu" else max(1, torch.cuda.device_count())
+        ranks = (asked or here) * needs.num_nodes
     problems = []
     if needs.global_batch_size % ranks:
         near = max(ranks, round(needs.global_batch_size / ranks) * ranks)
@@ -103,8 +104,11 @@ def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Fi
             f"trainer asks for {needs.num_nodes} nodes of {asked} devices, and {world_size} ranks "
             f"were started on {num_nodes}"
         )
-        remedy = f"set trainer.num_nodes {num_nodes}, trainer.devices {world_size // num_nodes}"
-        problems.append(Finding("FAIL", "configuration", text, remedy))
+        remedy = (
+            f"--trainer.num_nodes {num_nodes} --trainer.devices {world_size // num_nodes}, as "
+            "train.sbatch says it"
+        )
+        problems.append(Finding("warn", "configuration", text, remedy))
     if needs.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         text = f"trainer.accelerator is {needs.accelerator}, and this rank has no GPU"
         problems.append(Finding("FAIL", "configuration", text, "ask the job for GPUs"))
