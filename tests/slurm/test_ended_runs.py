@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.support.cluster_runs import ClusterRun, write_cluster_settings
+from tests.support.cluster_runs import SMALL, ClusterRun, write_cluster_settings
 from tests.support.recording import global_batches
 from tests.support.slurm_cluster import KILL_WAIT_SECONDS, wait_until
 
@@ -59,7 +59,7 @@ def test_the_last_task_of_an_array_is_requeued_alone_and_goes_on(cluster, settin
         settings,
         sweep,
         tmp_path / "runs",
-        options=("--array=0-1", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=500"),
+        options=("--array=0-1", "--ntasks-per-node=1", "--gpus-per-node=1", *SMALL),
     )
     first, last = array.task(0), array.task(1)
     runs[1].wait_for_checkpoint_after(0, last)

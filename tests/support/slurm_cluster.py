@@ -300,7 +300,7 @@ class Job:
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
                 return job["Restarts"] == str(restarts) and job["JobState"] == "RUNNING"
             # What is left of the last start is killed by the job's number: a new start with it.
-            if not self.cluster.is_running(self.number):
+            if not self.cluster.is_running(job["JobId"]):
                 self.cluster._call(
                     "scontrol", "update", f"jobid={self.number}", "starttime=now", may_fail=True
                 )
