@@ -38,6 +38,7 @@ class LineLog:
         self.num_lost = 0
         self._waiting: deque[str] = deque(maxlen=most_waiting)
         self._is_failing = False
+        self._process = os.getpid()
 
     @property
     def num_waiting(self) -> int:
@@ -46,6 +47,10 @@ class LineLog:
 
     def append(self, line: str) -> None:
         """Append one line, given without its end, and those that waited for room."""
+        if self._process != os.getpid():
+            # In a forked process: what waits is the parent's, which will write it.
+            self._waiting.clear()
+            self.num_lost, self._process = 0, os.getpid()
         self.num_lost += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(line)
         self.flush()

@@ -95,6 +95,19 @@ def test_a_missing_folder_is_like_a_full_disk(tmp_path, caplog):
     assert (tmp_path / "gone" / "lines").read_text() == "x\ny\n"
 
 
+def test_a_forked_process_does_not_write_what_waits_in_its_parent(tmp_path):
+    path = tmp_path / "lines"
+    path.symlink_to("/dev/full")
+    log = LineLog(path, "metrics")
+    log.append("of the parent")
+    path.unlink()
+    child = multiprocessing.get_context("fork").Process(target=log.append, args=("of the child",))
+    child.start()
+    child.join(60)
+    log.append("again of the parent")
+    assert path.read_text() == "of the child\nof the parent\nagain of the parent\n"
+
+
 def append_many(path, process):
     for number in range(200):
         append_whole(path, f"{process}-{number}-{'x' * 300}\n".encode())
