@@ -152,7 +152,8 @@ class Sentinel:
             newest = self._beat()
             if newest is not beat:
                 self._idle_seconds, ask_after, beat = 0.0, 0.0, newest
-            self._idle_seconds += passed
+            else:
+                self._idle_seconds += passed
             called_seconds += passed if self._verdict is not None else 0.0
             if called_seconds > _GRACE_SECONDS:
                 self._end(self._standing(main_thread_doing()))

@@ -40,7 +40,7 @@ def ended():
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=100,
+        timeout=110,
         check=True,
     )
     return json.loads(done.stdout)

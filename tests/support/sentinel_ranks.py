@@ -22,14 +22,15 @@ from dist_siglip.distributed.sentinel import Beat, Sentinel
 
 WORLD_SIZE = 3
 STALL_SECONDS = 1.5
-LIMIT_SECONDS = 40.0
+SLOW_SECONDS = 6.0  # of an evaluation, and of a suspended job
+LIMIT_SECONDS = 60.0
 
 
 def sleep_in_the_data():
     time.sleep(1000)
 
 
-def read_batch(rank, scenario, step):
+def read_batch(rank, scenario, step, folder):
     """The part of a step in which things go wrong at step 3."""
     if step == 3 and scenario == "sleeps" and rank == 1:
         sleep_in_the_data()
@@ -44,7 +45,9 @@ def read_batch(rank, scenario, step):
     if step == 3 and scenario == "raises" and rank == 2:
         raise KeyError("no such picture")
     if step == 3 and scenario == "suspended":
-        time.sleep(0.1 * rank)
+        for _ in range(10):  # one long sleep would be over once it goes on
+            (folder / f"ready-{rank}").touch()
+            time.sleep(0.08)
 
 
 def train(rank, scenario, folder):
@@ -62,12 +65,12 @@ def train(rank, scenario, folder):
             beats.append(
                 Beat(step=step, phase="waiting for data", order=1, limit_seconds=STALL_SECONDS)
             )
-            read_batch(rank, scenario, step)
+            read_batch(rank, scenario, step, folder)
             beats.append(Beat(step=step, phase="step", order=2, limit_seconds=STALL_SECONDS))
             sum_over_ranks(torch.ones(2))
             if scenario == "slow evaluation":
                 beats.append(Beat(step=step, phase="evaluation", order=4, limit_seconds=60))
-                time.sleep(2 * STALL_SECONDS if step == 3 and rank == 1 else 0.0)
+                time.sleep(SLOW_SECONDS if step == 3 and rank == 1 else 0.0)
     except (RuntimeError, KeyError) as error:
         sys.stderr.write(f"explained: {sentinel.explain(error)}\n")
         raise
@@ -104,6 +107,13 @@ def fork(rank, scenario, port, folder):
         os._exit(code)
 
 
+def send(pids, number):
+    """Send a signal to those that are left."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def main(*words):
     """Run all scenarios at once; the words are a port and a scenario, again and again."""
     scenarios = dict(zip(words[1::2], map(int, words[::2]), strict=True))
@@ -117,14 +127,16 @@ def main(*words):
     pids = {place: pid for pid, place in ranks.items()}
     results = {scenario: [None] * WORLD_SIZE for scenario in scenarios}
     suspended = [pids[place] for place in pids if place[0] == "suspended"]
-    moments = {3.0: signal.SIGSTOP, 6.0: signal.SIGCONT} if suspended else {}
+    ready = [root / "suspended" / f"ready-{rank}" for rank in range(WORLD_SIZE)]
+    going_on = 0.0
     while ranks:
         seconds = time.monotonic() - started
-        for moment in [moment for moment in moments if seconds > moment]:
-            for pid in suspended:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, moments[moment])
-            del moments[moment]
+        if suspended and not going_on and all(path.exists() for path in ready):
+            send(suspended, signal.SIGSTOP)
+            going_on = seconds + SLOW_SECONDS
+        elif going_on and seconds > going_on:
+            send(suspended, signal.SIGCONT)
+            suspended, going_on = [], 0.0
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             scenario, rank = ranks.pop(pid)
