@@ -81,7 +81,7 @@ def render(title: str, findings: Sequence[Finding]) -> str:
     """
     lines = [title, ""]
     for finding in findings:
-        lines.append(f"{finding.status:<6}{finding.check:<{_WIDTH}}{finding.text}")
+        lines.append(f"{finding.status:<6}{finding.check:<{_WIDTH - 1}} {finding.text}")
         if finding.remedy:
             lines.append(f"{'':<{6 + _WIDTH}}-> {finding.remedy}")
     count = {status: sum(f.status == status for f in findings) for status in ("FAIL", "warn", "ok")}
