@@ -175,8 +175,7 @@ class RunCheckpoint(Checkpoint):
             return
         self._misses += 1
         folder = _folder(trainer)
-        newest = folder.newest_checkpoint()
-        there = f"the newest is {newest.name}" if newest else "there is none yet"
+        there = _newest_there(folder)
         if is_last:
             raise RunFailedError(
                 f"the last checkpoint, of step {step}, could not be written ({problem}); {there}; "
@@ -226,6 +225,15 @@ class RunCheckpoint(Checkpoint):
 
 def _folder(trainer: Trainer) -> RunFolder:
     return RunFolder(Path(trainer.default_root_dir))
+
+
+def _newest_there(folder: RunFolder) -> str:
+    """Say which checkpoint there is to go on from."""
+    try:
+        newest = folder.newest_checkpoint()
+    except OSError as error:
+        return f"{folder.checkpoints} cannot be read ({_reason(error)})"
+    return f"the newest is {newest.name}" if newest else "there is none yet"
 
 
 def _remove_unfinished(folder: RunFolder) -> None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from dist_siglip.distributed.checkpoint_damage import damage_of, has_checksum
 from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
 from dist_siglip.errors import UserError
 from dist_siglip.models.hugging_face_names import (
@@ -144,6 +145,9 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
 
 
 def _read(path: Path) -> Any:
+    damage = damage_of(path) if is_sharded(path) or has_checksum(path) else None
+    if damage is not None:
+        raise UserError(f"weights {path} cannot be read ({damage}); use another checkpoint")
     if is_sharded(path):
         return read_whole(path)
     try:

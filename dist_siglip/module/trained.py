@@ -17,7 +17,7 @@ from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.lora import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights import load_towers, read_weights
-from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
+from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
     checkpoint = newest_sound_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)
     if checkpoint is None:
         raise UserError(f"run_dir ({folder.path}) has no checkpoint; train it, or name another")
-    check_sound(checkpoint)
     built = build_dual_encoder(
         settings["model"],
         settings.get("pretrained"),

@@ -42,8 +42,7 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
     nothing = BestCheckpoint(-1, metric, math.inf if mode == "min" else -math.inf)
     try:
         found = BestCheckpoint(**json.loads(folder.best.read_text(encoding="utf-8")))
+        is_of_use = found.metric == metric and found.step in folder.steps_with_checkpoint()
     except (OSError, ValueError, TypeError):
         return nothing
-    if found.metric != metric or found.step not in folder.steps_with_checkpoint():
-        return nothing
-    return found
+    return found if is_of_use else nothing

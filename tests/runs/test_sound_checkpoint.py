@@ -6,6 +6,7 @@ import torch
 from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.errors import UserError
+from dist_siglip.models.weights import read_weights
 from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
 
 CONTENT = {"state_dict": {"w": torch.zeros(100)}, "optimizer_states": []}
@@ -61,7 +62,7 @@ def test_a_damaged_one_that_was_named_is_an_error(run, step):
     path = run.checkpoint(step)
     check_sound(path)
     flip(path / "values.pt" if path.is_dir() else path)
-    for read in (check_sound, AtomicCheckpointIO().load_checkpoint):
+    for read in (check_sound, AtomicCheckpointIO().load_checkpoint, read_weights):
         with pytest.raises(UserError, match=r"cannot be read \(.*another checksum") as caught:
             read(path)
         assert "\n" not in str(caught.value)
