@@ -23,6 +23,7 @@ from dist_siglip.distributed.sentinel import Beat, Sentinel
 WORLD_SIZE = 3
 STALL_SECONDS = 1.5
 SLOW_SECONDS = 6.0  # of an evaluation, and of a suspended job
+SUSPENDED_LIMIT_SECONDS = 4.5
 LIMIT_SECONDS = 60.0
 
 
@@ -45,7 +46,7 @@ def read_batch(rank, scenario, step, folder):
     if step == 3 and scenario == "raises" and rank == 2:
         raise KeyError("no such picture")
     if step == 3 and scenario == "suspended":
-        for _ in range(10):  # one long sleep would be over once it goes on
+        for _ in range(30):  # one long sleep would be over once it goes on
             (folder / f"ready-{rank}").touch()
             time.sleep(0.08)
 
@@ -60,13 +61,12 @@ def train(rank, scenario, folder):
         end_children=lambda: None,
     )
     sentinel.start()
+    limit = SUSPENDED_LIMIT_SECONDS if scenario == "suspended" else STALL_SECONDS
     try:
         for step in range(1, 6):
-            beats.append(
-                Beat(step=step, phase="waiting for data", order=1, limit_seconds=STALL_SECONDS)
-            )
+            beats.append(Beat(step=step, phase="waiting for data", order=1, limit_seconds=limit))
             read_batch(rank, scenario, step, folder)
-            beats.append(Beat(step=step, phase="step", order=2, limit_seconds=STALL_SECONDS))
+            beats.append(Beat(step=step, phase="step", order=2, limit_seconds=limit))
             sum_over_ranks(torch.ones(2))
             if scenario == "slow evaluation":
                 beats.append(Beat(step=step, phase="evaluation", order=4, limit_seconds=60))
@@ -132,8 +132,9 @@ def main(*words):
     while ranks:
         seconds = time.monotonic() - started
         if suspended and not going_on and all(path.exists() for path in ready):
+            time.sleep(1.3)  # for the sentinels to see how far the ranks are
             send(suspended, signal.SIGSTOP)
-            going_on = seconds + SLOW_SECONDS
+            going_on = seconds + 1.3 + SLOW_SECONDS
         elif going_on and seconds > going_on:
             send(suspended, signal.SIGCONT)
             suspended, going_on = [], 0.0
