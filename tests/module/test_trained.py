@@ -2,6 +2,7 @@ import pytest
 import torch
 import yaml
 
+from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models.lora import LoraSettings, is_adapter
@@ -24,7 +25,7 @@ def run_of(tmp_path, kind="siglip", **settings):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     content = {"state_dict": module.state_dict(), "global_step": 3, "global_batch_size": 64}
-    torch.save(content, run / "checkpoints" / "step=00000003.ckpt")
+    AtomicCheckpointIO().save_checkpoint(content, run / "checkpoints" / "step=00000003.ckpt")
     lora = {"rank": 2, "alpha": None, "dropout": 0.0, "targets": None}
     towers = {"lora": lora if settings else None}
     model = {"model": path, "pretrained": None, "image_tower": towers, "text_tower": {"lora": None}}
