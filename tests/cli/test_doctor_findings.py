@@ -260,6 +260,7 @@ def test_links_and_clocks_and_layouts_are_judged():
     slow = judge_links([1.0, 9.0, 9.0, 1.0], ["a"] * 4, 10**9)
     assert (slow.status, slow.text.startswith("rank 1 (a) to rank 2 (a)")) == ("warn", True)
     # A slow link between nodes is no fault beside quick ones inside them.
+    assert judge_links([1e-5, 9e-5, 9e-5, 1e-5], ["a"] * 4, 10**3).status == "ok"  # chance
     two_nodes = [9.0, 1.0, 1.0, 9.0] * 2
     assert judge_links(two_nodes, ["a"] * 4 + ["b"] * 4, 10**9).status == "ok"
     assert judge_links(two_nodes, ["a"] * 8, 10**9).status == "warn"
