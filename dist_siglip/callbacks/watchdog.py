@@ -21,6 +21,7 @@ from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.sentinel import Beat, Sentinel
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class Watchdog(Callback):
 
 
 def _stacks(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "stacks"
+    return RunFolder(Path(trainer.default_root_dir)).stacks
 
 
 def _end_children(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ metrics.jsonl          one JSON object per logged step and per evaluation
 log.txt                plain lines of progress and warnings
 bad_samples.jsonl      one JSON object per bad sample, if there was any
 skipped_steps.jsonl    one JSON object per skipped step, if there was any
+stacks/                what every thread of a rank was doing when it was ended for a hang
 tensorboard/           event files
 checkpoints/           step=00000500.ckpt ..., best.json (step of the best one, if one is kept)
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
@@ -65,6 +66,11 @@ class RunFolder:
     def skipped_steps(self) -> Path:
         """One JSON object a line; missing while every step is taken."""
         return self.path / "skipped_steps.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of a file for each rank that was ended for a hang; missing without one."""
+        return self.path / "stacks"
 
     @property
     def checkpoints(self) -> Path:
