@@ -189,9 +189,10 @@ class TrainingCLI(LightningCLI):
         if self.start_checkpoint is not None:
             check_fits(self.model, self.start_checkpoint)
         resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
-        self.datamodule.start_facts = self._start_facts(yaml.safe_load(resolved), world_size)
+        settings = yaml.safe_load(resolved)
+        check_same_run(self.folder, settings)
+        self.datamodule.start_facts = self._start_facts(settings, world_size)
         if self.trainer.is_global_zero:
-            check_same_run(self.folder, yaml.safe_load(resolved))
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
             with going_on_without(str(self.folder.config)):

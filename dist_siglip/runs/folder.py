@@ -123,10 +123,16 @@ class RunFolder:
         The operating system gives the claim back when the process ends, however it ends.
 
         Raises:
-            UserError: if another process holds it.
+            UserError: if another process holds it, or nothing can be written there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"run_dir ({self.path}) cannot be written ({error.strerror}); make room, or choose "
+                "another run_dir"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

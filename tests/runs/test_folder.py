@@ -20,6 +20,12 @@ def test_newest_checkpoint_is_that_of_the_largest_step(tmp_path):
     assert folder.newest_checkpoint() == folder.checkpoint(1000)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run_dir \(.*file/run\) cannot be written \(Not a dir"):
+        RunFolder(tmp_path / "file" / "run").lock()
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     script = (
         "import sys, pathlib; from dist_siglip.runs import RunFolder\n"
