@@ -51,20 +51,23 @@ def wait_until(is_time, started, seconds=120):
         if any(rank.exitcode is not None for rank in started.ranks):
             return False
         assert time.monotonic() < deadline, f"the moment never came:\n{started.said()}"
-        time.sleep(0.0005)
+        time.sleep(0.0002)
     return True
 
 
 def moments(run, draw):
-    """When to kill the next start, in turns: at any time, after a few steps, inside a save."""
+    """When to kill the next start, in turns: at any time, after a few steps, inside a save.
+
+    Never after many steps: the run must not reach its end before it was killed often enough.
+    """
     while True:
-        end = time.monotonic() + draw.uniform(0.0, 1.5)
-        yield lambda end=end: time.monotonic() > end
+        end, most = time.monotonic() + draw.uniform(0.0, 1.5), newest(run) + 4
+        yield lambda end=end, most=most: time.monotonic() > end or newest(run) >= most
         for _ in range(3):
             goal = newest(run) + draw.randint(1, 3)
             yield lambda goal=goal: newest(run) >= goal
             seen = newest(run)
-            yield lambda seen=seen: newest(run) > seen and bool(run.unfinished())
+            yield lambda seen=seen: newest(run) > seen + 3 * (not run.unfinished())
 
 
 def content_of(run, step):

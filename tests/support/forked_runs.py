@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -39,8 +38,7 @@ class ForkedRun:
     def kill(self, rank: int | None = None) -> None:
         """SIGKILL a rank, or all at once, with what they started."""
         for each in self.ranks if rank is None else [self.ranks[rank]]:
-            with suppress(ProcessLookupError):
-                os.killpg(each.pid, signal.SIGKILL)
+            _kill(each)
 
     def signal(self, number: int, rank: int = 0) -> None:
         """Send a signal to a rank."""
@@ -74,6 +72,13 @@ def start(arguments: list[object], log: Path, world_size: int = 1) -> ForkedRun:
         process.start()
         run.ranks.append(process)
     return run
+
+
+def _kill(process: BaseProcess) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no session yet, or has ended
+        process.kill()
 
 
 def _run(arguments: str, log: str, rank: int, world_size: int, port: int) -> None:
