@@ -1,7 +1,7 @@
 """How does a job put itself back into SLURM's queue?
 
 SLURM ends the processes of a job as soon as it is requeued, so this comes after everything that
-must not be lost.
+must not be lost. A job that was cancelled would come back to life, so it is asked about first.
 """
 
 import logging
@@ -37,16 +37,19 @@ def requeue_job() -> bool:
         logger.warning("stop.requeue (true) outside of SLURM: start the run again by hand")
         return False
     try:
-        subprocess.run(
-            ["scontrol", "requeue", job],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_SECONDS,
-        )
+        state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
+        if state != "RUNNING":
+            logger.info("job %s is %s and is not requeued", job, state.lower() or "gone")
+            return False
+        _ask("scontrol", "requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip()
         logger.warning("job %s was not requeued (%s); submit it again", job, reason)
         return False
     logger.info("job %s is requeued", job)
     return True
+
+
+def _ask(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    return done.stdout.strip()

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -158,7 +159,7 @@ class TrainingCLI(LightningCLI):
         """Plugins the configuration asks for, our checkpoint reader, SLURM without its requeue."""
         asked = self._get(self.config_init, "trainer").get("plugins") or []
         plugins = [*(asked if isinstance(asked, list) else [asked]), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect():
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # Lightning's own requeue saves inside the signal handler, which deadlocks with
             # collectives in the loss.
             plugins.append(SLURMEnvironment(auto_requeue=False))

@@ -88,29 +88,40 @@ def test_agreeing_takes_at_least_one_step():
 
 
 @pytest.fixture
-def scontrol(tmp_path, monkeypatch):
-    """A scontrol that writes down what it is asked, and fails if told to."""
-    program = tmp_path / "scontrol"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nexit ${{SCONTROL_CODE:-0}}\n')
-    program.chmod(0o755)
+def asked(tmp_path, monkeypatch):
+    """A SLURM that writes down what it is asked, and fails if told to."""
+    for name, answer in (("scontrol", ""), ("squeue", "echo ${SQUEUE_STATE:-RUNNING}")):
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\n{answer}\nexit ${{SLURM_CODE:-0}}\n'
+        )
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path / "asked"
-
-
-def test_a_job_of_an_array_is_requeued_by_its_number_in_the_array(scontrol, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
+    return lambda: (tmp_path / "asked").read_text().splitlines()
+
+
+def test_a_job_of_an_array_is_requeued_by_its_number_in_the_array(asked, monkeypatch):
     assert requeue_job()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert requeue_job()
-    assert scontrol.read_text() == "requeue 12\nrequeue 10_3\n"
+    assert [line for line in asked() if "requeue" in line] == [
+        "scontrol requeue 12",
+        "scontrol requeue 10_3",
+    ]
 
 
-def test_a_job_that_cannot_be_requeued_is_a_warning(scontrol, monkeypatch, caplog):
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.setenv("SCONTROL_CODE", "1")
+def test_a_job_that_was_cancelled_is_not_brought_back_to_life(asked, monkeypatch):
+    monkeypatch.setenv("SQUEUE_STATE", "COMPLETING")
+    assert not requeue_job()
+    assert asked() == ["squeue --noheader --job 12 --format=%T"]
+
+
+def test_a_job_that_cannot_be_requeued_is_a_warning(asked, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_CODE", "1")
     assert not requeue_job()
     monkeypatch.delenv("SLURM_JOB_ID")
     assert not requeue_job()
