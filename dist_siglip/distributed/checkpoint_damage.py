@@ -25,6 +25,7 @@ _COMMENT_BYTES = len(_MARK) + 8
 _COMMENT = re.compile(re.escape(struct.pack("<H", _COMMENT_BYTES) + _MARK) + b"([0-9a-f]{8})")
 _CHUNK_BYTES = 1 << 20
 _LIST = "checksums.json"
+_END_BYTES = 22  # of an archive without a comment
 
 
 class _Summed:
@@ -78,7 +79,8 @@ def has_checksum(path: Path) -> bool:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, a file or a folder, in a few words; None if it is sound.
 
-    Every byte is read once.
+    Every byte is read once. Of a file that was written without a checksum only the end is looked
+    at: it was not cut short.
     """
     try:
         return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
@@ -116,6 +118,8 @@ def _damage_of_file(path: Path) -> str | None:
     with path.open("rb") as file:
         expected = _read_comment(file)
         body = file.seek(0, os.SEEK_END) - _COMMENT_BYTES - 2
+        if expected is None and _ends_without_comment(file):
+            return None
     if expected is None:
         return "it does not end in its checksum: it is cut short, or not written by dist_siglip"
     found = zlib.crc32(b"\0\0", _sum(path, body))
@@ -131,6 +135,15 @@ def _read_comment(file: BinaryIO) -> int | None:
     end = file.read()
     written = _COMMENT.fullmatch(end)
     return int(written.group(1), 16) if written else None
+
+
+def _ends_without_comment(file: BinaryIO) -> bool:
+    """Whether a file ends as an archive does that nobody sealed."""
+    if file.seek(0, os.SEEK_END) < _END_BYTES:
+        return False
+    file.seek(-_END_BYTES, os.SEEK_END)
+    end = file.read()
+    return end.startswith(b"PK\x05\x06") and end.endswith(b"\0\0")
 
 
 def _sum(path: Path, num_bytes: int) -> int:

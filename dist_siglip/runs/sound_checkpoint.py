@@ -32,6 +32,8 @@ def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
         path = folder.checkpoint(step)
         damage = damage_of(path)
         if damage is None:
+            if path.is_file() and not has_checksum(path):
+                logger.warning("checkpoint %s has no checksum; only its end was looked at", path)
             return path
         logger.warning("checkpoint %s is damaged (%s); looking for an older one", path, damage)
     if steps:

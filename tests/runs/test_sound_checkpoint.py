@@ -72,3 +72,19 @@ def test_a_file_of_another_program_is_left_to_torch(tmp_path):
     torch.save(CONTENT, tmp_path / "a.ckpt")
     check_sound(tmp_path / "a.ckpt")
     assert "state_dict" in AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_a_checksum_unless_it_was_cut(run, monkeypatch):
+    """Written before there were checksums, or by a script of its own."""
+    said = []
+    monkeypatch.setattr(
+        "dist_siglip.runs.sound_checkpoint.logger.warning", lambda text, *of: said.append(text % of)
+    )
+    newest = run.checkpoint(40)
+    torch.save(CONTENT, newest)
+    assert newest_sound_checkpoint(run) == newest
+    assert "has no checksum" in said[-1]
+    content = newest.read_bytes()
+    for length in (len(content) - 1, len(content) // 2, 10):
+        newest.write_bytes(content[:length])
+        assert newest_sound_checkpoint(run) != newest
