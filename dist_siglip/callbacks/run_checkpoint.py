@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 
 from dist_siglip.atomic import sync_folder
 from dist_siglip.callbacks.background_write import BackgroundWrite, snapshot
+from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
 
@@ -260,7 +260,7 @@ def _prepare(strategy: Strategy) -> None:
             f"checkpoint.asynchronous (true) is not known to work with {type(strategy).__name__}; "
             "leave it out"
         )
-    strategy.checkpoint_group = dist.new_group(backend="gloo")
+    strategy.checkpoint_group = new_cpu_group()
 
 
 def _takes_part(strategy: Strategy) -> bool:

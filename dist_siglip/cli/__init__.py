@@ -35,7 +35,7 @@ _VERBS = {
 }
 
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED = 0, 1, 2, 3
-EXIT_HUNG, EXIT_SAVED, EXIT_INTERRUPTED = 70, 75, 130
+EXIT_SAVED, EXIT_INTERRUPTED = 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
