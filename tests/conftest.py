@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from itertools import zip_longest
 
 # One thread per process: the distributed tests start several on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,20 @@ from dist_siglip.distributed import leave_process_groups
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker is left with a long one at the end.
+
+    Those of a cluster, which mostly waits, in turns with those that need the processors.
+    """
+    files = list(dict.fromkeys(item.path for item in items))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    clusters = [path for path in files if path.parent.name == "slurm"]
+    others = [path for path in files if path in slow and path not in clusters]
+    turns = [path for pair in zip_longest(clusters, others) for path in pair if path is not None]
+    order = {path: number for number, path in enumerate(dict.fromkeys([*turns, *files]))}
+    items.sort(key=lambda item: order[item.path])
 
 
 @pytest.fixture(autouse=True)
