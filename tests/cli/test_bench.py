@@ -62,7 +62,10 @@ def test_the_table_has_a_line_for_each_contestant(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["losses"], r"bench \(losses\) must be one of loss, data, train, plan, simulate"),
+        (
+            ["losses"],
+            r"bench \(losses\) must be one of loss, data, train, checkpoint, plan, simulate",
+        ),
         (["loss", "--rounds=0"], r"rounds \(0\) must be at least 1"),
         (["loss", "--world_sizes=[0]"], r"world_sizes \(0\) must be at least 1"),
         (["loss", "--pairs=2"], "pairs"),
@@ -78,10 +81,11 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 
 def test_help_lists_the_subjects(capsys):
     assert main(["bench", "--help"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:7]] == [
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:8]] == [
         "loss",
         "data",
         "train",
+        "checkpoint",
         "plan",
         "simulate",
     ]

@@ -99,7 +99,9 @@ def test_a_rank_that_fails_tells_the_others_why():
     text = "rank 2 failed in waiting for data, step 3: KeyError: 'no such picture'"
     assert text in first[2] + second[2]
     assert "explained: None" in failed[2]  # its own traceback says it
-    assert all(rank[0] == 1 for rank in (first, second, failed))
+    assert failed[0] == 1
+    # The others by their collective, or by the thread if that is slower to fail.
+    assert {first[0], second[0]} <= {1, HUNG}
 
 
 def test_ranks_that_wait_for_a_slow_but_allowed_evaluation_go_on():
