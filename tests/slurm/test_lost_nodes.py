@@ -15,7 +15,7 @@ STEPS = 60
 
 # A signal that did not reach a lost node is sent again after a minute, to whatever has the job's
 # number then; SLURM's own delay of two minutes, which the tests cut short, is there for that.
-RETRY_SECONDS = 70
+RETRY_SECONDS = 75
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def runs(cluster, tmp_path_factory):
     job.wait_for_restart(1)
     hit.wait_for_checkpoint_after(hit.preempted_at, job)
     cluster.kill_node("127.0.0.2")
-    lost = time.monotonic()
     hit.lost_at = hit.newest()
     wait_until(lambda: job.restarts == 2, 60, lambda: job.output)
+    lost = time.monotonic()
     cluster.start_node("127.0.0.2")
     wait_until(lambda: cluster.states_of_nodes() == {"idle"}, 60)
 
