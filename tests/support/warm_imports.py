@@ -1,5 +1,6 @@
 """What a start of ``fit`` imports, on one thread."""
 
+import gc
 import importlib
 from contextlib import suppress
 
@@ -15,4 +16,7 @@ for _name in ("tensorboard", "s3fs", "gcsfs", "adlfs"):
         importlib.import_module(_name)
 
 torch.set_num_threads(1)
+# What was imported is never collected: looking at it would copy it into every process.
+gc.collect()
+gc.freeze()
 __all__ = ["dist_siglip", "tests"]
