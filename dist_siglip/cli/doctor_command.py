@@ -21,8 +21,8 @@ from dist_siglip.cli.doctor_together import (
     examine_alone,
     examine_together,
 )
-from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
+from dist_siglip.cli.subjects import call, parser_of_function
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.errors import UserError
@@ -30,17 +30,12 @@ from dist_siglip.errors import UserError
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``doctor`` and run it."""
-    set_up_logging()
-    made = parser(verb)
-    settings = made.instantiate_classes(made.parse_args(list(arguments)))
-    return doctor(**settings.as_dict())
+    return call(doctor, parser(verb), arguments)
 
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``doctor``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=doctor.__doc__)
-    made.add_function_arguments(doctor, as_group=False, as_positional=False)
-    return made
+    return parser_of_function(verb, doctor, as_positional=False)
 
 
 def doctor(

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
+from dist_siglip.cli.subjects import call, parser_of_function
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.pairs import build_pair_table
@@ -23,17 +23,12 @@ from dist_siglip.module.trained import load_trained
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``embed`` and run it."""
-    set_up_logging()
-    made = parser(verb)
-    settings = made.instantiate_classes(made.parse_args(list(arguments)))
-    return embed(**settings.as_dict())
+    return call(embed, parser(verb), arguments)
 
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``embed``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=embed.__doc__)
-    made.add_function_arguments(embed, as_group=False, as_positional=True)
-    return made
+    return parser_of_function(verb, embed)
 
 
 def embed(

@@ -15,6 +15,7 @@ from statistics import median
 from dist_siglip import models
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
+from dist_siglip.cli.subjects import parser_of_function
 from dist_siglip.cli.table import print_evaluation, read_evaluation
 from dist_siglip.cli.training import train
 from dist_siglip.data.handwriting import write_handwriting_shards
@@ -36,9 +37,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``quickstart``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=quickstart.__doc__)
-    made.add_function_arguments(quickstart, as_group=False)
-    return made
+    return parser_of_function(verb, quickstart)
 
 
 def quickstart(

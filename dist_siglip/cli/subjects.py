@@ -1,7 +1,7 @@
-"""Verbs with subjects: ``dist-siglip VERB SUBJECT [options]``.
+"""Functions as commands: the signature is the schema of the command line, the docstring the help.
 
-A subject is a function in a module of its own, imported when it is asked for; the function's
-signature is the schema of its command line and its docstring the help.
+A verb may be one function, or have subjects, ``dist-siglip VERB SUBJECT [options]``: each is a
+function in a module of its own, imported when it is asked for.
 """
 
 import importlib
@@ -27,10 +27,8 @@ def run_subject(verb: str, subjects: Subjects, arguments: Sequence[str]) -> int:
         lines += [f"  {name:<12}{text}" for name, (_, text) in subjects.items()]
         sys.stdout.write("\n".join([*lines, ""]))
         return 0 if arguments else 2
-    set_up_logging()
     function, parser = parser_of(verb, subjects, arguments[0])
-    settings = parser.instantiate_classes(parser.parse_args(list(arguments[1:])))
-    return function(**settings.as_dict())
+    return call(function, parser, arguments[1:])
 
 
 def parser_of(verb: str, subjects: Subjects, subject: str) -> tuple[Callable[..., int], VerbParser]:
@@ -44,6 +42,26 @@ def parser_of(verb: str, subjects: Subjects, subject: str) -> tuple[Callable[...
     if subject not in subjects:
         raise UserError(f"{verb} ({subject}) must be one of {', '.join(subjects)}")
     function: Callable[..., int] = getattr(importlib.import_module(subjects[subject][0]), subject)
-    parser = VerbParser(prog=f"dist-siglip {verb} {subject}", description=function.__doc__)
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    return function, parser
+    return function, parser_of_function(f"{verb} {subject}", function)
+
+
+def parser_of_function(
+    words: str, function: Callable[..., int], *, as_positional: bool = True
+) -> VerbParser:
+    """Return the parser of a function's signature.
+
+    Args:
+        words: what the command line says after ``dist-siglip``.
+        function: returns an exit code.
+        as_positional: whether required arguments are given by their place, not by name.
+    """
+    parser = VerbParser(prog=f"dist-siglip {words}", description=function.__doc__)
+    parser.add_function_arguments(function, as_group=False, as_positional=as_positional)
+    return parser
+
+
+def call(function: Callable[..., int], parser: VerbParser, arguments: Sequence[str]) -> int:
+    """Parse the arguments of a function, call it and return its exit code."""
+    set_up_logging()
+    settings = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    return function(**settings.as_dict())

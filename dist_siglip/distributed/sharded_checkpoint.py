@@ -94,10 +94,7 @@ def write_sharded(
         _put_in_place(folder, path)
 
     try:
-        if rank == 0:
-            together(lambda: folder.mkdir(parents=True, exist_ok=True), group)
-        else:
-            together(lambda: None, group)
+        together(lambda: folder.mkdir(parents=True, exist_ok=True) if rank == 0 else None, group)
         with _quiet_alone():
             save(tensors, storage_writer=_Writer(folder, overwrite=True), process_group=group)
         written = together(lambda: list_checksums(folder.glob(f"__{rank}_*")), group)
