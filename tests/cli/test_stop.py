@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,8 @@ import torch
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import (
-    REPOSITORY,
-    environment,
     is_group_alive,
+    launched,
     started_until,
     write_settings,
 )
@@ -137,28 +133,6 @@ def test_one_rank_of_torchrun_is_asked_and_both_stop(settings, tmp_path):
     last = max(run.steps_with_checkpoint())
     assert last % 3 == 0
     assert "asked to stop (another rank)" in run.log.read_text()
-
-
-class launched:  # noqa: N801 - used like a function
-    """Start ``python -m ...`` in a group of processes, which ends with the block."""
-
-    def __init__(self, *words):
-        self.command = [sys.executable, "-m", *map(str, words)]
-
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            self.command,
-            env=environment(),
-            cwd=REPOSITORY,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        return self.process
-
-    def __exit__(self, *error):
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def handled(pid):

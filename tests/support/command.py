@@ -46,20 +46,27 @@ def run_command(*arguments: object, timeout_seconds: float = 180) -> subprocess.
 @contextmanager
 def started_until(arguments: list[object], is_time, timeout_seconds: float = 180):
     """Start the command in a process group, wait for ``is_time()``; end the group at the end."""
+    deadline = time.monotonic() + timeout_seconds
+    with launched("dist_siglip", *arguments) as process:
+        while not is_time():
+            assert process.poll() is None, f"ended by itself with code {process.returncode}"
+            assert time.monotonic() < deadline, "the moment to act never came"
+            time.sleep(0.02)
+        yield process
+
+
+@contextmanager
+def launched(*words: object):
+    """Start ``python -m WORDS`` in a process group, which ends with the block."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
+        [sys.executable, "-m", *map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),
         cwd=REPOSITORY,
         start_new_session=True,
     )
-    deadline = time.monotonic() + timeout_seconds
     try:
-        while not is_time():
-            assert process.poll() is None, f"ended by itself with code {process.returncode}"
-            assert time.monotonic() < deadline, "the moment to act never came"
-            time.sleep(0.02)
         yield process
     finally:
         with suppress(ProcessLookupError):
