@@ -4,8 +4,10 @@ Training goes on. The first failure of a log is a warning, what follows is kept 
 counted, and writing goes on as soon as there is room. A file of lines never holds a part of one.
 """
 
+import fcntl
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 10_000
+_WAIT_SECONDS = 1.0  # for a file that another process is appending to
 
 
 class LineLog:
@@ -89,7 +92,9 @@ def append_whole(path: Path, lines: bytes) -> None:
 
     One write, so that lines of several processes do not mix on a local file system. What a full
     disk took of them is cut off again, unless another process has appended meanwhile. A part of a
-    line that a crash has left at the end gets an end of its own.
+    line that a crash has left at the end gets an end of its own. Processes take turns, since a
+    line that another one is just writing looks like such a part; the wait is bounded, and where
+    files have no locks there is none.
 
     Args:
         path: the file; made if it is missing.
@@ -99,6 +104,7 @@ def append_whole(path: Path, lines: bytes) -> None:
         OSError: if they cannot be written.
     """
     with path.open("ab+", buffering=0) as file:
+        _take_turn(file.fileno())
         start = file.seek(0, os.SEEK_END)
         if start and os.pread(file.fileno(), 1, start - 1) != b"\n":
             lines = b"\n" + lines
@@ -111,6 +117,20 @@ def append_whole(path: Path, lines: bytes) -> None:
                 with suppress(OSError):
                     file.truncate(start)
             raise
+
+
+def _take_turn(descriptor: int) -> None:
+    """Lock a file for this process until it is closed, unless that takes too long."""
+    latest = time.monotonic() + _WAIT_SECONDS
+    while time.monotonic() < latest:
+        try:
+            # Locks of this kind are not inherited: a worker forked meanwhile cannot keep one.
+            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+        except OSError:
+            return None
+    return None
 
 
 @contextmanager
