@@ -122,15 +122,20 @@ def append_whole(path: Path, lines: bytes) -> None:
 def _take_turn(descriptor: int) -> None:
     """Lock a file for this process until it is closed, unless that takes too long."""
     latest = time.monotonic() + _WAIT_SECONDS
-    while time.monotonic() < latest:
-        try:
-            # Locks of this kind are not inherited: a worker forked meanwhile cannot keep one.
-            return fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.001)
-        except OSError:
-            return None
-    return None
+    while not _can_go_on(descriptor) and time.monotonic() < latest:
+        time.sleep(0.001)
+
+
+def _can_go_on(descriptor: int) -> bool:
+    """Try to lock a file; True if that worked, or never will."""
+    try:
+        # Locks of this kind are not inherited: a worker forked meanwhile cannot keep one.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager
