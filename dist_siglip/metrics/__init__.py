@@ -12,6 +12,7 @@ from dist_siglip.metrics.constellation import (
 from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
 from dist_siglip.metrics.gap import ModalityGap, modality_gap
 from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.nearest import Neighbors, nearest_neighbors
 from dist_siglip.metrics.pair_statistics import (
     CosineSummary,
     PairStatistics,
@@ -32,6 +33,7 @@ __all__ = [
     "CosineSummary",
     "Evaluation",
     "ModalityGap",
+    "Neighbors",
     "PairEvaluation",
     "PairStatistics",
     "collect_pair_statistics",
@@ -43,6 +45,7 @@ __all__ = [
     "logit_summary",
     "median_rank",
     "modality_gap",
+    "nearest_neighbors",
     "quantile_constellation",
     "recall_at_k",
     "retrieval_ranks",

@@ -1,0 +1,144 @@
+"""Which keys of all ranks lie nearest to each query, exactly?
+
+A key's **position** is its row number when the rows of all ranks stand in rank order, rank 0's
+first; with the same rows in the same order it does not depend on the number of ranks. Shards of
+keys travel, queries stay; a query keeps its best k while they pass, so memory is
+O(B * k + chunk_rows^2) whatever the number of keys.
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import ExchangeName, prepare_exchange
+from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+
+# One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
+# it is one number, so that equal keys are ties wherever they lie.
+_SIMILARITY_STEP = 2.0**-40
+
+
+class Neighbors(NamedTuple):
+    """The nearest keys of every query, best first.
+
+    Attributes:
+        similarities: (B, k) float64, rounded to 2^-40; -inf where fewer than k keys are allowed.
+        positions: (B, k) int64 positions among the keys of all ranks; -1 where there is none.
+    """
+
+    similarities: Tensor
+    positions: Tensor
+
+
+@torch.no_grad()
+def nearest_neighbors(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+) -> Neighbors:
+    """Find the k keys of all ranks with the largest inner product with each of this rank's queries.
+
+    Exact; of equal similarities the lowest position comes first. A query and a key with equal ids
+    are no pair: give a row its own number on both sides to leave out the row itself, or the
+    image's number to leave out all captions of an image.
+
+    Distributed contract: every rank passes its own queries and keys, any number of them (0 too),
+    and gets the neighbours of its own queries. One trip of the key shards without gradient, and
+    a few small gathers.
+
+    Args:
+        queries: (B, D), finite.
+        keys: (C, D), finite; this rank's part of the keys.
+        k: at least 1; may exceed the number of keys.
+        query_ids: (B,) int64, or None to leave out nothing.
+        key_ids: (C,) int64; given exactly if ``query_ids`` is.
+        chunk_rows: longest side of a live rectangle of similarities.
+        exchange: how the keys reach the other ranks.
+        group: process group.
+
+    Raises:
+        UserError: if k is below 1, only one side has ids, features are not finite (names row and
+            rank) or shapes do not fit; on every rank.
+
+    Example:
+        >>> keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> nearest_neighbors(keys, keys, 1, query_ids=torch.arange(3), key_ids=torch.arange(3))[1]
+        tensor([[1],
+                [2],
+                [1]])
+    """
+    problem = None
+    if k < 1:
+        problem = f"k ({k}) nearest neighbours must be at least 1; try 10"
+    elif (query_ids is None) != (key_ids is None):
+        problem = "query_ids and key_ids are given together or not at all"
+    raise_together(problem, device=queries.device, group=group)
+    rows = [torch.arange(len(side), device=side.device) for side in (queries, keys)]
+    check_features(
+        [("queries", queries), ("keys", keys)],
+        [
+            ("query_ids", rows[0] if query_ids is None else query_ids),
+            ("key_ids", rows[1] if key_ids is None else key_ids),
+        ],
+        unit_norm=False,
+        group=group,
+    )
+    travelling = [keys] if key_ids is None else [keys, key_ids]
+    trip = prepare_exchange(travelling, exchange=exchange, group=group)
+    first_positions = [0, *accumulate(trip.row_counts)]
+    best = Neighbors(
+        queries.new_full((len(queries), k), -torch.inf, dtype=torch.float64),
+        queries.new_full((len(queries), k), -1, dtype=torch.int64),
+    )
+
+    def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
+        features = shard[0]
+        for rows, columns in tile_slices(len(queries), len(features), chunk_rows):
+            scores = similarity(queries[rows], features[columns])
+            scores.div_(_SIMILARITY_STEP).round_().mul_(_SIMILARITY_STEP)
+            if query_ids is not None:
+                same = query_ids[rows, None] == shard[1][None, columns]
+                scores.masked_fill_(same, -torch.inf)
+            found = _best_of_tile(scores, k)
+            positions = found.positions + (first_positions[owner] + columns.start)
+            mine = Neighbors(best.similarities[rows], best.positions[rows])
+            merged = _merge(mine, Neighbors(found.similarities, positions), k)
+            best.similarities[rows], best.positions[rows] = merged
+
+    trip.run(visit)
+    best.positions[best.similarities == -torch.inf] = -1
+    return best
+
+
+def _best_of_tile(scores: Tensor, k: int) -> Neighbors:
+    """Best columns of each row; of equal ones at the end of the list, the lowest."""
+    k = min(k, scores.shape[1])
+    values, columns = scores.topk(k, dim=1)
+    last = values[:, -1:]
+    # topk may take any of several equal columns; only rows where it had to choose are sorted.
+    chosen = (values == last).sum(dim=1)
+    tied = ((scores == last).sum(dim=1) > chosen).nonzero()[:, 0]
+    if len(tied):
+        ordered = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return Neighbors(values, columns)
+
+
+def _merge(first: Neighbors, second: Neighbors, k: int) -> Neighbors:
+    """Best k of two lists per row: by falling similarity, then by rising position."""
+    similarities = torch.cat([first.similarities, second.similarities], dim=1)
+    positions, order = torch.cat([first.positions, second.positions], dim=1).sort(dim=1)
+    similarities, by_similarity = similarities.gather(1, order).sort(
+        dim=1, descending=True, stable=True
+    )
+    return Neighbors(similarities[:, :k], positions.gather(1, by_similarity)[:, :k])
