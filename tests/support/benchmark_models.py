@@ -1,0 +1,51 @@
+"""A dual encoder for benchmarks whose features are known by hand, without any weights.
+
+A text is its characters, a picture its mean colour; both pass through one fixed random map each.
+"""
+
+import torch
+
+from dist_siglip.benchmarks import EvaluatedModel
+from tests.support.shards import tiny_inputs
+
+WIDTH = 6
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
+def text_map(tokens):
+    """(B, 24) code points to (B, WIDTH)."""
+    weights = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(1))
+    return unit(torch.sin(tokens.float()) @ weights)
+
+
+def image_map(pixels):
+    """(B, 3, H, W) uint8 to (B, WIDTH)."""
+    weights = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(2))
+    halves = pixels.float().unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean(dim=(3, 5))
+    return unit(torch.sin(halves.flatten(1) / 9) @ weights)
+
+
+def known_model(calls=None):
+    """Model of the maps above; counts the rows of every call in the list ``calls``."""
+
+    def counted(name, function):
+        def encode(rows):
+            if calls is not None:
+                calls.append((name, len(rows)))
+            return function(rows)
+
+        return encode
+
+    inputs = tiny_inputs()
+    return EvaluatedModel(
+        counted("image", image_map),
+        counted("text", text_map),
+        inputs.tokenizer,
+        inputs,
+        10.0,
+        -5.0,
+        torch.device("cpu"),
+    )
