@@ -1,4 +1,7 @@
-"""RUN/evaluation: the newest evaluation in files that the report, or anyone, can read."""
+"""RUN/evaluation: the newest evaluation in files that the report, or anyone, can read.
+
+Of those before it a few pairs are kept (``evaluation_history``).
+"""
 
 import base64
 import io
@@ -10,6 +13,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.callbacks.evaluation_history import forget_after, keep_evaluation
 from dist_siglip.data import PairDataset
 from dist_siglip.full_disk import going_on_without
 from dist_siglip.metrics import Evaluation
@@ -29,13 +33,19 @@ class EvaluationRecord(Callback):
     def __init__(self, gallery_images: int = 24) -> None:
         self.gallery_images = gallery_images
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget evaluations after the checkpoint the run goes on from."""
+        if trainer.is_global_zero:
+            forget_after(RunFolder(Path(trainer.default_root_dir)), trainer.global_step)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; each appears whole or, on a full disk, not at all."""
         evaluation = getattr(pl_module, "last_evaluation", None)
         is_check = trainer.sanity_checking and trainer.num_sanity_val_steps != math.inf
         if evaluation is None or not trainer.is_global_zero or is_check:
             return
-        folder = RunFolder(Path(trainer.default_root_dir)).evaluation
+        run = RunFolder(Path(trainer.default_root_dir))
+        folder = run.evaluation
         numbers = {"step": pl_module.last_evaluated_step, **evaluation.metrics}
         finite = {
             name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
@@ -44,6 +54,7 @@ class EvaluationRecord(Callback):
         packed = io.BytesIO()
         np.savez_compressed(packed, **evaluation.arrays)
         _replace(folder / "arrays.npz", packed.getvalue())
+        keep_evaluation(run, pl_module.last_evaluated_step, evaluation.arrays)
         dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
         if dataset is not None:
             examples = self._examples(dataset, evaluation)

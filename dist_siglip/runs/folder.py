@@ -11,6 +11,7 @@ stacks/                what every thread of a rank was doing when it was ended f
 tensorboard/           event files
 checkpoints/           step=00000500.ckpt ..., best.json (step of the best one, if one is kept)
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
+evaluation/history/    step=00000200.npz ...: a few pairs of a few evaluations
 report.html            one self-contained page
 """
 
@@ -23,6 +24,7 @@ from typing import TextIO
 from dist_siglip.errors import UserError
 
 _CHECKPOINT_NAME = re.compile(r"step=(\d+)\.ckpt")
+_KEPT_NAME = re.compile(r"step=(\d+)\.npz")
 _UNFINISHED_NAME = re.compile(r"\.(step=\d+\.ckpt|best\.json)\.[0-9a-f]{32}\.(tmp|old)")
 
 
@@ -81,6 +83,18 @@ class RunFolder:
     def evaluation(self) -> Path:
         """Folder of the newest evaluation."""
         return self.path / "evaluation"
+
+    def kept_evaluation(self, step: int) -> Path:
+        """Name of what is kept of the evaluation after ``step`` optimizer steps."""
+        return self.evaluation / "history" / f"step={step:08d}.npz"
+
+    def kept_evaluations(self) -> dict[int, Path]:
+        """What is kept of evaluations, by step, earliest first."""
+        folder = self.evaluation / "history"
+        if not folder.is_dir():
+            return {}
+        matches = ((_KEPT_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+        return dict(sorted((int(match.group(1)), path) for match, path in matches if match))
 
     @property
     def report(self) -> Path:
