@@ -7,6 +7,7 @@ coarse histograms of all pairs: some megabytes a run, however long it is.
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,8 @@ def surplus(steps: Sequence[int], most: int) -> list[int]:
     return given_up
 
 
-def _excerpt(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    kept = {
+def _excerpt(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    kept: dict[str, Any] = {
         name: arrays[name][:_MOST_PAIRS].astype(np.float16)
         for name in ("image_features", "text_features")
     }

@@ -46,7 +46,8 @@ class EvaluationRecord(Callback):
             return
         run = RunFolder(Path(trainer.default_root_dir))
         folder = run.evaluation
-        numbers = {"step": pl_module.last_evaluated_step, **evaluation.metrics}
+        step: int = getattr(pl_module, "last_evaluated_step", 0)
+        numbers = {"step": step, **evaluation.metrics}
         finite = {
             name: value if math.isfinite(value) else str(value) for name, value in numbers.items()
         }
@@ -54,7 +55,7 @@ class EvaluationRecord(Callback):
         packed = io.BytesIO()
         np.savez_compressed(packed, **evaluation.arrays)
         _replace(folder / "arrays.npz", packed.getvalue())
-        keep_evaluation(run, pl_module.last_evaluated_step, evaluation.arrays)
+        keep_evaluation(run, step, evaluation.arrays)
         dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
         if dataset is not None:
             examples = self._examples(dataset, evaluation)
