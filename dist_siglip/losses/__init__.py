@@ -4,6 +4,7 @@ from dist_siglip.losses.clip import ClipLoss
 from dist_siglip.losses.drop_in import SigLipLoss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.modalities import ModalityGraph, multimodal_sigmoid_loss
+from dist_siglip.losses.relevance import relevance_sigmoid_loss, relevance_softmax_loss
 from dist_siglip.losses.scale import BiasParameterization, LogitConfig, LogitScaleBias
 from dist_siglip.losses.sigmoid import siglip_loss
 from dist_siglip.losses.softmax import softmax_loss
@@ -20,6 +21,8 @@ __all__ = [
     "alignment_loss",
     "cross_uniformity_loss",
     "multimodal_sigmoid_loss",
+    "relevance_sigmoid_loss",
+    "relevance_softmax_loss",
     "siglip_loss",
     "softmax_loss",
     "uniformity_loss",

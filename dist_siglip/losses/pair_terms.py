@@ -133,6 +133,7 @@ def pair_terms(
     on_diagonal: bool,
     duplicates: Duplicates,
     derivative_dtype: torch.dtype | None,
+    relevant: Tensor | None = None,
 ) -> Terms:
     """Return the terms of a tile of similarities without looking at a number on the host.
 
@@ -145,6 +146,7 @@ def pair_terms(
         on_diagonal: whether pair (i, i) is a positive.
         duplicates: what pairs with equal ids off the diagonal are.
         derivative_dtype: dtype of the derivative; None leaves it out.
+        relevant: (rows, columns), bool, further positives; or None.
     """
     logits = similarity * logit_scale + logit_bias
     positive, num_equal = None, None
@@ -163,6 +165,8 @@ def pair_terms(
             logits = torch.where(equal, -torch.inf, logits)
         elif duplicates == "positive":
             positive = equal if positive is None else equal | positive
+    if relevant is not None:
+        positive = relevant if positive is None else relevant | positive
     if positive is not None:
         logits = torch.where(positive, -logits, logits)
     value = _softplus(logits).sum()

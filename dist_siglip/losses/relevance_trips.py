@@ -1,0 +1,278 @@
+"""The trips of documents past queries, for ``relevance``: what is summed, and which gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import (
+    AccumulatorSpec,
+    Exchange,
+    ExchangeName,
+    prepare_exchange,
+    sum_over_ranks,
+)
+from dist_siglip.errors import UserError
+from dist_siglip.losses.finite import refuse_not_finite
+from dist_siglip.losses.known_gradients import KnownGradient, wants_gradient
+from dist_siglip.losses.pair_terms import fused_pair_terms, pair_terms
+from dist_siglip.losses.similarity import similarity
+from dist_siglip.losses.tiles import logits_dtype
+from dist_siglip.losses.trip import (
+    add_product,
+    check_chunk_rows,
+    check_scalar,
+    default_chunk_rows,
+    describe_wanted,
+    inner_product,
+    sum_dtype,
+    tile_slices,
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over all ranks."""
+
+    queries: int
+    positives: int
+
+
+@dataclass(frozen=True)
+class FeatureGradients:
+    """Without the loss's factor; those of the features without logit_scale too."""
+
+    query: Tensor | None
+    document: Tensor | None
+    scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class RelevanceBatch:
+    """This rank's part of the batch, detached, and which gradients are wanted."""
+
+    queries: Tensor
+    documents: Tensor
+    relevance: Tensor
+    scale: Tensor
+    wanted: dict[str, bool]
+    leaves: tuple[Tensor, Tensor]
+    chunk_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        query_features: Tensor,
+        document_features: Tensor,
+        relevance: Tensor,
+        logit_scale: Tensor,
+        chunk_rows: int | None,
+    ) -> "RelevanceBatch":
+        """Check the arguments of a loss and detach them.
+
+        Raises:
+            UserError: if shapes or dtypes do not fit, or chunk_rows < 1.
+        """
+        chunk_rows = default_chunk_rows(query_features.device) if chunk_rows is None else chunk_rows
+        check_chunk_rows(chunk_rows)
+        check_scalar("logit_scale", logit_scale)
+        _check(query_features, document_features, relevance)
+        return cls(
+            query_features.detach(),
+            document_features.detach(),
+            relevance,
+            logit_scale.detach().reshape(()).to(logits_dtype(query_features)),
+            {
+                "queries": wants_gradient(query_features),
+                "documents": wants_gradient(document_features),
+                "scale": wants_gradient(logit_scale),
+            },
+            (query_features, document_features),
+            chunk_rows,
+        )
+
+    def agree(
+        self,
+        purpose: str,
+        scalars: dict[str, Tensor],
+        exchange: ExchangeName,
+        group: ProcessGroup | None,
+    ) -> tuple[Exchange, Totals]:
+        """Check the batch with all ranks; return the first trip and the totals over ranks."""
+        named = {
+            "query_features": self.queries,
+            "document_features": self.documents,
+            "logit_scale": self.scale,
+            **{name: value.detach() for name, value in scalars.items()},
+        }
+        found = refuse_not_finite(named)
+        plan = self.prepare(purpose, found or "finite", exchange, group)
+        if found:
+            raise UserError(f"rank {plan.rank}: {found}")
+        if plan.total_rows != self.relevance.shape[1]:
+            raise UserError(
+                f"relevance has {self.relevance.shape[1]} columns, but the ranks hold "
+                f"{plan.total_rows} documents; it needs one for each, in rank order"
+            )
+        own = torch.stack([self.relevance.new_tensor(len(self.queries), dtype=torch.int64)] * 2)
+        own[1] = self.relevance.sum()
+        return plan, Totals(*sum_over_ranks(own, group).tolist())
+
+    def prepare(
+        self, purpose: str, state: str, exchange: ExchangeName, group: ProcessGroup | None
+    ) -> Exchange:
+        """Plan a trip of the documents; what all ranks must agree on is in its purpose."""
+        brings_back = self.wanted["documents"] and purpose != "softmax, sums"
+        spec = AccumulatorSpec(self.documents.shape[1:], self.scale.dtype)
+        return prepare_exchange(
+            [self.documents],
+            accumulators=[spec] * brings_back,
+            exchange=exchange,
+            group=group,
+            purpose=(
+                f"relevance {purpose}, {self.relevance.shape[1]} documents; gradients: "
+                f"{describe_wanted(self.wanted)}; {state}"
+            ),
+        )
+
+    def gradients(
+        self, brought: tuple[Tensor, ...], query_gradient: Tensor | None
+    ) -> FeatureGradients:
+        """Sort what a trip collected; the derivative by the scale follows from either side."""
+        document_gradient = brought[0] if brought else None
+        by_scale = None
+        if self.wanted["scale"] and query_gradient is not None:
+            by_scale = inner_product(self.queries, query_gradient)
+        wanted = query_gradient if self.wanted["queries"] else None
+        return FeatureGradients(wanted, document_gradient, by_scale)
+
+    def known(
+        self, gradients: FeatureGradients, logit_scale: Tensor, factor: float
+    ) -> list[KnownGradient]:
+        """Say what belongs to which argument; ``factor`` is the loss's own."""
+        by_scale = gradients.scale
+        if by_scale is not None:
+            by_scale = by_scale.reshape(logit_scale.shape)
+        return [
+            KnownGradient(self.leaves[0], gradients.query, self.scale * factor),
+            KnownGradient(self.leaves[1], gradients.document, self.scale * factor),
+            KnownGradient(logit_scale, by_scale, factor),
+        ]
+
+
+class _Trip:
+    """Visits the documents of every rank with the queries at home, one square tile at a time."""
+
+    def __init__(self, batch: RelevanceBatch, plan: Exchange, *, with_gradients: bool) -> None:
+        self.batch = batch
+        counts = plan.row_counts
+        self.starts = [sum(counts[:rank]) for rank in range(len(counts))]
+        self.query_gradient: Tensor | None = None
+        if with_gradients and (batch.wanted["queries"] or batch.wanted["scale"]):
+            self.query_gradient = torch.zeros_like(batch.queries, dtype=batch.scale.dtype)
+
+    def visit(
+        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
+    ) -> None:
+        """Add the tiles of one shard; overwrite its gradient contribution."""
+        (documents,), batch = shard, self.batch
+        for contribution in contributions:
+            contribution.zero_()
+        start = self.starts[owner]
+        for rows, columns in tile_slices(len(batch.queries), len(documents), batch.chunk_rows):
+            queries, others = batch.queries[rows], documents[columns]
+            relevant = batch.relevance[rows, start : start + len(documents)][:, columns]
+            derivative = self.tile(rows, similarity(queries, others), relevant)
+            if derivative is None:
+                continue
+            if self.query_gradient is not None:
+                add_product(self.query_gradient[rows], derivative, others.to(derivative.dtype))
+            for contribution in contributions:
+                add_product(contribution[columns], derivative.T, queries.to(derivative.dtype))
+
+    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+        """Take one tile of similarities; return the derivative by the logits, if wanted."""
+        raise NotImplementedError
+
+
+class SigmoidTrip(_Trip):
+    """The only trip of the sigmoid loss; ``bias`` is ()."""
+
+    def __init__(self, batch: RelevanceBatch, plan: Exchange, bias: Tensor) -> None:
+        wanted = any(batch.wanted.values()) or bias.requires_grad
+        super().__init__(batch, plan, with_gradients=wanted)
+        self.derivative_dtype = batch.scale.dtype if wanted else None
+        self.bias = bias.detach().to(batch.scale.dtype)
+        self.terms = pair_terms if bias.device.type == "cpu" else fused_pair_terms()
+        self.value = torch.zeros((), dtype=sum_dtype(bias.device), device=bias.device)
+        self.bias_gradient = torch.zeros_like(self.value)
+
+    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+        """Add the loss of a tile; return its derivative."""
+        terms = self.terms(
+            similarity,
+            self.batch.scale,
+            self.bias,
+            row_ids=None,
+            column_ids=None,
+            on_diagonal=False,
+            duplicates="negative",
+            derivative_dtype=self.derivative_dtype,
+            relevant=relevant,
+        )
+        self.value += terms.value
+        if terms.derivative_sum is not None:
+            self.bias_gradient += terms.derivative_sum
+        return terms.derivative
+
+
+class SumTrip(_Trip):
+    """The first trip of the softmax: what a query sums over all documents."""
+
+    def __init__(self, batch: RelevanceBatch, plan: Exchange) -> None:
+        super().__init__(batch, plan, with_gradients=False)
+        self.log_sums = batch.scale.new_full(batch.queries.shape[:1], -torch.inf)
+        device = batch.scale.device
+        self.positives = torch.zeros((), dtype=sum_dtype(device), device=device)
+
+    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+        """Add a tile to the sums."""
+        logits = similarity * self.batch.scale
+        total = self.log_sums[rows]
+        torch.logaddexp(total, logits.logsumexp(dim=1), out=total)
+        self.positives += torch.where(relevant, logits, 0).sum()
+        return None
+
+
+class SoftmaxTrip(_Trip):
+    """The second trip of the softmax: the gradients."""
+
+    def __init__(
+        self, batch: RelevanceBatch, plan: Exchange, log_sums: Tensor, counts: Tensor
+    ) -> None:
+        super().__init__(batch, plan, with_gradients=True)
+        self.log_sums, self.counts = log_sums, counts
+
+    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+        """Return the derivative of a tile."""
+        shares = torch.exp(similarity * self.batch.scale - self.log_sums[rows, None])
+        return shares * self.counts[rows, None] - relevant.to(shares.dtype)
+
+
+def _check(queries: Tensor, documents: Tensor, relevance: Tensor) -> None:
+    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+        raise UserError(
+            f"query_features {tuple(queries.shape)} and document_features "
+            f"{tuple(documents.shape)} must be (B, D) and (C, D)"
+        )
+    if queries.dtype != documents.dtype:
+        raise UserError(
+            f"query_features ({queries.dtype}) and document_features ({documents.dtype}) must "
+            "have one dtype; cast one of them"
+        )
+    if relevance.dtype != torch.bool or relevance.shape[:1] != queries.shape[:1]:
+        raise UserError(
+            f"relevance {tuple(relevance.shape)} ({relevance.dtype}) must be bool with a row for "
+            f"each of the {len(queries)} queries"
+        )
