@@ -1,0 +1,151 @@
+"""Which space does the sigmoid loss end in, from a given start of scale and bias?
+
+The setting of all experiments of Bangachev et al. 2025: N free pairs (or k-tuples) in d
+dimensions, one scale and one relative bias, full batch, the loss divided by N^2.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
+from dist_siglip.losses import LogitScaleBias, ModalityGraph, multimodal_sigmoid_loss
+from dist_siglip.losses.adapter import SimplexAdapter
+from dist_siglip.losses.modalities import edges_of
+from dist_siglip.losses.scale import BiasParameterization
+from dist_siglip.metrics import collect_pair_statistics
+
+AUTHORS_SEED = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run of the sigmoid loss on free embeddings.
+
+    Args:
+        num_pairs: N.
+        dimension: d.
+        num_modalities: k; 2 are pairs.
+        graph: which modalities are compared.
+        bias_parameterization: which number is the parameter; the other one follows.
+        scale: logit scale at the start.
+        relative_bias: at the start, also of the absolute parameterisation: bias = -scale times it.
+        train_scale: whether the scale learns.
+        train_bias: whether the bias, or relative bias, learns.
+        is_locked: whether the first modality stays where it starts.
+        has_adapter: whether an explicit adapter stands behind the rows; scale and relative bias
+            are then set so that the loss starts as without it.
+        steps: of training.
+        seed: of the random start, beyond the authors' own.
+    """
+
+    num_pairs: int = 100
+    dimension: int = 10
+    num_modalities: int = 2
+    graph: ModalityGraph = "complete"
+    bias_parameterization: BiasParameterization = "relative"
+    scale: float = 10.0
+    relative_bias: float = 0.0
+    train_scale: bool = True
+    train_bias: bool = True
+    is_locked: bool = False
+    has_adapter: bool = False
+    steps: int = 10_000
+    seed: int = 0
+
+
+class Space(NamedTuple):
+    """Where a run ended.
+
+    Attributes:
+        training: rows and loss curve.
+        loss: of the last step, mean over the N^2 pairs.
+        scale: learned logit scale.
+        relative_bias: learned; -bias / scale if the bias is the parameter.
+        margin: half the gap between the worst positive and the worst negative over all edges.
+        best_relative_bias: the middle of that gap.
+        delta: of the adapter; 1 without one.
+    """
+
+    training: Training
+    loss: float
+    scale: float
+    relative_bias: float
+    margin: float
+    best_relative_bias: float
+    delta: float
+
+
+def train_space(start: Start, progress: Callable[[float], None] | None = None) -> Space:
+    """Train free embeddings on the sigmoid loss and measure the space.
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, section 3.5 and appendix D; reduction, seed and
+        projection as in the authors' notebooks.
+    """
+    generator = torch.Generator().manual_seed(AUTHORS_SEED + start.seed)
+    rows = [
+        random_rows(
+            start.num_pairs,
+            start.dimension,
+            generator,
+            trainable=not (start.is_locked and number == 0),
+        )
+        for number in range(start.num_modalities)
+    ]
+    adapter = SimplexAdapter(start.num_modalities) if start.has_adapter else None
+    scale, relative_bias = start.scale, start.relative_bias
+    if adapter is not None:
+        scale, relative_bias = adapter.unfold(scale, relative_bias)
+    logits = LogitScaleBias(
+        scale,
+        -scale * relative_bias,
+        bias_parameterization=start.bias_parameterization,
+        train_scale=start.train_scale,
+        train_bias=start.train_bias,
+    )
+
+    def loss(unit_rows: list[Tensor]) -> Tensor:
+        features = unit_rows if adapter is None else adapter(unit_rows)
+        total = multimodal_sigmoid_loss(features, *logits(), graph=start.graph)
+        return total / start.num_pairs
+
+    training = train_free_embeddings(
+        rows,
+        loss,
+        [*logits.parameters(), *(adapter.parameters() if adapter is not None else ())],
+        steps=start.steps,
+        progress=progress,
+    )
+    with torch.no_grad():
+        learned_scale, learned_bias = (value.item() for value in logits())
+    margin, best = margin_of(training.rows, start.graph)
+    return Space(
+        training,
+        training.loss,
+        learned_scale,
+        -learned_bias / learned_scale,
+        margin,
+        best,
+        1.0 if adapter is None else float(adapter.delta.detach()),
+    )
+
+
+def margin_of(rows: Sequence[Tensor], graph: ModalityGraph = "complete") -> tuple[float, float]:
+    """Return margin and best relative bias with one threshold for all edges of the graph.
+
+    Example:
+        >>> margin_of([torch.eye(2), torch.eye(2)])
+        (0.5, 0.5)
+    """
+    ids = torch.arange(len(rows[0]))
+    lowest, highest = math.inf, -math.inf
+    for a, b in edges_of(graph, len(rows)):
+        pairs = collect_pair_statistics(rows[a], rows[b], ids, ids, logit_scale=1.0, logit_bias=0.0)
+        lowest = min(lowest, pairs.positive.minimum)
+        highest = max(highest, pairs.negative.maximum)
+    return (lowest - highest) / 2, (lowest + highest) / 2
