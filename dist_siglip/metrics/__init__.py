@@ -19,6 +19,7 @@ from dist_siglip.metrics.pair_statistics import (
     collect_pair_statistics,
     histogram_edges,
 )
+from dist_siglip.metrics.relevance import RelevanceMargins, relevance_margins
 from dist_siglip.metrics.retrieval import (
     median_rank,
     recall_at_k,
@@ -36,6 +37,7 @@ __all__ = [
     "Neighbors",
     "PairEvaluation",
     "PairStatistics",
+    "RelevanceMargins",
     "collect_pair_statistics",
     "constellation",
     "evaluate_pairs",
@@ -48,6 +50,7 @@ __all__ = [
     "nearest_neighbors",
     "quantile_constellation",
     "recall_at_k",
+    "relevance_margins",
     "retrieval_ranks",
     "retrieval_ranks_both_ways",
     "uniformity",
