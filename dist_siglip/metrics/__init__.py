@@ -4,10 +4,31 @@ Every metric is a function of this rank's rows that also runs in one process wit
 group; ``PairEvaluation`` is the one class, for validation epochs.
 """
 
+from dist_siglip.metrics.capacity import (
+    Exponents,
+    LargestPairs,
+    RequiredDimension,
+    capacity_alpha,
+    capacity_exponents,
+    find_capacity_problem,
+    largest_margin,
+    largest_pairs,
+    margin_of_dimension,
+    required_dimension,
+)
 from dist_siglip.metrics.constellation import (
     Constellation,
     constellation,
     quantile_constellation,
+)
+from dist_siglip.metrics.constructions import (
+    code_alpha,
+    constellation_from_code,
+    construction_one,
+    construction_two,
+    random_code,
+    simplex_code,
+    subset_code,
 )
 from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
 from dist_siglip.metrics.gap import ModalityGap, modality_gap
@@ -27,31 +48,60 @@ from dist_siglip.metrics.retrieval import (
     retrieval_ranks_both_ways,
 )
 from dist_siglip.metrics.separability import linear_separability
+from dist_siglip.metrics.subset_capacity import (
+    critical_documents,
+    subset_dimension,
+    subset_dimension_scale,
+    subset_inner_products,
+    subset_margin,
+)
 from dist_siglip.metrics.uniformity import uniformity
 
 __all__ = [
     "Constellation",
     "CosineSummary",
     "Evaluation",
+    "Exponents",
+    "LargestPairs",
     "ModalityGap",
     "Neighbors",
     "PairEvaluation",
     "PairStatistics",
     "RelevanceMargins",
+    "RequiredDimension",
+    "capacity_alpha",
+    "capacity_exponents",
+    "code_alpha",
     "collect_pair_statistics",
     "constellation",
+    "constellation_from_code",
+    "construction_one",
+    "construction_two",
+    "critical_documents",
     "evaluate_pairs",
     "expected_sigmoid_loss",
+    "find_capacity_problem",
     "histogram_edges",
+    "largest_margin",
+    "largest_pairs",
     "linear_separability",
     "logit_summary",
+    "margin_of_dimension",
     "median_rank",
     "modality_gap",
     "nearest_neighbors",
     "quantile_constellation",
+    "random_code",
     "recall_at_k",
     "relevance_margins",
+    "required_dimension",
     "retrieval_ranks",
     "retrieval_ranks_both_ways",
+    "simplex_code",
+    "subset_code",
+    "subset_dimension",
+    "subset_dimension_scale",
+    "subset_inner_products",
+    "subset_margin",
     "uniformity",
 ]
