@@ -89,6 +89,25 @@ class CaptionRule:
             raise BadSampleError("caption is empty")
         return found[draw_one(len(found), *key, _CAPTION_DRAW)]
 
+    def all_of(self, members: Iterable[tuple[str, bytes]]) -> list[str]:
+        r"""List all captions of a sample, of the first member that has any.
+
+        Args:
+            members: as ``choose``.
+
+        Raises:
+            BadSampleError: as ``choose``.
+
+        Example:
+            >>> CaptionRule(split_lines=True).all_of([("txt", b"a hen\na bird")])
+            ['a hen', 'a bird']
+        """
+        for extension, data in members:
+            found = self._alternatives(extension, data)
+            if found:
+                return found
+        raise BadSampleError("caption is empty")
+
     def _alternatives(self, extension: str, data: bytes) -> list[str]:
         """List the captions of one member that are not empty."""
         if extension == "json":

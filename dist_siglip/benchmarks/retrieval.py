@@ -1,0 +1,98 @@
+"""Does a caption find its picture, and a picture one of its captions? Retrieval over a data set.
+
+A picture may have several captions (five in COCO and Flickr30k). Each caption is a query of its
+own; a picture has found its own if any of its captions is among the first k. A caption belongs to
+its own picture only, though another picture may have an equal one: so published tables count.
+"""
+
+from collections.abc import Sequence
+
+from torch.distributed import ProcessGroup
+
+from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.distributed import gather_rows
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+
+
+class Retrieval(Benchmark):
+    """Retrieval in both directions, with all captions of every picture.
+
+    Metrics, with CLIP_benchmark's names: ``image_retrieval_recall@K`` (a caption looks for its
+    picture), ``text_retrieval_recall@K`` (a picture looks for one of its captions); and beside them
+    ``image_retrieval_median_rank`` and ``text_retrieval_median_rank``. Ties count against the
+    query, where CLIP_benchmark leaves them to chance.
+
+    Args:
+        shards: webdataset shards of pictures and captions, as ``data.val_shards``.
+        name: of this benchmark.
+        captions: where captions are; all of a picture count. The default takes each line of a
+            .txt, as CLIP_benchmark writes them, else the list in the field "caption" of a .json.
+        top_k: the K of recall@K.
+        loading: how the shards are read.
+    """
+
+    task = "zeroshot_retrieval"
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        name: str = "retrieval",
+        captions: CaptionRule = CaptionRule(members=("txt", "json"), split_lines=True),  # noqa: B008 - frozen dataclass
+        top_k: Sequence[int] = (1, 5, 10),
+        loading: LoadSettings = LoadSettings(),  # noqa: B008 - frozen dataclass
+    ) -> None:
+        super().__init__(name)
+        self._top_k = tuple(top_k)
+        self._shards = BenchmarkShards(shards, captions, loading, name=name)
+
+    def check(self) -> None:
+        """Find what is wrong with settings and shards.
+
+        Raises:
+            UserError: naming it.
+        """
+        super().check()
+        if not self._top_k or min(self._top_k) < 1:
+            raise UserError(
+                f"top_k ({list(self._top_k)}) of benchmark {self.name!r} must hold numbers of at "
+                "least 1, e.g. [1, 5, 10]"
+            )
+        self._shards.check()
+
+    def evaluate(
+        self, model: EvaluatedModel, *, group: ProcessGroup | None = None
+    ) -> BenchmarkResult:
+        """Look for every caption and every picture; see the base class for the contract.
+
+        Raises:
+            UserError: on every rank: features are not finite, or too many samples cannot be used.
+        """
+        encoded = self._shards.encode(model, encoded_texts=None, group=group)
+        of_images, of_texts = (
+            gather_rows(ranks, group)
+            for ranks in retrieval_ranks_both_ways(
+                encoded.image_features,
+                encoded.text_features,
+                encoded.sample_ids,
+                encoded.text_sample_ids,
+                group=group,
+            )
+        )
+        num_images, num_texts = len(of_images), len(of_texts)
+        if not num_images:
+            raise UserError(f"benchmark {self.name!r} has no picture that can be used")
+        directions = (
+            ("image_retrieval", of_texts, num_images),
+            ("text_retrieval", of_images, num_texts),
+        )
+        metrics = {
+            f"{direction}_recall@{k}": recall_at_k(ranks, k, gallery_size=gallery)
+            for k in self._top_k
+            for direction, ranks, gallery in directions
+        }
+        metrics |= {f"{name}_median_rank": median_rank(ranks) for name, ranks, _ in directions}
+        details = {"pictures": num_images, "captions": num_texts, "left_out": encoded.num_bad}
+        return BenchmarkResult(metrics, details)
