@@ -1,0 +1,110 @@
+"""Do two sets of embeddings agree on which things are alike, over all pairs of them?
+
+Both measures are functions of the Gram matrices K = X X' and L = Y Y' alone, so a rotation or a
+scale of one side changes nothing, and neither does a shift. They are computed without a Gram
+matrix, from second moments of the centred rows:
+
+    tr(K H L H)          = |X'Y|_F^2
+    <K~, L~>             = |X'Y|_F^2 - q         q = sum |x|^2 |y|^2        K~: diagonal set to 0
+    1'K~1                = -a                    a = sum |x|^2              b = sum |y|^2
+    1'K~ L~1             = q
+
+The unbiased estimate does not change with a shift, so it may be taken from centred rows.
+"""
+
+import math
+
+from torch import Tensor
+
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.representations.moments import PairedMoments
+
+LEAST_ROWS = 4
+
+
+def cka(moments: PairedMoments) -> float:
+    """Centred kernel alignment with inner products as kernel, in [0, 1].
+
+        CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))        HSIC(K, L) = tr(K H L H)
+
+    with H = I - 11'/N. With few rows it is large even for independent sides, the larger the more
+    dimensions they have; ``unbiased_cka`` is not.
+
+    Args:
+        moments: of both sides.
+
+    Returns:
+        1 for sides that are equal up to rotation, scale and shift; NaN if a side has no spread.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.representations import collect_moments
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -2.0]])
+        >>> round(cka(collect_moments(rows, 5 * rows.flip(1) + 1)), 12)
+        1.0
+
+    Source:
+        Kornblith et al. 2019, arXiv:1905.00414, equations 2 and 3. minyoungg/platonic-rep adds
+        1e-6 to the root and BangachevKiril/L2PRH does not let its argument fall below 1e-6; here
+        is neither.
+    """
+    cross, first, second = (
+        float(block.square().sum()) for block in (moments.cross, moments.first, moments.second)
+    )
+    return _ratio(cross, first, second)
+
+
+def unbiased_cka(moments: PairedMoments) -> float:
+    """Centred kernel alignment from the unbiased estimate of HSIC; independent sides give about 0.
+
+        HSIC_u(K, L) = 1 / (N (N - 3)) * ( <K~, L~'> + 1'K~1 1'L~1 / ((N - 1)(N - 2))
+                                           - 2 / (N - 2) * 1'K~ L~1 )
+
+    Args:
+        moments: of both sides, with at least 4 rows.
+
+    Returns:
+        At most about 1, may be below 0; NaN if a side has no spread.
+
+    Raises:
+        UserError: for fewer than 4 rows.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.representations import collect_moments
+        >>> rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -2.0]])
+        >>> round(unbiased_cka(collect_moments(rows, 5 * rows.flip(1) + 1)), 12)
+        1.0
+
+    Source:
+        Song et al. 2012, "Feature selection via dependence maximization", equation 5; as
+        unbiased_cka of minyoungg/platonic-rep, which adds 1e-6 to the root: with rows of length 1
+        and D directions HSIC_u is about 1 / D, so that its values are lower by a share of 1e-6 D.
+    """
+    if moments.num_rows < LEAST_ROWS:
+        raise UserError(
+            f"unbiased CKA of {moments.num_rows} rows is not defined; give at least {LEAST_ROWS}"
+        )
+    first_trace, second_trace = float(moments.first.trace()), float(moments.second.trace())
+    return _ratio(
+        _unbiased_hsic(moments, moments.cross, moments.cross_norms, first_trace * second_trace),
+        _unbiased_hsic(moments, moments.first, moments.first_norms, first_trace**2),
+        _unbiased_hsic(moments, moments.second, moments.second_norms, second_trace**2),
+    )
+
+
+def _unbiased_hsic(moments: PairedMoments, block: Tensor, norms: float, traces: float) -> float:
+    """HSIC_u by the identities of the module; ``traces`` is a b."""
+    count = moments.num_rows
+    total = (
+        float(block.square().sum())
+        - norms
+        + traces / ((count - 1) * (count - 2))
+        - 2 * norms / (count - 2)
+    )
+    return total / (count * (count - 3))
+
+
+def _ratio(cross: float, first: float, second: float) -> float:
+    product = first * second
+    return cross / math.sqrt(product) if product > 0 else math.nan
