@@ -12,19 +12,20 @@ WIDTH = 6
 
 
 def unit(rows):
-    return torch.nn.functional.normalize(rows.float(), dim=-1)
+    # In float64 until here, so that equal inputs have equal features in any batch.
+    return torch.nn.functional.normalize(rows, dim=-1).float()
 
 
 def text_map(tokens):
     """(B, 24) code points to (B, WIDTH)."""
-    weights = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(1))
-    return unit(torch.sin(tokens.float()) @ weights)
+    weights = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    return unit(torch.sin(tokens.double()) @ weights)
 
 
 def image_map(pixels):
     """(B, 3, H, W) uint8 to (B, WIDTH)."""
-    weights = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(2))
-    halves = pixels.float().unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean(dim=(3, 5))
+    weights = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(2)).double()
+    halves = pixels.double().unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean(dim=(3, 5))
     return unit(torch.sin(halves.flatten(1) / 9) @ weights)
 
 
