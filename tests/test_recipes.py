@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.runs import RunFolder
-from tests.support.command import run_command
+from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -77,9 +77,15 @@ def test_a_recipe_trains_two_steps_and_evaluates(path, parts, tmp_path):
         command += ["--format", "features", "--towers", "image", "--dtype", "float32"]
         command += ["--model", parts.folder / "tiny.json", "--workers", 0]
         command += ["--pretrained", parts.folder / "weights.safetensors"]
-        done = run_command(*command)
+        done = run_forked(*command)
         assert done.returncode == 0, done.stderr
-    done = run_command("fit", "--config", path, *shrunk(recipe, parts, tmp_path))
+    done = run_forked(
+        "fit",
+        "--config",
+        path,
+        *shrunk(recipe, parts, tmp_path),
+        world_size=2 if "strategy" in recipe["trainer"] else 1,
+    )
     assert done.returncode == 0, done.stderr
     run = RunFolder(tmp_path / "run")
     assert run.steps_with_checkpoint() == [2]

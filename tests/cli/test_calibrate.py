@@ -7,6 +7,7 @@ import pytest
 from dist_siglip.cli import main
 from dist_siglip.runs import RunFolder
 from tests.support.command import run_command, write_settings
+from tests.support.forked_runs import run_forked
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -17,7 +18,7 @@ NUM_PAIRS = 72  # all training pairs
 def trained(tmp_path_factory):
     """A run that has learned to tell its training pairs apart a little."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run_command(
+    done = run_forked(
         "fit",
         "--config",
         write_settings(folder),
@@ -82,13 +83,14 @@ def test_a_run_is_calibrated_before_its_first_step(trained, tmp_path, capsys):
     firsts = {}
     for pairs, devices in (("null", 1), ("4096", 2)):
         run = RunFolder(tmp_path / pairs)
-        done = run_command(
+        done = run_forked(
             "fit",
             *arguments,
             f"--run_dir={run.path}",
             f"--model.calibration_pairs={pairs}",
             f"--trainer.devices={devices}",
             f"--model.micro_batch_size={10 * devices}",
+            world_size=devices,
         )
         assert done.returncode == 0, done.stderr
         assert (warning in done.stderr) == (pairs == "null")

@@ -9,8 +9,9 @@ import pytest
 
 from dist_siglip.cli import main
 from tests.module.test_trained import run_of
-from tests.support.command import REPOSITORY, environment, run_command, write_settings
+from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.embedding import COUNTS, load_rows
+from tests.support.forked_runs import run_forked
 from tests.support.shards import write_shards
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -75,7 +76,7 @@ def test_torchrun_and_one_process_write_the_same_file(words, tmp_path):
 @pytest.mark.slow
 def test_rows_of_a_run_are_the_features_of_its_last_evaluation(tmp_path):
     settings = write_settings(tmp_path, max_steps=4, val_check_interval=4)
-    done = run_command("fit", "--config", settings)
+    done = run_forked("fit", "--config", settings)
     assert done.returncode == 0, done.stderr
     shards, out = sorted((tmp_path / "data").glob("val*.tar")), tmp_path / "out"
     words = [json.dumps([str(shard) for shard in shards]), f"--out={out}", "--dtype=float32"]

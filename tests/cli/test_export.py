@@ -12,8 +12,9 @@ from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.lora import LoraSettings, add_adapters
 from dist_siglip.module.trained import load_trained
 from dist_siglip.runs import RunFolder
-from tests.support.command import run_command, write_settings
+from tests.support.command import write_settings
 from tests.support.exports import CAPTIONS, features_of
+from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
@@ -22,7 +23,7 @@ def run_dir(tmp_path_factory):
     """A short run with the other parameterisation of the bias."""
     folder = tmp_path_factory.mktemp("run")
     settings = write_settings(folder, max_steps=4, limit_val_batches=0)
-    done = run_command("fit", "--config", settings, "--model.logits.bias_parameterization=relative")
+    done = run_forked("fit", "--config", settings, "--model.logits.bias_parameterization=relative")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -56,7 +57,7 @@ def test_adapters_are_merged_into_what_open_clip_reads(tmp_path):
     for tower in ("image", "text"):
         content["model"][f"{tower}_tower"] = {"lora": {"rank": 2}}
     settings.write_text(yaml.safe_dump(content))
-    done = run_command("fit", "--config", settings, "--model.optim.learning_rate=0.1")
+    done = run_forked("fit", "--config", settings, "--model.optim.learning_rate=0.1")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     assert main(["export", f"--run_dir={tmp_path / 'run'}", "--to=open_clip", f"--out={out}"]) == 0

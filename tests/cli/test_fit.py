@@ -7,11 +7,8 @@ import torch
 import yaml
 
 from dist_siglip.runs import RunFolder
-from tests.support.command import (
-    kill_when,
-    run_command,
-    write_settings,
-)
+from tests.support.command import run_command, write_settings
+from tests.support.forked_runs import run_forked, start
 from tests.support.recording import global_batches
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -39,7 +36,7 @@ def uninterrupted(tmp_path_factory):
     """Fifteen steps on one process: two and a half epochs of 72 pairs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     settings = write_settings(folder)
-    done = run_command("fit", "--config", settings, *recording(folder / "order"))
+    done = run_forked("fit", "--config", settings, *recording(folder / "order"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -71,15 +68,19 @@ def test_each_epoch_trains_every_sample_once(uninterrupted):
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_several_ranks_train_the_same_model(uninterrupted, devices, tmp_path):
-    """Same batches, same loss curve, same parameters as one process, up to float32 rounding."""
-    done = run_command(
+    """Same batches, same loss curve, same parameters as one process, up to float32 rounding.
+
+    Two ranks are started by Lightning's launcher, three as torchrun does.
+    """
+    arguments = [
         "fit",
         "--config",
         uninterrupted / "settings.yaml",
         f"--trainer.devices={devices}",
         f"--run_dir={tmp_path / 'run'}",
         *recording(tmp_path / "order"),
-    )
+    ]
+    done = run_command(*arguments) if devices == 2 else run_forked(*arguments, world_size=devices)
     assert done.returncode == 0, done.stderr
     assert global_batches(tmp_path / "order") == global_batches(uninterrupted / "order")
     expected = losses(uninterrupted / "run")
@@ -93,14 +94,15 @@ def test_killed_and_resumed_on_other_ranks_sees_the_same_samples(uninterrupted, 
     """SIGKILL after step 4 on 2 ranks; go on with 3, kill again; finish on 1."""
     settings = ["--config", uninterrupted / "settings.yaml", f"--run_dir={tmp_path / 'run'}"]
     run = RunFolder(tmp_path / "run")
-    for start, devices in ((4, 2), (8, 3)):
-        kill_when(
-            ["fit", *settings, f"--trainer.devices={devices}", *recording(tmp_path / "order")],
-            lambda step=start: step in run.steps_with_checkpoint(),
-        )
+    for step, devices in ((4, 2), (8, 3)):
+        arguments = ["fit", *settings, f"--trainer.devices={devices}"]
+        ranks = start([*arguments, *recording(tmp_path / "order")], tmp_path / "log", devices)
+        is_saved = ranks.wait_until(lambda step=step: step in run.steps_with_checkpoint())
+        assert is_saved, ranks.said()
+        ranks.kill()
     (tmp_path / "order").rename(tmp_path / "before")
     resumed_from = max(run.steps_with_checkpoint())
-    done = run_command(
+    done = run_forked(
         "fit", "--config", run.config, "--trainer.devices=1", *recording(tmp_path / "order")
     )
     assert done.returncode == 0, done.stderr
@@ -116,7 +118,7 @@ def test_killed_and_resumed_on_other_ranks_sees_the_same_samples(uninterrupted, 
 
 def test_a_finished_run_says_so_and_is_left_alone(uninterrupted):
     before = RunFolder(uninterrupted / "run").checkpoint(15).stat().st_mtime_ns
-    done = run_command("fit", "--config", uninterrupted / "run" / "config.yaml")
+    done = run_forked("fit", "--config", uninterrupted / "run" / "config.yaml")
     assert done.returncode == 0
     assert "is complete: step 15 of 15" in done.stderr
     assert RunFolder(uninterrupted / "run").checkpoint(15).stat().st_mtime_ns == before
@@ -137,7 +139,7 @@ def test_validate_repeats_the_evaluation_on_two_ranks(uninterrupted):
 
 def test_mixed_precision_with_clipping_trains(uninterrupted, tmp_path):
     """Lightning's own clipping refuses fused AdamW under bf16-mixed."""
-    done = run_command(
+    done = run_forked(
         "fit",
         "--config",
         uninterrupted / "settings.yaml",
@@ -152,14 +154,14 @@ def test_mixed_precision_with_clipping_trains(uninterrupted, tmp_path):
 
 def test_another_experiment_in_the_folder_is_refused(uninterrupted):
     before = (uninterrupted / "run" / "config.yaml").read_text()
-    done = run_command("fit", "--config", uninterrupted / "settings.yaml", "--seed_everything=4")
+    done = run_forked("fit", "--config", uninterrupted / "settings.yaml", "--seed_everything=4")
     assert done.returncode == 2
     assert "holds another run: seed_everything (3 in the folder, 4 now)" in done.stderr
     assert (uninterrupted / "run" / "config.yaml").read_text() == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
-    done = run_command(
+    done = run_forked(
         "fit",
         "--config",
         uninterrupted / "settings.yaml",

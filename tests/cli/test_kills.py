@@ -44,17 +44,6 @@ def newest(run):
     return max(run.steps_with_checkpoint(), default=0)
 
 
-def wait_until(is_time, started, seconds=120):
-    """Wait, looking all the time; return whether the run is still there to be killed."""
-    deadline = time.monotonic() + seconds
-    while not is_time():
-        if any(rank.exitcode is not None for rank in started.ranks):
-            return False
-        assert time.monotonic() < deadline, f"the moment never came:\n{started.said()}"
-        time.sleep(0.0002)
-    return True
-
-
 def moments(run, draw):
     """When to kill the next start, in turns: at any time, after a few steps, inside a save.
 
@@ -124,7 +113,7 @@ def kill_starts(command, run, times, folder, world_size=1, victim=None):
     for number in range(times):
         left = set(run.unfinished())
         started = start(command(number), folder / f"{number}.txt", world_size)
-        assert wait_until(next(when), started), started.said()
+        assert started.wait_until(next(when)), started.said()
         rank = victim(number) if victim else None
         started.kill(rank)
         codes = started.wait(60)

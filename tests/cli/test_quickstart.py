@@ -8,6 +8,7 @@ import torch
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import kill_when, run_command
+from tests.support.forked_runs import run_forked
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -74,7 +75,7 @@ def test_killed_midway_and_gone_on_with_fit_ends_the_same(short, tmp_path):
         lambda: folder.newest_checkpoint() is not None,
     )
     assert folder.steps_with_checkpoint() == [50]
-    done = run_command("fit", "--config", folder.config)
+    done = run_forked("fit", "--config", folder.config, world_size=2)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
     uninterrupted = losses(short[0])
@@ -95,14 +96,14 @@ def weights(folder):
 def test_a_second_call_shows_the_finished_run(short):
     folder, _ = short
     before = RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns
-    done = run_command("quickstart", f"--out={folder}", f"--steps={STEPS}")
+    done = run_forked("quickstart", f"--out={folder}", f"--steps={STEPS}")
     assert done.returncode == 1
     assert "is complete: step 70 of 70" in done.stderr
     assert RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns == before
 
 
 def test_another_seed_in_the_folder_is_refused(short):
-    done = run_command("quickstart", f"--out={short[0]}", "--seed=1")
+    done = run_forked("quickstart", f"--out={short[0]}", "--seed=1")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "seed" in line

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dist_siglip.runs import RunFolder
-from tests.support.command import run_command, write_settings
+from tests.support.command import write_settings
+from tests.support.forked_runs import run_forked
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -13,7 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def test_a_learning_rate_that_destroys_the_weights_ends_the_run_with_code_3(tmp_path):
     """The first step throws the weights far away; none after it is finite."""
     settings = write_settings(tmp_path)
-    done = run_command(
+    done = run_forked(
         "fit",
         "--config",
         settings,

@@ -12,7 +12,8 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, siglip_loss
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
-from tests.support.command import run_command, write_settings
+from tests.support.command import write_settings
+from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of, write_config
 
 
@@ -203,13 +204,14 @@ def test_a_bias_that_the_loss_does_not_use_is_frozen_and_said(
 @pytest.mark.distributed
 def test_a_softmax_loss_trains_under_ddp(tmp_path):
     """open_clip#1076: a bias without a gradient stops DDP."""
-    done = run_command(
+    done = run_forked(
         "fit",
         "--config",
         write_settings(tmp_path),
         "--model.loss=dist_siglip.losses.ClipLoss",
         "--trainer.devices=2",
         "--trainer.max_steps=2",
+        world_size=2,
     )
     assert done.returncode == 0, done.stderr
     assert "ClipLoss uses no bias: logit_bias is frozen" in done.stderr

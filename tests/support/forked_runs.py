@@ -9,12 +9,15 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support.ports import next_port
 from tests.support.processes import IMPORTED_ONCE
@@ -55,6 +58,16 @@ class ForkedRun:
             raise TimeoutError(f"{alive} ran past {seconds} s:\n{self.said()}")
         return [each.exitcode for each in self.ranks]
 
+    def wait_until(self, is_time: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait for a moment, looking all the time; return whether every rank is still there."""
+        deadline = time.monotonic() + seconds
+        while not is_time():
+            if any(rank.exitcode is not None for rank in self.ranks):
+                return False
+            assert time.monotonic() < deadline, f"the moment never came:\n{self.said()}"
+            time.sleep(0.0002)
+        return True
+
     def said(self) -> str:
         """Standard output and error of all ranks."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -72,6 +85,21 @@ def start(arguments: list[object], log: Path, world_size: int = 1) -> ForkedRun:
         process.start()
         run.ranks.append(process)
     return run
+
+
+class Ended(NamedTuple):
+    """What a start left behind: as ``subprocess.CompletedProcess``, with both outputs in one."""
+
+    returncode: int
+    stderr: str
+
+
+def run_forked(*arguments: object, world_size: int = 1, timeout_seconds: float = 180) -> Ended:
+    """Run ``dist-siglip ARGUMENTS`` to its end; the code is the first rank's that is not 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = start(list(arguments), Path(folder) / "said.txt", world_size)
+        codes = run.wait(timeout_seconds)
+        return Ended(next((code for code in codes if code), 0), run.said())
 
 
 def _kill(process: BaseProcess) -> None:
