@@ -28,6 +28,7 @@ _VERBS = {
     "slurm": ("dist_siglip.cli.slurm", "print or submit the batch script of a run"),
     "doctor": ("dist_siglip.cli.doctor", "will a run work here: machines, ranks, folder, shards"),
     "export": ("dist_siglip.cli.export", "a trained model as other libraries read it"),
+    "lab": ("dist_siglip.cli.lab", "run published experiments and compare with what was published"),
     "calibrate": (
         "dist_siglip.cli.calibrate",
         "fit scale and bias to a model, its data and its global batch",

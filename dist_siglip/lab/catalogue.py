@@ -28,7 +28,52 @@ EXPERIMENTS: dict[str, Entry] = {
     "five_starts": Entry(
         "dist_siglip.lab.experiments.five_starts",
         "does a relative bias help, and from which start?",
-        2.0,
+        1.5,
+    ),
+    "frozen_bias": Entry(
+        "dist_siglip.lab.experiments.frozen_bias",
+        "does a larger frozen relative bias give a larger margin?",
+        2.5,
+    ),
+    "locked_encoder": Entry(
+        "dist_siglip.lab.experiments.locked_encoder",
+        "can an encoder be trained against a locked one, with and without adapter?",
+        1.0,
+    ),
+    "modalities": Entry(
+        "dist_siglip.lab.experiments.modalities",
+        "do one scale and one relative bias serve 2, 4 and 6 modalities?",
+        4.0,
+    ),
+    "clamped_loss": Entry(
+        "dist_siglip.lab.experiments.clamped_loss",
+        "does a large fixed scale fail, or the logarithm of the published code?",
+        3.0,
+    ),
+    "parity": Entry(
+        "dist_siglip.lab.experiments.parity",
+        "is the loss of many ranks that of one, with all its gradients?",
+        0.5,
+    ),
+    "minimum_dimension": Entry(
+        "dist_siglip.lab.experiments.minimum_dimension",
+        "how many dimensions does retrieval of all pairs of documents need?",
+        10.0,
+    ),
+    "critical_documents": Entry(
+        "dist_siglip.lab.experiments.critical_documents",
+        "for how many documents can d dimensions rank every two first?",
+        2.5,
+    ),
+    "contrastive_gap": Entry(
+        "dist_siglip.lab.experiments.contrastive_gap",
+        "is there a gap without modalities, and do uniformity and alignment close it?",
+        3.0,
+    ),
+    "closed_forms": Entry(
+        "dist_siglip.lab.experiments.closed_forms",
+        "do the metrics give the values that follow on paper?",
+        0.1,
     ),
 }
 

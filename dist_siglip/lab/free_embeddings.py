@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_siglip.losses.finite import let_pass
+
 _RECORDS = 200  # points of the loss curve
+_FIRST_RECORDS = (1, 2, 5, 10, 20)  # for logarithmic axes
 
 
 class Training(NamedTuple):
@@ -67,6 +70,9 @@ def train_free_embeddings(
 ) -> Training:
     """Minimise a loss of unit rows and scalars with Adam, in one process.
 
+    The library's losses are not asked to look for rows that are not finite (``let_pass``), which
+    would be a tenth of the time; what is not a number stays one until the table.
+
     Args:
         rows: (N, D) matrices; those that need no gradient are locked. Changed in place.
         loss: of the unit rows, in the order of ``rows``; full batch, in the reduction of the
@@ -103,14 +109,15 @@ def train_free_embeddings(
         if schedule is not None:
             optimizer.param_groups[0]["lr"] = learning_rate * schedule((step - 1) / steps)
         optimizer.zero_grad()
-        value = loss([F.normalize(matrix, dim=-1) for matrix in rows])
+        with let_pass():
+            value = loss([F.normalize(matrix, dim=-1) for matrix in rows])
         value.backward()
         optimizer.step()
         with torch.no_grad():
             for matrix in rows:
                 if matrix.requires_grad:
                     matrix.div_(matrix.norm(dim=-1, keepdim=True))
-        if step % every == 0 or step in (1, steps):
+        if step % every == 0 or step in _FIRST_RECORDS or step == steps:
             recorded_steps.append(step)
             recorded_losses.append(value.item())
             if progress is not None:

@@ -69,6 +69,7 @@ class Space(NamedTuple):
         margin: half the gap between the worst positive and the worst negative over all edges.
         best_relative_bias: the middle of that gap.
         delta: of the adapter; 1 without one.
+        folded: scale and relative bias that give the same loss without the adapter.
     """
 
     training: Training
@@ -78,6 +79,7 @@ class Space(NamedTuple):
     margin: float
     best_relative_bias: float
     delta: float
+    folded: tuple[float, float]
 
 
 def train_space(start: Start, progress: Callable[[float], None] | None = None) -> Space:
@@ -123,15 +125,16 @@ def train_space(start: Start, progress: Callable[[float], None] | None = None) -
     )
     with torch.no_grad():
         learned_scale, learned_bias = (value.item() for value in logits())
+    learned = (learned_scale, -learned_bias / learned_scale)
     margin, best = margin_of(training.rows, start.graph)
     return Space(
         training,
         training.loss,
-        learned_scale,
-        -learned_bias / learned_scale,
+        *learned,
         margin,
         best,
         1.0 if adapter is None else float(adapter.delta.detach()),
+        learned if adapter is None else adapter.fold(*learned),
     )
 
 

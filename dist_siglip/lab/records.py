@@ -1,0 +1,163 @@
+"""How is the outcome of an experiment kept and shown?
+
+For each experiment NAME.json, NAME.svg and NAME.png in the folder of the lab, and one page,
+lab.md, with all that lie there.
+"""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_siglip.atomic import write_atomically
+from dist_siglip.errors import UserError
+from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, Outcome, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "lab.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """An experiment that was run.
+
+    Attributes:
+        name: of the experiment.
+        rows: its table.
+        notes: what one must know to judge it.
+        quick: whether it was the quick subset.
+        seed: added to the authors' seed.
+        cpu_seconds: of the process that ran it and of the processes it started.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    quick: bool
+    seed: int
+    cpu_seconds: float
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each verdict; corrections are counted together."""
+        found = Counter("corrected" if ":" in row.verdict else row.verdict for row in self.rows)
+        return {name: found[name] for name in (REPRODUCED, "corrected", DIFFERS, UNPUBLISHED)}
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no row differs without a reason."""
+        return all(row.is_sound for row in self.rows)
+
+
+def write_record(
+    folder: Path, name: str, outcome: Outcome, *, quick: bool, seed: int, cpu_seconds: float
+) -> Record:
+    """Write the numbers and the figure of an experiment, each file in one piece."""
+    record = Record(
+        name=name,
+        rows=outcome.rows,
+        notes=outcome.notes,
+        quick=quick,
+        seed=seed,
+        cpu_seconds=round(cpu_seconds, 1),
+    )
+    content = asdict(record) | {"rows": [_row_as_json(row) for row in record.rows]}
+    write_atomically(folder / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    for kind in ("svg", "png"):
+        write_atomically(folder / f"{name}.{kind}", _drawn(outcome.figure, kind, name))
+    return record
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read what lies in the folder, in the order of the catalogue.
+
+    Raises:
+        UserError: if a file is no record.
+    """
+    records = []
+    for path in (folder / f"{name}.json" for name in EXPERIMENTS):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows = tuple(_row_from_json(row) for row in content.pop("rows"))
+            notes = tuple(content.pop("notes"))
+            records.append(Record(rows=rows, notes=notes, **content))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is no record of the lab; remove it or run it again") from error
+    return records
+
+
+def write_page(folder: Path) -> Path:
+    """Write lab.md, the page of all records of the folder, and return its path."""
+    records = read_records(folder)
+    lines = [_summary_of(records)]
+    for record in records:
+        lines += [f"## {record.name}", EXPERIMENTS[record.name].summary.capitalize()]
+        lines += [f"![{record.name}]({record.name}.svg)", markdown_table(record.rows)]
+        lines.append("\n".join(f"- {note}" for note in record.notes))
+    write_atomically(folder / PAGE, "\n\n".join(line for line in lines if line) + "\n")
+    return folder / PAGE
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Format rows for a page.
+
+    Example:
+        >>> print(markdown_table([Row("margin", 0.24, 0.23911, 0.01, "reproduced")]))
+        | quantity | published | ours | tolerance | verdict |
+        | --- | ---: | ---: | ---: | --- |
+        | margin | 0.24 | 0.2391 | 0.01 | reproduced |
+    """
+    cells = [[text.replace("|", r"\|") for text in cells_of(row)] for row in rows]
+    head = [
+        "| quantity | published | ours | tolerance | verdict |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def cells_of(row: Row) -> tuple[str, str, str, str, str]:
+    """Return a row as text: four digits of what was measured here."""
+    published = f"{row.published:g}" if isinstance(row.published, float | int) else row.published
+    tolerance = "" if row.tolerance is None else f"{row.tolerance:g}"
+    return row.quantity, published or "", f"{row.ours:.4g}", tolerance, row.verdict
+
+
+def _summary_of(records: Sequence[Record]) -> str:
+    head = "| experiment | asks | reproduced | corrected | differs | unpublished | CPU seconds |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for record in records:
+        kind = " (quick)" if record.quick else ""
+        counts = " | ".join(str(count) for count in record.counts.values())
+        link = f"[{record.name}](#{record.name})"
+        question = EXPERIMENTS[record.name].summary
+        lines.append(f"| {link}{kind} | {question} | {counts} | {record.cpu_seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    """JSON has no nan and no infinity."""
+    return row._asdict() | {"ours": row.ours if math.isfinite(row.ours) else str(row.ours)}
+
+
+def _row_from_json(content: dict[str, Any]) -> Row:
+    return Row(**content | {"ours": float(content["ours"])})
+
+
+def _drawn(figure: "Figure", kind: str, name: str) -> bytes:
+    """Draw; the same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=kind, metadata=metadata, facecolor="white")
+    return buffer.getvalue()
