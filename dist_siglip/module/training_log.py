@@ -19,14 +19,15 @@ def log_training(
     """Log global values; one small all-reduce, on logged steps only.
 
     Args:
-        module: under training; its ``loss`` may count duplicate captions.
+        module: under training; its ``loss``, if it has one, may count duplicate captions.
         loss: this rank's share, whose mean over ranks is the loss.
         logit_scale: of the step.
         logit_bias: of the step.
         num_substituted: samples of this rank so far that stood in for bad ones.
         pace: of this rank; keeps that of all ranks.
     """
-    duplicates: Tensor | None = getattr(module.loss, "last_duplicate_pairs", None)
+    loss_module = getattr(module, "loss", None)
+    duplicates: Tensor | None = getattr(loss_module, "last_duplicate_pairs", None)
     counts = (num_substituted, 0 if duplicates is None else duplicates)
     sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
     row = pace.take_row(module.trainer.global_rank, module.trainer.world_size)

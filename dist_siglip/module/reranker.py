@@ -1,0 +1,227 @@
+"""How do a frozen dual encoder and a fusion head make a run? No formula is here."""
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.distributed.pace import Pace
+from dist_siglip.errors import UserError
+from dist_siglip.losses.matching import match_loss
+from dist_siglip.metrics import Evaluation, PairEvaluation
+from dist_siglip.models.fusion import FusionConfig, FusionHead
+from dist_siglip.models.fusion_file import check_towers, digest_towers
+from dist_siglip.models.tokens import (
+    Encoded,
+    encode_image_tokens,
+    encode_text_tokens,
+    token_shapes,
+)
+from dist_siglip.module.optimizing import clip, configure
+from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
+from dist_siglip.module.trained import load_trained
+from dist_siglip.module.training_log import log_training
+from dist_siglip.optim import OptimConfig, StepCheck
+from dist_siglip.optim.state_names import by_name, by_number
+
+logger = logging.getLogger(__name__)
+
+
+class RerankerModule(LightningModule):
+    """Trains a fusion head on the tokens of a trained dual encoder, which stays as it is.
+
+    Checkpoints hold the head alone, and digests of the towers.
+
+    Args:
+        run_dir: run whose dual encoder is taken, at its newest sound checkpoint.
+        ckpt_path: another checkpoint of that run.
+        model: in place of a run: an open_clip architecture, as of ``fit``.
+        pretrained: weights of ``model``.
+        head: sizes of the fusion head.
+        hard_negatives: wrong texts for each image, and wrong images for each text, of a training
+            batch over all ranks.
+        candidates: items of a query that an evaluation re-ranks.
+        pairs_per_pass: pairs the head judges at a time; the same gradients in less memory, for one
+            more forward pass if a batch has more pairs.
+        optim: optimizer and learning rate.
+        global_batch_size: pairs of a training batch over all ranks. The command line takes it from
+            the data.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | None = None,
+        ckpt_path: str | None = None,
+        model: str | None = None,
+        pretrained: str | None = None,
+        head: FusionConfig = FusionConfig(),  # noqa: B008 - frozen dataclass
+        hard_negatives: int = 4,
+        candidates: int = 10,
+        pairs_per_pass: int = 4096,
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
+        global_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("hard_negatives", hard_negatives),
+            ("candidates", candidates),
+            ("pairs_per_pass", pairs_per_pass),
+        ):
+            if value < 1:
+                raise UserError(f"{name} ({value}) must be at least 1")
+        built = load_trained(
+            run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained
+        )
+        self.built = built
+        self.digests = digest_towers(built)
+        self.towers = built.encoder
+        self.towers.keep_in_evaluation([self.towers.clip])
+        shapes = token_shapes(built)
+        self.head = FusionHead(
+            shapes["image"],
+            shapes["text"],
+            head,
+            start_scale=built.start_scale,
+            start_bias=built.start_bias,
+        )
+        self.inputs = ModelInputs.of(built)
+        self.hard_negatives, self.candidates = hard_negatives, candidates
+        self.pairs_per_pass = pairs_per_pass
+        self.optim = optim
+        self.global_batch_size = global_batch_size
+        self.evaluation = PairEvaluation()
+        self._rows: list[tuple[Tensor, ...]] = []
+        self.last_evaluation: Evaluation | None = None
+        self.last_evaluated_step: int | None = None
+        self.pace = Pace()
+        self._loaded_steps = 0
+        # Of the callback StepGuard: skips a step that is not finite, which else is an error.
+        self.step_check: StepCheck | None = None
+        self._num_substituted: Tensor | int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps behind the present head, those of a loaded checkpoint included."""
+        return max(self.global_step, self._loaded_steps)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the state of what trains: the towers are those of another run."""
+        whole = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in whole.items() if not name.startswith("towers.")}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the state of what trains; the towers stay as they are."""
+        towers = {f"towers.{name}": value for name, value in self.towers.state_dict().items()}
+        return super().load_state_dict({**towers, **state_dict}, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down whose tokens the head reads; name the optimizer's parameters."""
+        checkpoint["towers"] = dict(self.digests)
+        if "optimizer_states" in checkpoint:
+            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [
+                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
+            ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the towers are those of the checkpoint; remember its step."""
+        check_towers(checkpoint["towers"], self.digests, "the head of the checkpoint")
+        self._loaded_steps = int(checkpoint["global_step"])
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [by_number(state) for state in states]
+
+    def on_fit_start(self) -> None:
+        """Tell Lightning that the towers are in evaluation mode on purpose."""
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
+    @torch.no_grad()
+    def encode(self, batch: ImageTextBatch) -> tuple[Encoded, Encoded]:
+        """Encode both sides of a batch to features and tokens."""
+        images = encode_image_tokens(self.towers, batch.images)
+        return images, encode_text_tokens(self.towers, batch.texts)
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """Return this rank's share of the global loss; the mean over ranks is the loss."""
+        self.pace.begin_encoding(self.device)
+        images, texts = self.encode(batch)
+        self.pace.end_encoding()
+        pairs = choose_hard_pairs(images, texts, batch.caption_ids, self.hard_negatives)
+        logits = judge_pairs(self.head, pairs, self.pairs_per_pass)
+        positives, negatives = logits.tensor_split([pairs.num_positives])
+        loss = match_loss(positives, negatives)
+        self._num_substituted = self._num_substituted + batch.substituted.sum()
+        if self._is_logged_step():
+            scale, bias = self.head.log_scale.exp().sum(), self.head.logit_bias.sum()
+            log_training(self, loss, scale, bias, self._num_substituted, self.pace)
+        if self.step_check is None:
+            return loss
+        return self.step_check.look(loss, images.features, texts.features, batch.sample_ids)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of the last evaluation."""
+        self.evaluation.reset()
+        self._rows = []
+
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+        """Keep features and tokens of one batch of this rank."""
+        images, texts = self.encode(batch)
+        ids, valid = batch.caption_ids, batch.valid
+        features = (images.features, texts.features)
+        self.evaluation.update(*features, ids, ids, batch.sample_ids, valid)
+        columns = (*images, *texts, ids, batch.sample_ids)
+        self._rows.append(tuple(column[valid] for column in columns))
+
+    def on_validation_epoch_end(self) -> None:
+        """Evaluate the dual encoder alone, then with its candidates re-ranked; log as val/..."""
+        scale, bias = self.built.start_scale, self.built.start_bias
+        evaluation = self.evaluation.compute(
+            logit_scale=scale, logit_bias=bias, global_batch_size=self.global_batch_size
+        )
+        columns = [torch.cat(column) for column in zip(*self._rows, strict=True)]
+        self.evaluation.reset()
+        self._rows = []
+        reranked = evaluate_reranking(
+            self.head,
+            Encoded(*columns[:3]),
+            Encoded(*columns[3:6]),
+            *columns[6:],
+            candidates=self.candidates,
+            pairs_per_pass=self.pairs_per_pass,
+        )
+        metrics = {**evaluation.metrics, **reranked, "rerank_candidates": float(self.candidates)}
+        self.last_evaluation = Evaluation(metrics, evaluation.arrays)
+        self.last_evaluated_step = self.steps_done
+        # Every rank has the same numbers; nothing is left to synchronise.
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, sync_dist=False, rank_zero_only=False)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the optimizer and its schedule, stepped every optimizer step."""
+        return configure(self, self.optim, {}, is_sharded=False)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, log the norm before clipping, and judge the step by it."""
+        is_logged, check = self._is_logged_step(), self.step_check
+        is_wanted = is_logged or check is not None
+        parameters = self.head.parameters()
+        norm = clip(parameters, gradient_clip_val, gradient_clip_algorithm, is_wanted)
+        if norm is not None and is_logged:
+            self.log("train/grad_norm", norm)
+        if norm is not None and check is not None:
+            check.decide(optimizer, norm)
+
+    def _is_logged_step(self) -> bool:
+        """Whether the step under way is one Lightning writes to its loggers."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
+        return bool(every) and (self.global_step + 1) % every == 0

@@ -1,0 +1,209 @@
+"""Which pairs does a fusion head look at: in training, and when it re-ranks?
+
+In training the positives of a batch, and for each picture and each text the wrong partners that the
+dual encoder finds most alike, among the pairs of all ranks; the ring finds them, and only their
+tokens are fetched. In an evaluation the candidates of every query.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from dist_siglip.distributed.fetch import fetch_rows
+from dist_siglip.metrics.nearest import nearest_neighbors
+from dist_siglip.metrics.reranking import reranked_ranks
+from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+from dist_siglip.metrics.rows import first_occurrences, gather_in_order
+from dist_siglip.models.fusion import FusionHead
+from dist_siglip.models.tokens import Encoded
+
+
+class ChosenPairs(NamedTuple):
+    """Pairs to judge; tokens are there once, however many pairs they are in.
+
+    Attributes:
+        images: own rows, then fetched ones.
+        texts: likewise.
+        image_rows: (P,) int64, rows of ``images``; the first are the own ones, the positives.
+        text_rows: (P,) int64, rows of ``texts``.
+        num_positives: own rows B; the other P - B pairs are negatives.
+    """
+
+    images: Encoded
+    texts: Encoded
+    image_rows: Tensor
+    text_rows: Tensor
+    num_positives: int
+
+
+@torch.no_grad()
+def choose_hard_pairs(
+    images: Encoded,
+    texts: Encoded,
+    caption_ids: Tensor,
+    num_hard: int,
+    *,
+    group: ProcessGroup | None = None,
+) -> ChosenPairs:
+    """Choose this rank's positives, and the hardest wrong partners of each of its rows.
+
+    For each image the ``num_hard`` texts of all ranks with the largest inner product, and for each
+    text as many images; partners with the same caption are not wrong. B * (1 + 2 * num_hard) pairs
+    at most.
+
+    Distributed contract: every rank passes its own rows, any number of them (0 too). Two trips of
+    features without gradient and two ``fetch_rows`` of tokens. Over all ranks the same pairs are
+    chosen however the rows are distributed.
+
+    Args:
+        images: B rows.
+        texts: B rows; row i belongs to image i.
+        caption_ids: (B,) int64, equal for equal captions.
+        num_hard: wrong partners of a row, at least 1.
+        group: process group.
+    """
+    own = torch.arange(len(caption_ids), device=caption_ids.device)
+    sides = (images.features, texts.features)
+    hard_texts = _hardest(*sides, caption_ids, num_hard, group)
+    hard_images = _hardest(*sides[::-1], caption_ids, num_hard, group)
+    image_of, all_texts, text_rows = _with_fetched(texts, hard_texts, group)
+    text_of, all_images, image_rows = _with_fetched(images, hard_images, group)
+    return ChosenPairs(
+        images=all_images,
+        texts=all_texts,
+        image_rows=torch.cat([own, image_of, image_rows]),
+        text_rows=torch.cat([own, text_rows, text_of]),
+        num_positives=len(own),
+    )
+
+
+def judge_pairs(head: FusionHead, pairs: ChosenPairs, pairs_per_pass: int) -> Tensor:
+    """Logits (P,) of chosen pairs, in the memory of ``pairs_per_pass`` of them.
+
+    More than one pass of a training step is computed again in backward, with the same gradients.
+    """
+
+    def judge(image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        fused = head(_take(pairs.images, image_rows), _take(pairs.texts, text_rows))
+        logits: Tensor = fused.logits
+        return logits
+
+    parts = list(
+        zip(
+            pairs.image_rows.split(pairs_per_pass),
+            pairs.text_rows.split(pairs_per_pass),
+            strict=True,
+        )
+    )
+    if len(parts) <= 1 or not torch.is_grad_enabled():
+        return torch.cat([judge(*part) for part in parts])
+    return torch.cat([checkpoint(judge, *part, use_reentrant=False) for part in parts])
+
+
+@torch.no_grad()
+def evaluate_reranking(
+    head: FusionHead,
+    images: Encoded,
+    texts: Encoded,
+    caption_ids: Tensor,
+    sample_ids: Tensor,
+    *,
+    candidates: int,
+    pairs_per_pass: int,
+    top_k: tuple[int, ...] = (1, 5, 10),
+    group: ProcessGroup | None = None,
+) -> dict[str, float]:
+    """Recall and median rank in both directions, after the head has re-ranked the candidates.
+
+    Distributed contract: as ``reranked_ranks``, which see; a sample that occurs twice counts once.
+
+    Args:
+        head: in evaluation mode.
+        images: B rows of this rank.
+        texts: B rows; row i belongs to image i.
+        caption_ids: (B,) int64; an equal caption counts as a hit.
+        sample_ids: (B,) int64.
+        candidates: of a query.
+        pairs_per_pass: pairs that the head judges at a time.
+        top_k: the K of recall@K.
+        group: process group.
+
+    Returns:
+        reranked_image_to_text_recall@K, reranked_image_to_text_median_rank, and
+        reranked_text_to_image_...
+    """
+    keep = first_occurrences(sample_ids, group=group)
+    images, texts = _take(images, keep), _take(texts, keep)
+    caption_ids, sample_ids = caption_ids[keep], sample_ids[keep]
+    features = (images.features, texts.features)
+    before = retrieval_ranks_both_ways(*features, caption_ids, caption_ids, group=group)
+    found: dict[str, float] = {}
+    directions = (("image_to_text", images, texts), ("text_to_image", texts, images))
+    for (direction, queries, gallery), ranks in zip(directions, before, strict=True):
+
+        def judge(
+            rows: Tensor,
+            positions: Tensor,
+            queries: Encoded = queries,
+            gallery: Encoded = gallery,
+        ) -> Tensor:
+            wanted, each = positions.unique(return_inverse=True)
+            fetched = Encoded(*fetch_rows(gallery, wanted, group=group))
+            sides = ((queries, rows), (fetched, each))
+            image, text = sides if queries is images else sides[::-1]
+            return judge_pairs(
+                head, ChosenPairs(image[0], text[0], image[1], text[1], 0), pairs_per_pass
+            )
+
+        own = reranked_ranks(
+            queries.features,
+            gallery.features,
+            caption_ids,
+            caption_ids,
+            ranks,
+            judge,
+            k=candidates,
+            queries_per_call=max(1, pairs_per_pass // candidates),
+            group=group,
+        )
+        (all_ranks,) = gather_in_order([own], sample_ids, group=group)
+        for k in top_k:
+            recall = recall_at_k(all_ranks, k, gallery_size=len(all_ranks))
+            found[f"reranked_{direction}_recall@{k}"] = recall
+        found[f"reranked_{direction}_median_rank"] = median_rank(all_ranks)
+    return found
+
+
+def _hardest(
+    queries: Tensor, keys: Tensor, ids: Tensor, num_hard: int, group: ProcessGroup | None
+) -> Tensor:
+    return nearest_neighbors(
+        queries, keys, num_hard, query_ids=ids, key_ids=ids, group=group
+    ).positions
+
+
+def _with_fetched(
+    own: Encoded, positions: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Encoded, Tensor]:
+    """Put fetched rows behind the own ones.
+
+    Args:
+        own: rows of this rank.
+        positions: (B, k), wanted partners of each query; -1 where there is none.
+        group: process group.
+
+    Returns:
+        For each wanted partner the query's row and the partner's row, and the rows.
+    """
+    queries, columns = (positions >= 0).nonzero(as_tuple=True)
+    wanted, each = positions[queries, columns].unique(return_inverse=True)
+    fetched = fetch_rows(own, wanted, group=group)
+    together = Encoded(*(torch.cat(both) for both in zip(own, fetched, strict=True)))
+    return queries, together, each + len(own.features)
+
+
+def _take(rows: Encoded, chosen: Tensor) -> Encoded:
+    return Encoded(*(column[chosen] for column in rows))
