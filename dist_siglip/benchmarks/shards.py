@@ -203,6 +203,7 @@ class BenchmarkShards:
             collate_fn=list,
             num_workers=self._loading.workers_per_rank,
             worker_init_fn=prepare_worker,
+            generator=torch.Generator(),  # a loader without one draws from the training's
         )
 
     def _name_bad(self, bad: "Sequence[BenchmarkSample]") -> None:

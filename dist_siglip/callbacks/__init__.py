@@ -1,5 +1,6 @@
 """What plugs into a Lightning Trainer: logging, progress, checkpoints, evaluation records."""
 
+from dist_siglip.callbacks.benchmarks import Benchmarks
 from dist_siglip.callbacks.checkpoint_io import AtomicCheckpointIO
 from dist_siglip.callbacks.collapse_alarm import CollapseAlarm
 from dist_siglip.callbacks.evaluation_record import EvaluationRecord
@@ -16,6 +17,7 @@ from dist_siglip.callbacks.weight_average import WeightAverage
 
 __all__ = [
     "AtomicCheckpointIO",
+    "Benchmarks",
     "CollapseAlarm",
     "EvaluationRecord",
     "MetricsLog",

@@ -146,6 +146,10 @@ class Watchdog(Callback):
         """It gets on."""
         self._pass(_EVALUATION, trainer.global_step)
 
+    def note_evaluation(self, trainer: Trainer) -> None:
+        """An evaluation of another kind gets on, or a test."""
+        self._pass(_EVALUATION, trainer.global_step)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next step is due."""
         self._pass(_DATA, trainer.global_step + 1)

@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback
 
 from dist_siglip.callbacks import (
+    Benchmarks,
     CollapseAlarm,
     EvaluationRecord,
     ProgressReport,
@@ -21,6 +22,7 @@ CONFIGURED: dict[str, type[Callback]] = {
     "step_guard": StepGuard,
     "checkpoint": RunCheckpoint,
     "collapse_alarm": CollapseAlarm,
+    "benchmarks": Benchmarks,
 }
 UNCONFIGURED: tuple[type[Callback], ...] = (
     Throughput,

@@ -37,7 +37,7 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     unknown = next((found for found in (p.search(folded) for p in patterns) if found), None)
     if unknown is None:
         return folded if len(folded) <= 600 else f"{folded[:600]} ..."
-    key = re.sub(r"^(fit|validate|calibrate)\.", "", unknown.group(1))
+    key = re.sub(r"^(fit|validate|test|calibrate)\.", "", unknown.group(1))
     near = get_close_matches(key, known_keys(parser), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
     return f"configuration key ({key}) is unknown; {hint}"

@@ -181,6 +181,7 @@ class TrainingCLI(LightningCLI):
         if self.datamodule.bad_sample_log is None:
             self.datamodule.bad_sample_log = str(self.folder.bad_samples)
         self.datamodule.check(world_size)
+        self._get(self.config_init, "benchmarks").check()
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.check_world()
         check_features(self.datamodule, self.model.built, self.model.towers)
@@ -278,6 +279,7 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
         self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
+        self._get(self.config_init, "benchmarks").check()
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
 

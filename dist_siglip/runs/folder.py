@@ -12,6 +12,7 @@ tensorboard/           event files
 checkpoints/           step=00000500.ckpt ..., best.json (step of the best one, if one is kept)
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
 evaluation/history/    step=00000200.npz ...: a few pairs of a few evaluations
+benchmarks/            NAME.json of each benchmark, as CLIP_benchmark writes them; details/
 report.html            one self-contained page
 """
 
@@ -95,6 +96,11 @@ class RunFolder:
             return {}
         matches = ((_KEPT_NAME.fullmatch(path.name), path) for path in folder.iterdir())
         return dict(sorted((int(match.group(1)), path) for match, path in matches if match))
+
+    @property
+    def benchmarks(self) -> Path:
+        """Folder of the newest result of each benchmark."""
+        return self.path / "benchmarks"
 
     @property
     def report(self) -> Path:
