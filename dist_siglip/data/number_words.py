@@ -14,6 +14,10 @@ _UNITS = (
 )
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
+_VALUES = {word: value for value, word in enumerate(_UNITS)} | {
+    word: 10 * value for value, word in enumerate(_TENS)
+}
+
 
 def number_in_words(value: int, num_digits: int) -> str:
     """Spell out a whole number of ``num_digits`` decimal digits, without hyphens or "and".
@@ -45,6 +49,27 @@ def number_in_words(value: int, num_digits: int) -> str:
     thousands, rest = divmod(value, 1000)
     words = [*_words_below_thousand(thousands), "thousand"] if thousands else []
     return " ".join(words + _words_below_thousand(rest))
+
+
+def number_from_words(text: str) -> int | None:
+    """Read what ``number_in_words`` writes; None for any other text.
+
+    Example:
+        >>> number_from_words("four thousand seven hundred twelve"), number_from_words("a cat")
+        (4712, None)
+    """
+    thousands, rest = 0, 0
+    for word in text.split():
+        if word == "thousand":
+            thousands, rest = rest, 0
+        elif word == "hundred":
+            rest *= 100
+        else:
+            rest += _VALUES.get(word, 0)
+    value = 1000 * thousands + rest
+    num_digits = len(str(value))
+    is_number = value > 0 and num_digits <= MOST_DIGITS
+    return value if is_number and number_in_words(value, num_digits) == text else None
 
 
 def number_range(num_digits: int) -> tuple[int, int]:
