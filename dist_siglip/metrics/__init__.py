@@ -19,6 +19,8 @@ from dist_siglip.metrics.capacity import (
 from dist_siglip.metrics.constellation import (
     Constellation,
     constellation,
+    joint_constellation,
+    mean_constellation,
     quantile_constellation,
 )
 from dist_siglip.metrics.constructions import (
@@ -30,9 +32,12 @@ from dist_siglip.metrics.constructions import (
     simplex_code,
     subset_code,
 )
+from dist_siglip.metrics.effective_rank import effective_rank
 from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
 from dist_siglip.metrics.gap import ModalityGap, modality_gap
+from dist_siglip.metrics.hubness import Hubness, hubness
 from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.moments import Moments, collect_moments
 from dist_siglip.metrics.nearest import Neighbors, nearest_neighbors
 from dist_siglip.metrics.pair_statistics import (
     CosineSummary,
@@ -47,7 +52,11 @@ from dist_siglip.metrics.retrieval import (
     retrieval_ranks,
     retrieval_ranks_both_ways,
 )
+from dist_siglip.metrics.retrieval_guarantee import RetrievalGuarantee, retrieval_guarantee
+from dist_siglip.metrics.row_margins import RowMargins
 from dist_siglip.metrics.separability import linear_separability
+from dist_siglip.metrics.separating_direction import SeparatingDirection, separating_direction
+from dist_siglip.metrics.spectrum import components_for, explained_variance_ratios
 from dist_siglip.metrics.subset_capacity import (
     critical_documents,
     subset_dimension,
@@ -55,38 +64,51 @@ from dist_siglip.metrics.subset_capacity import (
     subset_inner_products,
     subset_margin,
 )
-from dist_siglip.metrics.uniformity import uniformity
+from dist_siglip.metrics.uniformity import cross_uniformity, uniformity
 
 __all__ = [
     "Constellation",
     "CosineSummary",
     "Evaluation",
     "Exponents",
+    "Hubness",
     "LargestPairs",
     "ModalityGap",
+    "Moments",
     "Neighbors",
     "PairEvaluation",
     "PairStatistics",
     "RelevanceMargins",
     "RequiredDimension",
+    "RetrievalGuarantee",
+    "RowMargins",
+    "SeparatingDirection",
     "capacity_alpha",
     "capacity_exponents",
     "code_alpha",
+    "collect_moments",
     "collect_pair_statistics",
+    "components_for",
     "constellation",
     "constellation_from_code",
     "construction_one",
     "construction_two",
     "critical_documents",
+    "cross_uniformity",
+    "effective_rank",
     "evaluate_pairs",
     "expected_sigmoid_loss",
+    "explained_variance_ratios",
     "find_capacity_problem",
     "histogram_edges",
+    "hubness",
+    "joint_constellation",
     "largest_margin",
     "largest_pairs",
     "linear_separability",
     "logit_summary",
     "margin_of_dimension",
+    "mean_constellation",
     "median_rank",
     "modality_gap",
     "nearest_neighbors",
@@ -95,8 +117,10 @@ __all__ = [
     "recall_at_k",
     "relevance_margins",
     "required_dimension",
+    "retrieval_guarantee",
     "retrieval_ranks",
     "retrieval_ranks_both_ways",
+    "separating_direction",
     "simplex_code",
     "subset_code",
     "subset_dimension",

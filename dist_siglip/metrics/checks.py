@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import World, gather_rows
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.tiles import row_slices
 
 # bfloat16 rounds the norm of a unit vector by up to 0.4 %.
 _UNIT_NORM_TOLERANCE = 0.02
@@ -91,19 +92,26 @@ def _find_problem(
             f"{id_name} must be int64 ({rows.shape[0]},), one per row of {name}; "
             f"got {row_ids.dtype} {tuple(row_ids.shape)}"
         )
+    for part in row_slices(len(rows)):
+        if problem := _find_unusable_row(name, rows[part], part.start, unit_norm):
+            return problem
+    return None
+
+
+def _find_unusable_row(name: str, rows: Tensor, first_row: int, unit_norm: bool) -> str | None:
     unusable = ~torch.isfinite(rows).all(dim=1)
     if unusable.any():
         return (
-            f"{name} row {int(unusable.nonzero()[0])} holds a value that is not finite; the model "
-            "has diverged: use an earlier checkpoint or a lower learning rate"
+            f"{name} row {first_row + int(unusable.nonzero()[0])} holds a value that is not "
+            "finite; the model has diverged: use an earlier checkpoint or a lower learning rate"
         )
     if unit_norm:
-        norms = torch.linalg.vector_norm(rows.double(), dim=1)
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         far = (norms - 1).abs() > _UNIT_NORM_TOLERANCE
         if far.any():
             row = int(far.nonzero()[0])
             return (
-                f"{name} row {row} has norm {float(norms[row]):.4g}, must be 1; "
+                f"{name} row {first_row + row} has norm {float(norms[row]):.4g}, must be 1; "
                 "L2-normalise the features first"
             )
     return None

@@ -5,6 +5,7 @@ s >= relative_bias + margin for every positive and s <= relative_bias - margin f
 pair. Zero sigmoid loss is possible exactly then.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
@@ -87,6 +88,67 @@ def quantile_constellation(statistics: PairStatistics, fraction: float = 0.05) -
         raise UserError(f"fraction ({fraction}) must be in [0, 0.5]; the paper uses 0.05")
     return _between(
         statistics.positive.quantile(fraction), statistics.negative.quantile(1 - fraction)
+    )
+
+
+def mean_constellation(statistics: PairStatistics) -> Constellation:
+    """Margin and relative bias between the mean positive and the mean negative cosine.
+
+    Unlike the strict margin it is above 0 for every useful model. The bounds of ``capacity`` that
+    are averages (``largest_margin``) hold for it too.
+
+    Args:
+        statistics: of all pairs of the gallery.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
+        >>> statistics = collect_pair_statistics(
+        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
+        ... )
+        >>> mean_constellation(statistics)[:2]
+        (0.5, 0.5)
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, Table 6.
+    """
+    return _between(statistics.positive.mean, statistics.negative.mean)
+
+
+def joint_constellation(statistics: Sequence[PairStatistics]) -> Constellation:
+    """Margin and relative bias that hold for several pairs of modalities at once.
+
+        positive_end = min over pairs of modalities        negative_end = max over them
+
+    More than two modalities that share scale and bias need one threshold for all of them; the
+    margin of each two alone may be larger.
+
+    Args:
+        statistics: of every two modalities that are compared, at least one.
+
+    Raises:
+        UserError: if there are none.
+
+    Example:
+        >>> import torch
+        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
+        >>> statistics = [
+        ...     collect_pair_statistics(x, features, ids, ids, logit_scale=1.0, logit_bias=0.0)
+        ...     for x in (features, 0.995 * features)
+        ... ]
+        >>> round(joint_constellation(statistics).margin, 4)
+        0.4975
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, Observation 2, Table 1 (which prints twice this).
+    """
+    if not statistics:
+        raise UserError("a joint constellation needs the statistics of at least two modalities")
+    return _between(
+        min(pair.positive.minimum for pair in statistics),
+        max(pair.negative.maximum for pair in statistics),
     )
 
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.moments import Moments, collect_moments
 
 
 @torch.no_grad()
@@ -18,7 +17,7 @@ def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> fl
     between 1 (all on one line) and min(N, D); a model that collapses loses it.
 
     Distributed contract: every rank passes its own rows, any number of them; the result is that of
-    all rows and equal on every rank. One all-reduce of (D, D).
+    all rows and equal on every rank. One all-reduce of (D + 1, D + 1).
 
     Args:
         features: (B, D), finite.
@@ -35,11 +34,20 @@ def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> fl
         Roy and Vetterli 2007, "The effective rank"; Garrido et al. 2023, arXiv:2210.02885,
         equation 1 (RankMe), without its epsilon.
     """
-    row_ids = torch.arange(len(features), device=features.device)
-    check_features([("features", features)], [("rows", row_ids)], unit_norm=False, group=group)
-    rows = features.double()
-    second_moment = sum_over_ranks(rows.T @ rows, group).cpu()
-    singular = torch.linalg.eigvalsh(second_moment).clamp_min(0).sqrt()
+    return rank_of_moments(collect_moments(features, group=group))
+
+
+def rank_of_moments(moments: Moments) -> float:
+    """Effective rank of the rows whose moments these are; see ``effective_rank``.
+
+    Args:
+        moments: of all rows.
+
+    Example:
+        >>> round(rank_of_moments(collect_moments(torch.eye(3))), 6)
+        3.0
+    """
+    singular = torch.linalg.eigvalsh(moments.products).clamp_min(0).sqrt()
     shares = singular / singular.sum()
     # x log x goes to 0 with x; rounding of the eigenvalues leaves shares of 1e-8.
     return float(torch.exp(-torch.xlogy(shares, shares).sum()))

@@ -15,9 +15,7 @@ from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.metrics.checks import check_features, raise_together
-from dist_siglip.metrics.constellation import constellation, quantile_constellation
-from dist_siglip.metrics.effective_rank import effective_rank
-from dist_siglip.metrics.gap import modality_gap
+from dist_siglip.metrics.geometry import cloud_metrics, threshold_metrics
 from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
 from dist_siglip.metrics.pair_statistics import (
     PairStatistics,
@@ -26,9 +24,7 @@ from dist_siglip.metrics.pair_statistics import (
 )
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
-from dist_siglip.metrics.separability import linear_separability
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
-from dist_siglip.metrics.uniformity import uniformity
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +36,7 @@ class Evaluation(NamedTuple):
             ``text_features`` (n, D) float32, ``sample_ids`` and ``caption_ids`` (n,) of the first n
             pairs; ``image_to_text_ranks`` and ``text_to_image_ranks`` (N,) of all pairs;
             ``histogram_edges`` (K + 1,), ``positive_histogram`` and ``negative_histogram`` (K,) of
-            the cosines of all pairs.
+            the cosines of all pairs; and those of ``cloud_metrics``.
     """
 
     metrics: dict[str, float]
@@ -83,15 +79,15 @@ def evaluate_pairs(
                       an equal caption counts as a hit, ties count against the query
         logits        loss (of a random batch of ``global_batch_size``), positive_logit_mean, _std,
                       _min, _max, negative_logit_...
-        constellation margin, relative_bias, margin_5_95, relative_bias_5_95
-        gap           modality_gap (distance of centroids), relative_modality_gap,
-                      mean_pair_distance, alignment, positive_cosine, image_cosine, text_cosine,
-                      image_uniformity, text_uniformity, image_effective_rank,
-                      text_effective_rank, linear_separability
+        thresholds    margin, relative_bias, margin_5_95, margin_of_means, image_row_margin_min,
+                      guaranteed_recall@1, cross_uniformity, ...; see ``threshold_metrics``
+        clouds        modality_gap (distance of centroids), alignment, image_uniformity,
+                      image_effective_rank, image_components_80, image_to_text_hubness,
+                      linear_separability, images_on_their_side, ...; see ``cloud_metrics``
         gallery       gallery_pairs, distinct_captions
 
-    Distributed contract: every rank passes its own pairs, any number of them (0 too). Four or
-    five trips of the shards without gradient, and small gathers. A sample that occurs twice, on
+    Distributed contract: every rank passes its own pairs, any number of them (0 too). Six or
+    seven trips of the shards without gradient, and small gathers. A sample that occurs twice, on
     whatever ranks, counts once. The result does not depend on how pairs are distributed.
 
     Args:
@@ -152,12 +148,21 @@ def evaluate_pairs(
                 all_ranks, k, gallery_size=statistics.num_pairs
             )
         metrics[f"{direction}_median_rank"] = median_rank(all_ranks)
-    metrics |= _threshold_metrics(statistics)
-    metrics |= _gap_metrics(rows, separability_pairs, chunk_rows, exchange, group)
+    metrics |= logit_summary(statistics) | threshold_metrics(statistics)
+    shape, spectra = cloud_metrics(
+        rows.image_features,
+        rows.text_features,
+        rows.sample_ids,
+        separability_pairs=separability_pairs,
+        chunk_rows=chunk_rows,
+        exchange=exchange,
+        group=group,
+    )
+    metrics |= shape
     (all_text_ids,) = gather_in_order([rows.text_ids], rows.sample_ids, group=group)
     metrics["gallery_pairs"] = float(statistics.num_pairs)
     metrics["distinct_captions"] = float(len(all_text_ids.unique()))
-    arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics)
+    arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics) | spectra
     arrays |= {f"{name}_ranks": all_ranks.cpu().numpy() for name, all_ranks in ranks.items()}
     return Evaluation(metrics, arrays)
 
@@ -252,42 +257,8 @@ def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
         )
     raise_together(problem, device=rows.image_ids.device, group=group)
     keep = first_occurrences(rows.sample_ids, group=group)
-    return _Rows(*(column[keep] for column in rows))
-
-
-def _threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
-    strict, lenient = constellation(statistics), quantile_constellation(statistics, 0.05)
-    return {
-        "margin": strict.margin,
-        "relative_bias": strict.relative_bias,
-        "margin_5_95": lenient.margin,
-        "relative_bias_5_95": lenient.relative_bias,
-        **logit_summary(statistics),
-    }
-
-
-def _gap_metrics(
-    rows: _Rows,
-    separability_pairs: int,
-    chunk_rows: int,
-    exchange: ExchangeName,
-    group: ProcessGroup | None,
-) -> dict[str, float]:
-    gap = modality_gap(rows.image_features, rows.text_features, group=group)._asdict()
-    metrics: dict[str, float] = {"modality_gap": gap.pop("centroid_distance"), **gap}
-    for name, features in (("image", rows.image_features), ("text", rows.text_features)):
-        metrics[f"{name}_uniformity"] = uniformity(
-            features, chunk_rows=chunk_rows, exchange=exchange, group=group
-        )
-        metrics[f"{name}_effective_rank"] = effective_rank(features, group=group)
-    metrics["linear_separability"] = linear_separability(
-        rows.image_features,
-        rows.text_features,
-        rows.sample_ids,
-        max_pairs=separability_pairs,
-        group=group,
-    )
-    return metrics
+    # Without repeats nothing is copied: the features may lie in a file.
+    return rows if bool(keep.all()) else _Rows(*(column[keep] for column in rows))
 
 
 def _feature_arrays(
@@ -295,15 +266,18 @@ def _feature_arrays(
 ) -> dict[str, np.ndarray]:
     (all_ids,) = gather_in_order([rows.sample_ids], rows.sample_ids, group=group)
     columns = {
-        "image_features": rows.image_features.float(),
-        "text_features": rows.text_features.float(),
+        "image_features": rows.image_features,
+        "text_features": rows.text_features,
         "sample_ids": rows.sample_ids,
         "caption_ids": rows.text_ids,
     }
     gathered = gather_in_order(
         list(columns.values()), rows.sample_ids, chosen=all_ids[:array_pairs], group=group
     )
-    return {name: rows.cpu().numpy() for name, rows in zip(columns, gathered, strict=True)}
+    return {
+        name: (column.float() if column.is_floating_point() else column).cpu().numpy()
+        for name, column in zip(columns, gathered, strict=True)
+    }
 
 
 def _histogram_arrays(statistics: PairStatistics) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.tiles import row_slices
 
 # Below this a mean distance is rounding, and a ratio of two of them says nothing.
 _NO_DISTANCE = 1e-12
@@ -36,6 +37,11 @@ class ModalityGap(NamedTuple):
         positive_cosine: mean_i cos(x_i, y_i).
         image_cosine: mean_{i != j} cos(x_i, x_j), the width of the image cone; NaN for one pair.
         text_cosine: the same for texts.
+        image_resultant_length: |mean x| in [0, 1], how much of an image all images share.
+        text_resultant_length: the same for texts.
+        xi: mean_i |(x_i - y_i) - (mean x - mean y)|^2, in [0, 4]: 0 if texts are images moved by
+            one vector, which is what a linear representation of the modality means.
+        xi_unsquared: mean_i |x_i - y_i| - |mean x - mean y|.
     """
 
     centroid_distance: float
@@ -45,6 +51,10 @@ class ModalityGap(NamedTuple):
     positive_cosine: float
     image_cosine: float
     text_cosine: float
+    image_resultant_length: float
+    text_resultant_length: float
+    xi: float
+    xi_unsquared: float
 
 
 @torch.no_grad()
@@ -76,7 +86,8 @@ def modality_gap(
     Source:
         Liang et al. 2022, arXiv:2203.02053 (centroid distance); Schrodi et al. 2025,
         arXiv:2404.07983, code lmb-freiburg/two-effects-one-trigger (L2I, RMG); Wang and Isola
-        2020, arXiv:2005.10242 (alignment, alpha = 2).
+        2020, arXiv:2005.10242 (alignment, alpha = 2); Bangachev et al. 2025, arXiv:2509.18552,
+        Table 4 (xi) and the notebook beside it (unsquared).
     """
     row_ids = torch.arange(len(image_features), device=image_features.device)
     check_features(
@@ -86,7 +97,36 @@ def modality_gap(
         unit_norm=True,
         group=group,
     )
-    images, texts = image_features.double(), text_features.double()
+    num_features = image_features.shape[1]
+    sums = image_features.new_zeros(6 + 2 * num_features, dtype=torch.float64)
+    for rows in row_slices(len(image_features)):
+        sums += _sum_pairs(image_features[rows].double(), text_features[rows].double())
+    sums = sum_over_ranks(sums, group).cpu()
+    count, cosine, squared, distance, image_squares, text_squares = sums[:6].tolist()
+    if count == 0:
+        raise UserError("no rank has any pair to evaluate; check the validation data")
+    image_sum, text_sum = sums[6:].chunk(2)
+    image_cosine = _cosine_within(image_sum, image_squares, count)
+    text_cosine = _cosine_within(text_sum, text_squares, count)
+    centroid_distance = float((image_sum - text_sum).norm()) / count
+    return ModalityGap(
+        centroid_distance=centroid_distance,
+        relative_modality_gap=_relative_gap(squared / count / 4, image_cosine, text_cosine),
+        mean_pair_distance=distance / count,
+        alignment=squared / count,
+        positive_cosine=cosine / count,
+        image_cosine=image_cosine,
+        text_cosine=text_cosine,
+        image_resultant_length=float(image_sum.norm()) / count,
+        text_resultant_length=float(text_sum.norm()) / count,
+        # sum |d - mean d|^2 = sum |d|^2 - |sum d|^2 / N; rounding may leave it below 0.
+        xi=max(0.0, squared / count - centroid_distance**2),
+        xi_unsquared=distance / count - centroid_distance,
+    )
+
+
+def _sum_pairs(images: Tensor, texts: Tensor) -> Tensor:
+    """Six numbers and two vectors that add up over parts and ranks."""
     squared_distances = (images - texts).square().sum(dim=1)
     numbers = torch.stack(
         [
@@ -98,23 +138,7 @@ def modality_gap(
             texts.square().sum(),
         ]
     )
-    sums = torch.cat([numbers, images.sum(dim=0), texts.sum(dim=0)])
-    sums = sum_over_ranks(sums, group).cpu()
-    count, cosine, squared, distance, image_squares, text_squares = sums[:6].tolist()
-    if count == 0:
-        raise UserError("no rank has any pair to evaluate; check the validation data")
-    image_sum, text_sum = sums[6:].chunk(2)
-    image_cosine = _cosine_within(image_sum, image_squares, count)
-    text_cosine = _cosine_within(text_sum, text_squares, count)
-    return ModalityGap(
-        centroid_distance=float((image_sum - text_sum).norm()) / count,
-        relative_modality_gap=_relative_gap(squared / count / 4, image_cosine, text_cosine),
-        mean_pair_distance=distance / count,
-        alignment=squared / count,
-        positive_cosine=cosine / count,
-        image_cosine=image_cosine,
-        text_cosine=text_cosine,
-    )
+    return torch.cat([numbers, images.sum(dim=0), texts.sum(dim=0)])
 
 
 def _cosine_within(total: Tensor, squares: float, count: float) -> float:

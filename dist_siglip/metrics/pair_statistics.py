@@ -4,7 +4,8 @@ A pair (image i, text j) is **positive** if their ids are equal and **negative**
 equal captions never make a negative. The sums behind the loss are different on purpose: they
 split the matrix as training does, into own pairs i = j and all others i != j.
 
-``constellation`` and ``logits`` turn the result into numbers without any communication.
+``constellation``, ``logits`` and ``cross_uniformity`` turn the result into numbers without any
+communication.
 """
 
 import math
@@ -15,10 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
+from dist_siglip.distributed import (
+    AccumulatorSpec,
+    ExchangeName,
+    max_over_ranks,
+    prepare_exchange,
+    sum_over_ranks,
+)
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.metrics.row_margins import (
+    RowMargins,
+    no_row_ends,
+    summarise_rows,
+    widen_row_ends,
+)
+from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, row_slices, similarity, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
 NUM_BINS = 20_000
@@ -84,8 +97,11 @@ class PairStatistics:
         num_pairs: N, the rows of all ranks.
         positive: cosines of pairs with equal ids.
         negative: cosines of pairs with different ids.
+        image_rows: margins of images among all texts, each with a threshold of its own.
+        text_rows: margins of texts among all images.
         own_softplus_sum: sum over i of softplus(-z[i, i]).
         other_softplus_sum: sum over i != j of softplus(z[i, j]).
+        other_kernel_sum: sum over i != j of exp(-2 |x_i - y_j|^2).
         logit_scale: t of z = t * cosine + b.
         logit_bias: b, added.
     """
@@ -93,8 +109,11 @@ class PairStatistics:
     num_pairs: int
     positive: CosineSummary
     negative: CosineSummary
+    image_rows: RowMargins
+    text_rows: RowMargins
     own_softplus_sum: float
     other_softplus_sum: float
+    other_kernel_sum: float
     logit_scale: float
     logit_bias: float
 
@@ -112,29 +131,34 @@ def histogram_edges() -> Tensor:
 class _Sums:
     """Running sums on the device; index 0 is negative, 1 positive."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, num_rows: int, device: torch.device) -> None:
         self.moments = torch.zeros(2, 3, dtype=torch.float64, device=device)
         # Maxima of the cosine and of its negative, so that one maximum serves both ends.
         self.extremes = torch.full((2, 2), -torch.inf, dtype=torch.float64, device=device)
         self.histogram = torch.zeros(2 * NUM_BINS, dtype=torch.int64, device=device)
-        self.softplus = torch.zeros(2, dtype=torch.float64, device=device)
+        # Of own and other pairs: softplus; and the Gaussian kernel of other pairs.
+        self.softplus = torch.zeros(3, dtype=torch.float64, device=device)
+        self.row_ends = no_row_ends(num_rows, device)
 
-    def add_cosines(self, cosines: Tensor, is_positive: Tensor) -> None:
-        for kind, mask in enumerate((~is_positive, is_positive)):
-            chosen = cosines[mask]
-            if not chosen.numel():
-                continue
-            moments = [
-                chosen.new_tensor(chosen.numel()),
-                chosen.sum(),
-                chosen.square().sum(),
-            ]
-            self.moments[kind] += torch.stack(moments)
-            ends = torch.stack([chosen.max(), -chosen.min()])
-            self.extremes[kind] = torch.maximum(self.extremes[kind], ends)
+    def add_cosines(self, cosines: Tensor, is_positive: Tensor | None) -> None:
+        """Add a rectangle; None where it has no positive pair, as most have."""
+        if is_positive is None:
+            self._add_kind(0, cosines)
+        else:
+            self._add_kind(0, cosines[~is_positive])
+            self._add_kind(1, cosines[is_positive])
         bins = ((cosines + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
-        bins += NUM_BINS * is_positive
+        if is_positive is not None:
+            bins += NUM_BINS * is_positive
         self.histogram += torch.bincount(bins.flatten(), minlength=2 * NUM_BINS)
+
+    def _add_kind(self, kind: int, chosen: Tensor) -> None:
+        if not chosen.numel():
+            return
+        moments = [chosen.new_tensor(chosen.numel()), chosen.sum(), chosen.square().sum()]
+        self.moments[kind] += torch.stack(moments)
+        ends = torch.stack([chosen.max(), -chosen.min()])
+        self.extremes[kind] = torch.maximum(self.extremes[kind], ends)
 
 
 @torch.no_grad()
@@ -153,7 +177,8 @@ def collect_pair_statistics(
     """Visit every pair of the gallery of all ranks once and keep sums.
 
     Distributed contract: every rank passes its own pairs (0 too); one trip of the text shards
-    without gradient, then three all-reduces. Every rank gets the same statistics.
+    without gradient, on which two numbers for each text come home, then eight all-reduces. Every
+    rank gets the same statistics.
 
     Args:
         image_features: (B, D), L2-normalised.
@@ -188,38 +213,63 @@ def collect_pair_statistics(
         unit_norm=True,
         group=group,
     )
-    trip = prepare_exchange([text_features, text_ids], exchange=exchange, group=group)
+    trip = prepare_exchange(
+        [text_features, text_ids],
+        accumulators=[AccumulatorSpec((2,), torch.float64)],
+        combine="max",
+        exchange=exchange,
+        group=group,
+    )
     if trip.total_rows == 0:
         raise UserError("no rank has any pair to evaluate; check the validation data")
-    sums = _Sums(image_features.device)
+    sums = _Sums(len(image_ids), image_features.device)
+    image_squares = _squared_norms(image_features)
 
-    def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
+    def visit(owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]) -> None:
         features, ids = shard
+        text_squares = _squared_norms(features)
+        contributions[0].fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
             cosines = similarity(image_features[rows], features[columns])
-            sums.add_cosines(cosines, image_ids[rows, None] == ids[None, columns])
+            same = image_ids[rows, None] == ids[None, columns]
+            is_positive = same if bool(same.any()) else None
+            sums.add_cosines(cosines, is_positive)
+            widen_row_ends(cosines, is_positive, sums.row_ends[rows], contributions[0][columns])
             logits = logit_scale * cosines + logit_bias
             # softplus(z) = -logsigmoid(-z), exact for any z.
             losses = -F.logsigmoid(-logits)
+            # -2 |x - y|^2 = 4 <x, y> - 2 |x|^2 - 2 |y|^2
+            kernel = cosines.mul_(4).sub_(2 * image_squares[rows, None])
+            kernel.sub_(2 * text_squares[None, columns]).clamp_(max=0).exp_()
             if owner == trip.rank and rows == columns:
                 sums.softplus[0] += -F.logsigmoid(logits.diagonal()).sum()
                 losses.fill_diagonal_(0)
+                kernel.fill_diagonal_(0)
             sums.softplus[1] += losses.sum()
+            sums.softplus[2] += kernel.sum()
 
-    trip.run(visit)
+    (text_ends,) = trip.run(visit)
     moments = sum_over_ranks(sums.moments, group).cpu()
-    own, other = sum_over_ranks(sums.softplus, group).tolist()
+    own, other, kernel_sum = sum_over_ranks(sums.softplus, group).tolist()
     histogram = sum_over_ranks(sums.histogram, group).cpu()
     extremes = max_over_ranks(sums.extremes, group).cpu()
     return PairStatistics(
         num_pairs=trip.total_rows,
         positive=_summarise(moments[1], extremes[1], histogram[NUM_BINS:]),
         negative=_summarise(moments[0], extremes[0], histogram[:NUM_BINS]),
+        image_rows=summarise_rows(sums.row_ends, group),
+        text_rows=summarise_rows(text_ends, group),
         own_softplus_sum=own,
         other_softplus_sum=other,
+        other_kernel_sum=kernel_sum,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
     )
+
+
+def _squared_norms(features: Tensor) -> Tensor:
+    parts = [features[rows].double().square().sum(dim=1) for rows in row_slices(len(features))]
+    return torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
 
 
 def _summarise(moments: Tensor, extremes: Tensor, histogram: Tensor) -> CosineSummary:

@@ -6,6 +6,7 @@ the number of ranks or on how pairs were dealt out.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -71,3 +72,43 @@ def gather_in_order(
         columns, sample_ids = [column[mask] for column in columns], sample_ids[mask]
     order = gather_rows(sample_ids, group).argsort(stable=True)
     return tuple(gather_rows(column, group)[order] for column in columns)
+
+
+def gather_sample(
+    columns: Sequence[Tensor],
+    sample_ids: Tensor,
+    *,
+    max_rows: int,
+    seed: int,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, ...]:
+    """Bring randomly chosen rows of all ranks together, in a random order, on the CPU.
+
+    Samples are sorted by id and shuffled with ``seed``; the first ``max_rows`` are taken. Which and
+    in which order does not depend on how rows are distributed.
+
+    Distributed contract: as ``gather_in_order``, and one more ``gather_rows`` of ids.
+
+    Args:
+        columns: tensors of (B, ...), row i belongs to sample ``sample_ids[i]``.
+        sample_ids: (B,) int64, each once over all ranks.
+        max_rows: most rows to bring.
+        seed: of the choice and the order.
+        group: process group.
+
+    Returns:
+        One tensor per column, (at most ``max_rows``, ...).
+
+    Example:
+        >>> (rows,) = gather_sample([torch.arange(9)], torch.arange(9), max_rows=4, seed=0)
+        >>> len(rows.unique())
+        4
+    """
+    (all_ids,) = gather_in_order([sample_ids], sample_ids, group=group)
+    shuffled = np.random.default_rng(seed).permutation(all_ids.cpu().numpy())[:max_rows]
+    *chosen, ids = gather_in_order(
+        [*columns, sample_ids], sample_ids, chosen=torch.from_numpy(shuffled), group=group
+    )
+    # Rows are sorted by id; they are wanted in the shuffled order.
+    order = torch.from_numpy(np.searchsorted(ids.cpu().numpy(), shuffled))
+    return tuple(column.cpu()[order] for column in chosen)

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features
-from dist_siglip.metrics.rows import gather_in_order
+from dist_siglip.metrics.rows import gather_sample
 
 _TEST_FRACTION = 0.2
 
@@ -72,21 +72,13 @@ def linear_separability(
         unit_norm=True,
         group=group,
     )
-    (all_ids,) = gather_in_order([sample_ids], sample_ids, group=group)
-    shuffled = np.random.default_rng(seed).permutation(all_ids.cpu().numpy())[:max_pairs]
-    num_pairs = len(shuffled)
+    images, texts = gather_sample(
+        [image_features, text_features], sample_ids, max_rows=max_pairs, seed=seed, group=group
+    )
+    num_pairs = len(images)
     if num_pairs < 2:
         return math.nan
-    chosen = torch.from_numpy(shuffled)
-    images, texts, ids = gather_in_order(
-        [image_features.float(), text_features.float(), sample_ids],
-        sample_ids,
-        chosen=chosen,
-        group=group,
-    )
-    # Rows are sorted by id; the split needs them in the shuffled order.
-    order = np.searchsorted(ids.cpu().numpy(), shuffled)
-    pairs = np.stack([images.cpu().numpy()[order], texts.cpu().numpy()[order]])
+    pairs = np.stack([images.float().numpy(), texts.float().numpy()])
     num_test = max(1, round(_TEST_FRACTION * num_pairs))
     return _fit_and_score(pairs[:, num_test:], pairs[:, :num_test])
 

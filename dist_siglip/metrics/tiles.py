@@ -13,6 +13,8 @@ from torch import Tensor
 from dist_siglip.errors import UserError
 
 DEFAULT_CHUNK_ROWS = 1024
+# Rows that sums over rows make wide at once: 75 MB at D = 1152.
+_SUMMED_ROWS = 8192
 
 
 def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
@@ -41,6 +43,25 @@ def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tu
                 slice(row, min(row + chunk_rows, num_rows)),
                 slice(column, min(column + chunk_rows, num_columns)),
             )
+
+
+def row_slices(num_rows: int) -> Iterator[slice]:
+    """Cut a matrix of features into parts that may be copied to float64.
+
+    The matrix itself may be a file mapped into memory: what is live is one part.
+
+    Args:
+        num_rows: rows of the matrix.
+
+    Yields:
+        The rows of every part, in order; nothing for an empty matrix.
+
+    Example:
+        >>> [(rows.start, rows.stop) for rows in row_slices(10_000)]
+        [(0, 8192), (8192, 10000)]
+    """
+    for row in range(0, num_rows, _SUMMED_ROWS):
+        yield slice(row, min(row + _SUMMED_ROWS, num_rows))
 
 
 def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:

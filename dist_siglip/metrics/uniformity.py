@@ -1,4 +1,4 @@
-"""How evenly do the features of one modality cover the sphere?"""
+"""How evenly do features cover the sphere, within a modality and across?"""
 
 import math
 
@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
 from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.pair_statistics import PairStatistics
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 
@@ -56,6 +57,8 @@ def uniformity(
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         (others,) = shard
         for rows, columns in tile_slices(len(features), len(others), chunk_rows):
+            if owner == trip.rank and columns.start < rows.start:
+                continue  # the mirror image of a rectangle that counts twice
             cosines = similarity(features[rows], others[columns])
             row_squares = features[rows].double().square().sum(dim=1)
             column_squares = others[columns].double().square().sum(dim=1)
@@ -63,10 +66,44 @@ def uniformity(
             kernel = (-2 * squared.clamp_min_(0)).exp_()
             if owner == trip.rank and rows == columns:
                 kernel.fill_diagonal_(0)
-            total.add_(kernel.sum())
+            twice = owner == trip.rank and columns.start > rows.start
+            total.add_(kernel.sum(), alpha=2 if twice else 1)
 
     trip.run(visit)
     num_rows = trip.total_rows
     if num_rows < 2:
         return math.nan
     return math.log(float(sum_over_ranks(total, group)) / (num_rows * (num_rows - 1)))
+
+
+def cross_uniformity(statistics: PairStatistics) -> float:
+    """Log of the mean Gaussian kernel over all images and texts of different pairs.
+
+        cross_uniformity = log( mean_{i != j} exp(-2 |x_i - y_j|^2) )
+
+    Lower is better spread: it falls as texts move away from the images of other pairs, and with it
+    any overlap of the modalities. Equal captions of other pairs count, as in training.
+
+    Args:
+        statistics: of all pairs of the gallery.
+
+    Returns:
+        Mean over ordered pairs i != j, in [-8, 0]; NaN for one pair.
+
+    Example:
+        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> features, ids = torch.eye(5), torch.arange(5)
+        >>> statistics = collect_pair_statistics(
+        ...     features, features, ids, ids, logit_scale=1.0, logit_bias=0.0
+        ... )
+        >>> round(cross_uniformity(statistics), 6)
+        -4.0
+
+    Source:
+        Fahim et al. 2024, arXiv:2405.18570, code abrar-fahim/contrastive-gap (a mean, where the
+        text prints a sum divided by N).
+    """
+    num_pairs = statistics.num_pairs
+    if num_pairs < 2:
+        return math.nan
+    return math.log(statistics.other_kernel_sum / (num_pairs * (num_pairs - 1)))

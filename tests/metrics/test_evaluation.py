@@ -23,7 +23,21 @@ NAMES = {
     *("loss", "margin", "relative_bias", "margin_5_95", "relative_bias_5_95", "modality_gap"),
     *("relative_modality_gap", "mean_pair_distance", "alignment", "positive_cosine"),
     *("image_cosine", "text_cosine", "image_uniformity", "text_uniformity"),
-    *("image_effective_rank", "text_effective_rank"),
+    *("margin_of_means", "relative_bias_of_means", "cross_uniformity", "guaranteed_recall@1"),
+    *("xi", "xi_unsquared", "images_on_their_side", "texts_on_their_side"),
+    *(
+        f"{side}_{name}"
+        for side in ("image", "text")
+        for name in (
+            *("effective_rank", "components_80", "components_90", "resultant_length"),
+            *("row_margin_min", "row_margin_mean"),
+        )
+    ),
+    *(
+        f"{direction}_{name}"
+        for direction in ("image_to_text", "text_to_image")
+        for name in ("hubness", "top_hub_share", "orphans")
+    ),
     *("linear_separability", "gallery_pairs", "distinct_captions"),
 }
 

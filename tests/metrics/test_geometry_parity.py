@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.metrics import nearest_neighbors
+from dist_siglip.metrics import (
+    collect_moments,
+    collect_pair_statistics,
+    cross_uniformity,
+    hubness,
+    modality_gap,
+    nearest_neighbors,
+    separating_direction,
+)
 from tests.support import reference_geometry
 from tests.support.processes import run_ranks
 
@@ -32,8 +40,26 @@ def _measure(rank, world_size):
         )
         for exchange in EXCHANGES
     }
-    local = nearest_neighbors(images, texts, 4).positions
-    return {"nearest": results, "without_ids": local}
+    rows = torch.arange(COUNT).split(COUNTS[world_size])[rank]
+    statistics = collect_pair_statistics(
+        images, texts, ids, ids, logit_scale=3.0, logit_bias=-1.0, chunk_rows=4, exchange="ring"
+    )
+    plane = separating_direction(images, texts, rows, max_pairs=10)
+    return {
+        "nearest": results,
+        "without_ids": nearest_neighbors(images, texts, 4).positions,
+        "moments": collect_moments(images),
+        "numbers": {
+            **vars(statistics.image_rows),
+            **{f"text {name}": value for name, value in vars(statistics.text_rows).items()},
+            "cross": cross_uniformity(statistics),
+            **hubness(images, texts, 3, chunk_rows=5)._asdict(),
+            **modality_gap(images, texts)._asdict(),
+            "above": plane.images_above,
+            "below": plane.texts_below,
+            **{f"h{axis}": value for axis, value in enumerate(plane.direction.tolist())},
+        },
+    }
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -58,6 +84,28 @@ def test_neighbours_without_ids_leave_out_nothing(everyone):
     expected = reference_geometry.nearest(images, texts, 4)
     positions = torch.cat([result["without_ids"] for result in everyone]).tolist()
     assert positions == [[p for _, p in row] for row in expected]
+
+
+def test_numbers_are_those_of_one_process(everyone):
+    alone = _measure(0, 1)
+    for result in everyone:
+        assert result["numbers"] == pytest.approx(alone["numbers"], rel=1e-11, abs=1e-13)
+        assert result["moments"].num_rows == COUNT
+        for mine, expected in zip(result["moments"][1:], alone["moments"][1:], strict=True):
+            assert torch.allclose(mine, expected, atol=1e-13)
+
+
+def test_every_rank_has_the_same_numbers_to_the_bit(everyone):
+    assert all(result["numbers"] == everyone[0]["numbers"] for result in everyone)
+
+
+def test_numbers_of_one_rank_are_others():
+    """Sums and lists without a collective would not pass the tests above."""
+    images, texts, ids = (column[8:] for column in _pairs())
+    alone = _measure(0, 1)["numbers"]
+    statistics = collect_pair_statistics(images, texts, ids, ids, logit_scale=3.0, logit_bias=-1.0)
+    assert statistics.image_rows.mean != pytest.approx(alone["mean"], rel=1e-3)
+    assert hubness(images, texts, 3).skewness != pytest.approx(alone["skewness"], rel=1e-3)
 
 
 def test_neighbours_among_the_keys_of_one_rank_are_others():

@@ -27,6 +27,7 @@ OWNERS = {
     2: (torch.arange(COUNT) % 5 > 1).long(),
     3: 2 * (torch.arange(COUNT) % 3 > 0).long(),
 }
+SUMS = {"image_explained_variance", "text_explained_variance"}
 EXCHANGES = ("ring", "all_gather", "auto")
 
 
@@ -147,7 +148,11 @@ def test_every_rank_has_the_same_metrics_to_the_bit(everyone):
 def test_arrays_are_those_of_one_process_on_every_rank(single, everyone, exchange):
     for result in everyone[1]:
         for name, expected in single["auto"]["arrays"].items():
-            assert (result[exchange]["arrays"][name] == expected).all(), name
+            found = result[exchange]["arrays"][name]
+            if name in SUMS:  # which are added in another order
+                assert found == pytest.approx(expected, rel=1e-11), name
+            else:
+                assert (found == expected).all(), name
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

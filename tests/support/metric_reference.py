@@ -88,6 +88,8 @@ def gap(images, texts):
         for rows in (images, texts)
     ]
     across = math.fsum(_distance(x, y) for x, y in pairs) / count
+    offsets = [[a - b for a, b in zip(x, y, strict=True)] for x, y in pairs]
+    mean_offset = [math.fsum(column) / count for column in zip(*offsets, strict=True)]
     within = (_mean_within(images, _distance) + _mean_within(texts, _distance)) / 2
     return {
         "centroid_distance": math.sqrt(_squared_distance(*centroids)),
@@ -97,6 +99,11 @@ def gap(images, texts):
         "positive_cosine": math.fsum(_dot(*p) for p in pairs) / count,
         "image_cosine": _mean_within(images, _dot),
         "text_cosine": _mean_within(texts, _dot),
+        "image_resultant_length": math.sqrt(_dot(centroids[0], centroids[0])),
+        "text_resultant_length": math.sqrt(_dot(centroids[1], centroids[1])),
+        "xi": math.fsum(_squared_distance(offset, mean_offset) for offset in offsets) / count,
+        "xi_unsquared": math.fsum(math.sqrt(_dot(offset, offset)) for offset in offsets) / count
+        - math.sqrt(_dot(mean_offset, mean_offset)),
     }
 
 

@@ -1,0 +1,123 @@
+"""Is there a direction that has all images on one side of the origin, and texts on the other?
+
+The plane goes through the origin: ``separability`` may shift it, the theorem behind this one may
+not. If one threshold of 0 separates positive from negative pairs (margin > |relative bias|), such a
+direction exists for all images and all but D of the texts: the modality gap is no accident then.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.svm import LinearSVC
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.rows import gather_sample
+from dist_siglip.metrics.tiles import row_slices
+
+# So large that a row on the wrong side costs more than a flat direction saves.
+_PENALTY = 1e4
+
+
+class SeparatingDirection(NamedTuple):
+    """A direction h, and what lies on which side of the plane it stands on.
+
+    Attributes:
+        direction: (D,) float64 of length 1, on the CPU.
+        num_pairs: N, pairs of all ranks.
+        images_above: images x with <h, x> > 0.
+        texts_below: texts y with <h, y> < 0.
+    """
+
+    direction: Tensor
+    num_pairs: int
+    images_above: int
+    texts_below: int
+
+    @property
+    def separates(self) -> bool:
+        """Whether every row is on its side."""
+        return self.images_above == self.texts_below == self.num_pairs
+
+
+@torch.no_grad()
+def separating_direction(
+    image_features: Tensor,
+    text_features: Tensor,
+    sample_ids: Tensor,
+    *,
+    max_pairs: int = 5000,
+    seed: int = 0,
+    group: ProcessGroup | None = None,
+) -> SeparatingDirection:
+    """Fit a linear support vector machine without intercept, and count both sides.
+
+    It is fitted to a random choice of pairs, with images above; counted are the pairs of all ranks,
+    so with more than ``max_pairs`` most counted rows were not fitted.
+
+    Distributed contract: every rank passes its own pairs (0 too); the chosen pairs are gathered on
+    every rank, which fits on its own and gets the same direction; then one all-reduce of three
+    counts. The result does not depend on how pairs are distributed.
+
+    Args:
+        image_features: (B, D), L2-normalised.
+        text_features: (B, D), L2-normalised; row i belongs to image i.
+        sample_ids: (B,) int64, each once over all ranks.
+        max_pairs: most pairs to fit, at least 1; bounds memory and time.
+        seed: of the choice.
+        group: process group.
+
+    Raises:
+        UserError: if ``max_pairs`` is below 1, no rank has any pair, or features are unusable
+            (names row and rank); on every rank.
+
+    Example:
+        >>> images = torch.tensor([[0.6, 0.8], [0.8, 0.6]])
+        >>> found = separating_direction(images, -images, torch.arange(2))
+        >>> found.images_above, found.texts_below, found.separates
+        (2, 2, True)
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, Theorem 3.6.
+    """
+    if max_pairs < 1:
+        raise UserError(f"max_pairs ({max_pairs}) must be at least 1; try 5000")
+    check_features(
+        [("image_features", image_features), ("text_features", text_features)],
+        [("sample_ids", sample_ids), ("sample_ids", sample_ids)],
+        unit_norm=True,
+        group=group,
+    )
+    images, texts = gather_sample(
+        [image_features, text_features], sample_ids, max_rows=max_pairs, seed=seed, group=group
+    )
+    if not len(images):
+        raise UserError("no rank has any pair to evaluate; check the validation data")
+    direction = _fit(images.double().numpy(), texts.double().numpy())
+    counts = torch.zeros(3, dtype=torch.int64, device=image_features.device)
+    on_device = direction.to(image_features.device)
+    for rows in row_slices(len(image_features)):
+        above = (image_features[rows].double() @ on_device > 0).sum()
+        below = (text_features[rows].double() @ on_device < 0).sum()
+        counts += torch.stack([above.new_tensor(len(image_features[rows])), above, below])
+    return SeparatingDirection(direction, *sum_over_ranks(counts, group).tolist())
+
+
+def _fit(images: np.ndarray, texts: np.ndarray) -> Tensor:
+    """Direction of unit length with images above."""
+    rows = np.concatenate([images, texts])
+    labels = np.repeat([1, -1], [len(images), len(texts)])
+    # The primal problem: its time does not grow with the penalty.
+    model = LinearSVC(C=_PENALTY, fit_intercept=False, dual=False, max_iter=1000)
+    with warnings.catch_warnings():
+        # Clouds that overlap need not converge; what the direction does is counted anyway.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(rows, labels)
+    direction = torch.from_numpy(model.coef_[0])
+    return direction / direction.norm().clamp_min(torch.finfo(torch.float64).tiny)
