@@ -25,6 +25,11 @@ class Entry(NamedTuple):
 
 # Name -> experiment, in the order of the page.
 EXPERIMENTS: dict[str, Entry] = {
+    "constructions": Entry(
+        "dist_siglip.lab.experiments.constructions",
+        "do codes and constructions have the margin they promise?",
+        0.1,
+    ),
     "five_starts": Entry(
         "dist_siglip.lab.experiments.five_starts",
         "does a relative bias help, and from which start?",
