@@ -17,6 +17,7 @@ from dist_siglip.cli import (
     embed,
     export,
     quickstart,
+    report,
     slurm,
     training,
 )
@@ -35,6 +36,7 @@ PAGES = (
     "docs/export.md",
     "docs/finetuning.md",
     "docs/guarantees.md",
+    "docs/report.md",
 )
 
 
@@ -127,8 +129,8 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
-    elif words[0] in ("embed", "export", "doctor"):
-        verbs = {"embed": embed, "export": export, "doctor": doctor_command}
+    elif words[0] in ("embed", "export", "doctor", "report"):
+        verbs = {"embed": embed, "export": export, "doctor": doctor_command, "report": report}
         verbs[words[0]].parser(words[0]).parse_args(words[1:])
     elif words[0] == "slurm":
         job, fit_options = slurm.parse(words[1], words[2:])

@@ -1,7 +1,8 @@
 """Read a run folder for the report; say what is missing or damaged instead of failing.
 
 Only metrics.jsonl must be there. Nothing that is read is executed: no pickled arrays, and
-pictures are checked to be what they say they are before they reach the page.
+pictures are checked to be what they say they are before they reach the page. What went wrong with
+data and steps is read in ``incidents``, what is kept of earlier evaluations in ``history``.
 """
 
 import base64
@@ -16,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from dist_siglip.errors import UserError
+from dist_siglip.report.benchmark_files import BenchmarkFile, read_benchmarks
+from dist_siglip.report.history import KeptEvaluation, read_history
+from dist_siglip.report.incidents import Incidents, read_incidents
+from dist_siglip.report.series import Series
 from dist_siglip.runs import RunFolder
+from dist_siglip.runs.identity import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -27,19 +34,6 @@ _MAGIC = {
     "image/jpeg": b"\xff\xd8\xff",
     "image/webp": b"RIFF",
 }
-
-
-@dataclass(frozen=True)
-class Series:
-    """One logged quantity over steps, sorted, one value per step, finite values only.
-
-    Attributes:
-        steps: (n,) int64.
-        values: (n,) float64.
-    """
-
-    steps: np.ndarray
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,11 @@ class RunRecord:
         arrays: arrays of the newest evaluation by name; only those that can be used.
         captions: row-aligned with the feature arrays.
         pictures: images to show.
+        settings: config.yaml, dotted name to value; empty if it cannot be read.
+        provenance: of the newest start, as ``runs.provenance`` writes it; empty if there is none.
+        history: kept parts of evaluations, earliest first.
+        incidents: bad samples and skipped steps.
+        benchmarks: results of RUN/benchmarks.
         texts: contents of config.yaml and provenance.json by file name.
         notes: what is missing or damaged, one sentence each.
     """
@@ -77,12 +76,32 @@ class RunRecord:
     arrays: dict[str, np.ndarray]
     captions: list[str]
     pictures: list[Picture]
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    history: list[KeptEvaluation]
+    incidents: Incidents
+    benchmarks: list[BenchmarkFile]
     texts: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def last_step(self) -> int:
+        """Largest step that anything was logged of."""
+        return max(int(series.steps[-1]) for series in self.series.values())
 
-def read_run(run_dir: Path) -> RunRecord:
+    @property
+    def features(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Image and text features of the newest evaluation, (n, D) each; None without."""
+        images, texts = (self.arrays.get(f"{kind}_features") for kind in ("image", "text"))
+        return None if images is None or texts is None else (images, texts)
+
+
+def read_run(run_dir: Path, name: str | None = None) -> RunRecord:
     """Read what the folder holds.
+
+    Args:
+        run_dir: the folder.
+        name: what the report calls the run; by default the name of the folder.
 
     Raises:
         UserError: if the folder or its metrics.jsonl is missing or has no usable line.
@@ -108,12 +127,17 @@ def read_run(run_dir: Path) -> RunRecord:
         )
         captions, pictures = [], []
     return RunRecord(
-        name=run_dir.resolve().name,
+        name=run_dir.resolve().name if name is None else name,
         series=series,
         metrics=_read_metrics(folder.evaluation / "metrics.json", series, notes),
         arrays=arrays,
         captions=captions,
         pictures=[picture for picture in pictures if picture.row < len(captions)],
+        settings=_read_settings(folder.config, notes),
+        provenance=_read_provenance(folder.provenance),
+        history=read_history(folder, notes),
+        incidents=read_incidents(folder, notes),
+        benchmarks=read_benchmarks(folder.path / "benchmarks", notes),
         texts={
             path.name: path.read_text(encoding="utf-8", errors="replace")
             for path in (folder.config, folder.provenance)
@@ -146,6 +170,25 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
         )
         for name, by_step in found.items()
     }
+
+
+def _read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(flatten(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))))
+    except (yaml.YAMLError, RecursionError):
+        notes.append("config.yaml cannot be read.")
+        return {}
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    newest = content[-1] if isinstance(content, list) and content else content
+    return newest if isinstance(newest, dict) else {}
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -2,14 +2,19 @@
 
 from dist_siglip.report.gallery import Answer, Exhibit
 from dist_siglip.report.page import (
+    render_card,
     render_details,
     render_figure,
     render_gallery,
     render_missing,
+    render_multiples,
     render_page,
+    render_section,
     render_table,
+    render_table_card,
 )
 from dist_siglip.report.records import Picture
+from dist_siglip.report.verdict import Verdict, render_headline, render_verdict
 
 RAW = "<i>\"'&"
 ESCAPED = "&lt;i&gt;&quot;&#x27;&amp;"
@@ -18,12 +23,18 @@ ESCAPED = "&lt;i&gt;&quot;&#x27;&amp;"
 def test_all_parts_escape_their_texts():
     exhibit = Exhibit(Picture(0, RAW), RAW, [Answer(RAW, 0.5, is_right=False)])
     for html in (
-        render_page(RAW, RAW, []),
+        render_page(RAW, RAW, [(RAW, RAW)], []),
+        render_section(RAW, key=RAW),
+        render_card(RAW, ""),
+        render_table_card(RAW, [], [], note=RAW),
+        render_multiples(RAW, [(RAW, "<svg></svg>")], RAW),
+        render_verdict(Verdict("good", RAW, RAW), RAW),
+        render_headline(Verdict("good", RAW, RAW), RAW),
         render_missing(RAW),
         render_figure(RAW, "<svg></svg>", RAW, missing=""),
         render_figure(RAW, None, "", missing=RAW),
         render_table([RAW], [[f"{RAW}\n{RAW}"]]),
-        render_gallery([exhibit]),
+        render_gallery(RAW, [exhibit], RAW),
         render_details(RAW, RAW),
     ):
         assert RAW not in html

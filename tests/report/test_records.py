@@ -106,3 +106,68 @@ def test_features_that_do_not_fit_are_left_out(run_dir, features):
     assert "image_features" not in record.arrays
     assert "histogram_edges" in record.arrays
     assert record.notes == ["evaluation/arrays.npz has no usable features."]
+
+
+def test_settings_are_read_by_dotted_name(run_dir):
+    record = read_run(run_dir)
+    assert record.settings == {"model": "tiny", "data.global_batch_size": 64}
+    assert record.provenance["world_size"] == 2
+
+
+@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.system [true]", "[" * 1500])
+def test_settings_that_cannot_be_read_are_named(run_dir, text):
+    (run_dir / "config.yaml").write_text(text)
+    record = read_run(run_dir)
+    assert record.settings == {}
+    assert record.notes == ["config.yaml cannot be read."]
+
+
+def test_incidents_are_counted_by_reason(run_dir):
+    incidents = read_run(run_dir).incidents
+    assert incidents.bad_samples.counts == {"only # bytes": 3}
+    assert incidents.bad_samples.examples[0] == "a.tar/7: only 7 bytes"
+    assert incidents.skipped_steps.counts == {"gradient norm # is a spike": 1}
+
+
+def test_cut_line_of_incidents_is_named(run_dir):
+    with (run_dir / "bad_samples.jsonl").open("a") as file:
+        file.write('{"shard": "b.t')
+    record = read_run(run_dir)
+    assert record.incidents.bad_samples.total == 3
+    assert record.notes == ["bad_samples.jsonl has 1 unreadable line(s), which are left out."]
+
+
+def test_kept_evaluations_are_read_in_order_with_rows_of_length_one(run_dir):
+    history = read_run(run_dir).history
+    assert [kept.step for kept in history] == [20, 40, 60]
+    assert np.allclose(np.linalg.norm(history[0].image_features, axis=1), 1, atol=1e-12)
+    assert history[0].positive_histogram.sum() == 6 * 20 * 20
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"image_features": np.ones((2, 3))},
+        {"image_features": np.full((120, 16), np.nan)},
+        {"positive_histogram": np.ones(3)},
+        {"image_features": np.ones((0, 16)), "text_features": np.ones((0, 16))},
+    ],
+)
+def test_kept_evaluations_that_do_not_fit_are_named_and_left_out(run_dir, arrays):
+    path = run_dir / "evaluation/history/step=00000040.npz"
+    with np.load(path) as archive:
+        whole = dict(archive)
+    np.savez(path, **(whole | arrays))
+    record = read_run(run_dir)
+    assert [kept.step for kept in record.history] == [20, 60]
+    assert record.notes == ["evaluation/history/step=00000040.npz cannot be used."]
+
+
+def test_benchmarks_are_read_and_what_is_none_is_named(run_dir):
+    (run_dir / "benchmarks/broken.json").write_text("{")
+    (run_dir / "benchmarks/list.json").write_text("[1]")
+    record = read_run(run_dir)
+    (found,) = record.benchmarks
+    assert (found.dataset, found.task) == ("handwriting", "zeroshot_retrieval")
+    assert found.metrics == {"image_retrieval_recall@5": 0.75}
+    assert len(record.notes) == 2

@@ -7,6 +7,9 @@ import json
 import numpy as np
 from PIL import Image
 
+from dist_siglip.callbacks.evaluation_history import keep_evaluation
+from dist_siglip.runs import RunFolder
+
 CAPTIONS = ("one two", "three four", "nine nine", "zero seven", "five", "six eight")
 
 
@@ -32,6 +35,12 @@ def metrics_lines(num_steps=60, every=2):
                 "train/logit_bias": -10 + 2 * share,
                 "train/relative_bias": (10 - 2 * share) / (10 + 5 * share),
                 "train/pairs_per_second": 900.0 + step,
+                "train/data_wait_percent": 20.0 + step / 10,
+                "train/grad_norm": 5.0 - 4 * share,
+                "train/learning_rate": 1e-3 * (1 - share),
+                "train/substituted_samples": float(step // 20),
+                "train/skipped_steps": float(step >= 40),
+                "data/epochs": step * 64 / 1920,
             }
         )
         if step % 20 == 0:
@@ -42,6 +51,10 @@ def metrics_lines(num_steps=60, every=2):
                     "val/loss": 3.0 * 0.05**share,
                     "val/relative_bias": 0.5,
                     "val/image_to_text_recall@1": 0.8 * share,
+                    "val/modality_gap": 1.0 - 0.4 * share,
+                    "val/margin_5_95": 0.2 * share - 0.1,
+                    "val/image_uniformity": -3.0 * share,
+                    "val/image_effective_rank": 1 + 9 * share,
                 }
             )
     return lines
@@ -72,6 +85,10 @@ def evaluation_metrics():
         "alignment": 0.4,
         "image_uniformity": -3.1,
         "text_uniformity": -3.2,
+        "image_cosine": 0.1,
+        "text_cosine": 0.2,
+        "image_effective_rank": 9.5,
+        "text_effective_rank": 6.5,
         "logit_scale": 15.0,
         "logit_bias": -8.0,
         "gallery_pairs": 120.0,
@@ -108,16 +125,42 @@ def evaluation_arrays(captions, width=16):
     }
 
 
+def write_history(folder, captions, steps=(20, 40, 60)):
+    """What is kept of evaluations: the modalities come nearer to each other."""
+    run, arrays = RunFolder(folder), evaluation_arrays(list(captions))
+    images, texts = arrays["image_features"], arrays["text_features"]
+    for step in steps:
+        kept = arrays | {"image_features": images + (60 - step) / 30 * (images - texts).mean(0)}
+        lengths = np.linalg.norm(kept["image_features"], axis=1, keepdims=True)
+        kept["image_features"] = (kept["image_features"] / lengths).astype(np.float32)
+        keep_evaluation(run, step, kept)
+
+
+def write_benchmark(folder, name="handwriting", recall=0.75):
+    """A result in the form of CLIP_benchmark."""
+    path = folder / "benchmarks" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    metrics = {"image_retrieval_recall@5": recall, "not": "a number"}
+    path.write_text(json.dumps({"dataset": name, "task": "zeroshot_retrieval", "metrics": metrics}))
+
+
 def write_run(folder, captions=CAPTIONS * 20, num_images=8):
     """Write every file the report reads; returns the folder."""
     evaluation = folder / "evaluation"
     evaluation.mkdir(parents=True)
     lines = [json.dumps(line) for line in metrics_lines()]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "config.yaml").write_text("model: tiny\n")
-    (folder / "provenance.json").write_text(json.dumps({"command": "dist-siglip fit"}))
+    (folder / "config.yaml").write_text("model: tiny\ndata:\n  global_batch_size: 64\n")
+    provenance = {"command": "dist-siglip fit", "world_size": 2}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    bad = [{"shard": "a.tar", "key": str(n), "reason": f"only {n} bytes"} for n in (7, 8, 9)]
+    (folder / "bad_samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    skipped = {"step": 33, "reason": "gradient norm 4e+03 is a spike"}
+    (folder / "skipped_steps.jsonl").write_text(json.dumps(skipped) + "\n")
     (evaluation / "metrics.json").write_text(json.dumps(evaluation_metrics()))
     np.savez_compressed(evaluation / "arrays.npz", **evaluation_arrays(list(captions)))
+    write_history(folder, captions)
+    write_benchmark(folder)
     images = [
         {
             "row": row,

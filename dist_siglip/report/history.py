@@ -1,0 +1,79 @@
+"""Read what is kept of the evaluations of a run."""
+
+import logging
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dist_siglip.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_FEATURES = ("image_features", "text_features")
+_HISTOGRAMS = ("positive_histogram", "negative_histogram")
+
+
+@dataclass(frozen=True)
+class KeptEvaluation:
+    """A part of one evaluation.
+
+    Attributes:
+        step: optimizer steps behind the weights.
+        image_features: (n, D) float64, rows of length 1.
+        text_features: (n, D) float64; row i belongs to image i.
+        histogram_edges: (K + 1,), of cosines.
+        positive_histogram: (K,) counts of all pairs with equal captions.
+        negative_histogram: (K,) of all others.
+    """
+
+    step: int
+    image_features: np.ndarray
+    text_features: np.ndarray
+    histogram_edges: np.ndarray
+    positive_histogram: np.ndarray
+    negative_histogram: np.ndarray
+
+
+def read_history(folder: RunFolder, notes: list[str]) -> list[KeptEvaluation]:
+    """Read all that can be used, earliest first; the rest is named in ``notes``."""
+    found = []
+    for step, path in folder.kept_evaluations().items():
+        kept = _read(step, path)
+        if kept is None:
+            notes.append(f"evaluation/history/{path.name} cannot be used.")
+        else:
+            found.append(kept)
+    widths = {kept.image_features.shape[1] for kept in found}
+    return found if len(widths) <= 1 else []
+
+
+def _read(step: int, path: Path) -> KeptEvaluation | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {n: archive[n] for n in (*_FEATURES, "histogram_edges", *_HISTOGRAMS)}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        return None
+    if any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in arrays.values()):
+        return None
+    images, texts = (arrays[name].astype(np.float64) for name in _FEATURES)
+    edges, *counts = (arrays[name] for name in ("histogram_edges", *_HISTOGRAMS))
+    is_sound = (
+        images.ndim == 2
+        and images.shape == texts.shape
+        and images.size > 0
+        and edges.ndim == 1
+        and all(bins.shape == (len(edges) - 1,) for bins in counts)
+    )
+    if not is_sound:
+        return None
+    return KeptEvaluation(step, _unit(images), _unit(texts), edges, *counts)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Undo the rounding of the file."""
+    lengths: np.ndarray = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: np.ndarray = rows / np.maximum(lengths, 1e-6)
+    return unit

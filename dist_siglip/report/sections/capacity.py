@@ -1,0 +1,180 @@
+"""How many pairs fit into this space at the margin it has?"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.capacity import (
+    LargestPairs,
+    RequiredDimension,
+    find_capacity_problem,
+    largest_margin,
+    largest_pairs,
+    margin_of_dimension,
+    required_dimension,
+)
+from dist_siglip.report.measures import known, show
+from dist_siglip.report.page import render_columns, render_table_card
+from dist_siglip.report.records import RunRecord
+from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.verdict import Verdict
+
+_NEAR = 0.8  # of the largest margin
+
+
+class Room(NamedTuple):
+    """What bounds say about a run.
+
+    Attributes:
+        dimension: of its embedding.
+        num_pairs: it was trained on, as far as its log tells; else those of its evaluation.
+        margin: it has.
+        relative_bias: it has.
+        is_lenient: whether both leave out the worst 5 % of each kind of pairs.
+        limit: largest margin at this relative bias in any dimension.
+        reached: margin that a construction has with so many pairs in so many dimensions.
+        bound: margin that nothing exceeds there.
+        needed: dimensions for so many pairs at its margin; None where that is not known.
+        pairs: that fit into its dimension at its margin; None where that is not known.
+        problem: why not.
+    """
+
+    dimension: int
+    num_pairs: float
+    margin: float
+    relative_bias: float
+    is_lenient: bool
+    limit: float
+    reached: float
+    bound: float
+    needed: RequiredDimension | None
+    pairs: LargestPairs | None
+    problem: str | None
+
+
+def make(runs: Sequence[RunRecord]) -> Section:
+    """List what the bounds of Bangachev et al. say about each run."""
+    found = [room(run) for run in runs]
+    rows: list[list[str]] = [
+        ["dimensions of the embedding", *(_cell(r, lambda r: f"{r.dimension:,}") for r in found)],
+        [
+            "pairs\nof the training data as far as the log tells, else of the evaluation",
+            *(_cell(r, lambda r: f"{r.num_pairs:,.0f}") for r in found),
+        ],
+        [
+            "margin and relative bias\nwithout the worst 5 % where the margin of all is below 0",
+            *(_cell(r, lambda r: f"{r.margin:.3f}, {r.relative_bias:.3f}") for r in found),
+        ],
+        [
+            "largest margin at this relative bias\nin any dimension (Theorem 3.4)",
+            *(_cell(r, lambda r: show(r.limit)) for r in found),
+        ],
+        [
+            "largest margin in these dimensions\na construction reaches, nothing exceeds",
+            *(_cell(r, lambda r: f"{r.reached:.3f}, {r.bound:.3f}") for r in found),
+        ],
+        [
+            "dimensions for these pairs at this margin\ntoo few below, enough from",
+            *(_cell(r, _needed) for r in found),
+        ],
+        [
+            "pairs that fit at this margin\na construction has, nothing has more",
+            *(_cell(r, _pairs) for r in found),
+        ],
+    ]
+    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
+    note = (
+        "Bangachev et al. 2025, Theorems 3.3 to 3.5. All but Theorem 3.4 hold to first order as "
+        "the dimension grows; in few dimensions more pairs fit than they say."
+    )
+    parts = [render_columns([render_table_card("In numbers", columns, rows, note=note)])]
+    return Section("capacity", "Capacity", judge_each(runs, judge), parts)
+
+
+def judge(run: RunRecord) -> Verdict:
+    """Say whether the dimension limits the run."""
+    found = room(run)
+    if found is None:
+        return Verdict("unknown", "The run has no evaluation with margins and features.")
+    if found.pairs is None or found.needed is None:
+        return Verdict("unknown", "No number of pairs follows from its margin.", _why(found))
+    lenient = " without the worst 5 % of the pairs" if found.is_lenient else ""
+    told = (
+        f"At d = {found.dimension} and its margin of {found.margin:.3f}{lenient} the bounds allow "
+        f"between 10^{found.pairs.log10_reached:.0f} and 10^{found.pairs.log10_bound:.0f} pairs"
+    )
+    needed = (
+        f"Its {found.num_pairs:,.0f} pairs need at least {found.needed.necessary} dimensions at "
+        f"this margin, and {found.needed.sufficient} are enough, to first order."
+    )
+    if found.dimension >= found.needed.sufficient:
+        near = found.margin >= _NEAR * found.bound
+        more = "" if near else f" The same pairs could have a margin of {found.reached:.3f}."
+        return Verdict("good", f"The dimension does not limit this run. {told}.", needed + more)
+    if found.dimension >= found.needed.necessary:
+        return Verdict("note", f"The dimension is just about enough. {told}.", needed)
+    return Verdict(
+        "watch",
+        f"The space is full at this margin. {told}.",
+        f"{needed} More pairs at this margin ask for more dimensions, or for a smaller margin.",
+    )
+
+
+def room(run: RunRecord) -> Room | None:
+    """Ask the bounds about the newest evaluation; None if it has no margin or no features."""
+    if run.features is None:
+        return None
+    strict = known(run.metrics, "margin", "relative_bias")
+    lenient = known(run.metrics, "margin_5_95", "relative_bias_5_95")
+    is_lenient = strict is None or (strict[0] <= 0 and lenient is not None)
+    chosen = lenient if is_lenient else strict
+    if chosen is None:
+        return None
+    margin, bias = chosen
+    dimension, num_pairs = run.features[0].shape[1], max(2.0, _num_pairs(run))
+    bias = min(1.0, max(-1.0, bias))
+    needed, pairs, problem = None, None, find_capacity_problem(margin, bias)
+    if problem is None:
+        try:
+            pairs = largest_pairs(dimension, margin, bias)
+            needed = required_dimension(num_pairs, margin, bias)
+        except UserError as error:
+            problem = str(error)
+    return Room(
+        dimension,
+        num_pairs,
+        margin,
+        bias,
+        is_lenient,
+        largest_margin(bias, num_pairs),
+        *margin_of_dimension(num_pairs, dimension, bias),
+        needed,
+        pairs,
+        problem,
+    )
+
+
+def _cell(found: Room | None, write: Callable[[Room], str]) -> str:
+    return "n/a" if found is None else write(found)
+
+
+def _num_pairs(run: RunRecord) -> float:
+    """Pairs of the training data, from samples seen and passes over them."""
+    epochs, batch = run.series.get("data/epochs"), run.settings.get("data.global_batch_size")
+    if epochs is not None and epochs.last > 0 and isinstance(batch, int):
+        return float(round(int(epochs.steps[-1]) * batch / epochs.last))
+    return run.metrics.get("gallery_pairs", 2.0)
+
+
+def _why(found: Room) -> str:
+    return "" if found.problem is None else f"The {found.problem}."
+
+
+def _needed(found: Room) -> str:
+    return "n/a" if found.needed is None else f"{found.needed.necessary}, {found.needed.sufficient}"
+
+
+def _pairs(found: Room) -> str:
+    if found.pairs is None:
+        return "n/a"
+    return f"10^{found.pairs.log10_reached:.1f}, 10^{found.pairs.log10_bound:.1f}"

@@ -1,0 +1,201 @@
+"""Does it find what belongs together, and where does it go wrong?"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_siglip.report.canvas import (
+    STYLES,
+    Curve,
+    add_legend,
+    colour_of,
+    draw_curves,
+    new_figure,
+    to_svg,
+)
+from dist_siglip.report.gallery import Exhibit, rank_captions
+from dist_siglip.report.measures import DIRECTIONS, known, show
+from dist_siglip.report.page import (
+    render_columns,
+    render_figure,
+    render_gallery,
+    render_missing,
+    render_table_card,
+)
+from dist_siglip.report.records import RunRecord
+from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.verdict import Verdict
+
+_MOST_PICTURES = 24
+_MOST_RANK = 100
+
+
+def make(runs: Sequence[RunRecord]) -> Section:
+    """List and draw recall, and show pictures with right and wrong answers."""
+    figures = [
+        render_figure(
+            "Recall by number of answers",
+            draw_recall(runs),
+            "Share of queries whose match is among the first so many answers, newest evaluation.",
+            missing="No evaluation with ranks is in this run folder; validate the run first.",
+        ),
+        render_figure(
+            "Recall@1 over the run",
+            _draw_recall_over_steps(runs),
+            "Share of queries whose first answer is right.",
+            missing="No evaluation has logged it.",
+        ),
+    ]
+    rows = _rows(runs)
+    if rows:
+        columns = ("recall", "@1", "@5", "@10", "median rank")
+        note = "" if len(runs) > 1 else gallery_note(runs[0].metrics)
+        figures.insert(0, render_table_card("In numbers", columns, rows, note=note))
+    parts = [render_columns(figures)]
+    for run in runs:
+        parts += _gallery(run, f": {run.name}" if len(runs) > 1 else "")
+    verdicts = judge_each(runs, judge, judge_directions)
+    return Section("retrieval", "Retrieval", verdicts, parts)
+
+
+def judge(run: RunRecord) -> Verdict:
+    """Set recall@1 against chance."""
+    found = known(run.metrics, *(f"{key}_recall@1" for _, key in DIRECTIONS))
+    pairs = run.metrics.get("gallery_pairs", math.nan)
+    distinct = run.metrics.get("distinct_captions", math.nan)
+    if found is None or not pairs > 0:
+        return Verdict("unknown", "The run has no evaluation of retrieval.")
+    chance = 1 / distinct if distinct > 0 else 1 / pairs
+    recall = sum(found) / 2
+    error = max(math.sqrt(each * (1 - each) / pairs) for each in found)
+    told = (
+        f"recall@1 is {found[0]:.3f} from image to text and {found[1]:.3f} from text to image "
+        f"among {pairs:,.0f} pairs"
+    )
+    reason = (
+        f"Chance is about {chance:.2g}; with so many queries recall is known to ±{2 * error:.2g}."
+    )
+    if recall < 5 * chance:
+        return Verdict("bad", f"The model hardly retrieves better than chance: {told}.", reason)
+    tone, word = ("good", "well") if recall >= 0.5 else ("note", "far above chance, not yet well")
+    return Verdict("good" if tone == "good" else "note", f"It retrieves {word}: {told}.", reason)
+
+
+def judge_directions(run: RunRecord) -> Verdict | None:
+    """Say so if one direction is clearly better than the other."""
+    found = known(run.metrics, *(f"{key}_recall@1" for _, key in DIRECTIONS), "gallery_pairs")
+    if found is None or found[2] < 1:
+        return None
+    forward, backward, pairs = found
+    error = math.sqrt((forward * (1 - forward) + backward * (1 - backward)) / pairs)
+    if abs(forward - backward) <= max(0.02, 3 * error):
+        return None
+    better = "image to text" if forward > backward else "text to image"
+    return Verdict(
+        "watch",
+        f"Retrieval is clearly better from {better}.",
+        f"{forward:.3f} against {backward:.3f}, more than three standard errors. Often a few "
+        "points of one side are near to everything (hubs), or captions repeat.",
+    )
+
+
+def gallery_note(metrics: dict[str, float]) -> str:
+    """Say what the recall numbers are worth; made of numbers only."""
+    note = "An identical caption counts as a hit; ties count against the query."
+    found = known(metrics, "gallery_pairs", "distinct_captions")
+    if found is None or min(found) <= 0:
+        return note
+    return (
+        f"Gallery of {found[0]:.0f} pairs with {found[1]:.0f} distinct captions; chance of "
+        f"recall@1 is about {1 / found[1]:.2g}. {note}"
+    )
+
+
+def draw_recall(runs: Sequence[RunRecord]) -> str | None:
+    """Recall@k over k, logarithmic, both directions; None without ranks."""
+    curves = []
+    for index, run in enumerate(runs):
+        for place, (label, key) in enumerate(DIRECTIONS):
+            ranks = run.arrays.get(f"{key}_ranks")
+            if ranks is not None and ranks.ndim == 1 and len(ranks):
+                most = min(_MOST_RANK, int(run.metrics.get("gallery_pairs", _MOST_RANK)))
+                answers = np.arange(1, max(2, most) + 1)
+                shares = np.searchsorted(np.sort(ranks), answers, side="right") / len(ranks)
+                name = label if len(runs) == 1 else f"{run.name}, {label}"
+                curves.append((name, answers, shares, index, place))
+    if not curves:
+        return None
+    figure, (axes,) = new_figure(1, 2.9)
+    for name, answers, shares, index, place in curves:
+        colour = colour_of(place if len(runs) == 1 else index)
+        axes.plot(answers, shares, STYLES[place], color=colour, linewidth=1.6, label=f" {name}")
+    axes.set_xscale("log")
+    axes.set_xticks([1, 5, 10, 100], ["1", "5", "10", "100"])
+    axes.set_xlim(1, max(len(answers) for _, answers, *_ in curves))
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("answers looked at")
+    axes.set_ylabel("recall")
+    add_legend(axes)
+    return to_svg(figure, "recall", "Recall over the number of answers looked at")
+
+
+def _draw_recall_over_steps(runs: Sequence[RunRecord]) -> str | None:
+    curves = [
+        Curve(
+            label if len(runs) == 1 else f"{run.name}, {label}",
+            run.series[f"val/{key}_recall@1"],
+            colour_of(place if len(runs) == 1 else index),
+            STYLES[place],
+            "s",
+        )
+        for index, run in enumerate(runs)
+        for place, (label, key) in enumerate(DIRECTIONS)
+        if f"val/{key}_recall@1" in run.series
+    ]
+    return draw_curves("recall-steps", "Recall at 1 over steps", [("recall@1", curves)])
+
+
+def _rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+    return [
+        [
+            label if len(runs) == 1 else f"{label}\n{run.name}",
+            *(show(run.metrics.get(f"{key}_recall@{k}")) for k in (1, 5, 10)),
+            show(run.metrics.get(f"{key}_median_rank"), "{:.0f}"),
+        ]
+        for label, key in DIRECTIONS
+        for run in runs
+        if f"{key}_recall@1" in run.metrics
+    ]
+
+
+def _gallery(run: RunRecord, whose: str) -> list[str]:
+    if run.features is None or not run.pictures:
+        text = f"There are no example images with features in this run folder{whose}."
+        return [render_missing(text)]
+    pictures = run.pictures[:_MOST_PICTURES]
+    exhibits = rank_captions(pictures, run.captions, *run.features)
+    right = [each for each in exhibits if each.answers[0].is_right]
+    wrong = sorted(
+        (each for each in exhibits if not each.answers[0].is_right), key=_distance, reverse=True
+    )
+    distinct = len(set(run.captions))
+    note = (
+        f"{len(right)} of these {len(exhibits)} images have their own caption first, among "
+        f"{distinct} distinct captions of {len(run.captions)} pairs. The heading is the true "
+        "caption; the number is the cosine. The images were chosen before anything was known."
+    )
+    return [
+        render_gallery(f"{heading}{whose}", shown, text)
+        for heading, shown, text in (
+            ("Images and their first five captions: first one wrong", wrong, note),
+            ("Images and their first five captions: first one right", right, "" if wrong else note),
+        )
+        if shown
+    ]
+
+
+def _distance(exhibit: Exhibit) -> float:
+    """How much nearer the first answer is than the true caption, as far as that is shown."""
+    own = [answer.similarity for answer in exhibit.answers if answer.is_right]
+    return exhibit.answers[0].similarity - (own[0] if own else -1.0)
