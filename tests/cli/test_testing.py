@@ -1,0 +1,154 @@
+"""``test``, and benchmarks during ``fit``, as a user starts them."""
+
+import json
+
+import pytest
+import yaml
+
+from dist_siglip.cli import main
+from dist_siglip.cli.start_point import evaluated_step
+from dist_siglip.runs import RunFolder
+from tests.support.command import REPOSITORY, write_settings
+from tests.support.forked_runs import run_forked
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def write_tasks(folder, shards):
+    """Two benchmarks on the validation shards, in a file of their own."""
+    loading = {"workers_per_rank": 0, "local_batch_size": 6}
+    tasks = [
+        {"class_path": f"dist_siglip.benchmarks.{name}", "init_args": settings}
+        for name, settings in (
+            ("Retrieval", {"shards": shards, "name": "val", "loading": loading}),
+            ("PairMetrics", {"shards": shards, "name": "pairs", "loading": loading}),
+        )
+    ]
+    path = folder / "tasks.yaml"
+    path.write_text(yaml.safe_dump(tasks))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 15 steps with benchmarks at steps 10 and 15."""
+    folder = tmp_path_factory.mktemp("tested")
+    settings = write_settings(folder)
+    shards = yaml.safe_load(settings.read_text())["data"]["val_shards"]
+    tasks = write_tasks(folder, shards)
+    done = run_forked("fit", "--config", settings, "--benchmarks.tasks", tasks)
+    assert done.returncode == 0, done.stdout
+    return RunFolder(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def results(trained):
+    """What ``fit`` left, by benchmark."""
+    return {name: read(trained, name) for name in ("val", "pairs")}
+
+
+def read(folder, name):
+    return json.loads((folder.benchmarks / f"{name}.json").read_text())
+
+
+def logged(folder):
+    """Step to what was logged of benchmarks."""
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    found = {}
+    for line in lines:
+        names = {name: value for name, value in line.items() if name.startswith("benchmarks/")}
+        if names:
+            found.setdefault(line["step"], {}).update(names)
+    return found
+
+
+def test_fit_logs_benchmarks_beside_every_validation(trained, results):
+    found = logged(trained)
+    assert sorted(found) == [10, 15]
+    for name, result in results.items():
+        for metric, value in result["metrics"].items():
+            assert found[15][f"benchmarks/{name}/{metric}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_benchmarks_on_the_validation_pairs_agree_with_the_validation(trained, results):
+    """Two ways to the same numbers: the data module and Lightning's loop, and a benchmark."""
+    evaluation = json.loads((trained.evaluation / "metrics.json").read_text())
+    pairs = results["pairs"]["metrics"]
+    batch = {"loss", "step"}  # of a random batch of another size
+    shared = set(pairs) & set(evaluation) - batch
+    assert "image_to_text_recall@5" in shared
+    for name in shared:
+        assert float(pairs[name]) == pytest.approx(float(evaluation[name]), rel=1e-4, abs=1e-5)
+    recall = results["val"]["metrics"]["text_retrieval_recall@5"]
+    assert recall == pytest.approx(evaluation["image_to_text_recall@5"])
+
+
+def test_test_finds_what_fit_found_at_its_last_step(trained, results, capsys):
+    log = trained.metrics.read_bytes()
+    assert main(["test", "--config", str(trained.config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name, result in results.items():
+        assert found[name] == pytest.approx(result["metrics"], rel=1e-5, abs=1e-6)
+        assert read(trained, name)["pretrained"] == "run step=15"
+    assert trained.metrics.read_bytes() == log
+    assert evaluated_step(trained) == 15
+
+
+def test_two_ranks_find_the_same(trained, results):
+    done = run_forked("test", "--config", trained.config, "--trainer.devices=2", world_size=2)
+    assert done.returncode == 0, done.stdout
+    for name, result in results.items():
+        assert read(trained, name)["metrics"] == pytest.approx(
+            result["metrics"], rel=1e-5, abs=1e-6
+        )
+
+
+def test_a_model_by_name_needs_no_run(trained, tmp_path, capsys):
+    tasks = trained.path.parent / "tasks.yaml"
+    model = trained.path.parent / "tiny.json"
+    out = tmp_path / "alone"
+    words = ["test", f"--model.model={model}", f"--benchmarks.tasks={tasks}", f"--run_dir={out}"]
+    assert main([*words, "--trainer.accelerator=cpu"]) == 0
+    assert "text_retrieval_recall@10" in capsys.readouterr().out
+    assert read(RunFolder(out), "val")["pretrained"] == "random"
+    assert [path.name for path in out.iterdir()] == ["benchmarks"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test", "--benchmarks.tasks=null"], "benchmarks.tasks (null) must name at least one"),
+        (["test", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["fit", "--benchmarks.every_steps=0"], "benchmarks.every_steps (0) must be at least 1"),
+        (
+            [
+                "fit",
+                "--benchmarks.tasks=[{class_path: dist_siglip.benchmarks.Retrieval, "
+                "init_args: {shards: gone.tar}}]",
+            ],
+            "shards of benchmark 'retrieval' ('gone.tar') names a missing file",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_starts(
+    trained, tmp_path, capsys, words, message
+):
+    out = tmp_path / "new"
+    verb, *options = words
+    assert main([verb, "--config", str(trained.config), f"--run_dir={out}", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_the_published_benchmarks_are_classes_with_these_settings():
+    from dist_siglip import benchmarks
+
+    path = REPOSITORY / "configs" / "benchmarks" / "published.yaml"
+    assert f"configs/benchmarks/{path.name}" in path.read_text().split("\n-")[0]
+    tasks = yaml.safe_load(path.read_text())
+    made = [
+        getattr(benchmarks, task["class_path"].rpartition(".")[2])(**task["init_args"])
+        for task in tasks
+    ]
+    assert [each.name for each in made] == ["imagenet1k", "mscoco_captions", "flickr30k"]
