@@ -1,5 +1,6 @@
 """Losses over the global batch, their tiles, and the scale and bias of the logits."""
 
+from dist_siglip.losses.adapter import SimplexAdapter
 from dist_siglip.losses.clip import ClipLoss
 from dist_siglip.losses.drop_in import SigLipLoss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
@@ -17,6 +18,7 @@ __all__ = [
     "LogitScaleBias",
     "ModalityGraph",
     "SigLipLoss",
+    "SimplexAdapter",
     "WeightedLoss",
     "alignment_loss",
     "cross_uniformity_loss",

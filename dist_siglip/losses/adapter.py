@@ -124,20 +124,19 @@ class SimplexAdapter(nn.Module):
 
 
 def simplex_corners(num_corners: int) -> Tensor:
-    """Return unit rows with equal inner products -1 / (k - 1), (k, k - 1) float32.
+    """Return unit rows with equal inner products -1 / (k - 1), (k, k - 1) float64.
 
     Example:
-        >>> simplex_corners(2)
-        tensor([[ 1.],
-                [-1.]])
+        >>> simplex_corners(2).tolist()
+        [[1.0], [-1.0]]
         >>> corners = simplex_corners(3)
-        >>> torch.allclose(corners @ corners.T, torch.eye(3) * 1.5 - 0.5)
+        >>> torch.allclose(corners @ corners.T, 1.5 * torch.eye(3).double() - 0.5)
         True
     """
     if num_corners == 2:
-        return torch.tensor([[1.0], [-1.0]])
+        return torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     k = num_corners
     centred = torch.eye(k, dtype=torch.float64) - 1 / k
     # Its eigenvectors with eigenvalue 1 span the plane of the corners.
     basis = torch.linalg.eigh(centred).eigenvectors[:, 1:]
-    return ((k / (k - 1)) ** 0.5 * centred @ basis).float()
+    return (k / (k - 1)) ** 0.5 * centred @ basis
