@@ -4,7 +4,6 @@ The setting of all experiments of Bangachev et al. 2025: N free pairs (or k-tupl
 dimensions, one scale and one relative bias, full batch, the loss divided by N^2.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from dist_siglip.losses import LogitScaleBias, ModalityGraph, multimodal_sigmoid
 from dist_siglip.losses.adapter import SimplexAdapter
 from dist_siglip.losses.modalities import edges_of
 from dist_siglip.losses.scale import BiasParameterization
-from dist_siglip.metrics import collect_pair_statistics
+from dist_siglip.metrics import collect_pair_statistics, joint_constellation
 
 AUTHORS_SEED = 50
 
@@ -146,9 +145,10 @@ def margin_of(rows: Sequence[Tensor], graph: ModalityGraph = "complete") -> tupl
         (0.5, 0.5)
     """
     ids = torch.arange(len(rows[0]))
-    lowest, highest = math.inf, -math.inf
-    for a, b in edges_of(graph, len(rows)):
-        pairs = collect_pair_statistics(rows[a], rows[b], ids, ids, logit_scale=1.0, logit_bias=0.0)
-        lowest = min(lowest, pairs.positive.minimum)
-        highest = max(highest, pairs.negative.maximum)
-    return (lowest - highest) / 2, (lowest + highest) / 2
+    found = joint_constellation(
+        [
+            collect_pair_statistics(rows[a], rows[b], ids, ids, logit_scale=1.0, logit_bias=0.0)
+            for a, b in edges_of(graph, len(rows))
+        ]
+    )
+    return found.margin, found.relative_bias
