@@ -55,6 +55,11 @@ EXPERIMENTS: dict[str, Entry] = {
         "does a large fixed scale fail, or the logarithm of the published code?",
         3.0,
     ),
+    "separator": Entry(
+        "dist_siglip.lab.experiments.separator",
+        "does every good space have a gap between modalities?",
+        0.8,
+    ),
     "parity": Entry(
         "dist_siglip.lab.experiments.parity",
         "is the loss of many ranks that of one, with all its gradients?",
