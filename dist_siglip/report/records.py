@@ -29,6 +29,7 @@ from dist_siglip.runs.identity import flatten
 
 logger = logging.getLogger(__name__)
 
+_MOST_LETTERS = 20
 _MAGIC = {
     "image/png": b"\x89PNG\r\n\x1a\n",
     "image/jpeg": b"\xff\xd8\xff",
@@ -83,6 +84,14 @@ class RunRecord:
     benchmarks: list[BenchmarkFile]
     texts: dict[str, str]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def short_name(self) -> str:
+        """Name for the legend of a drawing: its beginning and its end, if it is long."""
+        if len(self.name) <= _MOST_LETTERS:
+            return self.name
+        half = _MOST_LETTERS // 2
+        return f"{self.name[:half]}\N{HORIZONTAL ELLIPSIS}{self.name[-half:]}"
 
     @property
     def last_step(self) -> int:

@@ -165,7 +165,7 @@ def draw_reliability(runs: Sequence[RunRecord], found: Sequence[Reliability | No
             color=colour_of(index),
             markersize=4,
             linewidth=1.2,
-            label=" " + (run.name if len(runs) > 1 else "this run"),
+            label=" " + (run.short_name if len(runs) > 1 else "this run"),
         )
     labels = ["1e-6", "1e-4", "0.01", "0.5", "0.99", "1-1e-4", "1-1e-6"]
     for axis in (axes.xaxis, axes.yaxis):

@@ -49,7 +49,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
     for heading, caption, label, quantities in _FIGURES:
         curves = [
             Curve(
-                name if len(runs) == 1 else f"{run.name}, {name}",
+                name if len(runs) == 1 else f"{run.short_name}, {name}",
                 run.series[key],
                 colour_of(place if len(runs) == 1 else index),
                 STYLES[place],

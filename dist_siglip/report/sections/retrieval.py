@@ -122,7 +122,7 @@ def draw_recall(runs: Sequence[RunRecord]) -> str | None:
                 most = min(_MOST_RANK, int(run.metrics.get("gallery_pairs", _MOST_RANK)))
                 answers = np.arange(1, max(2, most) + 1)
                 shares = np.searchsorted(np.sort(ranks), answers, side="right") / len(ranks)
-                name = label if len(runs) == 1 else f"{run.name}, {label}"
+                name = label if len(runs) == 1 else f"{run.short_name}, {label}"
                 curves.append((name, answers, shares, index, place))
     if not curves:
         return None
@@ -143,7 +143,7 @@ def draw_recall(runs: Sequence[RunRecord]) -> str | None:
 def _draw_recall_over_steps(runs: Sequence[RunRecord]) -> str | None:
     curves = [
         Curve(
-            label if len(runs) == 1 else f"{run.name}, {label}",
+            label if len(runs) == 1 else f"{run.short_name}, {label}",
             run.series[f"val/{key}_recall@1"],
             colour_of(place if len(runs) == 1 else index),
             STYLES[place],

@@ -128,7 +128,7 @@ def draw_spectra(
                 color=colour_of(place if len(runs) == 1 else index),
                 linestyle=STYLES[place],
                 linewidth=1.6,
-                label=f" {kind}" if len(runs) == 1 else f" {run.name}, {kind}",
+                label=f" {kind}" if len(runs) == 1 else f" {run.short_name}, {kind}",
             )
     axes.set_xlabel("principal axes")
     axes.set_ylabel("% of the variance")
@@ -148,7 +148,7 @@ def _draw_use(runs: Sequence[RunRecord]) -> str | None:
                     points.append((kept.step, components(ratios, 0.8)))
             if points:
                 steps, needed = np.array(points).T
-                label = kind if len(runs) == 1 else f"{run.name}, {kind}"
+                label = kind if len(runs) == 1 else f"{run.short_name}, {kind}"
                 colour = colour_of(place if len(runs) == 1 else index)
                 curves.append(
                     Curve(label, Series(steps, needed.astype(float)), colour, STYLES[place], "s")

@@ -18,7 +18,7 @@ _SLOWER = 0.8  # of the first half, below which a run has become slow
 
 def make(runs: Sequence[RunRecord]) -> Section:
     """Draw pairs per second and the share of the time spent waiting for data."""
-    names = [run.name if len(runs) > 1 else "" for run in runs]
+    names = [run.short_name if len(runs) > 1 else "" for run in runs]
     panels = [
         (
             label,

@@ -94,7 +94,7 @@ def draw_loss(runs: Sequence[RunRecord]) -> str | None:
             series = run.series.get(key)
             if series is None:
                 continue
-            name = label if alone else f"{run.name}, {label}"
+            name = label if alone else f"{run.short_name}, {label}"
             colour = TEXT_COLOUR if alone and marker else colour_of(index)
             curves.append(Curve(name, series, colour, style, marker))
     return draw_curves(
@@ -118,7 +118,7 @@ def draw_scale_and_bias(runs: Sequence[RunRecord]) -> str | None:
         for place, (panel, series) in enumerate(found):
             if series is not None:
                 is_named = panel == "logit scale" if not alone else panel == "relative bias"
-                label = ("learned" if alone else run.name) if is_named else ""
+                label = ("learned" if alone else run.short_name) if is_named else ""
                 colour = colour_of(place if alone else index)
                 panels[panel].append(Curve(label, series, colour))
         best = run.series.get("val/relative_bias")
@@ -136,7 +136,11 @@ def draw_gradient(runs: Sequence[RunRecord]) -> str | None:
     panels = []
     for label, key in (("gradient norm", "train/grad_norm"), ("learning rate", _RATE)):
         curves = [
-            Curve(run.name if len(runs) > 1 and key != _RATE else "", run.series[key], colour_of(i))
+            Curve(
+                run.short_name if len(runs) > 1 and key != _RATE else "",
+                run.series[key],
+                colour_of(i),
+            )
             for i, run in enumerate(runs)
             if key in run.series
         ]
