@@ -23,10 +23,19 @@ _VERBS = {
     "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
     "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
     "test": ("dist_siglip.cli.testing", "a checkpoint or a model by name on benchmarks"),
+    "rerank": (
+        "dist_siglip.cli.rerank",
+        "fit or validate: train a head that re-ranks what a dual encoder finds",
+    ),
     "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
     "embed": ("dist_siglip.cli.embed", "write the embeddings of shards, on any number of ranks"),
+    "align": ("dist_siglip.cli.align", "how well two sets of embeddings agree"),
     "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
     "report": ("dist_siglip.cli.report", "one page about a run, or several side by side"),
+    "capacity": (
+        "dist_siglip.cli.capacity",
+        "do so many pairs fit into so many dimensions at a margin",
+    ),
     "slurm": ("dist_siglip.cli.slurm", "print or submit the batch script of a run"),
     "doctor": ("dist_siglip.cli.doctor", "will a run work here: machines, ranks, folder, shards"),
     "export": ("dist_siglip.cli.export", "a trained model as other libraries read it"),
@@ -64,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
     # Before the heavy imports: a signal during them must not end the run.
-    with stop_request.listening() if verb == "fit" else nullcontext():
+    with stop_request.listening() if verb in ("fit", "rerank") else nullcontext():
         code = _run(verb, rest)
         if code == EXIT_SAVED or (code != EXIT_OK and _rank()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.

@@ -8,7 +8,7 @@ arithmetic on (pairs, dimension, m, b). Two kinds of statements must not be mixe
     asymptotic  hold for the exponent, pairs ~ exp(dimension * exponent), as the dimension grows:
                 ``capacity_exponents`` and all that follows from them. In small dimensions more
                 pairs fit: 100 pairs at m = 0.31, b = 0.69 are found in 10 dimensions, where the
-                asymptotic bound says 18.
+                asymptotic bound says 20.
 
 Logarithms of pairs are to base 10 and exponents are natural; numbers of pairs themselves overflow.
 """
@@ -100,7 +100,7 @@ def largest_margin(relative_bias: float, num_pairs: float = math.inf) -> float:
             "cosines, -logit_bias / logit_scale"
         )
     if not num_pairs >= 2:
-        raise UserError(f"num_pairs ({num_pairs:.4g}) must be at least 2")
+        raise UserError(f"num_pairs ({num_pairs}) must be at least 2")
     return min(1 - relative_bias, (1 + relative_bias) / (3 - 4 / num_pairs))
 
 
@@ -185,7 +185,7 @@ def required_dimension(num_pairs: float, margin: float, relative_bias: float) ->
     Source:
         Bangachev et al. 2025, arXiv:2509.18552, Theorems 3.3 and 3.5, solved for the dimension.
     """
-    largest_margin(relative_bias, num_pairs)  # refuses what is no number of pairs
+    _require_pairs(num_pairs)
     exponents = capacity_exponents(margin, relative_bias)
     if exponents.lower == 0:
         raise UserError(
@@ -250,6 +250,7 @@ def margin_of_dimension(
         Bangachev et al. 2025, arXiv:2509.18552, Theorems 3.3 to 3.5, solved for the margin.
     """
     _require_dimension(dimension)
+    _require_pairs(num_pairs)
     limit = largest_margin(relative_bias, num_pairs)
     bound_alpha = -math.expm1(-2 * math.log(num_pairs) / dimension)
     reached, bound = (
@@ -257,6 +258,11 @@ def margin_of_dimension(
         for alpha in (math.sqrt(bound_alpha), bound_alpha)
     )
     return reached, bound
+
+
+def _require_pairs(num_pairs: float) -> None:
+    if not 2 <= num_pairs < math.inf:
+        raise UserError(f"num_pairs ({num_pairs}) must be at least 2 and finite, like 1e9")
 
 
 def _require_dimension(dimension: int) -> None:

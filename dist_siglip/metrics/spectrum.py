@@ -29,9 +29,8 @@ def explained_variance_ratios(moments: Moments) -> Tensor:
     Source:
         Fahim et al. 2024, arXiv:2405.18570: ``explained_variance_ratio_`` of scikit-learn's PCA.
     """
-    scatter = moments.products - torch.outer(moments.total, moments.total) / max(
-        1, moments.num_rows
-    )
+    mean = moments.total / max(1, moments.num_rows)
+    scatter = moments.products - torch.outer(moments.total, mean)
     variances = torch.linalg.eigvalsh(scatter).flip(0).clamp_min(0)
     total = variances.sum()
     # What rounding leaves of rows that are all one point is no variance.
