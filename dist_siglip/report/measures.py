@@ -36,14 +36,35 @@ SPACE_MEASURES = (
     Measure("alignment", "alignment", "mean squared distance of a pair, 0 is perfect"),
     Measure("image_uniformity", "image uniformity", "0: one point, -4: all over the sphere"),
     Measure("text_uniformity", "text uniformity", "0: one point, -4: all over the sphere"),
+    Measure(
+        "cross_uniformity", "cross-uniformity", "of an image and another's text; the same scale"
+    ),
     Measure("image_cosine", "image cone", "mean cosine of two images; 1: one point"),
     Measure("text_cosine", "text cone", "mean cosine of two texts; 1: one point"),
     Measure("image_effective_rank", "image effective rank", "directions the images spread over"),
     Measure("text_effective_rank", "text effective rank", "directions the texts spread over"),
+    Measure("images_on_their_side", "images on their side", "of the best plane through the origin"),
+    Measure("texts_on_their_side", "texts on their side", "of the same plane"),
+)
+HUB_MEASURES = (
+    Measure("image_to_text_hubness", "hubness of texts", "skewness of how often each is found"),
+    Measure("text_to_image_hubness", "hubness of images", "skewness of how often each is found"),
+    Measure("image_to_text_orphans", "texts never found", "share in nobody's first 10 answers"),
+    Measure("text_to_image_orphans", "images never found", "share in nobody's first 10 answers"),
+    Measure("guaranteed_recall@1", "guaranteed recall@1", "by the loss alone (Proposition 1)"),
 )
 MARGIN_MEASURES = (
     Measure("margin", "margin", "half the gap between worst positive and worst negative pair"),
     Measure("margin_5_95", "margin, 5 % and 95 %", "without the worst 5 % of each kind"),
+    Measure(
+        "margin_of_means", "margin of means", "half the gap between mean positive and negative"
+    ),
+    Measure(
+        "image_row_margin_mean", "margin of a row", "mean over images: own text against others"
+    ),
+    Measure(
+        "text_row_margin_mean", "margin of a column", "mean over texts: own image against others"
+    ),
     Measure("relative_bias", "relative bias", "cosine halfway between the worst of each kind"),
     Measure("relative_bias_5_95", "relative bias, 5 % and 95 %", "without the worst 5 %"),
 )

@@ -131,7 +131,13 @@ def _why_separable(run: RunRecord) -> str:
             f"With a margin of {bound[0]:.3f}, above the relative bias of {bound[1]:.3f} in size, "
             "this must be so (Bangachev et al. 2025, Theorem 3.6)."
         )
+    plane = known(run.metrics, "images_on_their_side", "texts_on_their_side")
+    sides = "" if plane is None else (
+        f" The best plane through the origin has {100 * plane[0]:.1f} % of the images and "
+        f"{100 * plane[1]:.1f} % of the texts on their side."
+    )  # fmt: skip
     return (
         "This is expected, because the loss compares images with texts only: once each image is "
         "nearer to its own text than to the others, nothing pulls the two clouds together."
+        f"{sides}"
     )

@@ -15,8 +15,9 @@ from dist_siglip.report.canvas import (
     to_svg,
 )
 from dist_siglip.report.gallery import Exhibit, rank_captions
-from dist_siglip.report.measures import DIRECTIONS, known, show
+from dist_siglip.report.measures import DIRECTIONS, HUB_MEASURES, known, show, table_of
 from dist_siglip.report.page import (
+    render_card,
     render_columns,
     render_figure,
     render_gallery,
@@ -29,6 +30,7 @@ from dist_siglip.report.verdict import Verdict
 
 _MOST_PICTURES = 24
 _MOST_RANK = 100
+_MANY_ORPHANS = 0.2
 
 
 def make(runs: Sequence[RunRecord]) -> Section:
@@ -52,10 +54,13 @@ def make(runs: Sequence[RunRecord]) -> Section:
         columns = ("recall", "@1", "@5", "@10", "median rank")
         note = "" if len(runs) > 1 else gallery_note(runs[0].metrics)
         figures.insert(0, render_table_card("In numbers", columns, rows, note=note))
+    hubs = table_of(runs, HUB_MEASURES)
+    if hubs:
+        figures.append(render_card("Hubs and guarantees", hubs))
     parts = [render_columns(figures)]
     for run in runs:
         parts += _gallery(run, f": {run.name}" if len(runs) > 1 else "")
-    verdicts = judge_each(runs, judge, judge_directions)
+    verdicts = judge_each(runs, judge, judge_directions, judge_hubs)
     return Section("retrieval", "Retrieval", verdicts, parts)
 
 
@@ -97,6 +102,20 @@ def judge_directions(run: RunRecord) -> Verdict | None:
         f"Retrieval is clearly better from {better}.",
         f"{forward:.3f} against {backward:.3f}, more than three standard errors. Often a few "
         "points of one side are near to everything (hubs), or captions repeat.",
+    )
+
+
+def judge_hubs(run: RunRecord) -> Verdict | None:
+    """Say so if many items are in nobody's answers."""
+    found = known(run.metrics, "image_to_text_orphans", "text_to_image_orphans")
+    if found is None or max(found) <= _MANY_ORPHANS:
+        return None
+    kind = "texts" if found[0] >= found[1] else "images"
+    return Verdict(
+        "watch",
+        f"{100 * max(found):.0f} % of the {kind} are in nobody's first ten answers.",
+        "A few others, hubs, stand in their place. That is usual early in training and in narrow "
+        "cones.",
     )
 
 

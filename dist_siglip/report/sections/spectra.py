@@ -80,7 +80,14 @@ def judge(run: RunRecord) -> Verdict:
 
 
 def spectra(run: RunRecord) -> tuple[np.ndarray, np.ndarray] | None:
-    """Variance ratios of images and of texts in the newest evaluation; None without any."""
+    """Variance ratios of images and of texts in the newest evaluation; None without any.
+
+    Those of all its pairs, if it has written them; else those of the pairs it has kept.
+    """
+    written = [run.arrays.get(f"{kind}_explained_variance") for kind in ("image", "text")]
+    usable = [each for each in written if each is not None and each.ndim == 1 and each.sum() > 0]
+    if len(usable) == 2:
+        return usable[0], usable[1]
     if run.features is None:
         return None
     images, texts = (variance_ratios(each) for each in run.features)
