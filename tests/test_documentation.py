@@ -19,6 +19,7 @@ from dist_siglip.cli import (
     quickstart,
     report,
     slurm,
+    testing,
     training,
 )
 from dist_siglip.cli.subjects import parser_of
@@ -33,6 +34,7 @@ PAGES = (
     "slurm/README.md",
     "docs/data.md",
     "docs/embed.md",
+    "docs/evaluation.md",
     "docs/export.md",
     "docs/finetuning.md",
     "docs/guarantees.md",
@@ -139,7 +141,8 @@ def test_documented_commands_parse(words, monkeypatch):
         subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
     else:
-        (calibrate.run if words[0] == "calibrate" else training.run)(words[0], words[1:])
+        runs = {"calibrate": calibrate, "test": testing}
+        runs.get(words[0], training).run(words[0], words[1:])
         assert ran == [words[0]]
 
 

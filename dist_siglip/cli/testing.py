@@ -7,9 +7,11 @@ needs no training or validation data and trains nothing.
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -24,6 +26,7 @@ from dist_siglip.cli.start_point import checkpoint_to_look_at
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import copy_from_first_rank, leave_process_groups
+from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 
@@ -39,6 +42,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 class TestedModule(SigLipModule):
     """The model of a run as Lightning tests it: the callback ``Benchmarks`` does all the work."""
 
+    start_facts: Mapping[str, str] = MappingProxyType({})
+
+    def setup(self, stage: str) -> None:
+        """Refuse ranks that were started differently, before they wait for each other."""
+        check_ranks_started_alike(self.start_facts)
+
     def on_test_epoch_start(self) -> None:
         """Evaluate one model on all ranks, as a validation does."""
         copy_from_first_rank(self.towers.buffers())
@@ -49,6 +58,8 @@ class TestedModule(SigLipModule):
 
 class TestingCLI(TrainingCLI):
     """Parses the configuration of a run, and one option of its own."""
+
+    model: TestedModule
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -87,6 +98,9 @@ class TestingCLI(TrainingCLI):
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
         self.benchmarks.weights_name = self._get(self.config, "model.pretrained")
+        settings = yaml.safe_load(self._parser("test").dump(self._get_all(), skip_none=False))
+        world_size = self.trainer.num_nodes * self.trainer.num_devices
+        self.model.start_facts = self._start_facts(settings, world_size)
 
     def test(self, model: LightningModule, **_: Any) -> None:
         """Test the given checkpoint, else the newest of the run, else the model as built."""

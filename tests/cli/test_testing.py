@@ -8,7 +8,7 @@ import yaml
 from dist_siglip.cli import main
 from dist_siglip.cli.start_point import evaluated_step
 from dist_siglip.runs import RunFolder
-from tests.support.command import REPOSITORY, write_settings
+from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,7 +36,8 @@ def trained(tmp_path_factory):
     settings = write_settings(folder)
     shards = yaml.safe_load(settings.read_text())["data"]["val_shards"]
     tasks = write_tasks(folder, shards)
-    done = run_forked("fit", "--config", settings, "--benchmarks.tasks", tasks)
+    best = ["--checkpoint.keep_best_of=benchmarks/pairs/loss", "--checkpoint.keep_best_mode=min"]
+    done = run_forked("fit", "--config", settings, "--benchmarks.tasks", tasks, *best)
     assert done.returncode == 0, done.stdout
     return RunFolder(folder / "run")
 
@@ -68,6 +69,12 @@ def test_fit_logs_benchmarks_beside_every_validation(trained, results):
     for name, result in results.items():
         for metric, value in result["metrics"].items():
             assert found[15][f"benchmarks/{name}/{metric}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_the_best_checkpoint_may_be_that_of_a_benchmark(trained):
+    best = json.loads(trained.best.read_text())
+    values = {step: found["benchmarks/pairs/loss"] for step, found in logged(trained).items()}
+    assert values[best["step"]] == min(values.values())
 
 
 def test_benchmarks_on_the_validation_pairs_agree_with_the_validation(trained, results):
@@ -139,16 +146,3 @@ def test_a_mistake_is_told_in_one_line_before_anything_starts(
     said = capsys.readouterr().err
     assert message in said.splitlines()[-1]
     assert not out.exists()
-
-
-def test_the_published_benchmarks_are_classes_with_these_settings():
-    from dist_siglip import benchmarks
-
-    path = REPOSITORY / "configs" / "benchmarks" / "published.yaml"
-    assert f"configs/benchmarks/{path.name}" in path.read_text().split("\n-")[0]
-    tasks = yaml.safe_load(path.read_text())
-    made = [
-        getattr(benchmarks, task["class_path"].rpartition(".")[2])(**task["init_args"])
-        for task in tasks
-    ]
-    assert [each.name for each in made] == ["imagenet1k", "mscoco_captions", "flickr30k"]
