@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -71,7 +70,7 @@ def _run(order: Order, workers: int, as_json: bool) -> int:
             records.append(record)
     page = write_page(order.out)
     if as_json:
-        sys.stdout.write(json_text.dumps([asdict(record) for record in records], indent=2) + "\n")
+        sys.stdout.write(json_text.dumps([record.as_json() for record in records], indent=2) + "\n")
     else:
         for record in records:
             _print(record)

@@ -55,6 +55,14 @@ class Record:
         """Whether no row differs without a reason."""
         return all(row.is_sound for row in self.rows)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what JSON can hold: nan and infinity are words there."""
+        rows = [
+            row._asdict() | {"ours": row.ours if math.isfinite(row.ours) else str(row.ours)}
+            for row in self.rows
+        ]
+        return asdict(self) | {"rows": rows}
+
 
 def write_record(
     folder: Path, name: str, outcome: Outcome, *, quick: bool, seed: int, cpu_seconds: float
@@ -68,8 +76,7 @@ def write_record(
         seed=seed,
         cpu_seconds=round(cpu_seconds, 1),
     )
-    content = asdict(record) | {"rows": [_row_as_json(row) for row in record.rows]}
-    write_atomically(folder / f"{name}.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / f"{name}.json", json.dumps(record.as_json(), indent=1) + "\n")
     for kind in ("svg", "png"):
         write_atomically(folder / f"{name}.{kind}", _drawn(outcome.figure, kind, name))
     return record
@@ -141,11 +148,6 @@ def _summary_of(records: Sequence[Record]) -> str:
         question = EXPERIMENTS[record.name].summary
         lines.append(f"| {link}{kind} | {question} | {counts} | {record.cpu_seconds:.0f} |")
     return "\n".join(lines)
-
-
-def _row_as_json(row: Row) -> dict[str, Any]:
-    """JSON has no nan and no infinity."""
-    return row._asdict() | {"ours": row.ours if math.isfinite(row.ours) else str(row.ours)}
 
 
 def _row_from_json(content: dict[str, Any]) -> Row:
