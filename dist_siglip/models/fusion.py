@@ -6,7 +6,6 @@ the other by cross-attention. It costs one pass per pair, so it judges candidate
 dual encoder, and in training positives and hard negatives, never all pairs of a batch.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -26,10 +25,10 @@ class FusionConfig:
 
     Args:
         direction: who queries whom: "image_to_text" lets image tokens look at text tokens,
-            "text_to_image" the other way round, "both" has a stream for each.
-        width: channels of a stream, a multiple of heads.
+            "text_to_image" the other way round, "both" does both.
+        width: channels inside of the head, a multiple of heads.
         heads: heads of every attention.
-        layers: blocks of a stream.
+        layers: blocks of a side that queries.
         dropout: share of attention weights and MLP channels dropped in training, in [0, 1).
     """
 
@@ -63,8 +62,8 @@ class Fused(NamedTuple):
     """What a head says of P pairs.
 
     Attributes:
-        logits: (P,) float32; those of the dual encoder before any training.
-        features: (P, S * width), the fused embedding: what each of the S streams has pooled.
+        logits: (P,) float32 or wider; 0 before any training.
+        features: (P, 3 * width), the fused embedding: what both sides have pooled, and its product.
     """
 
     logits: Tensor
@@ -74,14 +73,14 @@ class Fused(NamedTuple):
 class FusionHead(nn.Module):
     """Cross-attention between the tokens of two towers, and a match logit for each pair.
 
-    For each direction a stream of blocks, each with three pre-norm residual parts: self-attention
-    on the stream, cross-attention to the other side, MLP. "image_to_text": image tokens are the
-    stream and query text tokens; "text_to_image": the other way round; "both": two streams. A
-    learned query pools each stream. With u and v the features of the dual encoder,
+    The side that queries is a stream of blocks, each with three pre-norm residual parts:
+    self-attention on the stream, cross-attention to the other side, MLP. "image_to_text": image
+    tokens query text tokens; "text_to_image": the other way round; "both": both do, at once. A
+    learned query pools each side, to p for the image and q for the text, and
 
-        logit = exp(log_scale) * <u, v> + logit_bias + match(pooled)
+        logit = match([p, q, p * q])
 
-    where ``match`` is linear and starts at 0: an untrained head ranks as the dual encoder does.
+    where ``match`` is linear and starts at 0.
 
     No ranks and no loss: rows are pairs, each on its own.
 
@@ -89,8 +88,8 @@ class FusionHead(nn.Module):
         image: tokens of the image tower.
         text: tokens of the text tower.
         config: sizes; checked here.
-        start_scale: first multiplier of the similarity, that of the dual encoder.
-        start_bias: first number added to the logits, that of the dual encoder.
+        dual_scale: multiplier of the similarity in the logits of the dual encoder; does not train.
+        dual_bias: number added in the logits of the dual encoder; does not train.
 
     Raises:
         UserError: if a size is out of its range.
@@ -101,14 +100,19 @@ class FusionHead(nn.Module):
         >>> text = Encoded(torch.eye(2), torch.randn(2, 3, 6), torch.ones(2, 3, dtype=torch.bool))
         >>> fused = head(image, text)
         >>> fused.logits.tolist(), fused.features.shape
-        ([0.0, 0.0], torch.Size([2, 32]))
+        ([0.0, 0.0], torch.Size([2, 48]))
+        >>> head.scores(image, text).tolist()
+        [0.0, 0.0]
 
     Source:
         Visual queries on text tokens by cross-attention, and a pooler with learned queries: Yu et
         al. 2022 (CoCa), arXiv:2205.01917. A head that judges positives and hard negatives of the
         contrastive similarities: Li et al. 2021 (ALBEF), arXiv:2107.07651, with a two-way
-        classifier; here a sigmoid.
+        classifier; here a sigmoid. The product of what was pooled is ours.
     """
+
+    dual_scale: Tensor
+    dual_bias: Tensor
 
     def __init__(
         self,
@@ -116,44 +120,52 @@ class FusionHead(nn.Module):
         text: TokenShape,
         config: FusionConfig,
         *,
-        start_scale: float = 10.0,
-        start_bias: float = -10.0,
+        dual_scale: float = 10.0,
+        dual_bias: float = -10.0,
     ) -> None:
         super().__init__()
         config.check()
         self.config = config
+        image_layers = 0 if config.direction == "text_to_image" else config.layers
+        text_layers = 0 if config.direction == "image_to_text" else config.layers
         self.image_input = _Input(image, config.width)
         self.text_input = _Input(text, config.width)
-        both = config.direction == "both"
-        queries = ("image", "text") if both else (config.direction.split("_")[0],)
-        self.streams = nn.ModuleDict({query: _Stream(config) for query in queries})
-        self.match = nn.Linear(len(queries) * config.width, 1)
+        self.image_stream = _Stream(config, image_layers)
+        self.text_stream = _Stream(config, text_layers)
+        self.match = nn.Linear(3 * config.width, 1)
         nn.init.zeros_(self.match.weight)
         nn.init.zeros_(self.match.bias)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(start_scale)]))
-        self.logit_bias = nn.Parameter(torch.tensor([start_bias]))
+        self.register_buffer("dual_scale", torch.tensor([dual_scale]))
+        self.register_buffer("dual_bias", torch.tensor([dual_bias]))
 
     def forward(self, image: Encoded, text: Encoded) -> Fused:
-        """Judge P pairs.
+        """Judge P pairs by their tokens alone; this is what trains.
 
         Args:
             image: P rows of the image tower, tokens in any float dtype.
             text: P rows of the text tower; row i is the text that image i is shown with. Every row
                 has at least one token.
         """
-        sides = {
-            "image": (self.image_input(image.tokens), image.is_token),
-            "text": (self.text_input(text.tokens), text.is_token),
-        }
-        pooled = []
-        for query, stream in self.streams.items():
-            other = "text" if query == "image" else "image"
-            pooled.append(stream(*sides[query], *sides[other]))
-        features = torch.cat(pooled, dim=1)
+        image_side = (self.image_input(image.tokens), image.is_token)
+        text_side = (self.text_input(text.tokens), text.is_token)
+        of_image = self.image_stream(*image_side, *text_side)
+        of_text = self.text_stream(*text_side, *image_side)
+        features = torch.cat([of_image, of_text, of_image * of_text], dim=1)
+        logits = self.match(features).sum(dim=1)
+        return Fused(logits.to(torch.promote_types(logits.dtype, torch.float32)), features)
+
+    def scores(self, image: Encoded, text: Encoded) -> Tensor:
+        """Score P pairs for re-ranking: logits of the head and of the dual encoder, added.
+
+        With u and v the features, dual_scale * <u, v> + dual_bias + logit. Both are log odds, from
+        different evidence; an untrained head leaves every order as it was.
+
+        Returns:
+            (P,), larger is better.
+        """
         similarities = (image.features * text.features).sum(dim=1)
-        alone = self.log_scale.exp() * similarities + self.logit_bias
-        found = self.match(features).sum(dim=1)
-        return Fused(alone + found.to(alone.dtype), features)
+        logits: Tensor = self(image, text).logits
+        return self.dual_scale * similarities + self.dual_bias + logits
 
 
 class _Input(nn.Module):
@@ -170,11 +182,11 @@ class _Input(nn.Module):
 
 
 class _Stream(nn.Module):
-    """One side's tokens, which look at the other's and are pooled in the end."""
+    """One side's tokens, which look at the other's (not without layers), pooled in the end."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, config: FusionConfig, layers: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
         self.pool = _Attention(config)

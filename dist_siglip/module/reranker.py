@@ -45,6 +45,7 @@ class RerankerModule(LightningModule):
         head: sizes of the fusion head.
         hard_negatives: wrong texts for each image, and wrong images for each text, of a training
             batch over all ranks.
+        easy_negatives: other texts for each image of a training batch.
         candidates: items of a query that an evaluation re-ranks.
         pairs_per_pass: pairs the head judges at a time; the same gradients in less memory, for one
             more forward pass if a batch has more pairs.
@@ -60,20 +61,22 @@ class RerankerModule(LightningModule):
         model: str | None = None,
         pretrained: str | None = None,
         head: FusionConfig = FusionConfig(),  # noqa: B008 - frozen dataclass
-        hard_negatives: int = 4,
+        hard_negatives: int = 2,
+        easy_negatives: int = 1,
         candidates: int = 10,
         pairs_per_pass: int = 4096,
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
         global_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("hard_negatives", hard_negatives),
-            ("candidates", candidates),
-            ("pairs_per_pass", pairs_per_pass),
+        for name, value, least in (
+            ("hard_negatives", hard_negatives, 1),
+            ("easy_negatives", easy_negatives, 0),
+            ("candidates", candidates, 1),
+            ("pairs_per_pass", pairs_per_pass, 1),
         ):
-            if value < 1:
-                raise UserError(f"{name} ({value}) must be at least 1")
+            if value < least:
+                raise UserError(f"{name} ({value}) must be at least {least}")
         built = load_trained(
             run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained
         )
@@ -86,12 +89,12 @@ class RerankerModule(LightningModule):
             shapes["image"],
             shapes["text"],
             head,
-            start_scale=built.start_scale,
-            start_bias=built.start_bias,
+            dual_scale=built.start_scale,
+            dual_bias=built.start_bias,
         )
         self.inputs = ModelInputs.of(built)
-        self.hard_negatives, self.candidates = hard_negatives, candidates
-        self.pairs_per_pass = pairs_per_pass
+        self.hard_negatives, self.easy_negatives = hard_negatives, easy_negatives
+        self.candidates, self.pairs_per_pass = candidates, pairs_per_pass
         self.optim = optim
         self.global_batch_size = global_batch_size
         self.evaluation = PairEvaluation()
@@ -151,14 +154,16 @@ class RerankerModule(LightningModule):
         self.pace.begin_encoding(self.device)
         images, texts = self.encode(batch)
         self.pace.end_encoding()
-        pairs = choose_hard_pairs(images, texts, batch.caption_ids, self.hard_negatives)
-        logits = judge_pairs(self.head, pairs, self.pairs_per_pass)
+        pairs = choose_hard_pairs(
+            images, texts, batch.caption_ids, self.hard_negatives, self.easy_negatives
+        )
+        logits = judge_pairs(self._judge, pairs, self.pairs_per_pass)
         positives, negatives = logits.tensor_split([pairs.num_positives])
         loss = match_loss(positives, negatives)
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
-            scale, bias = self.head.log_scale.exp().sum(), self.head.logit_bias.sum()
-            log_training(self, loss, scale, bias, self._num_substituted, self.pace)
+            scale_and_bias = (self.head.dual_scale.sum(), self.head.dual_bias.sum())
+            log_training(self, loss, *scale_and_bias, self._num_substituted, self.pace)
         if self.step_check is None:
             return loss
         return self.step_check.look(loss, images.features, texts.features, batch.sample_ids)
@@ -220,6 +225,10 @@ class RerankerModule(LightningModule):
             self.log("train/grad_norm", norm)
         if norm is not None and check is not None:
             check.decide(optimizer, norm)
+
+    def _judge(self, images: Encoded, texts: Encoded) -> Tensor:
+        logits: Tensor = self.head(images, texts).logits
+        return logits
 
     def _is_logged_step(self) -> bool:
         """Whether the step under way is one Lightning writes to its loggers."""

@@ -1,10 +1,12 @@
 """Which pairs does a fusion head look at: in training, and when it re-ranks?
 
-In training the positives of a batch, and for each picture and each text the wrong partners that the
-dual encoder finds most alike, among the pairs of all ranks; the ring finds them, and only their
-tokens are fetched. In an evaluation the candidates of every query.
+In training the positives of a batch, for each picture and each text the wrong partners that the
+dual encoder finds most alike, among the pairs of all ranks, and for each picture a few other texts:
+a head that sees hard ones alone is slow to find out what there is to look at. The ring finds the
+hard ones, and only their tokens are fetched. In an evaluation the candidates of every query.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from dist_siglip.distributed import World, gather_rows
 from dist_siglip.distributed.fetch import fetch_rows
 from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.reranking import reranked_ranks
@@ -19,6 +22,9 @@ from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ra
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
 from dist_siglip.models.fusion import FusionHead
 from dist_siglip.models.tokens import Encoded
+
+# P images and P texts, row by row, to (P,) logits or scores.
+Judge = Callable[[Encoded, Encoded], Tensor]
 
 
 class ChosenPairs(NamedTuple):
@@ -45,31 +51,35 @@ def choose_hard_pairs(
     texts: Encoded,
     caption_ids: Tensor,
     num_hard: int,
+    num_easy: int = 0,
     *,
     group: ProcessGroup | None = None,
 ) -> ChosenPairs:
-    """Choose this rank's positives, and the hardest wrong partners of each of its rows.
+    """Choose this rank's positives, and wrong partners for each of its rows.
 
     For each image the ``num_hard`` texts of all ranks with the largest inner product, and for each
-    text as many images; partners with the same caption are not wrong. B * (1 + 2 * num_hard) pairs
-    at most.
+    text as many images; for each image also the texts of the ``num_easy`` next pairs in rank order,
+    the first pair after the last, which are any pairs, as training batches are shuffled. Partners
+    with the same caption are not wrong. B * (1 + 2 * num_hard + num_easy) pairs at most.
 
     Distributed contract: every rank passes its own rows, any number of them (0 too). Two trips of
-    features without gradient and two ``fetch_rows`` of tokens. Over all ranks the same pairs are
-    chosen however the rows are distributed.
+    features without gradient, and ``fetch_rows`` of tokens and of ids. Over all ranks the same
+    pairs are chosen however the rows are distributed.
 
     Args:
         images: B rows.
         texts: B rows; row i belongs to image i.
         caption_ids: (B,) int64, equal for equal captions.
-        num_hard: wrong partners of a row, at least 1.
+        num_hard: hardest wrong partners of a row, at least 1.
+        num_easy: other texts of an image, at least 0.
         group: process group.
     """
     own = torch.arange(len(caption_ids), device=caption_ids.device)
     sides = (images.features, texts.features)
     hard_texts = _hardest(*sides, caption_ids, num_hard, group)
     hard_images = _hardest(*sides[::-1], caption_ids, num_hard, group)
-    image_of, all_texts, text_rows = _with_fetched(texts, hard_texts, group)
+    wrong_texts = torch.cat([hard_texts, _next_texts(caption_ids, num_easy, group)], dim=1)
+    image_of, all_texts, text_rows = _with_fetched(texts, wrong_texts, group)
     text_of, all_images, image_rows = _with_fetched(images, hard_images, group)
     return ChosenPairs(
         images=all_images,
@@ -80,16 +90,19 @@ def choose_hard_pairs(
     )
 
 
-def judge_pairs(head: FusionHead, pairs: ChosenPairs, pairs_per_pass: int) -> Tensor:
-    """Logits (P,) of chosen pairs, in the memory of ``pairs_per_pass`` of them.
+def judge_pairs(judge: Judge, pairs: ChosenPairs, pairs_per_pass: int) -> Tensor:
+    """What a judge says of chosen pairs, (P,), in the memory of ``pairs_per_pass`` of them.
 
     More than one pass of a training step is computed again in backward, with the same gradients.
+
+    Args:
+        judge: images and texts of some pairs to one number each.
+        pairs: to be judged.
+        pairs_per_pass: at a time, at least 1.
     """
 
-    def judge(image_rows: Tensor, text_rows: Tensor) -> Tensor:
-        fused = head(_take(pairs.images, image_rows), _take(pairs.texts, text_rows))
-        logits: Tensor = fused.logits
-        return logits
+    def judge_part(image_rows: Tensor, text_rows: Tensor) -> Tensor:
+        return judge(_take(pairs.images, image_rows), _take(pairs.texts, text_rows))
 
     parts = list(
         zip(
@@ -99,8 +112,8 @@ def judge_pairs(head: FusionHead, pairs: ChosenPairs, pairs_per_pass: int) -> Te
         )
     )
     if len(parts) <= 1 or not torch.is_grad_enabled():
-        return torch.cat([judge(*part) for part in parts])
-    return torch.cat([checkpoint(judge, *part, use_reentrant=False) for part in parts])
+        return torch.cat([judge_part(*part) for part in parts])
+    return torch.cat([checkpoint(judge_part, *part, use_reentrant=False) for part in parts])
 
 
 @torch.no_grad()
@@ -154,9 +167,8 @@ def evaluate_reranking(
             fetched = Encoded(*fetch_rows(gallery, wanted, group=group))
             sides = ((queries, rows), (fetched, each))
             image, text = sides if queries is images else sides[::-1]
-            return judge_pairs(
-                head, ChosenPairs(image[0], text[0], image[1], text[1], 0), pairs_per_pass
-            )
+            pairs = ChosenPairs(image[0], text[0], image[1], text[1], 0)
+            return judge_pairs(head.scores, pairs, pairs_per_pass)
 
         own = reranked_ranks(
             queries.features,
@@ -183,6 +195,19 @@ def _hardest(
     return nearest_neighbors(
         queries, keys, num_hard, query_ids=ids, key_ids=ids, group=group
     ).positions
+
+
+def _next_texts(ids: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
+    """Positions (B, count) of the rows behind each own one; -1 where the caption is the same."""
+    own_rows = torch.tensor([len(ids)], device=ids.device)
+    rows_of_ranks = gather_rows(own_rows, group)
+    rank = 0 if len(rows_of_ranks) == 1 else World.detect().rank
+    start, total = int(rows_of_ranks[:rank].sum()), max(1, int(rows_of_ranks.sum()))
+    own = torch.arange(start, start + len(ids), device=ids.device)
+    steps = torch.arange(1, count + 1, device=ids.device)
+    positions = (own[:, None] + steps) % total
+    (others,) = fetch_rows([ids], positions.flatten(), group=group)
+    return positions.masked_fill(others.reshape(positions.shape) == ids[:, None], -1)
 
 
 def _with_fetched(

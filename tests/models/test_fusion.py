@@ -25,7 +25,7 @@ def rows_of(shape, num_rows, lengths=None):
 def head_of(direction="both", **sizes):
     """A head in float64 whose match logit is not 0."""
     config = FusionConfig(**{"direction": direction, "width": 8, "heads": 2, "layers": 2, **sizes})
-    head = FusionHead(IMAGE, TEXT, config, start_scale=5.0, start_bias=-3.0).double()
+    head = FusionHead(IMAGE, TEXT, config, dual_scale=5.0, dual_bias=-3.0).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -37,13 +37,11 @@ def test_the_logits_equal_plain_loops(direction):
     head = head_of(direction)
     image, text = rows_of(IMAGE, 3), rows_of(TEXT, 3, lengths=[1, 4, 2])
     state = {name: value.tolist() for name, value in head.state_dict().items()}
-    expected = [
-        reference_fusion.head_logit(
-            state, head.config, [c[i].tolist() for c in image], [c[i].tolist() for c in text]
-        )
-        for i in range(3)
-    ]
+    rows = [([c[i].tolist() for c in image], [c[i].tolist() for c in text]) for i in range(3)]
+    expected = [reference_fusion.head_logit(state, head.config, *row) for row in rows]
     assert head(image, text).logits.tolist() == pytest.approx(expected, rel=1e-12)
+    expected = [reference_fusion.score(state, head.config, *row) for row in rows]
+    assert head.scores(image, text).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -58,12 +56,12 @@ def test_padding_changes_nothing(direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_an_untrained_head_gives_the_logits_of_the_dual_encoder(direction):
+def test_an_untrained_head_scores_as_the_dual_encoder_does(direction):
     config = FusionConfig(direction=direction, width=8, heads=2, layers=1)
-    head = FusionHead(IMAGE, TEXT, config, start_scale=5.0, start_bias=-3.0).double()
+    head = FusionHead(IMAGE, TEXT, config, dual_scale=5.0, dual_bias=-3.0).double()
     image, text = rows_of(IMAGE, 4), rows_of(TEXT, 4)
     alone = 5.0 * (image.features * text.features).sum(dim=1) - 3.0
-    assert torch.allclose(head(image, text).logits, alone, rtol=1e-6)
+    assert torch.allclose(head.scores(image, text), alone, rtol=1e-6)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -88,7 +86,7 @@ def test_pairs_do_not_see_each_other():
     alone = head(Encoded(*(c[1:2] for c in image)), Encoded(*(c[1:2] for c in text)))
     together = head(image, text)
     assert together.logits[1].item() == pytest.approx(alone.logits.item(), rel=1e-6)
-    assert together.features.shape == (3, 16)
+    assert together.features.shape == (3, 24)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from tests.support import fusion_ranks, reference_fusion
 from tests.support.fusion_ranks import (
     CANDIDATES,
     CAPTION_IDS,
+    NUM_EASY,
     NUM_HARD,
     all_pairs,
     look,
@@ -33,14 +34,18 @@ def expected():
     head = make_head()
     state = {name: value.tolist() for name, value in head.state_dict().items()}
     pairs = reference_fusion.hard_pairs(
-        images.features.tolist(), texts.features.tolist(), CAPTION_IDS.tolist(), NUM_HARD
+        images.features.tolist(),
+        texts.features.tolist(),
+        CAPTION_IDS.tolist(),
+        NUM_HARD,
+        NUM_EASY,
     )
     return pairs, state, head.config
 
 
-def logit(state, config, image, text):
+def logit(state, config, image, text, judge=reference_fusion.head_logit):
     images, texts = all_pairs()
-    return reference_fusion.head_logit(
+    return judge(
         state, config, [c[image].tolist() for c in images], [c[text].tolist() for c in texts]
     )
 
@@ -113,14 +118,14 @@ def test_the_gradient_equals_differences_of_the_loops(found, expected):
         return reference_fusion.match_loss(logits[:count], logits[count:])
 
     gradients = found[1][0]["gradients"]
-    for name in ("log_scale", "logit_bias"):
+    for name in ("match.bias", "text_stream.norm.weight", "image_input.norm.bias"):
         kept = state[name][0]
         state[name][0] = kept + step
         upper = loss()
         state[name][0] = kept - step
         slope = (upper - loss()) / (2 * step)
         state[name][0] = kept
-        assert gradients[name].item() == pytest.approx(slope, rel=1e-6)
+        assert gradients[name][0].item() == pytest.approx(slope, rel=1e-6)
 
 
 def test_passes_of_a_few_pairs_give_the_same_gradients(found):
@@ -136,7 +141,8 @@ def test_reranked_recall_equals_loops_on_every_world(found, expected, world_size
     images, texts = all_pairs()
     count = range(len(CAPTION_IDS))
     similarities = (images.features @ texts.features.T).tolist()
-    scores = [[logit(state, config, image, text) for text in count] for image in count]
+    judge = reference_fusion.score
+    scores = [[logit(state, config, i, t, judge) for t in count] for i in count]
     is_relevant = (CAPTION_IDS[:, None] == CAPTION_IDS[None, :]).tolist()
     wanted = {}
     for direction, transpose in (("image_to_text", False), ("text_to_image", True)):
@@ -157,8 +163,10 @@ def test_a_head_that_sees_the_wrong_rows_is_noticed(found):
     """Pairs whose texts are turned by one row give another loss."""
     images, texts = all_pairs()
     turned = Encoded(*(column.roll(1, 0) for column in texts))
-    pairs = fusion_ranks.choose_hard_pairs(images, texts, CAPTION_IDS, NUM_HARD)
-    logits = judge_pairs(make_head(), pairs._replace(texts=turned_rows(pairs.texts, turned)), 100)
+    pairs = fusion_ranks.choose_hard_pairs(images, texts, CAPTION_IDS, NUM_HARD, NUM_EASY)
+    head = make_head()
+    pairs = pairs._replace(texts=turned_rows(pairs.texts, turned))
+    logits = judge_pairs(lambda *sides: head(*sides).logits, pairs, 100)
     loss = fusion_ranks.match_loss(*logits.tensor_split([pairs.num_positives]))
     assert abs(loss.item() - found[1][0]["loss"].item()) > 1e-3
 

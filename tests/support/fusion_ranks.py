@@ -12,7 +12,7 @@ from dist_siglip.module.second_look import (
     judge_pairs,
 )
 
-NUM_PAIRS, NUM_HARD, CANDIDATES = 11, 2, 4
+NUM_PAIRS, NUM_HARD, NUM_EASY, CANDIDATES = 11, 2, 3, 4
 # Rows of each rank, by world size; one rank has none.
 SHARES = {1: [11], 2: [11, 0], 3: [3, 0, 8]}
 IMAGE, TEXT = TokenShape(3, 6), TokenShape(4, 5)
@@ -39,7 +39,7 @@ def make_head():
     """A head in float64 whose match logit is not 0."""
     torch.manual_seed(7)
     config = FusionConfig(direction="both", width=8, heads=2, layers=1)
-    head = FusionHead(IMAGE, TEXT, config, start_scale=4.0, start_bias=-2.0).double()
+    head = FusionHead(IMAGE, TEXT, config, dual_scale=4.0, dual_bias=-2.0).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -62,9 +62,9 @@ def look(rank, world_size, pairs_per_pass=1000):
     numbers = torch.arange(NUM_PAIRS) * 10
     columns = own_rows([numbers, numbers % 20 == 0], rank, world_size)
     fetched = fetch_rows(columns, wanted)
-    pairs = choose_hard_pairs(images, texts, ids, NUM_HARD)
+    pairs = choose_hard_pairs(images, texts, ids, NUM_HARD, NUM_EASY)
     head = make_head()
-    logits = judge_pairs(head, pairs, pairs_per_pass)
+    logits = judge_pairs(lambda *sides: head(*sides).logits, pairs, pairs_per_pass)
     loss = match_loss(*logits.tensor_split([pairs.num_positives]))
     loss.backward()
     return {

@@ -16,14 +16,21 @@ def head_logit(state, config, image, text):
         text: likewise.
     """
     sides = {name: _inputs(state, name, row) for name, row in (("image", image), ("text", text))}
-    queries = {"both": ["image", "text"], "image_to_text": ["image"], "text_to_image": ["text"]}
-    pooled = []
-    for query in queries[config.direction]:
-        other = "text" if query == "image" else "image"
-        pooled += _stream(state, f"streams.{query}.", config, sides[query], sides[other])
-    similarity = sum(u * v for u, v in zip(image[0], text[0], strict=True))
-    match = _linear(state, "match.", pooled)[0]
-    return math.exp(state["log_scale"][0]) * similarity + state["logit_bias"][0] + match
+    layers = {
+        "image": 0 if config.direction == "text_to_image" else config.layers,
+        "text": 0 if config.direction == "image_to_text" else config.layers,
+    }
+    first = _stream(state, "image_stream.", config, layers["image"], sides["image"], sides["text"])
+    second = _stream(state, "text_stream.", config, layers["text"], sides["text"], sides["image"])
+    product = [a * b for a, b in zip(first, second, strict=True)]
+    return _linear(state, "match.", first + second + product)[0]
+
+
+def score(state, config, image, text):
+    """What one pair is re-ranked by: see ``head_logit``."""
+    similarity = _dot(image[0], text[0])
+    alone = state["dual_scale"][0] * similarity + state["dual_bias"][0]
+    return alone + head_logit(state, config, image, text)
 
 
 def match_loss(positives, negatives):
@@ -33,8 +40,8 @@ def match_loss(positives, negatives):
     return total / len(positives)
 
 
-def hard_pairs(image_features, text_features, caption_ids, num_hard):
-    """(image, text) of every chosen pair: positives, then for each row its hardest partners."""
+def hard_pairs(image_features, text_features, caption_ids, num_hard, num_easy):
+    """(image, text) of every chosen pair: positives, hardest partners, texts of the next pairs."""
     count = range(len(caption_ids))
 
     def hardest(query, keys, row):
@@ -46,6 +53,8 @@ def hard_pairs(image_features, text_features, caption_ids, num_hard):
         pairs += [(row, text) for text in hardest(image_features, text_features, row)]
     for row in count:
         pairs += [(image, row) for image in hardest(text_features, image_features, row)]
+        following = [(row + step) % len(caption_ids) for step in range(1, num_easy + 1)]
+        pairs += [(row, t) for t in following if caption_ids[t] != caption_ids[row]]
     return pairs
 
 
@@ -72,9 +81,9 @@ def _inputs(state, side, row):
     return found, is_token
 
 
-def _stream(state, prefix, config, own, other):
+def _stream(state, prefix, config, layers, own, other):
     (stream, own_mask), (looked_at, other_mask) = own, other
-    for layer in range(config.layers):
+    for layer in range(layers):
         block = f"{prefix}blocks.{layer}."
         normed = [_norm(state, f"{block}self_norm.", token) for token in stream]
         name = f"{block}self_attention."
