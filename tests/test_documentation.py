@@ -12,6 +12,7 @@ import yaml
 from dist_siglip.cli import (
     bench,
     calibrate,
+    capacity,
     data,
     doctor_command,
     embed,
@@ -37,9 +38,18 @@ PAGES = (
     "docs/evaluation.md",
     "docs/export.md",
     "docs/finetuning.md",
+    "docs/geometry.md",
     "docs/guarantees.md",
     "docs/report.md",
 )
+# Verbs that are one function each.
+FUNCTIONS = {
+    "capacity": capacity,
+    "doctor": doctor_command,
+    "embed": embed,
+    "export": export,
+    "report": report,
+}
 
 
 def blocks(text, language):
@@ -131,9 +141,8 @@ def test_documented_commands_parse(words, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
-    elif words[0] in ("embed", "export", "doctor", "report"):
-        verbs = {"embed": embed, "export": export, "doctor": doctor_command, "report": report}
-        verbs[words[0]].parser(words[0]).parse_args(words[1:])
+    elif words[0] in FUNCTIONS:
+        FUNCTIONS[words[0]].parser(words[0]).parse_args(words[1:])
     elif words[0] == "slurm":
         job, fit_options = slurm.parse(words[1], words[2:])
         assert job.render(fit_options).startswith("#!/bin/bash")
