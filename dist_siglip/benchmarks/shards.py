@@ -6,29 +6,31 @@ counted and named, and nothing stands in for it.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dist_siglip.benchmarks.benchmark import EvaluatedModel
 from dist_siglip.benchmarks.encoding import rank_and_size
+from dist_siglip.benchmarks.samples import (
+    BenchmarkBatch,
+    BenchmarkCollator,
+    BenchmarkSample,
+    BenchmarkSamples,
+)
 from dist_siglip.data.agreement import check_ranks_agree
 from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import prepare_worker
 from dist_siglip.data.pairs import PairTable, build_pair_table
-from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
@@ -159,22 +161,23 @@ class BenchmarkShards:
 
         Args:
             model: what encodes.
-            encoded_texts: so many texts of each sample are encoded, at most; None encodes all.
+            encoded_texts: so many texts of each sample are encoded, at most: 0 keeps all and
+                encodes none, None encodes all.
             group: process group.
 
         Raises:
             UserError: on every rank, if ranks see different shards or too many samples are bad.
         """
-        table, rank_and_world = self.table, rank_and_size(group)
+        table, (rank, world_size) = self.table, rank_and_size(group)
         check_ranks_agree(
             table, name=f"shards of benchmark {self._name!r}", device=model.device, group=group
         )
-        collected = _Collected(model, encoded_texts)
-        batches = self._loader(model.inputs, *rank_and_world)
+        collected = _Collected(model)
+        batches = self._loader(model.inputs, encoded_texts, rank, world_size)
         spoken = time.monotonic()
         for number, batch in enumerate(batches, start=1):
             collected.add(batch)
-            if rank_and_world[0] == 0 and time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+            if rank == 0 and time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
                 _LOGGER.info("benchmark %s: batch %d of %d", self._name, number, len(batches))
                 spoken = time.monotonic()
         self._name_bad(collected.bad)
@@ -189,133 +192,64 @@ class BenchmarkShards:
         return collected.result(num_bad)
 
     def _loader(
-        self, inputs: ModelInputs, rank: int, world_size: int
-    ) -> "DataLoader[BenchmarkSample]":
-        sampler = EvaluationBatchSampler(
-            self.table.num_samples,
-            rank=rank,
-            world_size=world_size,
-            local_batch_size=self._loading.local_batch_size,
-        )
+        self, inputs: ModelInputs, encoded_texts: int | None, rank: int, world_size: int
+    ) -> DataLoader[BenchmarkSample]:
+        loading = self._loading
         return DataLoader(
-            _Samples(self.table, inputs, self._captions, self._loading.max_image_pixels),
-            batch_sampler=sampler,
-            collate_fn=list,
-            num_workers=self._loading.workers_per_rank,
+            BenchmarkSamples(
+                self.table, inputs, self._captions, max_image_pixels=loading.max_image_pixels
+            ),
+            batch_sampler=EvaluationBatchSampler(
+                self.table.num_samples,
+                rank=rank,
+                world_size=world_size,
+                local_batch_size=loading.local_batch_size,
+            ),
+            collate_fn=BenchmarkCollator(inputs, encoded_texts),
+            num_workers=loading.workers_per_rank,
             worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # a loader without one draws from the training's
         )
 
-    def _name_bad(self, bad: "Sequence[BenchmarkSample]") -> None:
-        for sample in bad[:_NAMED]:
-            _LOGGER.warning(
-                "benchmark %s leaves out %s: %s",
-                self._name,
-                self.table.describe(sample.sample_id),
-                sample.problem,
-            )
-
-
-class BenchmarkSample(NamedTuple):
-    """One sample as a benchmark wants it.
-
-    Attributes:
-        sample_id: in the table.
-        is_padding: whether it only fills up the batches of a rank.
-        image: (3, H, W) uint8; None if the sample cannot be used.
-        texts: all that it has.
-        problem: why it cannot be used; empty if it can.
-    """
-
-    sample_id: int
-    is_padding: bool
-    image: Tensor | None = None
-    texts: tuple[str, ...] = ()
-    problem: str = ""
-
-
-class _Samples(Dataset[BenchmarkSample]):
-    """Map-style data set, indexed by ``Slot``."""
-
-    def __init__(
-        self, table: PairTable, inputs: ModelInputs, captions: CaptionRule, max_image_pixels: int
-    ) -> None:
-        self._table = table
-        self._transform = evaluation_transform(inputs)
-        self._captions = captions
-        self._max_image_pixels = max_image_pixels
-        self._reader = ShardReader(table.cache)
-
-    def __getitem__(self, slot: Slot) -> BenchmarkSample:
-        """Read a sample; one that cannot be used says why."""
-        table, sample_id = self._table, slot.sample_id
-        try:
-            members = ((kind, self._reader.read(at)) for kind, at in table.caption_spans(sample_id))
-            texts = tuple(self._captions.all_of(members))
-            data = self._reader.read(table.image_span(sample_id))
-            image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
-        except BadSampleError as error:
-            return BenchmarkSample(sample_id, slot.is_padding, problem=str(error))
-        return BenchmarkSample(sample_id, slot.is_padding, image, texts)
+    def _name_bad(self, bad: Mapping[int, str]) -> None:
+        for sample_id, problem in islice(bad.items(), _NAMED):
+            named = self.table.describe(sample_id)
+            _LOGGER.warning("benchmark %s leaves out %s: %s", self._name, named, problem)
 
 
 class _Collected:
     """What a rank has encoded so far."""
 
-    def __init__(self, model: EvaluatedModel, encoded_texts: int | None) -> None:
-        self.bad: list[BenchmarkSample] = []
+    def __init__(self, model: EvaluatedModel) -> None:
+        self.bad: dict[int, str] = {}
         self._model = model
-        self._encoded_texts = encoded_texts
         self._sample_ids: list[int] = []
         self._texts: list[list[str]] = []
-        self._images: list[Tensor] = []
+        self._image_features: list[Tensor] = []
         self._text_features: list[Tensor] = []
 
-    def add(self, batch: Sequence[BenchmarkSample]) -> None:
+    def add(self, batch: BenchmarkBatch) -> None:
         """Encode a batch, in one call of each encoder that is needed, whatever is in it."""
-        due = [sample for sample in batch if not sample.is_padding]
-        self.bad += [sample for sample in due if sample.image is None]
-        usable = [sample for sample in due if sample.image is not None]
-        wanted = [list(sample.texts)[: self._encoded_texts] for sample in usable]
-        self._sample_ids += [sample.sample_id for sample in usable]
-        self._texts += wanted if self._encoded_texts != 0 else [list(s.texts) for s in usable]
-        pixels = [sample.image for sample in usable if sample.image is not None]
-        self._images.append(_encode(self._model.encode_image, pixels, _grey(self._model.inputs)))
-        if self._encoded_texts != 0:
-            tokens = self._model.tokenizer([text for texts in wanted for text in texts] or [""])
-            none = tokens[:1].long()
-            rows = list(tokens.long()) if usable else []
-            self._text_features.append(_encode(self._model.encode_text, rows, none[0]))
+        count, num_texts = len(batch.sample_ids), sum(map(len, batch.texts))
+        self.bad |= batch.bad
+        self._sample_ids += batch.sample_ids
+        self._texts += batch.texts
+        self._image_features.append(self._model.encode_image(batch.images)[:count])
+        if batch.tokens is not None:
+            self._text_features.append(self._model.encode_text(batch.tokens)[:num_texts])
 
     def result(self, num_bad: int) -> EncodedShards:
         """Join the batches."""
-        images = torch.cat(self._images)
-        has_texts = bool(self._text_features)
-        owners = [
-            sample_id
-            for sample_id, texts in zip(self._sample_ids, self._texts, strict=True)
-            for _ in texts
-        ]
-        ids = torch.tensor(self._sample_ids, dtype=torch.int64, device=images.device)
+        images = torch.cat(self._image_features)
+        owners: list[int] = []
+        if self._text_features:
+            pairs = zip(self._sample_ids, self._texts, strict=True)
+            owners = [sample_id for sample_id, texts in pairs for _ in texts]
         return EncodedShards(
-            sample_ids=ids,
+            sample_ids=torch.tensor(self._sample_ids, dtype=torch.int64, device=images.device),
             image_features=images,
             texts=self._texts,
-            text_features=torch.cat(self._text_features) if has_texts else images[:0],
-            text_sample_ids=torch.tensor(
-                owners if has_texts else [], dtype=torch.int64, device=images.device
-            ),
+            text_features=torch.cat([images[:0], *self._text_features]),
+            text_sample_ids=torch.tensor(owners, dtype=torch.int64, device=images.device),
             num_bad=num_bad,
         )
-
-
-def _encode(encoder: Callable[[Tensor], Tensor], rows: list[Tensor], stand_in: Tensor) -> Tensor:
-    """Encode rows; where there are none, call the encoder all the same and keep nothing."""
-    return encoder(torch.stack(rows or [stand_in]))[: len(rows)]
-
-
-def _grey(inputs: ModelInputs) -> Tensor:
-    """Make a picture of the size the model wants."""
-    size = inputs.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.full((3, height, width), 128, dtype=torch.uint8)

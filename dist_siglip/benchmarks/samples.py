@@ -1,0 +1,132 @@
+"""What does sample i give a benchmark, or why does it give nothing?
+
+Read, decoded, stacked and tokenized in the loader processes; what arrives is ready for the
+encoders, even where no sample of a batch can be used.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.picture import EncodedPicture
+from dist_siglip.data.slot import Slot
+from dist_siglip.data.transforms import evaluation_transform
+
+
+class BenchmarkSample(NamedTuple):
+    """One sample as a benchmark wants it.
+
+    Attributes:
+        sample_id: in the table.
+        is_padding: whether it only fills up the batches of a rank.
+        image: (3, H, W) uint8; None if the sample cannot be used.
+        texts: all that it has.
+        problem: why it cannot be used; empty if it can.
+    """
+
+    sample_id: int
+    is_padding: bool
+    image: Tensor | None = None
+    texts: tuple[str, ...] = ()
+    problem: str = ""
+
+
+class BenchmarkBatch(NamedTuple):
+    """The B usable samples of a batch, with at least one row for each encoder.
+
+    Attributes:
+        sample_ids: of the B samples.
+        texts: of the B samples, those wanted.
+        images: (max(B, 1), 3, H, W) uint8; a grey picture where B is 0.
+        tokens: (max(T, 1), L) of the T texts in a row; None if no text is encoded.
+        bad: by sample id, why it is not among them.
+    """
+
+    sample_ids: list[int]
+    texts: list[list[str]]
+    images: Tensor
+    tokens: Tensor | None
+    bad: dict[int, str]
+
+
+class BenchmarkSamples(Dataset[BenchmarkSample]):
+    """Map-style data set, indexed by ``Slot``.
+
+    Args:
+        table: where the members are.
+        inputs: what the model wants to be fed.
+        captions: where the texts of a sample are.
+        max_image_pixels: pictures with more cannot be used.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        inputs: ModelInputs,
+        captions: CaptionRule,
+        *,
+        max_image_pixels: int,
+    ) -> None:
+        self._table = table
+        self._transform = evaluation_transform(inputs)
+        self._captions = captions
+        self._max_image_pixels = max_image_pixels
+        self._reader = ShardReader(table.cache)
+
+    def __len__(self) -> int:
+        return self._table.num_samples
+
+    def __getitem__(self, slot: Slot) -> BenchmarkSample:
+        """Read a sample; one that cannot be used says why."""
+        table, sample_id = self._table, slot.sample_id
+        try:
+            members = ((kind, self._reader.read(at)) for kind, at in table.caption_spans(sample_id))
+            texts = tuple(self._captions.all_of(members))
+            data = self._reader.read(table.image_span(sample_id))
+            image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
+        except BadSampleError as error:
+            return BenchmarkSample(sample_id, slot.is_padding, problem=str(error))
+        return BenchmarkSample(sample_id, slot.is_padding, image, texts)
+
+
+class BenchmarkCollator:
+    """Stack the samples that can be used, tokenize their texts, and list the others.
+
+    Args:
+        inputs: what the model wants to be fed.
+        encoded_texts: so many texts of each sample are encoded, at most: 0 keeps all and encodes
+            none, None encodes all.
+    """
+
+    def __init__(self, inputs: ModelInputs, encoded_texts: int | None) -> None:
+        size = inputs.image_size
+        self._size = (size, size) if isinstance(size, int) else size
+        self._tokenizer: Callable[[list[str]], Tensor] | None = inputs.tokenizer
+        if encoded_texts == 0:
+            self._tokenizer, encoded_texts = None, None
+        self._wanted = slice(encoded_texts)
+
+    def __call__(self, samples: Sequence[BenchmarkSample]) -> BenchmarkBatch:
+        """Collate samples in their order; padding is left out."""
+        due = [sample for sample in samples if not sample.is_padding]
+        usable = [sample for sample in due if sample.image is not None]
+        texts = [list(sample.texts[self._wanted]) for sample in usable]
+        tokens = None
+        if self._tokenizer is not None:
+            tokens = self._tokenizer([text for own in texts for text in own] or [""]).long()
+        images = [sample.image for sample in usable if sample.image is not None]
+        return BenchmarkBatch(
+            sample_ids=[sample.sample_id for sample in usable],
+            texts=texts,
+            images=torch.stack(images or [torch.full((3, *self._size), 128, dtype=torch.uint8)]),
+            tokens=tokens,
+            bad={sample.sample_id: sample.problem for sample in due if sample.image is None},
+        )
