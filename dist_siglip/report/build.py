@@ -22,6 +22,7 @@ from dist_siglip.report.sections import (
     benchmarks,
     calibration,
     capacity,
+    comparison,
     data_health,
     geometry,
     origin,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MOST_RUNS = 8
 _MAKERS = (
+    comparison.make,
     training.make,
     speed.make,
     data_health.make,
@@ -98,9 +100,12 @@ def _render(runs: Sequence[RunRecord]) -> str:
 
 
 def _glance(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
-    """All conclusions in a list, and what the model is."""
-    headlines = [line for section in sections for line in section.headlines()]
-    cards = [render_card("Conclusions", render_list(headlines))]
+    """All conclusions in a list for each run, and what the model is."""
+    cards = []
+    for run in runs:
+        headlines = [line for section in sections for line in section.headlines(run)]
+        heading = "Conclusions" if len(runs) == 1 else f"Conclusions: {run.name}"
+        cards.append(render_card(heading, render_list(headlines)))
     table = table_of(runs, MODEL_MEASURES)
     cards.append(
         render_card("The model", table)

@@ -146,7 +146,7 @@ def read_run(run_dir: Path, name: str | None = None) -> RunRecord:
         provenance=_read_provenance(folder.provenance),
         history=read_history(folder, notes),
         incidents=read_incidents(folder, notes),
-        benchmarks=read_benchmarks(folder.path / "benchmarks", notes),
+        benchmarks=read_benchmarks(folder.benchmarks, notes),
         texts={
             path.name: path.read_text(encoding="utf-8", errors="replace")
             for path in (folder.config, folder.provenance)

@@ -30,10 +30,9 @@ class Section:
         verdicts = [render_verdict(v, run.name if name_runs else "") for run, v in self.verdicts]
         return render_section(self.heading, *verdicts, *self.parts, key=self.key)
 
-    def headlines(self) -> list[str]:
-        """Write the conclusions as HTML, without their reasons."""
-        name_runs = len({run.name for run, _ in self.verdicts}) > 1
-        return [render_headline(v, run.name if name_runs else "") for run, v in self.verdicts]
+    def headlines(self, run: RunRecord) -> list[str]:
+        """Write the conclusions about a run as HTML, without their reasons."""
+        return [render_headline(verdict) for each, verdict in self.verdicts if each is run]
 
 
 def judge_each(

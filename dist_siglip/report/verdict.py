@@ -50,15 +50,14 @@ def render_verdict(verdict: Verdict, run: str = "") -> str:
     )
 
 
-def render_headline(verdict: Verdict, run: str = "") -> str:
+def render_headline(verdict: Verdict) -> str:
     """Write a verdict without its reason, as a line of a list.
 
     Example:
-        >>> render_headline(Verdict("bad", "No.", "It is so."), "a")
-        '<span class="verdict bad"><b>✕ Problem</b> <i class="run">a</i> No.</span>'
+        >>> render_headline(Verdict("bad", "No.", "It is so."))
+        '<span class="verdict bad"><b>✕ Problem</b> No.</span>'
     """
-    whose = f'<i class="run">{escape(run)}</i> ' if run else ""
     return (
-        f'<span class="verdict {verdict.tone}"><b>{_WORDS[verdict.tone]}</b> {whose}'
+        f'<span class="verdict {verdict.tone}"><b>{_WORDS[verdict.tone]}</b> '
         f"{escape(verdict.text)}</span>"
     )

@@ -29,7 +29,7 @@ def test_all_parts_escape_their_texts():
         render_table_card(RAW, [], [], note=RAW),
         render_multiples(RAW, [(RAW, "<svg></svg>")], RAW),
         render_verdict(Verdict("good", RAW, RAW), RAW),
-        render_headline(Verdict("good", RAW, RAW), RAW),
+        render_headline(Verdict("good", RAW, RAW)),
         render_missing(RAW),
         render_figure(RAW, "<svg></svg>", RAW, missing=""),
         render_figure(RAW, None, "", missing=RAW),

@@ -2,24 +2,26 @@
 
 from collections.abc import Sequence
 
+from dist_siglip.report.canvas import STYLES, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_columns, render_table_card
+from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
 from dist_siglip.report.section import Section
 from dist_siglip.report.verdict import Verdict
 
 _MOST_METRICS = 12
+_MOST_CURVES = 3
 
 
 def make(runs: Sequence[RunRecord]) -> Section | None:
-    """List the results of RUN/benchmarks, a table for each; None if no run has any."""
+    """List the results of RUN/benchmarks, and draw those of several steps; None without any."""
     results = {
         (each.dataset, each.task): None for run in runs for each in run.benchmarks if each.metrics
     }
     if not results:
         return None
     cards = []
-    for dataset, task in results:
+    for index, (dataset, task) in enumerate(results):
         by_run = [
             next((e.metrics for e in run.benchmarks if (e.dataset, e.task) == (dataset, task)), {})
             for run in runs
@@ -31,6 +33,10 @@ def make(runs: Sequence[RunRecord]) -> Section | None:
         columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
         heading = f"{dataset}, {task}" if task else dataset
         cards.append(render_table_card(heading, columns, rows))
+        drawing = draw_over_steps(runs, dataset, name=f"benchmark-{index}")
+        if drawing is not None:
+            caption = "Over the steps at which it was run."
+            cards.append(render_figure(heading, drawing, caption, missing=""))
     verdicts = [
         (
             run,
@@ -44,3 +50,19 @@ def make(runs: Sequence[RunRecord]) -> Section | None:
         if run.benchmarks
     ]
     return Section("benchmarks", "Benchmarks", verdicts, [render_columns(cards)])
+
+
+def draw_over_steps(runs: Sequence[RunRecord], dataset: str, *, name: str) -> str | None:
+    """Draw the first few metrics of a benchmark that were logged at several steps; None without."""
+    curves = []
+    for index, run in enumerate(runs):
+        logged = {
+            key.removeprefix(f"benchmarks/{dataset}/"): series
+            for key, series in run.series.items()
+            if key.startswith(f"benchmarks/{dataset}/") and len(series.steps) > 1
+        }
+        for place, (metric, series) in enumerate(list(logged.items())[:_MOST_CURVES]):
+            label = metric if len(runs) == 1 else f"{run.short_name}, {metric}"
+            colour = colour_of(place if len(runs) == 1 else index)
+            curves.append(Curve(label, series, colour, STYLES[place], "s"))
+    return draw_curves(name, "Results of a benchmark over steps", [("", curves)])

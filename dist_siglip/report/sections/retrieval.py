@@ -28,7 +28,7 @@ from dist_siglip.report.records import RunRecord
 from dist_siglip.report.section import Section, judge_each
 from dist_siglip.report.verdict import Verdict
 
-_MOST_PICTURES = 24
+_MOST_PICTURES, _MOST_BESIDE = 24, 8  # of a single run, of each of several
 _MOST_RANK = 100
 _MANY_ORPHANS = 0.2
 
@@ -59,7 +59,8 @@ def make(runs: Sequence[RunRecord]) -> Section:
         figures.append(render_card("Hubs and guarantees", hubs))
     parts = [render_columns(figures)]
     for run in runs:
-        parts += _gallery(run, f": {run.name}" if len(runs) > 1 else "")
+        beside = (f": {run.name}", _MOST_BESIDE)
+        parts += _gallery(run, *(beside if len(runs) > 1 else ("", _MOST_PICTURES)))
     verdicts = judge_each(runs, judge, judge_directions, judge_hubs)
     return Section("retrieval", "Retrieval", verdicts, parts)
 
@@ -188,11 +189,11 @@ def _rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     ]
 
 
-def _gallery(run: RunRecord, whose: str) -> list[str]:
+def _gallery(run: RunRecord, whose: str, most: int) -> list[str]:
     if run.features is None or not run.pictures:
         text = f"There are no example images with features in this run folder{whose}."
         return [render_missing(text)]
-    pictures = run.pictures[:_MOST_PICTURES]
+    pictures = run.pictures[:most]
     exhibits = rank_captions(pictures, run.captions, *run.features)
     right = [each for each in exhibits if each.answers[0].is_right]
     wrong = sorted(

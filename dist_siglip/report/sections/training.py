@@ -73,7 +73,7 @@ def judge(run: RunRecord) -> Verdict:
     if after < _FALL * before:
         return Verdict(
             "note",
-            f"The {kind} was still falling when the run ended.",
+            f"The {kind} is still falling.",
             f"{told}; median of the last quarter {after:.3g}, of the quarter before {before:.3g}. "
             "More steps would lower it further.",
         )

@@ -26,6 +26,14 @@ def test_long_values_are_cut_and_passwords_left_out():
     assert "pw" not in secret
 
 
+def test_benchmarks_of_several_steps_are_drawn():
+    logged = {"benchmarks/coco/acc1": [0.1, 0.2], "benchmarks/coco/once": [0.5]}
+    results = [BenchmarkFile("coco", "zeroshot_classification", {"acc1": 0.2})]
+    section = benchmarks.make([record(series=logged, benchmarks=results)])
+    assert "acc1</text>" in section.parts[0]
+    assert "once</text>" not in section.parts[0]
+
+
 def test_benchmarks_are_listed_where_any_run_has_them():
     assert benchmarks.make([record()]) is None
     some = record("a", benchmarks=[BenchmarkFile("coco", "zeroshot_retrieval", {"r@5": 0.5})])

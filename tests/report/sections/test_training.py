@@ -24,7 +24,7 @@ def test_conclusion_about_the_validation_loss(losses, tone, words):
 
 def test_training_loss_stands_in_for_a_missing_validation_loss():
     verdict = judge(record(series={"train/loss": [9, 5, 3, 2, 1.5, 1.2, 1.0, 0.8]}))
-    assert verdict.text.startswith("The training loss was still falling")
+    assert verdict.text.startswith("The training loss is still falling")
 
 
 def test_a_rising_training_loss_is_no_over_fitting():
