@@ -17,6 +17,7 @@ from dist_siglip.cli import (
     doctor_command,
     embed,
     export,
+    lab,
     quickstart,
     report,
     slurm,
@@ -40,6 +41,7 @@ PAGES = (
     "docs/finetuning.md",
     "docs/geometry.md",
     "docs/guarantees.md",
+    "docs/lab.md",
     "docs/report.md",
 )
 # Verbs that are one function each.
@@ -146,8 +148,8 @@ def test_documented_commands_parse(words, monkeypatch):
     elif words[0] == "slurm":
         job, fit_options = slurm.parse(words[1], words[2:])
         assert job.render(fit_options).startswith("#!/bin/bash")
-    elif words[0] in ("bench", "data"):
-        subjects = {"bench": bench, "data": data}[words[0]].SUBJECTS
+    elif words[0] in ("bench", "data", "lab"):
+        subjects = {"bench": bench, "data": data, "lab": lab}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
     else:
         runs = {"calibrate": calibrate, "test": testing}

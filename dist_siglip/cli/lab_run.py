@@ -32,7 +32,7 @@ def run(
 
     Args:
         names: of an experiment, or a JSON list of names.
-        out: folder of the results: NAME.json, NAME.svg, NAME.png and the page lab.md.
+        out: folder of the results, NAME.json and NAME.svg; the page is beside it, OUT.md.
         quick: fewer cases of each.
         seed: added to the seeds the authors used; 0 repeats theirs.
         workers: processes at a time, of one thread each.
@@ -52,7 +52,7 @@ def all(  # noqa: A001 - the name of the subject
     """Run every experiment; exit code 1 if a number differs.
 
     Args:
-        out: folder of the results: NAME.json, NAME.svg, NAME.png and the page lab.md.
+        out: folder of the results, NAME.json and NAME.svg; the page is beside it, OUT.md.
         quick: fewer cases of each.
         seed: added to the seeds the authors used; 0 repeats theirs.
         workers: processes at a time, of one thread each.

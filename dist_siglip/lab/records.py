@@ -1,7 +1,7 @@
 """How is the outcome of an experiment kept and shown?
 
-For each experiment NAME.json, NAME.svg and NAME.png in the folder of the lab, and one page,
-lab.md, with all that lie there.
+For each experiment NAME.json and NAME.svg in the folder of the lab, and beside the folder one page,
+FOLDER.md, with all that lie there. What stands on the page above a line that says so is kept.
 """
 
 import io
@@ -21,7 +21,7 @@ from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, Outcome
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = "lab.md"
+_WRITTEN = "<!-- Written by dist-siglip lab from here on. -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,7 @@ def write_record(
         cpu_seconds=round(cpu_seconds, 1),
     )
     write_atomically(folder / f"{name}.json", json.dumps(record.as_json(), indent=1) + "\n")
-    for kind in ("svg", "png"):
-        write_atomically(folder / f"{name}.{kind}", _drawn(outcome.figure, kind, name))
+    write_atomically(folder / f"{name}.svg", _drawn(outcome.figure, name))
     return record
 
 
@@ -102,16 +101,23 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
+def page_of(folder: Path) -> Path:
+    """Return where the page of a folder lies."""
+    return folder.with_name(f"{folder.name}.md")
+
+
 def write_page(folder: Path) -> Path:
-    """Write lab.md, the page of all records of the folder, and return its path."""
-    records = read_records(folder)
+    """Write the page of all records of a folder and return its path."""
+    path, records = page_of(folder), read_records(folder)
     lines = [_summary_of(records)]
     for record in records:
         lines += [f"## {record.name}", EXPERIMENTS[record.name].summary.capitalize()]
-        lines += [f"![{record.name}]({record.name}.svg)", markdown_table(record.rows)]
-        lines.append("\n".join(f"- {note}" for note in record.notes))
-    write_atomically(folder / PAGE, "\n\n".join(line for line in lines if line) + "\n")
-    return folder / PAGE
+        lines.append(f"![{record.name}]({folder.name}/{record.name}.svg)")
+        lines += [markdown_table(record.rows), "\n".join(f"- {note}" for note in record.notes)]
+    above = path.read_text(encoding="utf-8") if path.is_file() else "# The lab\n\n"
+    content = [above.split(_WRITTEN)[0] + _WRITTEN, *(line for line in lines if line)]
+    write_atomically(path, "\n\n".join(content) + "\n")
+    return path
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -154,12 +160,12 @@ def _row_from_json(content: dict[str, Any]) -> Row:
     return Row(**content | {"ours": float(content["ours"])})
 
 
-def _drawn(figure: "Figure", kind: str, name: str) -> bytes:
+def _drawn(figure: "Figure", name: str) -> bytes:
     """Draw; the same figure gives the same bytes."""
     import matplotlib
 
     buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {}
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, metadata=metadata, facecolor="white")
+        figure.savefig(buffer, format="svg", metadata=nothing, facecolor="white")
     return buffer.getvalue()

@@ -57,22 +57,29 @@ def test_files_are_json_and_drawings_and_the_same_each_time(catalogue, tmp_path)
         {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
         for folder in ("a", "b")
     )
-    assert set(first) == {"tiny.json", "tiny.svg", "tiny.png"}
+    assert set(first) == {"tiny.json", "tiny.svg"}
     assert first == second
     assert b"NaN" not in first["tiny.json"]
     assert b"<svg" in first["tiny.svg"]
-    assert first["tiny.png"].startswith(b"\x89PNG")
 
 
 def test_the_page_shows_every_record_with_table_and_drawing(catalogue, tmp_path):
     outcome = lab_experiment.run(LabSettings())
-    write_record(tmp_path, "tiny", outcome, quick=True, seed=0, cpu_seconds=2)
-    page = write_page(tmp_path).read_text()
+    write_record(tmp_path / "lab", "tiny", outcome, quick=True, seed=0, cpu_seconds=2)
+    page = write_page(tmp_path / "lab").read_text()
     assert "| [tiny](#tiny) (quick) | is anything off? | 0 | 1 | 2 | 1 | 2 |" in page
-    assert "![tiny](tiny.svg)" in page
+    assert "![tiny](lab/tiny.svg)" in page
     assert "| off | 1 | 2 | 0.5 | differs |" in page
     assert r"| seed \| as told | 7 | 0 | 0 | differs |" in page
     assert "- a note" in page
+
+
+def test_what_stands_above_the_written_part_of_the_page_is_kept(catalogue, tmp_path):
+    outcome = lab_experiment.run(LabSettings())
+    write_record(tmp_path / "lab", "tiny", outcome, quick=True, seed=0, cpu_seconds=2)
+    first = write_page(tmp_path / "lab").read_text()
+    (tmp_path / "lab.md").write_text(first.replace("# The lab", "# Ours"))
+    assert write_page(tmp_path / "lab").read_text() == first.replace("# The lab", "# Ours")
 
 
 def test_a_table_shows_four_digits_of_what_was_measured():
@@ -112,14 +119,14 @@ def test_the_seed_reaches_the_experiment(catalogue, tmp_path):
 
 
 def test_a_number_that_differs_is_exit_code_1(catalogue, tmp_path, capsys):
-    assert lab("all", out=tmp_path) == 1
+    assert lab("all", out=tmp_path / "out") == 1
     shown = capsys.readouterr().out
     assert "corrected: it is below" in " ".join(shown.replace("│", " ").split())
-    assert (tmp_path / "lab.md").is_file()
+    assert (tmp_path / "out.md").is_file()
 
 
 def test_results_are_printed_as_json(tmp_path, capsys):
-    assert lab("run", "constructions", "--json", "true", out=tmp_path) == 0
+    assert lab("run", "constructions", "--json", "true", out=tmp_path / "out") == 0
     (shown,) = json.loads(capsys.readouterr().out)
     assert shown["name"] == "constructions"
     assert {"quantity", "published", "ours", "tolerance", "verdict"} == set(shown["rows"][0])

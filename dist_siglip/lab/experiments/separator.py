@@ -28,13 +28,14 @@ _STARTS = {
     "frozen 0.5": Start(train_bias=False, relative_bias=0.5),
     "learned": Start(),
 }
+_DRAWN = (_FIGURE_5, "frozen 0", "learned")
 
 
 def run(settings: LabSettings) -> Outcome:
     """Train and separate every space; when quick, only the 20 pairs of figure 5."""
     names = (_FIGURE_5,) if settings.quick else tuple(_STARTS)
     rows: list[Row] = []
-    drawn: list[tuple[Tensor, Tensor]] = []
+    drawn: dict[str, tuple[Tensor, ...]] = {}
     for number, name in enumerate(names):
         seeded = replace(_STARTS[name], seed=settings.seed)
         space = train_space(seeded, settings.part(number, len(names)).progress)
@@ -46,7 +47,8 @@ def run(settings: LabSettings) -> Outcome:
                 judge(f"{name}: margin", 0.012, space.margin, 0.001),
             ]
         rows += _rows(name, space, found)
-        drawn.append((images.double() @ found.direction, texts.double() @ found.direction))
+        if name in _DRAWN:
+            drawn[name] = tuple(side.double() @ found.direction for side in (images, texts))
     points = simplex_code(20)
     same = _separate(points, points)
     num_right = same.images_above + same.texts_below
@@ -59,11 +61,11 @@ def run(settings: LabSettings) -> Outcome:
             num_right <= 20,
         )
     )
-    figure, panels = new_figure(len(names), panel_width=3.4 if len(names) > 1 else 5.0)
-    for panel, name, (above, below) in zip(panels, names, drawn, strict=True):
-        for rows_along, colour, kind in ((above, 0, "images"), (below, 1, "texts")):
+    figure, panels = new_figure(len(drawn), panel_width=3.6)
+    for panel, (name, sides) in zip(panels, drawn.items(), strict=True):
+        for side, colour, kind in zip(sides, (0, 1), ("images", "texts"), strict=True):
             panel.hist(
-                rows_along.numpy(),
+                side.numpy(),
                 bins=30,
                 range=(-1, 1),
                 color=COLOURS[colour],
@@ -72,6 +74,7 @@ def run(settings: LabSettings) -> Outcome:
                 label=kind,
             )
         panel.axvline(0, linestyle="--", color=COLOURS[5])
+        panel.margins(y=0.35)
         label(panel, name, "along the separating direction", "rows")
     return Outcome(
         tuple(rows),

@@ -1,0 +1,40 @@
+"""The page of the lab is what the lab wrote, and its verdicts follow from its numbers."""
+
+import math
+import re
+import shutil
+
+import pytest
+
+from dist_siglip.lab.records import page_of, read_records, write_page
+from tests.support.command import REPOSITORY
+
+FOLDER = REPOSITORY / "docs/lab"
+RECORDS = read_records(FOLDER)
+
+
+def test_the_page_is_what_the_records_say(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "lab")
+    shutil.copy(page_of(FOLDER), tmp_path / "lab.md")
+    assert write_page(tmp_path / "lab").read_text() == page_of(FOLDER).read_text()
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+def test_every_verdict_follows_from_its_numbers(record):
+    assert not record.quick
+    assert record.seed == 0
+    assert record.is_sound
+    for row in record.rows:
+        assert math.isfinite(row.ours), row
+        if row.published is None:
+            assert row.verdict == "no published value", row
+        elif not isinstance(row.published, str):
+            is_close = abs(row.ours - row.published) <= (row.tolerance or 0)
+            assert is_close == (row.verdict == "reproduced"), row
+
+
+def test_every_drawing_of_the_page_is_there_and_small():
+    drawings = re.findall(r"!\[\w+\]\((lab/\w+\.svg)\)", page_of(FOLDER).read_text())
+    assert drawings == [f"lab/{record.name}.svg" for record in RECORDS]
+    sizes = [(FOLDER.parent / drawing).stat().st_size for drawing in drawings]
+    assert max(sizes) < 300_000
