@@ -145,11 +145,12 @@ def describe_capacity(
     facts: dict[str, float | bool | str] = {
         "margin": margin,
         "relative_bias": relative_bias,
-        "feasible": problem is None,
         "largest_margin": largest_margin(relative_bias, pairs),
         "margin_reached": margins[0],
         "margin_bound": margins[1],
     }
+    if margin > 0:
+        facts["feasible"] = problem is None
     if problem is None:
         facts["alpha"] = capacity_alpha(margin, relative_bias)
         facts["dimensions_exact"] = subset_dimension(int(pairs), 1, margin)

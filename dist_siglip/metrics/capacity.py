@@ -121,8 +121,8 @@ def find_capacity_problem(
     """
     if not margin > 0:
         return (
-            f"margin ({margin:.4g}) must be above 0: without a gap between positive and negative "
-            "pairs no dimension follows; use the margin of quantiles or of means"
+            f"margin ({margin:.4g}) must be above 0: where positive and negative pairs overlap, no "
+            "dimension follows"
         )
     if not -1 <= relative_bias <= 1:
         return f"relative bias ({relative_bias:.4g}) must be in [-1, 1]"

@@ -80,6 +80,7 @@ def test_a_run_is_described_at_each_of_its_margins(run, capsys):
     assert (document["pairs"], document["dimension"]) == (5000, 1152)
     strict, lenient, means = document["margins"].values()
     assert "above 0" in strict["problem"]
+    assert "feasible" not in strict  # overlapping pairs are possible, and common
     assert lenient["margin"] == 0.02
     assert means["dimensions_necessary"] < lenient["dimensions_necessary"] * 10
     assert document["guaranteed_recall@1"] == 0.0
