@@ -53,7 +53,7 @@ def surplus(steps: Sequence[int], most: int) -> list[int]:
 
     Example:
         >>> surplus([0, 10, 20, 30, 31, 40], 4)
-        [30, 10]
+        [31, 10]
     """
     kept, given_up = list(steps), []
     while len(kept) > most:
