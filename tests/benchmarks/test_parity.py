@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.benchmarks import Classification, PairMetrics, Retrieval
+from dist_siglip.benchmarks import retrieval as module
 from dist_siglip.benchmarks.shards import LoadSettings
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.errors import UserError
@@ -24,6 +25,15 @@ def _complaint(action):
     return None
 
 
+def _without_the_other_ranks(shards, model):
+    """Broken on purpose: every rank counts its own queries alone."""
+    gather, module.gather_rows = module.gather_rows, lambda rows, group=None: rows
+    try:
+        return Retrieval(shards, loading=HERE).evaluate(model).metrics
+    finally:
+        module.gather_rows = gather
+
+
 def _evaluate(rank, world_size, folder):
     calls = []
     model = known_model(calls)
@@ -40,7 +50,8 @@ def _evaluate(rank, world_size, folder):
     bad_labels = _complaint(
         lambda: Classification(f"{folder}/bad/test", loading=HERE).evaluate(model)
     )
-    return [tuple(result) for result in results], calls, bad_labels
+    broken = _without_the_other_ranks(captioned, known_model())
+    return [tuple(result) for result in results], calls, bad_labels, broken
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_results_do_not_depend_on_the_number_of_ranks(alone, ranks):
-    for results, _, _ in ranks:
+    for results, *_ in ranks:
         for (metrics, details), (expected, expected_details) in zip(results, alone[0], strict=True):
             assert metrics == pytest.approx(expected, abs=1e-6)
             assert details == expected_details
@@ -74,23 +85,29 @@ def test_results_do_not_depend_on_the_number_of_ranks(alone, ranks):
 
 def test_ranks_call_the_encoders_equally_often(ranks):
     """Sharded towers gather their weights in every call: one call less would hang the others."""
-    names = [[name for name, _ in calls] for _, calls, _ in ranks]
+    names = [[name for name, _ in calls] for _, calls, *_ in ranks]
     assert all(each == names[0] for each in names)
-    assert min(rows for _, calls, _ in ranks for _, rows in calls) >= 1
+    assert min(rows for _, calls, *_ in ranks for _, rows in calls) >= 1
 
 
 def test_no_sample_is_encoded_for_two_ranks(alone, ranks):
     def num_rows(results):
-        return sum(rows for _, calls, _ in results for name, rows in calls if name == "image")
+        return sum(rows for _, calls, *_ in results for name, rows in calls if name == "image")
 
     surplus = num_rows(ranks) - num_rows([alone])
     assert 0 <= surplus <= 5 * len(ranks)  # five times at most one stand-in for each rank
 
 
 def test_all_ranks_refuse_a_label_that_one_of_them_has(alone, ranks):
-    complaints = {complaint for _, _, complaint in ranks}
+    complaints = {complaint for _, _, complaint, _ in ranks}
     assert complaints == {alone[2]}
     assert "label ('9')" in alone[2]
+
+
+def test_a_rank_that_counts_alone_is_noticed(alone, ranks):
+    expected = alone[0][1][0]
+    assert alone[3] == expected
+    assert any(broken != pytest.approx(expected, abs=1e-6) for *_, broken in ranks)
 
 
 def test_the_results_are_those_of_a_model_that_tells_something(alone):
