@@ -3,6 +3,7 @@
 import json as json_text
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import TimeElapsedColumn as ElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from dist_siglip.lab.catalogue import EXPERIMENTS
 from dist_siglip.lab.records import Record, cells_of, write_page
 from dist_siglip.lab.running import Order, run_experiments
 
 logger = logging.getLogger(__name__)
+
+_LINE_SECONDS = 30.0
 
 
 def run(
@@ -74,7 +78,7 @@ def _run(order: Order, workers: int, as_json: bool) -> int:
     else:
         for record in records:
             _print(record)
-        Console().print(f"page: {page}", soft_wrap=True)
+        Console().print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
     return int(any(not record.is_sound for record in records))
 
 
@@ -84,11 +88,11 @@ def _print(record: Record) -> None:
         left = heading in ("quantity", "verdict")
         table.add_column(heading, justify="left" if left else "right")
     for row in record.rows:
-        table.add_row(*cells_of(row))
+        table.add_row(*map(Text, cells_of(row)))
     console = Console()
     console.print(table)
     for note in record.notes:
-        console.print(f"- {note}")
+        console.print(f"- {note}", markup=False, highlight=False)
 
 
 class _Show(Protocol):
@@ -97,19 +101,25 @@ class _Show(Protocol):
 
 @contextmanager
 def _progress(num_experiments: int) -> Iterator[_Show]:
-    """Draw a bar for all and one for each that runs, where there is a terminal."""
+    """Draw a bar for all and one for each that runs; without a terminal write a line at times."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), ElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         everything = bars.add_task("all", total=num_experiments)
         tasks: dict[str, TaskID] = {}
         shares: dict[str, float] = {}
+        last_line = time.monotonic()
 
         def show(name: str, done: float) -> None:
+            nonlocal last_line
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=1.0)
             shares[name] = done
             bars.update(tasks[name], completed=done, visible=done < 1)
             bars.update(everything, completed=sum(shares.values()))
+            if bars.disable and time.monotonic() - last_line > _LINE_SECONDS:
+                last_line = time.monotonic()
+                running = ", ".join(f"{n} {s:.0%}" for n, s in shares.items() if s < 1)
+                logger.info("%.1f of %d done; %s", sum(shares.values()), num_experiments, running)
 
         yield show
