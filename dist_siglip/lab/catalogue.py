@@ -68,7 +68,7 @@ EXPERIMENTS: dict[str, Entry] = {
     "minimum_dimension": Entry(
         "dist_siglip.lab.experiments.minimum_dimension",
         "how many dimensions does retrieval of all pairs of documents need?",
-        10.0,
+        2.5,
     ),
     "critical_documents": Entry(
         "dist_siglip.lab.experiments.critical_documents",
@@ -79,6 +79,11 @@ EXPERIMENTS: dict[str, Entry] = {
         "dist_siglip.lab.experiments.contrastive_gap",
         "is there a gap without modalities, and do uniformity and alignment close it?",
         3.0,
+    ),
+    "siglip_start": Entry(
+        "dist_siglip.lab.experiments.siglip_start",
+        "which start of scale and bias suits the sigmoid loss?",
+        1.5,
     ),
     "closed_forms": Entry(
         "dist_siglip.lab.experiments.closed_forms",
