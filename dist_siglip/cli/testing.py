@@ -30,11 +30,18 @@ from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
 from dist_siglip.module import SigLipModule
 
+_DESCRIPTION = (
+    "Run benchmarks on a checkpoint of a run, or on a model by name; needs no other data. Without "
+    "ckpt_path the newest checkpoint of run_dir is taken, else the model as built."
+)
+
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``test`` and run it."""
     set_up_logging()
-    TestingCLI(TestedModule, ImageTextDataModule, args=[verb, *arguments], **cli_settings())
+    settings = cli_settings()
+    settings["parser_kwargs"][verb] = {"description": _DESCRIPTION}
+    TestingCLI(TestedModule, ImageTextDataModule, args=[verb, *arguments], **settings)
     leave_process_groups()
     return 0
 
