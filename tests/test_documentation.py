@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dist_siglip.cli import (
+    align,
     bench,
     calibrate,
     capacity,
@@ -20,6 +21,7 @@ from dist_siglip.cli import (
     lab,
     quickstart,
     report,
+    rerank,
     slurm,
     testing,
     training,
@@ -34,6 +36,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "slurm/README.md",
+    "docs/alignment.md",
     "docs/data.md",
     "docs/embed.md",
     "docs/evaluation.md",
@@ -41,11 +44,13 @@ PAGES = (
     "docs/finetuning.md",
     "docs/geometry.md",
     "docs/guarantees.md",
+    "docs/reranking.md",
     "docs/lab.md",
     "docs/report.md",
 )
 # Verbs that are one function each.
 FUNCTIONS = {
+    "align": align,
     "capacity": capacity,
     "doctor": doctor_command,
     "embed": embed,
@@ -151,6 +156,9 @@ def test_documented_commands_parse(words, monkeypatch):
     elif words[0] in ("bench", "data", "lab"):
         subjects = {"bench": bench, "data": data, "lab": lab}[words[0]].SUBJECTS
         parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
+    elif words[0] == "rerank":
+        rerank.run(words[0], words[1:])
+        assert ran == [words[1]]
     else:
         runs = {"calibrate": calibrate, "test": testing}
         runs.get(words[0], training).run(words[0], words[1:])
