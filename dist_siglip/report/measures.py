@@ -51,7 +51,11 @@ HUB_MEASURES = (
     Measure("text_to_image_hubness", "hubness of images", "skewness of how often each is found"),
     Measure("image_to_text_orphans", "texts never found", "share in nobody's first 10 answers"),
     Measure("text_to_image_orphans", "images never found", "share in nobody's first 10 answers"),
-    Measure("guaranteed_recall@1", "guaranteed recall@1", "by the loss alone (Proposition 1)"),
+    Measure(
+        "guaranteed_recall@1",
+        "guaranteed recall@1",
+        "by the loss alone; 0: nothing (Proposition 1)",
+    ),
 )
 MARGIN_MEASURES = (
     Measure("margin", "margin", "half the gap between worst positive and worst negative pair"),

@@ -76,11 +76,27 @@ def render_card(heading: str, body: str) -> str:
 
 
 def render_table_card(
-    heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
+    heading: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    note: str = "",
+    *,
+    is_wordy: bool = False,
 ) -> str:
-    """Frame a table of plain texts, with a plain note below it."""
+    """Frame a table of plain texts.
+
+    Args:
+        heading: plain text.
+        columns: headings; no heading row if empty.
+        rows: cells.
+        note: plain text below it; "" for none.
+        is_wordy: whether cells are long words, which may be broken anywhere.
+    """
     below = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return render_card(heading, render_table(columns, rows) + below)
+    table = render_table(columns, rows)
+    return render_card(
+        heading, (f'<div class="words">{table}</div>' if is_wordy else table) + below
+    )
 
 
 def render_multiples(heading: str, panels: Sequence[tuple[str, str]], caption: str) -> str:

@@ -18,7 +18,9 @@ CHROMIUM = next(
 LONG_NAME = "a-run-with-a-name-that-has-no-place-to-break-" * 3
 LONG_CAPTION = "pneumonoultramicroscopicsilicovolcanoconiosis" * 4
 BROKEN = """<!doctype html><body style="background: #fff"><p style="color: #bbb">pale</p>
-<div style="width: 900px">wide</div><svg aria-label="empty" width="200" height="90"></svg>
+<div style="width: 900px">wide</div>
+<div class="scroll" style="overflow-x: auto"><p style="width: 800px">table</p></div>
+<svg aria-label="empty" width="200" height="90"></svg>
 <svg aria-label="small"><text style="font-size: 4px">small</text></svg>
 <img src="gone.png"><script>console.error("a complaint")</script>"""
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
@@ -32,6 +34,9 @@ _TOO_WIDE = """() => {
     .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5 && !hidden(e))
     .map((e) => e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 40));
 }"""
+# Boxes of which a part can be seen only by scrolling sideways.
+_SCROLLS = """() => [...document.querySelectorAll('.scroll, pre')]
+  .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent.slice(0, 60))"""
 # A drawing is drawn if its box has a size and something in it has a size too.
 _NOT_DRAWN = """() => [...document.querySelectorAll('svg')].filter((svg) => {
   const box = svg.getBoundingClientRect();
@@ -79,8 +84,9 @@ def all_looks(tmp_path_factory):
     broken.write_text(BROKEN)
     seen = {}
     with playwright.sync_playwright() as play:
-        sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        # Root has no sandbox, and a container little shared memory.
+        options = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.getuid() == 0 else [])]
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=options)
         for name, path in pages.items():
             for width in WIDTHS:
                 for scheme in SCHEMES:
@@ -108,6 +114,7 @@ def _look(browser, path, width, scheme):
         "fetched": [url for url in requests if not url.startswith("data:")],
         "page_width": page.evaluate("document.documentElement.scrollWidth"),
         "too_wide": page.evaluate(_TOO_WIDE),
+        "scrolls": page.evaluate(_SCROLLS),
         "drawings": page.evaluate("document.querySelectorAll('svg').length"),
         "not_drawn": page.evaluate(_NOT_DRAWN),
         "broken": page.evaluate("[...document.images].filter((i) => !i.naturalWidth).length"),
@@ -150,6 +157,10 @@ def test_nothing_is_wider_than_the_window(looks, width):
             assert look["too_wide"] == [], key
 
 
+def test_every_table_is_seen_whole(looks):
+    assert {key: look["scrolls"] for key, look in looks.items() if look["scrolls"]} == {}
+
+
 def test_letters_of_drawings_are_large_enough_on_a_phone(looks):
     assert _worst(looks, "letters", min) >= 8
 
@@ -167,6 +178,7 @@ def test_a_broken_page_is_seen_to_be_broken(all_looks):
     assert len(look["fetched"]) == 2
     assert look["page_width"] > 390
     assert "DIV  wide" in look["too_wide"]
+    assert look["scrolls"] == ["table"]
     assert look["not_drawn"] == ["empty", "small"]
     assert look["broken"] == 1
     assert look["letters"] < 8

@@ -20,7 +20,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         rows = differing_settings(runs)
         columns = ("setting", *(run.name for run in runs))
         parts.append(
-            render_table_card("Settings that differ", columns, rows)
+            render_table_card("Settings that differ", columns, rows, is_wordy=True)
             if rows
             else render_missing("The settings of these runs are the same.")
         )

@@ -203,13 +203,14 @@ def _gallery(run: RunRecord, whose: str, most: int) -> list[str]:
     note = (
         f"{len(right)} of these {len(exhibits)} images have their own caption first, among "
         f"{distinct} distinct captions of {len(run.captions)} pairs. The heading is the true "
-        "caption; the number is the cosine. The images were chosen before anything was known."
+        "caption, the list the first five of the model with their cosines. The images lie evenly "
+        "over the validation set."
     )
     return [
         render_gallery(f"{heading}{whose}", shown, text)
         for heading, shown, text in (
-            ("Images and their first five captions: first one wrong", wrong, note),
-            ("Images and their first five captions: first one right", right, "" if wrong else note),
+            ("Wrong first answers", wrong, note),
+            ("Right first answers", right, "" if wrong else note),
         )
         if shown
     ]
