@@ -85,6 +85,11 @@ EXPERIMENTS: dict[str, Entry] = {
         "which start of scale and bias suits the sigmoid loss?",
         1.5,
     ),
+    "batch_size": Entry(
+        "dist_siglip.lab.experiments.batch_size",
+        "does the sigmoid loss win at small batches?",
+        1.0,
+    ),
     "closed_forms": Entry(
         "dist_siglip.lab.experiments.closed_forms",
         "do the metrics give the values that follow on paper?",

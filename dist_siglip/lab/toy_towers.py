@@ -116,7 +116,7 @@ def train_toy(
         schedule.step()
         if step == 0:
             first_loss = value.item()
-        if progress is not None and (step + 1) % 50 == 0:
+        if progress is not None and ((step + 1) % 50 == 0 or step + 1 == toy.steps):
             progress((step + 1) / toy.steps)
     with torch.no_grad():
         views = unseen_views if num_unseen else [samples, samples]

@@ -17,7 +17,7 @@ def _outcome(name):
     return outcome
 
 
-@pytest.mark.parametrize("name", ["closed_forms", "siglip_start"])
+@pytest.mark.parametrize("name", ["closed_forms", "siglip_start", "batch_size"])
 def test_every_row_is_reproduced_or_corrected(name):
     outcome = _outcome(name)
     assert outcome.rows

@@ -65,7 +65,7 @@ def run(settings: LabSettings) -> Outcome:
     axes.set_xscale("log")
     axes.set_yticks(places, [row.quantity for row in rows])
     axes.invert_yaxis()
-    label(axes, "distance from the value on paper", "", "")
+    label(axes, "distance from the value on paper (none is drawn at 1e-17)", "", "")
     return Outcome(
         tuple(rows),
         figure,

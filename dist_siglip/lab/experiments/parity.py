@@ -83,6 +83,7 @@ def run(settings: LabSettings) -> Outcome:
                 [max(errors[size, exchange, dtype], 1e-17) for size in world_sizes],
                 linestyle=line,
                 marker=MARKERS[number],
+                markersize=10 - 2 * number,  # they lie on one another
                 color=COLOURS[number],
                 label=exchange if dtype == "float32" else None,
             )
