@@ -153,6 +153,7 @@ class Simat(Benchmark):
     def _read_queries(self, regions: Sequence[str]) -> list[_Query]:
         columns = ("region_id", "value", "target", "target_ids", "norm2", "is_test")
         rows = self._read_table("transfos.csv", columns)
+        # By region: the dataset_id of transfos.csv numbers an older gallery.
         positions = {region: position for position, region in enumerate(regions)}
         wanted = str(self._split == "test")
         try:
