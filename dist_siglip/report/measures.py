@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from dist_siglip.report.page import render_table
 from dist_siglip.report.records import RunRecord
+from dist_siglip.report.section import columns_of
 
 
 class Measure(NamedTuple):
@@ -107,4 +108,4 @@ def table_of(runs: Sequence[RunRecord], measures: Sequence[Measure]) -> str:
     ]
     if not rows:
         return ""
-    return render_table(("", *(run.name for run in runs)) if len(runs) > 1 else (), rows)
+    return render_table(columns_of(runs), rows)

@@ -41,3 +41,13 @@ def judge_each(
     """Ask every judge about every run; a judge without an opinion gives None."""
     found = ((run, judge(run)) for judge in judges for run in runs)
     return [(run, verdict) for run, verdict in found if verdict is not None]
+
+
+def columns_of(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    """Headings of a table with a column for each run; none for a single run."""
+    return ("", *(run.name for run in runs)) if len(runs) > 1 else ()
+
+
+def name_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """Name of a run for the end of a heading, as ``": name"``; "" for a single run."""
+    return f": {run.name}" if len(runs) > 1 else ""

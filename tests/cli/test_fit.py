@@ -47,8 +47,10 @@ def test_a_run_leaves_what_the_readme_lists(uninterrupted):
     assert sorted(path.name for path in run.evaluation.iterdir()) == [
         "arrays.npz",
         "examples.json",
+        "history",
         "metrics.json",
     ]
+    assert list(run.kept_evaluations())[-1] == 15
     for path in (run.config, run.provenance, run.metrics, run.log, run.report):
         assert path.stat().st_size > 0, path
     assert any((run.path / "tensorboard").iterdir())

@@ -6,7 +6,7 @@ from dist_siglip.report.canvas import STYLES, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
 from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section
+from dist_siglip.report.section import Section, columns_of
 from dist_siglip.report.verdict import Verdict
 
 _MOST_METRICS = 12
@@ -30,9 +30,8 @@ def make(runs: Sequence[RunRecord]) -> Section | None:
         rows = [
             [name, *(show(metrics.get(name), "{:.4g}") for metrics in by_run)] for name in names
         ]
-        columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
         heading = f"{dataset}, {task}" if task else dataset
-        cards.append(render_table_card(heading, columns, rows))
+        cards.append(render_table_card(heading, columns_of(runs), rows))
         drawing = draw_over_steps(runs, dataset, name=f"benchmark-{index}")
         if drawing is not None:
             caption = "Over the steps at which it was run."

@@ -17,7 +17,7 @@ from dist_siglip.report.canvas import INK, add_legend, colour_of, new_figure, to
 from dist_siglip.report.measures import show
 from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.verdict import Verdict
 
 _NUM_GROUPS = 12
@@ -68,8 +68,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         ("loss with these\nnow, with the best", lambda r: _losses(r.fitted)),
     ):
         rows.append([label, *("n/a" if each is None else get(each) for each in found)])
-    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
-    parts = [render_columns([figure, render_table_card("In numbers", columns, rows)])]
+    parts = [render_columns([figure, render_table_card("In numbers", columns_of(runs), rows)])]
     return Section("calibration", "Calibration", judge_each(runs, judge), parts)
 
 

@@ -16,7 +16,7 @@ from dist_siglip.metrics.capacity import (
 from dist_siglip.report.measures import known, show
 from dist_siglip.report.page import render_columns, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.verdict import Verdict
 
 _NEAR = 0.8  # of the largest margin
@@ -82,12 +82,11 @@ def make(runs: Sequence[RunRecord]) -> Section:
             *(_cell(r, _pairs) for r in found),
         ],
     ]
-    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
     note = (
         "Bangachev et al. 2025, Theorems 3.3 to 3.5. All but Theorem 3.4 hold to first order as "
         "the dimension grows; in few dimensions more pairs fit than they say."
     )
-    parts = [render_columns([render_table_card("In numbers", columns, rows, note=note)])]
+    parts = [render_columns([render_table_card("In numbers", columns_of(runs), rows, note=note)])]
     return Section("capacity", "Capacity", judge_each(runs, judge), parts)
 
 

@@ -6,7 +6,7 @@ from dist_siglip.report.incidents import Reasons
 from dist_siglip.report.measures import show
 from dist_siglip.report.page import render_columns, render_details, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.verdict import Verdict
 
 _MANY_BAD = 0.001  # of the samples seen
@@ -37,8 +37,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         ],
     ]
     rows = [row for row in rows if any(cell != "n/a" for cell in row[1:])]
-    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
-    cards = [render_table_card("In numbers", columns, rows)] if rows else []
+    cards = [render_table_card("In numbers", columns_of(runs), rows)] if rows else []
     listed = []
     for run in runs:
         whose = f" ({run.name})" if len(runs) > 1 else ""

@@ -8,7 +8,7 @@ from dist_siglip.report.canvas import INK, add_legend, new_figure, new_small_fig
 from dist_siglip.report.measures import MARGIN_MEASURES, known, table_of
 from dist_siglip.report.page import render_card, render_columns, render_figure, render_multiples
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, judge_each, name_of
 from dist_siglip.report.verdict import Verdict
 
 _BARS = 60
@@ -20,7 +20,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
     """Draw histograms of both kinds of pairs, now and at several steps."""
     figures = []
     for index, run in enumerate(runs):
-        heading = "Positive and negative pairs" + (f": {run.name}" if len(runs) > 1 else "")
+        heading = "Positive and negative pairs" + name_of(run, runs)
         scale, bias = (run.metrics.get(name) for name in ("logit_scale", "logit_bias"))
         figures.append(
             render_figure(
@@ -37,7 +37,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
     parts = [render_columns(figures)]
     for index, run in enumerate(runs):
         if len(run.history) > 1:
-            heading = "Cosines over the run" + (f": {run.name}" if len(runs) > 1 else "")
+            heading = "Cosines over the run" + name_of(run, runs)
             panels = [
                 (
                     f"step {kept.step:,}",

@@ -21,7 +21,7 @@ from dist_siglip.report.canvas import (
 from dist_siglip.report.history import KeptEvaluation
 from dist_siglip.report.page import render_columns, render_figure, render_missing, render_multiples
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, judge_each, name_of
 from dist_siglip.report.verdict import Tone, Verdict
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
     """Draw both modalities on two axes, and on a sphere at several steps."""
     figures, parts = [], []
     for index, run in enumerate(runs):
-        whose = f": {run.name}" if len(runs) > 1 else ""
+        whose = name_of(run, runs)
         drawing = None
         if run.features is not None:
             drawing = draw_modalities(*run.features, name=f"pca-{index}")

@@ -15,7 +15,7 @@ from dist_siglip.report.canvas import (
 )
 from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.series import Series
 from dist_siglip.report.verdict import Verdict
 
@@ -34,7 +34,6 @@ def make(runs: Sequence[RunRecord]) -> Section:
                 for each in found
             ]
             rows.append([f"{kind}: axes for {100 * share:.0f} % of the variance", *cells])
-    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
     figures = [
         render_figure(
             "Variance by principal axis",
@@ -51,7 +50,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         ),
     ]
     if any(each is not None for each in found):
-        figures.append(render_table_card("In numbers", columns, rows))
+        figures.append(render_table_card("In numbers", columns_of(runs), rows))
     return Section("spectra", "Spectra", judge_each(runs, judge), [render_columns(figures)])
 
 

@@ -8,7 +8,7 @@ from dist_siglip.report.canvas import Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
 from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.verdict import Verdict
 
 _SPEED, _WAIT = "train/pairs_per_second", "train/data_wait_percent"
@@ -51,8 +51,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         ],
         ["optimizer steps", *(f"{run.last_step:,}" for run in runs)],
     ]
-    columns = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
-    parts = [render_columns([figure, render_table_card("In numbers", columns, rows)])]
+    parts = [render_columns([figure, render_table_card("In numbers", columns_of(runs), rows)])]
     return Section("speed", "Throughput", judge_each(runs, judge, judge_change), parts)
 
 
