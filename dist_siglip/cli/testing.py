@@ -41,12 +41,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     set_up_logging()
     settings = cli_settings()
     settings["parser_kwargs"][verb] = {"description": _DESCRIPTION}
-    TestingCLI(TestedModule, ImageTextDataModule, args=[verb, *arguments], **settings)
+    BenchmarkCLI(BenchmarkedModule, ImageTextDataModule, args=[verb, *arguments], **settings)
     leave_process_groups()
     return 0
 
 
-class TestedModule(SigLipModule):
+class BenchmarkedModule(SigLipModule):
     """The model of a run as Lightning tests it: the callback ``Benchmarks`` does all the work."""
 
     start_facts: Mapping[str, str] = MappingProxyType({})
@@ -63,10 +63,10 @@ class TestedModule(SigLipModule):
         """Do nothing: the one batch is there because Lightning wants one."""
 
 
-class TestingCLI(TrainingCLI):
+class BenchmarkCLI(TrainingCLI):
     """Parses the configuration of a run, and one option of its own."""
 
-    model: TestedModule
+    model: BenchmarkedModule
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
