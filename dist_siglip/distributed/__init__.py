@@ -13,6 +13,7 @@ from dist_siglip.distributed.exchange import (
     circulate,
     prepare_exchange,
 )
+from dist_siglip.distributed.fetch import fetch_rows
 from dist_siglip.distributed.groups import new_cpu_group, resolve_group
 from dist_siglip.distributed.shutdown import leave_process_groups
 from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
@@ -27,6 +28,7 @@ __all__ = [
     "World",
     "circulate",
     "copy_from_first_rank",
+    "fetch_rows",
     "gather_rows",
     "group_from_mesh",
     "is_first_process",

@@ -46,6 +46,7 @@ from dist_siglip.metrics.pair_statistics import (
     histogram_edges,
 )
 from dist_siglip.metrics.relevance import RelevanceMargins, relevance_margins
+from dist_siglip.metrics.reranking import reranked_ranks
 from dist_siglip.metrics.retrieval import (
     median_rank,
     recall_at_k,
@@ -117,6 +118,7 @@ __all__ = [
     "recall_at_k",
     "relevance_margins",
     "required_dimension",
+    "reranked_ranks",
     "retrieval_guarantee",
     "retrieval_ranks",
     "retrieval_ranks_both_ways",

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from dist_siglip.distributed import World, gather_rows
-from dist_siglip.distributed.fetch import fetch_rows
+from dist_siglip.distributed import World, fetch_rows, gather_rows
 from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.reranking import reranked_ranks
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
