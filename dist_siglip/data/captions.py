@@ -29,7 +29,8 @@ class CaptionRule:
         members: extensions of the members that hold captions, in order of preference; a sample
             needs one of them. Of a ``json`` member ``json_field`` counts, others are text.
         json_field: name of the field that holds a caption or a list of them; "a.b" is field b of
-            the object in field a.
+            the object in field a, or of each object of the list there ("sentences.raw" in the
+            annotations of Karpathy).
         pick: "first" takes the first caption that is not empty; "random" draws one of all, a
             function of the place in the stream: another in the next epoch, the same when a run
             resumes. Evaluations always take the first.
@@ -152,7 +153,7 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 
 def field_of(record: dict[str, Any], path: str) -> Any:
-    """Look up a field, "a.b" for field b of the object in field a.
+    """Look up a field, "a.b" for field b of the object, or of each object of a list, in field a.
 
     Raises:
         BadSampleError: if there is no such field.
@@ -160,6 +161,8 @@ def field_of(record: dict[str, Any], path: str) -> Any:
     Example:
         >>> field_of({"a": {"b": 1}, "a.c": 2}, "a.b"), field_of({"a.c": 2}, "a.c")
         (1, 2)
+        >>> field_of({"sentences": [{"raw": "a hen"}, {"raw": "a bird"}]}, "sentences.raw")
+        ['a hen', 'a bird']
     """
     if path in record:
         return record[path]
@@ -167,6 +170,8 @@ def field_of(record: dict[str, Any], path: str) -> Any:
     inner = record.get(first)
     if rest and isinstance(inner, dict):
         return field_of(inner, rest)
+    if rest and isinstance(inner, list) and all(isinstance(each, dict) for each in inner):
+        return [field_of(each, rest) for each in inner]
     raise BadSampleError(f"JSON has no field {path!r}")
 
 

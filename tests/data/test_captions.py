@@ -124,6 +124,16 @@ def test_a_field_may_hold_a_dot():
         field_of({"a": {"b": 1}}, "a.b.c")
 
 
+def test_a_field_of_each_object_of_a_list_is_a_list_of_captions():
+    """As in the annotations of Karpathy for COCO and Flickr30k."""
+    rule = CaptionRule(members=("json",), json_field="sentences.raw")
+    data = b'{"imgid": 0, "sentences": [{"raw": "a hen", "tokens": ["a"]}, {"raw": "a bird"}]}'
+    assert rule.all_of([("json", data)]) == ["a hen", "a bird"]
+    for broken in (b'{"sentences": [{"raw": "a hen"}, 3]}', b'{"sentences": [{"tokens": []}]}'):
+        with pytest.raises(BadSampleError, match=r"no field '(sentences\.)?raw'"):
+            rule.all_of([("json", broken)])
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
