@@ -6,11 +6,12 @@ from dist_siglip.report.canvas import STYLES, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
 from dist_siglip.report.page import render_columns, render_figure, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of
+from dist_siglip.report.section import Section, columns_of, judge_each
 from dist_siglip.report.verdict import Verdict
 
 _MOST_METRICS = 12
 _MOST_CURVES = 3
+_MOST_TOLD = 4
 
 
 def make(runs: Sequence[RunRecord]) -> Section | None:
@@ -30,25 +31,30 @@ def make(runs: Sequence[RunRecord]) -> Section | None:
         rows = [
             [name, *(show(metrics.get(name), "{:.4g}") for metrics in by_run)] for name in names
         ]
-        heading = f"{dataset}, {task}" if task else dataset
+        heading = dataset if task in ("", dataset) else f"{dataset}, {task}"
         cards.append(render_table_card(heading, columns_of(runs), rows))
         drawing = draw_over_steps(runs, dataset, name=f"benchmark-{index}")
         if drawing is not None:
             caption = "Over the steps at which it was run."
             cards.append(render_figure(heading, drawing, caption, missing=""))
-    verdicts = [
-        (
-            run,
-            Verdict(
-                "note",
-                f"{len(run.benchmarks)} benchmark(s) were run.",
-                "Names and numbers are those of CLIP_benchmark, for its published tables.",
-            ),
-        )
-        for run in runs
-        if run.benchmarks
-    ]
+    verdicts = judge_each(runs, judge)
     return Section("benchmarks", "Benchmarks", verdicts, [render_columns(cards)])
+
+
+def judge(run: RunRecord) -> Verdict | None:
+    """Tell the first number of each benchmark; None without any."""
+    results = [each for each in run.benchmarks if each.metrics]
+    if not results:
+        return None
+    first = [(each.dataset, *next(iter(each.metrics.items()))) for each in results[:_MOST_TOLD]]
+    told = ", ".join(f"{dataset} {value:.3g} ({name})" for dataset, name, value in first)
+    more = f", and {len(results) - len(first)} more" if len(results) > len(first) else ""
+    return Verdict(
+        "note",
+        f"Benchmarks: {told}{more}.",
+        "Classification and retrieval have the names and definitions of CLIP_benchmark, so they "
+        "can be set beside its published tables.",
+    )
 
 
 def draw_over_steps(runs: Sequence[RunRecord], dataset: str, *, name: str) -> str | None:
