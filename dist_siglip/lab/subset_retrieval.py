@@ -168,7 +168,10 @@ def critical_documents_found(
         middle = (low + high) // 2
         low, high = (middle, high) if solves(middle) else (low, middle)
     around = range(max(3, low - 4), low + 6)
-    return max((size for size in around if solves(size)), default=0)
+    found = max((size for size in around if solves(size)), default=0)
+    if progress is not None:
+        progress(1.0)
+    return found
 
 
 def _ranks_answers_first(unit_rows: list[Tensor], relevance: Tensor) -> bool:
