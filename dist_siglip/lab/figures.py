@@ -7,12 +7,15 @@ well as in colour.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dist_siglip.lab.free_embeddings import Training
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#2f6fb0", "#d9782d", "#2f9e6e", "#a04fb0", "#8a6d3b", "#555555")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+# One fewer than colours, so that 30 curves differ.
+LINES = ("-", "--", "-.", ":", (0, (5, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 
 
@@ -35,6 +38,17 @@ def new_figure(
         axes.grid(alpha=0.2, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def draw_loss(axes: "Axes", number: int, training: Training, name: str) -> None:
+    """Draw the loss curve of a training, each number in a colour and line style of its own."""
+    axes.loglog(
+        training.recorded_steps,
+        training.recorded_losses,
+        linestyle=LINES[number % len(LINES)],
+        color=COLOURS[number % len(COLOURS)],
+        label=name,
+    )
 
 
 def label(axes: "Axes", title: str, x: str, y: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, LINES, label, new_figure
+from dist_siglip.lab.figures import draw_loss, label, new_figure
 from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
 from dist_siglip.lab.sigmoid_space import AUTHORS_SEED, Space, Start, margin_of, train_space
 
@@ -61,10 +61,8 @@ def run(settings: LabSettings) -> Outcome:
     rows += [_row_of_start(*start, next(parts), settings.seed) for start in starts]
     figure, (panel,) = new_figure(1, panel_width=5.5, height=3.6)
     curves = {"clamped, relative bias 0": clamped[0.0].training, "exact": exact[0.0].training}
-    for (name, training), line, colour in zip(curves.items(), LINES, COLOURS[1::-1], strict=False):
-        panel.loglog(
-            training.recorded_steps, training.recorded_losses, line, color=colour, label=name
-        )
+    for number, (name, training) in enumerate(curves.items()):
+        draw_loss(panel, number, training, name)
     panel.set_ylim(bottom=1e-8)
     label(panel, "fixed scale 100", "step", "loss, mean over pairs")
     return Outcome(tuple(rows), figure, _NOTES)

@@ -10,7 +10,7 @@ those of the authors' notebook (which starts the relative bias at -1, not at 0 a
 from dataclasses import replace
 
 from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, LINES, label, new_figure
+from dist_siglip.lab.figures import draw_loss, label, new_figure
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 
 _LOCKED = Start(is_locked=True)
@@ -45,13 +45,7 @@ def run(settings: LabSettings) -> Outcome:
         rows += _rows_of_others(spaces)
     figure, (panel,) = new_figure(1, panel_width=6, height=3.8)
     for number, (name, space) in enumerate(spaces.items()):
-        panel.loglog(
-            space.training.recorded_steps,
-            space.training.recorded_losses,
-            linestyle=LINES[number % len(LINES)],
-            color=COLOURS[number % len(COLOURS)],
-            label=name,
-        )
+        draw_loss(panel, number, space.training, name)
     label(panel, "one modality is locked at random rows", "step", "loss, mean over pairs")
     panel.set_ylim(bottom=1e-8)
     return Outcome(

@@ -8,7 +8,7 @@ are those of the authors' notebook.
 """
 
 from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, LINES, label, new_figure
+from dist_siglip.lab.figures import draw_loss, label, new_figure
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 
 _FULL_GAPS = {2: 0.471, 4: 0.428, 6: 0.473}  # Table 1
@@ -43,13 +43,7 @@ def run(settings: LabSettings) -> Outcome:
         rows += _rows_of_four(spaces)
     figure, (panel,) = new_figure(1, panel_width=5.5, height=3.6)
     for number, (name, space) in enumerate(spaces.items()):
-        panel.loglog(
-            space.training.recorded_steps,
-            space.training.recorded_losses,
-            linestyle=LINES[number % len(LINES)],
-            color=COLOURS[number % len(COLOURS)],
-            label=f"{name}: margin {space.margin:.3f}",
-        )
+        draw_loss(panel, number, space.training, f"{name}: margin {space.margin:.3f}")
     label(panel, "any two modalities share scale and bias", "step", "loss, mean over edges")
     return Outcome(
         tuple(rows),

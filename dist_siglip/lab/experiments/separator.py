@@ -75,6 +75,7 @@ def run(settings: LabSettings) -> Outcome:
             )
         panel.axvline(0, linestyle="--", color=COLOURS[5])
         panel.margins(y=0.35)
+        panel.set_xticks((-1, -0.5, 0, 0.5, 1))
         label(panel, name, "along the separating direction", "rows")
     return Outcome(
         tuple(rows),
