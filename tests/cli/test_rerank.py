@@ -137,12 +137,14 @@ def test_what_cannot_work_is_one_line(settings, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_head_of_other_towers_is_refused(trained, settings, tmp_path, capsys):
+def test_a_head_of_other_towers_is_refused(trained, settings, tmp_path):
     """The dual encoder was trained on after its head was."""
-    damaged = RunFolder(tmp_path / "new")
-    shutil.copytree(trained.path, damaged.path)
-    saved = state(damaged.path)
+    folder = RunFolder(tmp_path / "new")
+    shutil.copytree(trained.path, folder.path)
+    saved = state(folder.path)
     saved["towers"]["text"] = "0" * 16
-    torch.save(saved, damaged.checkpoint(15))
-    said = refusal(settings, tmp_path, capsys, "--trainer.max_steps=16")
-    assert "the head of the checkpoint reads the tokens of another text tower" in said
+    torch.save(saved, folder.checkpoint(15))
+    arguments = ["--config", settings, f"--run_dir={folder.path}", "--trainer.max_steps=16"]
+    done = run_forked("rerank", "fit", *arguments)
+    assert done.returncode == 2
+    assert "the head of the checkpoint reads the tokens of another text tower" in done.stderr
