@@ -5,12 +5,10 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.distributed.pace import Pace
 from dist_siglip.errors import UserError
 from dist_siglip.losses.matching import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
@@ -22,17 +20,16 @@ from dist_siglip.models.tokens import (
     encode_text_tokens,
     token_shapes,
 )
-from dist_siglip.module.optimizing import clip, configure
+from dist_siglip.module.optimizing import configure
+from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
 from dist_siglip.module.trained import load_trained
-from dist_siglip.module.training_log import log_training
-from dist_siglip.optim import OptimConfig, StepCheck
-from dist_siglip.optim.state_names import by_name, by_number
+from dist_siglip.optim import OptimConfig
 
 logger = logging.getLogger(__name__)
 
 
-class RerankerModule(LightningModule):
+class RerankerModule(RunModule):
     """Trains a fusion head on the tokens of a trained dual encoder, which stays as it is.
 
     Checkpoints hold the head alone, and digests of the towers.
@@ -99,18 +96,6 @@ class RerankerModule(LightningModule):
         self.global_batch_size = global_batch_size
         self.evaluation = PairEvaluation()
         self._rows: list[tuple[Tensor, ...]] = []
-        self.last_evaluation: Evaluation | None = None
-        self.last_evaluated_step: int | None = None
-        self.pace = Pace()
-        self._loaded_steps = 0
-        # Of the callback StepGuard: skips a step that is not finite, which else is an error.
-        self.step_check: StepCheck | None = None
-        self._num_substituted: Tensor | int = 0
-
-    @property
-    def steps_done(self) -> int:
-        """Optimizer steps behind the present head, those of a loaded checkpoint included."""
-        return max(self.global_step, self._loaded_steps)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the state of what trains: the towers are those of another run."""
@@ -123,21 +108,14 @@ class RerankerModule(LightningModule):
         return super().load_state_dict({**towers, **state_dict}, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down whose tokens the head reads; name the optimizer's parameters."""
+        """Write down whose tokens the head reads, too."""
         checkpoint["towers"] = dict(self.digests)
-        if "optimizer_states" in checkpoint:
-            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [
-                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
-            ]
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the towers are those of the checkpoint; remember its step."""
+        """Check that the towers are those of the checkpoint, too."""
         check_towers(checkpoint["towers"], self.digests, "the head of the checkpoint")
-        self._loaded_steps = int(checkpoint["global_step"])
-        if "optimizer_states" in checkpoint:
-            states = checkpoint["optimizer_states"]
-            checkpoint["optimizer_states"] = [by_number(state) for state in states]
+        super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
         """Tell Lightning that the towers are in evaluation mode on purpose."""
@@ -160,13 +138,8 @@ class RerankerModule(LightningModule):
         logits = judge_pairs(self._judge, pairs, self.pairs_per_pass)
         positives, negatives = logits.tensor_split([pairs.num_positives])
         loss = match_loss(positives, negatives)
-        self._num_substituted = self._num_substituted + batch.substituted.sum()
-        if self._is_logged_step():
-            scale_and_bias = (self.head.dual_scale.sum(), self.head.dual_bias.sum())
-            log_training(self, loss, *scale_and_bias, self._num_substituted, self.pace)
-        if self.step_check is None:
-            return loss
-        return self.step_check.look(loss, images.features, texts.features, batch.sample_ids)
+        scale, bias = self.head.dual_scale.sum(), self.head.dual_bias.sum()
+        return self.finish_step(batch, loss, images.features, texts.features, scale, bias)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation."""
@@ -210,27 +183,6 @@ class RerankerModule(LightningModule):
         """Build the optimizer and its schedule, stepped every optimizer step."""
         return configure(self, self.optim, {}, is_sharded=False)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the global norm, log the norm before clipping, and judge the step by it."""
-        is_logged, check = self._is_logged_step(), self.step_check
-        is_wanted = is_logged or check is not None
-        parameters = self.head.parameters()
-        norm = clip(parameters, gradient_clip_val, gradient_clip_algorithm, is_wanted)
-        if norm is not None and is_logged:
-            self.log("train/grad_norm", norm)
-        if norm is not None and check is not None:
-            check.decide(optimizer, norm)
-
     def _judge(self, images: Encoded, texts: Encoded) -> Tensor:
         logits: Tensor = self.head(images, texts).logits
         return logits
-
-    def _is_logged_step(self) -> bool:
-        """Whether the step under way is one Lightning writes to its loggers."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
-        return bool(every) and (self.global_step + 1) % every == 0

@@ -6,13 +6,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.distributed import copy_from_first_rank
-from dist_siglip.distributed.pace import Pace
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.calibration import Calibration, describe_batch_change
@@ -29,17 +27,16 @@ from dist_siglip.models import (
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.module.locked_features import check_features, encode_beside_features
-from dist_siglip.module.optimizing import clip, configure
+from dist_siglip.module.optimizing import configure
+from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.sharding import shard_module
 from dist_siglip.module.start_calibration import calibrate_to_training_pairs
-from dist_siglip.module.training_log import log_training
-from dist_siglip.optim import OptimConfig, ParameterRule, StepCheck
-from dist_siglip.optim.state_names import by_name, by_number
+from dist_siglip.optim import OptimConfig, ParameterRule
 
 logger = logging.getLogger(__name__)
 
 
-class SigLipModule(LightningModule):
+class SigLipModule(RunModule):
     """Trains a dual encoder on image-text pairs.
 
     Args:
@@ -117,22 +114,9 @@ class SigLipModule(LightningModule):
         if calibration_pairs is None and logits.start_bias is None:
             self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
-        self.last_evaluation: Evaluation | None = None
-        self.last_evaluated_step: int | None = None
-        self.pace = Pace()
-        self._loaded_steps = 0
         self._is_sharded = False
-        # Of the callback StepGuard: skips a step that is not finite, which else is an error.
-        self.step_check: StepCheck | None = None
-        # Stays on the device of the batches: reading it each step would wait for the GPU.
-        self._num_substituted: Tensor | int = 0
         if compile_towers:
             translate_towers(self.towers)
-
-    @property
-    def steps_done(self) -> int:
-        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
-        return max(self.global_step, self._loaded_steps)
 
     def configure_model(self) -> None:
         """Shard parameters if the strategy has a mesh for it."""
@@ -141,20 +125,13 @@ class SigLipModule(LightningModule):
             self._is_sharded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down the global batch of scale and bias; name the optimizer's parameters."""
+        """Write down the global batch of scale and bias, too."""
         checkpoint["global_batch_size"] = self.global_batch_size
-        if "optimizer_states" in checkpoint:
-            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [
-                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
-            ]
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the step: Lightning's evaluation loop restores weights only."""
-        self._loaded_steps = int(checkpoint["global_step"])
-        if "optimizer_states" in checkpoint:
-            states = checkpoint["optimizer_states"]
-            checkpoint["optimizer_states"] = [by_number(state) for state in states]
+        """Compare the global batch, too."""
+        super().on_load_checkpoint(checkpoint)
         self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
 
     def setup(self, stage: str) -> None:
@@ -193,12 +170,7 @@ class SigLipModule(LightningModule):
         ids = {"caption_ids": batch.caption_ids} if uses_ids else {}
         with nullcontext() if self.step_check is None else let_pass():
             loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
-        self._num_substituted = self._num_substituted + batch.substituted.sum()
-        if self._is_logged_step():
-            log_training(self, loss, logit_scale, logit_bias, self._num_substituted, self.pace)
-        if self.step_check is None:
-            return loss
-        return self.step_check.look(loss, image_features, text_features, batch.sample_ids)
+        return self.finish_step(batch, loss, image_features, text_features, logit_scale, logit_bias)
 
     def check_can_calibrate(self) -> int:
         """Return the global batch to calibrate for.
@@ -283,24 +255,6 @@ class SigLipModule(LightningModule):
         """Build the optimizer and its schedule, stepped every optimizer step."""
         return configure(self, self.optim, self._rules, is_sharded=self._is_sharded)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Any,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the global norm, log the norm before clipping, and judge the step by it.
-
-        Lightning's own clipping refuses fused AdamW under mixed precision.
-        """
-        is_logged, check = self._is_logged_step(), self.step_check
-        is_wanted = is_logged or check is not None
-        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
-        if norm is not None and is_logged:
-            self.log("train/grad_norm", norm)
-        if norm is not None and check is not None:
-            check.decide(optimizer, norm)
-
     @property
     def _uses_bias(self) -> bool:
         return bool(getattr(self.loss, "uses_logit_bias", True))
@@ -332,8 +286,3 @@ class SigLipModule(LightningModule):
         now = self.global_batch_size
         if self._uses_bias and trained is not None and now is not None and trained != now:
             logger.warning("%s %s", source, describe_batch_change(trained, now))
-
-    def _is_logged_step(self) -> bool:
-        """Whether the step under way is one Lightning writes to its loggers."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
-        return bool(every) and (self.global_step + 1) % every == 0

@@ -1,0 +1,105 @@
+"""What do Trainer and callbacks ask of every module that a run trains, whatever its loss?"""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.distributed.pace import Pace
+from dist_siglip.metrics import Evaluation
+from dist_siglip.module.optimizing import clip
+from dist_siglip.module.training_log import log_training
+from dist_siglip.optim import StepCheck
+from dist_siglip.optim.state_names import by_name, by_number
+
+
+class RunModule(LightningModule):
+    """Counts steps, logs and judges them, and writes optimizer states under names of parameters.
+
+    Attributes:
+        last_evaluation: newest evaluation of this process.
+        last_evaluated_step: optimizer steps behind it.
+        pace: how this rank spends its time.
+        step_check: of the callback StepGuard: skips a step that is not finite, which else is an
+            error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_evaluation: Evaluation | None = None
+        self.last_evaluated_step: int | None = None
+        self.pace = Pace()
+        self.step_check: StepCheck | None = None
+        self._loaded_steps = 0
+        # Stays on the device of the batches: reading it each step would wait for the GPU.
+        self._num_substituted: Tensor | int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
+        return max(self.global_step, self._loaded_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer's parameters."""
+        if "optimizer_states" in checkpoint:
+            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [
+                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
+            ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the step: Lightning's evaluation loop restores weights only."""
+        self._loaded_steps = int(checkpoint["global_step"])
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [by_number(state) for state in states]
+
+    def finish_step(
+        self,
+        batch: ImageTextBatch,
+        loss: Tensor,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+    ) -> Tensor:
+        """Log a training step if it is due, and return the loss as the step check wants it.
+
+        Args:
+            batch: of the step.
+            loss: this rank's share, whose mean over ranks is the loss.
+            image_features: (B, D), of the batch.
+            text_features: (B, D), of the batch.
+            logit_scale: of the step.
+            logit_bias: of the step.
+        """
+        self._num_substituted = self._num_substituted + batch.substituted.sum()
+        if self._is_logged_step():
+            log_training(self, loss, logit_scale, logit_bias, self._num_substituted, self.pace)
+        if self.step_check is None:
+            return loss
+        return self.step_check.look(loss, image_features, text_features, batch.sample_ids)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, log the norm before clipping, and judge the step by it.
+
+        Lightning's own clipping refuses fused AdamW under mixed precision.
+        """
+        is_logged, check = self._is_logged_step(), self.step_check
+        is_wanted = is_logged or check is not None
+        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
+        if norm is not None and is_logged:
+            self.log("train/grad_norm", norm)
+        if norm is not None and check is not None:
+            check.decide(optimizer, norm)
+
+    def _is_logged_step(self) -> bool:
+        """Whether the step under way is one Lightning writes to its loggers."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
+        return bool(every) and (self.global_step + 1) % every == 0
