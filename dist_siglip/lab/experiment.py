@@ -26,7 +26,8 @@ class Row(NamedTuple):
         published: the published number, or a claim in words; None if there is none.
         ours: what came out here.
         tolerance: largest distance from a published number that counts as reproduced.
-        verdict: "reproduced", "differs", "no published value", or "corrected: " and one sentence.
+        verdict: "reproduced", "differs" or "no published value"; with an explanation
+            "corrected: ..." or "differs: ...", one sentence.
     """
 
     quantity: str
@@ -91,6 +92,7 @@ def judge(
     tolerance: float | None = None,
     *,
     correction: str | None = None,
+    reason: str | None = None,
 ) -> Row:
     """Compare a number with the published one.
 
@@ -101,6 +103,7 @@ def judge(
         tolerance: largest distance that counts as reproduced; 0 if there is none.
         correction: why a number that is off is right, in one sentence. A number within its
             tolerance is reproduced all the same.
+        reason: why a number may be off, if nobody knows which one is right.
 
     Example:
         >>> judge("margin", 0.24, 0.2391, 0.01).verdict
@@ -111,7 +114,10 @@ def judge(
     if published is None:
         return Row(quantity, None, ours, None, UNPUBLISHED)
     holds = abs(ours - published) <= (tolerance or 0.0)
-    return Row(quantity, published, ours, tolerance, _verdict(holds, correction))
+    verdict = _verdict(holds, correction)
+    if verdict == DIFFERS and reason is not None:
+        verdict = f"{DIFFERS}: {reason}"
+    return Row(quantity, published, ours, tolerance, verdict)
 
 
 def judge_claim(

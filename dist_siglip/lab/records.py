@@ -46,8 +46,8 @@ class Record:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows have each verdict; corrections are counted together."""
-        found = Counter("corrected" if ":" in row.verdict else row.verdict for row in self.rows)
+        """How many rows have each verdict, whatever its explanation."""
+        found = Counter(row.verdict.split(":")[0] for row in self.rows)
         return {name: found[name] for name in (REPRODUCED, "corrected", DIFFERS, UNPUBLISHED)}
 
     @property

@@ -44,6 +44,8 @@ def run_experiments(
 ) -> Iterator[Record]:
     """Run experiments and write their results; yield each when it is done.
 
+    One that fails does not end the others; what it raised is raised last.
+
     Args:
         order: what to run.
         workers: processes at a time; with 1 everything runs in this process.
@@ -68,18 +70,24 @@ def run_experiments(
         initializer=_remember,
         initargs=(messages,),
     ) as pool:
-        waiting: set[Future[Record]] = {
-            pool.submit(_run_there, name, order) for name in longest_first
-        }
         try:
-            while waiting:
-                done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
-                _pass_on(messages, on_progress)
-                for future in done:
-                    yield future.result()
+            futures = {pool.submit(_run_there, name, order) for name in longest_first}
+            yield from _finished(futures, lambda: _pass_on(messages, on_progress))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _finished(waiting: set[Future[Record]], look: Callable[[], None]) -> Iterator[Record]:
+    """Yield what comes; raise what one raised after the others are done."""
+    failures: list[Future[Record]] = []
+    while waiting:
+        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+        look()
+        failures += [future for future in done if future.exception() is not None]
+        yield from (future.result() for future in done if future not in failures)
+    for future in failures:
+        future.result()
 
 
 _messages: Any = None  # the queue of this worker process

@@ -30,6 +30,12 @@ def test_a_correction_explains_only_what_is_off():
     assert judge("x", 1.0, 1.4, 0.5, correction="because").verdict == "reproduced"
 
 
+def test_a_reason_explains_without_deciding_who_is_right():
+    assert judge("x", 1.0, 2.0, 0.5, reason="because").verdict == "differs: because"
+    assert judge("x", 1.0, 2.0, 0.5, reason="because").is_sound
+    assert judge("x", 1.0, 1.4, 0.5, reason="because").verdict == "reproduced"
+
+
 def test_a_claim_is_reproduced_if_it_holds():
     assert judge_claim("x", "below 2", 1.0, 1.0 < 2).verdict == "reproduced"
     assert not judge_claim("x", "below 2", 3.0, 3.0 < 2).is_sound

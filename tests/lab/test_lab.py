@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import Future
 
 import pytest
 
@@ -10,7 +11,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.lab import LabSettings, Row
 from dist_siglip.lab.catalogue import EXPERIMENTS, Entry
 from dist_siglip.lab.records import markdown_table, read_records, write_page, write_record
-from dist_siglip.lab.running import Order, run_experiments
+from dist_siglip.lab.running import Order, _finished, run_experiments
 from tests.support import lab_experiment
 
 
@@ -104,6 +105,23 @@ def test_a_process_of_its_own_gives_the_same_numbers_and_tells_how_far_it_is(tmp
         rows.append(record.rows)
     assert rows[0] == rows[1]
     assert told == [("constructions", 1.0)] * 2
+
+
+def test_an_experiment_that_fails_is_told_after_the_others():
+    futures = [Future() for _ in range(3)]
+    futures[0].set_exception(ArithmeticError("of the experiment"))
+    futures[1].set_result("first")
+    looks = []
+
+    def look():
+        looks.append(None)
+        if len(looks) == 2:
+            futures[2].set_result("second")
+
+    results = _finished(set(futures), look)
+    assert [next(results), next(results)] == ["first", "second"]
+    with pytest.raises(ArithmeticError, match="of the experiment"):
+        next(results)
 
 
 def test_a_name_given_twice_is_run_once(catalogue, tmp_path):

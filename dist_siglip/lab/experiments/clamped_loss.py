@@ -31,7 +31,7 @@ _PUBLISHED = {
 # Scale and relative bias at the start, both learn; Table 3 prints negative margins for all.
 _LARGE_STARTS = ((30.0, 0.2), (30.0, 1.0), (100.0, -0.6), (100.0, 0.2), (100.0, 1.0))
 _NO_GRADIENT = (
-    "the clamped logarithm has no gradient where pairs are far wrong; the exact one separates them"
+    "the clamped logarithm has no gradient where pairs are far wrong; the exact one trains on"
 )
 
 
@@ -91,7 +91,7 @@ def _rows_of_learned(bias: float, space: Space) -> list[Row]:
     name = f"learned scale, relative bias {bias:+.1f}"
     return [
         judge(f"{name}: loss", loss, space.loss, 1e-3),
-        judge(f"{name}: scale", scale, space.scale, 0.03 * scale),
+        judge(f"{name}: scale", scale, space.scale, round(0.03 * scale, 2)),
         judge(f"{name}: margin", None, space.margin),
     ]
 

@@ -26,6 +26,10 @@ _STARTS = {
     "fixed scale 200, relative bias 0.7": replace(_FIXED, scale=200.0, relative_bias=0.7),
 }
 _QUICK = ("relative bias from 0", "fixed scale 10, bias 0")
+_OTHER_START = (
+    "none of five starts tried ends at the published four numbers of the adapter; it is not known "
+    "how theirs started"
+)
 _INFEASIBLE = (
     "zero loss with bias 0 needs all locked rows in one half space, which random rows are not"
 )
@@ -83,10 +87,10 @@ def _rows_of_others(spaces: dict[str, Space]) -> list[Row]:
         judge("bias from 0: loss", 6e-4, absolute.loss, 1e-4),
         judge("bias from 0: scale", 23.5, absolute.scale, 1.0),
         judge("bias from 0: relative bias", 0.699, absolute.relative_bias, 0.02),
-        judge("adapter: loss", 1.1e-5, adapted.loss, 1e-5),
-        judge("adapter: delta", 0.693, adapted.delta, 0.05),
-        judge("adapter: relative bias", -0.201, adapted.relative_bias, 0.05),
-        judge("adapter: scale", 139.2, adapted.scale, 35.0),
+        judge("adapter: delta", 0.693, adapted.delta, 0.03),
+        judge("adapter: relative bias", -0.201, adapted.relative_bias, 0.03),
+        judge("adapter: loss", 1.1e-5, adapted.loss, 3e-6, reason=_OTHER_START),
+        judge("adapter: scale", 139.2, adapted.scale, 7.0, reason=_OTHER_START),
         judge("adapter folded away: scale", None, adapted.folded[0]),
         judge("adapter folded away: relative bias", None, adapted.folded[1]),
         judge(
