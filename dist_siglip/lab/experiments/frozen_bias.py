@@ -78,25 +78,37 @@ def run(settings: LabSettings) -> Outcome:
                 correction="Tables 1 to 3 of the paper print the full gap, twice the margin",
             ),
         ]
-    figure, (panel,) = new_figure(1, panel_width=5)
-    compare(panel, biases, [_PUBLISHED[bias][0] for bias in biases], [margins[b] for b in biases])
+    figure, (frozen, best_panel) = new_figure(2)
+    compare(frozen, biases, [_PUBLISHED[bias][0] for bias in biases], [margins[b] for b in biases])
+    label(frozen, "margin with a frozen relative bias", "frozen relative bias", "margin (half gap)")
+    everywhere = [space for bias in biases for space in spaces[bias]]
+    best_panel.plot(
+        [space.best_relative_bias for space in everywhere],
+        [space.margin for space in everywhere],
+        "o",
+        markersize=4,
+        color=COLOURS[0],
+        label="ours, every seed",
+    )
     grid = [number / 50 for number in range(-50, 51)]
-    panel.plot(
+    best_panel.plot(
         grid,
         [largest_margin(bias, 100) for bias in grid],
         "--",
         color=COLOURS[5],
         label="bound of Theorem 3.4",
     )
-    label(panel, "margin with a frozen relative bias", "frozen relative bias", "margin (half gap)")
+    label(best_panel, "over the space's own threshold", "best relative bias", "margin (half gap)")
     return Outcome(
         tuple(rows),
         figure,
         (
             "A larger frozen relative bias gives a larger margin up to about 0.7; a secondary "
             "source that says the opposite is wrong.",
-            f"{num_seeds} of the authors' 100 seeds' worth; above 0.4 seeds differ more, hence the "
-            "wider tolerance.",
+            f"Means over {num_seeds} seeds, where the authors have 100; above 0.4 seeds differ "
+            "more, hence the wider tolerance.",
+            "From about 0.75 on the space settles at a threshold of 0.72 whatever is asked: the "
+            "frozen value then lies in the gap, but not in its middle.",
         ),
     )
 
