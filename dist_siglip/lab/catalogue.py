@@ -73,17 +73,17 @@ EXPERIMENTS: dict[str, Entry] = {
     "critical_documents": Entry(
         "dist_siglip.lab.experiments.critical_documents",
         "for how many documents can d dimensions rank every two first?",
-        2.5,
+        4.0,
     ),
     "contrastive_gap": Entry(
         "dist_siglip.lab.experiments.contrastive_gap",
         "is there a gap without modalities, and do uniformity and alignment close it?",
-        3.0,
+        3.5,
     ),
     "siglip_start": Entry(
         "dist_siglip.lab.experiments.siglip_start",
         "which start of scale and bias suits the sigmoid loss?",
-        1.5,
+        1.0,
     ),
     "batch_size": Entry(
         "dist_siglip.lab.experiments.batch_size",
