@@ -6,6 +6,9 @@ import pytest
 
 from dist_siglip.lab import LabSettings
 from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.experiments.critical_documents import on_a_curve
+from dist_siglip.lab.subset_retrieval import subset_relevance
+from dist_siglip.metrics import relevance_margins
 
 
 def _outcome(name):
@@ -42,3 +45,10 @@ def test_a_softmax_within_a_query_is_told_from_one_threshold_for_all():
     for_all, within, *_ = _outcome("minimum_dimension").rows
     assert for_all.ours < 0 < within.ours
     assert for_all.verdict.startswith("corrected")
+
+
+@pytest.mark.parametrize("num_documents", [5, 30])
+def test_a_curve_in_four_dimensions_ranks_every_two_documents_first(num_documents):
+    margins = relevance_margins(*on_a_curve(num_documents), subset_relevance(num_documents, 2))
+    assert margins.row_margin > 0
+    assert margins.top_k_accuracy == 1.0

@@ -69,7 +69,7 @@ def run(settings: LabSettings) -> Outcome:
         )
         for (documents, answers), asked in _BOUNDS.items()
     ]
-    curve = relevance_margins(*_on_a_curve(_ON_THE_CURVE), subset_relevance(_ON_THE_CURVE, 2))
+    curve = relevance_margins(*on_a_curve(_ON_THE_CURVE), subset_relevance(_ON_THE_CURVE, 2))
     rows += [
         judge_claim(
             f"d = 4: share of answers ranked first among {_ON_THE_CURVE} documents on a curve",
@@ -97,7 +97,7 @@ def run(settings: LabSettings) -> Outcome:
     )
 
 
-def _on_a_curve(num_documents: int) -> tuple[Tensor, Tensor]:
+def on_a_curve(num_documents: int) -> tuple[Tensor, Tensor]:
     """Queries for every two of n documents, and the documents, (..., 4) float64; see above.
 
     Expanded, q = (cos a + cos b, sin a + sin b, -cos(a + b) / 2, -sin(a + b) / 2), up to length.
