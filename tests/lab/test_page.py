@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from dist_siglip.lab.catalogue import EXPERIMENTS
 from dist_siglip.lab.records import page_of, read_records, write_page
 from tests.support.command import REPOSITORY
 
@@ -38,3 +39,7 @@ def test_every_drawing_of_the_page_is_there_and_small():
     assert drawings == [f"lab/{record.name}.svg" for record in RECORDS]
     sizes = [(FOLDER.parent / drawing).stat().st_size for drawing in drawings]
     assert max(sizes) < 300_000
+
+
+def test_every_experiment_of_the_catalogue_is_on_the_page():
+    assert [record.name for record in RECORDS] == list(EXPERIMENTS)
