@@ -6,6 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_siglip.callbacks import TensorBoardLog, tensorboard_log
 from tests.support.small_disk import room_for
 
+# The writer's own thread says what it met, on stderr, and may do so after the test has ended.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def _steps(tmp_path):
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -13,8 +16,6 @@ def _steps(tmp_path):
     return [event.step for event in accumulator.Scalars("x")]
 
 
-# The writer's own thread says what it met, on stderr.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_told_once_and_numbers_come_again_when_there_is_room(
     tmp_path, monkeypatch, caplog
 ):
