@@ -6,6 +6,7 @@ the other by cross-attention. It costs one pass per pair, so it judges candidate
 dual encoder, and in training positives and hard negatives, never all pairs of a batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -30,6 +31,9 @@ class FusionConfig:
         heads: heads of every attention.
         layers: blocks of a side that queries.
         dropout: share of attention weights and MLP channels dropped in training, in [0, 1).
+        rerank_weight: factor of the head's logits where they are added to those of the dual
+            encoder, above 0; training does not see it. Both judge the same pictures and words, so
+            that their plain sum, 1, counts most of the evidence twice.
     """
 
     direction: Direction = "both"
@@ -37,6 +41,7 @@ class FusionConfig:
     heads: int = 4
     layers: int = 2
     dropout: float = 0.0
+    rerank_weight: float = 0.3
 
     def check(self) -> None:
         """Check the values.
@@ -56,6 +61,10 @@ class FusionConfig:
             raise UserError(f"layers ({self.layers}) of a fusion head must be at least 1; use 2")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout ({self.dropout}) must be in [0, 1); 0 turns it off")
+        if not 0 < self.rerank_weight < math.inf:
+            raise UserError(
+                f"rerank_weight ({self.rerank_weight}) of a fusion head must be above 0; use 0.3"
+            )
 
 
 class Fused(NamedTuple):
@@ -155,17 +164,17 @@ class FusionHead(nn.Module):
         return Fused(logits.to(torch.promote_types(logits.dtype, torch.float32)), features)
 
     def scores(self, image: Encoded, text: Encoded) -> Tensor:
-        """Score P pairs for re-ranking: logits of the head and of the dual encoder, added.
+        """Score P pairs for re-ranking: logits of the dual encoder and a part of the head's.
 
-        With u and v the features, dual_scale * <u, v> + dual_bias + logit. Both are log odds, from
-        different evidence; an untrained head leaves every order as it was.
+        With u and v the features, dual_scale * <u, v> + dual_bias + rerank_weight * logit. An
+        untrained head leaves every order as it was.
 
         Returns:
             (P,), larger is better.
         """
         similarities = (image.features * text.features).sum(dim=1)
         logits: Tensor = self(image, text).logits
-        return self.dual_scale * similarities + self.dual_bias + logits
+        return self.dual_scale * similarities + self.dual_bias + self.config.rerank_weight * logits
 
 
 class _Input(nn.Module):

@@ -96,6 +96,7 @@ def test_pairs_do_not_see_each_other():
         ({"width": 6, "heads": 4}, r"width \(6\) must be a positive multiple of heads \(4\)"),
         ({"layers": 0}, r"layers \(0\) of a fusion head must be at least 1"),
         ({"dropout": 1.0}, r"dropout \(1.0\) must be in \[0, 1\)"),
+        ({"rerank_weight": 0.0}, r"rerank_weight \(0.0\) of a fusion head must be above 0"),
     ],
 )
 def test_sizes_that_cannot_work_are_named(sizes, message):

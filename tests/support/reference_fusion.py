@@ -30,7 +30,7 @@ def score(state, config, image, text):
     """What one pair is re-ranked by: see ``head_logit``."""
     similarity = _dot(image[0], text[0])
     alone = state["dual_scale"][0] * similarity + state["dual_bias"][0]
-    return alone + head_logit(state, config, image, text)
+    return alone + config.rerank_weight * head_logit(state, config, image, text)
 
 
 def match_loss(positives, negatives):
