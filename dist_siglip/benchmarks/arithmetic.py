@@ -6,7 +6,22 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.benchmarks.encoding import rank_and_size
 from dist_siglip.distributed import gather_rows
+from dist_siglip.errors import UserError
 from dist_siglip.metrics.nearest import nearest_neighbors
+
+
+def check_strength(strength: float, name: str) -> None:
+    """Refuse a factor of the added difference that leads nowhere.
+
+    Args:
+        strength: the factor.
+        name: of the benchmark.
+
+    Raises:
+        UserError: if it is not above 0.
+    """
+    if not strength > 0:
+        raise UserError(f"strength ({strength}) of benchmark {name!r} must be above 0; use 1")
 
 
 def nearest_other_picture(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.arithmetic import nearest_other_picture
+from dist_siglip.benchmarks.arithmetic import check_strength, nearest_other_picture
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.encoding import encode_texts
 from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
@@ -81,10 +81,7 @@ class HandwritingArithmetic(Benchmark):
             UserError: naming it.
         """
         super().check()
-        if not self._strength > 0:
-            raise UserError(
-                f"strength ({self._strength}) of benchmark {self.name!r} must be above 0; use 1"
-            )
+        check_strength(self._strength, self.name)
         self._shards.check()
 
     def evaluate(

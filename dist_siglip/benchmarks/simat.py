@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.arithmetic import nearest_other_picture
+from dist_siglip.benchmarks.arithmetic import check_strength, nearest_other_picture
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.encoding import encode_pictures, encode_texts
 from dist_siglip.data.faults import BadSampleError
@@ -91,10 +91,7 @@ class Simat(Benchmark):
             UserError: naming it.
         """
         super().check()
-        if not self._strength > 0:
-            raise UserError(
-                f"strength ({self._strength}) of benchmark {self.name!r} must be above 0; use 1"
-            )
+        check_strength(self._strength, self.name)
         if self._split not in ("dev", "test"):
             raise UserError(f"split ({self._split}) of benchmark {self.name!r} must be dev or test")
         regions = self._read_regions()
