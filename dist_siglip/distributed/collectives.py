@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.distributed.renamed import all_gather_single
 
 
 def sum_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> Tensor:
     world_size = dist.get_world_size(group)
     counts = torch.empty(world_size, dtype=torch.int64, device=rows.device)
     mine = torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device)
-    dist.all_gather_into_tensor(counts, mine, group=group)
+    all_gather_single(counts, mine, group=group)
     longest = int(counts.max())
     # Not every backend carries bool.
     carried = rows.detach().to(torch.uint8) if rows.dtype == torch.bool else rows.detach()
@@ -85,7 +86,7 @@ def gather_padded(rows: Tensor, longest: int, group: ProcessGroup) -> Tensor:
     world_size = dist.get_world_size(group)
     everyone = rows.new_empty((world_size * longest, *rows.shape[1:]))
     if longest:
-        dist.all_gather_into_tensor(everyone, padded.contiguous(), group=group)
+        all_gather_single(everyone, padded.contiguous(), group=group)
     return everyone.view(world_size, longest, *rows.shape[1:])
 
 

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.renamed import reduce_scatter_single
+
 Combine = Literal["sum", "max", "logaddexp"]
 
 
@@ -45,5 +47,5 @@ def reduce_scatter(everyone: Tensor, combine: Combine, transfer: ProcessGroup) -
         dist.all_to_all_single(received.flatten(0, 1), flat, group=transfer)
         return torch.logsumexp(received, dim=0)
     operation = dist.ReduceOp.SUM if combine == "sum" else dist.ReduceOp.MAX
-    dist.reduce_scatter_tensor(mine, flat, op=operation, group=transfer)
+    reduce_scatter_single(mine, flat, op=operation, group=transfer)
     return mine

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.renamed import all_gather_single
 from dist_siglip.distributed.roll_call import name_missing
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
@@ -113,7 +113,7 @@ class GroupAnnouncer:
         everyone = torch.empty(self.group.size() * len(message), dtype=torch.uint8)
         try:
             with waiting_for(lambda: self._describe(message)):
-                dist.all_gather_into_tensor(everyone, mine, group=self.group)
+                all_gather_single(everyone, mine, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(self._complaint(message)) from error
         return [bytes(part.tolist()) for part in everyone.split(len(message))]
