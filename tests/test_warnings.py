@@ -1,6 +1,8 @@
-"""Warnings: those our modules cause are errors in tests, those of other packages never are."""
+"""Warnings of other packages fail no test and reach no user; those we cause are errors in tests."""
 
 import ast
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from typing_extensions import deprecated
 
 import dist_siglip
+from tests.support.command import REPOSITORY, environment
 
 OTHERS = ("lightning.pytorch.trainer", "torch.distributed.fsdp", "PIL.Image", "dist_siglip_tools")
 RENAMED = {"all_gather_into_tensor", "reduce_scatter_tensor"}
@@ -43,3 +46,43 @@ def test_one_place_calls_what_torch_renamed():
         if isinstance(node, ast.Attribute) and node.attr in RENAMED
     }
     assert callers == {"renamed.py"}
+
+
+def command_says(*options, **variables):
+    """Return the lines on stderr of a command that warns in each kind of process."""
+    done = subprocess.run(
+        [sys.executable, *options, "-m", "tests.support.warning_verb"],
+        capture_output=True,
+        text=True,
+        env={**environment(), **variables},
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
+
+
+def test_a_user_hears_of_their_own_files_and_of_what_matters():
+    told = [line for name in ("main", "forked") for line in expected_lines(name)]
+    assert command_says() == told
+
+
+def expected_lines(process):
+    return (
+        f"CUDA initialization: driver too old in {process}",
+        f"/home/me/stages.py:3: UserWarning: odd picture in {process}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "variables"),
+    [(["-W", "always"], {}), ([], {"PYTHONWARNINGS": "always"})],
+    ids=["option", "variable"],
+)
+def test_what_the_user_asks_of_python_wins(options, variables):
+    text = "\n".join(command_says(*options, **variables))
+    for process in ("main", "forked", "spawned"):
+        assert text.count(f"FutureWarning: old name in {process}") == 2
+
+
+def test_a_user_who_wants_no_warnings_gets_none():
+    assert command_says("-W", "ignore") == []

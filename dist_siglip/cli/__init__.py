@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from difflib import get_close_matches
 
 from dist_siglip import stop_request
+from dist_siglip.cli.package_warnings import packages_kept_quiet
 from dist_siglip.errors import RunFailedError, UserError
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
@@ -72,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
-    # Before the heavy imports: a signal during them must not end the run.
-    with stop_request.listening() if verb in ("fit", "rerank") else nullcontext():
+    listening = stop_request.listening() if verb in ("fit", "rerank") else nullcontext()
+    # Before the heavy imports: they warn, and a signal during them must not end the run.
+    with packages_kept_quiet(), listening:
         code = _run(verb, rest)
         if code == EXIT_SAVED or (code != EXIT_OK and _rank()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.

@@ -8,7 +8,6 @@ batch arithmetic, the checkpoint to go on from, and that the folder holds no oth
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -308,15 +307,3 @@ class TrainingCLI(LightningCLI):
 
 def _is_logger(value: Any) -> bool:
     return value is not None and not isinstance(value, bool)
-
-
-# Known and harmless, said to every user on every run otherwise.
-for _message in (
-    r".*does not have many workers.*",
-    r".*Consider increasing the value of the `num_workers`.*",
-    r".*sync_dist=True.*when logging on epoch level.*",
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*The `srun` command is available on your system.*",
-):
-    warnings.filterwarnings("ignore", message=_message)

@@ -84,6 +84,7 @@ def test_several_ranks_train_the_same_model(uninterrupted, devices, tmp_path):
     ]
     done = run_command(*arguments) if devices == 2 else run_forked(*arguments, world_size=devices)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert global_batches(tmp_path / "order") == global_batches(uninterrupted / "order")
     expected = losses(uninterrupted / "run")
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
