@@ -10,6 +10,7 @@ from dist_siglip.distributed.combine import Combine
 from dist_siglip.distributed.exchange import (
     Exchange,
     ExchangeName,
+    agree_once,
     circulate,
     prepare_exchange,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Exchange",
     "ExchangeName",
     "World",
+    "agree_once",
     "circulate",
     "copy_from_first_rank",
     "fetch_rows",

@@ -19,7 +19,7 @@ All give the same numbers up to the order of the sums.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine
 from dist_siglip.distributed.gather import visit_gathered
 from dist_siglip.distributed.groups import companions_of, resolve_group
-from dist_siglip.distributed.handshake import Agreement, agree, describe_shard
+from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
 from dist_siglip.distributed.schedule import lanes_of
 from dist_siglip.distributed.topology import local_world_size_of
 from dist_siglip.distributed.travel import AccumulatorSpec, Shard, Visitor, travel
@@ -107,13 +107,16 @@ def prepare_exchange(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     purpose: str = "",
+    shared: Mapping[str, Tensor | float] | None = None,
     local_world_size: int | None = None,
 ) -> Exchange:
     """Agree with the other ranks on what will travel; see ``circulate`` for the arguments.
 
     Distributed contract: one small all-gather on the CPU if the group has several ranks.
     ``purpose`` says in readable words whatever else must be equal on all ranks (which loss, which
-    gradients); a difference is reported like one of shapes. ``local_world_size`` is the number of
+    gradients), its name before the first semicolon; a difference is reported like one of shapes.
+    ``shared`` are at most two numbers that must be equal up to rounding; those on a device are
+    read at the first exchange of that name only. ``local_world_size`` is the number of
     consecutive ranks of the group that share a node; None takes what ``set_local_world_size`` or
     the launcher said.
     """
@@ -143,7 +146,9 @@ def prepare_exchange(
         )
         if local_world_size is None:
             local_world_size = local_world_size_of(group)
-        said = agree(num_rows, local_world_size, signature, companions_of(group).announce)
+        companions = companions_of(group)
+        numbers = read_numbers(shared or {}, purpose.partition(";")[0], companions.compared)
+        said = agree(num_rows, local_world_size, signature, companions.announce, numbers)
     per_node, obstacle = _ranks_per_node(said.local_world_sizes)
     if exchange == "two_level" and obstacle:
         raise UserError(
@@ -210,6 +215,30 @@ def circulate(
         group=group,
         local_world_size=local_world_size,
     ).run(visit)
+
+
+def agree_once(what: str, group: ProcessGroup | None = None) -> None:
+    """Refuse ranks that do not do the same, the first time this one does it.
+
+    Distributed contract: one small all-gather on the CPU at the first call with these words in a
+    group, none later. A rank that says something else afterwards meets the others in their next
+    exchange, where it is named.
+
+    Args:
+        what: settings that must be equal on all ranks and that no exchange mentions.
+        group: process group; the default group if None.
+
+    Raises:
+        UserError: if ranks differ; names the odd ones.
+
+    Example:
+        >>> agree_once("weights 1.0 and 0.5")
+    """
+    group = resolve_group(group)
+    if group is None or group.size() == 1 or what in companions_of(group).compared:
+        return
+    prepare_exchange([torch.empty(0)], group=group, purpose=what)
+    companions_of(group).compared.add(what)
 
 
 def _ranks_per_node(sizes: tuple[int, ...]) -> tuple[int, str]:

@@ -7,7 +7,7 @@ the CPU (gloo) for the agreement.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
@@ -31,12 +31,14 @@ class Companions:
         mail: point-to-point transfers over ``transfer``.
         announce: carries a few bytes per call between CPUs, over gloo.
         limit_visits: wraps the visitor of every exchange; only a simulation has one.
+        compared: uses whose shared numbers were read from a device, see ``read_numbers``.
     """
 
     transfer: ProcessGroup
     mail: Mail
     announce: Announce
     limit_visits: Callable[[Visitor], Visitor] | None = None
+    compared: set[str] = field(default_factory=set)
 
 
 # Keyed by the parent's identity: a group that is destroyed takes its companions along.

@@ -1,13 +1,15 @@
 """Every rank says what it is about to send, and all hear it, before anything is sent.
 
 Point-to-point transfers trust the caller: a wrong shape or dtype hangs or delivers garbage. So
-each exchange begins with one all-gather of 256 bytes per rank over a CPU group: a readable
-signature, the number of rows and the ranks per node. The numbers may differ between ranks; the
-signature may not.
+each exchange begins with one all-gather of 512 bytes per rank over a CPU group: a readable
+signature, the number of rows, the ranks per node and up to two shared numbers. Rows and ranks per
+node may differ between ranks; the signature may not, the shared numbers hardly.
 """
 
+import math
+import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,9 +24,12 @@ from dist_siglip.errors import UserError
 # Tells every rank one message and returns the messages of all ranks, in rank order.
 Announce = Callable[[bytes], list[bytes]]
 
-_MESSAGE_BYTES = 256
-_NUMBER_BYTES = 8
-_TEXT_BYTES = _MESSAGE_BYTES - 2 * _NUMBER_BYTES
+_MESSAGE_BYTES = 512
+_NUMBERS = struct.Struct("<QQdd")  # rows, ranks per node, shared numbers; nan for none
+_MOST_SHARED = 2
+_TEXT_BYTES = _MESSAGE_BYTES - _NUMBERS.size
+# Replicas on unlike processors drift apart by roundings; settings differ by more.
+_SHARED_TOLERANCE = 1e-3
 
 
 class Agreement(NamedTuple):
@@ -53,29 +58,62 @@ def describe_shard(tensors: Sequence[Tensor]) -> str:
     return " + ".join(parts)
 
 
-def agree(num_rows: int, local_world_size: int, signature: str, announce: Announce) -> Agreement:
+def read_numbers(
+    numbers: Mapping[str, Tensor | float], use: str, compared: set[str]
+) -> dict[str, float]:
+    """Read the numbers that ranks should share: on a CPU always, on a device once for each use.
+
+    The host waits for a device to read them, so later exchanges of the same use read nothing.
+
+    Args:
+        numbers: by readable name, of one element each.
+        use: what they are for, for instance the name of a loss.
+        compared: uses whose numbers were read from a device before; this one is added.
+
+    Example:
+        >>> read_numbers({"logit_scale": torch.tensor(10.0)}, "sigmoid loss", set())
+        {'logit_scale': 10.0}
+    """
+    if any(isinstance(n, Tensor) and n.device.type != "cpu" for n in numbers.values()):
+        if use in compared:
+            return {}
+        compared.add(use)
+    return {name: float(number) for name, number in numbers.items()}
+
+
+def agree(
+    num_rows: int,
+    local_world_size: int,
+    signature: str,
+    announce: Announce,
+    shared: Mapping[str, float] | None = None,
+) -> Agreement:
     """Compare signatures over all ranks and return every rank's numbers.
 
-    Distributed contract: one all-gather of 256 bytes per rank. Every rank gets the same answer,
+    Distributed contract: one all-gather of 512 bytes per rank. Every rank gets the same answer,
     so either all go on or all raise.
 
     Args:
         num_rows: rows this rank is about to send.
         local_world_size: ranks of this rank's node as far as it knows.
-        signature: what must be equal on all ranks, readable; cut at 240 bytes.
+        signature: what must be equal on all ranks, readable; cut at 480 bytes.
         announce: carries the messages.
+        shared: at most two numbers that must be equal on all ranks up to a thousandth, by name.
+            Those that are not finite are not compared.
 
     Raises:
-        UserError: if signatures differ; names the ranks that differ from the majority.
+        UserError: if signatures or shared numbers differ; names the ranks that differ from the
+            majority.
 
     Example:
         >>> agree(3, 1, "float32 (*, 8)", lambda message: [message, message])
         Agreement(row_counts=(3, 3), local_world_sizes=(1, 1))
     """
-    numbers = b"".join(n.to_bytes(_NUMBER_BYTES, "little") for n in (num_rows, local_world_size))
+    shared = shared or {}
+    mine = [*shared.values(), *[math.nan] * (_MOST_SHARED - len(shared))]
     text = signature.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    messages = announce(numbers + text)
-    signatures = [m[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace") for m in messages]
+    messages = announce(_NUMBERS.pack(num_rows, local_world_size, *mine) + text)
+    signatures = [_signature_of(message) for message in messages]
     usual, _ = Counter(signatures).most_common(1)[0]
     odd = [rank for rank, value in enumerate(signatures) if value != usual]
     if odd:
@@ -84,10 +122,37 @@ def agree(num_rows: int, local_world_size: int, signature: str, announce: Announ
             f"{signatures.index(usual)} passes [{usual}]; only the number of rows may differ "
             "between ranks"
         )
-    return Agreement(
-        tuple(int.from_bytes(m[:_NUMBER_BYTES], "little") for m in messages),
-        tuple(int.from_bytes(m[_NUMBER_BYTES : 2 * _NUMBER_BYTES], "little") for m in messages),
+    row_counts, local_world_sizes, *values = zip(
+        *(_NUMBERS.unpack_from(message) for message in messages), strict=True
     )
+    for name, by_rank in zip(shared, values, strict=False):
+        _compare(name, by_rank)
+    return Agreement(row_counts, local_world_sizes)
+
+
+def _signature_of(message: bytes) -> str:
+    return message[_NUMBERS.size :].rstrip(b"\0").decode(errors="replace")
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_SHARED_TOLERANCE, abs_tol=_SHARED_TOLERANCE)
+
+
+def _compare(name: str, by_rank: Sequence[float]) -> None:
+    """Refuse a number that should be the same on all ranks."""
+    finite = {rank: value for rank, value in enumerate(by_rank) if math.isfinite(value)}
+    first = next(iter(finite.values()), math.nan)
+    if all(_is_close(value, first) for value in finite.values()):
+        return
+    # Of equally many, the first met: the one of the first rank.
+    usual = max(finite.values(), key=lambda one: sum(_is_close(one, v) for v in finite.values()))
+    odd = [rank for rank, value in finite.items() if not _is_close(value, usual)]
+    if odd:
+        raise UserError(
+            f"{name} is {by_rank[odd[0]]:.6g} on rank {', '.join(map(str, odd))} and {usual:.6g} "
+            f"on rank {by_rank.index(usual)}; it must be equal on all ranks: start them alike, and "
+            "wrap the module that holds it in DDP or FSDP"
+        )
 
 
 class GroupAnnouncer:
@@ -125,8 +190,7 @@ class GroupAnnouncer:
         )
 
     def _describe(self, message: bytes) -> str:
-        signature = message[2 * _NUMBER_BYTES :].rstrip(b"\0").decode(errors="replace")
         return (
-            f"all ranks to say what they exchange [{signature}] (exchange {self.calls} of this "
-            "group)"
+            f"all ranks to say what they exchange [{_signature_of(message)}] (exchange "
+            f"{self.calls} of this group)"
         )

@@ -1,4 +1,4 @@
-"""Which row is not a number: found on every rank, without waiting for a GPU.
+"""Which row is not a number, or is the scale not above 0: found on all ranks, without a wait.
 
 One row that is nan or infinite makes the loss and all gradients nan, on every rank. The error
 should name the row, and no rank should go on alone and wait for the others. So what a rank finds
@@ -14,7 +14,7 @@ Where a step that is not finite will be skipped, nothing is looked for: ``let_pa
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 # Findings that the device may fall behind by before the host waits for the oldest.
 _MOST_PENDING = 8
+_NOT_POSITIVE = -2
 _LETS_PASS = ContextVar("lets_pass", default=False)
 
 
@@ -86,7 +87,7 @@ class FiniteCheck:
                     break
                 event.synchronize()
             self._pending.popleft()
-            found = _describe(dict.fromkeys(names), rows.tolist())
+            found = _describe(names, rows.tolist())
             if found:
                 self._pending.clear()
                 return found
@@ -98,9 +99,12 @@ class FiniteCheck:
 
 
 def _first_bad_rows(named: Mapping[str, Tensor]) -> Tensor:
-    """For each tensor its first row that is not finite, -1 for none; int64, on their device."""
+    """For each tensor its first row that is not finite, -1 for none; int64, on their device.
+
+    ``_NOT_POSITIVE`` for a finite scale that is 0 or below.
+    """
     rows = []
-    for tensor in named.values():
+    for name, tensor in named.items():
         # The sum of a row is finite exactly if the row is: float32 holds any sum of features.
         wide = torch.promote_types(tensor.dtype, torch.float32)
         table = tensor.reshape(1, 1) if tensor.ndim == 0 else tensor
@@ -108,17 +112,25 @@ def _first_bad_rows(named: Mapping[str, Tensor]) -> Tensor:
         if not bad.numel():
             rows.append(bad.new_full((), -1, dtype=torch.int64))
             continue
-        rows.append(torch.where(bad.any(), bad.int().argmax(), -1))
+        fine: Tensor | int = -1
+        if name == "logit_scale":
+            fine = torch.where(tensor > 0, -1, _NOT_POSITIVE)
+        rows.append(torch.where(bad.any(), bad.int().argmax(), fine))
     return torch.stack(rows)
 
 
-def _describe(named: Mapping[str, object], rows: list[int]) -> str:
-    parts = [
+def _describe(named: Iterable[str], rows: list[int]) -> str:
+    return ", ".join(
+        _describe_one(name, row) for name, row in zip(named, rows, strict=True) if row != -1
+    )
+
+
+def _describe_one(name: str, row: int) -> str:
+    if row == _NOT_POSITIVE:
+        return f"{name} is not above 0; it is the multiplier exp(log_scale), not its logarithm"
+    return (
         f"{name} row {row} is not finite" if name.endswith("features") else f"{name} is not finite"
-        for name, row in zip(named, rows, strict=True)
-        if row >= 0
-    ]
-    return ", ".join(parts)
+    )
 
 
 def _send_to_host(found: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:

@@ -28,6 +28,7 @@ from dist_siglip.losses.tiles import logits_dtype
 from dist_siglip.losses.trip import (
     check_chunk_rows,
     check_pairs,
+    check_rows,
     default_chunk_rows,
     describe_wanted,
     sum_dtype,
@@ -123,10 +124,9 @@ def uniformity_loss(
         Wang and Isola 2020, arXiv:2005.10242, with t = 2 and distinct pairs, as in their code and
         that of Fahim et al. 2024, arXiv:2405.18570.
     """
+    check_rows(features=features)
     chunk_rows = default_chunk_rows(features.device) if chunk_rows is None else chunk_rows
     check_chunk_rows(chunk_rows)
-    if features.ndim != 2:
-        raise UserError(f"features {tuple(features.shape)} must be (B, D)")
     is_wanted = wants_gradient(features)
     found = refuse_not_finite({"features": features.detach()})
     wanted = describe_wanted({"features": is_wanted})
@@ -191,8 +191,8 @@ def cross_uniformity_loss(
     Source:
         Fahim et al. 2024, arXiv:2405.18570, as in their code (pairs off the diagonal only).
     """
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_pairs(image_features, text_features)
+    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_chunk_rows(chunk_rows)
     wanted = {"image": wants_gradient(image_features), "text": wants_gradient(text_features)}
     # The side that travels should be the one that needs no gradient.

@@ -37,7 +37,7 @@ def match_loss(
         (), float32, float64 for float64 logits; a sum over pairs times W/N.
 
     Raises:
-        UserError: if logits are not one-dimensional.
+        UserError: if logits are not one-dimensional or not floating-point.
 
     Example:
         >>> match_loss(torch.tensor([0.0, 2.0]), torch.tensor([-3.0]))
@@ -48,9 +48,10 @@ def match_loss(
         6, where leaving out all but the hardest negatives keeps the quality.
     """
     for name, logits in (("positive", positive_logits), ("negative", negative_logits)):
-        if logits.ndim != 1:
+        if logits.ndim != 1 or not logits.is_floating_point():
             raise UserError(
-                f"{name}_logits {tuple(logits.shape)} must be one-dimensional, one per pair"
+                f"{name}_logits {tuple(logits.shape)} ({logits.dtype}) must be one-dimensional "
+                "floating-point numbers, one per pair"
             )
     group = resolve_group(group)
     world_size = 1 if group is None else group.size()

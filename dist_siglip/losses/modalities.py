@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import ExchangeName
+from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.sigmoid import siglip_loss
+from dist_siglip.losses.trip import check_rows
 
 ModalityGraph = Literal["complete", "star"]
 
@@ -67,11 +68,13 @@ def multimodal_sigmoid_loss(
     if len(features) < 2:
         raise UserError(f"features holds {len(features)} modalities; pass at least 2")
     for number, other in enumerate(features):
+        check_rows(**{f"modality {number}": other})
         if other.shape != features[0].shape or other.dtype != features[0].dtype:
             raise UserError(
                 f"modality {number} is {other.dtype} {tuple(other.shape)} but modality 0 is "
                 f"{features[0].dtype} {tuple(features[0].shape)}; all must be (B, D) of one dtype"
             )
+    agree_once(f"{graph} graph of {len(features)} modalities", group)
     losses = [
         siglip_loss(
             features[a],

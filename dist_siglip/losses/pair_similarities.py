@@ -18,6 +18,7 @@ from dist_siglip.losses.calibration import (
     calibrate_scale_bias,
 )
 from dist_siglip.losses.pair_terms import Duplicates
+from dist_siglip.losses.trip import check_pairs
 
 # Bins of the similarities of non-pairs, each represented by the mean of its members: within 1e-4
 # the softplus is straight to (200 * 1e-4)^2 / 24 = 2e-5 of its value at a scale of 200.
@@ -110,12 +111,18 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
     """
     if duplicates != "negative" and caption_ids is None:
         raise UserError(f"duplicates ({duplicates!r}) needs caption_ids to know equal captions by")
+    check_pairs(image_features, text_features)
     image_features, text_features = _wide(image_features), _wide(text_features)
     _check_finite(image_features, text_features, group)
     columns = [text_features]
     if duplicates != "negative" and caption_ids is not None:
         columns.append(caption_ids.to(text_features.device))
-    trip = prepare_exchange(columns, exchange=exchange, group=group)
+    trip = prepare_exchange(
+        columns,
+        exchange=exchange,
+        group=group,
+        purpose=f"calibration; batch of {global_batch_size}; duplicates: {duplicates}",
+    )
     if trip.total_rows < 2:
         raise UserError(f"pairs to calibrate on ({trip.total_rows}) must be at least 2")
     # Kinds: equal captions, others. For each bin, how many and the sum of their similarities.

@@ -20,6 +20,7 @@ from dist_siglip.losses.relevance_trips import (
     SoftmaxTrip,
     SumTrip,
 )
+from dist_siglip.losses.trip import check_scalar
 
 
 def relevance_sigmoid_loss(
@@ -64,7 +65,8 @@ def relevance_sigmoid_loss(
 
     Raises:
         UserError: if shapes or dtypes do not fit, chunk_rows < 1, features or scalars on a CPU
-            are not finite (names rank and row), or ranks disagree (names the rank).
+            are not finite or the scale not above 0 (names rank and row), or ranks disagree (names
+            the rank).
 
     Example:
         >>> everything = torch.ones(2, 2, dtype=torch.bool)
@@ -76,6 +78,7 @@ def relevance_sigmoid_loss(
         Bangachev et al. 2026, arXiv:2605.23556, code BangachevKiril/TopK, which sums where we
         divide by Q and subtracts its (relative) bias.
     """
+    check_scalar("logit_bias", logit_bias)
     bias = logit_bias.reshape(())
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
     plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, exchange, group)
@@ -134,7 +137,8 @@ def relevance_softmax_loss(
 
     Example:
         >>> everything = torch.ones(2, 2, dtype=torch.bool)
-        >>> relevance_softmax_loss(torch.eye(2), torch.eye(2), everything, torch.tensor(0.0))
+        >>> rows = torch.ones(2, 1)  # all alike
+        >>> relevance_softmax_loss(rows, rows, everything, torch.tensor(10.0))
         tensor(0.6931)
 
     Source:

@@ -1,5 +1,6 @@
 """The trips of documents past queries, for ``relevance``: what is summed, and which gradients."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from dist_siglip.losses.tiles import logits_dtype
 from dist_siglip.losses.trip import (
     add_product,
     check_chunk_rows,
+    check_rows,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
@@ -74,10 +76,10 @@ class RelevanceBatch:
         Raises:
             UserError: if shapes or dtypes do not fit, or chunk_rows < 1.
         """
+        _check(query_features, document_features, relevance)
+        check_scalar("logit_scale", logit_scale)
         chunk_rows = default_chunk_rows(query_features.device) if chunk_rows is None else chunk_rows
         check_chunk_rows(chunk_rows)
-        check_scalar("logit_scale", logit_scale)
-        _check(query_features, document_features, relevance)
         return cls(
             query_features.detach(),
             document_features.detach(),
@@ -107,7 +109,8 @@ class RelevanceBatch:
             **{name: value.detach() for name, value in scalars.items()},
         }
         found = refuse_not_finite(named)
-        plan = self.prepare(purpose, found or "finite", exchange, group)
+        shared = {"logit_scale": self.scale} | {n: v.detach() for n, v in scalars.items()}
+        plan = self.prepare(purpose, found or "finite", exchange, group, shared)
         if found:
             raise UserError(f"rank {plan.rank}: {found}")
         if plan.total_rows != self.relevance.shape[1]:
@@ -120,7 +123,12 @@ class RelevanceBatch:
         return plan, Totals(*sum_over_ranks(own, group).tolist())
 
     def prepare(
-        self, purpose: str, state: str, exchange: ExchangeName, group: ProcessGroup | None
+        self,
+        purpose: str,
+        state: str,
+        exchange: ExchangeName,
+        group: ProcessGroup | None,
+        shared: Mapping[str, Tensor] | None = None,
     ) -> Exchange:
         """Plan a trip of the documents; what all ranks must agree on is in its purpose."""
         brings_back = self.wanted["documents"] and purpose != "softmax, sums"
@@ -131,9 +139,10 @@ class RelevanceBatch:
             exchange=exchange,
             group=group,
             purpose=(
-                f"relevance {purpose}, {self.relevance.shape[1]} documents; gradients: "
+                f"relevance {purpose}; {self.relevance.shape[1]} documents; gradients: "
                 f"{describe_wanted(self.wanted)}; {state}"
             ),
+            shared=shared,
         )
 
     def gradients(
@@ -261,7 +270,8 @@ class SoftmaxTrip(_Trip):
 
 
 def _check(queries: Tensor, documents: Tensor, relevance: Tensor) -> None:
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+    check_rows(query_features=queries, document_features=documents)
+    if queries.shape[1] != documents.shape[1]:
         raise UserError(
             f"query_features {tuple(queries.shape)} and document_features "
             f"{tuple(documents.shape)} must be (B, D) and (C, D)"

@@ -30,6 +30,7 @@ from dist_siglip.losses.trip import (
     check_pairs,
     check_scalar,
     default_chunk_rows,
+    describe_wanted,
     inner_product,
     sum_dtype,
     tile_slices,
@@ -101,9 +102,12 @@ def siglip_loss(
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
 
     Raises:
-        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, ``duplicates`` is
-            unknown, features, scale or bias are not finite (names rank and row), or ranks
-            disagree on dtype, D or on which gradients they need (names the rank).
+        UserError: if features are not real (B, D), shapes or dtypes of the two sides differ,
+            chunk_rows < 1, ``duplicates`` is unknown, features, scale or bias are not finite or
+            the scale not above 0 (names rank and row), or ranks disagree on dtype, D, exchange,
+            duplicates, which gradients they need, whether there is a bias, or the values of scale
+            and bias (names the rank). On a device those values are compared at the first call
+            only; ``chunk_rows`` may differ between ranks, the result is the same.
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
@@ -119,8 +123,8 @@ def siglip_loss(
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 and section 3.3 (chunked form); the bias
         is added to the logits as in the authors' big_vision code. Duplicates are ours.
     """
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_pairs(image_features, text_features)
+    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     check_chunk_rows(chunk_rows)
@@ -142,7 +146,13 @@ def siglip_loss(
         accumulators=[AccumulatorSpec(image_features.shape[1:], dtype)] * sides.brings_back(wanted),
         exchange=exchange,
         group=group,
-        purpose=f"{sides.travellers} travel; {found or 'finite'}",
+        purpose=(
+            f"sigmoid loss; {sides.travellers} travel; gradients: "
+            f"{describe_wanted(wanted._asdict())}; "
+            f"{'no bias' if logit_bias is None else 'bias'}; "
+            f"duplicates: {'no ids' if caption_ids is None else duplicates}; {found or 'finite'}"
+        ),
+        shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")

@@ -86,9 +86,10 @@ def softmax_loss(
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
 
     Raises:
-        UserError: if shapes or dtypes of the two sides differ, chunk_rows < 1, features or
-            scale are not finite (names rank and row), or ranks disagree on dtype, D or on which
-            gradients they need (names the rank).
+        UserError: if features are not real (B, D), shapes or dtypes of the two sides differ,
+            chunk_rows < 1, features or scale are not finite or the scale not above 0 (names rank
+            and row), or ranks disagree on dtype, D, exchange, which gradients they need or the
+            scale (names the rank; on a device the scale is compared at the first call only).
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
@@ -100,8 +101,8 @@ def softmax_loss(
         in Inf-CL (Cheng et al. 2024, arXiv:2410.17243), but with the text gradient of the second
         trip.
     """
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_pairs(image_features, text_features)
+    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     check_chunk_rows(chunk_rows)
@@ -186,6 +187,7 @@ def _run_trips(
         exchange=exchange,
         group=group,
         purpose=purpose,
+        shared={"logit_scale": sides.scale},
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")

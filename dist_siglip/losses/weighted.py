@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import ExchangeName
+from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 
@@ -95,7 +95,16 @@ class WeightedLoss(nn.Module):
         *,
         caption_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the weighted sum; ``caption_ids`` go to a base that uses them."""
+        """Return the weighted sum; ``caption_ids`` go to a base that uses them.
+
+        Raises:
+            UserError: as the terms do, or if weights differ between ranks.
+        """
+        agree_once(
+            f"weighted loss; alignment {self.alignment}, uniformity {self.uniformity}, "
+            f"cross_uniformity {self.cross_uniformity}",
+            self.group,
+        )
         ids = {"caption_ids": caption_ids} if self.uses_caption_ids else {}
         loss: Tensor = self.base(image_features, text_features, logit_scale, logit_bias, **ids)
         if self.alignment:

@@ -1,54 +1,59 @@
 """Refuse unusable features on every rank at once, so that no rank waits for one that raised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import World, gather_rows
+from dist_siglip.distributed.same_start import describe_differences
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.tiles import row_slices
 
-# bfloat16 rounds the norm of a unit vector by up to 0.4 %.
-_UNIT_NORM_TOLERANCE = 0.02
+# A unit vector rounded to a dtype, its norm included, is as long as that up to half a step of the
+# dtype, 0.4 % in bfloat16; twice as much is let pass. Rows of float32 are often float16 widened.
+_UNIT_NORM_TOLERANCE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
 
 
 def check_features(
     features: Sequence[tuple[str, Tensor]],
-    ids: Sequence[tuple[str, Tensor]],
+    ids: Sequence[tuple[str, Tensor]] | None = None,
     *,
     unit_norm: bool,
+    paired: bool = False,
     group: ProcessGroup | None = None,
 ) -> None:
     """Raise on every rank if any rank holds features the metrics cannot use.
 
     Distributed contract: two ``gather_rows`` of a few bytes; every rank raises the same error or
-    none does.
+    none does. What is no tensor at all raises where it is.
 
     Args:
-        features: (name, tensor) of every feature matrix, each to be (rows, D) with one D.
-        ids: (name, tensor) per row of ``features[k]``, same order, each to be int64 (rows,).
-        unit_norm: whether rows must be L2-normalised.
+        features: (name, tensor) of every feature matrix, each to be (rows, D) with one D, float16,
+            bfloat16, float32 or float64.
+        ids: (name, tensor) per row of ``features[k]``, same order, each to be int64 (rows,); None
+            if rows have none.
+        unit_norm: whether rows must be L2-normalised: their norm 1 within 1e-3, for bfloat16
+            within 8e-3.
+        paired: whether row i of one matrix belongs to row i of the other.
         group: process group.
 
     Raises:
-        UserError: wrong shape, dtype or D, a value that is not finite or a row that is not
+        UserError: wrong type, shape, dtype or D, a value that is not finite or a row that is not
             normalised; names the tensor, the row and the rank.
     """
+    for name, given in [*features, *(ids or ())]:
+        require_tensor(name, given)
     device = features[0][1].device
-    rank = World.detect().rank
-    problem = next(
-        (
-            text
-            for (name, rows), (id_name, row_ids) in zip(features, ids, strict=True)
-            for text in (_find_problem(name, rows, id_name, row_ids, unit_norm),)
-            if text is not None
-        ),
-        None,
-    )
+    problem = _find_any_problem(features, ids, unit_norm, paired)
     if problem is not None:
-        problem = f"{problem} (rank {rank})"
+        problem = f"{problem} (rank {World.detect().rank})"
     raise_together(problem, device=device, group=group)
     widths = gather_rows(
         torch.tensor([[rows.shape[1] for _, rows in features]], device=device), group
@@ -58,6 +63,40 @@ def check_features(
             f"embedding sizes of {', '.join(name for name, _ in features)} by rank are "
             f"{widths.tolist()}; all must be equal; pass features of one model"
         )
+
+
+def require_tensor(name: str, given: object) -> None:
+    """Raise ``UserError`` for arrays and lists in place of a tensor.
+
+    Example:
+        >>> require_tensor("features", torch.eye(2))
+    """
+    if not isinstance(given, Tensor):
+        kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
+        raise UserError(f"{name} ({kind}) must be a torch.Tensor: torch.as_tensor makes one of it")
+
+
+def check_same_settings(
+    settings: Mapping[str, object], *, device: torch.device, group: ProcessGroup | None = None
+) -> None:
+    """Raise on every rank if ranks pass different settings; names them and the odd ranks.
+
+    Distributed contract: one ``gather_rows`` of the settings as text.
+
+    Args:
+        settings: by name; equal settings are written equally.
+        device: device of the message.
+        group: process group.
+
+    Example:
+        >>> check_same_settings({"k": 10}, device=torch.device("cpu"))
+    """
+    text = "".join(f"{name}={value}\n" for name, value in settings.items())
+    letters = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8, device=device)
+    *everyone, _ = bytes(gather_rows(letters, group).tolist()).decode().split("\0")
+    facts = [dict(line.split("=", 1) for line in one.splitlines()) for one in everyone]
+    if differences := describe_differences(facts):
+        raise UserError(f"ranks pass different settings: {'; '.join(differences)}; pass the same")
 
 
 def raise_together(
@@ -82,19 +121,50 @@ def raise_together(
         raise UserError(texts.splitlines()[0])
 
 
-def _find_problem(
-    name: str, rows: Tensor, id_name: str, row_ids: Tensor, unit_norm: bool
+def widen_rows(rows: Tensor) -> Tensor:
+    """Widen half precision to float32, and give rows that are unit vectors but for rounding norm 1.
+
+    Example:
+        >>> rows = torch.nn.functional.normalize(torch.ones(1, 7), dim=1).bfloat16()
+        >>> round(rows.double().norm().item(), 4), round(widen_rows(rows).norm().item(), 4)
+        (1.0025, 1.0)
+    """
+    wide = rows.float()
+    if wide.dtype == rows.dtype:
+        return wide
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    is_unit = (norms - 1).abs() <= _UNIT_NORM_TOLERANCE[rows.dtype]
+    return torch.where(is_unit, wide / norms, wide)
+
+
+def _find_any_problem(
+    features: Sequence[tuple[str, Tensor]],
+    ids: Sequence[tuple[str, Tensor]] | None,
+    unit_norm: bool,
+    paired: bool,
 ) -> str | None:
-    if rows.ndim != 2 or not rows.is_floating_point():
-        return f"{name} must be a float (rows, D) matrix; got {rows.dtype} {tuple(rows.shape)}"
-    if row_ids.shape != rows.shape[:1] or row_ids.dtype != torch.int64:
+    """First problem of the matrices, of what belongs to their rows, then of their values."""
+    for name, rows in features:
+        if rows.ndim != 2 or rows.shape[1] == 0 or rows.dtype not in _UNIT_NORM_TOLERANCE:
+            return (
+                f"{name} must be a float (rows, D) matrix with D of at least 1; got {rows.dtype} "
+                f"{tuple(rows.shape)}"
+            )
+    counts = {name: len(rows) for name, rows in features}
+    if paired and len(set(counts.values())) > 1:
         return (
-            f"{id_name} must be int64 ({rows.shape[0]},), one per row of {name}; "
-            f"got {row_ids.dtype} {tuple(row_ids.shape)}"
+            f"{' and '.join(f'{name} ({count} rows)' for name, count in counts.items())} must have "
+            "equally many rows: row i of one belongs to row i of the other"
         )
-    for part in row_slices(len(rows)):
-        if problem := _find_unusable_row(name, rows[part], part.start, unit_norm):
-            return problem
+    for (name, rows), (id_name, row_ids) in zip(features, ids or (), strict=False):
+        if row_ids.dtype != torch.int64:
+            return f"{id_name} ({row_ids.dtype}) must be int64, one per row of {name}"
+        if row_ids.shape != rows.shape[:1]:
+            return f"{id_name} {tuple(row_ids.shape)} must be ({len(rows)},), one per row of {name}"
+    for name, rows in features:
+        for part in row_slices(len(rows)):
+            if problem := _find_unusable_row(name, rows[part], part.start, unit_norm):
+                return problem
     return None
 
 
@@ -107,7 +177,7 @@ def _find_unusable_row(name: str, rows: Tensor, first_row: int, unit_norm: bool)
         )
     if unit_norm:
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        far = (norms - 1).abs() > _UNIT_NORM_TOLERANCE
+        far = (norms - 1).abs() > _UNIT_NORM_TOLERANCE[rows.dtype]
         if far.any():
             row = int(far.nonzero()[0])
             return (

@@ -6,6 +6,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.metrics.moments import Moments, collect_moments
 
+# Eigenvalues of sums of products are known up to this share of the largest.
+_ROUNDING = 1e-14
+
 
 @torch.no_grad()
 def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> float:
@@ -47,7 +50,10 @@ def rank_of_moments(moments: Moments) -> float:
         >>> round(rank_of_moments(collect_moments(torch.eye(3))), 6)
         3.0
     """
-    singular = torch.linalg.eigvalsh(moments.products).clamp_min(0).sqrt()
+    # N rows have at most N singular values above 0; the root of what rounding makes of the others
+    # would count, thousands of them by 1e-8 each.
+    squares = torch.linalg.eigvalsh(moments.products)[-max(moments.num_rows, 1) :]
+    is_there = squares > _ROUNDING * squares[-1]
+    singular = torch.where(is_there, squares, 0).sqrt()
     shares = singular / singular.sum()
-    # x log x goes to 0 with x; rounding of the eigenvalues leaves shares of 1e-8.
     return float(torch.exp(-torch.xlogy(shares, shares).sum()))

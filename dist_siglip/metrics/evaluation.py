@@ -14,7 +14,12 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
-from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.checks import (
+    check_features,
+    check_same_settings,
+    raise_together,
+    widen_rows,
+)
 from dist_siglip.metrics.geometry import cloud_metrics, threshold_metrics
 from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
 from dist_siglip.metrics.pair_statistics import (
@@ -109,7 +114,7 @@ def evaluate_pairs(
 
     Raises:
         UserError: if features are not finite or not normalised (names row and rank), a row is no
-            pair, or there is no pair at all; on every rank.
+            pair, there is no pair at all, or ranks pass different settings; on every rank.
 
     Example:
         >>> features, ids = torch.eye(3), torch.arange(3)
@@ -122,6 +127,13 @@ def evaluate_pairs(
     """
     rows = _Rows(image_features, text_features, image_ids, text_ids, sample_ids)
     rows = _usable_rows(rows, group)
+    settings = {
+        "global_batch_size": global_batch_size,
+        "top_k": tuple(top_k),
+        "array_pairs": array_pairs,
+        "separability_pairs": separability_pairs,
+    }
+    check_same_settings(settings, device=image_features.device, group=group)
     image_to_text, text_to_image = retrieval_ranks_both_ways(
         *rows[:4], chunk_rows=chunk_rows, exchange=exchange, group=group
     )
@@ -217,7 +229,9 @@ class PairEvaluation(Metric):
             sample_ids: (B,) int64.
             valid: (B,) bool, False for padding rows; None if all rows count.
         """
-        rows = _Rows(image_features.float(), text_features.float(), image_ids, text_ids, sample_ids)
+        rows = _Rows(
+            widen_rows(image_features), widen_rows(text_features), image_ids, text_ids, sample_ids
+        )
         for name, column in zip(_Rows._fields, rows, strict=True):
             kept = column.detach() if valid is None else column.detach()[valid]
             # Apple's GPUs have no float64, which the similarities need.

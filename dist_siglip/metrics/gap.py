@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -64,6 +65,7 @@ def modality_gap(
     """Measure the gap between the images and texts of all ranks.
 
     Every row is one pair; where an image or a caption occurs in several rows, it counts as often.
+    Rows are normalised again in float64, so that the rounding of their dtype is no distance.
 
     Distributed contract: every rank passes its own pairs (0 too); a few small gathers and one
     all-reduce of 2 D + 6 numbers. Every rank gets the same result.
@@ -89,18 +91,20 @@ def modality_gap(
         2020, arXiv:2005.10242 (alignment, alpha = 2); Bangachev et al. 2025, arXiv:2509.18552,
         Table 4 (xi) and the notebook beside it (unsquared).
     """
-    row_ids = torch.arange(len(image_features), device=image_features.device)
     check_features(
         [("image_features", image_features), ("text_features", text_features)],
-        # Only the number of rows matters here.
-        [("pairs", row_ids), ("pairs", row_ids)],
         unit_norm=True,
+        paired=True,
         group=group,
     )
     num_features = image_features.shape[1]
     sums = image_features.new_zeros(6 + 2 * num_features, dtype=torch.float64)
     for rows in row_slices(len(image_features)):
-        sums += _sum_pairs(image_features[rows].double(), text_features[rows].double())
+        # Of length 1 to the last digit: else rows that are one point would not be at distance 0.
+        images, texts = (
+            F.normalize(side[rows].double(), dim=1) for side in (image_features, text_features)
+        )
+        sums += _sum_pairs(images, texts)
     sums = sum_over_ranks(sums, group).cpu()
     count, cosine, squared, distance, image_squares, text_squares = sums[:6].tolist()
     if count == 0:

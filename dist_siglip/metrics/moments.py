@@ -48,8 +48,7 @@ def collect_moments(features: Tensor, *, group: ProcessGroup | None = None) -> M
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    row_ids = torch.arange(len(features), device=features.device)
-    check_features([("features", features)], [("rows", row_ids)], unit_norm=False, group=group)
+    check_features([("features", features)], unit_norm=False, group=group)
     width = features.shape[1]
     # A further feature that is 1 everywhere brings the sum and the count along.
     sums = features.new_zeros((width + 1, width + 1), dtype=torch.float64)

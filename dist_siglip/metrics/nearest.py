@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange
-from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
@@ -82,19 +82,20 @@ def nearest_neighbors(
         problem = f"k ({k}) nearest neighbours must be at least 1; try 10"
     elif (query_ids is None) != (key_ids is None):
         problem = "query_ids and key_ids are given together or not at all"
+    require_tensor("queries", queries)
     raise_together(problem, device=queries.device, group=group)
-    rows = [torch.arange(len(side), device=side.device) for side in (queries, keys)]
     check_features(
         [("queries", queries), ("keys", keys)],
-        [
-            ("query_ids", rows[0] if query_ids is None else query_ids),
-            ("key_ids", rows[1] if key_ids is None else key_ids),
-        ],
+        None
+        if query_ids is None or key_ids is None
+        else [("query_ids", query_ids), ("key_ids", key_ids)],
         unit_norm=False,
         group=group,
     )
     travelling = [keys] if key_ids is None else [keys, key_ids]
-    trip = prepare_exchange(travelling, exchange=exchange, group=group)
+    trip = prepare_exchange(
+        travelling, exchange=exchange, group=group, purpose=f"{k} nearest neighbours"
+    )
     first_positions = [0, *accumulate(trip.row_counts)]
     best = Neighbors(
         queries.new_full((len(queries), k), -torch.inf, dtype=torch.float64),

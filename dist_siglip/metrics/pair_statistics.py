@@ -19,12 +19,13 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import (
     AccumulatorSpec,
     ExchangeName,
+    gather_rows,
     max_over_ranks,
     prepare_exchange,
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.row_margins import (
     RowMargins,
     no_row_ends,
@@ -35,6 +36,8 @@ from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, row_slices, similarity
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
 NUM_BINS = 20_000
+# Up to so many pairs of a kind over all ranks, their cosines are kept and quantiles are exact.
+MOST_EXACT_PAIRS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class CosineSummary:
         minimum: smallest cosine, exact; NaN without pairs.
         maximum: largest cosine, exact; NaN without pairs.
         histogram: (NUM_BINS,) int64 counts in equal bins over [-1, 1].
+        cosines: (count,) float64, ascending; None for more than ``MOST_EXACT_PAIRS`` pairs.
     """
 
     count: int
@@ -56,6 +60,7 @@ class CosineSummary:
     minimum: float
     maximum: float
     histogram: Tensor
+    cosines: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -70,23 +75,37 @@ class CosineSummary:
         return math.sqrt(max(0.0, self.total_of_squares / self.count - self.mean**2))
 
     def quantile(self, fraction: float) -> float:
-        """Cosine below which ``fraction`` of the pairs lie, to within one bin (1e-4).
+        """Cosine at ``fraction`` of the pairs, as ``numpy.quantile`` has it by default ("linear").
+
+            h = fraction * (count - 1)        quantile = c[floor h] + (h - floor h) * (c[ceil h] -
+                c[floor h])        with c the cosines in ascending order
+
+        Exact for up to ``MOST_EXACT_PAIRS`` pairs, within a bin (1e-4) for more.
 
         Args:
             fraction: from 0 to 1.
 
         Returns:
-            The quantile, linear inside its bin; NaN without pairs.
+            The quantile; NaN without pairs.
+
+        Source:
+            Hyndman and Fan 1996, definition 7.
         """
         if not self.count:
             return math.nan
-        cumulative = self.histogram.cumsum(0).double()
-        target = fraction * self.count
-        bin_index = min(int(torch.searchsorted(cumulative, target)), NUM_BINS - 1)
-        inside = float(self.histogram[bin_index])
-        below = float(cumulative[bin_index]) - inside
-        part = (target - below) / inside if inside else 0.0
-        return -1 + 2 * (bin_index + part) / NUM_BINS
+        place = fraction * (self.count - 1)
+        low, high = (self._cosine_at(int(end)) for end in (math.floor(place), math.ceil(place)))
+        return low + (place - math.floor(place)) * (high - low)
+
+    def _cosine_at(self, place: int) -> float:
+        """Cosine number ``place`` from below; from a histogram the middle of its share of a bin."""
+        if self.cosines is not None:
+            return float(self.cosines[place])
+        cumulative = self.histogram.cumsum(0)
+        bin_index = int(torch.searchsorted(cumulative, place, right=True))
+        inside = int(self.histogram[bin_index])
+        part = (place - int(cumulative[bin_index]) + inside + 0.5) / inside
+        return min(max(-1 + 2 * (bin_index + part) / NUM_BINS, self.minimum), self.maximum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +157,9 @@ class _Sums:
         self.histogram = torch.zeros(2 * NUM_BINS, dtype=torch.int64, device=device)
         # Of own and other pairs: softplus; and the Gaussian kernel of other pairs.
         self.softplus = torch.zeros(3, dtype=torch.float64, device=device)
+        # Cosines of either kind while there are few.
+        self.few: list[list[Tensor] | None] = [[], []]
+        self.num_few = [0, 0]
         self.row_ends = no_row_ends(num_rows, device)
 
     def add_cosines(self, cosines: Tensor, is_positive: Tensor | None) -> None:
@@ -159,6 +181,22 @@ class _Sums:
         self.moments[kind] += torch.stack(moments)
         ends = torch.stack([chosen.max(), -chosen.min()])
         self.extremes[kind] = torch.maximum(self.extremes[kind], ends)
+        self._keep_few(kind, chosen)
+
+    def _keep_few(self, kind: int, chosen: Tensor) -> None:
+        self.num_few[kind] += chosen.numel()
+        if self.num_few[kind] > MOST_EXACT_PAIRS:
+            self.few[kind] = None
+        elif (kept := self.few[kind]) is not None:
+            kept.append(chosen.flatten().clone())  # the rectangle is overwritten
+
+    def gather_few(self, kind: int, count: int, group: ProcessGroup | None) -> Tensor | None:
+        """Bring all cosines of a kind together, ascending; None if all ranks have too many."""
+        kept = self.few[kind]
+        if count > MOST_EXACT_PAIRS or kept is None:
+            return None
+        mine = torch.cat([self.extremes.new_empty(0), *kept])
+        return gather_rows(mine, group).sort().values.cpu()
 
 
 @torch.no_grad()
@@ -177,8 +215,8 @@ def collect_pair_statistics(
     """Visit every pair of the gallery of all ranks once and keep sums.
 
     Distributed contract: every rank passes its own pairs (0 too); one trip of the text shards
-    without gradient, on which two numbers for each text come home, then eight all-reduces. Every
-    rank gets the same statistics.
+    without gradient, on which two numbers for each text come home, then eight all-reduces, and a
+    gather of the cosines of a kind of few pairs. Every rank gets the same statistics.
 
     Args:
         image_features: (B, D), L2-normalised.
@@ -196,7 +234,8 @@ def collect_pair_statistics(
 
     Raises:
         UserError: if features are not finite or not normalised (names row and rank), numbers
-            of rows differ, or no rank has any pair; on every rank.
+            of rows differ, scale or bias are out of range or differ between ranks, or no rank has
+            any pair; on every rank.
 
     Example:
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
@@ -208,17 +247,26 @@ def collect_pair_statistics(
     """
     check_features(
         [("image_features", image_features), ("text_features", text_features)],
-        # Row i is a pair: the ids of either side must fit the rows of the other.
-        [("text_ids", text_ids), ("image_ids", image_ids)],
+        [("image_ids", image_ids), ("text_ids", text_ids)],
         unit_norm=True,
+        paired=True,
         group=group,
     )
+    problem = None
+    if not 0 < logit_scale < math.inf or not math.isfinite(logit_bias):
+        problem = (
+            f"logit_scale ({logit_scale}) must be a finite number above 0 and logit_bias "
+            f"({logit_bias}) finite"
+        )
+    raise_together(problem, device=image_features.device, group=group)
     trip = prepare_exchange(
         [text_features, text_ids],
         accumulators=[AccumulatorSpec((2,), torch.float64)],
         combine="max",
         exchange=exchange,
         group=group,
+        purpose="pair statistics",
+        shared={"logit_scale": logit_scale, "logit_bias": logit_bias},
     )
     if trip.total_rows == 0:
         raise UserError("no rank has any pair to evaluate; check the validation data")
@@ -253,10 +301,16 @@ def collect_pair_statistics(
     own, other, kernel_sum = sum_over_ranks(sums.softplus, group).tolist()
     histogram = sum_over_ranks(sums.histogram, group).cpu()
     extremes = max_over_ranks(sums.extremes, group).cpu()
+
+    def summarise(kind: int) -> CosineSummary:
+        bins = histogram[NUM_BINS * kind : NUM_BINS * (kind + 1)]
+        few = sums.gather_few(kind, int(moments[kind, 0]), group)
+        return _summarise(moments[kind], extremes[kind], bins, few)
+
     return PairStatistics(
         num_pairs=trip.total_rows,
-        positive=_summarise(moments[1], extremes[1], histogram[NUM_BINS:]),
-        negative=_summarise(moments[0], extremes[0], histogram[:NUM_BINS]),
+        positive=summarise(1),
+        negative=summarise(0),
         image_rows=summarise_rows(sums.row_ends, group),
         text_rows=summarise_rows(text_ends, group),
         own_softplus_sum=own,
@@ -272,7 +326,9 @@ def _squared_norms(features: Tensor) -> Tensor:
     return torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
 
 
-def _summarise(moments: Tensor, extremes: Tensor, histogram: Tensor) -> CosineSummary:
+def _summarise(
+    moments: Tensor, extremes: Tensor, histogram: Tensor, cosines: Tensor | None
+) -> CosineSummary:
     count = int(moments[0])
     return CosineSummary(
         count=count,
@@ -281,4 +337,5 @@ def _summarise(moments: Tensor, extremes: Tensor, histogram: Tensor) -> CosineSu
         minimum=-float(extremes[1]) if count else math.nan,
         maximum=float(extremes[0]) if count else math.nan,
         histogram=histogram,
+        cosines=cosines,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
-from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
@@ -82,14 +82,15 @@ def relevance_margins(
         threshold, which is 0 there); Weller et al. 2025, arXiv:2508.21038, code
         google-deepmind/limit (top-k accuracy).
     """
-    ids = [torch.arange(len(side)) for side in (query_features, document_features)]
     check_features(
         [("query_features", query_features), ("document_features", document_features)],
-        [("queries", ids[0]), ("documents", ids[1])],
         unit_norm=True,
         group=group,
     )
-    trip = prepare_exchange([document_features], exchange=exchange, group=group)
+    require_tensor("relevance", relevance)
+    trip = prepare_exchange(
+        [document_features], exchange=exchange, group=group, purpose="relevance margins"
+    )
     shape = (len(query_features), trip.total_rows)
     problem = None
     if relevance.shape != shape or relevance.dtype != torch.bool:

@@ -49,9 +49,8 @@ def uniformity(
         Wang and Isola 2020, arXiv:2005.10242, with t = 2 and distinct pairs as in the code,
         ssnl/align_uniform.
     """
-    row_ids = torch.arange(len(features), device=features.device)
-    check_features([("features", features)], [("rows", row_ids)], unit_norm=True, group=group)
-    trip = prepare_exchange([features], exchange=exchange, group=group)
+    check_features([("features", features)], unit_norm=True, group=group)
+    trip = prepare_exchange([features], exchange=exchange, group=group, purpose="uniformity")
     total = torch.zeros((), dtype=torch.float64, device=features.device)
 
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:

@@ -46,5 +46,7 @@ def test_no_pairs_at_all_are_no_loss():
 
 
 def test_a_matrix_of_logits_is_refused():
-    with pytest.raises(UserError, match=r"negative_logits \(2, 2\) must be one-dimensional"):
+    with pytest.raises(UserError, match=r"negative_logits \(2, 2\) .* must be one-dimensional"):
         match_loss(torch.zeros(2), torch.zeros(2, 2))
+    with pytest.raises(UserError, match=r"positive_logits .*\(torch.int64\) must be"):
+        match_loss(torch.arange(2), torch.zeros(2))

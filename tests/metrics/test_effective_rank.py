@@ -24,6 +24,16 @@ def test_it_is_that_of_the_paper():
     assert effective_rank(rows_of()) == pytest.approx(reference(rows_of()), rel=1e-10)
 
 
+@pytest.mark.parametrize(("num_rows", "span"), [(3, 3), (40, 3), (1, 1)])
+def test_directions_without_rows_do_not_count(num_rows, span):
+    """Thousands of eigenvalues that are rounding: their roots, 1e-8 each, would."""
+    rows = rows_of(num_rows, span) @ torch.randn(span, 512, dtype=torch.float64)
+    singular = torch.linalg.svdvals(rows)[:span]
+    shares = singular / singular.sum()
+    expected = math.exp(-float((shares * shares.log()).sum()))
+    assert effective_rank(rows) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize(("rows", "rank"), [(torch.eye(6), 6.0), (torch.ones(4, 3), 1.0)])
 def test_known_spreads(rows, rank):
     assert effective_rank(rows) == pytest.approx(rank, rel=1e-6)

@@ -70,10 +70,22 @@ def test_one_pair_or_one_point_has_no_relative_gap():
     assert math.isnan(modality_gap(one.repeat(4, 1), one.repeat(4, 1)).relative_modality_gap)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 3, 512])
+@pytest.mark.parametrize("count", [2, 3, 1000])
+def test_one_point_is_one_point_in_every_dtype(dtype, width, count):
+    point = F.normalize(torch.randn(1, width), dim=1).to(dtype).repeat(count, 1)
+    gap = modality_gap(point, point)
+    assert math.isnan(gap.relative_modality_gap)
+    assert gap.positive_cosine == pytest.approx(1, abs=1e-12)
+    assert gap.image_cosine == pytest.approx(1, abs=1e-12)
+    assert modality_gap(point, -point).relative_modality_gap == pytest.approx(1, abs=1e-12)
+
+
 def test_float32_features_are_summed_wide():
     # One cone: |sum x|^2 - sum |x|^2 cancels badly in float32.
     cone = F.normalize(torch.ones(3000, 16) + 1e-3 * torch.randn(3000, 16), dim=1)
-    wide = modality_gap(cone.double(), cone.double()).image_cosine
+    wide = modality_gap(F.normalize(cone.double(), dim=1), cone.double()).image_cosine
     assert modality_gap(cone, cone).image_cosine == pytest.approx(wide, abs=1e-14)
 
 

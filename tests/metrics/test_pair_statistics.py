@@ -51,14 +51,37 @@ def test_histogram_matches_numpy():
         assert np.array_equal(summary.histogram.numpy().cumsum()[-1], len(cosines))
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.95])
-def test_quantile_is_within_one_bin(fraction):
-    images, texts, ids = _pairs(61, 1000)
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("count", [2, 3, 11, 61])
+def test_a_quantile_is_that_of_numpy(count, fraction):
+    images, texts, ids = _pairs(count, 1000)
+    statistics = _collect(images, texts, ids, chunk_rows=4)
+    kinds = metric_reference.cosines_by_kind(images, texts, ids, ids)
+    for summary, cosines in zip((statistics.positive, statistics.negative), kinds, strict=True):
+        expected = np.quantile(cosines, fraction)
+        assert summary.quantile(fraction) == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("count", [3, 11, 61])
+def test_a_quantile_of_many_pairs_is_within_one_bin(monkeypatch, count, fraction):
+    monkeypatch.setattr("dist_siglip.metrics.pair_statistics.MOST_EXACT_PAIRS", count)
+    images, texts, ids = _pairs(count, 1000)
+    statistics = _collect(images, texts, ids, chunk_rows=4)
     cosines = metric_reference.cosines_by_kind(images, texts, ids, ids)[1]
-    expected = np.quantile(cosines, fraction, method="inverted_cdf")
-    assert _collect(images, texts, ids).negative.quantile(fraction) == pytest.approx(
-        expected, abs=2 / NUM_BINS
+    assert statistics.negative.cosines is None
+    assert statistics.negative.quantile(fraction) == pytest.approx(
+        np.quantile(cosines, fraction), abs=2 / NUM_BINS
     )
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, math.nan)]
+)
+def test_a_scale_or_bias_that_is_none_is_refused(scale, bias):
+    images, texts, ids = _pairs(4)
+    with pytest.raises(UserError, match=r"logit_scale \(.*must be a finite number above 0"):
+        _collect(images, texts, ids, logit_scale=scale, logit_bias=bias)
 
 
 def test_ends_of_the_range_fall_into_the_last_bins():

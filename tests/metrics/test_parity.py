@@ -207,7 +207,7 @@ def test_unusable_rows_are_refused_on_every_rank_by_name(refusals):
         assert f"(rank {last})" in result["nan"]
         assert result["evaluate nan"] == result["nan"]
         assert "embedding sizes" in result["width"]
-        assert "image_ids must be int64" in result["ids"]
+        assert "one per row of image_features" in result["ids"]
         assert "row 0 is no pair" in result["pair"]
         assert "no rank has any pair" in result["empty"]
     assert len({result["next"] for result in results}) == 1

@@ -36,8 +36,7 @@ def mean_direction(features: Tensor, *, group: ProcessGroup | None = None) -> Te
         >>> mean_direction(torch.tensor([[3.0, 0.0], [0.0, 5.0]]))
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    row_ids = torch.arange(len(features), device=features.device)
-    check_features([("features", features)], [("rows", row_ids)], unit_norm=False, group=group)
+    check_features([("features", features)], unit_norm=False, group=group)
     total = features.new_zeros(features.shape[1] + 1, dtype=torch.float64)
     for rows in features.split(_CHUNK_ROWS):
         total[:-1] += F.normalize(rows.double(), dim=1).sum(dim=0)

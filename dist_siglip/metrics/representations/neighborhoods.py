@@ -75,6 +75,8 @@ def find_neighborhoods(
         [[1], [2], [1]]
     """
     own = check_pairs(first_features, second_features, group=group)
+    if own.num_rows < 2:
+        raise UserError("one row has no neighbours; give at least 4 rows to compare")
     if not 1 <= k < own.num_rows:
         raise UserError(
             f"k ({k}) must be from 1 to {own.num_rows - 1}, one less than the rows to compare"
