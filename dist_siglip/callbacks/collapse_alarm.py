@@ -1,4 +1,4 @@
-"""Is a fine-tuned model losing what it knew?
+"""The alarm of a fine-tuned model that loses what it knew.
 
 Three signs, looked for at every evaluation: logits of positives and negatives meet, embeddings
 spread over fewer directions, recall falls below that of the first evaluation.
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
+from dist_siglip.callbacks.early_end import end_training
 from dist_siglip.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,14 +28,17 @@ class CollapseAlarm(Callback):
     keeps. ``val/collapse_signs`` is the number of signs found.
 
     Args:
-        action: "warn" writes a line to the log; "stop" ends the run with an error, its checkpoints
-            kept; "off" looks at nothing.
+        action: "warn" writes a line to the log; "stop" ends the run there, with a checkpoint, a
+            report and exit code 4; "off" looks at nothing.
         logit_separation: distance of the means of positive and negative logits, in units of their
             standard deviation, below which they have met, if they were that far apart, and
             twice as far as now, before.
         rank_share: share of the largest effective rank so far below which it has dropped.
         recall_errors: standard errors of recall@1 by which it must lie under that of the first
             evaluation.
+
+    Attributes:
+        ends_run: whether a run is to end for what was found.
 
     Raises:
         UserError: if a setting is out of range.
@@ -60,6 +65,7 @@ class CollapseAlarm(Callback):
         self.logit_separation = logit_separation
         self.rank_share = rank_share
         self.recall_errors = recall_errors
+        self.ends_run = False
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
 
@@ -80,10 +86,13 @@ class CollapseAlarm(Callback):
             "lower optim.learning_rate, lock a tower, or calibrate scale and bias to the batch "
             "(model.calibration_pairs)"
         )
-        if self.action == "stop" and trainer.training:
-            raise UserError(f"{text}; {remedy}; earlier checkpoints are kept")
         if trainer.is_global_zero:
             logger.warning("%s; %s", text, remedy)
+        if self.action == "stop":
+            self.ends_run = True
+            # Lightning calls this hook in its validating stage, in training too.
+            if trainer.state.fn == TrainerFn.FITTING:
+                end_training(trainer)
 
     def look(self, metrics: Mapping[str, float]) -> list[str]:
         """Compare an evaluation with those before it, and remember it.

@@ -41,19 +41,23 @@ class ProgressReport(Callback):
     def __init__(self, line_seconds: float = 10.0) -> None:
         self.line_seconds = line_seconds
         self._bar: Progress | None = None
+        self._has_bar = False  # ours or another
         self._started = 0.0
-        self._first_step = 0
+        self._first_step = self._total = 0
         self._last_line = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar if there is a terminal to draw it on."""
         self._started = self._last_line = time.monotonic()
-        self._first_step = trainer.global_step
+        # A stop lowers the Trainer's own number.
+        self._first_step, self._total = trainer.global_step, trainer.max_steps
         if not trainer.is_global_zero:
             return
-        logger.info("training from step %d to %d", trainer.global_step, trainer.max_steps)
+        logger.info("training from step %d to %d", self._first_step, self._total)
         console = Console(stderr=True)
-        if console.is_terminal:
+        self._has_bar = console.is_terminal
+        # One that the user has chosen draws alone.
+        if self._has_bar and trainer.progress_bar_callback is None:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -62,7 +66,7 @@ class ProgressReport(Callback):
                 TextColumn("{task.description}"),
                 console=console,
             )
-            self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step)
+            self._bar.add_task("", total=self._total, completed=self._first_step)
             self._bar.start()
 
     def on_train_batch_end(
@@ -84,14 +88,16 @@ class ProgressReport(Callback):
         if now - self._last_line >= self.line_seconds or is_last:
             self._last_line = now
             rate = (step - self._first_step) / max(now - self._started, 1e-9)
-            logger.info(
-                "step %d/%d, %s, %s left",
-                step,
-                trainer.max_steps,
+            parts = [
+                f"step {step}/{self._total}",
                 describe(trainer.callback_metrics),
-                _clock((trainer.max_steps - step) / max(rate, 1e-9)),
+                f"{_clock((self._total - step) / max(rate, 1e-9))} left",
+            ]
+            logger.info(
+                "%s",
+                ", ".join(part for part in parts if part),
                 # The terminal shows the bar instead; the file gets the line.
-                extra={"is_on_bar": self._bar is not None},
+                extra={"is_on_bar": self._has_bar},
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -93,13 +93,16 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write when it is time."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's: writes nothing
+            return
         step = trainer.global_step
         if step % self.every_steps == 0 and step not in (self._written_step, self._background.step):
             self._write(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the checkpoint of these weights if they are the best so far."""
-        if self.keep_best_of is None or trainer.sanity_checking:
+        is_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning's
+        if self.keep_best_of is None or trainer.sanity_checking or is_dev_run:
             return
         value = trainer.callback_metrics.get(self.keep_best_of)
         if value is None:
@@ -125,8 +128,14 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last step, unless it just was, and wait for it."""
         self._finish(trainer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning's: writes nothing
+            return
         if trainer.global_step != self._written_step:
             self._write(trainer, is_last=True)
+        elif trainer.should_stop:
+            # Written before the evaluation that had the run end, whose findings belong into it.
+            self._write(trainer)
+            self._finish(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

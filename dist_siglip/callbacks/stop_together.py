@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip import stop_request
+from dist_siglip.callbacks.early_end import end_training, stop_again
 from dist_siglip.callbacks.slurm_requeue import requeue_job
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
@@ -66,7 +67,8 @@ class StopTogether(Callback):
             setattr(handlers, _INSTALL, _do_nothing)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the question out of every step, and make the group."""
+        """Take the question out of every step, and make the group; stop what had stopped."""
+        stop_again(trainer)
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, _QUESTION):
             setattr(loop, _QUESTION, _do_nothing)
@@ -82,8 +84,7 @@ class StopTogether(Callback):
         if trainer.global_step >= trainer.max_steps or not self._is_any_asked():
             return
         self.has_stopped = True
-        # Not should_stop, for which Lightning would evaluate first.
-        trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+        end_training(trainer)
         trainer.limit_val_batches = 0
         if trainer.is_global_zero:
             logger.warning(

@@ -47,7 +47,7 @@ _VERBS = {
     ),
 }
 
-EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED = 0, 1, 2, 3
+EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED, EXIT_COLLAPSED = 0, 1, 2, 3, 4
 EXIT_SAVED, EXIT_INTERRUPTED = 75, 130
 
 
@@ -59,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 1 ``quickstart`` stayed below its recall floor, or a check found damage; 2 a
-        mistake of the user, told in one line; 3 a run that would fail again, told in one line; 75
-        ``fit`` was asked to stop, has saved, and goes on when started again; 130 interrupted. A
-        process whose ranks hang ends with 70, without returning.
+        mistake of the user, told in one line; 3 a run that would fail again, told in one line; 4
+        ``collapse_alarm`` stopped the run, with checkpoint and report; 75 ``fit`` was asked to
+        stop, has saved, and goes on when started again; 130 interrupted. A process whose ranks
+        hang ends with 70, without returning.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.start_point import checkpoint_to_look_at
+from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.data import (
     ImageTextBatch,
@@ -140,8 +141,14 @@ class CalibrationCLI(TrainingCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build a Trainer that logs and writes nothing and looks at every pair."""
+        settings = self._get(self.config_init, "trainer")
         return LightningCLI.instantiate_trainer(
-            self, logger=False, limit_val_batches=1.0, plugins=self._plugins(), **kwargs
+            self,
+            logger=False,
+            limit_val_batches=1.0,
+            plugins=plugins(settings),
+            enable_progress_bar=draws_bar(settings),
+            **kwargs,
         )
 
     def before_calibrate(self) -> None:

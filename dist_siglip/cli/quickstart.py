@@ -68,8 +68,10 @@ def quickstart(
     arguments += ["--trainer.devices", str(devices), "--seed_everything", str(seed)]
     if steps is not None:
         arguments += ["--trainer.max_steps", str(steps)]
-    train(arguments)
+    code = train(arguments).exit_code
     leave_process_groups()
+    if code:
+        return code
     if not is_first_process():
         return 0
     extra = {

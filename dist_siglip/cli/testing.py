@@ -23,6 +23,7 @@ from dist_siglip.benchmarks import BenchmarkResult
 from dist_siglip.callbacks import Benchmarks
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.start_point import checkpoint_to_look_at
+from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import copy_from_first_rank, leave_process_groups
@@ -80,12 +81,14 @@ class BenchmarkCLI(TrainingCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build a Trainer that writes into the run folder, but not into its logs."""
+        settings = self._get(self.config_init, "trainer")
         return LightningCLI.instantiate_trainer(
             self,
             default_root_dir=str(self.folder.path),
             logger=False,
             limit_test_batches=1.0,
-            plugins=self._plugins(),
+            plugins=plugins(settings),
+            enable_progress_bar=draws_bar(settings),
             **kwargs,
         )
 

@@ -5,26 +5,34 @@ started and before anything is written, the first process checks what can be che
 batch arithmetic, the checkpoint to go on from, and that the folder holds no other run.
 """
 
+import atexit
 import json
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dist_siglip.atomic import write_atomically
-from dist_siglip.callbacks import AtomicCheckpointIO, MetricsLog, StopTogether, TensorBoardLog
-from dist_siglip.cli import EXIT_SAVED
-from dist_siglip.cli.callback_groups import CONFIGURED, UNCONFIGURED
+from dist_siglip.callbacks import (
+    CollapseAlarm,
+    MetricsLog,
+    StopTogether,
+    TensorBoardLog,
+)
+from dist_siglip.callbacks.early_end import reason_of_early_end
+from dist_siglip.cli import EXIT_COLLAPSED, EXIT_SAVED
+from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.start_point import (
@@ -37,6 +45,7 @@ from dist_siglip.cli.start_point import (
     steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
+from dist_siglip.cli.trainer_parts import default_callbacks, draws_bar, listed, plugins
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
@@ -58,8 +67,9 @@ _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
     "gradient_clip_val": 1.0,
-    # ProgressReport shows a bar with an end; the model's size is one line in the log.
-    "enable_progress_bar": False,
+    # Null: ProgressReport shows a bar with an end, unless a callback of the user does.
+    "enable_progress_bar": None,
+    # The model's size is one line in the log.
     "enable_model_summary": False,
 }
 
@@ -137,36 +147,33 @@ class TrainingCLI(LightningCLI):
         root = self.folder.path
         settings = self._get(self.config_init, "trainer")
         asked = settings.get("logger")
-        extra_loggers = asked if isinstance(asked, list) else [asked] if _is_logger(asked) else []
-        self.trainer_defaults["callbacks"] = [callback() for callback in UNCONFIGURED]
+        self.trainer_defaults["callbacks"] = default_callbacks(settings)
         metrics_log = MetricsLog(root)
         loggers = [
             metrics_log,
             TensorBoardLog(str(root), name="", version="tensorboard"),
-            *extra_loggers,
+            *listed(None if isinstance(asked, bool) else asked),
         ]
         try:
             trainer = super().instantiate_trainer(
-                default_root_dir=str(root), logger=loggers, plugins=self._plugins(), **kwargs
+                default_root_dir=str(root),
+                logger=loggers,
+                plugins=plugins(settings),
+                enable_progress_bar=draws_bar(settings),
+                **kwargs,
             )
         except (ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         metrics_log.follow(lambda: self.model.steps_done)
         return trainer
 
-    def _plugins(self) -> list[Any]:
-        """Plugins the configuration asks for, our checkpoint reader, SLURM without its requeue."""
-        asked = self._get(self.config_init, "trainer").get("plugins") or []
-        plugins = [*(asked if isinstance(asked, list) else [asked]), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            # Lightning's own requeue saves inside the signal handler, which deadlocks with
-            # collectives in the loss.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
-        return plugins
-
-    @property
+    @cached_property
     def folder(self) -> RunFolder:
-        """The run folder."""
+        """The run folder; one that is thrown away for ``fit`` with ``trainer.fast_dev_run``."""
+        if self.subcommand == "fit" and self._get(self.config, "trainer.fast_dev_run"):
+            scratch = tempfile.mkdtemp(prefix="dist_siglip-fast_dev_run-")
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            return RunFolder(Path(scratch))
         return RunFolder(Path(self._get(self.config, "run_dir")))
 
     def before_fit(self) -> None:
@@ -206,7 +213,7 @@ class TrainingCLI(LightningCLI):
             logger.info("run folder %s, %.1f M parameters", self.folder.path, num_parameters / 1e6)
 
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        """Train to max_steps, evaluate the end, leave a report."""
+        """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
         start = self.start_checkpoint
         done = steps_behind(self.folder, start)
         if done >= self.trainer.max_steps:
@@ -220,28 +227,41 @@ class TrainingCLI(LightningCLI):
                 self.trainer.max_steps,
             )
             return
-        if start is None and self._evaluates_at_start():
+        is_dev_run: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning's
+        if start is None and self._evaluates_at_start() and not is_dev_run:
             self.trainer.num_sanity_val_steps = float("inf")
         if start is not None:
             logger.info("going on from %s", start)
             if owes_evaluation(self.folder, done, self.trainer.val_check_interval):
                 with isolate_rng():  # training must not see that it took place
                     self._evaluate(start)
-        self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
+        wanted, had_ended = self.trainer.max_steps, bool(start) and not self._owes_end(done)
+        alarm: CollapseAlarm = self._get(self.config_init, "collapse_alarm")
+        if not alarm.ends_run:
+            self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
         stop: StopTogether = self._get(self.config_init, "stop")
         if stop.has_stopped:
             stop.leave(self.trainer)
-            self.exit_code = self._code_of_a_stop()
+            self.exit_code = self._code_for_launcher(EXIT_SAVED)
             return
-        if self.trainer.global_step < self.trainer.max_steps:
-            raise KeyboardInterrupt  # Lightning stops quietly; the caller must see it
-        self._conclude()
+        if is_dev_run:
+            logger.info("fast_dev_run went through; nothing of it is kept")
+            return
+        step = self.model.steps_done
+        if not (had_ended and step == done):
+            self._conclude()
+        if alarm.ends_run:
+            logger.error("stopped at step %d of %d by collapse_alarm", step, wanted)
+            self.exit_code = self._code_for_launcher(EXIT_COLLAPSED)
+        elif step < wanted:
+            reason = reason_of_early_end(self.trainer)
+            logger.info("stopped early at step %d of %d because %s", step, wanted, reason)
 
     def _conclude(self, source: Path | None = None) -> None:
         """Evaluate the last step, of a checkpoint or just trained, and leave a report."""
         if self.datamodule.val_shards is None:
             return
-        if source is not None or self.model.last_evaluated_step != self.trainer.global_step:
+        if source is not None or self.model.last_evaluated_step != self.model.steps_done:
             self._evaluate(source)
         if self.trainer.is_global_zero:
             # Plotting takes a while to import, and only this moment needs it.
@@ -265,11 +285,11 @@ class TrainingCLI(LightningCLI):
             has_report=self.folder.report.exists(),
         )
 
-    def _code_of_a_stop(self) -> int:
-        """EXIT_SAVED, but for the children of Lightning's launcher, whose code would kill it."""
+    def _code_for_launcher(self, code: int) -> int:
+        """Return the code, but 0 in children of Lightning's launcher, whom theirs would kill."""
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
         is_child = isinstance(environment, LightningEnvironment) and self.trainer.local_rank > 0
-        return 0 if is_child else EXIT_SAVED
+        return 0 if is_child else code
 
     def _evaluates_at_start(self) -> bool:
         asked: bool | None = self._get(self.config, "evaluate_at_start")
@@ -303,7 +323,3 @@ class TrainingCLI(LightningCLI):
     def _get_all(self) -> Any:
         """Return the resolved configuration of the verb."""
         return self.config[self.subcommand]
-
-
-def _is_logger(value: Any) -> bool:
-    return value is not None and not isinstance(value, bool)
