@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import yaml
 
 from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.errors import UserError
+from dist_siglip.optim import OptimConfig, describe_schedule_change
 from dist_siglip.runs import (
     RunFolder,
     check_sound,
     describe_differences,
     newest_sound_checkpoint,
 )
+from dist_siglip.runs.identity import flatten
 
 
 def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
@@ -68,6 +71,32 @@ def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
             f"run_dir ({folder.path}) holds another run: {'; '.join(differences[:3])}; "
             "choose another run_dir, or use its settings"
         )
+
+
+def schedule_change(
+    folder: RunFolder, resolved: Mapping[str, Any], optim: OptimConfig, start: Path | None
+) -> str:
+    """Say what another ``trainer.max_steps`` does to the learning rate of a run; empty if nothing.
+
+    Args:
+        folder: of the run, with its configuration so far.
+        resolved: settings now.
+        optim: those of the optimizer.
+        start: checkpoint the run goes on from.
+
+    Raises:
+        UserError: as ``describe_schedule_change``.
+    """
+    step, steps_now = steps_behind(folder, start), resolved["trainer"]["max_steps"]
+    if step >= steps_now or (start is not None and not step):
+        return ""  # complete, or a checkpoint of another run
+    before, steps_before = optim if step else replace(optim, schedule_start_step=0), steps_now
+    if step and folder.config.is_file():
+        recorded = dict(flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8"))))
+        steps_before = recorded.get("trainer.max_steps", steps_now)
+        begun = recorded.get("model.optim.schedule_start_step", 0)
+        before = replace(optim, schedule_start_step=begun)
+    return describe_schedule_change(before, steps_before, optim, steps_now, step)
 
 
 def check_fits(model: torch.nn.Module, path: Path) -> None:

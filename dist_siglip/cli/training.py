@@ -42,6 +42,7 @@ from dist_siglip.cli.start_point import (
     checkpoint_to_start_from,
     evaluated_step,
     owes_evaluation,
+    schedule_change,
     steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
@@ -52,6 +53,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.full_disk import going_on_without
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
+from dist_siglip.optim import how_to_go_on
 from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
@@ -199,6 +201,7 @@ class TrainingCLI(LightningCLI):
         resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
         settings = yaml.safe_load(resolved)
         check_same_run(self.folder, settings)
+        change = schedule_change(self.folder, settings, self.model.optim, self.start_checkpoint)
         self.datamodule.start_facts = self._start_facts(settings, world_size)
         if self.trainer.is_global_zero:
             self._lock = self.folder.lock()
@@ -211,6 +214,8 @@ class TrainingCLI(LightningCLI):
                 write_atomically(self.folder.provenance, content)
             num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             logger.info("run folder %s, %.1f M parameters", self.folder.path, num_parameters / 1e6)
+            if change:
+                logger.info("%s", change)
 
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
@@ -220,11 +225,11 @@ class TrainingCLI(LightningCLI):
             if self._owes_end(done):
                 self._conclude(start)
             logger.info(
-                "run %s is complete: step %d of %d; raise trainer.max_steps to go on, or choose "
-                "another run_dir",
+                "run %s is complete: step %d of %d; %s to go on, or choose another run_dir",
                 self.folder.path,
                 done,
                 self.trainer.max_steps,
+                how_to_go_on(self.model.optim, done),
             )
             return
         is_dev_run: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning's

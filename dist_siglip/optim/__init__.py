@@ -3,6 +3,7 @@
 from dist_siglip.optim.build import OptimConfig, build_optimizer
 from dist_siglip.optim.groups import ParameterRule
 from dist_siglip.optim.schedule import Schedule, learning_rate_factor
+from dist_siglip.optim.schedule_change import describe_schedule_change, how_to_go_on
 from dist_siglip.optim.spike import NormHistory
 from dist_siglip.optim.step_check import StepCheck, StepFinding
 
@@ -14,5 +15,7 @@ __all__ = [
     "StepCheck",
     "StepFinding",
     "build_optimizer",
+    "describe_schedule_change",
+    "how_to_go_on",
     "learning_rate_factor",
 ]

@@ -43,6 +43,11 @@ class OptimConfig:
             constant to the end.
         min_learning_rate_fraction: where cosine, line and cool-down end, as a share of
             learning_rate, in [0, 1].
+        schedule_start_step: step at which warm-up and schedule begin; they end with the run. 0 but
+            for a run that is trained on after its end: the step it has reached, from which it
+            warms up and comes down again.
+        accept_rate_jump: let the learning rate jump where a run goes on with another
+            ``trainer.max_steps``, into the schedule of the new length; False refuses it.
         optimizer: class path of a ``torch.optim.Optimizer`` with init_args of its own, instead of
             AdamW; its learning rate and weight decay come from here, beta1, beta2 and epsilon are
             AdamW's alone.
@@ -60,6 +65,8 @@ class OptimConfig:
     schedule: Schedule = "cosine"
     min_learning_rate_fraction: float = 0.0
     cooldown_steps: int = 0
+    schedule_start_step: int = 0
+    accept_rate_jump: bool = False
     optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class OptimConfig:
         _require("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0; 0 turns it off")
         _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0; 0 turns it off")
         _require("cooldown_steps", self.cooldown_steps, self.cooldown_steps >= 0, ">= 0")
+        start = self.schedule_start_step
+        _require("schedule_start_step", start, start >= 0, ">= 0; 0 is the start of the run")
         _require("min_learning_rate_fraction", fraction, 0 <= fraction <= 1, "in [0, 1]")
         schedules = get_args(Schedule)
         allowed = f"one of {', '.join(schedules)}"
@@ -111,14 +120,16 @@ def build_optimizer(
         RuntimeError: If a trainable parameter is in no group or in two.
     """
     _require("total_steps", total_steps, total_steps > 0, "> 0; set max_steps of the trainer")
+    start = config.schedule_start_step
+    _require("schedule_start_step", start, start < total_steps, f"below max_steps ({total_steps})")
     ramps = config.warmup_steps + config.cooldown_steps
-    if ramps >= total_steps and (config.schedule != "constant" or config.cooldown_steps):
+    if ramps >= total_steps - start and (config.schedule != "constant" or config.cooldown_steps):
         logger.warning(
             "warmup_steps (%d) and cooldown_steps (%d) leave none of the %d steps for the %s "
             "schedule",
             config.warmup_steps,
             config.cooldown_steps,
-            total_steps,
+            total_steps - start,
             config.schedule,
         )
     groups = parameter_groups(
@@ -130,21 +141,52 @@ def build_optimizer(
     if not groups:
         raise UserError("no parameter is trainable; unfreeze a tower, the scale or the bias")
     check_coverage(module, groups)
-    factor = partial(
-        learning_rate_factor,
-        warmup_steps=config.warmup_steps,
-        total_steps=total_steps,
-        schedule=config.schedule,
-        min_fraction=config.min_learning_rate_fraction,
-        cooldown_steps=config.cooldown_steps,
-    )
+    factor = partial(scheduled_factor, config, total_steps)
     optimizer = _make(config, groups, fused=can_fuse(module) and not scales_gradients)
     if scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
             f"optimizer ({type(optimizer).__name__}) is fused, which cannot be clipped with "
             "precision 16-mixed; give it fused: false, or take bf16-mixed"
         )
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, _Schedule(optimizer, factor)
+
+
+class _Schedule(LambdaLR):
+    """A schedule whose rates are those of the settings, in a run that goes on, too."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the step of a checkpoint, but no rate of it: its schedule may have been another."""
+        base_rates = list(self.base_lrs)
+        super().load_state_dict(state_dict)
+        groups = self.optimizer.param_groups
+        before = groups[0]["lr"]
+        for group, base, factor in zip(groups, base_rates, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base, base * factor(self.last_epoch)
+        self.base_lrs = base_rates
+        self._last_lr = [group["lr"] for group in groups]
+        now, step = groups[0]["lr"], self.last_epoch
+        if not math.isclose(before, now, rel_tol=1e-6):
+            text = "learning rate after step %d: %.4g, not %.4g as in the checkpoint"
+            logger.info(text, step, now, before)
+
+
+def scheduled_factor(config: OptimConfig, total_steps: int, step: int) -> float:
+    """Share of the highest learning rate at a step of a run; see ``learning_rate_factor``.
+
+    Args:
+        config: settings.
+        total_steps: optimizer steps of the whole run.
+        step: number of optimizer steps already taken, from 0.
+    """
+    start = config.schedule_start_step
+    return learning_rate_factor(
+        max(0, step - start),
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps - start,
+        schedule=config.schedule,
+        min_fraction=config.min_learning_rate_fraction,
+        cooldown_steps=config.cooldown_steps,
+    )
 
 
 def _make(config: OptimConfig, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:

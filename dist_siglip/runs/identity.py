@@ -16,6 +16,8 @@ FREE_KEYS = frozenset(
         "model.gradient_checkpointing",
         "model.micro_batch_size",
         "model.calibration_pairs",  # only of a new run
+        "model.optim.schedule_start_step",  # with max_steps; a jump of the rate is refused
+        "model.optim.accept_rate_jump",
         "data.train_shards",  # the fingerprint in the checkpoint watches their content
         "data.train_sources",  # so it does theirs; their weights are in the checkpoint too
         "data.val_shards",
