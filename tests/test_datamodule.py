@@ -106,6 +106,24 @@ def test_training_visits_the_order_of_the_seed(shards, tmp_path):
     assert [i for ids, _ in batches for i in ids] == order
 
 
+@pytest.mark.parametrize(("count", "workers"), [(1, 2), (3, 0)])
+def test_overfitting_takes_the_same_batches_in_turns(shards, tmp_path, count, workers):
+    """Lightning's own way takes the first batches of every epoch, which are others in each."""
+    expected = run_to(count, make_data(shards), tmp_path)
+    data = make_data(shards, workers_per_rank=workers)
+    seen = run_to(7, data, tmp_path, overfit_batches=count)
+    assert_same_batches(seen, (expected * 7)[:7])
+    # A run that goes on is where it was in its turns.
+    again = make_data(shards)
+    rest = run_to(9, again, tmp_path, tmp_path / "7.ckpt", overfit_batches=count)
+    assert_same_batches(seen + rest, (expected * 9)[:9])
+
+
+def test_a_share_of_a_run_without_end_cannot_be_overfitted(shards, tmp_path):
+    with pytest.raises(UserError, match=r"overfit_batches \(0.5\) must be a whole number"):
+        run_to(2, make_data(shards), tmp_path, overfit_batches=0.5)
+
+
 def test_resume_twice_in_an_epoch_and_across_one_repeats_an_uninterrupted_run(shards, tmp_path):
     expected = run_to(11, make_data(shards), tmp_path)
     seen, checkpoint = [], None

@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_siglip.metrics.evaluation import describe_gallery
+
 logger = logging.getLogger(__name__)
 
 # Metric, short label, format; in the order of a line.
@@ -106,8 +108,9 @@ class ProgressReport(Callback):
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.is_global_zero and recall is not None and loss is not None:
             logger.info(
-                "evaluation at step %d: loss %.4f, image to text recall@1 %.3f",
+                "evaluation at step %d: %s, loss %.4f, image to text recall@1 %.3f",
                 getattr(pl_module, "last_evaluated_step", trainer.global_step),
+                describe_gallery(trainer.callback_metrics, "val/"),
                 float(loss),
                 float(recall),
             )

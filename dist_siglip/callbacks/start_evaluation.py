@@ -5,6 +5,8 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dist_siglip.metrics.evaluation import describe_gallery
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,4 +28,5 @@ class StartEvaluation(Callback):
             each.log_metrics(values, step=0)
         shown = ("image_to_text_recall@1", "text_to_image_recall@1", "loss", "modality_gap")
         parts = [f"{name} {values[f'val/{name}']:.4g}" for name in shown]
-        logger.info("before the first step: %s", ", ".join(parts))
+        pairs = describe_gallery(evaluation.metrics)
+        logger.info("before the first step, on %s: %s", pairs, ", ".join(parts))

@@ -9,10 +9,11 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
 from dist_siglip.cli.doctor_page import Finding
+from dist_siglip.cli.trainer_parts import SlurmTasks
 from dist_siglip.distributed import World
+from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
+from dist_siglip.errors import UserError
 
 
 class Launch(NamedTuple):
@@ -59,8 +60,8 @@ def detect_launch(environ: Mapping[str, str]) -> Launch:
     if complaint is not None:
         is_silent = int(environ.get("SLURM_PROCID") or 0) > 0
         return Launch(World(), host, complaint=complaint, is_silent=is_silent)
-    cluster = SLURMEnvironment(auto_requeue=False)
-    return Launch(World.detect(environ), host, address=cluster.main_address, port=cluster.main_port)
+    address, port = main_address(environ), SlurmTasks().main_port
+    return Launch(World.detect(environ), host, address=address, port=port)
 
 
 def _complaint_about_srun(environ: Mapping[str, str]) -> Finding | None:
@@ -75,7 +76,13 @@ def _complaint_about_srun(environ: Mapping[str, str]) -> Finding | None:
     if "SLURM_NTASKS_PER_NODE" not in environ:
         text = f"{tasks} tasks without --ntasks-per-node: Lightning refuses them"
         return Finding("FAIL", "ranks", text, "ask for --nodes and --ntasks-per-node")
-    return None
+    complaint = complain_about_gpus(environ)
+    try:
+        main_address(environ)
+    except UserError as error:
+        complaint = str(error)
+    text, _, remedy = complaint.partition("; ")
+    return Finding("FAIL", "ranks", text, remedy) if complaint else None
 
 
 def restart_count() -> str:

@@ -21,6 +21,7 @@ from dist_siglip.cli.training import TrainingCLI, cli_settings
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.models.fusion_file import write_head
 from dist_siglip.module.reranker import RerankerModule
 from dist_siglip.runs import RunFolder
@@ -90,7 +91,7 @@ def print_reranking(folder: RunFolder) -> None:
     """Print recall of the newest evaluation, by the dual encoder alone and re-ranked."""
     metrics = read_evaluation(folder)
     table = Table(
-        title=f"step {int(metrics['step'])}, gallery of {int(metrics['gallery_pairs'])} pairs, "
+        title=f"step {int(metrics['step'])}, gallery of {describe_gallery(metrics)}, "
         f"{int(metrics['rerank_candidates'])} candidates re-ranked"
     )
     for column in ("retrieval", "recall@1", "re-ranked", "recall@5", "re-ranked"):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.runs import RunFolder
 
 _DIRECTIONS = (("image to text", "image_to_text"), ("text to image", "text_to_image"))
@@ -41,7 +42,7 @@ def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) 
     """Print recall, gap, margin and relative bias of the newest evaluation, then ``extra``."""
     metrics = read_evaluation(folder)
     num_pairs, distinct = int(metrics["gallery_pairs"]), int(metrics["distinct_captions"])
-    table = Table(title=f"step {int(metrics['step'])}, gallery of {num_pairs} pairs")
+    table = Table(title=f"step {int(metrics['step'])}, gallery of {describe_gallery(metrics)}")
     for column in ("retrieval", "recall@1", "recall@5", "recall@10", "median rank"):
         table.add_column(column, justify="left" if column == "retrieval" else "right")
     for label, key in _DIRECTIONS:

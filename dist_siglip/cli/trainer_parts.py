@@ -1,5 +1,6 @@
 """Parts of a Trainer: ours beside what the user asks for, whose choice wins."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
+from torch import cuda
 
 from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.cli.callback_groups import UNCONFIGURED
+from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
+from dist_siglip.errors import UserError
 
 
 def default_callbacks(settings: Mapping[str, Any]) -> list[Callback]:
@@ -33,10 +37,59 @@ def plugins(settings: Mapping[str, Any]) -> list[Any]:
     """Plugins the configuration asks for, our checkpoint reader, SLURM without its requeue."""
     found = [*listed(settings.get("plugins")), AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning's own requeue saves inside the signal handler, which deadlocks with
-        # collectives in the loss.
-        found.append(SLURMEnvironment(auto_requeue=False))
+        found.append(SlurmTasks())
     return found
+
+
+def check_gpus(settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Refuse tasks of srun that see a GPU of their own only, if GPUs are to be used.
+
+    Lightning gives task i of a node its GPU number i, which the task then does not see.
+
+    Raises:
+        UserError: with what to ask SLURM for instead.
+    """
+    accelerator = settings.get("accelerator")
+    is_wanted = accelerator in ("gpu", "cuda")
+    if "RANK" in environ or not (is_wanted or (accelerator == "auto" and cuda.is_available())):
+        return
+    complaint = complain_about_gpus(environ)
+    if complaint:
+        raise UserError(f"trainer.devices ({settings.get('devices')}): {complaint}")
+
+
+class SlurmTasks(SLURMEnvironment):
+    """Ranks that srun has started, with the right first node and without Lightning's requeue.
+
+    That one saves inside the signal handler, which deadlocks with collectives in the loss.
+
+    Raises:
+        UserError: if Lightning refuses the job; later, if its nodes cannot be read or are not
+            those of the Trainer.
+    """
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(auto_requeue=False)
+        except RuntimeError as error:
+            raise UserError(_in_one_line(error)) from error
+
+    @property
+    def main_address(self) -> str:
+        """Host of rank 0; torch looks for it in the environment."""
+        os.environ["MASTER_ADDR"] = main_address(os.environ)
+        return os.environ["MASTER_ADDR"]
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare nodes and tasks with what the Trainer was told."""
+        try:
+            super().validate_settings(num_devices, num_nodes)
+        except ValueError as error:
+            raise UserError(_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def listed(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ batch arithmetic, the checkpoint to go on from, and that the folder holds no oth
 import atexit
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -46,7 +47,7 @@ from dist_siglip.cli.start_point import (
     steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
-from dist_siglip.cli.trainer_parts import default_callbacks, draws_bar, listed, plugins
+from dist_siglip.cli.trainer_parts import check_gpus, default_callbacks, draws_bar, listed, plugins
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
@@ -150,6 +151,7 @@ class TrainingCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         asked = settings.get("logger")
         self.trainer_defaults["callbacks"] = default_callbacks(settings)
+        check_gpus(settings, os.environ)
         metrics_log = MetricsLog(root)
         loggers = [
             metrics_log,

@@ -149,24 +149,35 @@ class GlobalBatchSampler:
         rank: of this process.
         world_size: ranks; must divide the global batch.
         progress: where to start.
+        repeat: batches, the first of the run, that come in turns; None takes all.
 
     Raises:
         UserError: if the ranks do not divide the global batch.
     """
 
-    def __init__(self, plan: BatchPlan, *, rank: int, world_size: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+        repeat: int | None = None,
+    ) -> None:
         check_divisible(plan.global_batch_size, world_size)
         self._plan = plan
         self._rank = rank
         self._local_batch_size = plan.global_batch_size // world_size
         self._progress = progress
+        self._repeat = repeat
 
     def __iter__(self) -> Iterator[list[Slot]]:
         sequence = self._plan.sequence()
         batch = self._progress.samples_consumed // self._plan.global_batch_size
         first = self._rank * self._local_batch_size
         while True:
-            yield sequence.slots(batch, first, first + self._local_batch_size)
+            number = batch % self._repeat if self._repeat else batch
+            yield sequence.slots(number, first, first + self._local_batch_size)
             batch += 1
 
 

@@ -32,6 +32,7 @@ from dist_siglip.data.stages import Stage
 from dist_siglip.data.transforms import ImageTransform, evaluation_transform, training_transform
 from dist_siglip.datamodule.checks import check_least, check_shares
 from dist_siglip.datamodule.features import load_features
+from dist_siglip.datamodule.overfit import batches_to_repeat
 from dist_siglip.datamodule.position_counter import count_first, refuse_accumulation
 from dist_siglip.datamodule.prefetching import start_prefetching
 from dist_siglip.datamodule.sources import TrainSource
@@ -256,7 +257,11 @@ class ImageTextDataModule(BatchTransfer):
             raise RuntimeError("call setup('fit') before train_dataloader()")
         world = self._world()
         sampler = GlobalBatchSampler(
-            self.plan, rank=world.rank, world_size=world.world_size, progress=self.progress
+            self.plan,
+            rank=world.rank,
+            world_size=world.world_size,
+            progress=self.progress,
+            repeat=batches_to_repeat(self.trainer),
         )
         if world.is_first:
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))

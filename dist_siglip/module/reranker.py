@@ -172,7 +172,8 @@ class RerankerModule(RunModule):
             candidates=self.candidates,
             pairs_per_pass=self.pairs_per_pass,
         )
-        metrics = {**evaluation.metrics, **reranked, "rerank_candidates": float(self.candidates)}
+        metrics = {**evaluation.metrics, **self.available_pairs(), **reranked}
+        metrics["rerank_candidates"] = float(self.candidates)
         self.last_evaluation = Evaluation(metrics, evaluation.arrays)
         self.last_evaluated_step = self.steps_done
         # Every rank has the same numbers; nothing is left to synchronise.

@@ -55,6 +55,12 @@ class RunModule(LightningModule):
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [by_number(state) for state in states]
 
+    def available_pairs(self) -> dict[str, float]:
+        """Count the pairs of ``val_shards``, as a metric: what an evaluation could have seen."""
+        data = getattr(self.trainer, "datamodule", None)
+        dataset = getattr(data, "val_dataset", None)
+        return {} if dataset is None else {"available_pairs": float(len(dataset))}
+
     def finish_step(
         self,
         batch: ImageTextBatch,

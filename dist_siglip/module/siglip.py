@@ -241,6 +241,7 @@ class SigLipModule(RunModule):
         self.evaluation.reset()
         metrics = {
             **evaluation.metrics,
+            **self.available_pairs(),
             "logit_scale": logit_scale,
             "logit_bias": logit_bias,
             "learned_relative_bias": -logit_bias / logit_scale,

@@ -306,6 +306,8 @@ def test_ranks_of_srun_meet_where_lightning_lets_them_meet(monkeypatch):
     launch = launch_of(monkeypatch, SRUN)
     assert (launch.world.rank, launch.world.world_size, launch.host) == (3, 4, "n6")
     assert (launch.address, launch.port) == ("n5", 19567)
+    two_ranges = SRUN | {"SLURM_NODELIST": "rack1-[01-02]n[1-4]"}
+    assert launch_of(monkeypatch, two_ranges).address == "rack1-01n1"
 
 
 @pytest.mark.parametrize(
@@ -314,6 +316,8 @@ def test_ranks_of_srun_meet_where_lightning_lets_them_meet(monkeypatch):
         ({"SLURM_STEP_ID": None}, "warn", "started without srun in a job of 4 tasks"),
         ({"SLURM_JOB_NAME": "bash"}, "FAIL", "Lightning takes each task for a run"),
         ({"SLURM_NTASKS_PER_NODE": None}, "FAIL", "without --ntasks-per-node"),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "FAIL", "each of the 2 tasks of this node sees 1 GPU"),
+        ({"SLURM_NODELIST": "n[a-b]"}, "FAIL", "the node list of SLURM (n[a-b]) cannot be read"),
     ],
 )
 def test_a_slurm_job_that_fit_would_misread_is_told(monkeypatch, changed, status, told):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dist_siglip.cli.table import print_evaluation
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
@@ -97,10 +98,19 @@ def evaluated_at(run):
     return (run.evaluation / "metrics.json").stat().st_mtime_ns
 
 
-def test_a_run_whose_epochs_are_over_ends_normally(settings, tmp_path):
+def test_a_run_whose_epochs_are_over_ends_normally(settings, tmp_path, capsys):
     run = RunFolder(tmp_path / "run")
-    done = fit(settings, run, "--trainer.limit_train_batches=3", "--trainer.max_epochs=2")
+    options = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=2"]
+    options += ["--trainer.limit_val_batches=1", "--data.val_local_batch_size=8"]
+    done = fit(settings, run, *options)
     assert done.returncode == 0, done.stderr
     assert "stopped early at step 6 of 100 because trainer.max_epochs is 2" in done.stderr
     assert evaluated_step(run) == 6
-    assert run.report.exists()
+    # What an evaluation did not see is said wherever its numbers are.
+    assert "evaluation at step 6: 8 of 20 pairs, loss " in done.stderr
+    metrics = json.loads((run.evaluation / "metrics.json").read_text())
+    assert (metrics["gallery_pairs"], metrics["available_pairs"]) == (8, 20)
+    assert '"val/available_pairs": 20.0' in run.metrics.read_text()
+    assert "The newest evaluation saw 8 of 20 pairs." in run.report.read_text()
+    print_evaluation(run)
+    assert "gallery of 8 of 20 pairs" in capsys.readouterr().out

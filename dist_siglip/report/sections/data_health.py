@@ -28,8 +28,12 @@ def make(runs: Sequence[RunRecord]) -> Section:
             *(show(_last(run, "train/duplicate_captions"), "{:,.0f}") for run in runs),
         ],
         [
-            "validation pairs",
+            "validation pairs\nthat the newest evaluation saw",
             *(show(run.metrics.get("gallery_pairs"), "{:,.0f}") for run in runs),
+        ],
+        [
+            "validation pairs there are",
+            *(show(run.metrics.get("available_pairs"), "{:,.0f}") for run in runs),
         ],
         [
             "different captions among them",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.report.canvas import (
     STYLES,
     Curve,
@@ -61,7 +62,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
     for run in runs:
         beside = (f": {run.name}", _MOST_BESIDE)
         parts += _gallery(run, *(beside if len(runs) > 1 else ("", _MOST_PICTURES)))
-    verdicts = judge_each(runs, judge, judge_directions, judge_hubs)
+    verdicts = judge_each(runs, judge, judge_share, judge_directions, judge_hubs)
     return Section("retrieval", "Retrieval", verdicts, parts)
 
 
@@ -86,6 +87,19 @@ def judge(run: RunRecord) -> Verdict:
         return Verdict("bad", f"The model hardly retrieves better than chance: {told}.", reason)
     tone, word = ("good", "well") if recall >= 0.5 else ("note", "far above chance, not yet well")
     return Verdict("good" if tone == "good" else "note", f"It retrieves {word}: {told}.", reason)
+
+
+def judge_share(run: RunRecord) -> Verdict | None:
+    """Say so if the newest evaluation did not see all pairs there are."""
+    found = known(run.metrics, "gallery_pairs", "available_pairs")
+    if found is None or found[0] >= found[1]:
+        return None
+    return Verdict(
+        "watch",
+        f"The newest evaluation saw {describe_gallery(run.metrics)}.",
+        "limit_val_batches or overfit_batches of the Trainer leaves the others out, or they cannot "
+        "be read. Recall is higher in a smaller gallery.",
+    )
 
 
 def judge_directions(run: RunRecord) -> Verdict | None:
@@ -127,7 +141,7 @@ def gallery_note(metrics: dict[str, float]) -> str:
     if found is None or min(found) <= 0:
         return note
     return (
-        f"Gallery of {found[0]:.0f} pairs with {found[1]:.0f} distinct captions; chance of "
+        f"Gallery of {describe_gallery(metrics)} with {found[1]:.0f} distinct captions; chance of "
         f"recall@1 is about {1 / found[1]:.2g}. {note}"
     )
 
