@@ -112,7 +112,7 @@ def _read(
         if path.suffix not in (".yaml", ".yml"):
             return [line.strip() for line in text.strip().splitlines()]
         content: Any = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(
             f"{what} ({path}) cannot be read: {reason}; give {words}, a list, or a text or YAML "

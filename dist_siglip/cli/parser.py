@@ -1,12 +1,14 @@
 """Parsers whose complaints are one line."""
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.errors import UserError
 
 _UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
@@ -16,6 +18,14 @@ _NOT_ACCEPTED = re.compile(r"does not accept (?:option|nested key) '([\w.]+)'")
 
 class VerbParser(ArgumentParser):
     """A jsonargparse parser that raises ``UserError`` instead of printing its usage."""
+
+    def parse_args(  # type: ignore[override]  # jsonargparse differs from argparse likewise
+        self, args: Any = None, *more: Any, **options: Any
+    ) -> Namespace:
+        """Parse, and refuse numbers that are out of range."""
+        settings = parse_shallow(super().parse_args, args, *more, **options)
+        check_ranges(settings)
+        return settings
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the complaint as one line with a remedy."""
@@ -28,6 +38,20 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the complaint as one line with a remedy."""
         raise UserError(one_line(message, self)) from ex
+
+
+def parse_shallow(parse: Callable[..., Namespace], *given: Any, **options: Any) -> Namespace:
+    """Parse; refuse nests and numbers that no reader of YAML or JSON gets to the end of."""
+    try:
+        return parse(*given, **options)
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError("the configuration is nested too deeply; no setting is so deep") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(
+            f"the configuration cannot be read: {' '.join(str(error).split())}"
+        ) from error
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:

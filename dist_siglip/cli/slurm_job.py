@@ -210,8 +210,9 @@ def _global_batch_size(config: Path, fit_options: Sequence[str]) -> int | None:
     else:
         try:
             content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"config ({config}) cannot be read: {error}") from error
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"config ({config}) cannot be read: {reason}") from error
         data = content.get("data") if isinstance(content, dict) else None
         asked = data.get("global_batch_size") if isinstance(data, dict) else None
     return int(asked) if str(asked).isdigit() and int(asked) > 0 else None

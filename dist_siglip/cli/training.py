@@ -35,7 +35,8 @@ from dist_siglip.callbacks.early_end import reason_of_early_end
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parser import TrainingParser
+from dist_siglip.cli.parser import TrainingParser, parse_shallow
+from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.cli.start_point import (
     check_fits,
     check_same_run,
@@ -143,7 +144,8 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the list given; it is the command line, whatever ``sys.argv`` says."""
-        self.config = parser.parse_args(args)
+        self.config = parse_shallow(parser.parse_args, args)
+        check_ranges(self.config[self.config["subcommand"]])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""
@@ -166,7 +168,7 @@ class TrainingCLI(LightningCLI):
                 enable_progress_bar=draws_bar(settings),
                 **kwargs,
             )
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         metrics_log.follow(lambda: self.model.steps_done)
         return trainer

@@ -106,7 +106,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         kind = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"train_features ({folder}) is no folder of embeddings ({_MANIFEST}: "
             f"{' '.join(str(error).split())[:80]}); make one: dist-siglip embed --format features"

@@ -290,7 +290,7 @@ def _is_written(folder: Path, recipe: _Recipe) -> bool:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, names = dict(manifest["recipe"]), list(manifest["shards"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest of handwriting shards; {remedy}") from error
     wanted = asdict(recipe)
     differences = [

@@ -38,7 +38,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{manifest} is damaged; give a new folder") from error
     changes = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"

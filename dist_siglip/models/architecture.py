@@ -21,6 +21,31 @@ from torch import nn
 from dist_siglip.errors import UserError
 
 DEFAULT_CONTEXT_LENGTH = 77
+# What open_clip, timm and PyTorch raise for sizes that do not fit together, or into the memory.
+_CANNOT_BUILD = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# Keys of a model config that count something.
+_SIZES = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "layers",
+    "width",
+    "head_width",
+    "heads",
+    "context_length",
+    "vocab_size",
+)
+_LARGEST_SIZE = 2**24
 
 
 def override_architecture(
@@ -99,7 +124,9 @@ def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
             visual: Any = network.visual
             visual.trunk = timm.create_model(**trunk)
         _fit_image_size(network)
-    except (AssertionError, OSError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except _CANNOT_BUILD as error:
         raise UserError(
             f"model {name} cannot be built from its config ({' '.join(str(error).split())[:200]}); "
             "correct vision_cfg or text_cfg"
@@ -156,6 +183,9 @@ def _check(config: dict[str, Any], name: str) -> None:
     ):
         allowed = {field.name for field in dataclasses.fields(schema)}
         _check_keys(config[section], allowed, name, section)
+    for sizes in (config, config["vision_cfg"], config["text_cfg"]):
+        _check_sizes(sizes, name)
+    _check_patches(config["vision_cfg"], name)
     tower = config["vision_cfg"].get("timm_model_name")
     if tower and ":" not in tower and not timm.is_model(tower.split(".")[0]):
         close = difflib.get_close_matches(tower, timm.list_models(), n=3)
@@ -167,6 +197,37 @@ def _check(config: dict[str, Any], name: str) -> None:
         raise UserError(
             f"model {name} has a Hugging Face text tower, which needs transformers; "
             'run: pip install "dist-siglip[hf]"'
+        )
+
+
+def _check_sizes(section: dict[str, Any], name: str) -> None:
+    """Refuse sizes that are no whole numbers above 0, and a ratio that is none."""
+    for key in _SIZES:
+        value = section.get(key)
+        sizes = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        for size in sizes:
+            is_whole = isinstance(size, int) and not isinstance(size, bool)
+            if not is_whole or not 0 < size <= _LARGEST_SIZE:
+                raise UserError(
+                    f"{key} ({str(value)[:60]}) of model {name} must be a whole number from 1 to "
+                    f"{_LARGEST_SIZE}; correct its config"
+                )
+    ratio = section.get("mlp_ratio")
+    if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio < _LARGEST_SIZE):
+        raise UserError(f"mlp_ratio ({ratio}) of model {name} must be a number above 0")
+
+
+def _check_patches(vision: dict[str, Any], name: str) -> None:
+    """Refuse pictures smaller than a patch: the network would be built, and fail at a picture."""
+    image, patch = vision.get("image_size"), vision.get("patch_size")
+    if vision.get("timm_model_name") or isinstance(vision.get("layers"), list | tuple):
+        patch = patch or 1 if vision.get("timm_model_name") else 32  # strides of a ResNet
+    if image is None or patch is None:
+        return
+    sides = [min(size) if isinstance(size, list | tuple) else size for size in (image, patch)]
+    if sides[0] < sides[1]:
+        raise UserError(
+            f"image_size ({image}) of model {name} must be at least its patch of {patch} pixels"
         )
 
 

@@ -94,7 +94,7 @@ def weights_in_folder(folder: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({text}); fetch the model again") from error
     if not isinstance(content, dict):
@@ -110,7 +110,9 @@ def _architecture(config: dict[str, Any], path: Path) -> dict[str, Any]:
             return _clip(config, {**_CLIP_TOWER, **image}, {**_CLIP_TEXT, **text}, path)
         if kind in ("siglip", "siglip2"):
             return _siglip(kind, {**_SIGLIP_TOWER, **image}, {**_SIGLIP_TEXT, **text}, path)
-    except (TypeError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"{path} has sizes that are no numbers ({error}); correct it") from error
     raise UserError(f"model_type ({kind}) of {path} must be siglip, siglip2 or clip")
 

@@ -17,6 +17,7 @@ is the business of ``weights.py``, building the network that of ``architecture.p
 import difflib
 import json
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,14 +210,30 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"model config {path} does not exist; export the model again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model config {path} cannot be read: {_one_line(error)}") from error
     architecture = config.get("model_cfg", config) if isinstance(config, dict) else None
     needed = ("embed_dim", "vision_cfg", "text_cfg")
     if not isinstance(architecture, dict) or not all(key in architecture for key in needed):
         raise UserError(f"model config {path} must be an object with {', '.join(needed)}")
-    preprocessing = config.get("preprocess_cfg", {})
+    preprocessing = config.get("preprocess_cfg") or {}
+    for name, least in (("mean", -math.inf), ("std", 0)):
+        values = preprocessing.get(name, [1.0] * 3) if isinstance(preprocessing, dict) else None
+        if not _are_channels(values, above=least):
+            raise UserError(
+                f"preprocess_cfg of model config {path} must be an object whose {name} is three "
+                f"finite numbers{' above 0' if name == 'std' else ''}; export the model again"
+            )
     return architecture, merge_preprocess_dict(PreprocessCfg(), preprocessing)
+
+
+def _are_channels(values: object, *, above: float) -> bool:
+    """Whether values are three finite numbers above a bound, one for each colour."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(v, int | float) and above < v < math.inf for v in values)
+    )
 
 
 def _weights_file(pretrained: str, model: str, tags: Iterable[str]) -> Path:

@@ -47,6 +47,7 @@ POSITIONS = (
     "text.positional_embedding",
 )
 SHOWN_KEYS = 3
+_LARGEST_LOG_SCALE = 20.0  # a scale of 5e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def read_weights(path: Path) -> Weights:
     tensors = {key.replace("_orig_mod.", ""): value for key, value in content.items()}
     tensors = _strip_shared_prefix(tensors, "module.")
     if any(key.startswith(TOWERS_PREFIX) for key in tensors):
-        return replace(_split_own_checkpoint(tensors), global_batch_size=global_batch_size)
+        return replace(_split_own_checkpoint(tensors, path), global_batch_size=global_batch_size)
     tensors = _strip_shared_prefix(tensors, NETWORK_PREFIX)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     log_scale = tensors.pop("logit_scale", None)
@@ -98,8 +99,8 @@ def read_weights(path: Path) -> Weights:
     return Weights(
         towers=tensors,
         interpolation=interpolation,
-        logit_scale=None if log_scale is None else math.exp(log_scale.item()),
-        logit_bias=None if bias is None else float(bias.item()),
+        logit_scale=None if log_scale is None else _scale(log_scale, "logit_scale", path),
+        logit_bias=None if bias is None else _number(bias, "logit_bias", path),
         global_batch_size=global_batch_size,
     )
 
@@ -165,7 +166,7 @@ def _read(path: Path) -> Any:
             f"weights {path} hold more than tensors, or are damaged, and were not loaded, since "
             "they could run code; save the state dict alone, best as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"weights {path} cannot be read ({' '.join(str(error).split())[:120]}); the file is "
             "damaged or of another kind"
@@ -174,7 +175,13 @@ def _read(path: Path) -> Any:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files an index of transformers lists, all of which lie beside it."""
-    listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+    content = json.loads(index.read_text(encoding="utf-8"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+        raise UserError(
+            f"{index} must be an object with weight_map, the file of every tensor; fetch the model "
+            "again"
+        )
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
         path = index.parent / Path(name).name
@@ -184,24 +191,45 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _number(tensor: Tensor, name: str, path: Path) -> float:
+    if tensor.numel() != 1:
+        raise UserError(
+            f"{name} {tuple(tensor.shape)} of weights {path} must be one number; the file is "
+            "damaged or of another kind"
+        )
+    return float(tensor.item())
+
+
+def _scale(log_scale: Tensor, name: str, path: Path) -> float:
+    """The multiplier, from its logarithm."""
+    number = _number(log_scale, name, path)
+    if number > _LARGEST_LOG_SCALE:
+        raise UserError(
+            f"{name} ({number:g}) of weights {path} must be the logarithm of the scale, at most "
+            f"{_LARGEST_LOG_SCALE:g}; take the logarithm of the multiplier"
+        )
+    return math.exp(number)
+
+
 def _strip_shared_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if all(key.startswith(prefix) for key in tensors):
         return {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
-def _split_own_checkpoint(tensors: dict[str, Tensor]) -> Weights:
+def _split_own_checkpoint(tensors: dict[str, Tensor], path: Path) -> Weights:
     """Take the towers, and the scale and bias of either parameterisation, from our checkpoint."""
-    towers, scalars = {}, {}
+    towers: dict[str, Tensor] = {}
+    scalars: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key.startswith(TOWERS_PREFIX):
             towers[key.removeprefix(TOWERS_PREFIX).removeprefix(NETWORK_PREFIX)] = value
         elif value.numel() == 1:
-            scalars[key.rsplit(".", 1)[-1]] = float(value.item())
-    scale = math.exp(scalars["log_scale"]) if "log_scale" in scalars else None
-    bias = scalars.get("logit_bias")
+            scalars[key.rsplit(".", 1)[-1]] = value
+    scale = _scale(scalars["log_scale"], "log_scale", path) if "log_scale" in scalars else None
+    bias = float(scalars["logit_bias"].item()) if "logit_bias" in scalars else None
     if bias is None and scale is not None and "relative_bias" in scalars:
-        bias = -scale * scalars["relative_bias"]
+        bias = -scale * float(scalars["relative_bias"].item())
     return Weights(towers=towers, logit_scale=scale, logit_bias=bias)
 
 

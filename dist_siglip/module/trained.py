@@ -99,7 +99,7 @@ def _model_settings(folder: RunFolder) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         settings = content["model"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"run_dir ({folder.path}) holds no readable config.yaml of a run "
             f"({' '.join(str(error).split())[:120]}); name the folder that fit wrote"

@@ -13,7 +13,15 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from tests.support.tiny_models import ARCHITECTURES, VIT, inputs_of, network_of, write_config
+from tests.support.tiny_models import (
+    ARCHITECTURES,
+    RESNET,
+    TEXT,
+    VIT,
+    inputs_of,
+    network_of,
+    write_config,
+)
 
 SCALE, BIAS = 23.5, -12.25
 
@@ -304,6 +312,17 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
             r"timm_model_name .* vit_tiny_patch16",
         ),
         ({"vision_cfg": 3}, "vision_cfg of model .* must be an object, not 3"),
+        ({"embed_dim": -8}, r"embed_dim \(-8\) of model .* must be a whole number from 1"),
+        ({"embed_dim": 8.5}, r"embed_dim \(8.5\) of model .* must be a whole number"),
+        ({"embed_dim": [8] * 400}, r"cannot be built from its config"),
+        ({"vision_cfg": {**VIT, "patch_size": 0}}, r"patch_size \(0\) of model"),
+        ({"vision_cfg": {**VIT, "layers": -1}}, r"layers \(-1\) of model"),
+        ({"vision_cfg": {**VIT, "width": 10**30}}, r"width \(1000.*\) of model"),
+        ({"vision_cfg": {**VIT, "head_width": 64}}, r"cannot be built from its config"),
+        ({"vision_cfg": {**VIT, "image_size": 4}}, r"image_size \(4\) .* its patch of 8 pixels"),
+        ({"vision_cfg": {**VIT, "mlp_ratio": -1.0}}, r"mlp_ratio \(-1.0\)"),
+        ({"vision_cfg": {**RESNET, "image_size": 16}}, "its patch of 32 pixels"),
+        ({"text_cfg": {**TEXT, "heads": 0}}, r"heads \(0\) of model"),
         ({"text_cfg": {"width": 10, "heads": 3}}, r"cannot be built from its config \(embed_dim"),
         ({"text_cfg": {"tokenizer_kwargs": {"clena": 1}}}, r"tokenizer_kwargs .* are wrong"),
     ],
@@ -319,6 +338,7 @@ def test_wrong_config_is_refused_in_one_line(change, message, tmp_path):
     ("options", "message"),
     [
         ({"image_size": 0}, r"image_size \(0\)"),
+        ({"image_size": 1}, r"image_size \(1\) .* at least its patch of 8 pixels"),
         ({"context_length": 1}, r"context_length \(1\)"),
         ({"patch_dropout": 1.0}, r"patch_dropout \(1.0\) must be in \[0, 1\)"),
     ],

@@ -133,3 +133,23 @@ def test_bare_config_in_a_folder_is_read(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(ARCHITECTURES["clip"]))
     (tmp_path / "model.safetensors").touch()
     assert resolve_model(f"local-dir:{tmp_path}").architecture == ARCHITECTURES["clip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "cannot be read: "),
+        ("[]", "must be an object with embed_dim"),
+        ('{"preprocess_cfg": [1]}', "preprocess_cfg .* must be an object whose mean is three"),
+        ('{"preprocess_cfg": {"mean": [1, 2]}}', "whose mean is three finite numbers"),
+        ('{"preprocess_cfg": {"mean": [1, 2, NaN]}}', "whose mean is three finite numbers"),
+        ('{"preprocess_cfg": {"std": [1, 0, 1]}}', "whose std is three finite numbers above 0"),
+    ],
+)
+def test_a_damaged_config_is_refused_in_one_line(text, message, tmp_path):
+    if text.startswith("{"):
+        text = json.dumps({"model_cfg": ARCHITECTURES["clip"]} | json.loads(text))
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        resolve_model(str(tmp_path / "model.json"))
+    assert "\n" not in str(caught.value)

@@ -184,3 +184,30 @@ def test_mobileclip_names_in_another_network_are_reported(tmp_path):
             read_weights(tmp_path / "mobile.pt"),
             tmp_path / "mobile.pt",
         )
+
+
+@pytest.mark.parametrize(
+    ("scalar", "value", "message"),
+    [
+        ("logit_scale", torch.ones(2), r"logit_scale \(2,\) of weights .* must be one number"),
+        ("logit_bias", torch.ones(1, 2), r"logit_bias \(1, 2\) of weights .* must be one number"),
+        ("logit_scale", torch.tensor(1000.0), r"logit_scale \(1000\) .* must be the logarithm"),
+        ("state.log_scale", torch.tensor(1000.0), r"log_scale \(1000\) .* must be the logarithm"),
+    ],
+)
+def test_a_scale_or_bias_that_is_no_number_is_refused(scalar, value, message, tmp_path):
+    key = "towers.clip.weight" if scalar.startswith("state") else "weight"
+    torch.save({key: torch.ones(2), scalar: value}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{}", "[" * 5000, "nan"]
+)
+def test_an_index_that_is_none_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"index\.json") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)

@@ -194,7 +194,7 @@ class PackFolder:
             manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
             version, before = manifest["version"], dict(manifest["settings"])
             progress = Progress(**manifest["progress"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{self._manifest} is damaged; pack into a new folder") from error
         if version != _VERSION:
             raise UserError(f"{self._manifest} is of version {version}; pack into a new folder")

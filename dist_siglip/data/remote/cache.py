@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -65,8 +66,11 @@ class CacheSettings:
         Raises:
             UserError: naming the setting.
         """
-        if not self.max_gib > 0:
-            raise UserError(f"cache.max_gib ({self.max_gib}) must be above 0")
+        if not 0 < self.max_gib < math.inf:
+            raise UserError(
+                f"cache.max_gib ({self.max_gib}) must be a finite number above 0; give what the "
+                "disk has"
+            )
         if self.attempts < 1:
             raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
         if not self.recheck_hours >= 0:
