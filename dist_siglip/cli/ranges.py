@@ -90,6 +90,8 @@ _OPTIM = {
     "warmup_steps": Range(0, 10**12),
     "cooldown_steps": Range(0, 10**12),
     "min_learning_rate_fraction": _SHARE,
+    "schedule_start_step": Range(0, 10**12),
+    "fallback_learning_rate": _POSITIVE,
 }
 # A share of all batches, or a number of them.
 _BATCHES = Range(0, _MOST)

@@ -38,6 +38,18 @@ class Place(NamedTuple):
     groups_behind: int
 
 
+def lies_in_block(name: str) -> bool:
+    """Whether a parameter of this name lies in a numbered block, of a tower or a fusion head.
+
+    Example:
+        >>> lies_in_block("clip.visual.transformer.resblocks.3.mlp.c_fc.weight")
+        True
+        >>> lies_in_block("clip.visual.proj"), lies_in_block("clip.token_embedding.weight")
+        (False, False)
+    """
+    return bool(_BLOCK.search(name))
+
+
 def places(encoder: nn.Module) -> dict[str, Place]:
     """Say where each parameter of a dual encoder lies, by its name.
 

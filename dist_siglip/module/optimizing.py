@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.depth import lies_in_block
 from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
 
 
@@ -31,7 +32,13 @@ def configure(
             "bf16-mixed"
         )
     optimizer, schedule = build_optimizer(
-        module, config, trainer.max_steps, rules, scales_gradients=scaler is not None
+        module,
+        config,
+        trainer.max_steps,
+        rules,
+        scales_gradients=scaler is not None,
+        is_sharded=is_sharded,
+        in_block=lies_in_block,
     )
     return {
         "optimizer": optimizer,

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_siglip.errors import UserError
-from dist_siglip.optim.groups import ParameterRule, check_coverage, parameter_groups
+from dist_siglip.optim.groups import (
+    ParameterRule,
+    check_coverage,
+    decays,
+    parameter_groups,
+)
+from dist_siglip.optim.pair import PairedOptimizer
 from dist_siglip.optim.schedule import Schedule, learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -50,7 +57,11 @@ class OptimConfig:
             ``trainer.max_steps``, into the schedule of the new length; False refuses it.
         optimizer: class path of a ``torch.optim.Optimizer`` with init_args of its own, instead of
             AdamW; its learning rate and weight decay come from here, beta1, beta2 and epsilon are
-            AdamW's alone.
+            AdamW's alone. ``torch.optim.Muon`` gets the matrices of blocks, all else (embeddings,
+            heads, norms, biases, scale) goes to fallback_optimizer.
+        fallback_optimizer: class path of the optimizer of what is no matrix of a block. Null with
+            Muon: AdamW. If it is given, any optimizer gets the matrices of blocks only.
+        fallback_learning_rate: highest learning rate of the fallback, > 0. Null: learning_rate.
 
     Raises:
         UserError: If a value is out of range.
@@ -68,6 +79,8 @@ class OptimConfig:
     schedule_start_step: int = 0
     accept_rate_jump: bool = False
     optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
+    fallback_optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
+    fallback_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         fraction = self.min_learning_rate_fraction
@@ -84,6 +97,8 @@ class OptimConfig:
         schedules = get_args(Schedule)
         allowed = f"one of {', '.join(schedules)}"
         _require("schedule", self.schedule, self.schedule in schedules, allowed)
+        rate = self.fallback_learning_rate
+        _require("fallback_learning_rate", rate, rate is None or rate > 0, "> 0, or null")
         cools = self.schedule == "constant" or not self.cooldown_steps
         _require("cooldown_steps", self.cooldown_steps, cools, f"0 with schedule {self.schedule}")
 
@@ -100,6 +115,8 @@ def build_optimizer(
     rules: Mapping[str, ParameterRule] | None = None,
     *,
     scales_gradients: bool = False,
+    is_sharded: bool = False,
+    in_block: Callable[[str], bool] | None = None,
 ) -> tuple[Optimizer, LambdaLR]:
     """Build the optimizer and its schedule, which is to be stepped once per optimizer step.
 
@@ -113,10 +130,15 @@ def build_optimizer(
         rules: parameters with a learning rate or weight decay of their own, by name.
         scales_gradients: a GradScaler multiplies the loss (float16). A fused optimizer would
             divide by its factor itself, after the gradients were clipped, so none is taken.
+        is_sharded: parameters are shards of their whole, of which an optimizer of matrices sees
+            too little.
+        in_block: whether a parameter of this name lies in a block of a tower, where an optimizer of
+            matrices may have it; None takes every matrix.
 
     Raises:
         UserError: If nothing is trainable, total_steps is not positive, or the optimizer of the
-            settings does not take the parameters, or is fused where gradients are scaled.
+            settings does not take the parameters, is fused where gradients are scaled, wants
+            several passes a step (LBFGS), or is one of matrices where there are none or shards.
         RuntimeError: If a trainable parameter is in no group or in two.
     """
     _require("total_steps", total_steps, total_steps > 0, "> 0; set max_steps of the trainer")
@@ -132,17 +154,17 @@ def build_optimizer(
             total_steps - start,
             config.schedule,
         )
-    groups = parameter_groups(
-        module,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        rules=rules,
-    )
+    parts = _parts(module, config, rules, in_block, is_sharded=is_sharded)
+    groups = [group for part in parts for group in part]
     if not groups:
         raise UserError("no parameter is trainable; unfreeze a tower, the scale or the bias")
     check_coverage(module, groups)
     factor = partial(scheduled_factor, config, total_steps)
-    optimizer = _make(config, groups, fused=can_fuse(module) and not scales_gradients)
+    fused = can_fuse(module) and not scales_gradients
+    optimizer = _make(config, config.optimizer, parts[0], fused=fused)
+    if len(parts) == 2:
+        rest = _make(config, config.fallback_optimizer, parts[1], fused=fused)
+        optimizer = PairedOptimizer(optimizer, rest)
     if scales_gradients and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
             f"optimizer ({type(optimizer).__name__}) is fused, which cannot be clipped with "
@@ -189,15 +211,85 @@ def scheduled_factor(config: OptimConfig, total_steps: int, step: int) -> float:
     )
 
 
-def _make(config: OptimConfig, groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
-    if config.optimizer is None:
+def _parts(
+    module: nn.Module,
+    config: OptimConfig,
+    rules: Mapping[str, ParameterRule] | None,
+    in_block: Callable[[str], bool] | None,
+    *,
+    is_sharded: bool,
+) -> list[list[dict[str, Any]]]:
+    """Groups of the one optimizer, or of that of matrices and of the fallback."""
+    kind = AdamW if config.optimizer is None else _kind_of(config.optimizer)
+    if issubclass(kind, LBFGS):
+        raise UserError(
+            "optimizer (LBFGS) asks for the loss several times a step, and a step here has one "
+            "batch and one pass; take AdamW, SGD or Muon"
+        )
+    make_groups = partial(parameter_groups, module, weight_decay=config.weight_decay, rules=rules)
+    has_fallback = config.fallback_optimizer is not None
+    if not has_fallback and not issubclass(kind, Muon):
+        if config.fallback_learning_rate is not None:
+            raise UserError(
+                f"fallback_learning_rate ({config.fallback_learning_rate}) needs optimizer "
+                "torch.optim.Muon, or a fallback_optimizer"
+            )
+        return [make_groups(learning_rate=config.learning_rate)]
+    if is_sharded:
+        raise UserError(
+            f"optimizer ({kind.__name__}) of whole matrices does not go with FullyShardedStrategy, "
+            "where a rank has a part of each; leave trainer.strategy out, or take another optimizer"
+        )
+
+    def is_inner(name: str, parameter: nn.Parameter) -> bool:
+        lies_inside = in_block is None or in_block(name)
+        return parameter.ndim == 2 and lies_inside and decays(name, parameter)
+
+    inner = make_groups(learning_rate=config.learning_rate, chosen=is_inner)
+    if not inner:
+        raise UserError(
+            f"optimizer ({kind.__name__}) is for matrices of blocks, and none is trainable; unlock "
+            "a tower of transformer blocks, or take another optimizer"
+        )
+    rate = config.fallback_learning_rate or config.learning_rate
+    outer = make_groups(learning_rate=rate, chosen=lambda name, p: not is_inner(name, p))
+    for group in inner:
+        group["name"] = f"matrices, {group['name']}"
+    return [inner, outer] if outer else [inner]
+
+
+def _kind_of(factory: Callable[[Iterable[Any]], Optimizer]) -> type[Optimizer]:
+    """The class a factory makes, from one small matrix; ``Optimizer`` where it takes none."""
+    try:
+        return type(factory([{"params": [nn.Parameter(torch.zeros(2, 2))]}]))
+    except (TypeError, ValueError):
+        return Optimizer  # told with its name when it gets the real parameters
+
+
+def _name_of(factory: Callable[..., Any]) -> str:
+    """The class that a configured factory makes, without its addresses in memory."""
+    inside = [factory]
+    if isinstance(factory, partial):  # jsonargparse hides the class among the arguments
+        inside += [factory.func, *factory.args]
+    classes = [each for each in inside if isinstance(each, type)]
+    return classes[0].__name__ if classes else getattr(factory, "__qualname__", "of a class path")
+
+
+def _make(
+    config: OptimConfig,
+    factory: Callable[[Iterable[Any]], Optimizer] | None,
+    groups: list[dict[str, Any]],
+    *,
+    fused: bool,
+) -> Optimizer:
+    if factory is None:
         betas = (config.beta1, config.beta2)
         return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused)
     try:
-        return config.optimizer(groups)
+        return factory(groups)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"optimizer ({config.optimizer}) does not take the parameters: "
+            f"optimizer ({_name_of(factory)}) does not take the parameters: "
             f"{' '.join(str(error).split())}"
         ) from error
 

@@ -4,7 +4,7 @@ A parameter belongs to a group by two numbers: its share of the learning rate an
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     rules: Mapping[str, ParameterRule] | None = None,
+    chosen: Callable[[str, nn.Parameter], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a module by learning rate and weight decay.
 
@@ -66,6 +67,7 @@ def parameter_groups(
         learning_rate: highest, of parameters without a rule.
         weight_decay: of parameters that decay and have no rule.
         rules: exceptions by parameter name.
+        chosen: by name and parameter, which are taken; None takes all that are trainable.
 
     Returns:
         Groups for ``torch.optim``, each with "name", "params", "lr" and "weight_decay". Without
@@ -75,7 +77,7 @@ def parameter_groups(
     plain = ParameterRule()
     found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or not (chosen is None or chosen(name, parameter)):
             continue
         rule = rules.get(name, plain)
         decay = weight_decay if rule.weight_decay is None else rule.weight_decay
