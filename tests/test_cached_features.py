@@ -1,10 +1,13 @@
 """A locked tower whose features were written down trains the other as the live one does."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.feature_file import FeatureFile, write_features
@@ -13,7 +16,7 @@ from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError
 from dist_siglip.models.lora import LoraSettings
 from dist_siglip.models.tuning import TowerConfig
-from dist_siglip.module.locked_features import check_features
+from dist_siglip.module.locked_features import check_features, settle_identities
 from tests.support.feature_ranks import data_of, module_of, run, run_rank
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import worst_error
@@ -190,6 +193,46 @@ def test_a_damaged_file_makes_bad_samples_and_runs_no_code(shards, model, featur
         path.write_bytes([content[:50], b"", content[:-4000]][number])
     with pytest.raises(UserError, match=r"substitutes are all bad"):
         run(model, shards, tmp_path, data={"train_features": folder, "max_bad_fraction": 1.0})
+
+
+def first_batch(shards, model, folder, tower):
+    module = module_of(model, tower)
+    data = data_of(shards, module, train_features=folder)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_stored_ids_are_those_of_the_live_data(shards, model, features, tower):
+    cached, live = (first_batch(shards, model, f, tower) for f in (features[tower], None))
+    assert cached.sample_ids.tolist() == live.sample_ids.tolist()
+    assert cached.picture_ids.tolist() == live.picture_ids.tolist()
+    assert cached.caption_ids.tolist() == live.caption_ids.tolist()
+    assert not set(live.picture_ids.tolist()) & set(live.sample_ids.tolist())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_files_of_before_ids_are_read_and_a_loss_that_asks_for_ids_says_so(
+    shards, model, features, tmp_path, tower, caplog
+):
+    folder = tmp_path / "old"
+    shutil.copytree(features[tower], folder)
+    manifest = json.loads((folder / "embed.json").read_text())
+    del manifest["ids"]
+    (folder / "embed.json").write_text(json.dumps(manifest))
+    for path in folder.glob("features/*.safetensors"):
+        tensors = {name: t for name, t in load_file(path).items() if not name.endswith("_ids")}
+        save_file(tensors, path)
+    batch = first_batch(shards, model, str(folder), tower)
+    assert len(batch.caption_ids.unique()) == len(batch.sample_ids.unique())
+    assert (batch.picture_ids.tolist() == batch.sample_ids.tolist()) == (tower == "image")
+    data = data_of(shards, module_of(model, tower), train_features=str(folder))
+    data.setup("fit")
+    settle_identities(data, are_used=False)
+    assert data.train_dataset.picture_id is None
+    assert "embed the shards again" not in caplog.text
+    settle_identities(data, are_used=True)
+    assert "embed the shards again" in caplog.text
 
 
 def test_rows_that_point_past_the_end_are_damage(tmp_path):

@@ -17,6 +17,7 @@ from open_clip import (
     SIMPLE_IMAGENET_TEMPLATES,
 )
 
+from dist_siglip.data.captions import split_lines
 from dist_siglip.data.urls import is_remote
 from dist_siglip.errors import UserError
 
@@ -110,7 +111,7 @@ def _read(
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix not in (".yaml", ".yml"):
-            return [line.strip() for line in text.strip().splitlines()]
+            return [line.strip() for line in split_lines(text.strip())]
         content: Any = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

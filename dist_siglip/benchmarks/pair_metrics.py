@@ -1,11 +1,10 @@
 """What does an evaluation of ``fit`` say about other shards? All its metrics, on any pairs."""
 
-import torch
 from torch.distributed import ProcessGroup
 
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
-from dist_siglip.data.captions import CaptionRule, caption_id
+from dist_siglip.data.captions import CaptionRule
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import evaluate_pairs
 
@@ -13,8 +12,8 @@ from dist_siglip.metrics import evaluate_pairs
 class PairMetrics(Benchmark):
     """Retrieval, logits, constellation, gap and geometry of pairs, as a validation has them.
 
-    Metrics: those of ``dist_siglip.metrics.evaluate_pairs``. Of several captions the first counts,
-    and an equal caption is a hit.
+    Metrics: those of ``dist_siglip.metrics.evaluate_pairs``. Of several captions the first counts;
+    an equal caption is a hit, and so is another caption of an equal picture.
 
     Args:
         shards: webdataset shards of pictures and captions, as ``data.val_shards``.
@@ -61,11 +60,7 @@ class PairMetrics(Benchmark):
             UserError: on every rank: features are not finite, or too many samples cannot be used.
         """
         encoded = self._shards.encode(model, encoded_texts=1, group=group)
-        ids = torch.tensor(
-            [caption_id(texts[0]) for texts in encoded.texts],
-            dtype=torch.int64,
-            device=encoded.sample_ids.device,
-        )
+        ids = encoded.caption_ids
         evaluation = evaluate_pairs(
             encoded.image_features,
             encoded.text_features,
@@ -74,6 +69,7 @@ class PairMetrics(Benchmark):
             encoded.sample_ids,
             logit_scale=model.logit_scale,
             logit_bias=model.logit_bias,
+            picture_ids=encoded.picture_ids,
             global_batch_size=self._global_batch_size,
             group=group,
         )

@@ -1,12 +1,14 @@
 """Does a caption find its picture, and a picture one of its captions? Retrieval over a data set.
 
-A picture may have several captions (five in COCO and Flickr30k). Each caption is a query of its
-own; a picture has found its own if any of its captions is among the first k. A caption belongs to
-its own picture only, though another picture may have an equal one: so published tables count.
+A picture may have several captions (five in COCO and Flickr30k), in one sample or in samples of
+their own: pictures of equal bytes are one. Each caption is a query of its own; a picture has found
+its own if any of its captions is among the first k. A caption belongs to its own picture only,
+though another picture may have an equal one: so published tables count.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch.distributed import ProcessGroup
 
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
@@ -15,6 +17,7 @@ from dist_siglip.data.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+from dist_siglip.metrics.rows import first_of_each
 
 
 class Retrieval(Benchmark):
@@ -71,13 +74,23 @@ class Retrieval(Benchmark):
             UserError: on every rank: features are not finite, or too many samples cannot be used.
         """
         encoded = self._shards.encode(model, encoded_texts=None, group=group)
+        pictures = first_of_each(encoded.picture_ids, encoded.sample_ids, group=group)
+        owners = encoded.picture_ids[
+            torch.searchsorted(encoded.sample_ids, encoded.text_sample_ids)
+        ]
+        # The same caption of the same picture in another sample is no other item.
+        captions = first_of_each(
+            torch.stack([owners, encoded.caption_ids], dim=1),
+            encoded.text_sample_ids,
+            group=group,
+        )
         of_images, of_texts = (
             gather_rows(ranks, group)
             for ranks in retrieval_ranks_both_ways(
-                encoded.image_features,
-                encoded.text_features,
-                encoded.sample_ids,
-                encoded.text_sample_ids,
+                encoded.image_features[pictures],
+                encoded.text_features[captions],
+                encoded.picture_ids[pictures],
+                owners[captions],
                 group=group,
             )
         )

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.identity import EmptyCaptions, caption_ids_of, picture_id
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture
@@ -30,6 +31,7 @@ class BenchmarkSample(NamedTuple):
         image: (3, H, W) uint8; None if the sample cannot be used.
         texts: all that it has.
         problem: why it cannot be used; empty if it can.
+        picture_id: equal for pictures of equal bytes.
     """
 
     sample_id: int
@@ -37,6 +39,7 @@ class BenchmarkSample(NamedTuple):
     image: Tensor | None = None
     texts: tuple[str, ...] = ()
     problem: str = ""
+    picture_id: int = 0
 
 
 class BenchmarkBatch(NamedTuple):
@@ -48,6 +51,8 @@ class BenchmarkBatch(NamedTuple):
         images: (max(B, 1), 3, H, W) uint8; a grey picture where B is 0.
         tokens: (max(T, 1), L) of the T texts in a row; None if no text is encoded.
         bad: by sample id, why it is not among them.
+        picture_ids: of the B samples.
+        caption_ids: of the T texts that are encoded.
     """
 
     sample_ids: list[int]
@@ -55,6 +60,8 @@ class BenchmarkBatch(NamedTuple):
     images: Tensor
     tokens: Tensor | None
     bad: dict[int, str]
+    picture_ids: list[int]
+    caption_ids: list[int]
 
 
 class BenchmarkSamples(Dataset[BenchmarkSample]):
@@ -65,6 +72,7 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         inputs: what the model wants to be fed.
         captions: where the texts of a sample are.
         max_image_pixels: pictures with more cannot be used.
+        encodes_texts: whether texts without a token are left out.
     """
 
     def __init__(
@@ -74,11 +82,13 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         captions: CaptionRule,
         *,
         max_image_pixels: int,
+        encodes_texts: bool = True,
     ) -> None:
         self._table = table
         self._transform = evaluation_transform(inputs)
         self._captions = captions
         self._max_image_pixels = max_image_pixels
+        self._is_empty = EmptyCaptions(inputs.tokenizer if encodes_texts else None)
         self._reader = ShardReader(table.cache)
 
     def __len__(self) -> int:
@@ -89,12 +99,13 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         table, sample_id = self._table, slot.sample_id
         try:
             members = ((kind, self._reader.read(at)) for kind, at in table.caption_spans(sample_id))
-            texts = tuple(self._captions.all_of(members))
+            texts = tuple(self._captions.all_of(members, is_empty=self._is_empty))
             data = self._reader.read(table.image_span(sample_id))
             image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
         except BadSampleError as error:
             return BenchmarkSample(sample_id, slot.is_padding, problem=str(error))
-        return BenchmarkSample(sample_id, slot.is_padding, image, texts)
+        identity = picture_id(data)
+        return BenchmarkSample(sample_id, slot.is_padding, image, texts, picture_id=identity)
 
 
 class BenchmarkCollator:
@@ -119,9 +130,11 @@ class BenchmarkCollator:
         due = [sample for sample in samples if not sample.is_padding]
         usable = [sample for sample in due if sample.image is not None]
         texts = [list(sample.texts[self._wanted]) for sample in usable]
-        tokens = None
+        tokens, caption_ids = None, torch.empty(0)
         if self._tokenizer is not None:
-            tokens = self._tokenizer([text for own in texts for text in own] or [""]).long()
+            wanted = [text for own in texts for text in own]
+            tokens = self._tokenizer(wanted or [""]).long()
+            caption_ids = caption_ids_of(self._tokenizer, wanted, tokens[: len(wanted)])
         images = [sample.image for sample in usable if sample.image is not None]
         return BenchmarkBatch(
             sample_ids=[sample.sample_id for sample in usable],
@@ -129,4 +142,6 @@ class BenchmarkCollator:
             images=torch.stack(images or [torch.full((3, *self._size), 128, dtype=torch.uint8)]),
             tokens=tokens,
             bad={sample.sample_id: sample.problem for sample in due if sample.image is None},
+            picture_ids=[sample.picture_id for sample in usable],
+            caption_ids=caption_ids.tolist(),
         )

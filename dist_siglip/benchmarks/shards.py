@@ -85,6 +85,8 @@ class EncodedShards(NamedTuple):
         text_features: (T, D) of all wanted texts, sample after sample.
         text_sample_ids: (T,) int64, whose text it is.
         num_bad: samples of all ranks that cannot be used.
+        picture_ids: (B,) int64, equal for pictures of equal bytes.
+        caption_ids: (T,) int64, equal for texts of equal tokens.
     """
 
     sample_ids: Tensor
@@ -93,6 +95,8 @@ class EncodedShards(NamedTuple):
     text_features: Tensor
     text_sample_ids: Tensor
     num_bad: int
+    picture_ids: Tensor
+    caption_ids: Tensor
 
 
 class BenchmarkShards:
@@ -197,7 +201,11 @@ class BenchmarkShards:
         loading = self._loading
         return DataLoader(
             BenchmarkSamples(
-                self.table, inputs, self._captions, max_image_pixels=loading.max_image_pixels
+                self.table,
+                inputs,
+                self._captions,
+                max_image_pixels=loading.max_image_pixels,
+                encodes_texts=encoded_texts != 0,
             ),
             batch_sampler=EvaluationBatchSampler(
                 self.table.num_samples,
@@ -225,6 +233,8 @@ class _Collected:
         self._model = model
         self._sample_ids: list[int] = []
         self._texts: list[list[str]] = []
+        self._picture_ids: list[int] = []
+        self._caption_ids: list[int] = []
         self._image_features: list[Tensor] = []
         self._text_features: list[Tensor] = []
 
@@ -234,6 +244,8 @@ class _Collected:
         self.bad |= batch.bad
         self._sample_ids += batch.sample_ids
         self._texts += batch.texts
+        self._picture_ids += batch.picture_ids
+        self._caption_ids += batch.caption_ids
         self._image_features.append(self._model.encode_image(batch.images)[:count])
         if batch.tokens is not None:
             self._text_features.append(self._model.encode_text(batch.tokens)[:num_texts])
@@ -245,11 +257,17 @@ class _Collected:
         if self._text_features:
             pairs = zip(self._sample_ids, self._texts, strict=True)
             owners = [sample_id for sample_id, texts in pairs for _ in texts]
+
+        def as_ids(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=images.device)
+
         return EncodedShards(
-            sample_ids=torch.tensor(self._sample_ids, dtype=torch.int64, device=images.device),
+            sample_ids=as_ids(self._sample_ids),
             image_features=images,
             texts=self._texts,
             text_features=torch.cat([images[:0], *self._text_features]),
-            text_sample_ids=torch.tensor(owners, dtype=torch.int64, device=images.device),
+            text_sample_ids=as_ids(owners),
             num_bad=num_bad,
+            picture_ids=as_ids(self._picture_ids),
+            caption_ids=as_ids(self._caption_ids),
         )

@@ -29,6 +29,7 @@ from dist_siglip.data import (
     training_transform,
 )
 from dist_siglip.data.agreement import check_ranks_agree
+from dist_siglip.data.batch import picture_ids_of
 from dist_siglip.data.excerpt import excerpt_loader
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
@@ -73,7 +74,8 @@ class CalibrationModule(SigLipModule):
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
         """Keep the features of one batch of this rank."""
-        self._rows.append((*self.towers(batch.images, batch.texts), batch.caption_ids))
+        features = self.towers(batch.images, batch.texts)
+        self._rows.append((*features, batch.caption_ids, picture_ids_of(batch)))
 
     def on_validation_epoch_end(self) -> None:
         """Fit to the pairs of all ranks."""

@@ -32,6 +32,8 @@ def stats(
     workers: int = 2,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     json: bool = False,
+    model: str | None = None,
+    context_length: int | None = None,
 ) -> int:
     """Print quantiles of sizes and caption lengths, formats, and how much occurs twice.
 
@@ -47,6 +49,10 @@ def stats(
         workers: processes.
         cache: copies of remote shards.
         json: print JSON instead of a table.
+        model: open_clip architecture, as ``model.model`` of a run, whose tokens tell captions
+            apart: those that its tokenizer makes equal are one, those without a token are empty.
+            Null compares texts.
+        context_length: tokens of a text, replaces the model's. Null keeps it.
     """
     if sample is not None and sample < 1:
         raise UserError(f"sample ({sample}) must be at least 1, or null for all")
@@ -60,7 +66,16 @@ def stats(
         max_bad_fraction=max_bad_fraction,
         cache=ShardCache(cache),
     )
-    gauge = Gauge(table=table, captions=captions, max_image_pixels=max_image_pixels)
+    tokenizer = None
+    if model is not None:
+        from dist_siglip.models.build import load_tokenizer
+
+        tokenizer = load_tokenizer(model, context_length=context_length)
+    elif context_length is not None:
+        raise UserError(f"context_length ({context_length}) is of a model; name it, too")
+    gauge = Gauge(
+        table=table, captions=captions, max_image_pixels=max_image_pixels, tokenizer=tokenizer
+    )
     chosen = choose_samples(table.num_samples, sample, seed)
     chunks = [part.tolist() for part in np.array_split(chosen, -(-len(chosen) // _CHUNK))]
     parts = []
@@ -102,7 +117,8 @@ def _counts(summary: dict[str, Any]) -> Table:
         table.add_row(
             what,
             f"{counts['distinct']:,} distinct; {counts['shared']:,} samples share theirs with "
-            "another",
+            f"another, {counts['most']:,} the most common one",
         )
-    table.add_row("cannot be read", f"{summary['bad']:,}")
+    empty = summary["empty_captions"]
+    table.add_row("cannot be used", f"{summary['bad']:,}, {empty:,} for an empty caption")
     return table

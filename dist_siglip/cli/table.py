@@ -48,9 +48,11 @@ def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) 
     for label, key in _DIRECTIONS:
         recalls = [f"{metrics[f'{key}_recall@{k}']:.3f}" for k in (1, 5, 10)]
         table.add_row(label, *recalls, f"{metrics[f'{key}_median_rank']:.0f}")
+    pictures = int(metrics.get("distinct_pictures", num_pairs))
+    of_pictures = f", {pictures} distinct pictures" if pictures < num_pairs else ""
     table.caption = (
-        f"{distinct} distinct captions; an identical caption counts as a hit; ties count against "
-        f"the query; chance of recall@1 is about {1 / num_pairs:.3f}"
+        f"{distinct} distinct captions{of_pictures}; an identical caption counts as a hit; ties "
+        f"count against the query; chance of recall@1 is about {1 / num_pairs:.3f}"
     )
     numbers = Table(show_header=False)
     for label, key, form in _SINGLES:

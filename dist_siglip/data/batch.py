@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.data.captions import caption_id
+from dist_siglip.data.identity import caption_ids_of
 
 
 class ImageTextBatch(NamedTuple):
@@ -16,7 +17,7 @@ class ImageTextBatch(NamedTuple):
         images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``; (B, 3, 0, 0)
             where image_features stand in.
         texts: (B, L) int64, token ids; (B, 0) where text_features stand in.
-        caption_ids: (B,) int64 >= 0; equal captions have equal ids.
+        caption_ids: (B,) int64 >= 0; equal captions, those of equal tokens, have equal ids.
         sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
             substitute, the id of the sample that is shown.
         valid: (B,) bool; False where an evaluation must not count the row (padding of the last
@@ -25,6 +26,7 @@ class ImageTextBatch(NamedTuple):
             another one stands in for it.
         image_features: (B, D) float32, L2-normalised, of a locked tower; None: it sees images.
         text_features: likewise for texts.
+        picture_ids: (B,) int64 >= 0; equal pictures have equal ids. None: they are not known.
     """
 
     images: Tensor
@@ -35,6 +37,12 @@ class ImageTextBatch(NamedTuple):
     substituted: Tensor
     image_features: Tensor | None = None
     text_features: Tensor | None = None
+    picture_ids: Tensor | None = None
+
+
+def picture_ids_of(batch: ImageTextBatch) -> Tensor:
+    """Return the ids of a batch's pictures; where they are not known each is its own."""
+    return batch.sample_ids if batch.picture_ids is None else batch.picture_ids
 
 
 class PairSample(NamedTuple):
@@ -48,6 +56,8 @@ class PairSample(NamedTuple):
         is_substitute: whether it stands in for a sample that could not be decoded.
         image_features: (D,) float32, in place of the image.
         text_features: (D,) float32, in place of the caption's tokens.
+        picture_id: of the picture; None counts every sample's as its own.
+        caption_id: that was stored with text_features, if it was.
     """
 
     image: Tensor
@@ -57,10 +67,12 @@ class PairSample(NamedTuple):
     is_substitute: bool
     image_features: Tensor | None = None
     text_features: Tensor | None = None
+    picture_id: int | None = None
+    caption_id: int | None = None
 
 
 class PairCollator:
-    """Stack samples into a batch; captions are tokenized here, all at once.
+    """Stack samples into a batch; captions are tokenized here, all at once, and identified.
 
     Args:
         tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
@@ -75,14 +87,26 @@ class PairCollator:
         captions = [sample.caption for sample in samples]
         image_features = [s.image_features for s in samples if s.image_features is not None]
         text_features = [s.text_features for s in samples if s.text_features is not None]
-        no_texts = torch.empty(len(samples), 0, dtype=torch.long)
+        if text_features:
+            texts = torch.empty(len(samples), 0, dtype=torch.long)
+            caption_ids = torch.tensor([_stored_caption_id(sample) for sample in samples])
+        else:
+            texts = self._tokenizer(captions).long()
+            caption_ids = caption_ids_of(self._tokenizer, captions, texts)
+        picture_ids = [s.sample_id if s.picture_id is None else s.picture_id for s in samples]
         return ImageTextBatch(
             images=torch.stack([sample.image for sample in samples]),
-            texts=no_texts if text_features else self._tokenizer(captions).long(),
-            caption_ids=torch.tensor([caption_id(caption) for caption in captions]),
+            texts=texts,
+            caption_ids=caption_ids,
             sample_ids=torch.tensor([sample.sample_id for sample in samples]),
             valid=torch.tensor([sample.is_valid for sample in samples]),
             substituted=torch.tensor([sample.is_substitute for sample in samples]),
             image_features=torch.stack(image_features) if image_features else None,
             text_features=torch.stack(text_features) if text_features else None,
+            picture_ids=torch.tensor(picture_ids),
         )
+
+
+def _stored_caption_id(sample: PairSample) -> int:
+    """Id of a caption that is not tokenized; of a file without ids, that of the text."""
+    return caption_id(sample.caption) if sample.caption_id is None else sample.caption_id

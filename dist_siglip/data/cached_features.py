@@ -35,6 +35,7 @@ class CachedFeatures:
     Attributes:
         towers: whose features are there.
         digests: what decides the features of each tower, see ``models.digest``.
+        has_ids: whether all folders say which pictures and captions are the same.
 
     Raises:
         UserError: if a folder is not of that format, folders differ, or a shard has no file.
@@ -47,6 +48,7 @@ class CachedFeatures:
             tower: first[f"{tower}_tower"] for tower in TOWERS if first.get(f"{tower}_tower")
         }
         self.towers = tuple(self.digests)
+        self.has_ids = all("ids" in manifest for manifest in manifests)
         for folder, manifest in zip(folders, manifests, strict=True):
             if any(manifest.get(f"{tower}_tower") != self.digests.get(tower) for tower in TOWERS):
                 raise UserError(
@@ -85,18 +87,34 @@ class CachedFeatures:
         Raises:
             BadSampleError: if it has none, or the file cannot be read.
         """
+        file, place = self._file_of(sample_id)
+        found = file.row(place, tower)
+        if found is None:
+            raise BadSampleError(f"it has no {tower} features: it was bad when it was embedded")
+        return found
+
+    def identity(self, sample_id: int, tower: Tower) -> int | None:
+        """Return the id of a sample's picture or caption; None if ids were not stored.
+
+        Raises:
+            BadSampleError: if the file cannot be read.
+        """
+        if not self.has_ids:
+            return None
+        file, place = self._file_of(sample_id)
+        return file.identity(place, tower)
+
+    def _file_of(self, sample_id: int) -> tuple[FeatureFile, int]:
+        """Return the open file of a sample's shard, and the sample's place in it."""
         shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         try:
             if shard not in self._open:
                 while len(self._open) >= _MOST_OPEN:
                     del self._open[next(iter(self._open))]
                 self._open[shard] = FeatureFile(self._paths[shard])
-            found = self._open[shard].row(sample_id - int(self._starts[shard]), tower)
         except OSError as error:
             raise BadSampleError(f"its features cannot be read ({error})") from error
-        if found is None:
-            raise BadSampleError(f"it has no {tower} features: it was bad when it was embedded")
-        return found
+        return self._open[shard], sample_id - int(self._starts[shard])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

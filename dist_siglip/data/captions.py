@@ -7,11 +7,13 @@ gets.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.identity import EmptyCaptions
 from dist_siglip.data.randomness import draw_one
 from dist_siglip.errors import UserError
 
@@ -19,6 +21,7 @@ MAX_CAPTION_BYTES = 1 << 20
 MAX_CAPTION_CHARACTERS = 4096
 # Parts the draw of a caption from the draws of substitutes, whose keys end in the attempt.
 _CAPTION_DRAW = 1 << 20
+EMPTY_CAPTION = "caption is empty"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +62,21 @@ class CaptionRule:
         """Return the same rule without a draw, as evaluations need it."""
         return replace(self, pick="first")
 
-    def choose(self, members: Iterable[tuple[str, bytes]], key: tuple[int, ...]) -> str:
+    def choose(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        key: tuple[int, ...],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> str:
         """Take the caption of a sample.
 
         Args:
             members: (extension, bytes) of those the sample has, in order of preference; read no
                 further than needed.
             key: of the place in the stream, integers >= 0.
+            is_empty: tells texts that count for nothing, by the tokenizer of the model if it is
+                known.
 
         Returns:
             The text without white space at both ends, cut to ``MAX_CAPTION_CHARACTERS``: more
@@ -82,19 +93,29 @@ class CaptionRule:
             'a hen'
         """
         found: list[str] = []
+        problem = EMPTY_CAPTION
         for extension, data in members:
-            found += self._alternatives(extension, data)
+            try:
+                found += self._alternatives(extension, data, is_empty)
+            except MissingFieldError as error:  # as null: the next member may have a caption
+                problem = str(error)
             if found and self.pick == "first":
                 return found[0]
         if not found:
-            raise BadSampleError("caption is empty")
+            raise BadSampleError(problem)
         return found[draw_one(len(found), *key, _CAPTION_DRAW)]
 
-    def all_of(self, members: Iterable[tuple[str, bytes]]) -> list[str]:
+    def all_of(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> list[str]:
         r"""List all captions of a sample, of the first member that has any.
 
         Args:
             members: as ``choose``.
+            is_empty: as ``choose``.
 
         Raises:
             BadSampleError: as ``choose``.
@@ -103,21 +124,45 @@ class CaptionRule:
             >>> CaptionRule(split_lines=True).all_of([("txt", b"a hen\na bird")])
             ['a hen', 'a bird']
         """
+        problem = EMPTY_CAPTION
         for extension, data in members:
-            found = self._alternatives(extension, data)
+            try:
+                found = self._alternatives(extension, data, is_empty)
+            except MissingFieldError as error:
+                problem = str(error)
+                continue
             if found:
                 return found
-        raise BadSampleError("caption is empty")
+        raise BadSampleError(problem)
 
-    def _alternatives(self, extension: str, data: bytes) -> list[str]:
+    def _alternatives(
+        self, extension: str, data: bytes, is_empty: Callable[[str], bool]
+    ) -> list[str]:
         """List the captions of one member that are not empty."""
         if extension == "json":
             texts = texts_of(field_of(read_json(data), self.json_field), self.json_field)
         else:
             text = _decode(data)
-            texts = text.splitlines() if self.split_lines else [text]
+            texts = split_lines(text) if self.split_lines else [text]
         cut = (text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts)
-        return [text for text in cut if text]
+        return [text for text in cut if text and not is_empty(text)]
+
+
+class MissingFieldError(BadSampleError):
+    """A JSON lacks a field."""
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Split a text at line ends, and nowhere else.
+
+    ``str.splitlines`` also splits at form feeds, separators and other characters that a caption
+    may hold.
+
+    Example:
+        >>> split_lines("a hen\r\na bird\n"), len(split_lines("a\u2028b\x0cc\x85d"))
+        (['a hen', 'a bird', ''], 1)
+    """
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def decode_caption(data: bytes) -> str:
@@ -155,8 +200,10 @@ def read_json(data: bytes) -> dict[str, Any]:
 def field_of(record: dict[str, Any], path: str) -> Any:
     """Look up a field, "a.b" for field b of the object, or of each object of a list, in field a.
 
+    Objects of a list that lack the field are passed over.
+
     Raises:
-        BadSampleError: if there is no such field.
+        MissingFieldError: if there is no such field.
 
     Example:
         >>> field_of({"a": {"b": 1}, "a.c": 2}, "a.b"), field_of({"a.c": 2}, "a.c")
@@ -171,8 +218,13 @@ def field_of(record: dict[str, Any], path: str) -> Any:
     if rest and isinstance(inner, dict):
         return field_of(inner, rest)
     if rest and isinstance(inner, list) and all(isinstance(each, dict) for each in inner):
-        return [field_of(each, rest) for each in inner]
-    raise BadSampleError(f"JSON has no field {path!r}")
+        found = []
+        for each in inner:
+            with suppress(MissingFieldError):
+                found.append(field_of(each, rest))
+        if found:
+            return found
+    raise MissingFieldError(f"JSON has no field {path!r}")
 
 
 def texts_of(value: Any, path: str) -> list[str]:
@@ -201,11 +253,11 @@ def texts_of(value: Any, path: str) -> list[str]:
 
 
 def caption_id(text: str) -> int:
-    """Hash a caption to 63 bits, the same on every machine and in every process.
+    """Hash a text to 63 bits, the same on every machine and in every process.
 
-    Two pairs with equal ids have equal captions (up to leading and trailing white space), so
-    retrieval counts either as a hit. Among a million different captions the chance of any clash is
-    5e-8.
+    Equal ids mean equal texts, up to leading and trailing white space. To a model captions are the
+    same if their tokens are: where a tokenizer is at hand, batches and metrics go by
+    ``identity.caption_ids_of``. Among a million different texts the chance of any clash is 5e-8.
 
     Args:
         text: the caption; white space at both ends does not count.

@@ -16,9 +16,17 @@ from torch.utils.data import Dataset
 from dist_siglip.data.bad_sample_log import BadSampleLog
 from dist_siglip.data.batch import PairSample
 from dist_siglip.data.cached_features import CachedFeatures
-from dist_siglip.data.captions import CaptionRule, read_json
+from dist_siglip.data.captions import CaptionRule, MissingFieldError, field_of, read_json
 from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.feature_file import Tower
 from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.identity import (
+    PICTURE_BYTES,
+    EmptyCaptions,
+    Tokenizer,
+    picture_id,
+    value_id,
+)
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.randomness import draw_one, seeded_generators
@@ -56,6 +64,11 @@ class PairDataset(Dataset[PairSample]):
         features: rows that stand in for pictures, captions or both; a sample without one is bad.
         is_evaluation: take the first caption, and mark substitutes as not valid, so that they do
             not count.
+        tokenizer: of the model; a caption without a token is empty.
+        picture_id: when pictures are the same, see ``ImageTextDataModule``.
+
+    Attributes:
+        picture_id: may be set to None until the data set is loaded from, where nobody asks.
     """
 
     def __init__(
@@ -71,6 +84,8 @@ class PairDataset(Dataset[PairSample]):
         bad_sample_log: str | None = None,
         features: CachedFeatures | None = None,
         is_evaluation: bool = False,
+        tokenizer: Tokenizer | None = None,
+        picture_id: str | None = PICTURE_BYTES,
     ) -> None:
         self.table = table
         self._transform = transform
@@ -82,6 +97,10 @@ class PairDataset(Dataset[PairSample]):
         self._log = BadSampleLog(bad_sample_log)
         self._features = features
         self._is_evaluation = is_evaluation
+        # The table may know further members, which hold no captions.
+        self._caption_members = {name.lower().lstrip(".") for name in captions.members}
+        self._is_empty = EmptyCaptions(tokenizer)
+        self.picture_id = picture_id
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
@@ -98,7 +117,7 @@ class PairDataset(Dataset[PairSample]):
         sample_id, num_bad, num_filtered = slot.sample_id, 0, 0
         while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
-                image, caption = self._make(sample_id, slot, num_bad + num_filtered)
+                image, caption, picture = self._make(sample_id, slot, num_bad + num_filtered)
                 features = self._rows(sample_id)
             except BadSampleError as error:
                 num_bad += 1
@@ -115,6 +134,8 @@ class PairDataset(Dataset[PairSample]):
                     is_substitute=num_bad > 0,
                     image_features=features.get("image"),
                     text_features=features.get("text"),
+                    picture_id=picture,
+                    caption_id=self._stored_id(sample_id, "text"),
                 )
             sample_id = self._substitute(slot, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -137,29 +158,62 @@ class PairDataset(Dataset[PairSample]):
             BadSampleError: if it cannot be read.
         """
         data = self._reader.read(self.table.image_span(sample_id))
-        caption = self._captions.choose(self._members(sample_id), (self._seed, sample_id))
+        caption = self._captions.choose(
+            self._members(sample_id), (self._seed, sample_id), is_empty=self._is_empty
+        )
         return data, sniff_media_type(data), caption
 
-    def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str]:
-        """Read, decode and transform one sample with the randomness of a slot and an attempt."""
+    def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str, int | None]:
+        """Read, decode and transform one sample with the randomness of a slot and an attempt.
+
+        Returns:
+            Pixels, caption, and the id of the picture.
+        """
         key = slot.key(self._seed)
         if attempt:  # a stage that leaves out by lot would draw the same lot for ever
             key = (*key, attempt)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
-        caption = self._captions.choose(members, key)
+        caption = self._captions.choose(members, key, is_empty=self._is_empty)
         if self._features is not None and "image" in self._features.towers:
-            return _NO_PIXELS, caption
+            return _NO_PIXELS, caption, self._picture_id(sample_id, None)
         data = self._reader.read(self.table.image_span(sample_id))
+        identity = self._picture_id(sample_id, data)
         picture = EncodedPicture(data, max_pixels=self._max_image_pixels)
         with seeded_generators(*key):
             if not self._stages:
-                return self._transform(picture), caption
+                return self._transform(picture), caption, identity
             shard, name = self.table.name(sample_id)
             sample: dict[str, Any] = {"__key__": name, "__url__": shard}
             sample |= {"image": picture.decode(), "text": caption}
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
             changed = run_stages(self._stages, sample)
-            return self._transform(changed["image"]), changed["text"]
+            return self._transform(changed["image"]), changed["text"], identity
+
+    def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:
+        """Identify a picture by what the setting names, else by its bytes or those embedded."""
+        if self.picture_id is None:
+            return None
+        if self.picture_id != PICTURE_BYTES:
+            found = self._field_id(sample_id, self.picture_id)
+            if found is not None:
+                return found
+        return self._stored_id(sample_id, "image") if data is None else picture_id(data)
+
+    def _field_id(self, sample_id: int, field: str) -> int | None:
+        """Identify a picture by a field of its JSON; None where it says nothing."""
+        span = self.table.member_span(sample_id, "json")
+        if span is None:
+            return None
+        try:
+            return value_id(field_of(read_json(self._reader.read(span)), field))
+        except MissingFieldError:
+            return None
+
+    def _stored_id(self, sample_id: int, tower: Tower) -> int | None:
+        """Return the id that was stored with the features of a tower, if any stand in for it."""
+        if self._features is None or tower not in self._features.towers:
+            return None
+        return self._features.identity(sample_id, tower)
 
     def _rows(self, sample_id: int) -> dict[str, Tensor]:
         """Read the features that stand in, by tower."""
@@ -170,7 +224,8 @@ class PairDataset(Dataset[PairSample]):
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""
         for extension, span in self.table.caption_spans(sample_id):
-            yield extension, self._reader.read(span)
+            if extension in self._caption_members:
+                yield extension, self._reader.read(span)
 
     def _substitute(self, slot: Slot, attempt: int) -> int:
         """Draw a sample to stand in, of the same shard, later of the same source."""

@@ -2,8 +2,9 @@
 
 FOLDER/features/NAME.DIGEST.safetensors, one for every shard: ``rows`` (N,) int32, the row of each
 of the N complete samples of the shard, -1 for one that has none, and ``image_features`` and
-``text_features``, (R, D) each, or one of them. The digest is that of the shard's members, so a
-shard that changed has no file.
+``text_features``, (R, D) each, or one of them; beside them ``image_ids`` and ``text_ids``, (R,)
+int64, of pictures and captions (see ``identity``), which older files lack. The digest is that of
+the shard's members, so a shard that changed has no file.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,10 @@ def feature_path(folder: Path, shard_line: str) -> Path:
 
 
 def write_features(
-    path: Path, features: Mapping[Tower, NDArray[np.floating]], rows: NDArray[np.int32]
+    path: Path,
+    features: Mapping[Tower, NDArray[np.floating]],
+    rows: NDArray[np.int32],
+    ids: Mapping[Tower, NDArray[np.int64]] | None = None,
 ) -> None:
     """Write the file of a shard, whole.
 
@@ -46,10 +50,13 @@ def write_features(
         path: as ``feature_path`` names it.
         features: (R, D) for each tower, L2-normalised.
         rows: (N,), the row of each sample, or -1.
+        ids: (R,), of the pictures and of the captions; None writes none.
     """
     tensors: dict[str, NDArray[Any]] = {"rows": rows.astype(np.int32)}
     for tower, values in features.items():
         tensors[f"{tower}_features"] = np.ascontiguousarray(values)
+    for tower, numbers in (ids or {}).items():
+        tensors[f"{tower}_ids"] = numbers.astype(np.int64)
     write_atomically(path, save(tensors))
 
 
@@ -69,7 +76,13 @@ class FeatureFile:
                 for tower in TOWERS
                 if f"{tower}_features" in self._file.keys()  # noqa: SIM118 - it is no mapping
             }
+            self._ids: dict[Tower, NDArray[np.int64]] = {
+                tower: self._file.get_tensor(f"{tower}_ids").numpy()
+                for tower in TOWERS
+                if f"{tower}_ids" in self._file.keys()  # noqa: SIM118 - it is no mapping
+            }
             counts = {each.get_shape()[0] for each in self._slices.values()}
+            counts |= {len(each) for each in self._ids.values()}
         except SafetensorError as error:
             raise OSError(f"{path} is damaged ({error})") from error
         most = int(self._rows.max(initial=-1))
@@ -93,3 +106,8 @@ class FeatureFile:
             return None
         found: Tensor = self._slices[tower][row : row + 1][0]
         return found.float()
+
+    def identity(self, place: int, tower: Tower) -> int | None:
+        """Return the id of the picture or caption at a place; None if the file has none."""
+        row = int(self._rows[place])
+        return int(self._ids[tower][row]) if row >= 0 and tower in self._ids else None

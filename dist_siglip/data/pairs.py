@@ -54,7 +54,8 @@ class PairTable:
         starts: (shards + 1,) int64, the id of the first sample of each shard; last, the total.
         image_offsets: (samples,) int64.
         image_sizes: (samples,) int64.
-        caption_extensions: members that hold captions, in order of preference.
+        caption_extensions: members that hold captions, in order of preference, then other members
+            that were asked for.
         caption_offsets: (caption_extensions, samples) int64; -1 where a sample lacks the member.
         caption_sizes: (caption_extensions, samples) int64.
         fingerprint: hash of shard names, member names, offsets and sizes.
@@ -121,6 +122,16 @@ class PairTable:
         members = zip(self.caption_extensions, offsets, sizes, strict=True)
         return [(kind, Span(shard, offset, size)) for kind, offset, size in members if offset >= 0]
 
+    def member_span(self, sample_id: int, extension: str) -> Span | None:
+        """Say where a member among ``caption_extensions`` lies; None if the sample lacks it."""
+        if extension not in self.caption_extensions:
+            return None
+        row = self.caption_extensions.index(extension)
+        offset = int(self.caption_offsets[row, sample_id])
+        size = int(self.caption_sizes[row, sample_id])
+        shard = self.shards[self._shard_of(sample_id)]
+        return Span(shard, offset, size) if offset >= 0 else None
+
     def shard_range(self, sample_id: int) -> tuple[int, int]:
         """Return the first id of a sample's shard, and the id after its last."""
         shard = self._shard_of(sample_id)
@@ -166,6 +177,7 @@ def build_pair_table(
     *,
     image_extensions: Sequence[str],
     caption_extensions: Sequence[str] = ("txt",),
+    other_extensions: Sequence[str] = (),
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = 0.01,
     cache: ShardCache | None = None,
@@ -181,6 +193,8 @@ def build_pair_table(
         shards: tar files, or URLs of them.
         image_extensions: extensions of the picture, without the dot, in order of preference.
         caption_extensions: likewise of the captions; a sample needs one of them.
+        other_extensions: further members to find, which a sample may lack; they come last among
+            the ``caption_extensions`` of the table.
         on_damage: "refuse", or "skip": leave out incomplete samples and what follows the damage of
             a shard, and name them in the log.
         max_bad_fraction: share of samples, and of shards, that may be skipped.
@@ -193,9 +207,11 @@ def build_pair_table(
     """
     pictures = [extension.lower().lstrip(".") for extension in image_extensions]
     captions = [extension.lower().lstrip(".") for extension in caption_extensions]
+    others = [extension for extension in other_extensions if extension not in captions]
     file = None
     if not any(map(is_remote, shards)):
         settings = {"images": pictures, "captions": captions}
+        settings |= {"others": others} if others else {}
         try:
             file = table_path(shards, settings)
         except OSError as error:
@@ -206,7 +222,7 @@ def build_pair_table(
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
         indices = list(readers.map(partial(_read, cache=cache), shards))
     damage = Damage(on_damage, max_bad_fraction, name)
-    parts = [_Part.of(index, pictures, captions, damage) for index in indices]
+    parts = [_Part.of(index, pictures, captions, others, damage) for index in indices]
     damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
     starts = np.cumsum([0] + [part.num_samples for part in parts], dtype=np.int64)
     if starts[-1] == 0:
@@ -225,7 +241,7 @@ def build_pair_table(
         starts=starts,
         image_offsets=np.concatenate([part.image_offsets for part in parts]),
         image_sizes=np.concatenate([part.image_sizes for part in parts]),
-        caption_extensions=tuple(captions),
+        caption_extensions=(*captions, *others),
         caption_offsets=np.concatenate([part.caption_offsets for part in parts], axis=1),
         caption_sizes=np.concatenate([part.caption_sizes for part in parts], axis=1),
         fingerprint=digest.hexdigest(),
@@ -278,16 +294,22 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(
-        cls, index: ShardIndex, pictures: list[str], captions: list[str], damage: Damage
+        cls,
+        index: ShardIndex,
+        pictures: list[str],
+        captions: list[str],
+        others: list[str],
+        damage: Damage,
     ) -> "_Part":
         """Pick the members of every sample; tell ``damage`` what is missing."""
         if index.damage:
             damage.shard(index.damage)
         image_offsets, image_sizes = _select(index, pictures)
-        of_captions = [_select(index, [extension]) for extension in captions]
+        of_captions = [_select(index, [extension]) for extension in (*captions, *others)]
         caption_offsets = np.stack([offsets for offsets, _ in of_captions])
         caption_sizes = np.stack([sizes for _, sizes in of_captions])
-        has_picture, has_caption = image_offsets >= 0, (caption_offsets >= 0).any(axis=0)
+        has_picture = image_offsets >= 0
+        has_caption = (caption_offsets[: len(captions)] >= 0).any(axis=0)
         for what, has, extensions in (
             ("picture", has_picture, pictures),
             ("caption", has_caption | ~has_picture, captions),

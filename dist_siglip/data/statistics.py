@@ -1,6 +1,5 @@
 """What do the pictures and captions of a data set look like, in numbers?"""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,9 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.captions import CaptionRule, caption_id
+from dist_siglip.data.captions import EMPTY_CAPTION, CaptionRule, caption_id
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.identity import (
+    EmptyCaptions,
+    Tokenizer,
+    caption_ids_of,
+    picture_id,
+)
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 
@@ -24,9 +29,10 @@ class Measured(NamedTuple):
         numbers: (samples, 4) float64: width and height in pixels, bytes of the picture, characters
             of the caption.
         formats: media type of each picture.
-        caption_ids: (samples,) int64, equal for equal captions.
+        caption_ids: (samples,) int64, equal for equal captions: texts, or tokens.
         picture_ids: (samples,) int64, equal for equal bytes.
-        num_bad: samples that could not be read.
+        num_bad: samples that could not be used.
+        num_empty: those of them whose caption is empty.
     """
 
     numbers: NDArray[np.float64]
@@ -34,6 +40,7 @@ class Measured(NamedTuple):
     caption_ids: NDArray[np.int64]
     picture_ids: NDArray[np.int64]
     num_bad: int
+    num_empty: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,39 +51,53 @@ class Gauge:
         table: where the members are.
         captions: which caption counts; of several, the first.
         max_image_pixels: larger pictures count as bad.
+        tokenizer: captions of equal tokens are equal, and those without a token empty; None
+            compares texts.
     """
 
     table: PairTable
     captions: CaptionRule
     max_image_pixels: int
+    tokenizer: Tokenizer | None = None
 
     def __call__(self, sample_ids: Sequence[int]) -> Measured:
         """Measure samples, by id."""
         reader, first = ShardReader(self.table.cache), self.captions.always_first()
-        numbers, formats, captions, pictures, num_bad = [], [], [], [], 0
+        is_empty = EmptyCaptions(self.tokenizer)
+        numbers, formats, pictures, num_bad = [], [], [], 0
+        captions: list[str] = []
+        num_empty = 0
         for sample_id in sample_ids:
             try:
                 data = reader.read(self.table.image_span(sample_id))
                 size = EncodedPicture(data, max_pixels=self.max_image_pixels).size
                 media = sniff_media_type(data)
                 spans = self.table.caption_spans(sample_id)
-                text = first.choose(((kind, reader.read(span)) for kind, span in spans), (0,))
-            except BadSampleError:
+                members = ((kind, reader.read(span)) for kind, span in spans)
+                text = first.choose(members, (0,), is_empty=is_empty)
+            except BadSampleError as error:
                 num_bad += 1
+                num_empty += str(error) == EMPTY_CAPTION
                 continue
             numbers.append((*size, len(data), len(text)))
             formats.append(media.removeprefix("image/"))
-            captions.append(caption_id(text))
-            digest = hashlib.blake2b(data, digest_size=8).digest()
-            pictures.append(int.from_bytes(digest, "big") >> 1)
+            captions.append(text)
+            pictures.append(picture_id(data))
         reader.close()
         return Measured(
             np.array(numbers, dtype=np.float64).reshape(-1, 4),
             formats,
-            np.array(captions, dtype=np.int64),
+            np.array(self._identify(captions), dtype=np.int64),
             np.array(pictures, dtype=np.int64),
             num_bad,
+            num_empty,
         )
+
+    def _identify(self, captions: list[str]) -> list[int]:
+        if self.tokenizer is None or not captions:
+            return [caption_id(text) for text in captions]
+        tokens = self.tokenizer(captions).long()
+        return caption_ids_of(self.tokenizer, captions, tokens).tolist()
 
 
 def choose_samples(num_samples: int, most: int | None, seed: int) -> NDArray[np.int64]:
@@ -96,9 +117,11 @@ def summarize(parts: Sequence[Measured]) -> dict[str, object]:
     """Join measurements into plain values for a table or JSON.
 
     Returns:
-        samples, bad; quantiles (see ``QUANTILES``) of width, height, short_side, aspect_ratio
-        (width / height), picture_bytes, caption_characters; formats; and of captions and pictures
-        how many are distinct and how many samples share theirs with another.
+        samples, bad, and empty_captions among those; quantiles (see ``QUANTILES``) of width,
+        height, short_side, aspect_ratio (width / height), picture_bytes, caption_characters;
+        formats; and of captions and pictures
+        how many are distinct, how many samples share theirs with another, and how many have the
+        most common one.
     """
     numbers = np.concatenate([part.numbers for part in parts] or [np.zeros((0, 4))])
     width, height, size, characters = numbers.T
@@ -114,6 +137,7 @@ def summarize(parts: Sequence[Measured]) -> dict[str, object]:
     return {
         "samples": len(numbers),
         "bad": sum(part.num_bad for part in parts),
+        "empty_captions": sum(part.num_empty for part in parts),
         "quantiles": {
             name: np.quantile(values, QUANTILES).tolist() if len(values) else []
             for name, values in columns.items()
@@ -127,4 +151,8 @@ def summarize(parts: Sequence[Measured]) -> dict[str, object]:
 def _sharing(parts: Sequence[Measured], field: str) -> dict[str, int]:
     ids = np.concatenate([getattr(part, field) for part in parts] or [np.zeros(0, np.int64)])
     _, counts = np.unique(ids, return_counts=True)
-    return {"distinct": len(counts), "shared": int(counts[counts > 1].sum())}
+    return {
+        "distinct": len(counts),
+        "shared": int(counts[counts > 1].sum()),
+        "most": int(counts.max(initial=0)),
+    }

@@ -17,6 +17,7 @@ from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
+from dist_siglip.data.identity import PICTURE_BYTES
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.loader import build_loader
 from dist_siglip.data.position import (
@@ -85,6 +86,9 @@ class ImageTextDataModule(BatchTransfer):
         cache: copies of remote shards on each node.
         train_features: folder or folders of ``dist-siglip embed --format features``, read in place
             of the pictures (or captions) that a locked tower would encode.
+        picture_id: when two pictures are the same, as rows of one picture with several captions
+            have it: "bytes", if their files are equal; the name of a field in their .json member,
+            as ``captions.json_field``, if it is (the bytes where it is missing); null, never.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -116,6 +120,7 @@ class ImageTextDataModule(BatchTransfer):
         bad_sample_log: str | None = None,
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
         train_features: str | list[str] | None = None,
+        picture_id: str | None = PICTURE_BYTES,
     ) -> None:
         super().__init__()
         check_least(
@@ -132,6 +137,10 @@ class ImageTextDataModule(BatchTransfer):
         check_shares(max_bad_fraction, train_crop_scale)
         captions.check()
         cache.check()
+        if picture_id == "":
+            raise UserError(
+                'picture_id ("") must be bytes, the name of a field of the .json, or null'
+            )
         self.cache = ShardCache(cache)
         self.tables = ShardTables(
             train_shards=train_shards,
@@ -139,6 +148,7 @@ class ImageTextDataModule(BatchTransfer):
             val_shards=val_shards,
             image_extensions=image_extensions,
             caption_extensions=captions.members,
+            other_extensions=() if picture_id in (None, PICTURE_BYTES) else ("json",),
             on_damage=on_damage,
             max_bad_fraction=max_bad_fraction,
             cache=self.cache,
@@ -157,6 +167,7 @@ class ImageTextDataModule(BatchTransfer):
         self.captions = captions
         self.stages = stages or []
         self.bad_sample_log = bad_sample_log
+        self.picture_id = picture_id
         self.train_features = train_features
         self.features: CachedFeatures | None = None
         self.position = TrainingPosition(accept_changed_data=accept_changed_data)
@@ -248,6 +259,8 @@ class ImageTextDataModule(BatchTransfer):
             stages=self.stages,
             source_ranges=self.tables.source_ranges() if name == "train_shards" else (),
             bad_sample_log=self.bad_sample_log,
+            tokenizer=None if self.inputs is None else self.inputs.tokenizer,
+            picture_id=self.picture_id,
             **options,
         )
 

@@ -25,6 +25,7 @@ class ShardTables:
         val_shards: specification of the validation shards, or None.
         image_extensions: members that are the picture of a sample, in order of preference.
         caption_extensions: members that hold its captions, likewise.
+        other_extensions: further members to find.
         on_damage: "refuse" or "skip".
         max_bad_fraction: share of shards and samples that may be skipped.
         cache: copies of remote shards.
@@ -41,6 +42,7 @@ class ShardTables:
         val_shards: str | list[str] | None,
         image_extensions: tuple[str, ...],
         caption_extensions: tuple[str, ...] = ("txt",),
+        other_extensions: tuple[str, ...] = (),
         on_damage: OnDamage = "refuse",
         max_bad_fraction: float = 0.01,
         cache: ShardCache | None = None,
@@ -52,6 +54,7 @@ class ShardTables:
             build_pair_table,
             image_extensions=image_extensions,
             caption_extensions=caption_extensions,
+            other_extensions=other_extensions,
             on_damage=on_damage,
             max_bad_fraction=max_bad_fraction,
             cache=cache,

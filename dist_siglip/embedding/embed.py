@@ -179,6 +179,8 @@ def _loader(
         None if settings.towers == "text" else evaluation_transform(inputs),
         captions=settings.captions,
         max_image_pixels=settings.max_image_pixels,
+        tokenizer=inputs.tokenizer,
+        with_ids=settings.format == "features",
     )
     return embedding_loader(
         dataset,
@@ -202,6 +204,8 @@ def _all_read(batches: Iterable[EmbeddingBatch], part: Part) -> Iterator[Embeddi
 
 def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> dict[str, Any]:
     """Everything that decides the numbers, as plain values by name."""
+    # Which pictures and captions are the same, for training; older folders lack it.
+    ids = {"ids": "picture bytes, caption tokens"} if settings.format == "features" else {}
     return {
         "version": 1,
         "image_tower": None if settings.towers == "text" else digest_tower(built, "image"),
@@ -215,4 +219,5 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         "caption_json_field": settings.captions.json_field,
         "caption_split_lines": settings.captions.split_lines,
         "max_image_pixels": settings.max_image_pixels,
+        **ids,
     }

@@ -4,8 +4,9 @@ Rows stay on the device until a shard is done: a copy after every batch would ma
 for the host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_siglip.data.feature_file import TOWERS, Tower
 from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.embedding.samples import EmbeddingBatch
 from dist_siglip.errors import UserError
@@ -35,6 +37,7 @@ class EncodedRows(NamedTuple):
         text_features: likewise.
         captions: of the R rows.
         problems: by sample id, why it has no row.
+        ids: (R,) int64, of the pictures and of the captions, by tower; of wanted towers alone.
     """
 
     sample_ids: list[int]
@@ -42,6 +45,7 @@ class EncodedRows(NamedTuple):
     text_features: NDArray[np.floating] | None
     captions: list[str]
     problems: dict[int, str]
+    ids: Mapping[Tower, NDArray[np.int64]] = MappingProxyType({})
 
 
 class Encoder:
@@ -69,6 +73,7 @@ class Encoder:
         self._normalizer = ImageNormalizer(built.mean, built.std)
         self._has_images = towers != "text"
         self._has_texts = towers != "image"
+        self._wanted: list[Tower] = [each for each in TOWERS if towers in ("both", each)]
         self._embed_dim = built.embed_dim
         self._row_type = _ROW_TYPES[dtype]
         self._precision = precision
@@ -85,10 +90,15 @@ class Encoder:
         problems: dict[int, str] = {}
         images: list[Tensor] = []
         texts: list[Tensor] = []
+        ids: dict[Tower, list[int]] = {tower: [] for tower in self._wanted}
         for batch in batches:
             sample_ids += batch.sample_ids
             captions += batch.captions
             problems |= batch.problems
+            if "image" in ids:
+                ids["image"] += batch.picture_ids
+            if "text" in ids and batch.caption_ids is not None:
+                ids["text"] += batch.caption_ids.tolist()
             with self._autocast():
                 if batch.images is not None:
                     pixels = batch.images.to(self.device, non_blocking=True)
@@ -103,6 +113,7 @@ class Encoder:
             self._joined("text", texts) if self._has_texts else None,
             captions,
             problems,
+            {tower: np.array(numbers, dtype=np.int64) for tower, numbers in ids.items()},
         )
 
     def _autocast(self) -> AbstractContextManager[None]:

@@ -49,7 +49,8 @@ class FeaturesLayout:
             features["image"] = done.rows.image_features
         if done.rows.text_features is not None:
             features["text"] = done.rows.text_features
-        write_features(self.files(done.part)[0], features, rows)
+        ids = {tower: done.rows.ids[tower] for tower in features if tower in done.rows.ids}
+        write_features(self.files(done.part)[0], features, rows, ids)
 
     def finish(self) -> None:
         """Do nothing: the files of the parts are what is wanted."""

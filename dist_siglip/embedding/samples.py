@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
+from dist_siglip.data.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
 from dist_siglip.data.loader import prepare_worker
 from dist_siglip.data.pairs import PairTable, Span
 from dist_siglip.data.picture import EncodedPicture
@@ -31,6 +32,7 @@ class EmbeddingSample(NamedTuple):
         caption: stripped text.
         problem: why the sample cannot be used; empty if it can.
         lost: why its shard is out of reach; empty if it is not.
+        picture_id: of the picture; 0 if ids are not wanted.
     """
 
     sample_id: int
@@ -38,6 +40,7 @@ class EmbeddingSample(NamedTuple):
     caption: str = ""
     problem: str = ""
     lost: str = ""
+    picture_id: int = 0
 
 
 class EmbeddingBatch(NamedTuple):
@@ -50,6 +53,8 @@ class EmbeddingBatch(NamedTuple):
         captions: of the B rows.
         problems: by sample id, why it is not among the rows.
         lost: why the shard is out of reach; empty if it is not.
+        picture_ids: of the B rows.
+        caption_ids: (B,) int64; None where ``texts`` is.
     """
 
     sample_ids: list[int]
@@ -58,6 +63,8 @@ class EmbeddingBatch(NamedTuple):
     captions: list[str]
     problems: dict[int, str]
     lost: str = ""
+    picture_ids: Sequence[int] = ()
+    caption_ids: Tensor | None = None
 
 
 class EmbeddingDataset(Dataset[EmbeddingSample]):
@@ -68,6 +75,8 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
         transform: picture to (3, H, W) uint8; None decodes no picture.
         captions: which caption a sample has; of several the first.
         max_image_pixels: pictures with more cannot be used.
+        tokenizer: of the model; a caption without a token is empty.
+        with_ids: identify pictures by their bytes.
     """
 
     def __init__(
@@ -77,11 +86,15 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
         *,
         captions: CaptionRule,
         max_image_pixels: int,
+        tokenizer: Tokenizer | None = None,
+        with_ids: bool = False,
     ) -> None:
         self._table = table
         self._transform = transform
         self._captions = captions.always_first()
         self._max_image_pixels = max_image_pixels
+        self._is_empty = EmptyCaptions(tokenizer)
+        self._with_ids = with_ids
         self._reader = ShardReader(table.cache)
 
     def __len__(self) -> int:
@@ -90,20 +103,23 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
     def __getitem__(self, sample_id: int) -> EmbeddingSample:
         """Read a sample; one that cannot be used says why."""
         try:
-            image, caption = self._make(sample_id)
+            image, caption, picture = self._make(sample_id)
         except BadSampleError as error:
             return EmbeddingSample(sample_id, problem=str(error))
         except (_LostError, UserError) as error:
             return EmbeddingSample(sample_id, lost=str(error))
-        return EmbeddingSample(sample_id, image, caption)
+        return EmbeddingSample(sample_id, image, caption, picture_id=picture)
 
-    def _make(self, sample_id: int) -> tuple[Tensor | None, str]:
+    def _make(self, sample_id: int) -> tuple[Tensor | None, str, int]:
+        """Return pixels, caption and the id of the picture."""
         spans = self._table.caption_spans(sample_id)
-        caption = self._captions.choose(((kind, self._read(span)) for kind, span in spans), ())
+        members = ((kind, self._read(span)) for kind, span in spans)
+        caption = self._captions.choose(members, (), is_empty=self._is_empty)
         if self._transform is None:
-            return None, caption
+            return None, caption, 0
         data = self._read(self._table.image_span(sample_id))
-        return self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels)), caption
+        image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
+        return image, caption, picture_id(data) if self._with_ids else 0
 
     def _read(self, span: Span) -> bytes:
         try:
@@ -133,13 +149,16 @@ class EmbeddingCollator:
         sound = [sample for sample in samples if not sample.problem and not sample.lost]
         images = [sample.image for sample in sound if sample.image is not None]
         captions = [sample.caption for sample in sound]
+        texts = self._tokenizer(captions).long() if self._tokenizer and captions else None
         return EmbeddingBatch(
             sample_ids=[sample.sample_id for sample in sound],
             images=torch.stack(images) if images else None,
-            texts=self._tokenizer(captions).long() if self._tokenizer and captions else None,
+            texts=texts,
             captions=captions,
             problems={sample.sample_id: sample.problem for sample in samples if sample.problem},
             lost=next((sample.lost for sample in samples if sample.lost), ""),
+            picture_ids=[sample.picture_id for sample in sound],
+            caption_ids=None if texts is None else caption_ids_of(self._tokenizer, captions, texts),
         )
 
 

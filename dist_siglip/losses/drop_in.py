@@ -31,13 +31,14 @@ class SigLipLoss(nn.Module):
         exchange: name of an exchange of this package; not together with ``dist_impl``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 4096 on a GPU.
-        duplicates: what pairs with equal caption ids are, on whatever ranks: positive, masked
-            (left out) or negative (only counted). Null never looks at ids.
+        duplicates: what pairs with equal captions, or of equal pictures, are, on whatever ranks:
+            positive, masked (left out) or negative (only counted). Null never looks at ids.
         check_finite: raise on every rank if a row of the features, the scale, the bias or the
             loss is not finite, and name it. On a GPU a step or two late, so that nothing waits.
 
     Attributes:
         uses_caption_ids: whether a call must bring ``caption_ids``.
+        uses_picture_ids: whether a call may bring ``picture_ids``, too.
         last_duplicate_pairs: (), int64, ``LossStatistics.duplicate_pairs`` of the last call; None
             without ids.
 
@@ -90,7 +91,7 @@ class SigLipLoss(nn.Module):
         self.group = group
         self.chunk_rows = chunk_rows
         self.duplicates: Duplicates | None = duplicates
-        self.uses_caption_ids = duplicates is not None
+        self.uses_caption_ids = self.uses_picture_ids = duplicates is not None
         self.last_duplicate_pairs: Tensor | None = None
         self._finite_check = FiniteCheck() if check_finite else None
 
@@ -103,10 +104,12 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
         *,
         caption_ids: Tensor | None = None,
+        picture_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return ``siglip_loss``, or {"contrastive_loss": it} if ``output_dict``.
 
-        ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise.
+        ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise;
+        ``picture_ids``, (B,), is taken likewise but may be missing.
         """
         if self.uses_caption_ids and caption_ids is None:
             raise UserError(
@@ -120,6 +123,7 @@ class SigLipLoss(nn.Module):
             logit_scale,
             logit_bias,
             caption_ids=caption_ids if self.uses_caption_ids else None,
+            picture_ids=picture_ids if self.uses_picture_ids else None,
             duplicates=self.duplicates or "negative",
             statistics=statistics,
             finite_check=self._finite_check,
@@ -129,6 +133,23 @@ class SigLipLoss(nn.Module):
         )
         self.last_duplicate_pairs = statistics.duplicate_pairs
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def ids_for(loss: nn.Module, caption_ids: Tensor, picture_ids: Tensor | None) -> dict[str, Tensor]:
+    """Choose the ids that a loss takes, as keywords of its call.
+
+    Args:
+        loss: says so by ``uses_caption_ids`` and ``uses_picture_ids``; a loss without them takes
+            none.
+        caption_ids: (B,).
+        picture_ids: (B,); None if they are not known.
+    """
+    given = {"caption_ids": caption_ids, "picture_ids": picture_ids}
+    return {
+        name: ids
+        for name, ids in given.items()
+        if ids is not None and getattr(loss, f"uses_{name}", False)
+    }
 
 
 def check_world(rank: int | None, world_size: int | None, group: ProcessGroup | None) -> None:

@@ -19,6 +19,7 @@ from dist_siglip.losses.calibration import (
 )
 from dist_siglip.losses.pair_terms import Duplicates
 from dist_siglip.losses.trip import check_pairs
+from dist_siglip.pair_ids import join_ids, share_an_id
 
 # Bins of the similarities of non-pairs, each represented by the mean of its members: within 1e-4
 # the softplus is straight to (200 * 1e-4)^2 / 24 = 2e-5 of its value at a scale of 200.
@@ -34,6 +35,7 @@ def calibrate_on_features(
     scale_before: float = 10.0,
     bias_before: float = -10.0,
     caption_ids: Tensor | None = None,
+    picture_ids: Tensor | None = None,
     duplicates: Duplicates = "negative",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -51,7 +53,8 @@ def calibrate_on_features(
         scale_before: multiplier for ``loss_before``.
         bias_before: bias for ``loss_before``.
         caption_ids: (B,) int64, equal for equal captions; needed unless duplicates are negative.
-        duplicates: what the loss makes of an equal caption of another pair.
+        picture_ids: (B,) int64, equal for equal pictures; None if they are not known.
+        duplicates: what the loss makes of an equal caption, or picture, of another pair.
         exchange: how the texts reach the other ranks.
         group: process group.
 
@@ -71,6 +74,7 @@ def calibrate_on_features(
         text_features,
         global_batch_size,
         caption_ids=caption_ids,
+        picture_ids=picture_ids,
         duplicates=duplicates,
         exchange=exchange,
         group=group,
@@ -91,6 +95,7 @@ def collect_similarities(
     global_batch_size: int,
     *,
     caption_ids: Tensor | None = None,
+    picture_ids: Tensor | None = None,
     duplicates: Duplicates = "negative",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -115,8 +120,9 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
     image_features, text_features = _wide(image_features), _wide(text_features)
     _check_finite(image_features, text_features, group)
     columns = [text_features]
-    if duplicates != "negative" and caption_ids is not None:
-        columns.append(caption_ids.to(text_features.device))
+    ids = None if duplicates == "negative" else join_ids(caption_ids, picture_ids)
+    if ids is not None:
+        columns.append(ids.to(text_features.device))
     trip = prepare_exchange(
         columns,
         exchange=exchange,
@@ -135,7 +141,7 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
             similarities = (image_features[rows] @ shard[0].T).cpu()
             is_equal = torch.zeros_like(similarities, dtype=torch.bool)
             if len(shard) > 1:
-                is_equal = (columns[1][rows, None] == shard[1][None, :]).cpu()
+                is_equal = share_an_id(columns[1][rows], shard[1]).cpu()
             is_other = torch.ones_like(is_equal)
             if owner == trip.rank:
                 is_other.diagonal(row).fill_(False)

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_siglip.pair_ids import share_an_id
+
 logger = logging.getLogger(__name__)
 
 Duplicates = Literal["positive", "masked", "negative"]
@@ -45,7 +47,7 @@ class Terms(NamedTuple):
         value: (), sum of softplus(-y * logit).
         derivative: (rows, columns), d value / d logit; None if not asked for.
         derivative_sum: (), the sum of it; None if not asked for.
-        duplicate_pairs: (), int64, pairs with equal ids off the diagonal; None without ids.
+        duplicate_pairs: (), int64, pairs that share an id off the diagonal; None without ids.
     """
 
     value: Tensor
@@ -69,15 +71,15 @@ def pair_terms_in_place(
     Args:
         logits: (rows, columns), contiguous; overwritten.
         scratch: like ``logits``; overwritten.
-        row_ids: (rows,), or None.
-        column_ids: (columns,), or None.
+        row_ids: (rows,), or (rows, kinds), see ``pair_ids``; None for none.
+        column_ids: likewise of the columns.
         on_diagonal: whether pair (i, i) is a positive.
-        duplicates: what pairs with equal ids off the diagonal are.
+        duplicates: what pairs that share an id off the diagonal are.
         with_derivative: whether the derivative is wanted.
     """
     equal, num_equal = None, None
     if row_ids is not None and column_ids is not None:
-        equal = row_ids[:, None] == column_ids[None, :]
+        equal = share_an_id(row_ids, column_ids)
         if on_diagonal:
             equal.fill_diagonal_(False)
         num_equal = equal.sum()
@@ -141,10 +143,10 @@ def pair_terms(
         similarity: (rows, columns) in the logits' dtype; left as it is.
         logit_scale: (), the multiplier.
         logit_bias: (), added.
-        row_ids: (rows,), or None.
-        column_ids: (columns,), or None.
+        row_ids: (rows,), or (rows, kinds), see ``pair_ids``; None for none.
+        column_ids: likewise of the columns.
         on_diagonal: whether pair (i, i) is a positive.
-        duplicates: what pairs with equal ids off the diagonal are.
+        duplicates: what pairs that share an id off the diagonal are.
         derivative_dtype: dtype of the derivative; None leaves it out.
         relevant: (rows, columns), bool, further positives; or None.
     """
@@ -157,7 +159,7 @@ def pair_terms(
             == torch.arange(columns, device=similarity.device)[None, :]
         )
     if row_ids is not None and column_ids is not None:
-        equal = row_ids[:, None] == column_ids[None, :]
+        equal = share_an_id(row_ids, column_ids)
         if positive is not None:
             equal = equal & ~positive
         num_equal = equal.sum()

@@ -35,6 +35,7 @@ from dist_siglip.losses.trip import (
     sum_dtype,
     tile_slices,
 )
+from dist_siglip.pair_ids import join_ids
 
 
 @dataclass
@@ -43,7 +44,7 @@ class LossStatistics:
 
     Attributes:
         duplicate_pairs: (), int64, on the features' device: pairs of an image of this rank and a
-            text of any other pair with an equal id. The sum over ranks counts every two
+            text of any other pair that share an id. The sum over ranks counts every two
             duplicates twice, once from each side. None without ids.
     """
 
@@ -57,6 +58,7 @@ def siglip_loss(
     logit_bias: Tensor | None,
     *,
     caption_ids: Tensor | None = None,
+    picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
     statistics: LossStatistics | None = None,
     finite_check: FiniteCheck | None = None,
@@ -71,10 +73,11 @@ def siglip_loss(
         loss = W/N * sum_{i on this rank} sum_{j < N} w[i, j] * softplus(-y[i, j] * logits[i, j])
         logits = logit_scale * image_features @ text_features.T + logit_bias
 
-    and w[i, j] = 1. With ``caption_ids``, a duplicate is a pair i != j with equal ids, on whatever
-    ranks. "positive": y = +1 for duplicates too; "masked": w = 0 for them; "negative": they are
-    only counted. N stays the number of rows: neither the positives of a row nor the masked pairs
-    change the divisor.
+    and w[i, j] = 1. With ids, a duplicate is a pair i != j whose caption ids or whose picture ids
+    are equal, on whatever ranks: the same caption elsewhere, or another caption of the picture.
+    "positive": y = +1 for duplicates too; "masked": w = 0 for them; "negative": they are only
+    counted. N stays the number of rows: neither the positives of a row nor the masked pairs change
+    the divisor.
 
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
@@ -88,8 +91,9 @@ def siglip_loss(
             between ranks.
         logit_scale: one element > 0, the multiplier (not its logarithm).
         logit_bias: one element, added to every logit; None for none.
-        caption_ids: (B,), integers, equal for pairs that are each other's duplicates; None for
-            none. Either all ranks pass them or none does.
+        caption_ids: (B,), integers, equal for equal captions; None for none. Either all ranks
+            pass them or none does.
+        picture_ids: (B,), integers, equal for equal pictures; likewise.
         duplicates: what duplicates are, see above; without effect if there are no ids.
         statistics: filled with what was counted.
         finite_check: finds rows that are not finite; None checks on a CPU only, see ``finite``.
@@ -128,7 +132,8 @@ def siglip_loss(
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     check_chunk_rows(chunk_rows)
-    _check_ids(caption_ids, duplicates, image_features)
+    _check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
+    ids = join_ids(caption_ids, picture_ids)
     dtype = logits_dtype(image_features)
     scale = logit_scale.reshape(()).to(dtype)
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.reshape(()).to(dtype)
@@ -142,7 +147,7 @@ def siglip_loss(
     wanted = _Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
     sides = _Sides(wanted.text and not wanted.image, image_features, text_features)
     plan = prepare_exchange(
-        [sides.travelling] if caption_ids is None else [sides.travelling, caption_ids],
+        [sides.travelling] if ids is None else [sides.travelling, ids],
         accumulators=[AccumulatorSpec(image_features.shape[1:], dtype)] * sides.brings_back(wanted),
         exchange=exchange,
         group=group,
@@ -150,14 +155,15 @@ def siglip_loss(
             f"sigmoid loss; {sides.travellers} travel; gradients: "
             f"{describe_wanted(wanted._asdict())}; "
             f"{'no bias' if logit_bias is None else 'bias'}; "
-            f"duplicates: {'no ids' if caption_ids is None else duplicates}; {found or 'finite'}"
+            f"duplicates: {'no ids' if ids is None else duplicates}"
+            f"{'' if picture_ids is None else ', with picture ids'}; {found or 'finite'}"
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")
     trip = _Trip(sides, scale.detach(), bias.detach(), plan, wanted, chunk_rows)
-    trip.use_ids(caption_ids, duplicates)
+    trip.use_ids(ids, duplicates)
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         gradients = trip.run(plan)
     if statistics is not None:
@@ -244,11 +250,11 @@ class _Trip:
         self.duplicates: Duplicates = "negative"
         self.duplicate_pairs: Tensor | None = None
 
-    def use_ids(self, caption_ids: Tensor | None, duplicates: Duplicates) -> None:
+    def use_ids(self, ids: Tensor | None, duplicates: Duplicates) -> None:
         """Compare these ids of the rows at home with those that travel."""
-        if caption_ids is not None:
-            self.home_ids, self.duplicates = caption_ids, duplicates
-            self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=caption_ids.device)
+        if ids is not None:
+            self.home_ids, self.duplicates = ids, duplicates
+            self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=ids.device)
 
     def run(self, plan: Exchange) -> _Gradients:
         """Make the trip; return the gradients that are wanted."""
@@ -316,21 +322,21 @@ class _Trip:
             add_product(contribution, tile.derivative.T, home.to(dtype))
 
 
-def _check_ids(caption_ids: Tensor | None, duplicates: str, features: Tensor) -> None:
+def _check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:
     if duplicates not in get_args(Duplicates):
         raise UserError(
             f"duplicates ({duplicates!r}) must be one of {', '.join(get_args(Duplicates))}"
         )
-    if caption_ids is None:
-        return
-    is_whole = not (caption_ids.dtype.is_floating_point or caption_ids.dtype.is_complex)
-    if caption_ids.shape != features.shape[:1] or not is_whole:
-        raise UserError(
-            f"caption_ids {tuple(caption_ids.shape)} ({caption_ids.dtype}) must be integers, one "
-            f"for each of the {features.shape[0]} pairs"
-        )
-    if caption_ids.device != features.device:
-        raise UserError(
-            f"caption_ids ({caption_ids.device}) must be on the features' device "
-            f"({features.device})"
-        )
+    for name, given in ids.items():
+        if given is None:
+            continue
+        is_whole = not (given.dtype.is_floating_point or given.dtype.is_complex)
+        if given.shape != features.shape[:1] or not is_whole:
+            raise UserError(
+                f"{name} {tuple(given.shape)} ({given.dtype}) must be integers, one for each of "
+                f"the {features.shape[0]} pairs"
+            )
+        if given.device != features.device:
+            raise UserError(
+                f"{name} ({given.device}) must be on the features' device ({features.device})"
+            )

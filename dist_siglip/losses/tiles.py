@@ -33,7 +33,7 @@ class SigmoidTile(NamedTuple):
         value: (), sum over the pairs of the tile of softplus(-y * logit).
         derivative: (rows, columns), d value / d logit, in ``product_dtype``; None if not asked for.
         derivative_sum: (), the sum of the derivative; None if not asked for.
-        duplicate_pairs: (), int64, pairs with equal ids off the diagonal; None without ids.
+        duplicate_pairs: (), int64, pairs that share an id off the diagonal; None without ids.
     """
 
     value: Tensor
@@ -100,8 +100,8 @@ def sigmoid_tile(
         value = sum_ij w[i, j] * softplus(-y[i, j] * logits[i, j])
         logits = logit_scale * row_features @ column_features.T + logit_bias
 
-    Pair (i, i) of a tile on the diagonal is a positive. Other pairs are negatives, unless their
-    ids are equal: then ``duplicates`` says whether they are positives, masked or negatives.
+    Pair (i, i) of a tile on the diagonal is a positive. Other pairs are negatives, unless they
+    share an id: then ``duplicates`` says whether they are positives, masked or negatives.
 
     Args:
         row_features: (rows, D).
@@ -110,8 +110,8 @@ def sigmoid_tile(
         logit_bias: () in the logits' dtype, added.
         on_diagonal: whether pair (i, i) of this tile is a positive.
         with_derivative: whether the derivative is wanted.
-        row_ids: (rows,), integers; None for no ids.
-        column_ids: (columns,), integers; None for no ids.
+        row_ids: (rows,) or (rows, kinds), integers; None for no ids.
+        column_ids: likewise of the columns.
         duplicates: see above.
         buffers: memory to use; the derivative then lives until the next tile.
 

@@ -77,6 +77,11 @@ class WeightedLoss(nn.Module):
         return bool(getattr(self.base, "uses_caption_ids", False))
 
     @property
+    def uses_picture_ids(self) -> bool:
+        """Whether the base takes picture ids."""
+        return bool(getattr(self.base, "uses_picture_ids", False))
+
+    @property
     def uses_logit_bias(self) -> bool:
         """Whether the base depends on logit_bias."""
         return bool(getattr(self.base, "uses_logit_bias", True))
@@ -94,8 +99,9 @@ class WeightedLoss(nn.Module):
         logit_bias: Tensor | None,
         *,
         caption_ids: Tensor | None = None,
+        picture_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the weighted sum; ``caption_ids`` go to a base that uses them.
+        """Return the weighted sum; ids go to a base that uses them.
 
         Raises:
             UserError: as the terms do, or if weights differ between ranks.
@@ -105,7 +111,11 @@ class WeightedLoss(nn.Module):
             f"cross_uniformity {self.cross_uniformity}",
             self.group,
         )
-        ids = {"caption_ids": caption_ids} if self.uses_caption_ids else {}
+        ids: dict[str, Tensor | None] = {}
+        if self.uses_caption_ids:
+            ids["caption_ids"] = caption_ids
+        if self.uses_picture_ids:
+            ids["picture_ids"] = picture_ids
         loss: Tensor = self.base(image_features, text_features, logit_scale, logit_bias, **ids)
         if self.alignment:
             term = alignment_loss(image_features, text_features, group=self.group)

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
+from dist_siglip.metrics.belonging import DistinctItems
 from dist_siglip.metrics.checks import (
     check_features,
     check_same_settings,
@@ -38,10 +39,11 @@ class Evaluation(NamedTuple):
     Attributes:
         metrics: name to number, see ``evaluate_pairs``.
         arrays: what pictures are drawn from, sorted by sample id: ``image_features`` and
-            ``text_features`` (n, D) float32, ``sample_ids`` and ``caption_ids`` (n,) of the first n
-            pairs; ``image_to_text_ranks`` and ``text_to_image_ranks`` (N,) of all pairs;
-            ``histogram_edges`` (K + 1,), ``positive_histogram`` and ``negative_histogram`` (K,) of
-            the cosines of all pairs; and those of ``cloud_metrics``.
+            ``text_features`` (n, D) float32, ``sample_ids``, ``caption_ids`` and ``picture_ids``
+            (n,) of the first n pairs; ``image_to_text_ranks`` and ``text_to_image_ranks`` (N,) of
+            all pairs; ``histogram_edges`` (K + 1,), ``positive_histogram`` and
+            ``negative_histogram`` (K,) of the cosines of all pairs; and those of
+            ``cloud_metrics``.
     """
 
     metrics: dict[str, float]
@@ -56,6 +58,7 @@ class _Rows(NamedTuple):
     image_ids: Tensor
     text_ids: Tensor
     sample_ids: Tensor
+    picture_ids: Tensor
 
 
 @torch.no_grad()
@@ -68,6 +71,7 @@ def evaluate_pairs(
     *,
     logit_scale: float,
     logit_bias: float,
+    picture_ids: Tensor | None = None,
     global_batch_size: int | None = None,
     top_k: Sequence[int] = (1, 5, 10),
     array_pairs: int = 2000,
@@ -80,8 +84,10 @@ def evaluate_pairs(
 
     The names, each defined where it is computed:
 
-        retrieval     image_to_text_recall@K, image_to_text_median_rank, and text_to_image_...;
-                      an equal caption counts as a hit, ties count against the query
+        retrieval     image_to_text_recall@K, image_to_text_median_rank, and text_to_image_...,
+                      means over all pairs. The gallery holds every different picture, or caption,
+                      once. A hit is a caption of the same picture, a picture of the same caption;
+                      ties count against the query
         logits        loss (of a random batch of ``global_batch_size``), positive_logit_mean, _std,
                       _min, _max, negative_logit_...
         thresholds    margin, relative_bias, margin_5_95, margin_of_means, image_row_margin_min,
@@ -89,7 +95,7 @@ def evaluate_pairs(
         clouds        modality_gap (distance of centroids), alignment, image_uniformity,
                       image_effective_rank, image_components_80, image_to_text_hubness,
                       linear_separability, images_on_their_side, ...; see ``cloud_metrics``
-        gallery       gallery_pairs, distinct_captions
+        gallery       gallery_pairs, distinct_captions, distinct_pictures
 
     Distributed contract: every rank passes its own pairs, any number of them (0 too). Six or
     seven trips of the shards without gradient, and small gathers. A sample that occurs twice, on
@@ -103,6 +109,7 @@ def evaluate_pairs(
         sample_ids: (B,) int64, position of the pair in the data set.
         logit_scale: multiplier of the model.
         logit_bias: bias of the model, added.
+        picture_ids: (B,) int64; equal pictures have equal ids. None: no picture occurs twice.
         global_batch_size: pairs per training step over all ranks; None means as many as there
             are in the gallery.
         top_k: the K of recall@K.
@@ -125,7 +132,8 @@ def evaluate_pairs(
         >>> evaluation.metrics["image_to_text_recall@1"], evaluation.metrics["margin"]
         (1.0, 0.5)
     """
-    rows = _Rows(image_features, text_features, image_ids, text_ids, sample_ids)
+    pictures = sample_ids if picture_ids is None else picture_ids
+    rows = _Rows(image_features, text_features, image_ids, text_ids, sample_ids, pictures)
     rows = _usable_rows(rows, group)
     settings = {
         "global_batch_size": global_batch_size,
@@ -134,11 +142,26 @@ def evaluate_pairs(
         "separability_pairs": separability_pairs,
     }
     check_same_settings(settings, device=image_features.device, group=group)
-    image_to_text, text_to_image = retrieval_ranks_both_ways(
-        *rows[:4], chunk_rows=chunk_rows, exchange=exchange, group=group
+    items = DistinctItems.of(rows.picture_ids, rows.text_ids, rows.sample_ids, group=group)
+    image_to_text, text_to_image = items.of_all_rows(
+        *retrieval_ranks_both_ways(
+            _kept(rows.image_features, items.images),
+            _kept(rows.text_features, items.texts),
+            items.image_ids[items.images],
+            items.text_ids[items.texts],
+            belonging=items.belonging,
+            chunk_rows=chunk_rows,
+            exchange=exchange,
+            group=group,
+        ),
+        group=group,
     )
     statistics = collect_pair_statistics(
-        *rows[:4],
+        rows.image_features,
+        rows.text_features,
+        items.image_ids,
+        items.text_ids,
+        belonging=items.belonging,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         chunk_rows=chunk_rows,
@@ -154,10 +177,11 @@ def evaluate_pairs(
     )
     batch_size = statistics.num_pairs if global_batch_size is None else global_batch_size
     metrics: dict[str, float] = {"loss": expected_sigmoid_loss(statistics, batch_size)}
+    gallery_sizes = {"image_to_text": items.num_texts, "text_to_image": items.num_images}
     for direction, all_ranks in ranks.items():
         for k in top_k:
             metrics[f"{direction}_recall@{k}"] = recall_at_k(
-                all_ranks, k, gallery_size=statistics.num_pairs
+                all_ranks, k, gallery_size=gallery_sizes[direction]
             )
         metrics[f"{direction}_median_rank"] = median_rank(all_ranks)
     metrics |= logit_summary(statistics) | threshold_metrics(statistics)
@@ -171,9 +195,9 @@ def evaluate_pairs(
         group=group,
     )
     metrics |= shape
-    (all_text_ids,) = gather_in_order([rows.text_ids], rows.sample_ids, group=group)
     metrics["gallery_pairs"] = float(statistics.num_pairs)
-    metrics["distinct_captions"] = float(len(all_text_ids.unique()))
+    metrics["distinct_captions"] = float(items.num_texts)
+    metrics["distinct_pictures"] = float(items.num_images)
     arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics) | spectra
     arrays |= {f"{name}_ranks": all_ranks.cpu().numpy() for name, all_ranks in ranks.items()}
     return Evaluation(metrics, arrays)
@@ -224,6 +248,7 @@ class PairEvaluation(Metric):
     image_ids: list[Tensor]
     text_ids: list[Tensor]
     sample_ids: list[Tensor]
+    picture_ids: list[Tensor]
 
     def __init__(self) -> None:
         # No cache: compute takes arguments, and a cached result would ignore new ones.
@@ -239,6 +264,7 @@ class PairEvaluation(Metric):
         text_ids: Tensor,
         sample_ids: Tensor,
         valid: Tensor | None = None,
+        picture_ids: Tensor | None = None,
     ) -> None:
         """Keep the valid rows of one batch of this rank; no communication.
 
@@ -249,10 +275,11 @@ class PairEvaluation(Metric):
             text_ids: (B,) int64.
             sample_ids: (B,) int64.
             valid: (B,) bool, False for padding rows; None if all rows count.
+            picture_ids: (B,) int64; None if no picture occurs twice.
         """
-        rows = _Rows(
-            widen_rows(image_features), widen_rows(text_features), image_ids, text_ids, sample_ids
-        )
+        pictures = sample_ids if picture_ids is None else picture_ids
+        features = (widen_rows(image_features), widen_rows(text_features))
+        rows = _Rows(*features, image_ids, text_ids, sample_ids, pictures)
         for name, column in zip(_Rows._fields, rows, strict=True):
             kept = column.detach() if valid is None else column.detach()[valid]
             # Apple's GPUs have no float64, which the similarities need.
@@ -267,7 +294,8 @@ class PairEvaluation(Metric):
             **settings: the keyword arguments of ``evaluate_pairs``: ``logit_scale`` and
                 ``logit_bias``, and the optional ones.
         """
-        return evaluate_pairs(*(torch.cat(getattr(self, n)) for n in _Rows._fields), **settings)
+        *rows, pictures = (torch.cat(getattr(self, name)) for name in _Rows._fields)
+        return evaluate_pairs(*rows, picture_ids=pictures, **settings)
 
 
 def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
@@ -284,6 +312,11 @@ def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
             f"pairs need one row each of images ({len(rows.image_ids)}), "
             f"texts ({len(rows.text_ids)}) and sample_ids ({len(rows.sample_ids)})"
         )
+    elif rows.picture_ids.shape != rows.sample_ids.shape:
+        problem = (
+            f"picture_ids {tuple(rows.picture_ids.shape)} must be one for each of the "
+            f"{len(rows.sample_ids)} pairs"
+        )
     elif (unpaired := rows.image_ids != rows.text_ids).any():
         row = int(unpaired.nonzero()[0])
         problem = (
@@ -296,6 +329,11 @@ def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
     return rows if bool(keep.all()) else _Rows(*(column[keep] for column in rows))
 
 
+def _kept(features: Tensor, mask: Tensor) -> Tensor:
+    """Return the rows that are wanted; all of them uncopied, as they may lie in a file."""
+    return features if bool(mask.all()) else features[mask]
+
+
 def _feature_arrays(
     rows: _Rows, array_pairs: int, group: ProcessGroup | None
 ) -> dict[str, np.ndarray]:
@@ -305,6 +343,7 @@ def _feature_arrays(
         "text_features": rows.text_features,
         "sample_ids": rows.sample_ids,
         "caption_ids": rows.text_ids,
+        "picture_ids": rows.picture_ids,
     }
     gathered = gather_in_order(
         list(columns.values()), rows.sample_ids, chosen=all_ids[:array_pairs], group=group

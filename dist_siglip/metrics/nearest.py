@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName, prepare_exchange
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.pair_ids import share_an_id
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
 # it is one number, so that equal keys are ties wherever they lie.
@@ -48,8 +49,8 @@ def nearest_neighbors(
 ) -> Neighbors:
     """Find the k keys of all ranks with the largest inner product with each of this rank's queries.
 
-    Exact; of equal similarities the lowest position comes first. A query and a key with equal ids
-    are no pair: give a row its own number on both sides to leave out the row itself, or the
+    Exact; of equal similarities the lowest position comes first. A query and a key that share an
+    id are no pair: give a row its own number on both sides to leave out the row itself, or the
     image's number to leave out all captions of an image.
 
     Distributed contract: every rank passes its own queries and keys, any number of them (0 too),
@@ -60,8 +61,8 @@ def nearest_neighbors(
         queries: (B, D), finite.
         keys: (C, D), finite; this rank's part of the keys.
         k: at least 1; may exceed the number of keys.
-        query_ids: (B,) int64, or None to leave out nothing.
-        key_ids: (C,) int64; given exactly if ``query_ids`` is.
+        query_ids: (B,) int64, or (B, K) of K kinds, see ``pair_ids``; None leaves out nothing.
+        key_ids: (C,) or (C, K); given exactly if ``query_ids`` is.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the keys reach the other ranks.
         group: process group.
@@ -88,7 +89,7 @@ def nearest_neighbors(
         [("queries", queries), ("keys", keys)],
         None
         if query_ids is None or key_ids is None
-        else [("query_ids", query_ids), ("key_ids", key_ids)],
+        else [("query_ids", _first_kind(query_ids)), ("key_ids", _first_kind(key_ids))],
         unit_norm=False,
         group=group,
     )
@@ -108,7 +109,7 @@ def nearest_neighbors(
             scores = similarity(queries[rows], features[columns])
             scores.div_(_SIMILARITY_STEP).round_().mul_(_SIMILARITY_STEP)
             if query_ids is not None:
-                same = query_ids[rows, None] == shard[1][None, columns]
+                same = share_an_id(query_ids[rows], shard[1][columns])
                 scores.masked_fill_(same, -torch.inf)
             found = _best_of_tile(scores, k)
             positions = found.positions + (first_positions[owner] + columns.start)
@@ -119,6 +120,10 @@ def nearest_neighbors(
     trip.run(visit)
     best.positions[best.similarities == -torch.inf] = -1
     return best
+
+
+def _first_kind(ids: Tensor) -> Tensor:
+    return ids[:, 0] if ids.ndim == 2 else ids
 
 
 def _best_of_tile(scores: Tensor, k: int) -> Neighbors:

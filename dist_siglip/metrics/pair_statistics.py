@@ -1,8 +1,9 @@
 """Everything the pair metrics need to know about the N x N similarities, from one trip.
 
-A pair (image i, text j) is **positive** if their ids are equal and **negative** if not, so two
-equal captions never make a negative. The sums behind the loss are different on purpose: they
-split the matrix as training does, into own pairs i = j and all others i != j.
+A pair (image i, text j) is **positive** if they belong together and **negative** if not, so neither
+two equal captions nor two captions of one picture make a negative. The sums behind the loss are
+different on purpose: they split the matrix as training does, into own pairs i = j and all others
+i != j.
 
 ``constellation``, ``logits`` and ``cross_uniformity`` turn the result into numbers without any
 communication.
@@ -25,6 +26,7 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.row_margins import (
     RowMargins,
@@ -114,8 +116,8 @@ class PairStatistics:
 
     Attributes:
         num_pairs: N, the rows of all ranks.
-        positive: cosines of pairs with equal ids.
-        negative: cosines of pairs with different ids.
+        positive: cosines of images and texts that belong together.
+        negative: cosines of those that do not.
         image_rows: margins of images among all texts, each with a threshold of its own.
         text_rows: margins of texts among all images.
         own_softplus_sum: sum over i of softplus(-z[i, i]).
@@ -208,6 +210,7 @@ def collect_pair_statistics(
     *,
     logit_scale: float,
     logit_bias: float,
+    belonging: Belonging | None = None,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -222,9 +225,10 @@ def collect_pair_statistics(
         image_features: (B, D), L2-normalised.
         text_features: (B, D), L2-normalised; row i belongs to image i.
         image_ids: (B,) int64.
-        text_ids: (B,) int64; equal to ``image_ids`` row by row, since row i is a pair.
+        text_ids: (B,) int64; belongs to ``image_ids`` row by row, since row i is a pair.
         logit_scale: multiplier > 0.
         logit_bias: added to every logit.
+        belonging: which ids belong together; None: those that are equal.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the texts reach the other ranks.
         group: process group.
@@ -270,6 +274,7 @@ def collect_pair_statistics(
     )
     if trip.total_rows == 0:
         raise UserError("no rank has any pair to evaluate; check the validation data")
+    belonging = Belonging() if belonging is None else belonging
     sums = _Sums(len(image_ids), image_features.device)
     image_squares = _squared_norms(image_features)
 
@@ -279,7 +284,7 @@ def collect_pair_statistics(
         contributions[0].fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
             cosines = similarity(image_features[rows], features[columns])
-            same = image_ids[rows, None] == ids[None, columns]
+            same = belonging.mask(image_ids[rows], ids[columns])
             is_positive = same if bool(same.any()) else None
             sums.add_cosines(cosines, is_positive)
             widen_row_ends(cosines, is_positive, sums.row_ends[rows], contributions[0][columns])

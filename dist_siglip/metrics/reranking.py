@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows, max_over_ranks
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval import TIE_TOLERANCE
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
@@ -38,6 +39,7 @@ def reranked_ranks(
     judge: Judge,
     *,
     k: int,
+    belonging: Belonging | None = None,
     queries_per_call: int = 256,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
@@ -59,12 +61,14 @@ def reranked_ranks(
     Args:
         queries: (Q, D), this rank's queries.
         gallery: (M, D), this rank's part of the gallery.
-        query_ids: (Q,) int64; equal to that of a gallery row if it is relevant.
+        query_ids: (Q,) int64; equal to that of a gallery row if it is relevant, or see
+            ``belonging``.
         gallery_ids: (M,) int64.
         ranks: (Q,) int64, before re-ranking, see ``retrieval_ranks``.
         judge: scores pairs of a query row of this rank and a gallery position (a row number in
             rank order); larger is better.
         k: candidates of a query, at least 1.
+        belonging: which ids of queries and gallery belong together; None: those that are equal.
         queries_per_call: queries whose candidates are judged in one call.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the gallery reaches the other ranks.
@@ -95,8 +99,9 @@ def reranked_ranks(
     is_candidate = near.similarities[:, :k] > threshold
     scores = _scores(near.positions[:, :k], is_candidate, judge, queries_per_call, group)
     all_ids = gather_rows(gallery_ids, group)
-    is_relevant = query_ids[:, None] == all_ids[near.positions[:, :k].clamp(min=0)]
-    is_relevant &= is_candidate
+    belonging = Belonging() if belonging is None else belonging
+    candidate_ids = all_ids[near.positions[:, :k].clamp(min=0)]
+    is_relevant = belonging.holds(query_ids[:, None], candidate_ids) & is_candidate
     best = scores.masked_fill(~is_relevant, -torch.inf).amax(dim=1)
     bar = best - SCORE_TOLERANCE * (1 + best.abs().nan_to_num(posinf=0.0))
     num_ahead = (is_candidate & ~is_relevant & (scores >= bar[:, None])).sum(dim=1)

@@ -1,8 +1,8 @@
 """At which rank does retrieval find what belongs to a query, on one gallery over all ranks?
 
-An item is relevant to a query if their ids are equal; a query may have any number of relevant
-items (five captions of an image, or the same caption under several images). With s the
-similarity and s* that of the best relevant item,
+An item is relevant to a query if their ids are equal, or as ``belonging`` says; a query may have
+any number of relevant items (five captions of an image, or the same caption under several
+images). With s the similarity and s* that of the best relevant item,
 
     rank = 1 + number of items that are not relevant and have s >= s*
 
@@ -27,6 +27,7 @@ from dist_siglip.distributed import (
     gather_rows,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
@@ -82,6 +83,7 @@ def retrieval_ranks_both_ways(
     image_ids: Tensor,
     text_ids: Tensor,
     *,
+    belonging: Belonging | None = None,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -89,7 +91,8 @@ def retrieval_ranks_both_ways(
     """Ranks of this rank's images among all texts, and of its texts among all images.
 
     The definition and the tie rule are in the module docstring. Image ``i`` and text ``j`` belong
-    together if ``image_ids[i] == text_ids[j]``; the two sides may differ in number.
+    together if ``image_ids[i] == text_ids[j]``, or as ``belonging`` says; the two sides may differ
+    in number.
 
     Distributed contract: every rank passes its own rows, any number of them (0 too), and gets
     the ranks of its own rows on the gallery of all ranks. One or two trips of the text shards
@@ -102,6 +105,7 @@ def retrieval_ranks_both_ways(
         text_features: (C, D).
         image_ids: (B,) int64.
         text_ids: (C,) int64.
+        belonging: which ids belong together; None: those that are equal.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the texts reach the other ranks.
         group: process group.
@@ -125,11 +129,13 @@ def retrieval_ranks_both_ways(
         unit_norm=False,
         group=group,
     )
+    belonging = Belonging() if belonging is None else belonging
     image_best, text_best = _best_relevant(
         image_features,
         text_features,
         image_ids,
         text_ids,
+        belonging,
         chunk_rows=chunk_rows,
         exchange=exchange,
         group=group,
@@ -144,7 +150,7 @@ def retrieval_ranks_both_ways(
         text_count.zero_()
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
             scores = similarity(image_features[rows], features[columns])
-            other = image_ids[rows, None] != ids[None, columns]
+            other = ~belonging.mask(image_ids[rows], ids[columns])
             image_count[rows] += (other & (scores >= image_threshold[rows, None])).sum(dim=1)
             text_count[columns] += (other & (scores >= threshold[None, columns])).sum(dim=0)
 
@@ -225,6 +231,7 @@ def _best_relevant(
     text_features: Tensor,
     image_ids: Tensor,
     text_ids: Tensor,
+    belonging: Belonging,
     *,
     chunk_rows: int,
     exchange: ExchangeName,
@@ -238,7 +245,7 @@ def _best_relevant(
         (text_best,) = contributions
         text_best.fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            other = image_ids[rows, None] != ids[None, columns]
+            other = ~belonging.mask(image_ids[rows], ids[columns])
             if bool(other.all()):
                 continue
             scores = similarity(image_features[rows], features[columns])
@@ -246,7 +253,7 @@ def _best_relevant(
             image_best[rows] = torch.maximum(image_best[rows], scores.amax(dim=1))
             text_best[columns] = torch.maximum(text_best[columns], scores.amax(dim=0))
 
-    if _relevant_pairs_are_local(image_ids, text_ids, group):
+    if belonging.pairs is None and _relevant_pairs_are_local(image_ids, text_ids, group):
         text_best = image_best.new_empty(text_ids.shape)
         visit(0, (text_features, text_ids), (text_best,))
         return image_best, text_best

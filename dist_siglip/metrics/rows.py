@@ -43,6 +43,35 @@ def first_occurrences(sample_ids: Tensor, *, group: ProcessGroup | None = None) 
     return keep[placed[:, 1] == rank]
 
 
+def first_of_each(ids: Tensor, sample_ids: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
+    """Mark this rank's rows whose id does not occur under a lower sample id.
+
+    Distributed contract: one ``gather_rows`` of ids; which rows are marked does not depend on how
+    they are distributed.
+
+    Args:
+        ids: (B,) int64, or (B, K): then all K are compared.
+        sample_ids: (B,) int64; rows of one sample are marked together.
+        group: process group.
+
+    Returns:
+        (B,) bool.
+
+    Example:
+        >>> first_of_each(torch.tensor([7, 8, 7, 7]), torch.tensor([5, 2, 3, 3]))
+        tensor([False,  True,  True,  True])
+    """
+    rank = World.detect().rank
+    columns = [ids if ids.ndim == 2 else ids[:, None], sample_ids[:, None]]
+    columns.append(torch.full_like(columns[1], rank))
+    placed = gather_rows(torch.cat(columns, dim=1), group)
+    kinds, which = placed[:, :-2].unique(dim=0, return_inverse=True)
+    samples = placed[:, -2]
+    lowest = samples.new_full((len(kinds),), torch.iinfo(torch.int64).max)
+    lowest.scatter_reduce_(0, which, samples, "amin")
+    return (samples == lowest[which])[placed[:, -1] == rank]
+
+
 def gather_in_order(
     columns: Sequence[Tensor],
     sample_ids: Tensor,

@@ -21,7 +21,7 @@ from dist_siglip.models.architecture import (
     override_architecture,
 )
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.source import resolve_model
+from dist_siglip.models.source import ModelSource, resolve_model
 from dist_siglip.models.tokenizer import ModelTokenizer
 from dist_siglip.models.weights import Weights, load_towers, read_weights
 
@@ -107,13 +107,7 @@ def build_dual_encoder(
         context_length=context_length,
         patch_dropout=patch_dropout,
     )
-    text_config = architecture["text_cfg"]
-    tokenizer = ModelTokenizer(
-        name=model,
-        text_config=text_config,
-        context_length=text_config.get("context_length", DEFAULT_CONTEXT_LENGTH),
-        folder=source.tokenizer_folder,
-    )
+    tokenizer = _tokenizer_of(model, architecture["text_cfg"], source)
     if check_tokenizer:
         tokenizer.load()
 
@@ -147,6 +141,32 @@ def build_dual_encoder(
         weights_loaded=source.weights is not None,
         architecture=architecture,
         trained_global_batch=trained_global_batch,
+    )
+
+
+def load_tokenizer(model: str, *, context_length: int | None = None) -> ModelTokenizer:
+    """Load the tokenizer of a model alone, without its towers.
+
+    Args:
+        model: as ``build_dual_encoder``.
+        context_length: replaces the model's. None keeps it.
+
+    Raises:
+        UserError: as ``build_dual_encoder``.
+    """
+    source = resolve_model(model, None, with_weights=False)
+    architecture = override_architecture(source.architecture, context_length=context_length)
+    tokenizer = _tokenizer_of(model, architecture["text_cfg"], source)
+    tokenizer.load()
+    return tokenizer
+
+
+def _tokenizer_of(model: str, text_config: dict[str, Any], source: ModelSource) -> ModelTokenizer:
+    return ModelTokenizer(
+        name=model,
+        text_config=text_config,
+        context_length=text_config.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        folder=source.tokenizer_folder,
     )
 
 

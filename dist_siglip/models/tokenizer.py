@@ -58,6 +58,16 @@ class ModelTokenizer:
         self.load()
         return self._loaded
 
+    @property
+    def draws_tokens(self) -> bool:
+        """Whether a long caption loses tokens by lot, others every time."""
+        return self.options.get("reduction_mask") in ("simple", "random", "shuffle")
+
+    def clean(self, text: str) -> str:
+        """Clean a caption as is done before it is cut into tokens."""
+        self.load()
+        return str(self._loaded.clean_fn(text))
+
     def __call__(self, texts: list[str]) -> Tensor:
         """Return token ids (len(texts), context_length), int64."""
         self.load()

@@ -1,13 +1,17 @@
 """When may features that were written down stand in for a tower, and how does a step use them?"""
 
+import logging
+
 import torch
 
-from dist_siglip.data import ImageTextBatch
+from dist_siglip.data import ImageTextBatch, PairDataset
 from dist_siglip.data.cached_features import CachedFeatures
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
 from dist_siglip.models.depth import places
 from dist_siglip.models.digest import digest_tower
+
+logger = logging.getLogger(__name__)
 
 
 def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None:
@@ -42,6 +46,24 @@ def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None
                 f"train_features are not those of this {tower} tower: other weights or other "
                 "preprocessing; embed the shards again with the model of this run"
             )
+
+
+def settle_identities(data: object, *, are_used: bool) -> None:
+    """Spare a data module the identity of training pictures if nobody asks; else look for it.
+
+    Args:
+        data: data module; another one than ours is left alone.
+        are_used: whether the loss of the run asks which pictures are the same.
+    """
+    dataset = getattr(data, "train_dataset", None)
+    features: CachedFeatures | None = getattr(data, "features", None)
+    if isinstance(dataset, PairDataset) and not are_used:
+        dataset.picture_id = None
+    elif are_used and features is not None and not features.has_ids:
+        logger.warning(
+            "train_features do not say which pictures and captions are the same, so duplicates "
+            "among them stay negatives; embed the shards again to have it"
+        )
 
 
 def encode_beside_features(

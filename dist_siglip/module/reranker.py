@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data.batch import picture_ids_of
 from dist_siglip.errors import UserError
 from dist_siglip.losses.matching import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
@@ -132,9 +133,8 @@ class RerankerModule(RunModule):
         self.pace.begin_encoding(self.device)
         images, texts = self.encode(batch)
         self.pace.end_encoding()
-        pairs = choose_hard_pairs(
-            images, texts, batch.caption_ids, self.hard_negatives, self.easy_negatives
-        )
+        ids = torch.stack([batch.caption_ids, picture_ids_of(batch)], dim=1)
+        pairs = choose_hard_pairs(images, texts, ids, self.hard_negatives, self.easy_negatives)
         logits = judge_pairs(self._judge, pairs, self.pairs_per_pass)
         positives, negatives = logits.tensor_split([pairs.num_positives])
         loss = match_loss(positives, negatives)
@@ -151,8 +151,9 @@ class RerankerModule(RunModule):
         images, texts = self.encode(batch)
         ids, valid = batch.caption_ids, batch.valid
         features = (images.features, texts.features)
-        self.evaluation.update(*features, ids, ids, batch.sample_ids, valid)
-        columns = (*images, *texts, ids, batch.sample_ids)
+        pictures = picture_ids_of(batch)
+        self.evaluation.update(*features, ids, ids, batch.sample_ids, valid, picture_ids=pictures)
+        columns = (*images, *texts, ids, batch.sample_ids, pictures)
         self._rows.append(tuple(column[valid] for column in columns))
 
     def on_validation_epoch_end(self) -> None:
@@ -168,7 +169,8 @@ class RerankerModule(RunModule):
             self.head,
             Encoded(*columns[:3]),
             Encoded(*columns[3:6]),
-            *columns[6:],
+            *columns[6:8],
+            picture_ids=columns[8],
             candidates=self.candidates,
             pairs_per_pass=self.pairs_per_pass,
         )

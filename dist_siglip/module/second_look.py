@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from dist_siglip.distributed import World, fetch_rows, gather_rows
+from dist_siglip.metrics.belonging import DistinctItems
 from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.reranking import reranked_ranks
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
@@ -48,7 +49,7 @@ class ChosenPairs(NamedTuple):
 def choose_hard_pairs(
     images: Encoded,
     texts: Encoded,
-    caption_ids: Tensor,
+    ids: Tensor,
     num_hard: int,
     num_easy: int = 0,
     *,
@@ -59,7 +60,8 @@ def choose_hard_pairs(
     For each image the ``num_hard`` texts of all ranks with the largest inner product, and for each
     text as many images; for each image also the texts of the ``num_easy`` next pairs in rank order,
     the first pair after the last, which are any pairs, as training batches are shuffled. Partners
-    with the same caption are not wrong. B * (1 + 2 * num_hard + num_easy) pairs at most.
+    with the same caption, or of the same picture, are not wrong. B * (1 + 2 * num_hard + num_easy)
+    pairs at most.
 
     Distributed contract: every rank passes its own rows, any number of them (0 too). Two trips of
     features without gradient, and ``fetch_rows`` of tokens and of ids. Over all ranks the same
@@ -68,16 +70,16 @@ def choose_hard_pairs(
     Args:
         images: B rows.
         texts: B rows; row i belongs to image i.
-        caption_ids: (B,) int64, equal for equal captions.
+        ids: (B,) int64, equal for equal captions; or (B, 2), of captions and pictures.
         num_hard: hardest wrong partners of a row, at least 1.
         num_easy: other texts of an image, at least 0.
         group: process group.
     """
-    own = torch.arange(len(caption_ids), device=caption_ids.device)
+    own = torch.arange(len(ids), device=ids.device)
     sides = (images.features, texts.features)
-    hard_texts = _hardest(*sides, caption_ids, num_hard, group)
-    hard_images = _hardest(*sides[::-1], caption_ids, num_hard, group)
-    wrong_texts = torch.cat([hard_texts, _next_texts(caption_ids, num_easy, group)], dim=1)
+    hard_texts = _hardest(*sides, ids, num_hard, group)
+    hard_images = _hardest(*sides[::-1], ids, num_hard, group)
+    wrong_texts = torch.cat([hard_texts, _next_texts(ids, num_easy, group)], dim=1)
     image_of, all_texts, text_rows = _with_fetched(texts, wrong_texts, group)
     text_of, all_images, image_rows = _with_fetched(images, hard_images, group)
     return ChosenPairs(
@@ -125,10 +127,13 @@ def evaluate_reranking(
     *,
     candidates: int,
     pairs_per_pass: int,
+    picture_ids: Tensor | None = None,
     top_k: tuple[int, ...] = (1, 5, 10),
     group: ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Recall and median rank in both directions, after the head has re-ranked the candidates.
+
+    Galleries and hits are those of ``metrics.evaluate_pairs``.
 
     Distributed contract: as ``reranked_ranks``, which see; a sample that occurs twice counts once.
 
@@ -140,6 +145,7 @@ def evaluate_reranking(
         sample_ids: (B,) int64.
         candidates: of a query.
         pairs_per_pass: pairs that the head judges at a time.
+        picture_ids: (B,) int64, equal for equal pictures; None if every row has its own.
         top_k: the K of recall@K.
         group: process group.
 
@@ -148,13 +154,23 @@ def evaluate_reranking(
         reranked_text_to_image_...
     """
     keep = first_occurrences(sample_ids, group=group)
-    images, texts = _take(images, keep), _take(texts, keep)
-    caption_ids, sample_ids = caption_ids[keep], sample_ids[keep]
-    features = (images.features, texts.features)
-    before = retrieval_ranks_both_ways(*features, caption_ids, caption_ids, group=group)
+    pictures = sample_ids if picture_ids is None else picture_ids
+    sample_ids = sample_ids[keep]
+    items = DistinctItems.of(pictures[keep], caption_ids[keep], sample_ids, group=group)
+    images, texts = _take(_take(images, keep), items.images), _take(_take(texts, keep), items.texts)
+    ids = (items.image_ids[items.images], items.text_ids[items.texts])
+    before = retrieval_ranks_both_ways(
+        images.features, texts.features, *ids, belonging=items.belonging, group=group
+    )
     found: dict[str, float] = {}
-    directions = (("image_to_text", images, texts), ("text_to_image", texts, images))
-    for (direction, queries, gallery), ranks in zip(directions, before, strict=True):
+    after: list[Tensor] = []
+    sides = (
+        (images, texts, *ids, items.belonging),
+        (texts, images, *ids[::-1], items.belonging.turned()),
+    )
+    for (queries, gallery, query_ids, gallery_ids, belonging), ranks in zip(
+        sides, before, strict=True
+    ):
 
         def judge(
             rows: Tensor,
@@ -172,17 +188,22 @@ def evaluate_reranking(
         own = reranked_ranks(
             queries.features,
             gallery.features,
-            caption_ids,
-            caption_ids,
+            query_ids,
+            gallery_ids,
             ranks,
             judge,
             k=candidates,
+            belonging=belonging,
             queries_per_call=max(1, pairs_per_pass // candidates),
             group=group,
         )
-        (all_ranks,) = gather_in_order([own], sample_ids, group=group)
+        after.append(own)
+    of_rows = items.of_all_rows(*after, group=group)
+    sizes = (("image_to_text", items.num_texts), ("text_to_image", items.num_images))
+    for (direction, gallery_size), ranks in zip(sizes, of_rows, strict=True):
+        (all_ranks,) = gather_in_order([ranks], sample_ids, group=group)
         for k in top_k:
-            recall = recall_at_k(all_ranks, k, gallery_size=len(all_ranks))
+            recall = recall_at_k(all_ranks, k, gallery_size=gallery_size)
             found[f"reranked_{direction}_recall@{k}"] = recall
         found[f"reranked_{direction}_median_rank"] = median_rank(all_ranks)
     return found
@@ -197,7 +218,7 @@ def _hardest(
 
 
 def _next_texts(ids: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
-    """Positions (B, count) of the rows behind each own one; -1 where the caption is the same."""
+    """Positions (B, count) of the rows behind each own one; -1 where an id is the same."""
     own_rows = torch.tensor([len(ids)], device=ids.device)
     rows_of_ranks = gather_rows(own_rows, group)
     rank = 0 if len(rows_of_ranks) == 1 else World.detect().rank
@@ -206,7 +227,8 @@ def _next_texts(ids: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
     steps = torch.arange(1, count + 1, device=ids.device)
     positions = (own[:, None] + steps) % total
     (others,) = fetch_rows([ids], positions.flatten(), group=group)
-    return positions.masked_fill(others.reshape(positions.shape) == ids[:, None], -1)
+    same = others.reshape(*positions.shape, *ids.shape[1:]) == ids[:, None]
+    return positions.masked_fill(same.any(dim=2) if ids.ndim == 2 else same, -1)
 
 
 def _with_fetched(

@@ -14,6 +14,7 @@ from dist_siglip.distributed import copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.calibration import Calibration, describe_batch_change
+from dist_siglip.losses.drop_in import ids_for
 from dist_siglip.losses.finite import let_pass
 from dist_siglip.losses.pair_similarities import calibrate_on_features
 from dist_siglip.losses.pair_terms import Duplicates
@@ -26,7 +27,11 @@ from dist_siglip.models import (
 )
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
-from dist_siglip.module.locked_features import check_features, encode_beside_features
+from dist_siglip.module.locked_features import (
+    check_features,
+    encode_beside_features,
+    settle_identities,
+)
 from dist_siglip.module.optimizing import configure
 from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.sharding import shard_module
@@ -46,8 +51,8 @@ class SigLipModule(RunModule):
             .ckpt file. Null starts at random.
         loss: module called with (image_features, text_features, logit_scale, logit_bias), given
             as a class path. Null is ``dist_siglip.losses.SigLipLoss``. If its ``uses_caption_ids``
-            is True it also gets the keyword caption_ids; if its ``uses_logit_bias`` is False the
-            bias is frozen.
+            is True it also gets the keyword caption_ids, likewise with ``uses_picture_ids``; if its
+            ``uses_logit_bias`` is False the bias is frozen.
         logits: start and training of scale and bias.
         optim: optimizer and learning rate.
         image_size: pixels, replaces the model's. Null keeps it.
@@ -136,7 +141,10 @@ class SigLipModule(RunModule):
 
     def setup(self, stage: str) -> None:
         """Check that features of the data module are those of a locked tower of this model."""
-        check_features(getattr(self.trainer, "datamodule", None), self.built, self.towers)
+        data = getattr(self.trainer, "datamodule", None)
+        check_features(data, self.built, self.towers)
+        ids_are_used = getattr(self.loss, "uses_picture_ids", False)
+        settle_identities(data, are_used=ids_are_used)
 
     def on_fit_start(self) -> None:
         """Tell Lightning that locked parts are in evaluation mode on purpose."""
@@ -166,8 +174,7 @@ class SigLipModule(RunModule):
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
-        uses_ids = getattr(self.loss, "uses_caption_ids", False)
-        ids = {"caption_ids": batch.caption_ids} if uses_ids else {}
+        ids = ids_for(self.loss, batch.caption_ids, batch.picture_ids)
         with nullcontext() if self.step_check is None else let_pass():
             loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
         return self.finish_step(batch, loss, image_features, text_features, logit_scale, logit_bias)
@@ -188,7 +195,11 @@ class SigLipModule(RunModule):
         return self.global_batch_size
 
     def calibrate(
-        self, image_features: Tensor, text_features: Tensor, caption_ids: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        caption_ids: Tensor,
+        picture_ids: Tensor | None = None,
     ) -> Calibration:
         """Fit scale and bias to the pairs of all ranks; changes nothing.
 
@@ -196,6 +207,7 @@ class SigLipModule(RunModule):
             image_features: (B, D), L2-normalised, this rank's.
             text_features: (B, D), L2-normalised.
             caption_ids: (B,), equal for equal captions.
+            picture_ids: (B,), equal for equal pictures; None if they are not known.
 
         Raises:
             UserError: as ``check_can_calibrate``, or if no scale above 0 fits.
@@ -209,6 +221,7 @@ class SigLipModule(RunModule):
             scale_before=scale,
             bias_before=bias,
             caption_ids=caption_ids,
+            picture_ids=picture_ids,
             duplicates=self._duplicates,
         )
 
@@ -228,6 +241,7 @@ class SigLipModule(RunModule):
             batch.caption_ids,
             batch.sample_ids,
             batch.valid,
+            picture_ids=batch.picture_ids,
         )
 
     def on_validation_epoch_end(self) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_siglip.data.batch import picture_ids_of
 from dist_siglip.data.excerpt import excerpt_loader
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
@@ -43,7 +44,7 @@ def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
         for loaded in loader:
             batch = module.transfer_batch_to_device(loaded, module.device, 0)
             batch = data.on_after_batch_transfer(batch, 0)
-            rows.append((*module.encode(batch), batch.caption_ids))
+            rows.append((*module.encode(batch), batch.caption_ids, picture_ids_of(batch)))
     fitted = module.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
     set_logits(module.logits, fitted)
     logger.info("calibrated before the first step: %s", fitted.describe())

@@ -15,7 +15,7 @@ class Answer:
     Attributes:
         caption: its text.
         similarity: cosine with the image.
-        is_right: whether it is the image's own caption.
+        is_right: whether it is a caption of the image.
     """
 
     caption: str
@@ -44,19 +44,21 @@ def rank_captions(
     image_features: np.ndarray,
     text_features: np.ndarray,
     *,
+    ids: Sequence[np.ndarray] = (),
     top: int = 5,
 ) -> list[Exhibit]:
     """Find the ``top`` captions of each picture among all ``captions``.
 
     Captions with the same text are one answer, with the similarity of the best of them; an answer
-    is right if its text is the image's own. Of two equally similar captions the one that comes
-    first in the gallery is shown first.
+    is right if its text is the image's own, or that of a pair with which the image shares an id. Of
+    two equally similar captions the one that comes first in the gallery is shown first.
 
     Args:
         pictures: images to show; ``row`` points into the other arguments.
         captions: n captions.
         image_features: (n, D).
         text_features: (n, D), row-aligned with ``captions``.
+        ids: (n,) each, of captions and of pictures, as far as they are known.
         top: most answers per picture.
 
     Example:
@@ -69,10 +71,13 @@ def rank_captions(
     for picture in pictures:
         similarities = text_features.astype(np.float64) @ image_features[picture.row]
         answers: dict[str, Answer] = {}
+        right = {captions[picture.row]}
+        for known in ids:
+            right |= {captions[row] for row in np.flatnonzero(known == known[picture.row]).tolist()}
         for row in np.argsort(-similarities, kind="stable"):
             caption = captions[row]
-            is_right = caption == captions[picture.row]
-            answers.setdefault(caption, Answer(caption, float(similarities[row]), is_right))
+            answer = Answer(caption, float(similarities[row]), caption in right)
+            answers.setdefault(caption, answer)
             if len(answers) == top:
                 break
         exhibits.append(Exhibit(picture, captions[picture.row], list(answers.values())))

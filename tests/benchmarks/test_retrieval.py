@@ -94,12 +94,27 @@ def test_only_the_members_named_are_looked_at(tmp_path):
 
 def test_an_equal_caption_of_another_picture_is_no_hit(tmp_path):
     """As published: each caption belongs to its own picture; here a tie, which is lost."""
-    members = [(str(i), {"png": encode(picture(0)), "txt": b"the same"}) for i in range(2)]
+    kinds = (encode(picture(0)), encode(picture(0), compress_level=0))  # two files, equal pixels
+    members = [(str(i), {"png": kinds[i], "txt": b"the same"}) for i in range(2)]
     shard = str(write_shard(tmp_path / "a.tar", members))
     found = Retrieval(shard, top_k=[1, 2], loading=HERE).evaluate(known_model()).metrics
     assert found["image_retrieval_recall@1"] == found["text_retrieval_recall@1"] == 0
     assert found["image_retrieval_recall@2"] == found["text_retrieval_recall@2"] == 1
     assert found["image_retrieval_median_rank"] == 2
+
+
+def test_a_sample_for_each_caption_is_the_same_as_a_sample_for_each_picture(tmp_path, found):
+    """Pictures of equal bytes are one, and a caption that another sample repeats is one."""
+    members = [
+        (f"{i}x{n}x{copy}", {"png": encode(picture(i)), "txt": text.encode()})
+        for copy in range(2)
+        for i in range(NUM_SAMPLES)
+        for n, text in enumerate(captions_of(i))
+    ]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    again = Retrieval(shard, loading=HERE).evaluate(known_model())
+    assert again.metrics == pytest.approx(found.metrics)
+    assert again.details == found.details
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tests.support.shards import (
     write_shard,
     write_shards,
 )
+from tests.support.tiny_models import ARCHITECTURES, write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -203,10 +204,29 @@ def test_stats_measure_sizes_captions_and_duplicates(capsys, tmp_path):
     assert quantiles["aspect_ratio"][0] == 0.5
     assert quantiles["caption_characters"][-1] == 4
     assert found["formats"] == {"jpeg": 4}
-    assert found["captions"] == {"distinct": 3, "shared": 2}
-    assert found["pictures"] == {"distinct": 3, "shared": 2}
+    assert found["captions"] == {"distinct": 3, "shared": 2, "most": 2}
+    assert found["pictures"] == {"distinct": 3, "shared": 2, "most": 2}
     assert main(["data", "stats", str(shard)]) == 0
     assert "3 distinct; 2 samples share" in capsys.readouterr().out
+
+
+def test_stats_with_a_model_compare_tokens(capsys, tmp_path):
+    texts = ["A red fox.", "a red fox", "...", "a hen", "A Hen!", "-"]
+    members = [
+        (f"{i}", {"png": encode(picture(i)), "txt": text.encode()}) for i, text in enumerate(texts)
+    ]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    text_config = {
+        **ARCHITECTURES["siglip"]["text_cfg"],
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+    }
+    model = write_config(tmp_path / "m.json", {**ARCHITECTURES["siglip"], "text_cfg": text_config})
+    _, found = run(capsys, "stats", shard)
+    assert (found["samples"], found["empty_captions"]) == (6, 0)
+    assert found["captions"] == {"distinct": 6, "shared": 0, "most": 1}
+    _, found = run(capsys, "stats", shard, f"--model={model}")
+    assert (found["samples"], found["bad"], found["empty_captions"]) == (4, 2, 2)
+    assert found["captions"] == {"distinct": 2, "shared": 4, "most": 2}
 
 
 def test_stats_of_a_random_part(capsys, tmp_path):

@@ -1,6 +1,7 @@
 import collections
 
 import pytest
+from open_clip import SimpleTokenizer
 
 from dist_siglip.data.captions import (
     MAX_CAPTION_BYTES,
@@ -11,6 +12,7 @@ from dist_siglip.data.captions import (
     read_json,
 )
 from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.identity import EmptyCaptions
 from dist_siglip.errors import UserError
 
 
@@ -69,12 +71,50 @@ JSON = b'{"caption": ["", " one ", "two"], "seo": {"alt": "three"}, "n": [1], "n
         ({"json_field": "seo.alt"}, [("json", JSON)], "three"),
         ({"members": ("json", "txt")}, [("json", JSON), ("txt", b"four")], "one"),
         ({"members": ("json", "txt"), "json_field": "none"}, [("json", JSON), ("txt", b"4")], "4"),
+        ({"members": ("json", "txt"), "json_field": "x"}, [("json", JSON), ("txt", b"4")], "4"),
         ({}, [("txt", b"first\nsecond")], "first\nsecond"),
         ({"split_lines": True}, [("txt", b"\n first\r\nsecond\n")], "first"),
     ],
 )
 def test_the_first_caption_that_is_not_empty_is_taken(rule, members, text):
     assert CaptionRule(**rule).choose(members, (0,)) == text
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\r"])
+def test_only_line_ends_separate_captions(letter):
+    text = f"a red{letter}fox"
+    rule = CaptionRule(split_lines=True)
+    assert rule.all_of([("txt", f"{text}\r\na hen\n".encode())]) == [text, "a hen"]
+
+
+def test_a_field_that_some_objects_of_a_list_lack_is_read_from_the_others():
+    rule = CaptionRule(members=("json",), json_field="sentences.raw")
+    data = b'{"sentences": [{"tokens": []}, {"raw": "a hen"}]}'
+    assert rule.all_of([("json", data)]) == ["a hen"]
+
+
+def test_texts_without_a_token_are_empty():
+    """open_clip's SigLIP takes punctuation away before it looks for tokens."""
+    siglip, clip = (SimpleTokenizer(clean=clean) for clean in ("canonicalize", "lower"))
+    texts = ["...", "!!!", "?!", "-", "\0\0", "&nbsp;", "\u200b", "a.", "&amp;", "7", "ä", "狐"]
+    kept = {"siglip": ["\u200b", "a.", "7", "ä", "狐"], "clip": [*texts[:4], *texts[6:]]}
+    kept["none"] = kept["clip"]
+    for name, tokenizer in (("siglip", siglip), ("clip", clip), ("none", None)):
+        is_empty = EmptyCaptions(tokenizer)
+        assert [text for text in texts if not is_empty(text)] == kept[name]
+        if tokenizer is not None:
+            nothing, *rows = tokenizer(["", *texts])
+            tokenless = [text for text, row in zip(texts, rows, strict=True) if row.equal(nothing)]
+            assert [text for text in texts if is_empty(text)] == tokenless
+
+
+def test_the_first_caption_with_a_token_is_taken():
+    is_empty = EmptyCaptions(SimpleTokenizer(clean="canonicalize"))
+    rule = CaptionRule(members=("txt", "json"), split_lines=True)
+    members = [("txt", b"...\n-"), ("json", b'{"caption": ["!!!", "a hen"]}')]
+    assert rule.choose(members, (0,), is_empty=is_empty) == "a hen"
+    with pytest.raises(BadSampleError, match="caption is empty"):
+        rule.choose(members[:1], (0,), is_empty=is_empty)
 
 
 def test_members_after_the_first_caption_are_not_read():

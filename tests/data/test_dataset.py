@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from open_clip import SimpleTokenizer
 from PIL import Image
 
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.identity import picture_id
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.slot import Slot
 from dist_siglip.data.transforms import evaluation_transform, training_transform
@@ -192,6 +194,70 @@ def test_an_evaluation_takes_the_first_caption(tmp_path):
     rule = CaptionRule(members=("json",), pick="random")
     data = captioned(several(tmp_path), rule, is_evaluation=True)
     assert {data[Slot(0, place, 3)].caption for place in range(50)} == {"c3"}
+
+
+def pictured(folder, name="a.tar"):
+    """Six samples of three pictures; what their JSON says of them differs."""
+    facts = (
+        {"coco": {"id": 7}},
+        {"coco": {"id": "7"}},
+        {},
+        {"coco": {"id": None}},
+        {"coco": 3},
+        {},
+    )
+    members = [
+        (
+            f"{i}",
+            {"png": encode(picture(i % 3)), "txt": caption(i).encode()}
+            | ({"json": json.dumps(fact).encode()} if fact or i == 2 else {}),
+        )
+        for i, fact in enumerate(facts)
+    ]
+    return [str(write_shard(folder / name, members))]
+
+
+def ids_of(data):
+    ids = [data[Slot(0, 0, i)].picture_id for i in range(len(data))]
+    return [ids.index(each) for each in ids]
+
+
+def test_a_picture_is_its_bytes_whatever_the_crop(tmp_path):
+    data = dataset(pictured(tmp_path), crop=(0.3, 0.5))
+    assert ids_of(data) == [0, 1, 2, 0, 1, 2]
+    assert data[Slot(0, 0, 0)].picture_id == picture_id(encode(picture(0)))
+    data.picture_id = None
+    assert {data[Slot(0, 0, i)].picture_id for i in range(6)} == {None}
+
+
+def test_a_picture_is_what_a_field_says_or_its_bytes(tmp_path):
+    shards = pictured(tmp_path)
+    table = build_pair_table(shards, image_extensions=("png",), other_extensions=("json",))
+    options = {"seed": 7, "max_image_pixels": 10_000, "picture_id": "coco.id"}
+    data = PairDataset(table, training_transform(tiny_inputs(), None), **options)
+    assert ids_of(data) == [0, 0, 2, 3, 4, 2]
+    assert [data[Slot(0, 0, i)].caption for i in (0, 5)] == [caption(0), caption(5)]
+    assert (
+        pickle.loads(pickle.dumps(data))[Slot(0, 0, 1)].picture_id == data[Slot(0, 0, 0)].picture_id
+    )
+
+
+def test_a_sample_with_a_json_alone_still_lacks_its_caption(tmp_path):
+    members = [("0", {"png": encode(picture(0)), "json": b'{"id": 1}'})]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    with pytest.raises(UserError, match="have no caption"):
+        build_pair_table([shard], image_extensions=("png",), other_extensions=("json",))
+
+
+def test_a_caption_without_a_token_is_a_bad_sample(tmp_path, caplog):
+    shards = write_bad(tmp_path, {2: {"txt": b"..."}, 3: {"txt": b"-"}, 4: {"txt": b"\0\0"}})
+    tokenizer = SimpleTokenizer(clean="canonicalize")
+    sample = dataset(shards, tokenizer=tokenizer)[Slot(0, 0, 2)]
+    assert sample.is_substitute
+    assert sample.sample_id in {0, 1, 5}
+    assert "key2': caption is empty" in caplog.text
+    clip = dataset(shards, tokenizer=SimpleTokenizer())
+    assert [clip[Slot(0, 0, i)].is_substitute for i in (2, 3, 4)] == [False, False, True]
 
 
 def test_stages_see_the_sample_and_draw_by_the_place(tmp_path):

@@ -94,7 +94,7 @@ def expected_loss(images, texts, ids, size, duplicates, scale, bias):
     total, batches = 0.0, list(itertools.combinations(range(len(ids)), size))
     for batch in batches:
         for i, j in itertools.product(batch, batch):
-            is_duplicate = i != j and ids[i] == ids[j]
+            is_duplicate = i != j and any(a == b for a, b in zip(ids[i], ids[j], strict=True))
             if is_duplicate and duplicates == "masked":
                 continue
             is_positive = i == j or (is_duplicate and duplicates == "positive")
@@ -104,7 +104,7 @@ def expected_loss(images, texts, ids, size, duplicates, scale, bias):
 
 @pytest.mark.parametrize("duplicates", ["negative", "positive", "masked"])
 def test_the_objective_is_the_mean_over_all_batches(duplicates):
-    ids = torch.tensor([1, 2, 1, 3, 3, 1])
+    ids, pictures = torch.tensor([1, 2, 1, 3, 3, 1]), torch.tensor([1, 2, 3, 2, 3, 4])
     generator = torch.Generator().manual_seed(3)
     concepts = torch.randn(4, 5, generator=generator, dtype=torch.float64)[ids]
     images, texts = (
@@ -113,10 +113,18 @@ def test_the_objective_is_the_mean_over_all_batches(duplicates):
     )
 
     def truth(scale, bias):
-        return expected_loss(images, texts, ids.tolist(), 4, duplicates, scale, bias)
+        both = list(zip(ids.tolist(), pictures.tolist(), strict=True))
+        return expected_loss(images, texts, both, 4, duplicates, scale, bias)
 
     fitted = calibrate_on_features(
-        images, texts, 4, scale_before=3.0, bias_before=-1.0, caption_ids=ids, duplicates=duplicates
+        images,
+        texts,
+        4,
+        scale_before=3.0,
+        bias_before=-1.0,
+        caption_ids=ids,
+        picture_ids=pictures,
+        duplicates=duplicates,
     )
     assert fitted.loss_before == pytest.approx(truth(3.0, -1.0), rel=1e-7)
     assert fitted.loss_after == pytest.approx(truth(fitted.scale, fitted.bias), rel=1e-7)

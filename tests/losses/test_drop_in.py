@@ -8,6 +8,7 @@ from open_clip.loss import SigLipLoss as OpenClipLoss
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
+from dist_siglip.losses.drop_in import ids_for
 from tests.support.processes import run_ranks
 
 
@@ -175,6 +176,11 @@ def test_duplicates_are_counted_and_ids_asked_for():
     counted = loss(images, texts, scale, bias, caption_ids=ids)
     assert torch.equal(counted, SigLipLoss()(images, texts, scale, bias))
     assert loss.last_duplicate_pairs.item() == 6
+    pictures = torch.tensor([1, 1, 2, 3, 3])
+    loss(images, texts, scale, bias, caption_ids=ids, picture_ids=pictures)
+    assert loss.last_duplicate_pairs.item() == 10
+    assert ids_for(loss, ids, pictures) == {"caption_ids": ids, "picture_ids": pictures}
+    assert ids_for(SigLipLoss(), ids, pictures) == {}
     with pytest.raises(UserError, match=r"duplicates \('negative'\) needs caption_ids"):
         loss(images, texts, scale, bias)
     with pytest.raises(UserError, match=r"duplicates \('ignored'\) must be null or one of"):

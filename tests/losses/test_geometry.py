@@ -193,6 +193,10 @@ def test_caption_ids_reach_a_base_that_uses_them():
     assert torch.equal(loss(images, texts, *SCALARS, caption_ids=ids), expected)
     assert loss.last_duplicate_pairs.item() == 2
     assert not WeightedLoss(ClipLoss()).uses_caption_ids
+    pictures = torch.tensor([1, 2, 2, 3, 4, 5])
+    assert loss.uses_picture_ids
+    loss(images, texts, *SCALARS, caption_ids=ids, picture_ids=pictures)
+    assert loss.last_duplicate_pairs.item() == 4
 
 
 def test_the_base_says_whether_it_uses_the_bias():

@@ -58,15 +58,23 @@ def caption_ids(num_pairs):
     return torch.tensor([(7, 7, 5, -3, 7, 5, 11, 12)[i % 8] for i in range(num_pairs)])
 
 
-def with_duplicates(layout, rank, exchange, frozen, duplicates):
+def picture_ids(num_pairs):
+    """Equal within and across ranks, of rows whose captions differ, and of some that are equal."""
+    return torch.tensor([(1, 2, 2, 3, 3, 1, 1, 4)[i % 8] for i in range(num_pairs)])
+
+
+def with_duplicates(layout, rank, exchange, frozen, duplicates, with_pictures=False):
     """Loss and gradients with ids, and the duplicates counted over all ranks."""
     start = sum(layout[:rank])
-    ids = caption_ids(sum(layout))[start : start + layout[rank]]
+    rows = slice(start, start + layout[rank])
+    ids = caption_ids(sum(layout))[rows]
+    pictures = picture_ids(sum(layout))[rows] if with_pictures else None
     statistics = LossStatistics()
     result = run_loss(
         lambda *tensors: siglip_loss(
             *tensors,
             caption_ids=ids,
+            picture_ids=pictures,
             duplicates=duplicates,
             statistics=statistics,
             exchange=exchange,
@@ -91,6 +99,9 @@ def all_cases(rank, world_size, layouts):
             for frozen, duplicates in product(("none", "image"), DUPLICATES):
                 results[layout, exchange, frozen, duplicates] = with_duplicates(
                     LAYOUTS[layout], rank, exchange, frozen, duplicates
+                )
+                results[layout, exchange, frozen, duplicates, "pictures"] = with_duplicates(
+                    LAYOUTS[layout], rank, exchange, frozen, duplicates, with_pictures=True
                 )
             for frozen in FROZEN:
                 for chunk_rows in CHUNKS:
@@ -218,6 +229,32 @@ def test_duplicates_within_and_across_ranks_match_one_process(layout, duplicates
             assert counted == num_duplicates
             if duplicates != "negative":  # the comparison can tell
                 assert largest_error(result, plain) > 1e-3
+
+
+@lru_cache
+def reference_with_pictures(num_pairs, duplicates):
+    images, texts = make_features(num_pairs)
+    ids = torch.stack([caption_ids(num_pairs), picture_ids(num_pairs)], dim=1)
+    return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS, ids, duplicates)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("duplicates", DUPLICATES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captions_of_one_picture_are_duplicates_on_whatever_ranks(layout, duplicates):
+    by_rank, _ = cases(layout)
+    num_pairs = sum(LAYOUTS[layout])
+    reference = dict(reference_with_pictures(num_pairs, duplicates))
+    num_duplicates = reference.pop("duplicates")
+    captions_alone = dict(reference_with_duplicates(num_pairs, duplicates))
+    assert num_duplicates > captions_alone.pop("duplicates")
+    for results in by_rank:
+        for exchange, frozen in product(EXCHANGES, ("none", "image")):
+            result, counted = results[layout, exchange, frozen, duplicates, "pictures"]
+            assert largest_error(result, reference) < 1e-12
+            assert counted == num_duplicates
+            if duplicates != "negative":  # pictures left out of sight would be seen
+                assert largest_error(result, captions_alone) > 1e-3
 
 
 # float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features and

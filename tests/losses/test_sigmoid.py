@@ -273,6 +273,7 @@ def test_the_side_without_accumulator_travels(monkeypatch, image, text, travels,
     ("change", "message"),
     [
         ({"caption_ids": torch.zeros(5, dtype=torch.int64)}, r"caption_ids \(5,\)"),
+        ({"picture_ids": torch.zeros(5, dtype=torch.int64)}, r"picture_ids \(5,\)"),
         ({"caption_ids": torch.zeros(6)}, r"caption_ids \(6,\) \(torch.float32\) must be integers"),
         ({"duplicates": "both"}, r"duplicates \('both'\) must be one of positive, masked"),
     ],
@@ -294,7 +295,13 @@ def test_a_gpu_is_never_waited_for(monkeypatch):
             ids = torch.zeros(10, device="cuda", dtype=torch.int64)
             for duplicates in ("positive", "masked", "negative"):
                 loss = siglip_loss(
-                    images, texts, *scalars, caption_ids=ids, duplicates=duplicates, chunk_rows=4
+                    images,
+                    texts,
+                    *scalars,
+                    caption_ids=ids,
+                    picture_ids=ids,
+                    duplicates=duplicates,
+                    chunk_rows=4,
                 )
             assert loss.device.type == "cuda"
             assert loss.requires_grad

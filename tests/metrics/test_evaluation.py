@@ -38,13 +38,14 @@ NAMES = {
         for direction in ("image_to_text", "text_to_image")
         for name in ("hubness", "top_hub_share", "orphans")
     ),
-    *("linear_separability", "gallery_pairs", "distinct_captions"),
+    *("linear_separability", "gallery_pairs", "distinct_captions", "distinct_pictures"),
 }
 
 
 def _pairs(count=12, dim=6):
     images = F.normalize(torch.randn(count, dim), dim=1)
     texts = F.normalize(images + 0.3 * torch.randn(count, dim), dim=1)
+    texts[1::2] = texts[::2]  # two pictures with one caption
     ids = torch.arange(count) // 2 + 100
     return images, texts, ids, ids.clone(), torch.randperm(count)
 
@@ -58,7 +59,7 @@ def test_every_metric_has_its_name_and_is_a_number():
 def test_numbers_are_those_of_the_plain_loops():
     images, texts, ids, *_ = pairs = _pairs()
     metrics = evaluate_pairs(*pairs, **SETTINGS).metrics
-    ranks = metric_reference.ranks(images, texts, ids, ids)
+    ranks = metric_reference.ranks(images, texts[::2], ids, ids[::2])
     assert metrics["image_to_text_recall@1"] == np.mean([rank <= 1 for rank in ranks])
     assert metrics["image_to_text_median_rank"] == np.median(ranks)
     assert metrics["loss"] == pytest.approx(
@@ -68,6 +69,46 @@ def test_numbers_are_those_of_the_plain_loops():
     assert metrics["modality_gap"] == pytest.approx(gap["centroid_distance"], rel=1e-6)
     assert metrics["gallery_pairs"] == 12
     assert metrics["distinct_captions"] == 6
+    assert metrics["distinct_pictures"] == 12
+
+
+def _captions_of_pictures():
+    """Six pictures with five captions each; features as good as can be."""
+    pictures = torch.arange(30) // 5
+    images = torch.eye(6)[pictures]
+    texts = F.normalize(images + 0.05 * torch.randn(30, 6), dim=1)
+    return images, texts, torch.arange(30) + 50, pictures + 900
+
+
+def test_a_picture_with_a_row_for_each_caption_is_one_picture():
+    images, texts, ids, pictures = _captions_of_pictures()
+    rows = (images, texts, ids, ids, torch.arange(30))
+    metrics = evaluate_pairs(*rows, **SETTINGS, picture_ids=pictures).metrics
+    for direction in ("image_to_text", "text_to_image"):
+        assert metrics[f"{direction}_recall@1"] == 1
+        assert metrics[f"{direction}_median_rank"] == 1
+    assert metrics["margin"] > 0
+    counts = ("gallery_pairs", "distinct_captions", "distinct_pictures")
+    assert [metrics[name] for name in counts] == [30, 30, 6]
+    apart = evaluate_pairs(*rows, **SETTINGS).metrics  # every row a picture of its own
+    assert apart["text_to_image_recall@1"] == 0
+    assert apart["margin"] < 0
+
+
+def test_pictures_and_captions_that_both_repeat_are_ranked_as_the_plain_loops_do():
+    pictures, captions = torch.arange(40) % 9, torch.arange(40) * 7 % 11
+    images = F.normalize(torch.randn(9, 5), dim=1)[pictures]
+    texts = F.normalize(torch.randn(11, 5), dim=1)[captions]
+    sample_ids = torch.randperm(40)
+    evaluation = evaluate_pairs(
+        images, texts, captions, captions, sample_ids, **SETTINGS, picture_ids=pictures
+    )
+    expected = metric_reference.pair_ranks(images, texts, pictures, captions, sample_ids)
+    order = sample_ids.argsort().tolist()
+    for direction, ranks in zip(("image_to_text", "text_to_image"), expected, strict=True):
+        assert evaluation.arrays[f"{direction}_ranks"].tolist() == [ranks[i] for i in order]
+        hits = np.mean([rank <= 5 for rank in ranks])
+        assert evaluation.metrics[f"{direction}_recall@5"] == pytest.approx(hits)
 
 
 def test_loss_is_that_of_the_whole_gallery_unless_a_batch_size_is_given():
@@ -86,7 +127,7 @@ def test_arrays_are_sorted_by_sample_and_cut():
     assert np.array_equal(arrays["image_features"], images[order[:5]].numpy())
     assert np.array_equal(arrays["text_features"], texts[order[:5]].numpy())
     assert np.array_equal(arrays["caption_ids"], ids[order[:5]].numpy())
-    expected = metric_reference.ranks(images[order], texts, ids[order], ids)
+    expected = metric_reference.ranks(images[order], texts[::2], ids[order], ids[::2])
     assert arrays["image_to_text_ranks"].tolist() == expected
     assert arrays["text_to_image_ranks"].shape == (12,)
     assert len(arrays["histogram_edges"]) == len(arrays["positive_histogram"]) + 1

@@ -15,6 +15,7 @@ from dist_siglip.metrics import (
     retrieval_ranks_both_ways,
     uniformity,
 )
+from tests.support import metric_reference
 from tests.support.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -39,6 +40,16 @@ def _pairs():
     texts[2], texts[9] = texts[5], texts[5]  # ties between different captions
     sample_ids = torch.randperm(COUNT, generator=generator)
     return images, texts, ids, ids.clone(), sample_ids
+
+
+def _pictures():
+    """Pictures with several captions, and captions with several pictures, over all ranks."""
+    generator = torch.Generator().manual_seed(8)
+    pictures, captions = torch.arange(COUNT) % 7, torch.arange(COUNT) * 3 % 10
+    images = F.normalize(torch.randn(7, 6, generator=generator), dim=1)[pictures]
+    texts = F.normalize(torch.randn(10, 6, generator=generator), dim=1)[captions]
+    sample_ids = torch.randperm(COUNT, generator=generator)
+    return images, texts, captions, captions.clone(), sample_ids, pictures
 
 
 def _own(columns, world_size, rank):
@@ -73,6 +84,11 @@ def _measure(rank, world_size):
     results["local_ids"] = retrieval_ranks_both_ways(
         images, texts, sample_ids, sample_ids, chunk_rows=5
     )
+    *rows, pictures = _own(_pictures(), world_size, rank)
+    for exchange in EXCHANGES:
+        results[exchange]["pictures"] = evaluate_pairs(
+            *rows, **SETTINGS, picture_ids=pictures, exchange=exchange, chunk_rows=4
+        )
     collector = PairEvaluation()
     collector.update(*own)
     results["collected"] = collector.compute(**SETTINGS).metrics
@@ -137,6 +153,21 @@ def test_every_metric_is_that_of_one_process(single, everyone, exchange):
         expected = single["auto"]["metrics"]
         assert result[exchange]["metrics"] == pytest.approx(expected, rel=1e-11, abs=1e-13)
         assert result["collected"] == pytest.approx(expected, rel=1e-11, abs=1e-13)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_pictures_with_several_captions_are_one_wherever_their_rows_lie(everyone, exchange):
+    images, texts, captions, _, sample_ids, pictures = _pictures()
+    expected = metric_reference.pair_ranks(images, texts, pictures, captions, sample_ids)
+    order = sample_ids.argsort().tolist()
+    alone = evaluate_pairs(
+        images, texts, captions, captions, sample_ids, **SETTINGS, picture_ids=pictures
+    )
+    for result in everyone[1]:
+        found = result[exchange]["pictures"]
+        for direction, ranks in zip(("image_to_text", "text_to_image"), expected, strict=True):
+            assert found.arrays[f"{direction}_ranks"].tolist() == [ranks[i] for i in order]
+        assert found.metrics == pytest.approx(alone.metrics, rel=1e-11, abs=1e-13)
 
 
 def test_every_rank_has_the_same_metrics_to_the_bit(everyone):

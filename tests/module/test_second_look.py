@@ -9,6 +9,7 @@ from tests.support import fusion_ranks, reference_fusion
 from tests.support.fusion_ranks import (
     CANDIDATES,
     CAPTION_IDS,
+    IDS,
     NUM_EASY,
     NUM_HARD,
     all_pairs,
@@ -36,7 +37,7 @@ def expected():
     pairs = reference_fusion.hard_pairs(
         images.features.tolist(),
         texts.features.tolist(),
-        CAPTION_IDS.tolist(),
+        IDS.tolist(),
         NUM_HARD,
         NUM_EASY,
     )
@@ -72,7 +73,7 @@ def test_a_row_that_does_not_exist_is_refused_on_every_rank():
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_hardest_partners_of_all_ranks_are_chosen(found, expected, world_size):
-    """Of whatever rank; equal captions are no wrong partners."""
+    """Of whatever rank; equal captions, and those of one picture, are no wrong partners."""
     images, texts = all_pairs()
     chosen = []
     for result in found[world_size]:
@@ -85,7 +86,7 @@ def test_the_hardest_partners_of_all_ranks_are_chosen(found, expected, world_siz
             )
     assert sorted(chosen) == sorted(expected[0])
     wrong = [(image, text) for image, text in chosen if image != text]
-    assert all(CAPTION_IDS[image] != CAPTION_IDS[text] for image, text in wrong)
+    assert all((IDS[image] != IDS[text]).all() for image, text in wrong)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -139,18 +140,25 @@ def test_passes_of_a_few_pairs_give_the_same_gradients(found):
 def test_reranked_recall_equals_loops_on_every_world(found, expected, world_size):
     _, state, config = expected
     images, texts = all_pairs()
-    count = range(len(CAPTION_IDS))
-    similarities = (images.features @ texts.features.T).tolist()
+    captions, pictures = IDS.T.tolist()
+    # Every different picture and caption once, where it occurs first; every row asks.
+    image_rows, text_rows = (
+        [ids.index(i) for i in dict.fromkeys(ids)] for ids in (pictures, captions)
+    )
+    together = set(zip(pictures, captions, strict=True))
+    similarities = (images.features @ texts.features.T)[image_rows][:, text_rows].tolist()
     judge = reference_fusion.score
-    scores = [[logit(state, config, i, t, judge) for t in count] for i in count]
-    is_relevant = (CAPTION_IDS[:, None] == CAPTION_IDS[None, :]).tolist()
+    scores = [[logit(state, config, i, t, judge) for t in text_rows] for i in image_rows]
+    is_relevant = [[(pictures[i], captions[t]) in together for t in text_rows] for i in image_rows]
     wanted = {}
-    for direction, transpose in (("image_to_text", False), ("text_to_image", True)):
+    for direction, asked in (("image_to_text", pictures), ("text_to_image", captions)):
         tables = [similarities, scores, is_relevant]
-        if transpose:
+        if asked is captions:
             tables = [[list(column) for column in zip(*t, strict=True)] for t in tables]
         rows = zip(*tables, strict=True)
-        ranks = [reference_fusion.reranked_rank(*row, CANDIDATES) for row in rows]
+        items = [reference_fusion.reranked_rank(*row, CANDIDATES) for row in rows]
+        of_item = dict(zip(dict.fromkeys(asked), items, strict=True))
+        ranks = [of_item[item] for item in asked]
         for k in (1, 2, 5):
             hits = sum(rank <= k for rank in ranks)
             wanted[f"reranked_{direction}_recall@{k}"] = hits / len(ranks)
@@ -163,7 +171,7 @@ def test_a_head_that_sees_the_wrong_rows_is_noticed(found):
     """Pairs whose texts are turned by one row give another loss."""
     images, texts = all_pairs()
     turned = Encoded(*(column.roll(1, 0) for column in texts))
-    pairs = fusion_ranks.choose_hard_pairs(images, texts, CAPTION_IDS, NUM_HARD, NUM_EASY)
+    pairs = fusion_ranks.choose_hard_pairs(images, texts, IDS, NUM_HARD, NUM_EASY)
     head = make_head()
     pairs = pairs._replace(texts=turned_rows(pairs.texts, turned))
     logits = judge_pairs(lambda *sides: head(*sides).logits, pairs, 100)

@@ -34,3 +34,15 @@ def test_small_gallery_gives_fewer_answers():
 
 def test_ties_keep_the_order_of_the_gallery():
     assert [a.caption for a in _rank(list("abc"), [0.5, 0.5, 0.5], top=2).answers] == ["a", "b"]
+
+
+def test_another_caption_of_the_same_picture_is_right():
+    texts, images = np.eye(3), np.zeros((3, 3))
+    images[0] = [0.1, 0.9, 0.5]
+    arguments = ([Picture(0, "")], ["one", "two", "three"], images, texts)
+    (exhibit,) = rank_captions(*arguments, ids=[np.array([1, 2, 3]), np.array([7, 7, 8])])
+    assert [(a.caption, a.is_right) for a in exhibit.answers] == [
+        ("two", True),
+        ("three", False),
+        ("one", True),
+    ]

@@ -17,10 +17,12 @@ NUM_PAIRS, NUM_HARD, NUM_EASY, CANDIDATES = 11, 2, 3, 4
 SHARES = {1: [11], 2: [11, 0], 3: [3, 0, 8]}
 IMAGE, TEXT = TokenShape(3, 6), TokenShape(4, 5)
 CAPTION_IDS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 2, 9, 4])
+PICTURE_IDS = torch.tensor([0, 1, 2, 3, 3, 5, 6, 7, 8, 1, 9])
+IDS = torch.stack([CAPTION_IDS, PICTURE_IDS], dim=1)
 
 
 def all_pairs():
-    """Eleven pairs, two captions of which occur twice."""
+    """Eleven pairs, two captions and two pictures of which occur twice."""
     generator = torch.Generator().manual_seed(5)
 
     def side(shape, lengths):
@@ -56,7 +58,7 @@ def own_rows(columns, rank, world_size):
 def look(rank, world_size, pairs_per_pass=1000):
     """Everything that ranks find together."""
     images, texts = (Encoded(*own_rows(side, rank, world_size)) for side in all_pairs())
-    (ids,) = own_rows([CAPTION_IDS], rank, world_size)
+    (ids,) = own_rows([IDS], rank, world_size)
     (sample_ids,) = own_rows([torch.arange(NUM_PAIRS)], rank, world_size)
     wanted = torch.tensor([10, 0, 0, 4][: 4 - rank], dtype=torch.long)
     numbers = torch.arange(NUM_PAIRS) * 10
@@ -80,8 +82,9 @@ def look(rank, world_size, pairs_per_pass=1000):
             head.eval(),
             images,
             texts,
-            ids,
+            ids[:, 0],
             sample_ids,
+            picture_ids=ids[:, 1],
             candidates=CANDIDATES,
             pairs_per_pass=8,
             top_k=(1, 2, 5),

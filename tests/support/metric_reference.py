@@ -41,6 +41,37 @@ def ranks(queries, gallery, query_ids, gallery_ids):
     ]
 
 
+def pair_ranks(images, texts, picture_ids, caption_ids, sample_ids):
+    """Ranks of every row in both directions, in galleries of different pictures and captions.
+
+    Of a picture, or a caption, with several rows that of the lowest sample id stands there; a
+    picture and a caption belong together if any row has both.
+    """
+    images, texts = _vectors(images), _vectors(texts)
+    pictures, captions = ([int(value) for value in ids] for ids in (picture_ids, caption_ids))
+    rows = sorted(range(len(images)), key=lambda row: int(sample_ids[row]))
+    of_pictures, of_captions = {}, {}
+    for row in rows:
+        of_pictures.setdefault(pictures[row], images[row])
+        of_captions.setdefault(captions[row], texts[row])
+    together = set(zip(pictures, captions, strict=True))
+
+    def rank(query, gallery, is_relevant):
+        names = list(gallery)
+        ids = [int(is_relevant(name)) for name in names]
+        return rank_of_best(query, [gallery[name] for name in names], 1, ids)
+
+    forward = [
+        rank(of_pictures[p], of_captions, lambda caption, p=p: (p, caption) in together)
+        for p in pictures
+    ]
+    backward = [
+        rank(of_captions[c], of_pictures, lambda picture, c=c: (picture, c) in together)
+        for c in captions
+    ]
+    return forward, backward
+
+
 def softplus(x):
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 

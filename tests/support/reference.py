@@ -18,14 +18,20 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
+def _share(first, second):
+    several = getattr(first, "ndim", 0) > 0
+    pairs = zip(first, second, strict=True) if several else [(first, second)]
+    return any(int(a) == int(b) for a, b in pairs)
+
+
 def sigmoid_loss_and_gradients(images, texts, scale, bias, ids=None, duplicates="negative"):
     """SigLIP, Algorithm 1, over one global batch: loss and the gradients of all its arguments.
 
     loss = 1/N sum_ij softplus(-y_ij z_ij), z_ij = scale <u_i, v_j> + bias, y_ij = +1 iff i == j
     d loss / d z_ij = (sigmoid(z_ij) - [i == j]) / N
 
-    A pair i != j with ids[i] == ids[j] has y_ij = +1 if duplicates == "positive", and no term if
-    duplicates == "masked". "duplicates" counts such ordered pairs.
+    A pair i != j with ids[i] == ids[j] (of several ids, any) has y_ij = +1 if duplicates ==
+    "positive", and no term if duplicates == "masked". "duplicates" counts such ordered pairs.
     """
     num_duplicates = 0
     images, texts = images.double(), texts.double()
@@ -36,7 +42,7 @@ def sigmoid_loss_and_gradients(images, texts, scale, bias, ids=None, duplicates=
     for i in range(num_pairs):
         for j in range(num_pairs):
             is_positive = i == j
-            if i != j and ids is not None and int(ids[i]) == int(ids[j]):
+            if i != j and ids is not None and _share(ids[i], ids[j]):
                 num_duplicates += 1
                 if duplicates == "masked":
                     continue

@@ -40,12 +40,18 @@ def match_loss(positives, negatives):
     return total / len(positives)
 
 
-def hard_pairs(image_features, text_features, caption_ids, num_hard, num_easy):
-    """(image, text) of every chosen pair: positives, hardest partners, texts of the next pairs."""
-    count = range(len(caption_ids))
+def hard_pairs(image_features, text_features, ids, num_hard, num_easy):
+    """(image, text) of every chosen pair: positives, hardest partners, texts of the next pairs.
+
+    ``ids`` has the caption and the picture of each row; rows that share one are no wrong partners.
+    """
+    count = range(len(ids))
+
+    def is_wrong(one, other):
+        return all(a != b for a, b in zip(ids[one], ids[other], strict=True))
 
     def hardest(query, keys, row):
-        allowed = [key for key in count if caption_ids[key] != caption_ids[row]]
+        allowed = [key for key in count if is_wrong(key, row)]
         return sorted(allowed, key=lambda key: (-_dot(query[row], keys[key]), key))[:num_hard]
 
     pairs = [(row, row) for row in count]
@@ -53,8 +59,8 @@ def hard_pairs(image_features, text_features, caption_ids, num_hard, num_easy):
         pairs += [(row, text) for text in hardest(image_features, text_features, row)]
     for row in count:
         pairs += [(image, row) for image in hardest(text_features, image_features, row)]
-        following = [(row + step) % len(caption_ids) for step in range(1, num_easy + 1)]
-        pairs += [(row, t) for t in following if caption_ids[t] != caption_ids[row]]
+        following = [(row + step) % len(ids) for step in range(1, num_easy + 1)]
+        pairs += [(row, text) for text in following if is_wrong(text, row)]
     return pairs
 
 

@@ -19,9 +19,9 @@ def picture(sample_id: int, side: int = 20) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

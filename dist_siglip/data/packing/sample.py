@@ -55,8 +55,8 @@ class SampleMaker:
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the members of a row as webdataset's writer takes them.
 
-        The ``.txt`` holds the first caption. Several captions, and other columns, are in the
-        ``.json``: the captions as a list under "caption".
+        The ``.txt`` holds the first caption. Several different captions, and other columns, are in
+        the ``.json``: the captions as a list under "caption".
 
         Raises:
             BadSampleError: if the picture or a caption cannot be used.
@@ -81,7 +81,7 @@ class SampleMaker:
                 others.pop("caption", None)
         if not captions:
             raise BadSampleError("caption is empty")
-        texts = [decode_caption(caption) for caption in captions]
+        texts = list(dict.fromkeys(decode_caption(caption) for caption in captions))
         sample: dict[str, Any] = {
             "__key__": f"{row.number:09d}",
             extension: picture,

@@ -2,7 +2,7 @@
 
 The whole way from caption to tokens becomes one ``tokenizer.json``: the cleaning that open_clip
 does before its tokenizer, the tokenizer, and the tokens around it. What ``tokenizers`` has no
-words for is left out: mending of mojibake and of HTML entities (ftfy).
+words for is left out: of what ftfy mends, mojibake, HTML entities, wide letters and ligatures.
 """
 
 import json
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words, but for the tokens around a caption.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# What ftfy removes: colours of terminals, control characters, byte order marks and their like.
+_TERMINAL = r"\x1b\[[0-9;]*[a-zA-Z]"
+_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"
 
 
 def tokenizer_of(built: BuiltModel) -> ModelTokenizer:
@@ -179,6 +183,8 @@ def _clean_first(tokenizer: "Tokenizer", cleaning: str) -> None:
     from tokenizers import Regex, normalizers
 
     steps: list[Any] = [
+        normalizers.Replace(Regex(_TERMINAL), ""),
+        normalizers.Replace(Regex(_CONTROL), ""),
         normalizers.NFC(),
         normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
         normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),

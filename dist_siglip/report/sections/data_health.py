@@ -24,7 +24,7 @@ def make(runs: Sequence[RunRecord]) -> Section:
         ],
         ["skipped steps", *(show(_last(run, "train/skipped_steps"), "{:,.0f}") for run in runs)],
         [
-            "equal captions in a batch\npairs of them, newest logged batch",
+            "equal captions or pictures in a batch\npairs of them, newest logged batch",
             *(show(_last(run, "train/duplicate_captions"), "{:,.0f}") for run in runs),
         ],
         [
@@ -38,6 +38,10 @@ def make(runs: Sequence[RunRecord]) -> Section:
         [
             "different captions among them",
             *(show(run.metrics.get("distinct_captions"), "{:,.0f}") for run in runs),
+        ],
+        [
+            "different pictures among them",
+            *(show(run.metrics.get("distinct_pictures"), "{:,.0f}") for run in runs),
         ],
     ]
     rows = [row for row in rows if any(cell != "n/a" for cell in row[1:])]

@@ -136,13 +136,18 @@ def judge_hubs(run: RunRecord) -> Verdict | None:
 
 def gallery_note(metrics: dict[str, float]) -> str:
     """Say what the recall numbers are worth; made of numbers only."""
-    note = "An identical caption counts as a hit; ties count against the query."
+    note = (
+        "An identical caption counts as a hit, and so does another of an identical picture; ties "
+        "count against the query."
+    )
     found = known(metrics, "gallery_pairs", "distinct_captions")
     if found is None or min(found) <= 0:
         return note
+    pictures = metrics.get("distinct_pictures")
+    also = "" if pictures is None else f" and {pictures:.0f} distinct pictures"
     return (
-        f"Gallery of {describe_gallery(metrics)} with {found[1]:.0f} distinct captions; chance of "
-        f"recall@1 is about {1 / found[1]:.2g}. {note}"
+        f"Gallery of {describe_gallery(metrics)} with {found[1]:.0f} distinct captions{also}; "
+        f"chance of recall@1 is about {1 / found[1]:.2g}. {note}"
     )
 
 
@@ -208,7 +213,9 @@ def _gallery(run: RunRecord, whose: str, most: int) -> list[str]:
         text = f"There are no example images with features in this run folder{whose}."
         return [render_missing(text)]
     pictures = run.pictures[:most]
-    exhibits = rank_captions(pictures, run.captions, *run.features)
+    known = [run.arrays.get(name) for name in ("caption_ids", "picture_ids")]
+    ids = [each for each in known if each is not None and each.shape == (len(run.captions),)]
+    exhibits = rank_captions(pictures, run.captions, *run.features, ids=ids)
     right = [each for each in exhibits if each.answers[0].is_right]
     wrong = sorted(
         (each for each in exhibits if not each.answers[0].is_right), key=_distance, reverse=True

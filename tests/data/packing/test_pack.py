@@ -17,7 +17,9 @@ from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.slot import Slot
 from dist_siglip.data.transforms import evaluation_transform
 from dist_siglip.data.urls import expand_shards
+from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
+from dist_siglip.metrics import PairEvaluation
 from tests.support.packing import (
     COUNT,
     packed,
@@ -96,6 +98,41 @@ def test_several_captions_go_into_the_json_and_the_first_into_the_text(tmp_path,
     (sample,) = samples_of(tmp_path / "out")
     assert sample["txt"] == b"a hen"
     assert json.loads(sample["json"]) == {"caption": ["a hen", "a brown hen", "a bird"]}
+
+
+def test_equal_captions_of_several_columns_are_kept_once(tmp_path, pictures):
+    rows = [
+        {"image": "0.jpg", "caption": "a hen", "alt": " a hen ", "title": "a bird"},
+        {"image": "1.jpg", "caption": "a cock", "alt": "a cock", "title": ""},
+    ]
+    columns = Columns(captions=("caption", "alt", "title"))
+    packed(write_table(tmp_path / "table.csv", rows), tmp_path / "out", pictures, columns)
+    first, second = samples_of(tmp_path / "out")
+    assert json.loads(first["json"]) == {"caption": ["a hen", "a bird"]}
+    assert (second["txt"], "json" in second) == (b"a cock", False)
+
+
+def test_captions_of_one_picture_in_rows_of_their_own_share_its_id(tmp_path, pictures):
+    """As a table of COCO has them: six pictures, five rows each."""
+    rows = [{"image": f"{i % 6}.jpg", "caption": f"row {i}"} for i in range(30)]
+    packed(write_table(tmp_path / "table.csv", rows), tmp_path / "out", pictures)
+    data = ImageTextDataModule(
+        val_shards=str(tmp_path / "out"), inputs=tiny_inputs(), workers_per_rank=0
+    )
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert len(batch.picture_ids.unique()) == 6
+    assert len(batch.caption_ids.unique()) == 30
+    places = batch.sample_ids % 6
+    evaluation = PairEvaluation()
+    images = torch.eye(6)[places]
+    texts = torch.nn.functional.normalize(images + 0.05 * torch.randn(30, 6), dim=1)
+    ids = batch.caption_ids
+    evaluation.update(
+        images, texts, ids, ids, batch.sample_ids, batch.valid, picture_ids=batch.picture_ids
+    )
+    metrics = evaluation.compute(logit_scale=10.0, logit_bias=-5.0).metrics
+    assert metrics["text_to_image_recall@1"] == metrics["image_to_text_recall@1"] == 1
 
 
 def test_a_column_that_the_captions_would_hide_is_refused(tmp_path, pictures):

@@ -20,6 +20,8 @@ HARD = [
     "\u65e5\u672c\u8a9e \U0001f600 na\u00efve",
     "!",
     "!! !? <|endoftext|>",
+    "a\0b, a\x07b\x1c and \ufeffa \x1b[31mred\x1b[0m fox",
+    "form\x0cfeed, next\u2028line",
     "",
 ]
 
@@ -58,11 +60,20 @@ def test_a_hugging_face_tokenizer_gets_the_cleaning_of_open_clip(kind, tmp_path)
 
 
 def test_what_ftfy_mends_is_left_as_it_is(tmp_path):
-    """The one known difference; docs/export.md says so."""
+    """The known differences; docs/export.md lists them."""
     built = built_from(ARCHITECTURES["clip"], tmp_path)
-    (mended,) = unpadded(built.tokenizer(["salt &amp; pepper"]), 49407)
-    assert whole_tokenizer(built).encode("salt & pepper").ids == mended
-    assert whole_tokenizer(built).encode("salt &amp; pepper").ids != mended
+    whole = whole_tokenizer(built)
+    for caption, mended in (
+        ("salt &amp; pepper", "salt & pepper"),
+        ("caf\u00c3\u00a9", "caf\u00e9"),
+        ("\ufb01ne", "fine"),
+        ("\uff21 fox", "a fox"),
+        ("a\x85b", "a\u2026b"),
+        ("\u039f\u03a3", "\u03bf\u03c2"),
+    ):
+        (expected,) = unpadded(built.tokenizer([caption]), 49407)
+        assert whole.encode(mended).ids == expected
+        assert whole.encode(caption).ids != expected
 
 
 def test_a_tokenizer_of_sentencepiece_is_copied(tmp_path):
