@@ -1,9 +1,12 @@
 """Fixtures every test shares."""
 
 import atexit
+import gc
 import os
+import re
 import shutil
 import tempfile
+import threading
 from itertools import zip_longest
 
 # One thread per process: the distributed tests start several on two cores.
@@ -21,6 +24,14 @@ from dist_siglip.distributed import leave_process_groups
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
+
+# Threads that stay by design; none of them writes to files.
+_STAY = re.compile(
+    r"shard transfers"  # one for all transfers of a process
+    r"|fsspecIO|asyncio_"  # the event loop of fsspec; the pools of loops, for addresses of hosts
+    r"|process_request_thread"  # a server of a test, until the client lets the connection go
+)
+_SECONDS_TO_END = 30.0
 
 
 def pytest_collection_modifyitems(items):
@@ -49,3 +60,24 @@ def _clean_process_state():
     for name in left:
         os.environ.pop(name)
     assert not left, f"the test leaves {left} behind, which makes later commands wait for ranks"
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left():
+    """A test that leaves a thread behind fails, rather than another one that it disturbs."""
+    before = set(threading.enumerate())
+    yield
+    left = _threads_since(before)
+    if left:
+        gc.collect()  # what holds a loader or a writer may itself be garbage
+        for thread in left:
+            thread.join(_SECONDS_TO_END)
+        assert not _threads_since(before), f"the test leaves threads behind: {left}"
+
+
+def _threads_since(before):
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and not _STAY.search(thread.name)
+    ]

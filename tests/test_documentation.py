@@ -47,6 +47,7 @@ PAGES = (
     "docs/reranking.md",
     "docs/lab.md",
     "docs/report.md",
+    "docs/versions.md",
 )
 # Verbs that are one function each.
 FUNCTIONS = {

@@ -8,14 +8,19 @@ import os
 import pytest
 
 from dist_siglip.full_disk import LineLog, append_whole, going_on_without
-from tests.support.small_disk import make_room, room_for
+from tests.support.processes import LIMIT_SECONDS
+from tests.support.small_disk import make_room, on_small_disk
 
 
 def test_a_line_that_the_disk_cuts_is_taken_back(tmp_path):
     path = tmp_path / "lines"
     append_whole(path, b"first\n")
-    with room_for(9), pytest.raises(OSError, match="File too large"):
-        append_whole(path, b"second\n")
+
+    def write():
+        with pytest.raises(OSError, match="File too large"):
+            append_whole(path, b"second\n")
+
+    on_small_disk(9, write)
     assert path.read_bytes() == b"first\n"
 
 
@@ -29,10 +34,12 @@ def test_a_line_of_another_process_is_not_taken_back(tmp_path, monkeypatch):
             file.write(b"theirs\n")
         return look_at(descriptor)
 
-    with room_for(4), monkeypatch.context() as patched:
-        patched.setattr("dist_siglip.full_disk.os.fstat", another_appends_first)
+    def write():
+        monkeypatch.setattr("dist_siglip.full_disk.os.fstat", another_appends_first)
         with pytest.raises(OSError, match="File too large"):
             append_whole(path, b"mine is long\n")
+
+    on_small_disk(4, write)
     append_whole(path, b"next\n")
     assert path.read_bytes() == b"minetheirs\nnext\n"
 
@@ -103,7 +110,7 @@ def test_a_forked_process_does_not_write_what_waits_in_its_parent(tmp_path):
     path.unlink()
     child = multiprocessing.get_context("fork").Process(target=log.append, args=("of the child",))
     child.start()
-    child.join(60)
+    child.join(LIMIT_SECONDS)
     log.append("again of the parent")
     assert path.read_text() == "of the child\nof the parent\nagain of the parent\n"
 
@@ -120,7 +127,7 @@ def test_lines_of_many_processes_are_whole(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(LIMIT_SECONDS)
     lines = path.read_text().splitlines()
     assert sorted(lines) == sorted(f"{p}-{n}-{'x' * 300}" for p in range(3) for n in range(200))
 

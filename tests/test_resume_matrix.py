@@ -86,7 +86,6 @@ def train(starts, settings, folder):
             settings,
             str(folder),
             checkpoint,
-            limit_seconds=240.0,
         )
         for name in settings:
             seen[name] += global_batches([rank[name] for rank in ranks])

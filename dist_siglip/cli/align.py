@@ -14,6 +14,7 @@ from rich.table import Table
 from dist_siglip.cli.align_sparse import compare_sparse
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call
+from dist_siglip.cli.table import print_path
 from dist_siglip.data.feature_file import Tower
 from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.errors import UserError
@@ -170,7 +171,6 @@ def _without_nan(value: Any) -> Any:
 def _print(facts: dict[str, Any], estimates: dict[str, AlignmentEstimate]) -> None:
     raw = estimates["raw"]
     table = Table(
-        title=f"{facts['first']} and {facts['second']}",
         caption=f"{facts['matched_rows']:,} rows in both; {raw.num_parts} parts of "
         f"{raw.num_rows:,} rows, mean ± standard deviation; by chance: rows of one side shuffled",
     )
@@ -188,6 +188,8 @@ def _print(facts: dict[str, Any], estimates: dict[str, AlignmentEstimate]) -> No
                 cells.append(_with_deviation(getattr(mean, measure), getattr(deviation, measure)))
         table.add_row(measure, *cells)
     console = Console()
+    for side in ("first", "second"):
+        print_path(side, facts[side])
     console.print(table)
     if "sparse" in facts:
         numbers = Table(title="features of sparse autoencoders", show_header=False)

@@ -74,7 +74,7 @@ def index(
     console = Console()
     console.print(table)
     for problem in damage[:_SHOWN]:
-        console.print(problem, markup=False)
+        console.print(problem, soft_wrap=True, markup=False, highlight=False)
     return 1 if damage else 0
 
 

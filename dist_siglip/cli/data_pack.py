@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dist_siglip.cli.table import print_path
 from dist_siglip.data.packing.pack import PackSettings
 from dist_siglip.data.packing.pack import pack as write_shards
 from dist_siglip.data.packing.table import Columns
@@ -82,9 +83,10 @@ def pack(
         content = {"out": out, **report._asdict(), "seconds": seconds}
         sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
         return 0
-    shown = Table(title=f"packed into {out}", caption=f"this call took {seconds:.1f} s")
+    shown = Table(caption=f"this call took {seconds:.1f} s")
     for heading in report._fields:
         shown.add_column(heading, justify="right")
     shown.add_row(*(f"{count:,}" for count in report))
     Console().print(shown)
+    print_path("packed into", out)
     return 0

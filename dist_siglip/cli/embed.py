@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, parser_of_function
+from dist_siglip.cli.table import print_path
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.damage import OnDamage
 from dist_siglip.data.pairs import build_pair_table
@@ -111,9 +112,10 @@ def embed(
     if json:
         sys.stdout.write(json_text.dumps({"out": out, **report._asdict()}, indent=2) + "\n")
         return 0
-    shown = Table(title=f"embedded into {out}")
+    shown = Table()
     for heading in report._fields:
         shown.add_column(heading.replace("_", " "), justify="right")
     shown.add_row(*(f"{count:,.0f}" for count in report))
     Console().print(shown)
+    print_path("embedded into", out)
     return 0

@@ -15,6 +15,7 @@ from rich.progress import TimeElapsedColumn as ElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from dist_siglip.cli.table import print_path
 from dist_siglip.lab.catalogue import EXPERIMENTS
 from dist_siglip.lab.records import Record, cells_of, write_page
 from dist_siglip.lab.running import Order, run_experiments
@@ -78,7 +79,7 @@ def _run(order: Order, workers: int, as_json: bool) -> int:
     else:
         for record in records:
             _print(record)
-        Console().print(f"page: {page}", soft_wrap=True, markup=False, highlight=False)
+        print_path("page", page)
     return int(any(not record.is_sound for record in records))
 
 
@@ -92,7 +93,7 @@ def _print(record: Record) -> None:
     console = Console()
     console.print(table)
     for note in record.notes:
-        console.print(f"- {note}", markup=False, highlight=False)
+        console.print(f"- {note}", soft_wrap=True, markup=False, highlight=False)
 
 
 class _Show(Protocol):

@@ -16,7 +16,7 @@ from dist_siglip import models
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import parser_of_function
-from dist_siglip.cli.table import print_evaluation, read_evaluation
+from dist_siglip.cli.table import print_evaluation, print_path, read_evaluation
 from dist_siglip.cli.training import train
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.distributed import is_first_process, leave_process_groups
@@ -77,10 +77,10 @@ def quickstart(
     extra = {
         "training pairs per second": f"{_pairs_per_second(folder):.0f} on {devices} processes",
         "this call took": f"{time.monotonic() - started:.0f} s",
-        "run folder": folder.path,
-        "report": folder.report,
     }
     print_evaluation(folder, extra)
+    print_path("run folder", folder.path)
+    print_path("report", folder.report)
     return _judge(folder)
 
 

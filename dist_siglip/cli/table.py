@@ -1,7 +1,8 @@
-"""The table of an evaluation on a terminal."""
+"""The table of an evaluation on a terminal, and what stands beside tables."""
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,6 +37,11 @@ def read_evaluation(folder: RunFolder) -> dict[str, float]:
     if not path.is_file():
         raise UserError(f"run_dir ({folder.path}) has no evaluation; run validate on it first")
     return {name: float(value) for name, value in json.loads(path.read_text()).items()}
+
+
+def print_path(label: str, path: Path | str) -> None:
+    """Print a path whole, on a line of its own: a table cuts what is wider than the terminal."""
+    Console().print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
 
 
 def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) -> None:

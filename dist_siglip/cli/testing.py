@@ -23,6 +23,7 @@ from dist_siglip.benchmarks import BenchmarkResult
 from dist_siglip.callbacks import Benchmarks
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.start_point import checkpoint_to_look_at
+from dist_siglip.cli.table import print_path
 from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.datamodule import ImageTextDataModule
@@ -127,11 +128,12 @@ class BenchmarkCLI(TrainingCLI):
             metrics = {name: result.metrics for name, result in results.items()}
             sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
         else:
-            _print(results, f"results in {self.folder.benchmarks}")
+            _print(results)
+            print_path("results in", self.folder.benchmarks)
 
 
-def _print(results: Mapping[str, BenchmarkResult], caption: str) -> None:
-    table = Table(caption=caption)
+def _print(results: Mapping[str, BenchmarkResult]) -> None:
+    table = Table()
     for column in ("benchmark", "metric", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for name, result in results.items():

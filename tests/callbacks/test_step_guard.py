@@ -83,7 +83,7 @@ def two(model, tmp_path_factory):
     """Results of two ranks."""
     folder = tmp_path_factory.mktemp("two")
     cases = cases_of_two(folder)
-    return run_ranks(train_all, 2, model, str(folder), cases, limit_seconds=280)
+    return run_ranks(train_all, 2, model, str(folder), cases)
 
 
 def check_common(ranks):
@@ -184,7 +184,7 @@ def test_two_ranks_skip_what_is_wrong_on_one_of_them(two):
 
 @pytest.mark.distributed
 def test_three_ranks_with_uneven_batches_skip_what_is_wrong_on_one_of_them(model, tmp_path):
-    ranks = run_ranks(train_all, 3, model, str(tmp_path), COMMON, limit_seconds=280)
+    ranks = run_ranks(train_all, 3, model, str(tmp_path), COMMON)
     check_common(ranks)
     assert not are_same(ranks[0]["broken"], ranks[2]["broken"])
 

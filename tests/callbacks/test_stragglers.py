@@ -7,9 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import StopTogether, Throughput
+from dist_siglip.callbacks import StopTogether, Throughput, throughput
 from dist_siglip.callbacks.stragglers import Stragglers, is_straggler
+from dist_siglip.distributed import pace as pace_module
 from dist_siglip.distributed.pace import Pace, RankPace
+from tests.support.clock import CountedClock
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
@@ -65,18 +67,19 @@ def test_what_costs_the_others_little_does_not_matter():
     assert not is_straggler(1, [quick, slower, quick])
 
 
-def test_of_the_step_under_way_nothing_is_taken_yet():
-    pace = Pace()
+def test_of_the_step_under_way_nothing_is_taken_yet(monkeypatch):
+    clock, pace = CountedClock(), Pace()
+    monkeypatch.setattr("dist_siglip.distributed.pace.time", clock)
     for _ in range(2):
         pace.begin_encoding(torch.device("cpu"))
         pace.end_encoding()
         pace.end_step(0.25, 1.0)
     pace.begin_encoding(torch.device("cpu"))
-    time.sleep(0.05)
+    clock.sleep(0.05)
     pace.end_encoding()
     data, encode, seconds = pace.take_row(1, 2)[3:].tolist()
     assert (data, seconds) == (0.5, 2.0)
-    assert encode < 0.04
+    assert encode == pytest.approx(2 * clock.TICK)
     pace.end_step(0.0, 0.1)
     assert pace.take_row(0, 1)[1] == 0.0  # the next step's towers are not there yet
 
@@ -104,21 +107,22 @@ def test_on_a_device_the_towers_are_timed_without_waiting_for_it():
 class _Late(Callback):
     """Rank 1's next batch, or towers, take their time."""
 
-    def __init__(self, rank, where):
-        self.is_slow, self.where = rank == 1, where
+    def __init__(self, rank, where, clock):
+        self.is_slow, self.where, self.clock = rank == 1, where, clock
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.is_slow and self.where == "data":
-            time.sleep(0.4)
+            self.clock.sleep(0.4)
 
 
 def _logged(rank, world_size, model, folder):
-    found = {}
+    found, clock = {}, CountedClock()
+    throughput.time = pace_module.time = clock  # in this process, which does nothing else
     for where in ("data", "towers"):
         module, values = locked_module(model), {}
         if where == "towers" and rank == 1:
             own = module.encode
-            module.encode = lambda batch, own=own: (time.sleep(0.4), own(batch))[1]
+            module.encode = lambda batch, own=own: (clock.sleep(0.4), own(batch))[1]
         keep = module.log_dict
         module.log_dict = lambda metrics, keep=keep, values=values, **options: (
             values.update(metrics),
@@ -132,7 +136,11 @@ def _logged(rank, world_size, model, folder):
             rank,
             world_size,
             # Without the first, Lightning asks rank 0 between steps whether to stop.
-            callbacks=[StopTogether(agree_every_steps=100), Throughput(), _Late(rank, where)],
+            callbacks=[
+                StopTogether(agree_every_steps=100),
+                Throughput(),
+                _Late(rank, where, clock),
+            ],
             log_every_n_steps=2,
         )
         found[where] = {name: float(v) for name, v in values.items() if "slowest" in name}

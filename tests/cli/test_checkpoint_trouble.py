@@ -9,6 +9,7 @@ import torch
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import start
+from tests.support.processes import LIMIT_SECONDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -82,7 +83,7 @@ def test_damage_that_nothing_can_be_made_of_is_one_line(settings, tmp_path):
     assert not other.path.exists()
 
 
-def wait_for(text, started, times=1, seconds=120):
+def wait_for(text, started, times=1, seconds=LIMIT_SECONDS):
     deadline = time.monotonic() + seconds
     while started.said().count(text) < times:
         assert all(rank.exitcode is None for rank in started.ranks), started.said()
@@ -115,7 +116,7 @@ def test_two_ranks_go_on_where_one_cannot_write_and_try_again(settings, more, vi
     wait_for("was not written", started, times=2)
     limit(started, victim, ROOM)
     refused = max(run.steps_with_checkpoint(), default=0)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_SECONDS
     while max(run.steps_with_checkpoint(), default=0) <= refused:
         assert time.monotonic() < deadline, started.said()
         time.sleep(0.01)

@@ -12,6 +12,7 @@ import pytest
 from dist_siglip.cli.data_pack import pack
 from dist_siglip.errors import UserError
 from tests.support.command import REPOSITORY, environment
+from tests.support.processes import LIMIT_SECONDS
 from tests.support.shards import caption, encode, picture
 
 COUNT = 60
@@ -53,7 +54,7 @@ def test_killed_and_started_again_the_shards_have_the_same_bytes(table, tmp_path
     out = tmp_path / "out"
     for workers, number in ((1, 3), (2, 9)):
         process = start(table, out, workers)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT_SECONDS
         while not (out / f"{number:05d}.tar").exists():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
@@ -82,8 +83,8 @@ def test_shards_that_were_named_but_not_recorded_are_taken_over(table, tmp_path)
 
 
 def test_the_report_as_json_and_as_a_table(table, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    out = str(tmp_path / "out")
+    monkeypatch.setenv("COLUMNS", "60")
+    out = str(tmp_path / "a folder with a name that is longer than a terminal is wide" / "out")
     assert pack(str(table), out, caption_column=["caption"], json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["seconds"] > 0
@@ -94,7 +95,7 @@ def test_the_report_as_json_and_as_a_table(table, tmp_path, capsys, monkeypatch)
         0,
     )
     assert pack(str(table), out) == 0
-    assert "packed into" in capsys.readouterr().out
+    assert f"packed into: {out}\n" in capsys.readouterr().out
 
 
 def test_too_many_unreadable_pictures_are_an_error_that_names_the_list(table, tmp_path):

@@ -3,7 +3,7 @@
 import errno
 import fcntl
 import os
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ from dist_siglip.distributed import World
 from dist_siglip.distributed.clock_skew import ClockReading
 from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard
-from tests.support.small_disk import room_for
+from tests.support.small_disk import on_small_disk
 
 
 def kinds(findings):
@@ -80,8 +80,7 @@ def test_a_folder_says_what_it_cannot_do(tmp_path, monkeypatch, broken, told):
 
 
 def test_a_folder_without_room_fails_and_keeps_nothing(tmp_path):
-    with room_for(2**20):
-        (found,) = look_at_folder(tmp_path, 2**22)
+    (found,) = on_small_disk(2**20, lambda: look_at_folder(tmp_path, 2**22))
     assert found.status == "FAIL"
     assert "cannot write a file: File too large" in found.text
     assert list(tmp_path.iterdir()) == []
@@ -359,10 +358,11 @@ def test_a_configuration_is_compared_with_the_ranks(needs, world_size, num_nodes
 
 
 def test_what_hangs_or_fails_becomes_a_line():
-    checks = BoundedChecks(0.2)
+    checks, end = BoundedChecks(2), threading.Event()
     checks.take("a", lambda: [Finding("ok", "a", "fine")])
     checks.take("b", lambda: 1 // 0, remedy="divide by another")
-    checks.take("c", lambda: time.sleep(2))
+    checks.take("c", end.wait)
+    end.set()
     assert kinds(checks.findings) == [("ok", "a"), ("FAIL", "b"), ("FAIL", "c")]
     assert checks.findings[1].text == "integer division or modulo by zero"
     assert checks.has_hung

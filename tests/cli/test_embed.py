@@ -12,6 +12,7 @@ from tests.module.test_trained import run_of
 from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.embedding import COUNTS, load_rows
 from tests.support.forked_runs import run_forked
+from tests.support.processes import LIMIT_SECONDS
 from tests.support.shards import write_shards
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -65,7 +66,7 @@ def test_torchrun_and_one_process_write_the_same_file(words, tmp_path):
         text=True,
         env=environment(),
         cwd=REPOSITORY,
-        timeout=180,
+        timeout=LIMIT_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

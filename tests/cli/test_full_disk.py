@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import REPOSITORY, environment, write_settings
+from tests.support.processes import LIMIT_SECONDS
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_fit_ends_well_where_nothing_but_checkpoints_can_be_written(tmp_path):
             text=True,
             env=environment(),
             cwd=REPOSITORY,
-            timeout=180,
+            timeout=LIMIT_SECONDS,
         )
     assert done.returncode == 0, done.stderr
     assert (run / "checkpoints" / "step=00000004.ckpt").exists()

@@ -116,7 +116,7 @@ def kill_starts(command, run, times, folder, world_size=1, victim=None):
         assert started.wait_until(next(when)), started.said()
         rank = victim(number) if victim else None
         started.kill(rank)
-        codes = started.wait(60)
+        codes = started.wait()
         assert 0 not in codes, started.said()
         inside_saves += bool(set(run.unfinished()) - left)
     return inside_saves

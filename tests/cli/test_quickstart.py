@@ -40,9 +40,12 @@ def test_too_few_steps_print_the_table_and_fail_the_floor(short):
         "margin",
         "relative bias",
         "training pairs per second",
-        "run folder",
     ):
         assert words in printed, words
+    assert done.stdout.splitlines()[-2:] == [
+        f"run folder: {folder}",
+        f"report: {RunFolder(folder).report}",
+    ]
     assert RunFolder(folder).report.is_file()
 
 

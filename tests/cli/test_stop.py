@@ -17,6 +17,7 @@ from tests.support.command import (
     write_settings,
 )
 from tests.support.forked_runs import start
+from tests.support.processes import LIMIT_SECONDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LONG = (
@@ -36,7 +37,7 @@ def arguments(settings, run, *options):
     return ["fit", "--config", settings, f"--run_dir={run.path}", *options]
 
 
-def wait_until(is_time, seconds=60):
+def wait_until(is_time, seconds=LIMIT_SECONDS):
     deadline = time.monotonic() + seconds
     while not is_time():
         assert time.monotonic() < deadline, "the moment never came"
@@ -102,7 +103,7 @@ def test_the_first_rank_of_lightnings_launcher_is_asked_and_all_stop(settings, t
         arguments(settings, run, *options), lambda: run.newest_checkpoint() is not None
     ) as process:
         process.terminate()
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=LIMIT_SECONDS) == 75
         wait_until(lambda: not is_group_alive(process.pid), 20)
     last = max(run.steps_with_checkpoint())
     assert last % 3 == 0
@@ -118,7 +119,7 @@ def test_a_signal_while_python_imports_is_remembered(settings, tmp_path):
         wait_until(lambda: caught & handled(process.pid))
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=LIMIT_SECONDS) == 75
     assert run.steps_with_checkpoint() == [3]
 
 
@@ -129,7 +130,7 @@ def test_one_rank_of_torchrun_is_asked_and_both_stop(settings, tmp_path):
     with launched(*command) as process:
         wait_until(lambda: run.newest_checkpoint() is not None, 90)
         os.kill(children(process.pid)[1], signal.SIGUSR1)
-        assert process.wait(timeout=60) != 0  # torchrun passes no code on
+        assert process.wait(timeout=LIMIT_SECONDS) != 0  # torchrun passes no code on
     last = max(run.steps_with_checkpoint())
     assert last % 3 == 0
     assert "asked to stop (another rank)" in run.log.read_text()

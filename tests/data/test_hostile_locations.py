@@ -65,7 +65,7 @@ def test_injection_into_a_location_is_refused(root, monkeypatch, number, in_file
         except UserError as error:
             return str(error)
 
-    outcome = in_child(expand, more_bytes=300 << 20, seconds=20)
+    outcome = in_child(expand, more_bytes=300 << 20)
     assert isinstance(outcome, str), outcome[:5]
     assert "\n" not in outcome
     assert listing(root) <= ALLOWED | {"data/list.txt"}

@@ -30,21 +30,21 @@ def test_who_does_not_speak_is_none_within_the_limit(meetings):
     started = time.monotonic()
     assert meetings[0].hear_all("name", 0.5) == [0, None, 2]
     assert meetings[1].hear_answer("name", 0.5) is None
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10 * (0.5 + 0.5)
 
 
 def test_nobody_waits_for_ranks_that_are_known_to_be_absent(meetings):
     for rank in (0, 2):
         meetings[rank].tell("name", rank)
     started = time.monotonic()
-    assert meetings[0].hear_all("name", 30, ranks=[0, 2]) == [0, None, 2]
-    assert time.monotonic() - started < 5
+    assert meetings[0].hear_all("name", 600, ranks=[0, 2]) == [0, None, 2]
+    assert time.monotonic() - started < 300
 
 
 def test_the_first_leaves_last(meetings):
     left = []
     threads = [
-        threading.Thread(target=lambda m=meeting: (m.leave(3), left.append(m.rank)))
+        threading.Thread(target=lambda m=meeting: (m.leave(60), left.append(m.rank)))
         for meeting in meetings
     ]
     threads[0].start()
@@ -53,7 +53,7 @@ def test_the_first_leaves_last(meetings):
     for thread in threads[1:]:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert sorted(left) == [0, 1, 2]
 
 

@@ -58,7 +58,10 @@ def lost():
     return run_ranks(_lose_rank_2, 3, timeout_seconds=60)
 
 
-# Finite is the promise; the bounds leave room for a busy machine.
+# Finite is the promise, not soon: machines are busy.
+MOST_SECONDS = 10 * LIMIT_SECONDS
+
+
 @pytest.mark.distributed
 def test_a_rank_that_never_comes_is_named():
     for rank, complaints in enumerate(lost()[:2]):
@@ -66,7 +69,7 @@ def test_a_rank_that_never_comes_is_named():
         assert message.startswith(f"rank {rank} of 3 waited for all ranks to say what they")
         assert "[float32 (*); accumulators: float32 (); ring, sum] (exchange 2 of" in message
         assert "rank 2 did not take part" in message
-        assert seconds < LIMIT_SECONDS + 15
+        assert seconds < MOST_SECONDS
 
 
 @pytest.mark.distributed
@@ -75,7 +78,7 @@ def test_a_rank_that_misses_the_first_exchange_is_named():
         message, seconds = complaints["never began"]
         assert message.startswith(f"rank {rank} of 3 waited for all ranks to connect for their")
         assert "rank 2 did not take part" in message
-        assert seconds < LIMIT_SECONDS + 15
+        assert seconds < MOST_SECONDS
 
 
 @pytest.mark.distributed
@@ -88,4 +91,4 @@ def test_a_rank_that_fails_on_the_way_is_waited_for_by_name():
     )
     assert re.match(waited, first), first
     assert second.startswith("rank 1 of 3 waited for")
-    assert seconds < LIMIT_SECONDS + 15
+    assert seconds < MOST_SECONDS

@@ -46,7 +46,7 @@ def test_every_rank_names_the_setting_both_values_and_the_ranks():
         kind, message, seconds = results["one"]
         assert kind == "UserError"
         assert "trainer.max_steps is 20 on rank 2 and 10 on rank 0-1" in message
-        assert seconds < 5
+        assert seconds < 60  # of the minutes that they may wait for one that is missing
 
 
 @pytest.mark.distributed

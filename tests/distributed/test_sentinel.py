@@ -1,8 +1,9 @@
 """A rank that hangs, is stopped, dies or fails: all end, in time, and the line names it.
 
 Every scenario trains three ranks with steps of a batch and a collective; the store is rank 0's. The
-limit of a collective is 25 s, so whoever ends sooner was ended by the sentinel, or by the
-connections of a process that is gone.
+limit of a collective is half an hour, and who has not ended after two minutes is killed (code -9).
+So whoever ends by itself was ended by the sentinel, or by the connections of a process that is
+gone.
 """
 
 import json
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.distributed
 
 @lru_cache
 def ended():
-    """Exit code, seconds, stderr and stacks of every rank, by scenario."""
+    """Exit code, stderr and stacks of every rank, by scenario."""
     ports = [next_port() for _ in SCENARIOS]
     script = REPOSITORY / "tests" / "support" / "sentinel_ranks.py"
     words = [word for pair in zip(map(str, ports), SCENARIOS, strict=True) for word in pair]
@@ -40,16 +41,15 @@ def ended():
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=110,
+        timeout=400,
         check=True,
     )
     return json.loads(done.stdout)
 
 
 def test_a_rank_that_sleeps_in_its_data_is_named_and_all_end():
-    for code, seconds, _, stacks in ended()["sleeps"]:
+    for code, _, stacks in ended()["sleeps"]:
         assert code == HUNG
-        assert seconds < 20
         line = stacks.splitlines()[0]
         assert line.startswith("rank 1 is behind: waiting for data, step 3, for ")
         assert "in sleep_in_the_data (sentinel_ranks.py:" in line
@@ -57,7 +57,7 @@ def test_a_rank_that_sleeps_in_its_data_is_named_and_all_end():
 
 
 def test_the_stacks_of_all_threads_are_written_and_those_of_the_culprit_said():
-    (_, _, first, stacks), (_, _, culprit, _), _ = ended()["sleeps"]
+    (_, first, stacks), (_, culprit, _), _ = ended()["sleeps"]
     assert "in all_reduce" in stacks
     assert "most recent call first" in stacks
     assert "in sleep_in_the_data" in culprit
@@ -67,38 +67,35 @@ def test_the_stacks_of_all_threads_are_written_and_those_of_the_culprit_said():
 def test_a_rank_that_is_stopped_is_named_as_the_one_that_does_not_answer():
     first, stopped, last = ended()["stopped"]
     assert stopped[0] == -9  # ended like a launcher does it; the others end by themselves
-    for code, seconds, said, _ in (first, last):
+    for code, said, _ in (first, last):
         assert code == HUNG
-        assert seconds < 25
         assert "rank 1 does not answer: it was killed, is stopped" in said or said == ""
-    assert "rank 0, 2 waiting in all_reduce" in first[2]
+    assert "rank 0, 2 waiting in all_reduce" in first[1]
 
 
 def test_all_end_when_the_rank_that_keeps_the_store_is_stopped():
-    for code, _, said, _ in ended()["first stopped"][1:]:
+    for code, said, _ in ended()["first stopped"][1:]:
         assert code == HUNG
         assert "hears nothing of the others: rank 0, which keeps their store" in said
 
 
 def test_a_rank_that_is_killed_is_named_by_one_whose_collective_failed():
     first, _, last = ended()["killed"]
-    assert "explained: rank 1 does not answer: it was killed" in first[2] + last[2]
+    assert "explained: rank 1 does not answer: it was killed" in first[1] + last[1]
     assert [first[0], last[0]] == [1, 1]
-    assert max(first[1], last[1]) < 25
 
 
 def test_all_end_when_the_rank_that_keeps_the_store_is_killed():
-    for code, seconds, said, _ in ended()["first killed"][1:]:
+    for code, said, _ in ended()["first killed"][1:]:
         assert code in (1, HUNG)
-        assert seconds < 25
         assert "hears nothing of the others: rank 0, which keeps their store" in said
 
 
 def test_a_rank_that_fails_tells_the_others_why():
     first, second, failed = ended()["raises"]
     text = "rank 2 failed in waiting for data, step 3: KeyError: 'no such picture'"
-    assert text in first[2] + second[2]
-    assert "explained: None" in failed[2]  # its own traceback says it
+    assert text in first[1] + second[1]
+    assert "explained: None" in failed[1]  # its own traceback says it
     assert failed[0] == 1
     # The others by their collective, or by the thread if that is slower to fail.
     assert {first[0], second[0]} <= {1, HUNG}

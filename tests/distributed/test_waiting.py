@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -35,21 +36,27 @@ def test_frames_tell_collectives_from_work_of_the_rank(innermost, what, waits):
 
 
 def _watch_exchanges(rank, world_size):
-    """Have rank 1 come late; the others say in the meantime what they wait for."""
+    """Have rank 1 come once rank 0 was seen waiting; return what it was seen to wait for."""
     found = {}
+    seen = dist.distributed_c10d._get_default_store()
     for name in ("exchange", "all-reduce"):
         circulate_once() if name == "exchange" else None  # connects
         dist.barrier()
-        late = threading.Event()
         if rank == 1:
-            late.wait(1.0)
+            seen.wait([name])
         else:
-            timer = threading.Timer(
-                0.5, lambda name=name: found.update({name: main_thread_doing()})
-            )
-            timer.start()
+            watch = threading.Thread(target=_see_waiting, args=(found, name, seen))
+            watch.start()
         circulate_once() if name == "exchange" else sum_over_ranks(torch.ones(1))
     return {name: tuple(doing) for name, doing in found.items()}
+
+
+def _see_waiting(found, name, seen):
+    """Look until the main thread waits in a collective; never, and the test ends at its limit."""
+    while not (doing := main_thread_doing()).waits:
+        time.sleep(0.01)
+    found[name] = doing
+    seen.set(name, "waits")
 
 
 def circulate_once():

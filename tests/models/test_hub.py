@@ -13,6 +13,7 @@ import torch
 
 from dist_siglip.models import build_dual_encoder
 from tests.support.hugging_face import write_folder
+from tests.support.processes import LIMIT_SECONDS
 
 SHA = "1" * 40
 PROGRAM = """
@@ -90,7 +91,7 @@ def fetched(folder, tmp_path, with_weights="yes"):
             [sys.executable, "-c", PROGRAM, str(out), with_weights],
             env=environment,
             check=True,
-            timeout=200,
+            timeout=LIMIT_SECONDS,
         )
     return torch.load(out, weights_only=True), asked
 

@@ -92,7 +92,7 @@ def test_two_ranks_train_as_one_process_does_in_every_precision(model, tmp_path)
         for precision in TOLERANCE
         for sharding in ((None,) if precision == "16-mixed" else (None, {}))
     ]
-    ranks = run_ranks(train_cases, 2, model, str(tmp_path), cases, limit_seconds=200)
+    ranks = run_ranks(train_cases, 2, model, str(tmp_path), cases)
     for number, case in enumerate(cases):
         precision = case["trainer"]["precision"]
         alone = train(model, tmp_path, {"trainer": case["trainer"]})

@@ -73,7 +73,7 @@ def notes(folder, job, restart=0):
 
 
 def wait_for_ranks(folder, job, restart=0, ranks=4):
-    wait_until(lambda: len(notes(folder, job, restart)) == ranks, 30, lambda: job.output)
+    wait_until(lambda: len(notes(folder, job, restart)) == ranks, lambda: job.output)
 
 
 def test_ranks_get_the_arguments_the_world_and_one_place_to_meet(submit, tmp_path):

@@ -16,7 +16,7 @@ def test_srun_doctor_looks_at_every_node_of_a_job(cluster, tmp_path):
         f"--output={tmp_path}/out",
         "--job-name=train",
     )
-    job.wait_for("COMPLETED", "FAILED", seconds=120)
+    job.wait_for("COMPLETED", "FAILED")
     page = (tmp_path / "out").read_text()
     assert job.exit_code == 0, page
     assert "2 ranks on 2 nodes: 127.0.0.1 (rank 0), 127.0.0.2 (rank 1)" in page

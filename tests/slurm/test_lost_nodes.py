@@ -31,25 +31,25 @@ def runs(cluster, tmp_path_factory):
     job = hit.submit(cluster, ranks_per_node=2)
     hit.wait_for_checkpoint_after(0, job)
     cluster.submit_command("sleep 1", "--partition=high", "--nodes=2", "--exclusive")
-    wait_until(lambda: job.restarts == 1, 60, lambda: job.output)
+    wait_until(lambda: job.restarts == 1, lambda: job.output)
     hit.preempted_at = hit.newest()
     job.wait_for_restart(1)
     hit.wait_for_checkpoint_after(hit.preempted_at, job)
     cluster.kill_node("127.0.0.2")
     hit.lost_at = hit.newest()
-    wait_until(lambda: job.restarts == 2, 60, lambda: job.output)
+    wait_until(lambda: job.restarts == 2, lambda: job.output)
     lost = time.monotonic()
     cluster.start_node("127.0.0.2")
-    wait_until(lambda: cluster.states_of_nodes() == {"idle"}, 60)
+    wait_until(lambda: cluster.states_of_nodes() == {"idle"})
 
     undisturbed = calm.submit(cluster, ranks_per_node=2)
-    undisturbed.wait_for("COMPLETED", "FAILED", seconds=150)
+    undisturbed.wait_for("COMPLETED", "FAILED")
     assert undisturbed.exit_code == 0, undisturbed.output
 
     time.sleep(max(0.0, lost + RETRY_SECONDS - time.monotonic()))
     hit.brake.unlink()
     job.wait_for_restart(2)
-    job.wait_for("COMPLETED", "FAILED", seconds=150)
+    job.wait_for("COMPLETED", "FAILED")
     assert job.exit_code == 0, job.output
     return calm, hit
 

@@ -24,7 +24,7 @@ def test_a_run_requeues_its_own_job_once_all_ranks_have_saved(cluster, tmp_path)
     job.wait_for_restart(1)
     saved = it.newest()
     it.brake.unlink()
-    job.wait_for("COMPLETED", "FAILED", seconds=120)
+    job.wait_for("COMPLETED", "FAILED")
     assert job.exit_code == 0, job.output
     assert it.starts() == [saved]
     assert "is requeued" in it.run.log.read_text()

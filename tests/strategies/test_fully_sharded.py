@@ -42,7 +42,7 @@ def model(tmp_path):
 def test_two_ranks_train_as_one_process_does(model, tmp_path):
     """Losses of all steps, the last gradient norm, and every parameter, to 1e-4 of its movement."""
     sharded = [{**case, "shard": {}} for case in CASES.values()]
-    ranks = run_ranks(train_cases, 2, model, str(tmp_path), sharded, limit_seconds=200)
+    ranks = run_ranks(train_cases, 2, model, str(tmp_path), sharded)
     for number, (name, case) in enumerate(CASES.items()):
         alone = train(model, tmp_path, case)
         start = start_of(model, case)
@@ -55,7 +55,7 @@ def test_two_ranks_train_as_one_process_does(model, tmp_path):
 
 def test_copies_on_two_nodes_of_shards_on_two_ranks_train_as_one_process_does(model, tmp_path):
     alone = train(model, tmp_path, {})
-    ranks = run_ranks(_train_on_nodes, 4, model, str(tmp_path), limit_seconds=200)
+    ranks = run_ranks(_train_on_nodes, 4, model, str(tmp_path))
     for found in ranks:
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert found["mesh"] == {"replicate": 2, "shard": 2}
@@ -100,7 +100,7 @@ def test_a_run_goes_on_under_other_strategies_and_worlds(model, tmp_path):
         found = (
             train_cases(0, 1, *arguments)
             if world_size == 1
-            else run_ranks(train_cases, world_size, *arguments, limit_seconds=200)[0]
+            else run_ranks(train_cases, world_size, *arguments)[0]
         )[0]
         losses += found["losses"]
         checkpoint = save

@@ -47,14 +47,14 @@ class ClusterRun:
         """Return the step of the newest checkpoint; 0 if there is none."""
         return max(self.run.steps_with_checkpoint(), default=0)
 
-    def wait_for_checkpoint_after(self, step: int, job: Job, seconds: float = 120) -> None:
+    def wait_for_checkpoint_after(self, step: int, job: Job) -> None:
         """Wait until a checkpoint is there that was written after a step."""
 
         def is_there() -> bool:
             assert job.state != "FAILED", job.output
             return self.newest() > step
 
-        wait_until(is_there, seconds, lambda: job.output)
+        wait_until(is_there, lambda: job.output)
 
     def starts(self) -> list[int]:
         """Steps the run went on from, in turn, as its log tells."""

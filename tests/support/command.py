@@ -12,6 +12,7 @@ import yaml
 
 from dist_siglip.data.handwriting import write_handwriting_shards
 from tests.support.ports import next_port
+from tests.support.processes import LIMIT_SECONDS
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +32,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_command(*arguments: object, timeout_seconds: float = 180) -> subprocess.CompletedProcess:
+def run_command(
+    *arguments: object, timeout_seconds: float = LIMIT_SECONDS
+) -> subprocess.CompletedProcess:
     """Run ``python -m dist_siglip ARGUMENTS`` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
@@ -44,7 +47,7 @@ def run_command(*arguments: object, timeout_seconds: float = 180) -> subprocess.
 
 
 @contextmanager
-def started_until(arguments: list[object], is_time, timeout_seconds: float = 180):
+def started_until(arguments: list[object], is_time, timeout_seconds: float = LIMIT_SECONDS):
     """Start the command in a process group, wait for ``is_time()``; end the group at the end."""
     deadline = time.monotonic() + timeout_seconds
     with launched("dist_siglip", *arguments) as process:

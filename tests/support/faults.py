@@ -161,7 +161,7 @@ def suppress_missing(path):
         os.remove(path)
 
 
-def in_fork(work: Callable[[], object], seconds: float = 30) -> int:
+def in_fork(work: Callable[[], object], seconds: float = 300) -> int:
     """Call ``work`` in a forked process; return 0, or the negative signal it ended by."""
     child = os.fork()
     if child == 0:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.ports import next_port
-from tests.support.processes import IMPORTED_ONCE
+from tests.support.processes import IMPORTED_ONCE, LIMIT_SECONDS
 from tests.support.torchrun import pretend_torchrun
 
 
@@ -47,7 +47,7 @@ class ForkedRun:
         """Send a signal to a rank."""
         os.kill(self.ranks[rank].pid, number)
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
         """Return the exit codes of all ranks."""
         deadline = time.monotonic() + seconds
         for each in self.ranks:
@@ -58,7 +58,7 @@ class ForkedRun:
             raise TimeoutError(f"{alive} ran past {seconds} s:\n{self.said()}")
         return [each.exitcode for each in self.ranks]
 
-    def wait_until(self, is_time: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_until(self, is_time: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> bool:
         """Wait for a moment, looking all the time; return whether every rank is still there."""
         deadline = time.monotonic() + seconds
         while not is_time():
@@ -94,7 +94,9 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def run_forked(*arguments: object, world_size: int = 1, timeout_seconds: float = 180) -> Ended:
+def run_forked(
+    *arguments: object, world_size: int = 1, timeout_seconds: float = LIMIT_SECONDS
+) -> Ended:
     """Run ``dist-siglip ARGUMENTS`` to its end; the code is the first rank's that is not 0."""
     with tempfile.TemporaryDirectory() as folder:
         run = start(list(arguments), Path(folder) / "said.txt", world_size)

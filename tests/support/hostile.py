@@ -131,7 +131,7 @@ class ChildError(AssertionError):
 
 
 def in_child(
-    work: Callable[..., Any], *arguments: Any, seconds: float = 60, more_bytes: int | None = None
+    work: Callable[..., Any], *arguments: Any, seconds: float = 300, more_bytes: int | None = None
 ) -> Any:
     """Call a function in a forked child and return its result.
 
@@ -154,7 +154,7 @@ def in_child(
             raise ChildError(f"no result after {seconds} s")
         is_fine, result = mine.recv()
     except EOFError:
-        child.join(5)
+        child.join(60)
         code = child.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise ChildError(f"the child ended with {name}") from None

@@ -21,6 +21,8 @@ import torch.multiprocessing as mp
 
 from dist_siglip.distributed import leave_process_groups
 
+# What hangs is ended after this; ten times and more of what any call takes on a quiet machine.
+LIMIT_SECONDS = 600.0
 # pytest besides: every child looks at the main module of the tests.
 IMPORTED_ONCE = ["pytest", "tests.support.warm_imports"]
 
@@ -51,8 +53,8 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_seconds: float = 30.0,
-    limit_seconds: float = 120.0,
+    timeout_seconds: float = 120.0,
+    limit_seconds: float = LIMIT_SECONDS,
 ) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on ``world_size`` processes; return results by rank.
 

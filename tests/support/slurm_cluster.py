@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tests.support.command import REPOSITORY, environment
+from tests.support.processes import LIMIT_SECONDS
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
 # After TERM, seconds until KILL; after the last sign of a node, seconds until it counts as lost.
@@ -110,7 +111,7 @@ class SlurmCluster:
             self._call("slurmctld")
             for node in self.nodes:
                 self.start_node(node)
-            wait_until(lambda: self.states_of_nodes() == {"idle"}, 30, self._complaints)
+            wait_until(lambda: self.states_of_nodes() == {"idle"}, self._complaints)
         except BaseException:
             self.__exit__()
             raise
@@ -288,11 +289,11 @@ class Job:
         """End it for good, if it has not ended."""
         self.cluster._call("scancel", self.number)
 
-    def wait_for(self, *states: str, seconds: float = 90) -> None:
+    def wait_for(self, *states: str) -> None:
         """Wait until it is in one of the states."""
-        wait_until(lambda: self.state in states, seconds, lambda: f"{self._show()}\n{self.output}")
+        wait_until(lambda: self.state in states, lambda: f"{self._show()}\n{self.output}")
 
-    def wait_for_restart(self, restarts: int, seconds: float = 60) -> None:
+    def wait_for_restart(self, restarts: int) -> None:
         """Wait until it runs again after so many requeues, without the usual two minutes."""
 
         def runs_again() -> bool:
@@ -306,16 +307,14 @@ class Job:
                 )
             return False
 
-        wait_until(runs_again, seconds, lambda: f"{self._show()}\n{self.output}")
+        wait_until(runs_again, lambda: f"{self._show()}\n{self.output}")
 
 
-def wait_until(
-    is_so: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: ""
-) -> None:
+def wait_until(is_so: Callable[[], bool], explain: Callable[[], str] = lambda: "") -> None:
     """Wait until something is so; say what was the case instead if it does not come."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not is_so():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {explain()}"
+        assert time.monotonic() < deadline, f"not within {LIMIT_SECONDS} s: {explain()}"
         time.sleep(0.2)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from dist_siglip.data.remote import CacheSettings, RemoteError, ShardCache, cache
 from dist_siglip.errors import UserError
+from tests.support.processes import LIMIT_SECONDS
 
 BODY = os.urandom(200_000)
 
@@ -29,7 +30,7 @@ def content(descriptor):
 
 def fetch_all(settings, urls, barrier):
     store = ShardCache(settings)
-    barrier.wait(60)
+    barrier.wait(LIMIT_SECONDS)
     for url in urls:
         assert len(content(store.open(url))) == len(BODY)
 
@@ -49,7 +50,7 @@ def test_a_node_fetches_a_shard_once(server, tmp_path, method):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(LIMIT_SECONDS)
     assert [process.exitcode for process in processes] == [0] * 4
     assert server.gets() == {"0.tar": 1, "1.tar": 1, "2.tar": 1}
 
@@ -161,7 +162,7 @@ def test_readers_that_wait_take_a_shard_before_a_small_cache_evicts_it(server, t
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join(60)
+        reader.join(LIMIT_SECONDS)
     assert set(server.gets().values()) == {1}
 
 
@@ -190,7 +191,7 @@ def test_a_process_that_holds_a_lock_for_too_long_is_named(server, tmp_path, mon
         warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads
         process.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LIMIT_SECONDS
         while server.gets().get("a.tar", 0) == 0:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -201,7 +202,7 @@ def test_a_process_that_holds_a_lock_for_too_long_is_named(server, tmp_path, mon
             waiting.open(url)
     finally:
         os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
+        process.join(LIMIT_SECONDS)
 
 
 def test_files_that_are_not_ours_are_left_alone(server, tmp_path):
@@ -228,12 +229,12 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_torn_and_blocks_nobody
         target=open_one, args=(store.settings, url)
     )
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_SECONDS
     while server.gets().get("a.tar", 0) == 0:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join(LIMIT_SECONDS)
     server.release.set()
     assert [n for n in os.listdir(tmp_path) if n.endswith(".tar")] == []
     assert content(store.open(url)) == BODY

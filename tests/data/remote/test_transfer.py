@@ -2,7 +2,6 @@ import base64
 import errno
 import hashlib
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dist_siglip.data.remote import connections, transfer
 from dist_siglip.data.remote.retries import RemoteError
 from dist_siglip.data.remote.transfer import describe_remote, download, read_small
 from dist_siglip.errors import UserError
+from tests.support.small_disk import on_small_disk
 
 BODY = os.urandom(300_000)
 
@@ -134,13 +134,12 @@ def test_a_link_where_the_file_is_written_is_not_followed(server, tmp_path):
 
 def test_a_disk_that_takes_no_more_bytes_is_not_tried_again(server, tmp_path):
     server.files["a.tar"] = BODY
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(BODY) // 2, hard))
-    try:
+
+    def fetch():
         with pytest.raises(OSError, match="File too large"):
             download(server.url + "a.tar", str(tmp_path / "a"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    on_small_disk(len(BODY) // 2, fetch)
     assert server.gets()["a.tar"] == 1
     assert os.listdir(tmp_path) == []
 
