@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dist_siglip.data.bad_sample_log import TruncatedCount
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
@@ -87,7 +88,8 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         self._table = table
         self._transform = evaluation_transform(inputs)
         self._captions = captions
-        self._max_image_pixels = max_image_pixels
+        self._pictures = inputs.pictures.changed(max_image_pixels=max_image_pixels)
+        self._truncated = TruncatedCount(table.describe)
         self._is_empty = EmptyCaptions(inputs.tokenizer if encodes_texts else None)
         self._reader = ShardReader(table.cache)
 
@@ -101,9 +103,12 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
             members = ((kind, self._reader.read(at)) for kind, at in table.caption_spans(sample_id))
             texts = tuple(self._captions.all_of(members, is_empty=self._is_empty))
             data = self._reader.read(table.image_span(sample_id))
-            image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
+            picture = EncodedPicture(data, self._pictures)
+            image = self._transform(picture)
         except BadSampleError as error:
             return BenchmarkSample(sample_id, slot.is_padding, problem=str(error))
+        if picture.is_truncated:
+            self._truncated.note(sample_id)
         identity = picture_id(data)
         return BenchmarkSample(sample_id, slot.is_padding, image, texts, picture_id=identity)
 

@@ -24,6 +24,7 @@ from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import raise_together
+from dist_siglip.picture_policy import PicturePolicy
 
 _RIGHT_FROM = 0.5  # of OSCAR's similarity, exclusive
 _MAX_PIXELS = 64_000_000
@@ -109,7 +110,8 @@ class Simat(Benchmark):
         regions = self._read_regions()
         queries = self._read_queries(regions)
         judgements = self._read_judgements(queries, len(regions))
-        pictures = _Pictures(self._find_pictures(regions))
+        policy = model.inputs.pictures.changed(max_image_pixels=_MAX_PIXELS)
+        pictures = _Pictures(self._find_pictures(regions), policy)
         images = encode_pictures(model, pictures, group=group)
         raise_together(pictures.problem, device=images.device, group=group)
         words = sorted({word for query in queries for word in (query.source, query.target)})
@@ -227,8 +229,9 @@ class _Pictures(Sequence[EncodedPicture | Image.Image]):
     this rank does not stop while the others wait for it.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], policy: PicturePolicy) -> None:
         self._paths = paths
+        self._policy = policy
         self.problem: str | None = None
 
     def __len__(self) -> int:
@@ -237,7 +240,7 @@ class _Pictures(Sequence[EncodedPicture | Image.Image]):
     def __getitem__(self, position: Any) -> Any:
         path = self._paths[position]
         try:
-            return EncodedPicture(path.read_bytes(), max_pixels=_MAX_PIXELS).decode()
+            return EncodedPicture(path.read_bytes(), self._policy).decode()
         except (OSError, BadSampleError) as error:
             self.problem = f"{path} cannot be used: {error}; make it again"
             return Image.new("RGB", (64, 64), "grey")

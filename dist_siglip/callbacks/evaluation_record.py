@@ -68,9 +68,10 @@ class EvaluationRecord(Callback):
         count = min(self.gallery_images, len(sample_ids))
         chosen = {round(index * len(sample_ids) / count) for index in range(count)}
         for row, sample_id in enumerate(sample_ids):
-            image_bytes, media_type, caption = dataset.raw(sample_id)
+            image_bytes, _, caption = dataset.raw(sample_id)
             captions.append(caption)
             if row in chosen:
+                image_bytes, media_type = dataset.shown(image_bytes)
                 encoded = base64.b64encode(image_bytes).decode()
                 images.append({"row": row, "media_type": media_type, "base64": encoded})
         return {"captions": captions, "images": images}

@@ -18,12 +18,12 @@ from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.transforms import training_transform
+from dist_siglip.picture_policy import PicturePolicy
 
 OPEN_CLIP = "open_clip"
 _SCALED, _EXACT = "ours", "ours, exact pixels"
 CONTESTANTS = (OPEN_CLIP, _SCALED, _EXACT)
 
-_MAX_PIXELS = 64_000_000
 _SHUFFLED = 100  # samples in open_clip's buffer; full before it begins, as in a long run
 
 
@@ -82,7 +82,7 @@ def _ours(
         block_shards=16,
     )
     loader = build_loader(
-        PairDataset(table, transform, seed=0, max_image_pixels=_MAX_PIXELS),
+        PairDataset(table, transform, seed=0, pictures=PicturePolicy()),
         GlobalBatchSampler(plan, rank=0, world_size=1, progress=Progress()),
         PairCollator(inputs.tokenizer),
         workers_per_rank=streaming.workers,

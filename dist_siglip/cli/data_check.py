@@ -22,6 +22,7 @@ from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
+from dist_siglip.picture_policy import PicturePolicy, TruncatedPictures
 
 _EXAMPLES = 3
 
@@ -31,6 +32,7 @@ def check(
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
     image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
     max_image_pixels: int = 64_000_000,
+    truncated_pictures: TruncatedPictures = "replace",
     decode: bool = True,
     workers: int = 2,
     limit_seconds: float = 3600.0,
@@ -45,6 +47,8 @@ def check(
         captions: where captions are.
         image_extensions: members that are the picture of a sample, in order of preference.
         max_image_pixels: pictures with more pixels are bad.
+        truncated_pictures: whether JPEGs and PNGs that end too early are bad ("replace"), or
+            used as far as they go ("use").
         decode: decode every picture; otherwise only headers are read.
         workers: processes.
         limit_seconds: longest time for one shard.
@@ -58,25 +62,30 @@ def check(
     inspector = Inspector(
         image_extensions=image_extensions,
         captions=captions,
-        max_image_pixels=max_image_pixels,
+        pictures=PicturePolicy(
+            max_image_pixels=max_image_pixels, truncated_pictures=truncated_pictures
+        ),
         decode=decode,
         cache=ShardCache(cache),
     )
     findings: list[Finding] = []
     hashes: dict[str, np.ndarray] = {}
-    num_samples = 0
+    num_samples = num_transparent = 0
     for done in spread(inspector, paths, workers=workers, limit_seconds=limit_seconds):
         if done.result is None:
             findings.append(Finding("damaged shard", done.item, "", done.failure))
             continue
         findings += done.result.findings
         num_samples += done.result.num_samples
+        num_transparent += done.result.num_transparent
         hashes[done.item] = done.result.key_hashes
     order = {path: number for number, path in enumerate(paths)}
     findings.sort(key=lambda finding: order[finding.shard])
     counts = Counter(finding.kind for finding in findings)
     if shared := keys_in_several_shards(hashes):
         counts["key in several shards"] = shared
+    if num_transparent:
+        counts["transparent picture"] = num_transparent
     if out is not None:
         with open_atomically(Path(out)) as file:
             for finding in findings:

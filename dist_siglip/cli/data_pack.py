@@ -12,6 +12,7 @@ from dist_siglip.cli.table import print_path
 from dist_siglip.data.packing.pack import PackSettings
 from dist_siglip.data.packing.pack import pack as write_shards
 from dist_siglip.data.packing.table import Columns
+from dist_siglip.picture_policy import ExifOrientation, PicturePolicy, TruncatedPictures
 
 
 def pack(
@@ -27,6 +28,9 @@ def pack(
     jpeg_quality: int = 90,
     shuffle_seed: int | None = None,
     max_image_pixels: int = 64_000_000,
+    transparency: str = PicturePolicy.transparency,
+    exif_orientation: ExifOrientation = "ignore",
+    truncated_pictures: TruncatedPictures = "replace",
     max_bad_fraction: float = 0.01,
     allow_outside: bool = False,
     workers: int = 2,
@@ -36,7 +40,7 @@ def pack(
 
     A row gives the members <row number>.jpg (or .png, .webp, by content), .txt (the caption), and
     .json where there are several captions (a list under "caption") or columns are kept. Rows that
-    cannot be used are listed in pack_skipped.jsonl. The EXIF orientation is not applied.
+    cannot be used are listed in pack_skipped.jsonl.
 
     Args:
         table: .csv, .tsv, .jsonl or .parquet file, or a folder of pictures with same-named .txt
@@ -54,6 +58,12 @@ def pack(
         shuffle_seed: pack in a random order of this seed; all rows are in memory then. Null keeps
             the order of the table.
         max_image_pixels: pictures with more pixels are skipped.
+        transparency: colour that transparent pictures are laid on when they are made smaller,
+            "#rrggbb" or a name; or drop: their alpha is left out.
+        exif_orientation: ignore what a camera says of up and down, or apply it: then turned
+            pictures are written upright, as JPEG.
+        truncated_pictures: JPEGs and PNGs that end too early are skipped ("replace"), or packed
+            ("use"), for training with data.truncated_pictures: use.
         max_bad_fraction: share of the rows that may be skipped.
         allow_outside: accept pictures outside the images folder, by "..", absolute path or link.
         workers: threads that read, check and resize.
@@ -71,7 +81,12 @@ def pack(
             resize_short_side=resize_short_side,
             jpeg_quality=jpeg_quality,
             shuffle_seed=shuffle_seed,
-            max_image_pixels=max_image_pixels,
+            pictures=PicturePolicy(
+                transparency=transparency,
+                exif_orientation=exif_orientation,
+                truncated_pictures=truncated_pictures,
+                max_image_pixels=max_image_pixels,
+            ),
         ),
         images=None if images is None else Path(images),
         allow_outside=allow_outside,

@@ -16,6 +16,7 @@ from dist_siglip.data.statistics import QUANTILES, Gauge, choose_samples, summar
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 _CHUNK = 2000  # samples measured by one process
 
@@ -73,9 +74,8 @@ def stats(
         tokenizer = load_tokenizer(model, context_length=context_length)
     elif context_length is not None:
         raise UserError(f"context_length ({context_length}) is of a model; name it, too")
-    gauge = Gauge(
-        table=table, captions=captions, max_image_pixels=max_image_pixels, tokenizer=tokenizer
-    )
+    pictures = PicturePolicy(max_image_pixels=max_image_pixels)
+    gauge = Gauge(table=table, captions=captions, pictures=pictures, tokenizer=tokenizer)
     chosen = choose_samples(table.num_samples, sample, seed)
     chunks = [part.tolist() for part in np.array_split(chosen, -(-len(chosen) // _CHUNK))]
     parts = []
@@ -119,6 +119,7 @@ def _counts(summary: dict[str, Any]) -> Table:
             f"{counts['distinct']:,} distinct; {counts['shared']:,} samples share theirs with "
             f"another, {counts['most']:,} the most common one",
         )
+    table.add_row("with transparency", f"{summary['transparent']:,}")
     empty = summary["empty_captions"]
     table.add_row("cannot be used", f"{summary['bad']:,}, {empty:,} for an empty caption")
     return table

@@ -26,6 +26,7 @@ from dist_siglip.cli.subjects import call, parser_of_function
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -88,7 +89,7 @@ def doctor(
     needs, told = _read(config)
     sets = needs.shard_sets if needs else ()
     if shards is not None:
-        sets = (ShardSet("shards", shards, captions, image_extensions, 64_000_000, cache),)
+        sets = (ShardSet("shards", shards, captions, image_extensions, PicturePolicy(), cache),)
     folder = run_dir or (needs.run_dir if needs else None)
     plan = Plan(Path(folder) if folder else None, sets, num_shards, write_mib * 2**20)
     told += [launch.complaint] if launch.complaint else []

@@ -12,6 +12,7 @@ from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.module import SigLipModule
+from dist_siglip.picture_policy import PicturePolicy
 
 
 class RunNeeds(NamedTuple):
@@ -65,7 +66,12 @@ def read_needs(path: str) -> RunNeeds:
                 shards=shards,
                 captions=CaptionRule(**data.captions.as_dict()),
                 image_extensions=tuple(data.image_extensions),
-                max_image_pixels=data.max_image_pixels,
+                pictures=PicturePolicy().changed(
+                    transparency=data.transparency,
+                    exif_orientation=data.exif_orientation,
+                    truncated_pictures=data.truncated_pictures,
+                    max_image_pixels=data.max_image_pixels,
+                ),
                 cache=CacheSettings(**data.cache.as_dict()),
             )
             for name, shards in named

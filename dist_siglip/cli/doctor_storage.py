@@ -11,6 +11,7 @@ from dist_siglip.data.first_pairs import FirstPair, read_first_pair
 from dist_siglip.data.remote import CacheSettings, RemoteError, ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import (
     DiskFacts,
@@ -129,7 +130,7 @@ class ShardSet(NamedTuple):
         shards: as ``expand_shards`` takes them.
         captions: where captions are.
         image_extensions: members that are the picture of a sample, in order of preference.
-        max_image_pixels: largest picture.
+        pictures: what decides the pixels of an encoded picture.
         cache: copies of remote shards.
     """
 
@@ -137,7 +138,7 @@ class ShardSet(NamedTuple):
     shards: str | Sequence[str]
     captions: CaptionRule
     image_extensions: tuple[str, ...]
-    max_image_pixels: int
+    pictures: PicturePolicy
     cache: CacheSettings
 
 
@@ -163,7 +164,7 @@ def look_at_shards(shard_set: ShardSet, most: int) -> tuple[list[Finding], dict[
             path,
             captions=shard_set.captions,
             image_extensions=shard_set.image_extensions,
-            max_image_pixels=shard_set.max_image_pixels,
+            pictures=shard_set.pictures,
             cache=copies,
         )
         for path in paths[:most]

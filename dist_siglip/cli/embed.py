@@ -4,6 +4,7 @@ import json as json_text
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.embedding.encoder import Precision, RowType, Towers
 from dist_siglip.embedding.layout import Format
 from dist_siglip.module.trained import load_trained
+from dist_siglip.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -50,6 +52,9 @@ def embed(
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
     image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
     max_image_pixels: int = 64_000_000,
+    transparency: str = AUTO,
+    exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
+    truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO,
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = 0.01,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
@@ -81,6 +86,13 @@ def embed(
         captions: where captions are; of several the first is taken.
         image_extensions: members that are the picture of a sample, in order of preference.
         max_image_pixels: pictures with more pixels are left out.
+        transparency: colour that transparent pictures are laid on, "#rrggbb" or a name; or drop:
+            their alpha is left out. auto: as the run trained, or the folder of the model says,
+            else white.
+        exif_orientation: ignore what a camera says of up and down, or apply it. auto: as above,
+            else ignore.
+        truncated_pictures: JPEGs and PNGs that end too early are left out ("replace"), or used as
+            far as they go ("use"). auto: as the run trained, else left out.
         on_damage: "refuse" damaged shards and incomplete samples, or "skip" them.
         max_bad_fraction: share of shards and samples that may be skipped or left out.
         cache: copies of remote shards.
@@ -97,6 +109,9 @@ def embed(
         workers=workers,
         captions=captions,
         max_image_pixels=max_image_pixels,
+        transparency=transparency,
+        exif_orientation=exif_orientation,
+        truncated_pictures=truncated_pictures,
         max_bad_fraction=max_bad_fraction,
     )
     table = build_pair_table(

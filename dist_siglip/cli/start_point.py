@@ -12,6 +12,7 @@ import yaml
 from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.errors import UserError
 from dist_siglip.optim import OptimConfig, describe_schedule_change
+from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.runs import (
     RunFolder,
     check_sound,
@@ -97,6 +98,20 @@ def schedule_change(
         begun = recorded.get("model.optim.schedule_start_step", 0)
         before = replace(optim, schedule_start_step=begun)
     return describe_schedule_change(before, steps_before, optim, steps_now, step)
+
+
+def recorded_pictures(folder: RunFolder) -> dict[str, Any]:
+    """Return what the run in a folder does with pictures, by setting; nothing without a run.
+
+    A run of before there was a choice goes on as it began.
+    """
+    if folder.newest_checkpoint() is None:
+        return {}
+    try:
+        data = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["data"]
+        return {name: data.get(name, old) for name, old in BEFORE_THE_SETTINGS.items()}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {}  # whoever needs the file says what is wrong with it
 
 
 def check_fits(model: torch.nn.Module, path: Path) -> None:

@@ -44,6 +44,7 @@ from dist_siglip.cli.start_point import (
     checkpoint_to_start_from,
     evaluated_step,
     owes_evaluation,
+    recorded_pictures,
     schedule_change,
     steps_behind,
 )
@@ -56,6 +57,7 @@ from dist_siglip.full_disk import going_on_without
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
+from dist_siglip.picture_policy import AUTO
 from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
@@ -143,9 +145,23 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the list given; it is the command line, whatever ``sys.argv`` says."""
+        """Parse the list given; it is the command line, whatever ``sys.argv`` says.
+
+        What it leaves open about pictures is as the run in the folder has it.
+        """
         self.config = parse_shallow(parser.parse_args, args)
-        check_ranges(self.config[self.config["subcommand"]])
+        settings = self.config[self.config["subcommand"]]
+        check_ranges(settings)
+        for name, value in recorded_pictures(RunFolder(Path(settings.run_dir))).items():
+            if settings.data[name] == AUTO:
+                settings.data[name] = value
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and Trainer; all see pictures alike, and the settings say how."""
+        super().instantiate_classes()
+        pictures = self.datamodule.pictures
+        self.model.use_pictures(pictures)
+        self._get_all().data.update(pictures.of_model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""

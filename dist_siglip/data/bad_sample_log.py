@@ -1,15 +1,20 @@
 """Where is every bad sample written down?
 
 One JSON object a line, in a file that all loader processes of all ranks append to; a full disk or a
-lost folder does not stop the run (``full_disk``).
+lost folder does not stop the run (``full_disk``). Pictures that are used although their file ends
+too early are counted in the log alone.
 """
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dist_siglip.full_disk import LineLog
 
+_LOGGER = logging.getLogger(__name__)
+_NAMED = 20  # truncated pictures named by each process; then every hundredth
 _REASON = 200  # characters of a reason in a list of names
 
 
@@ -28,6 +33,28 @@ class BadSampleLog:
         """Add one line; where there is no room for it, it waits in this process."""
         if self._lines is not None:
             self._lines.append(json.dumps(record, ensure_ascii=True))
+
+
+class TruncatedCount:
+    """Counts truncated pictures that this process used, and names them in the log.
+
+    Args:
+        describe: name of a sample, by its id.
+    """
+
+    def __init__(self, describe: Callable[[int], str]) -> None:
+        self._describe = describe
+        self._count = 0
+
+    def note(self, sample_id: int) -> None:
+        """Count the picture of a sample."""
+        self._count += 1
+        if self._count <= _NAMED or self._count % 100 == 0:
+            _LOGGER.warning(
+                "truncated picture %d in this process: %s; what there is of it is used",
+                self._count,
+                self._describe(sample_id),
+            )
 
 
 def first_lines(path: str | None, count: int, start_bytes: int = 0) -> list[str]:

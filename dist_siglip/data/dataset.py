@@ -5,6 +5,7 @@ substitute if they are bad, whoever asks and in which process. So resumed, resha
 runs see the same pictures to the last bit.
 """
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dist_siglip.data.bad_sample_log import BadSampleLog
+from dist_siglip.data.bad_sample_log import BadSampleLog, TruncatedCount
 from dist_siglip.data.batch import PairSample
 from dist_siglip.data.cached_features import CachedFeatures
 from dist_siglip.data.captions import CaptionRule, MissingFieldError, field_of, read_json
@@ -31,9 +32,10 @@ from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.randomness import draw_one, seeded_generators
 from dist_siglip.data.slot import Slot
-from dist_siglip.data.stages import FilteredError, Stage, run_stages
+from dist_siglip.data.stages import FilteredError, Stage, all_take_rgb, check_stages, run_stages
 from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _LOGGER = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class PairDataset(Dataset[PairSample]):
         table: where the members are.
         transform: picture to (3, H, W) uint8; random draws are seeded by the key of the slot.
         seed: >= 0.
-        max_image_pixels: largest picture that is decoded.
+        pictures: what decides the pixels of an encoded picture.
         captions: which caption a sample gets.
         stages: steps between decoding and transform.
         source_ranges: (first id, id after the last) of each source; by default one has all.
@@ -77,7 +79,7 @@ class PairDataset(Dataset[PairSample]):
         transform: ImageTransform,
         *,
         seed: int,
-        max_image_pixels: int,
+        pictures: PicturePolicy,
         captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
         stages: Sequence[Stage] = (),
         source_ranges: Sequence[tuple[int, int]] = (),
@@ -90,11 +92,13 @@ class PairDataset(Dataset[PairSample]):
         self.table = table
         self._transform = transform
         self._seed = seed
-        self._max_image_pixels = max_image_pixels
+        self._pictures = pictures
         self._captions = captions.always_first() if is_evaluation else captions
+        check_stages(stages)
         self._stages = tuple(stages)
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)
+        self._truncated = TruncatedCount(table.describe)
         self._features = features
         self._is_evaluation = is_evaluation
         # The table may know further members, which hold no captions.
@@ -163,6 +167,29 @@ class PairDataset(Dataset[PairSample]):
         )
         return data, sniff_media_type(data), caption
 
+    def shown(self, data: bytes) -> tuple[bytes, str]:
+        """Return a picture as a browser shows it the way a model sees it.
+
+        Args:
+            data: as stored. Where it has transparency, or a browser would turn it, it is written
+                anew.
+
+        Returns:
+            Encoded picture, its media type.
+
+        Raises:
+            BadSampleError: if it cannot be decoded.
+        """
+        picture = EncodedPicture(data, self._pictures)
+        if picture.looks_as_stored:
+            return data, sniff_media_type(data)
+        kind = "PNG" if picture.has_transparency else "JPEG"
+        buffer = io.BytesIO()
+        image = picture.decode()
+        image.info.clear()
+        image.save(buffer, kind)
+        return buffer.getvalue(), f"image/{kind.lower()}"
+
     def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str, int | None]:
         """Read, decode and transform one sample with the randomness of a slot and an attempt.
 
@@ -178,15 +205,20 @@ class PairDataset(Dataset[PairSample]):
             return _NO_PIXELS, caption, self._picture_id(sample_id, None)
         data = self._reader.read(self.table.image_span(sample_id))
         identity = self._picture_id(sample_id, data)
-        picture = EncodedPicture(data, max_pixels=self._max_image_pixels)
+        picture = EncodedPicture(data, self._pictures)
         with seeded_generators(*key):
             if not self._stages:
-                return self._transform(picture), caption, identity
+                image = self._transform(picture)
+                if picture.is_truncated:
+                    self._truncated.note(sample_id)
+                return image, caption, identity
             shard, name = self.table.name(sample_id)
-            sample: dict[str, Any] = {"__key__": name, "__url__": shard}
-            sample |= {"image": picture.decode(), "text": caption}
+            sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": caption}
+            sample["image"] = picture.decode() if all_take_rgb(self._stages) else picture.stored()
+            if picture.is_truncated:
+                self._truncated.note(sample_id)
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
-            changed = run_stages(self._stages, sample)
+            changed = run_stages(self._stages, sample, self._pictures.transparency)
             return self._transform(changed["image"]), changed["text"], identity
 
     def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:

@@ -17,6 +17,7 @@ from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.side_car import side_car_places
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 
 class FirstPair(NamedTuple):
@@ -44,7 +45,7 @@ def read_first_pair(
     *,
     captions: CaptionRule,
     image_extensions: Sequence[str],
-    max_image_pixels: int,
+    pictures: PicturePolicy,
     cache: ShardCache | None = None,
 ) -> FirstPair:
     """Index one shard and decode its first pair.
@@ -53,7 +54,7 @@ def read_first_pair(
         shard: file or URL.
         captions: where captions are.
         image_extensions: members that are the picture of a sample, in order of preference.
-        max_image_pixels: largest picture.
+        pictures: what decides the pixels of an encoded picture.
         cache: copies of remote shards.
     """
     had_side_car = is_remote(shard) or any(map(os.path.exists, side_car_places(shard)))
@@ -69,7 +70,7 @@ def read_first_pair(
         )
         num_samples, fingerprint = table.num_samples, table.fingerprint
         data = reader.read(table.image_span(0))
-        EncodedPicture(data, max_pixels=max_image_pixels).decode()
+        EncodedPicture(data, pictures).decode()
         captions.choose([(kind, reader.read(s)) for kind, s in table.caption_spans(0)], (0,))
     except BadSampleError as error:
         failure = f"its first sample: {error}"

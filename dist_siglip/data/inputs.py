@@ -1,10 +1,12 @@
 """What does a model want to be fed?"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
+
+from dist_siglip.picture_policy import PicturePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class ModelInputs:
             side, pad) or "squash" (ignore the aspect ratio), as in open_clip.
         context_length: tokens of a text.
         tokenizer: list of B strings to (B, context_length) token ids.
+        pictures: what decides the pixels of an encoded picture.
     """
 
     image_size: int | tuple[int, int]
@@ -29,8 +32,9 @@ class ModelInputs:
     resize_mode: str
     context_length: int
     tokenizer: Callable[[list[str]], Tensor]
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
     @classmethod
     def of(cls, model: Any) -> "ModelInputs":
         """Take the values from a built model, which has attributes of the same names."""
-        return cls(**{field.name: getattr(model, field.name) for field in fields(cls)})
+        return cls(**{each.name: getattr(model, each.name) for each in fields(cls)})

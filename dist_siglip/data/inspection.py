@@ -24,6 +24,7 @@ from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.shard_index import split_name
 from dist_siglip.data.tar_scan import entries_of, open_archive
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 # Kind of finding -> what training does about it.
 KINDS = {
@@ -33,6 +34,8 @@ KINDS = {
     "bad picture": "replaced by another sample",
     "bad caption": "replaced by another sample",
     "key in several shards": "used, each for itself",
+    "truncated picture": "used as far as it goes, as you asked",
+    "transparent picture": "laid on data.transparency, white unless you say another colour",
     "extension of another format": "used as what it is",
     "path outside": "never written anywhere",
     "link or device": "ignored",
@@ -42,6 +45,8 @@ KINDS = {
 HARMLESS = frozenset(
     {
         "key in several shards",
+        "truncated picture",
+        "transparent picture",
         "extension of another format",
         "path outside",
         "link or device",
@@ -68,11 +73,13 @@ class ShardFindings(NamedTuple):
         findings: in the order of the shard.
         num_samples: samples it holds, incomplete ones included.
         key_hashes: (samples,) int64, for finding keys that occur in several shards.
+        num_transparent: pictures that say that they have transparent pixels.
     """
 
     findings: list[Finding]
     num_samples: int
     key_hashes: NDArray[np.int64]
+    num_transparent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +89,14 @@ class Inspector:
     Args:
         image_extensions: members that are the picture of a sample, in order of preference.
         captions: where captions are.
-        max_image_pixels: largest picture.
+        pictures: what decides the pixels of an encoded picture.
         decode: decode pictures in full; otherwise only their headers are read.
         cache: copies of remote shards.
     """
 
     image_extensions: tuple[str, ...]
     captions: CaptionRule
-    max_image_pixels: int
+    pictures: PicturePolicy
     decode: bool = True
     cache: ShardCache | None = None
 
@@ -117,24 +124,35 @@ class Inspector:
         ):
             members[sample][index.extensions[kind]] = Span(shard, offset, size)
         reader = ShardReader(self.cache)
+        transparent: list[str] = []
         for key, of_sample in zip(keys, members, strict=True):
-            findings += self._sample(shard, key, of_sample, reader)
+            findings += self._sample(shard, key, of_sample, reader, transparent)
         reader.close()
         hashes = np.array([caption_id(key) for key in keys], dtype=np.int64)
-        return ShardFindings(findings, len(keys), hashes)
+        return ShardFindings(findings, len(keys), hashes, len(transparent))
 
     def _sample(
-        self, shard: str, key: str, members: dict[str, Span], reader: ShardReader
+        self,
+        shard: str,
+        key: str,
+        members: dict[str, Span],
+        reader: ShardReader,
+        transparent: list[str],
     ) -> Iterator[Finding]:
+        """Look at one sample; its key joins those of transparent pictures if it has one."""
         picture = next((e for e in self.image_extensions if e in members), None)
         if picture is None:
             yield Finding("no picture", shard, key, f"only {', '.join(sorted(members))}")
         else:
             try:
                 data = reader.read(members[picture])
-                encoded = EncodedPicture(data, max_pixels=self.max_image_pixels)
+                encoded = EncodedPicture(data, self.pictures)
                 if self.decode:
                     encoded.decode()
+                if encoded.is_truncated:
+                    yield Finding("truncated picture", shard, key, "its file ends too early")
+                if encoded.has_transparency:
+                    transparent.append(key)
                 media = sniff_media_type(data)
                 if _MEDIA.get(picture, media) != media:
                     reason = f".{picture} holds {media}"

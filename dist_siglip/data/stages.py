@@ -5,6 +5,10 @@ iterator of samples, a sample being a dict. ``webdataset.map``, ``webdataset.sel
 make stages of plain functions. Each sample goes through alone, with the random generators of
 Python, NumPy and torch seeded by its place in the stream, so what a stage draws is repeated when a
 run resumes.
+
+A stage gets pictures in RGB, as a model would. One that has an attribute ``picture_mode`` says
+otherwise: "RGBA" for pictures with their alpha, "stored" for the mode of the file, such as "I;16"
+with all its bits. Such stages come first, since what is laid on a ground stays there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +17,55 @@ from typing import Any
 from PIL import Image
 
 from dist_siglip.data.faults import BadSampleError
+from dist_siglip.data.flatten import flatten, to_rgba
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 Stage = Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]
+_MODES = ("stored", "RGBA", "RGB")  # no stage can have what one before it has lost
 
 
 class FilteredError(Exception):
     """A stage left the sample out; the text names the stage."""
 
 
-def run_stages(stages: Sequence[Stage], sample: dict[str, Any]) -> dict[str, Any]:
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Check that every stage can get pictures in the mode it asks for.
+
+    Raises:
+        UserError: if a mode is unknown, or lost in a stage before.
+    """
+    reached = 0
+    for stage in stages:
+        mode = _picture_mode(stage)
+        if mode not in _MODES:
+            raise UserError(
+                f"picture_mode ({mode}) of stage {_name(stage)} must be one of {', '.join(_MODES)}"
+            )
+        if _MODES.index(mode) < reached:
+            raise UserError(
+                f"stage {_name(stage)} asks for pictures in mode {mode} after a stage that gets "
+                f"them in {_MODES[reached]}; put it before that one"
+            )
+        reached = _MODES.index(mode)
+
+
+def all_take_rgb(stages: Sequence[Stage]) -> bool:
+    """Whether no stage asks for more than the colours that a model sees."""
+    return all(_picture_mode(stage) == "RGB" for stage in stages)
+
+
+def run_stages(
+    stages: Sequence[Stage], sample: dict[str, Any], transparency: str = PicturePolicy.transparency
+) -> dict[str, Any]:
     """Send one sample through stages, one after another.
 
     Args:
         stages: functions from an iterator of samples to an iterator of samples.
-        sample: ``__key__``, ``__url__`` (the shard), ``image`` (an RGB ``PIL.Image``), ``text``,
-            and ``json`` (a dict) if the captions came from there.
+        sample: ``__key__``, ``__url__`` (the shard), ``image`` (a ``PIL.Image`` in RGB, or in its
+            own mode if ``all_take_rgb`` denies), ``text``, and ``json`` (a dict) if the captions
+            came from there.
+        transparency: as ``PicturePolicy.transparency``.
 
     Returns:
         What came out, its ``image`` an RGB picture and its ``text`` stripped.
@@ -41,6 +78,7 @@ def run_stages(stages: Sequence[Stage], sample: dict[str, Any]) -> dict[str, Any
     """
     for stage in stages:
         name = _name(stage)
+        sample = {**sample, "image": _in_mode(sample["image"], _picture_mode(stage), transparency)}
         try:
             results = list(stage(iter([sample])))
         except (BadSampleError, UserError):
@@ -62,7 +100,18 @@ def run_stages(stages: Sequence[Stage], sample: dict[str, Any]) -> dict[str, Any
     text = sample["text"].strip()
     if not text:
         raise BadSampleError("caption is empty")
-    return {**sample, "image": image.convert("RGB"), "text": text}
+    return {**sample, "image": _in_mode(image, "RGB", transparency), "text": text}
+
+
+def _picture_mode(stage: Stage) -> str:
+    return str(getattr(stage, "picture_mode", "RGB"))
+
+
+def _in_mode(image: Image.Image, mode: str, transparency: str) -> Image.Image:
+    """Bring a picture to the mode that a stage asks for, if it is not there."""
+    if mode == "stored" or (image.mode == mode and "transparency" not in image.info):
+        return image
+    return to_rgba(image) if mode == "RGBA" else flatten(image, transparency)
 
 
 def _check(sample: Any, name: str) -> None:

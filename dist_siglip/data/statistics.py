@@ -18,6 +18,7 @@ from dist_siglip.data.identity import (
 )
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
+from dist_siglip.picture_policy import PicturePolicy
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -33,6 +34,7 @@ class Measured(NamedTuple):
         picture_ids: (samples,) int64, equal for equal bytes.
         num_bad: samples that could not be used.
         num_empty: those of them whose caption is empty.
+        num_transparent: pictures that say that they have transparent pixels.
     """
 
     numbers: NDArray[np.float64]
@@ -41,6 +43,7 @@ class Measured(NamedTuple):
     picture_ids: NDArray[np.int64]
     num_bad: int
     num_empty: int = 0
+    num_transparent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +53,14 @@ class Gauge:
     Args:
         table: where the members are.
         captions: which caption counts; of several, the first.
-        max_image_pixels: larger pictures count as bad.
+        pictures: what decides the size of an encoded picture, and how large one may be.
         tokenizer: captions of equal tokens are equal, and those without a token empty; None
             compares texts.
     """
 
     table: PairTable
     captions: CaptionRule
-    max_image_pixels: int
+    pictures: PicturePolicy
     tokenizer: Tokenizer | None = None
 
     def __call__(self, sample_ids: Sequence[int]) -> Measured:
@@ -66,11 +69,11 @@ class Gauge:
         is_empty = EmptyCaptions(self.tokenizer)
         numbers, formats, pictures, num_bad = [], [], [], 0
         captions: list[str] = []
-        num_empty = 0
+        num_empty = num_transparent = 0
         for sample_id in sample_ids:
             try:
                 data = reader.read(self.table.image_span(sample_id))
-                size = EncodedPicture(data, max_pixels=self.max_image_pixels).size
+                encoded = EncodedPicture(data, self.pictures)
                 media = sniff_media_type(data)
                 spans = self.table.caption_spans(sample_id)
                 members = ((kind, reader.read(span)) for kind, span in spans)
@@ -79,7 +82,8 @@ class Gauge:
                 num_bad += 1
                 num_empty += str(error) == EMPTY_CAPTION
                 continue
-            numbers.append((*size, len(data), len(text)))
+            numbers.append((*encoded.size, len(data), len(text)))
+            num_transparent += encoded.has_transparency
             formats.append(media.removeprefix("image/"))
             captions.append(text)
             pictures.append(picture_id(data))
@@ -91,6 +95,7 @@ class Gauge:
             np.array(pictures, dtype=np.int64),
             num_bad,
             num_empty,
+            num_transparent,
         )
 
     def _identify(self, captions: list[str]) -> list[int]:
@@ -117,11 +122,10 @@ def summarize(parts: Sequence[Measured]) -> dict[str, object]:
     """Join measurements into plain values for a table or JSON.
 
     Returns:
-        samples, bad, and empty_captions among those; quantiles (see ``QUANTILES``) of width,
-        height, short_side, aspect_ratio (width / height), picture_bytes, caption_characters;
-        formats; and of captions and pictures
-        how many are distinct, how many samples share theirs with another, and how many have the
-        most common one.
+        samples, bad, and empty_captions among those; transparent; quantiles (see ``QUANTILES``) of
+        width, height, short_side, aspect_ratio (width / height), picture_bytes,
+        caption_characters; formats; and of captions and pictures how many are distinct, how many
+        samples share theirs with another, and how many have the most common one.
     """
     numbers = np.concatenate([part.numbers for part in parts] or [np.zeros((0, 4))])
     width, height, size, characters = numbers.T
@@ -138,6 +142,7 @@ def summarize(parts: Sequence[Measured]) -> dict[str, object]:
         "samples": len(numbers),
         "bad": sum(part.num_bad for part in parts),
         "empty_captions": sum(part.num_empty for part in parts),
+        "transparent": sum(part.num_transparent for part in parts),
         "quantiles": {
             name: np.quantile(values, QUANTILES).tolist() if len(values) else []
             for name, values in columns.items()

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Normalize, RandomResizedCrop
 
+from dist_siglip.data.flatten import flatten
 from dist_siglip.data.inputs import ModelInputs
 from dist_siglip.data.picture import REDUCTIONS, EncodedPicture
 
@@ -44,7 +45,7 @@ def training_transform(
     """
     if crop_scale is None:
         return evaluation_transform(inputs)
-    return _RandomCrop(inputs.image_size, crop_scale, scaled_decode)
+    return _RandomCrop(inputs, crop_scale, scaled_decode)
 
 
 def evaluation_transform(inputs: ModelInputs) -> ImageTransform:
@@ -63,13 +64,12 @@ class _RandomCrop:
     """open_clip's training transform, its crop drawn before anything is decoded."""
 
     def __init__(
-        self,
-        image_size: int | tuple[int, int],
-        crop_scale: tuple[float, float],
-        scaled_decode: bool,
+        self, inputs: ModelInputs, crop_scale: tuple[float, float], scaled_decode: bool
     ) -> None:
-        height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
+        size = inputs.image_size
+        height, width = (size, size) if isinstance(size, int) else size
         self._target = (width, height)
+        self._transparency = inputs.pictures.transparency
         self._crop_scale = list(crop_scale)
         self._scaled_decode = scaled_decode
 
@@ -83,7 +83,7 @@ class _RandomCrop:
         image = self._decode(picture, rows, columns)
         box = (left, top, left + columns, top + rows)
         if image.size == (width, height):
-            return _to_tensor(image.crop(box).resize(self._target, Image.Resampling.BICUBIC))
+            return _to_tensor(_crop(image, box).resize(self._target, Image.Resampling.BICUBIC))
         across, down = image.width / width, image.height / height
         scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
         return _to_tensor(image.resize(self._target, Image.Resampling.BICUBIC, box=scaled))
@@ -92,7 +92,7 @@ class _RandomCrop:
         self, picture: EncodedPicture | Image.Image, rows: int, columns: int
     ) -> Image.Image:
         if isinstance(picture, Image.Image):
-            return picture
+            return _in_rgb(picture, self._transparency)
         if not self._scaled_decode:
             return picture.decode()
         width, height = self._target
@@ -116,12 +116,32 @@ class _Evaluation:
         if type(to_floats).__name__ != "MaybeToTensor" or not isinstance(normalize, Normalize):
             raise RuntimeError("open_clip's transform no longer ends with ToTensor and Normalize")
         self._steps = steps
+        self._transparency = inputs.pictures.transparency
 
     def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
-        image = picture if isinstance(picture, Image.Image) else picture.decode()
+        if isinstance(picture, Image.Image):
+            image = _in_rgb(picture, self._transparency)
+        else:
+            image = picture.decode()
         for step in self._steps:
             image = step(image)
         return _to_tensor(image)
+
+
+def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:
+    """Bring a picture of any mode to RGB; one that is passes as it is."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    return flatten(image, transparency)
+
+
+def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Cut out a part, which Pillow by itself refuses to do above a limit of its own."""
+    left, top, right, bottom = box
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or (right - left) * (bottom - top) <= limit:
+        return image.crop(box)
+    return Image.fromarray(np.asarray(image)[top:bottom, left:right])
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -5,7 +5,7 @@ before anything starts, gives every rank its slice of each global batch, and res
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from dist_siglip.data.position import (
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.prefetch import Prefetcher
-from dist_siglip.data.stages import Stage
+from dist_siglip.data.stages import Stage, check_stages
 from dist_siglip.data.transforms import ImageTransform, evaluation_transform, training_transform
 from dist_siglip.datamodule.checks import check_least, check_shares
 from dist_siglip.datamodule.features import load_features
@@ -43,6 +43,7 @@ from dist_siglip.datamodule.transfer import BatchTransfer
 from dist_siglip.distributed import World
 from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import AUTO, ExifOrientation, PicturePolicy, TruncatedPictures
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -76,8 +77,17 @@ class ImageTextDataModule(BatchTransfer):
         image_extensions: members that are the picture of a sample, in order of preference.
         captions: where the captions of a sample are, and which one it gets.
         stages: class paths of steps of your own between decoding and transform, functions from an
-            iterator of samples to an iterator of samples, as webdataset has them.
-        max_image_pixels: pictures with more pixels count as bad samples.
+            iterator of samples to an iterator of samples, as webdataset has them. One with an
+            attribute picture_mode "RGBA" or "stored" gets pictures with their alpha, or in the
+            mode of the file; others get RGB.
+        max_image_pixels: pictures with more pixels count as bad samples. The one limit there is.
+        transparency: colour that pictures with transparency are laid on, "#rrggbb" (in quotes, in
+            YAML) or a name; or drop: their alpha is left out, and what it hid shows. auto: as the
+            folder of the model says, else white.
+        exif_orientation: ignore what a camera says of up and down, as open_clip does, or apply
+            it. auto: as the folder of the model says, else ignore.
+        truncated_pictures: a JPEG or PNG that ends too early: "replace" it as any bad sample, or
+            "use" what there is of it.
         on_damage: "refuse" damaged shards and incomplete samples before training, or "skip" them,
             up to ``max_bad_fraction`` of the shards and of the samples.
         max_bad_fraction: share of training samples that may be bad (they are replaced).
@@ -121,6 +131,9 @@ class ImageTextDataModule(BatchTransfer):
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
         train_features: str | list[str] | None = None,
         picture_id: str | None = PICTURE_BYTES,
+        transparency: str = AUTO,
+        exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
+        truncated_pictures: TruncatedPictures = "replace",
     ) -> None:
         super().__init__()
         check_least(
@@ -131,7 +144,6 @@ class ImageTextDataModule(BatchTransfer):
                 "prefetch_factor": (prefetch_factor, 1),
                 "seed": (seed, 0),
                 "block_shards": (block_shards, 1),
-                "max_image_pixels": (max_image_pixels, 1),
             }
         )
         check_shares(max_bad_fraction, train_crop_scale)
@@ -162,9 +174,16 @@ class ImageTextDataModule(BatchTransfer):
         self.seed = seed
         self.block_shards = block_shards
         self.train_crop_scale = train_crop_scale
-        self.max_image_pixels = max_image_pixels
+        self._picture_settings = {
+            "transparency": transparency,
+            "exif_orientation": exif_orientation,
+            "truncated_pictures": truncated_pictures,
+            "max_image_pixels": max_image_pixels,
+        }
+        _ = self.pictures  # checks them
         self.scaled_decode = scaled_decode
         self.captions = captions
+        check_stages(stages or [])
         self.stages = stages or []
         self.bad_sample_log = bad_sample_log
         self.picture_id = picture_id
@@ -176,6 +195,12 @@ class ImageTextDataModule(BatchTransfer):
         self._prefetcher: Prefetcher | None = None
         self.start_facts: dict[str, str] = {}  # what ranks must share beside the data
         self.bad_samples = BadSampleLimit(max_bad_fraction)
+
+    @property
+    def pictures(self) -> PicturePolicy:
+        """What decides the pixels of pictures: the settings, then what the model says."""
+        said = PicturePolicy() if self.inputs is None else self.inputs.pictures
+        return said.changed(**self._picture_settings)
 
     @property
     def plan(self) -> BatchPlan | None:
@@ -254,7 +279,7 @@ class ImageTextDataModule(BatchTransfer):
             self.tables.of(name),
             transform,
             seed=self.seed,
-            max_image_pixels=self.max_image_pixels,
+            pictures=self.pictures,
             captions=self.captions,
             stages=self.stages,
             source_ranges=self.tables.source_ranges() if name == "train_shards" else (),

@@ -8,10 +8,10 @@ as many ranks as you like, the rest is done.
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
@@ -36,6 +36,12 @@ from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.digest import digest_tower
+from dist_siglip.picture_policy import (
+    AUTO,
+    ExifOrientation,
+    PicturePolicy,
+    TruncatedPictures,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -54,6 +60,9 @@ class EmbedSettings:
         workers: loader processes of each rank.
         captions: which caption a sample has.
         max_image_pixels: pictures with more cannot be used.
+        transparency: see ``PicturePolicy``; "auto" is as the model was trained, or says.
+        exif_orientation: likewise.
+        truncated_pictures: likewise.
         max_bad_fraction: share of the samples of each rank that may be left out.
 
     Raises:
@@ -69,16 +78,25 @@ class EmbedSettings:
     workers: int = 2
     captions: CaptionRule = field(default_factory=CaptionRule)
     max_image_pixels: int = 64_000_000
+    transparency: str = AUTO
+    exif_orientation: ExifOrientation | Literal["auto"] = AUTO
+    truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        for name, least in (("local_batch_size", 1), ("workers", 0), ("max_image_pixels", 1)):
+        for name, least in (("local_batch_size", 1), ("workers", 0)):
             value = getattr(self, name)
             if value < least:
                 raise UserError(f"{name} ({value}) must be at least {least}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
         self.captions.check()
+        self.pictures(PicturePolicy())
+
+    def pictures(self, of_model: PicturePolicy) -> PicturePolicy:
+        """Return what decides the pixels of pictures."""
+        names = ("transparency", "exif_orientation", "truncated_pictures", "max_image_pixels")
+        return of_model.changed(**{name: getattr(self, name) for name in names})
 
 
 def embed_shards(
@@ -108,6 +126,7 @@ def embed_shards(
     """
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
+    built = replace(built, pictures=settings.pictures(built.pictures))
     parts = parts_of(table)
     layout = layout_of(settings.format, out, parts, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
@@ -178,7 +197,7 @@ def _loader(
         table,
         None if settings.towers == "text" else evaluation_transform(inputs),
         captions=settings.captions,
-        max_image_pixels=settings.max_image_pixels,
+        pictures=built.pictures,
         tokenizer=inputs.tokenizer,
         with_ids=settings.format == "features",
     )
@@ -206,6 +225,7 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
     """Everything that decides the numbers, as plain values by name."""
     # Which pictures and captions are the same, for training; older folders lack it.
     ids = {"ids": "picture bytes, caption tokens"} if settings.format == "features" else {}
+    truncated = built.pictures.truncated_pictures
     return {
         "version": 1,
         "image_tower": None if settings.towers == "text" else digest_tower(built, "image"),
@@ -220,4 +240,6 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         "caption_split_lines": settings.captions.split_lines,
         "max_image_pixels": settings.max_image_pixels,
         **ids,
+        # Folders of before there was a choice go on.
+        **({"truncated_pictures": truncated} if truncated == "use" else {}),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dist_siglip.data.bad_sample_log import TruncatedCount
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
@@ -21,6 +22,7 @@ from dist_siglip.data.pairs import PairTable, Span
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 
 class EmbeddingSample(NamedTuple):
@@ -74,7 +76,7 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
         table: where the members are.
         transform: picture to (3, H, W) uint8; None decodes no picture.
         captions: which caption a sample has; of several the first.
-        max_image_pixels: pictures with more cannot be used.
+        pictures: what decides the pixels of an encoded picture.
         tokenizer: of the model; a caption without a token is empty.
         with_ids: identify pictures by their bytes.
     """
@@ -85,14 +87,15 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
         transform: ImageTransform | None,
         *,
         captions: CaptionRule,
-        max_image_pixels: int,
+        pictures: PicturePolicy,
         tokenizer: Tokenizer | None = None,
         with_ids: bool = False,
     ) -> None:
         self._table = table
         self._transform = transform
         self._captions = captions.always_first()
-        self._max_image_pixels = max_image_pixels
+        self._pictures = pictures
+        self._truncated = TruncatedCount(table.describe)
         self._is_empty = EmptyCaptions(tokenizer)
         self._with_ids = with_ids
         self._reader = ShardReader(table.cache)
@@ -118,7 +121,10 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
         if self._transform is None:
             return None, caption, 0
         data = self._read(self._table.image_span(sample_id))
-        image = self._transform(EncodedPicture(data, max_pixels=self._max_image_pixels))
+        picture = EncodedPicture(data, self._pictures)
+        image = self._transform(picture)
+        if picture.is_truncated:
+            self._truncated.note(sample_id)
         return image, caption, picture_id(data) if self._with_ids else 0
 
     def _read(self, span: Span) -> bytes:

@@ -7,7 +7,7 @@ would start a SigLIP architecture at 14.3.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dist_siglip.models.dual_encoder import DualEncoder
 from dist_siglip.models.source import ModelSource, resolve_model
 from dist_siglip.models.tokenizer import ModelTokenizer
 from dist_siglip.models.weights import Weights, load_towers, read_weights
+from dist_siglip.picture_policy import PicturePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class BuiltModel:
         architecture: the open_clip model config the towers were built from, overrides included.
         trained_global_batch: pairs of the global batch the weights were trained with, or None if
             they do not say.
+        pictures: what decides the pixels of an encoded picture.
     """
 
     encoder: DualEncoder
@@ -67,6 +69,7 @@ class BuiltModel:
     weights_loaded: bool
     architecture: dict[str, Any]
     trained_global_batch: int | None = None
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
 
 def build_dual_encoder(
@@ -141,6 +144,7 @@ def build_dual_encoder(
         weights_loaded=source.weights is not None,
         architecture=architecture,
         trained_global_batch=trained_global_batch,
+        pictures=PicturePolicy.of_preprocessing(source.preprocessing, model),
     )
 
 

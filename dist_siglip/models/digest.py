@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
+from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
 
 # Of training only, or where a file lies.
 _IRRELEVANT = frozenset({"patch_dropout", "hf_tokenizer_name"})
@@ -21,7 +23,16 @@ def digest_tower(built: BuiltModel, tower: Tower) -> str:
     digest = hashlib.blake2b(digest_size=8)
     if tower == "image":
         architecture = built.architecture["vision_cfg"]
-        inputs = [built.image_size, built.mean, built.std, built.interpolation, built.resize_mode]
+        inputs: list[Any] = [
+            built.image_size,
+            built.mean,
+            built.std,
+            built.interpolation,
+            built.resize_mode,
+        ]
+        policy = built.pictures.of_model
+        # Digests of before there was a choice stay valid.
+        inputs += [[key, policy[key]] for key in policy if policy[key] != BEFORE_THE_SETTINGS[key]]
     else:
         architecture = built.architecture["text_cfg"]
         inputs = [built.context_length]

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 CONFIG_NAME = "config.json"
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -228,4 +229,11 @@ def _preprocessing(folder: Path, architecture: dict[str, Any]) -> dict[str, Any]
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if said.get(theirs):
             overlay[ours] = tuple(said[theirs])
-    return merge_preprocess_dict(PreprocessCfg(), overlay)
+    overlay |= {key: said[key] for key in PicturePolicy().of_model if key in said}
+    return complete_preprocessing(overlay)
+
+
+def complete_preprocessing(stated: dict[str, Any]) -> dict[str, Any]:
+    """Fill in open_clip's defaults, and keep what an export of ours adds to its names."""
+    added = {key: stated[key] for key in PicturePolicy().of_model if key in stated}
+    return {**merge_preprocess_dict(PreprocessCfg(), stated), **added}

@@ -29,7 +29,12 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.hugging_face import CONFIG_NAME as HUGGING_FACE_CONFIG
-from dist_siglip.models.hugging_face import fetch_folder, read_folder, weights_in_folder
+from dist_siglip.models.hugging_face import (
+    complete_preprocessing,
+    fetch_folder,
+    read_folder,
+    weights_in_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +229,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"preprocess_cfg of model config {path} must be an object whose {name} is three "
                 f"finite numbers{' above 0' if name == 'std' else ''}; export the model again"
             )
-    return architecture, merge_preprocess_dict(PreprocessCfg(), preprocessing)
+    return architecture, complete_preprocessing(preprocessing)
 
 
 def _are_channels(values: object, *, above: float) -> bool:

@@ -44,7 +44,8 @@ def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None
         if digest_tower(built, tower) != features.digests[tower]:
             raise UserError(
                 f"train_features are not those of this {tower} tower: other weights or other "
-                "preprocessing; embed the shards again with the model of this run"
+                "preprocessing, such as data.transparency; embed the shards again with the model "
+                "and the settings of this run"
             )
 
 

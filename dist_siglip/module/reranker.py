@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dist_siglip.data.batch import picture_ids_of
 from dist_siglip.errors import UserError
 from dist_siglip.losses.matching import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
+from dist_siglip.models.depth import Tower
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.fusion_file import check_towers, digest_towers
 from dist_siglip.models.tokens import (
@@ -26,6 +28,7 @@ from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
 from dist_siglip.module.trained import load_trained
 from dist_siglip.optim import OptimConfig
+from dist_siglip.picture_policy import PicturePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class RerankerModule(RunModule):
             run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained
         )
         self.built = built
-        self.digests = digest_towers(built)
+        self._digests: Mapping[Tower, str] | None = None
         self.towers = built.encoder
         self.towers.keep_in_evaluation([self.towers.clip])
         shapes = token_shapes(built)
@@ -97,6 +100,18 @@ class RerankerModule(RunModule):
         self.global_batch_size = global_batch_size
         self.evaluation = PairEvaluation()
         self._rows: list[tuple[Tensor, ...]] = []
+
+    @property
+    def digests(self) -> Mapping[Tower, str]:
+        """Of the towers and what they are fed: a head reads no other tokens."""
+        if self._digests is None:
+            self._digests = digest_towers(self.built)
+        return self._digests
+
+    def use_pictures(self, policy: PicturePolicy) -> None:
+        """Take over what decides the pixels of pictures, and so of which tokens a head reads."""
+        super().use_pictures(policy)
+        self._digests = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the state of what trains: the towers are those of another run."""

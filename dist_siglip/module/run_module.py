@@ -1,29 +1,37 @@
 """What do Trainer and callbacks ask of every module that a run trains, whatever its loss?"""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from dist_siglip.data import ImageTextBatch
+from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.distributed.pace import Pace
 from dist_siglip.metrics import Evaluation
+from dist_siglip.models import BuiltModel
 from dist_siglip.module.optimizing import clip
 from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import StepCheck
 from dist_siglip.optim.state_names import by_name, by_number
+from dist_siglip.picture_policy import PicturePolicy
 
 
 class RunModule(LightningModule):
     """Counts steps, logs and judges them, and writes optimizer states under names of parameters.
 
     Attributes:
+        built: what the towers were built as.
+        inputs: what they want to be fed.
         last_evaluation: newest evaluation of this process.
         last_evaluated_step: optimizer steps behind it.
         pace: how this rank spends its time.
         step_check: of the callback StepGuard: skips a step that is not finite, which else is an
             error.
     """
+
+    built: BuiltModel
+    inputs: ModelInputs
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +47,17 @@ class RunModule(LightningModule):
     def steps_done(self) -> int:
         """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
         return max(self.global_step, self._loaded_steps)
+
+    def setup(self, stage: str) -> None:
+        """See pictures as the data module does."""
+        pictures = getattr(getattr(self.trainer, "datamodule", None), "pictures", None)
+        if pictures is not None:
+            self.use_pictures(pictures)
+
+    def use_pictures(self, policy: PicturePolicy) -> None:
+        """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""
+        self.built = replace(self.built, pictures=policy)
+        self.inputs = ModelInputs.of(self.built)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the optimizer's parameters."""

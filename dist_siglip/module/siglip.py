@@ -141,6 +141,7 @@ class SigLipModule(RunModule):
 
     def setup(self, stage: str) -> None:
         """Check that features of the data module are those of a locked tower of this model."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         check_features(data, self.built, self.towers)
         ids_are_used = getattr(self.loss, "uses_picture_ids", False)

@@ -63,7 +63,8 @@ def load_trained(
 
 
 def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
-    settings = _model_settings(folder)
+    config = _read_config(folder)
+    settings, data = config["model"], config.get("data")
     checkpoint = newest_sound_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)
     if checkpoint is None:
         raise UserError(f"run_dir ({folder.path}) has no checkpoint; train it, or name another")
@@ -91,11 +92,12 @@ def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
         start_bias=weights.logit_bias,
         weights_loaded=True,
         trained_global_batch=weights.global_batch_size,
+        pictures=built.pictures.of_run(data if isinstance(data, Mapping) else {}),
     )
 
 
-def _model_settings(folder: RunFolder) -> Mapping[str, Any]:
-    """The group "model" of the resolved configuration of a run."""
+def _read_config(folder: RunFolder) -> Mapping[str, Any]:
+    """The resolved configuration of a run, whose group "model" names one."""
     try:
         content = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         settings = content["model"]
@@ -106,4 +108,4 @@ def _model_settings(folder: RunFolder) -> Mapping[str, Any]:
         ) from error
     if not isinstance(settings, Mapping) or not settings.get("model"):
         raise UserError(f"{folder.config} names no model; name the folder that fit wrote")
-    return settings
+    return dict(content)

@@ -7,6 +7,8 @@ on how many ranks, and what it writes, may change from one start to the next.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
+
 # Groups of the configuration that make a run what it is.
 IDENTITY_KEYS = ("seed_everything", "model", "data")
 # ... except what only changes speed or place.
@@ -52,6 +54,8 @@ def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]
         []
     """
     before = dict(flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
+    if "data" in recorded:  # what runs of before did is known
+        before = {f"data.{key}": old for key, old in BEFORE_THE_SETTINGS.items()} | before
     after = dict(flatten({key: current.get(key) for key in IDENTITY_KEYS if key in current}))
     return [
         f"{key} ({before[key]!r} in the folder, {after[key]!r} now)"

@@ -10,6 +10,7 @@ from dist_siglip.benchmarks import Simat
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.transforms import evaluation_transform
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.arithmetic import WORDS, simat_queries, write_simat
 from tests.support.benchmark_models import image_map, known_model, text_map
 from tests.support.processes import run_ranks
@@ -31,7 +32,7 @@ def expected_score(folder, is_test, strength, allow_self=False):
     images = []
     for position in range(NUM_PICTURES):
         (path,) = (folder / "images").rglob(f"{100 + 7 * position}.jpg")
-        pixels = transform(EncodedPicture(path.read_bytes(), max_pixels=10**6))
+        pixels = transform(EncodedPicture(path.read_bytes(), PicturePolicy(max_image_pixels=10**6)))
         images.append(image_map(pixels[None])[0].double())
     words = {word: text_map(tokenize([word]))[0].double() for word in WORDS}
     judgements = torch.load(folder / "oscar_similarity_matrix.pt", weights_only=True)

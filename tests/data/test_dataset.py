@@ -18,12 +18,13 @@ from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.slot import Slot
 from dist_siglip.data.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import caption, encode, picture, tiny_inputs, write_shard, write_shards
 
 
 def dataset(shards, crop=(0.3, 1.0), **options):
     table = build_pair_table([str(s) for s in shards], image_extensions=("jpg", "png"))
-    settings = {"seed": 7, "max_image_pixels": 10_000} | options
+    settings = {"seed": 7, "pictures": PicturePolicy(max_image_pixels=10_000)} | options
     return PairDataset(table, training_transform(tiny_inputs(), crop), **settings)
 
 
@@ -154,7 +155,9 @@ def test_programming_errors_in_a_transform_are_not_bad_samples(tmp_path):
         raise ValueError("a defect")
 
     with pytest.raises(ValueError, match="a defect"):
-        PairDataset(table, broken, seed=0, max_image_pixels=10_000)[Slot(0, 0, 0)]
+        PairDataset(table, broken, seed=0, pictures=PicturePolicy(max_image_pixels=10_000))[
+            Slot(0, 0, 0)
+        ]
 
 
 def several(folder):
@@ -176,7 +179,11 @@ def captioned(shards, rule, **options):
     table = build_pair_table(
         [str(s) for s in shards], image_extensions=("png",), caption_extensions=rule.members
     )
-    settings = {"seed": 7, "max_image_pixels": 10_000, "captions": rule} | options
+    settings = {
+        "seed": 7,
+        "pictures": PicturePolicy(max_image_pixels=10_000),
+        "captions": rule,
+    } | options
     return PairDataset(table, training_transform(tiny_inputs(), None), **settings)
 
 

@@ -9,6 +9,7 @@ from dist_siglip.data import PairDataset, build_pair_table, epoch_order, evaluat
 from dist_siglip.data.excerpt import excerpt_loader, excerpt_slots
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import UNEVEN, tiny_inputs, write_shards
 
 
@@ -50,7 +51,10 @@ def test_too_few_pairs_are_refused(num_pairs, world_size, message):
 def test_the_loader_brings_them(tmp_path, workers):
     table = build_pair_table(write_shards(tmp_path), image_extensions=("png",), name="train_shards")
     dataset = PairDataset(
-        table, evaluation_transform(tiny_inputs()), seed=0, max_image_pixels=10**6
+        table,
+        evaluation_transform(tiny_inputs()),
+        seed=0,
+        pictures=PicturePolicy(max_image_pixels=10**6),
     )
     settings = SimpleNamespace(
         seed=3, block_shards=2, workers_per_rank=workers, inputs=tiny_inputs()

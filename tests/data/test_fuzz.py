@@ -36,6 +36,7 @@ from dist_siglip.data.slot import Slot
 from dist_siglip.data.tar_scan import scan_tar
 from dist_siglip.data.transforms import training_transform
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.broken_pictures import break_jpeg, break_png, break_webp
 from tests.support.hostile import EXTENSIONS, ChildError, good_members, in_child, tar_of
 from tests.support.mutations import (
@@ -51,6 +52,7 @@ from tests.support.shards import tiny_inputs, write_shard
 from tests.support.sound_files import sources
 
 MAX_PIXELS = 4_000_000
+POLICY = PicturePolicy(max_image_pixels=MAX_PIXELS)
 SECONDS_A_CASE = 10
 MORE_BYTES = 1 << 30  # address space of a child, besides what is mapped before
 MORE_BYTES_OF_ARROW = 8 << 30  # which reserves it in large pieces
@@ -98,7 +100,7 @@ def of_pictures(draw, folder):
     data = any_picture(draw)
     transform = training_transform(tiny_inputs(), draw.choice(((0.3, 1.0), (0.9, 1.0), None)))
     try:
-        image = transform(EncodedPicture(data, max_pixels=MAX_PIXELS))
+        image = transform(EncodedPicture(data, POLICY))
         sniff_media_type(data)
     except BadSampleError:
         return "bad sample"
@@ -206,7 +208,7 @@ def of_tables(draw, folder):
         data += "\n".join(mark.join(row.values()) for row in rows).encode()
     (folder / f"table{suffix}").write_bytes(break_bytes(draw, data))
     (folder / "0.png").write_bytes(sources()["PNG"][0])
-    maker = SampleMaker(images=str(folder), keep_others=True, max_image_pixels=MAX_PIXELS)
+    maker = SampleMaker(images=str(folder), keep_others=True, pictures=POLICY)
     num_bad = 0
     try:
         for row in read_rows(folder / f"table{suffix}", Columns(keep_others=True)):
@@ -236,7 +238,9 @@ def through_dataset(draw, folder, data):
         shard.write_bytes(data)
     if draw.random() < 0.2:
         inspect = Inspector(
-            image_extensions=EXTENSIONS, captions=CAPTIONS, max_image_pixels=MAX_PIXELS
+            image_extensions=EXTENSIONS,
+            captions=CAPTIONS,
+            pictures=POLICY,
         )
         inspect(str(shard))
     try:
@@ -255,7 +259,7 @@ def through_dataset(draw, folder, data):
         table,
         training_transform(tiny_inputs(), (0.3, 1.0)),
         seed=0,
-        max_image_pixels=MAX_PIXELS,
+        pictures=POLICY,
         captions=CAPTIONS,
         bad_sample_log=str(folder / "bad.jsonl"),
     )

@@ -20,7 +20,7 @@ from tests.support.hostile import (
     ALLOWED,
     GOOD,
     KEYS,
-    MAX_PIXELS,
+    POLICY,
     animated,
     chunk,
     in_child,
@@ -159,7 +159,7 @@ def try_picture(data):
     try:
         for crop in (None, (0.3, 1.0)):
             transform = training_transform(tiny_inputs(), crop)
-            transform(EncodedPicture(data, max_pixels=MAX_PIXELS))
+            transform(EncodedPicture(data, POLICY))
     except BadSampleError:
         return "bad"
     return "used"

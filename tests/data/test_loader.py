@@ -12,6 +12,7 @@ from dist_siglip.data.loader import build_loader
 from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.transforms import training_transform
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import tiny_inputs, tokenize, write_shards
 
 # Python 3.12 warns wherever a process with threads forks.
@@ -30,7 +31,7 @@ def loader(shards, *, workers=0, rank=0, world_size=1, samples_consumed=0):
     )
     transform = training_transform(tiny_inputs(), (0.3, 1.0))
     return build_loader(
-        PairDataset(table, transform, seed=1, max_image_pixels=10_000),
+        PairDataset(table, transform, seed=1, pictures=PicturePolicy(max_image_pixels=10_000)),
         GlobalBatchSampler(
             plan, rank=rank, world_size=world_size, progress=Progress(samples_consumed)
         ),

@@ -11,6 +11,7 @@ from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.transforms import training_transform
 from dist_siglip.data.workers import spread
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import jpeg, photo, tiny_inputs, write_shard
 
 SHARDS, SAMPLES, EPOCHS = 70, 12, 7  # more shards than a reader keeps open
@@ -30,7 +31,7 @@ def read_epochs(shards):
         table,
         training_transform(tiny_inputs(), (0.5, 1.0)),
         seed=0,
-        max_image_pixels=10**6,
+        pictures=PicturePolicy(max_image_pixels=10**6),
         captions=rule,
         stages=[lambda samples: iter(samples)],
     )

@@ -8,6 +8,7 @@ from dist_siglip.data.normalize import ImageNormalizer
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.randomness import seeded_generators
 from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import jpeg, photo, picture, tiny_inputs
 
 
@@ -64,7 +65,7 @@ def crops(data, scaled_decode, inputs, keys=range(8)):
     found = []
     for key in keys:
         with seeded_generators(key):
-            found.append(transform(EncodedPicture(data, max_pixels=10**7)))
+            found.append(transform(EncodedPicture(data, PicturePolicy(max_image_pixels=10**7))))
     return torch.stack(found)
 
 
@@ -77,7 +78,7 @@ def test_crops_of_encoded_pictures_are_those_of_open_clip():
     ours = crops(data, False, inputs)
     for key, pixels in enumerate(ours):
         with seeded_generators(key):
-            expected = theirs(EncodedPicture(data, max_pixels=10**7).decode())
+            expected = theirs(EncodedPicture(data, PicturePolicy(max_image_pixels=10**7)).decode())
         assert torch.equal(normalized(pixels, inputs), expected)
 
 

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import caption, encode, picture
 
 KEYS = ("k0", "k1", "k2", "k3")
 MAX_PIXELS = 1_000_000
+POLICY = PicturePolicy(max_image_pixels=MAX_PIXELS)
 EXTENSIONS = ("jpg", "png", "webp")
 # Below the folder of a test; besides, everything in the user's cache folder of this package.
 ALLOWED = {"data/a.tar", "data/a.tar.idx.npz", "work/bad.jsonl"}

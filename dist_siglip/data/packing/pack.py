@@ -25,6 +25,7 @@ from dist_siglip.data.packing.folder import PackFolder
 from dist_siglip.data.packing.sample import SampleMaker
 from dist_siglip.data.packing.table import Columns, Row, digest_table, read_rows
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 
 _LOGGER = logging.getLogger(__name__)
 _AHEAD = 8  # samples prepared ahead by each worker; bounds memory
@@ -43,7 +44,7 @@ class PackSettings:
         resize_short_side: longest short side of a picture, in pixels; None keeps all as they are.
         jpeg_quality: of pictures made smaller, 1 to 95.
         shuffle_seed: of a random order of the rows; None keeps the order of the table.
-        max_image_pixels: pictures with more pixels cannot be used.
+        pictures: what decides the pixels of an encoded picture, and which can be used.
 
     Raises:
         UserError: if a number is out of its range.
@@ -55,7 +56,7 @@ class PackSettings:
     resize_short_side: int | None = None
     jpeg_quality: int = 90
     shuffle_seed: int | None = None
-    max_image_pixels: int = 64_000_000
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -64,7 +65,6 @@ class PackSettings:
             ("resize_short_side", 1, None),
             ("jpeg_quality", 1, 95),
             ("shuffle_seed", 0, None),
-            ("max_image_pixels", 1, None),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -125,7 +125,7 @@ def pack(
         allow_outside=allow_outside,
         resize_short_side=settings.resize_short_side,
         jpeg_quality=settings.jpeg_quality,
-        max_image_pixels=settings.max_image_pixels,
+        pictures=settings.pictures,
         keep_others=settings.columns.keep_others,
     )
     rows = _in_order(read_rows(table, settings.columns), settings.shuffle_seed)
@@ -210,7 +210,12 @@ def _identity(table: Path, root: Path, settings: PackSettings) -> dict[str, Any]
     """Everything that decides the bytes of the shards, as plain values by name."""
     values = asdict(settings)
     columns = settings.columns
-    del values["columns"]
+    del values["columns"], values["pictures"]
+    policy = asdict(settings.pictures)
+    if settings.resize_short_side is None:  # then it decides no byte
+        del policy["transparency"]
+    # Folders of before there was a choice go on.
+    values |= {key: policy[key] for key in policy if policy[key] != BEFORE_THE_SETTINGS.get(key)}
     if settings.resize_short_side is not None:  # another JPEG encoder writes other bytes
         values["pillow"] = PIL.__version__
     return {

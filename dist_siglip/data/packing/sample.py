@@ -4,15 +4,15 @@ The bytes of the picture as they are, under the extension that they themselves c
 is larger than wanted, a smaller JPEG; and its captions. Nothing gets in that training would
 replace: the picture is decoded and the caption read the way training does it.
 
-The EXIF orientation is not applied, neither here nor in training: a picture made smaller has the
-pixels, in the order, that training would have seen in the original.
+A picture made smaller has the pixels that training with the same policy would have seen in the
+original. Where that applies the orientation of cameras, turned pictures are written upright.
 """
 
 import io
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -22,10 +22,10 @@ from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.packing.table import Row
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 
 _EXTENSIONS = {
     "image/jpeg": "jpg",
-    "image/mpo": "jpg",  # a JPEG followed by more pictures, as telephones write them
     "image/png": "png",
     "image/webp": "webp",
 }
@@ -41,7 +41,7 @@ class SampleMaker:
         allow_outside: accept pictures that lie outside it.
         resize_short_side: longest short side, in pixels; None keeps every picture.
         jpeg_quality: of pictures made smaller.
-        max_image_pixels: largest picture that is decoded.
+        pictures: what decides the pixels of an encoded picture.
         keep_others: add a ``.json`` with the other columns.
     """
 
@@ -49,7 +49,7 @@ class SampleMaker:
     allow_outside: bool = False
     resize_short_side: int | None = None
     jpeg_quality: int = 90
-    max_image_pixels: int = 64_000_000
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
     keep_others: bool = False
 
     def __call__(self, row: Row) -> dict[str, Any]:
@@ -65,11 +65,14 @@ class SampleMaker:
         if row.problem is not None:
             raise BadSampleError(row.problem)
         picture = read_regular_file(self._resolve(row.picture, row.number))
-        image = EncodedPicture(picture, max_pixels=self.max_image_pixels).decode()
+        encoded = EncodedPicture(picture, self.pictures)
+        image = encoded.decode()
         extension = _EXTENSIONS[sniff_media_type(picture)]
-        if self.resize_short_side is not None and min(image.size) > self.resize_short_side:
-            picture = encode_jpeg(shrink(image, self.resize_short_side), self.jpeg_quality)
-            extension = "jpg"
+        is_large = self.resize_short_side is not None and min(image.size) > self.resize_short_side
+        if self.resize_short_side is not None and is_large:
+            image = shrink(image, self.resize_short_side)
+        if is_large or encoded.is_turned:
+            picture, extension = encode_jpeg(image, self.jpeg_quality), "jpg"
         others = dict(row.others)
         captions = [_encode(text) for text in row.captions]
         if row.caption_path is not None:
@@ -161,5 +164,5 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     """Encode a picture as a baseline JPEG without any metadata."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality, exif=b"")
     return buffer.getvalue()

@@ -131,6 +131,7 @@ def _preprocessing(built: BuiltModel, family: Family) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": built.mean,
         "image_std": built.std,
+        **built.pictures.of_model,
     }
 
 

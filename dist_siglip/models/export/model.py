@@ -82,6 +82,7 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
             "logit_scale": built.start_scale,
             "logit_bias": built.start_bias,
             "largest_difference": difference,
+            **built.pictures.of_model,
         }
         (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return Exported(folder=folder, largest_difference=difference)

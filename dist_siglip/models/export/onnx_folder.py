@@ -86,6 +86,7 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
         "std": built.std,
         "interpolation": built.interpolation,
         "resize_mode": built.resize_mode,
+        **built.pictures.of_model,
     }
     (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

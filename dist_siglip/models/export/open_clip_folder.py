@@ -106,6 +106,7 @@ def _write(built: BuiltModel, architecture: dict[str, Any], folder: Path) -> Non
         "interpolation": built.interpolation,
         "resize_mode": built.resize_mode,
         "fill_color": 0,
+        **built.pictures.of_model,  # open_clip passes over what it has no word for
     }
     config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

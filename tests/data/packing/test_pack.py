@@ -20,6 +20,7 @@ from dist_siglip.data.urls import expand_shards
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import PairEvaluation
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.packing import (
     COUNT,
     packed,
@@ -194,7 +195,7 @@ def test_packed_shards_train_with_the_pictures_and_captions_of_the_table(tmp_pat
         pairs,
         evaluation_transform(tiny_inputs()),
         seed=0,
-        max_image_pixels=1000,
+        pictures=PicturePolicy(max_image_pixels=1000),
         captions=CaptionRule(members=("json", "txt"), pick="random"),
     )
     seen = set()
@@ -220,7 +221,10 @@ def test_only_larger_pictures_are_made_smaller(tmp_path):
     first, second = samples_of(tmp_path / "out")
     assert second["png"] == small
     assert first["jpg"] == encode_jpeg(wide.resize((45, 20), Image.Resampling.BICUBIC), 80)
-    assert EncodedPicture(first["jpg"], max_pixels=900).decode().size == (45, 20)
+    assert EncodedPicture(first["jpg"], PicturePolicy(max_image_pixels=900)).decode().size == (
+        45,
+        20,
+    )
 
 
 @pytest.mark.parametrize("size", [(640, 480), (481, 1000), (7, 3000), (20, 20)])
@@ -239,7 +243,7 @@ def test_orientation_is_ignored_as_in_training(tmp_path):
     table = write_table(tmp_path / "t.csv", rows_of(1))
     packed(table, tmp_path / "out", images, resize_short_side=20)
     (sample,) = samples_of(tmp_path / "out")
-    shown = EncodedPicture(sample["jpg"], max_pixels=10_000).decode()
+    shown = EncodedPicture(sample["jpg"], PicturePolicy(max_image_pixels=10_000)).decode()
     assert shown.size == (30, 20)
     assert not shown.getexif()
 

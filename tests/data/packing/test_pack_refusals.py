@@ -7,6 +7,7 @@ from PIL import Image
 
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.errors import UserError
+from dist_siglip.picture_policy import PicturePolicy
 from tests.support.packing import packed, rows_of, shards_of, skipped, write_table
 from tests.support.shards import encode, picture
 
@@ -85,8 +86,20 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path):
     rows += [{"image": name, "caption": "a hen"} for name in BAD]
     table = write_table(tmp_path / "t.csv", rows)
     with pytest.raises(UserError, match=r"max_bad_fraction \(0\.5\) is exceeded: 9 of 10 rows"):
-        packed(table, tmp_path / "out", images, max_image_pixels=80_000, max_bad_fraction=0.5)
-    report = packed(table, tmp_path / "out", images, max_image_pixels=80_000, max_bad_fraction=1)
+        packed(
+            table,
+            tmp_path / "out",
+            images,
+            pictures=PicturePolicy(max_image_pixels=80_000),
+            max_bad_fraction=0.5,
+        )
+    report = packed(
+        table,
+        tmp_path / "out",
+        images,
+        pictures=PicturePolicy(max_image_pixels=80_000),
+        max_bad_fraction=1,
+    )
     assert report == (1, 10, 1, 9)
     records = skipped(tmp_path / "out")
     assert [record["row"] for record in records] == list(range(1, 10))

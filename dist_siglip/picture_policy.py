@@ -1,0 +1,131 @@
+"""The policy by which the bytes of a picture become pixels, wherever pictures are decoded.
+
+One frozen value that models, data, embeddings and benchmarks hand on: what shows through where a
+picture is transparent, whether a camera's orientation counts, what becomes of files that end too
+early, and how large a picture may be. The first two belong to a model as its mean and size do, and
+an export states them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from PIL import ImageColor
+
+from dist_siglip.errors import UserError
+
+ExifOrientation = Literal["ignore", "apply"]
+TruncatedPictures = Literal["replace", "use"]
+
+DROP = "drop"
+AUTO: Literal["auto"] = "auto"
+# What runs did before these settings had a name: a run of then goes on so.
+BEFORE_THE_SETTINGS = {
+    "transparency": DROP,
+    "exif_orientation": "ignore",
+    "truncated_pictures": "replace",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturePolicy:
+    """What decides the pixels of an encoded picture.
+
+    Args:
+        transparency: colour that pictures with transparency are laid on, as "#rrggbb" or by name;
+            it is kept as "#rrggbb". "drop" takes the alpha away, and what was hidden shows.
+        exif_orientation: "ignore", as open_clip does, or "apply": turn a picture as its camera
+            says.
+        truncated_pictures: a JPEG or PNG that ends too early: "replace" it, as any that is
+            damaged, or "use" what there is; the rest is grey in a JPEG, black or transparent in a
+            PNG.
+        max_image_pixels: largest width times height, read from the header.
+
+    Raises:
+        UserError: if a value is none of these.
+
+    Example:
+        >>> PicturePolicy(transparency="white") == PicturePolicy()
+        True
+    """
+
+    transparency: str = "#ffffff"
+    exif_orientation: ExifOrientation = "ignore"
+    truncated_pictures: TruncatedPictures = "replace"
+    max_image_pixels: int = 64_000_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transparency", _colour(self.transparency))
+        for name, allowed in (
+            ("exif_orientation", ("ignore", "apply")),
+            ("truncated_pictures", ("replace", "use")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} ({getattr(self, name)}) must be {' or '.join(allowed)}")
+        if self.max_image_pixels < 1:
+            raise UserError(f"max_image_pixels ({self.max_image_pixels}) must be at least 1")
+
+    @property
+    def of_model(self) -> dict[str, str]:
+        """What belongs to the preprocessing of a model, by the names that exports write."""
+        return {"transparency": self.transparency, "exif_orientation": self.exif_orientation}
+
+    def changed(self, **settings: Any) -> "PicturePolicy":
+        """Take over settings; "auto" leaves one as it is.
+
+        Raises:
+            UserError: if a value is none of those allowed.
+
+        Example:
+            >>> PicturePolicy(transparency="drop").changed(transparency="auto").transparency
+            'drop'
+        """
+        return replace(self, **{key: value for key, value in settings.items() if value != AUTO})
+
+    @classmethod
+    def of_preprocessing(cls, stated: Mapping[str, Any], source: object) -> "PicturePolicy":
+        """Read what the preprocessing config of a model states; the rest is as by default.
+
+        Args:
+            stated: values by name, others among them.
+            source: where they stand, for the error.
+
+        Raises:
+            UserError: if one of them is wrong.
+        """
+        try:
+            return cls(**{key: stated[key] for key in cls().of_model if key in stated})
+        except UserError as error:
+            raise UserError(f"preprocessing of {source}: {error}") from error
+
+    def of_run(self, data: Mapping[str, Any]) -> "PicturePolicy":
+        """Take over what a run did with pictures.
+
+        Args:
+            data: the recorded settings of its data, those of a run of before among them.
+        """
+        recorded = {**BEFORE_THE_SETTINGS, **data}
+        return self.changed(**{key: recorded[key] for key in _NAMES if key in recorded})
+
+
+_NAMES = tuple(field.name for field in fields(PicturePolicy))
+
+
+def _colour(text: object) -> str:
+    """Write a colour as "#rrggbb"; "drop" stays.
+
+    Raises:
+        UserError: if it is no colour, or itself transparent.
+    """
+    if text == DROP:
+        return DROP
+    try:
+        colour = ImageColor.getrgb(text) if isinstance(text, str) else ()
+    except ValueError:
+        colour = ()
+    if len(colour) != 3:
+        raise UserError(
+            f'transparency ({text}) must be a colour such as "#ffffff" or white, or drop; in YAML '
+            "a colour with # needs quotes"
+        )
+    return "#{:02x}{:02x}{:02x}".format(*colour)
