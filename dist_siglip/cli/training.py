@@ -161,7 +161,8 @@ class TrainingCLI(LightningCLI):
         super().instantiate_classes()
         pictures = self.datamodule.pictures
         self.model.use_pictures(pictures)
-        self._get_all().data.update(pictures.of_model)
+        for name, value in pictures.of_model.items():
+            self._get_all().data[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""

@@ -1,6 +1,5 @@
 import io
 import warnings
-import zlib
 
 import numpy as np
 import pytest
@@ -10,48 +9,18 @@ from dist_siglip.data.flatten import flatten, to_rgba
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.picture_policy import PicturePolicy
 from tests.support.hostile import chunk
+from tests.support.pngs import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGBA,
+    SIDE,
+    halves,
+    numbers,
+    png_of,
+)
 from tests.support.shards import encode, picture
-
-# Colour type of PNG -> its channels.
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
-CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
-SIDE = 8
-
-
-def png(kind, bits, values, *chunks):
-    """A PNG of (rows, columns, channels) values, written by hand."""
-    rows, columns, channels = values.shape
-    assert channels == CHANNELS[kind]
-    lines = []
-    for row in values.reshape(rows, -1):
-        if bits == 16:
-            packed = row.astype(">u2").tobytes()
-        elif bits == 8:
-            packed = row.astype(np.uint8).tobytes()
-        else:
-            digits = "".join(f"{value:0{bits}b}" for value in row)
-            digits += "0" * (-len(digits) % 8)
-            packed = int(digits, 2).to_bytes(len(digits) // 8, "big")
-        lines.append(b"\0" + packed)
-    header = columns.to_bytes(4, "big") + rows.to_bytes(4, "big") + bytes([bits, kind, 0, 0, 0])
-    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(b"".join(lines)))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
-
-
-def halves(left, right):
-    """Values whose columns are one thing on the left and another on the right."""
-    left, right = np.atleast_1d(left), np.atleast_1d(right)
-    values = np.empty((SIDE, SIDE, len(left)), dtype=np.int64)
-    values[:, : SIDE // 2], values[:, SIDE // 2 :] = left, right
-    return values
-
-
-def numbers(*values):
-    return b"".join(value.to_bytes(2, "big") for value in values)
-
-
-def webp(mode):
-    return encode(shown("RGBA", halves((255, 0, 0, 0), (0, 0, 255, 255))).convert(mode), "WEBP")
 
 
 def shown(mode, values):
@@ -63,23 +32,25 @@ PLTE = chunk(b"PLTE", bytes([*TRANSPARENT, *OPAQUE]))
 FULL = 65535
 # Each hides red (or white, where there is only grey) on the left and shows blue (or black).
 COLOURED = {
-    "RGBA": png(RGBA, 8, halves((255, 0, 0, 0), (0, 0, 255, 255))),
-    "RGBA of 16 bits": png(RGBA, 16, halves((FULL, 0, 0, 0), (0, 0, FULL, FULL))),
-    "palette with alphas": png(PALETTE, 8, halves(0, 1), PLTE, chunk(b"tRNS", b"\0\xfe")),
-    "palette with one hole": png(PALETTE, 1, halves(0, 1), PLTE, chunk(b"tRNS", b"\0")),
-    "RGB with a key": png(RGB, 8, halves(TRANSPARENT, OPAQUE), chunk(b"tRNS", numbers(255, 0, 0))),
-    "RGB of 16 bits with a key": png(
+    "RGBA": png_of(RGBA, 8, halves((255, 0, 0, 0), (0, 0, 255, 255))),
+    "RGBA of 16 bits": png_of(RGBA, 16, halves((FULL, 0, 0, 0), (0, 0, FULL, FULL))),
+    "palette with alphas": png_of(PALETTE, 8, halves(0, 1), PLTE, chunk(b"tRNS", b"\0\xfe")),
+    "palette with one hole": png_of(PALETTE, 1, halves(0, 1), PLTE, chunk(b"tRNS", b"\0")),
+    "RGB with a key": png_of(
+        RGB, 8, halves(TRANSPARENT, OPAQUE), chunk(b"tRNS", numbers(255, 0, 0))
+    ),
+    "RGB of 16 bits with a key": png_of(
         RGB, 16, halves((FULL, 0, 0), (0, 0, FULL)), chunk(b"tRNS", numbers(FULL, 0, 0))
     ),
 }
 GREYS = {
-    "LA": png(GREY_ALPHA, 8, halves((255, 0), (0, 255))),
-    "LA of 16 bits": png(GREY_ALPHA, 16, halves((FULL, 0), (0, FULL))),
-    "grey with a key": png(GREY, 8, halves(255, 0), chunk(b"tRNS", numbers(255))),
-    "grey of 4 bits with a key": png(GREY, 4, halves(15, 0), chunk(b"tRNS", numbers(15))),
-    "grey of 2 bits with a key": png(GREY, 2, halves(3, 0), chunk(b"tRNS", numbers(3))),
-    "grey of 1 bit with a key": png(GREY, 1, halves(1, 0), chunk(b"tRNS", numbers(1))),
-    "grey of 16 bits with a key": png(GREY, 16, halves(FULL, 0), chunk(b"tRNS", numbers(FULL))),
+    "LA": png_of(GREY_ALPHA, 8, halves((255, 0), (0, 255))),
+    "LA of 16 bits": png_of(GREY_ALPHA, 16, halves((FULL, 0), (0, FULL))),
+    "grey with a key": png_of(GREY, 8, halves(255, 0), chunk(b"tRNS", numbers(255))),
+    "grey of 4 bits with a key": png_of(GREY, 4, halves(15, 0), chunk(b"tRNS", numbers(15))),
+    "grey of 2 bits with a key": png_of(GREY, 2, halves(3, 0), chunk(b"tRNS", numbers(3))),
+    "grey of 1 bit with a key": png_of(GREY, 1, halves(1, 0), chunk(b"tRNS", numbers(1))),
+    "grey of 16 bits with a key": png_of(GREY, 16, halves(FULL, 0), chunk(b"tRNS", numbers(FULL))),
 }
 
 
@@ -115,7 +86,7 @@ def test_webp_with_alpha_is_laid_on_a_ground_and_without_is_not(mode):
 
 def test_pixels_near_a_key_of_16_bits_are_not_transparent():
     values = halves(30_000, 30_001)
-    data = png(GREY, 16, values, chunk(b"tRNS", numbers(30_000)))
+    data = png_of(GREY, 16, values, chunk(b"tRNS", numbers(30_000)))
     left, right = corners(decoded(data, transparency="#102030"))
     assert left == (16, 32, 48)
     assert right == ((30_001 + 128) // 257,) * 3
