@@ -240,7 +240,7 @@ def test_a_picture_is_its_bytes_whatever_the_crop(tmp_path):
 def test_a_picture_is_what_a_field_says_or_its_bytes(tmp_path):
     shards = pictured(tmp_path)
     table = build_pair_table(shards, image_extensions=("png",), other_extensions=("json",))
-    options = {"seed": 7, "max_image_pixels": 10_000, "picture_id": "coco.id"}
+    options = {"seed": 7, "pictures": PicturePolicy(), "picture_id": "coco.id"}
     data = PairDataset(table, training_transform(tiny_inputs(), None), **options)
     assert ids_of(data) == [0, 0, 2, 3, 4, 2]
     assert [data[Slot(0, 0, i)].caption for i in (0, 5)] == [caption(0), caption(5)]
