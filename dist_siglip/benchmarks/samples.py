@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dist_siglip.data.bad_sample_log import TruncatedCount
-from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.captions import CaptionRule, named_picture_id
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
 from dist_siglip.data.identity import EmptyCaptions, caption_ids_of, picture_id
@@ -32,7 +32,7 @@ class BenchmarkSample(NamedTuple):
         image: (3, H, W) uint8; None if the sample cannot be used.
         texts: all that it has.
         problem: why it cannot be used; empty if it can.
-        picture_id: equal for pictures of equal bytes.
+        picture_id: equal for equal pictures.
     """
 
     sample_id: int
@@ -74,6 +74,7 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         captions: where the texts of a sample are.
         max_image_pixels: pictures with more cannot be used.
         encodes_texts: whether texts without a token are left out.
+        picture_field: of the .json, that says which pictures are the same; None goes by bytes.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         *,
         max_image_pixels: int,
         encodes_texts: bool = True,
+        picture_field: str | None = None,
     ) -> None:
         self._table = table
         self._transform = evaluation_transform(inputs)
@@ -91,6 +93,8 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         self._pictures = inputs.pictures.changed(max_image_pixels=max_image_pixels)
         self._truncated = TruncatedCount(table.describe)
         self._is_empty = EmptyCaptions(inputs.tokenizer if encodes_texts else None)
+        self._caption_members = {name.lower().lstrip(".") for name in captions.members}
+        self._picture_field = picture_field
         self._reader = ShardReader(table.cache)
 
     def __len__(self) -> int:
@@ -100,17 +104,30 @@ class BenchmarkSamples(Dataset[BenchmarkSample]):
         """Read a sample; one that cannot be used says why."""
         table, sample_id = self._table, slot.sample_id
         try:
-            members = ((kind, self._reader.read(at)) for kind, at in table.caption_spans(sample_id))
+            members = (
+                (kind, self._reader.read(at))
+                for kind, at in table.caption_spans(sample_id)
+                if kind in self._caption_members
+            )
             texts = tuple(self._captions.all_of(members, is_empty=self._is_empty))
             data = self._reader.read(table.image_span(sample_id))
             picture = EncodedPicture(data, self._pictures)
             image = self._transform(picture)
+            identity = self._identify(sample_id, data)
         except BadSampleError as error:
             return BenchmarkSample(sample_id, slot.is_padding, problem=str(error))
         if picture.is_truncated:
             self._truncated.note(sample_id)
-        identity = picture_id(data)
         return BenchmarkSample(sample_id, slot.is_padding, image, texts, picture_id=identity)
+
+    def _identify(self, sample_id: int, data: bytes) -> int:
+        """Identify a picture by what its JSON says, else by its bytes."""
+        found = None
+        if self._picture_field is not None:
+            span = self._table.member_span(sample_id, "json")
+            if span is not None:
+                found = named_picture_id(self._reader.read(span), self._picture_field)
+        return picture_id(data) if found is None else found
 
 
 class BenchmarkCollator:

@@ -51,6 +51,8 @@ class LoadSettings:
         max_image_pixels: pictures with more count as bad samples.
         max_bad_fraction: share of the samples that may be bad; they are left out.
         cache: copies of remote shards on each node.
+        picture_field: field of the .json member that says which pictures are the same, as
+            ``data.picture_id`` of a run may name it. Null: those of equal bytes.
     """
 
     local_batch_size: int = 256
@@ -59,6 +61,7 @@ class LoadSettings:
     max_image_pixels: int = 64_000_000
     max_bad_fraction: float = 0.01
     cache: CacheSettings = field(default_factory=CacheSettings)
+    picture_field: str | None = None
 
     def check(self) -> None:
         """Refuse numbers out of range.
@@ -85,7 +88,7 @@ class EncodedShards(NamedTuple):
         text_features: (T, D) of all wanted texts, sample after sample.
         text_sample_ids: (T,) int64, whose text it is.
         num_bad: samples of all ranks that cannot be used.
-        picture_ids: (B,) int64, equal for pictures of equal bytes.
+        picture_ids: (B,) int64, equal for equal pictures.
         caption_ids: (T,) int64, equal for texts of equal tokens.
     """
 
@@ -136,6 +139,7 @@ class BenchmarkShards:
                 expand_shards(self._shards, name=setting),
                 image_extensions=self._loading.image_extensions,
                 caption_extensions=self._captions.members,
+                other_extensions=() if self._loading.picture_field is None else ("json",),
                 cache=ShardCache(self._loading.cache),
                 name=setting,
             )
@@ -206,6 +210,7 @@ class BenchmarkShards:
                 self._captions,
                 max_image_pixels=loading.max_image_pixels,
                 encodes_texts=encoded_texts != 0,
+                picture_field=loading.picture_field,
             ),
             batch_sampler=EvaluationBatchSampler(
                 self.table.num_samples,

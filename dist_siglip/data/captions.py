@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.identity import EmptyCaptions
+from dist_siglip.data.identity import EmptyCaptions, value_id
 from dist_siglip.data.randomness import draw_one
 from dist_siglip.errors import UserError
 
@@ -225,6 +225,22 @@ def field_of(record: dict[str, Any], path: str) -> Any:
         if found:
             return found
     raise MissingFieldError(f"JSON has no field {path!r}")
+
+
+def named_picture_id(data: bytes, field: str) -> int | None:
+    """Return the id that a field of a JSON member gives a picture; None if it gives none.
+
+    Raises:
+        BadSampleError: if the JSON cannot be read, or the field holds neither text nor number.
+
+    Example:
+        >>> named_picture_id(b'{"coco": {"id": 7}}', "coco.id") == value_id(7)
+        True
+    """
+    try:
+        return value_id(field_of(read_json(data), field))
+    except MissingFieldError:
+        return None
 
 
 def texts_of(value: Any, path: str) -> list[str]:

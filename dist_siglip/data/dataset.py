@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dist_siglip.data.bad_sample_log import BadSampleLog, TruncatedCount
 from dist_siglip.data.batch import PairSample
 from dist_siglip.data.cached_features import CachedFeatures
-from dist_siglip.data.captions import CaptionRule, MissingFieldError, field_of, read_json
+from dist_siglip.data.captions import CaptionRule, named_picture_id, read_json
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.feature_file import Tower
 from dist_siglip.data.fetch import ShardReader
@@ -26,7 +26,6 @@ from dist_siglip.data.identity import (
     EmptyCaptions,
     Tokenizer,
     picture_id,
-    value_id,
 )
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
@@ -234,12 +233,7 @@ class PairDataset(Dataset[PairSample]):
     def _field_id(self, sample_id: int, field: str) -> int | None:
         """Identify a picture by a field of its JSON; None where it says nothing."""
         span = self.table.member_span(sample_id, "json")
-        if span is None:
-            return None
-        try:
-            return value_id(field_of(read_json(self._reader.read(span)), field))
-        except MissingFieldError:
-            return None
+        return None if span is None else named_picture_id(self._reader.read(span), field)
 
     def _stored_id(self, sample_id: int, tower: Tower) -> int | None:
         """Return the id that was stored with the features of a tower, if any stand in for it."""

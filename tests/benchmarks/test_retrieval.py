@@ -117,6 +117,26 @@ def test_a_sample_for_each_caption_is_the_same_as_a_sample_for_each_picture(tmp_
     assert again.details == found.details
 
 
+def test_a_field_of_the_json_may_say_which_pictures_are_the_same(tmp_path):
+    members = [
+        (
+            f"{i}",
+            {
+                "png": encode(picture(i // 2), compress_level=9 * (i % 2)),
+                "txt": b"text %d" % i,
+                "json": b'{"image_id": %d}' % (i // 2),
+            },
+        )
+        for i in range(8)
+    ]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    rule = CaptionRule(members=("txt",))
+    for field, pictures in ((None, 8), ("image_id", 4), ("other", 8)):
+        loading = LoadSettings(workers_per_rank=0, picture_field=field)
+        found = Retrieval(shard, captions=rule, loading=loading).evaluate(known_model())
+        assert (found.details["pictures"], found.details["captions"]) == (pictures, 8)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

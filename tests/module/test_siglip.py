@@ -4,16 +4,18 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from dist_siglip.data import ImageTextBatch
+from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
-from dist_siglip.losses import LogitConfig, siglip_loss
+from dist_siglip.losses import LogitConfig, SigLipLoss, siglip_loss
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
+from tests.support.shards import caption, encode, picture, write_shard
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of, write_config
 
 
@@ -170,6 +172,42 @@ def test_caption_ids_go_to_a_loss_that_uses_them_and_duplicates_are_logged(model
     ((_, ids),) = recorder.calls
     assert ids["caption_ids"].tolist() == [5, 8, 5, 5]
     assert run.callback_metrics["train/duplicate_captions"].item() == 6
+
+
+@pytest.mark.parametrize("loss", [SigLipLoss(duplicates="positive"), None])
+def test_pictures_are_identified_in_training_only_if_the_loss_asks(model, tmp_path, loss):
+    """Six pictures with five rows each; a validation asks in any case."""
+    members = [
+        (f"{i:03d}", {"png": encode(picture(i % 6)), "txt": caption(i).encode()}) for i in range(30)
+    ]
+    shard = str(write_shard(tmp_path / "a.tar", members))
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            pictures = batch.sample_ids % 6
+            equal = int((pictures[:, None] == pictures).sum()) - len(pictures)
+            counted = trainer.callback_metrics.get("train/duplicate_captions")
+            seen.append((equal, counted, torch.equal(batch.picture_ids, batch.sample_ids)))
+
+    module = SigLipModule(model, loss=loss)
+    data = ImageTextDataModule(
+        train_shards=shard,
+        val_shards=shard,
+        inputs=module.inputs,
+        global_batch_size=16,
+        workers_per_rank=0,
+    )
+    run = trainer(
+        tmp_path, max_epochs=-1, max_steps=1, callbacks=[Look()], use_distributed_sampler=False
+    )
+    run.fit(module, datamodule=data)
+    ((equal, counted, are_own),) = seen
+    assert equal > 0
+    assert (counted is None, are_own) == (loss is None, loss is None)
+    assert loss is None or counted == equal
+    run.validate(module, datamodule=data, verbose=False)
+    assert module.last_evaluation.metrics["distinct_pictures"] == 6
 
 
 def test_other_losses_get_no_ids_and_no_duplicates_are_logged(model, tmp_path):
