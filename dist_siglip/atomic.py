@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
+from dist_siglip.process_lock import check_place
+
 
 @contextmanager
 def open_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
@@ -19,7 +21,11 @@ def open_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     Args:
         path: final name.
         sync: wait until the disk has it. Off for what can be made again.
+
+    Raises:
+        MovedError: if it is in a folder that this process has claimed and that was moved away.
     """
+    check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:

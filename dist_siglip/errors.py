@@ -1,9 +1,9 @@
 """Which ends of a run are told in one line?
 
 Everything below the command line raises ``UserError`` for a wrong value, a missing file or a
-setting that cannot work, and ``RunFailedError`` for a run that cannot go on although its settings
-are sound. The command line prints the text as one line and exits with code 2 or 3.
-A defect of the program is neither: it keeps its traceback.
+setting that cannot work, ``RunFailedError`` for a run that cannot go on although its settings are
+sound, and ``RunMovedError`` for one whose folder is gone. The command line prints the text as one
+line and exits with code 2, 3 or 73. A defect of the program is neither: it keeps its traceback.
 """
 
 
@@ -15,6 +15,17 @@ class UserError(ValueError):
         Traceback (most recent call last):
             ...
         dist_siglip.errors.UserError: chunk_rows (0) must be at least 1
+    """
+
+
+class RunMovedError(Exception):
+    """A run whose folder was moved away under it, in one line: from where, to where, what to do.
+
+    Example:
+        >>> raise RunMovedError("runs/a was moved to runs/b while the run went on")
+        Traceback (most recent call last):
+            ...
+        dist_siglip.errors.RunMovedError: runs/a was moved to runs/b while the run went on
     """
 
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dist_siglip.process_lock import MovedError, check_place
+from dist_siglip.regular_file import open_to_append
+
 logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 10_000
@@ -65,6 +68,8 @@ class LineLog:
         count = len(self._waiting)
         try:
             append_whole(self.path, "".join(f"{line}\n" for line in self._waiting).encode())
+        except MovedError:
+            return  # the run ends for it, and says so
         except OSError as error:
             # Remembered before it is told: the warning may come back as a line of this log.
             was_failing, self._is_failing = self._is_failing, True
@@ -103,7 +108,8 @@ def append_whole(path: Path, lines: bytes) -> None:
     Raises:
         OSError: if they cannot be written.
     """
-    with path.open("ab+", buffering=0) as file:
+    check_place(path)
+    with open_to_append(path) as file:
         _take_turn(file.fileno())
         start = file.seek(0, os.SEEK_END)
         if start and os.pread(file.fileno(), 1, start - 1) != b"\n":

@@ -20,6 +20,8 @@ from open_clip import (
 from dist_siglip.data.captions import split_lines
 from dist_siglip.data.urls import is_remote
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import read_regular
+from dist_siglip.yaml_text import MOST_BYTES, load_yaml
 
 _CLASSES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"
@@ -109,11 +111,11 @@ def _read(
             "list, or a text or YAML file"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MOST_BYTES).decode()
         if path.suffix not in (".yaml", ".yml"):
             return [line.strip() for line in split_lines(text.strip())]
-        content: Any = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        content: Any = load_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(
             f"{what} ({path}) cannot be read: {reason}; give {words}, a list, or a text or YAML "

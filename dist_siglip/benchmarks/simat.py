@@ -25,6 +25,7 @@ from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import raise_together
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.regular_file import check_regular, open_text, read_regular
 
 _RIGHT_FROM = 0.5  # of OSCAR's similarity, exclusive
 _MAX_PIXELS = 64_000_000
@@ -176,7 +177,7 @@ class Simat(Benchmark):
     def _read_table(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
         path = self._folder / name
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with open_text(path, newline="") as file:
                 reader = csv.DictReader(file)
                 missing = sorted({*columns} - {*(reader.fieldnames or ())})
                 rows = list(reader)
@@ -193,6 +194,7 @@ class Simat(Benchmark):
         """(pictures, triplets) similarities; nothing in the file is executed."""
         path = self._folder / "oscar_similarity_matrix.pt"
         try:
+            check_regular(path)
             judgements = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise UserError(
@@ -240,7 +242,7 @@ class _Pictures(Sequence[EncodedPicture | Image.Image]):
     def __getitem__(self, position: Any) -> Any:
         path = self._paths[position]
         try:
-            return EncodedPicture(path.read_bytes(), self._policy).decode()
+            return EncodedPicture(read_regular(path), self._policy).decode()
         except (OSError, BadSampleError) as error:
             self.problem = f"{path} cannot be used: {error}; make it again"
             return Image.new("RGB", (64, 64), "grey")

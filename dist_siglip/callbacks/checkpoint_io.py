@@ -18,6 +18,7 @@ from dist_siglip.atomic import open_atomically
 from dist_siglip.distributed.checkpoint_damage import save_sealed
 from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole, stored_shapes
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import check_regular
 from dist_siglip.runs import check_sound
 
 
@@ -97,6 +98,7 @@ def _check_exists(path: Path) -> None:
 
 def _read_file(path: Path, **options: Any) -> dict[str, Any]:
     try:
+        check_regular(path)
         content = torch.load(path, weights_only=True, **options)
     # A damaged or foreign file surfaces as one of these, depending on where reading stops.
     except (

@@ -19,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.full_disk import LineLog, going_on_without
+from dist_siglip.process_lock import check_place
+from dist_siglip.regular_file import read_regular
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class MetricsLog(Logger):
             if name != "epoch":  # means nothing for a loader without an end
                 line[name] = value if math.isfinite(value) else str(value)
         with suppress(OSError):  # told when the line cannot be written
+            check_place(self._path)
             self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lines.append(json.dumps(line))
 
@@ -77,7 +80,7 @@ class MetricsLog(Logger):
     def finalize(self, status: str) -> None:
         """Write what waits for room, or say how much does."""
         self._lines.flush()
-        if self._lines.num_waiting:
+        if self._lines.num_waiting and not RunFolder(self._path.parent).is_moved():
             logger.warning(
                 "%d lines of metrics still wait for room; they are lost with this process",
                 self._lines.num_waiting,
@@ -86,9 +89,13 @@ class MetricsLog(Logger):
     @rank_zero_only
     def discard_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run will do again, and a line cut by a crash."""
-        if not self._path.exists():
+        try:
+            lines = read_regular(self._path).splitlines(keepends=True)
+        except FileNotFoundError:
             return
-        lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            logger.warning("%s cannot be read (%s)", self._path, error.strerror or error)
+            return
         kept = [line for line in lines if _is_whole(line) and _step_of(line) <= step]
         with going_on_without(f"{self._path.name} without the steps after {step}"):
             if kept == lines[: len(kept)]:
@@ -105,6 +112,6 @@ def _step_of(line: bytes) -> float:
     """Return the step of a line; infinity for a line without one, or cut."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
     return step if isinstance(step, int) else math.inf

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -16,6 +16,11 @@ from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
 
 logger = logging.getLogger(__name__)
+
+
+class _Problem(NamedTuple):
+    text: str
+    is_moved: bool
 
 
 class RunCheckpoint(Checkpoint):
@@ -157,7 +162,7 @@ class RunCheckpoint(Checkpoint):
         try:
             strategy.save_checkpoint(checkpoint, path)
         except OSError as error:
-            problem = _reason(error)
+            problem = _Problem(_reason(error), _folder(trainer).is_moved())
         self._conclude(trainer, step, problem, is_last=is_last)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -169,14 +174,16 @@ class RunCheckpoint(Checkpoint):
         try:
             self._background.finish()
         except OSError as error:
-            problem = _reason(error)
+            problem = _Problem(_reason(error), _folder(trainer).is_moved())
         self._conclude(trainer, step, problem)
 
     def _conclude(
-        self, trainer: Trainer, step: int, problem: str | None, *, is_last: bool = False
+        self, trainer: Trainer, step: int, problem: _Problem | None, *, is_last: bool = False
     ) -> None:
         """Hear on all ranks how it went with the first; remove old ones, or count a miss."""
         problem = trainer.strategy.broadcast(problem)
+        if problem is not None and problem.is_moved:
+            raise _folder(trainer).moved()
         if problem is None:
             self._misses = 0
             self._written_step = step
@@ -187,20 +194,21 @@ class RunCheckpoint(Checkpoint):
         there = _newest_there(folder)
         if is_last:
             raise RunFailedError(
-                f"the last checkpoint, of step {step}, could not be written ({problem}); {there}; "
-                f"make room in {folder.checkpoints} and start again"
+                f"the last checkpoint, of step {step}, could not be written ({problem.text}); "
+                f"{there}; make room in {folder.checkpoints} and start again"
             )
         if self._misses > self.allowed_misses:
             raise RunFailedError(
                 f"{self._misses} checkpoints in a row could not be written, the last one of step "
-                f"{step} ({problem}); {there}; make room in {folder.checkpoints} and start again"
+                f"{step} ({problem.text}); {there}; make room in {folder.checkpoints} and start "
+                "again"
             )
         if trainer.is_global_zero:
             logger.warning(
                 "checkpoint of step %d was not written (%s); %s; training goes on, miss %d of %d "
                 "in a row",
                 step,
-                problem,
+                problem.text,
                 there,
                 self._misses,
                 self.allowed_misses,

@@ -10,6 +10,7 @@ the device has caught up. Both are taken out.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from dist_siglip.callbacks.early_end import end_training, stop_again
 from dist_siglip.callbacks.slurm_requeue import requeue_job
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
+# What a rank may say besides that it was asked: the run folder is gone.
+_MOVED = 2
 # Of Lightning 2.6: what a step loop asks, and who installs handlers.
 _QUESTION, _HANDLERS, _INSTALL = (
     "_broadcast_sigterm_tensor",
@@ -50,6 +54,7 @@ class StopTogether(Callback):
 
     Raises:
         UserError: if agree_every_steps < 1.
+        RunMovedError: later, on all ranks, if the first one finds that the run folder was moved.
     """
 
     def __init__(self, agree_every_steps: int = 10, requeue: bool = False) -> None:
@@ -81,7 +86,13 @@ class StopTogether(Callback):
         """Every few steps, agree."""
         if trainer.global_step % self.agree_every_steps or self.has_stopped:
             return
-        if trainer.global_step >= trainer.max_steps or not self._is_any_asked():
+        if trainer.global_step >= trainer.max_steps:
+            return
+        folder = RunFolder(Path(trainer.default_root_dir))
+        asked = self._agree(_MOVED if folder.is_moved() else stop_request.asked_by() is not None)
+        if asked == _MOVED:
+            raise folder.moved()
+        if not asked:
             return
         self.has_stopped = True
         end_training(trainer)
@@ -105,13 +116,13 @@ class StopTogether(Callback):
         if self.requeue and trainer.is_global_zero:
             requeue_job()
 
-    def _is_any_asked(self) -> bool:
-        asked = stop_request.asked_by() is not None
+    def _agree(self, asked: int) -> int:
+        """Return the largest of what the ranks have to say."""
         if self._group is None:
             return asked
-        flag = torch.tensor([int(asked)])
+        flag = torch.tensor([asked])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+        return int(flag.item())
 
 
 def _do_nothing() -> None:

@@ -11,10 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ class TensorBoardLog(TensorBoardLogger):
     def _try(self, write: Callable[[], None]) -> None:
         if self._failed_at is not None and not self._is_worth_a_try():
             return
+        if RunFolder(Path(self.save_dir)).is_moved():
+            return  # the run ends for it, and says so
         try:
             write()
         except (OSError, ValueError, AttributeError) as error:

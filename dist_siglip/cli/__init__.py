@@ -13,7 +13,7 @@ from difflib import get_close_matches
 
 from dist_siglip import stop_request
 from dist_siglip.cli.package_warnings import packages_kept_quiet
-from dist_siglip.errors import RunFailedError, UserError
+from dist_siglip.errors import RunFailedError, RunMovedError, UserError
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
 _VERBS = {
@@ -48,7 +48,7 @@ _VERBS = {
 }
 
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED, EXIT_COLLAPSED = 0, 1, 2, 3, 4
-EXIT_SAVED, EXIT_INTERRUPTED = 75, 130
+EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 ``quickstart`` stayed below its recall floor, or a check found damage; 2 a
         mistake of the user, told in one line; 3 a run that would fail again, told in one line; 4
-        ``collapse_alarm`` stopped the run, with checkpoint and report; 75 ``fit`` was asked to
-        stop, has saved, and goes on when started again; 130 interrupted. A process whose ranks
-        hang ends with 70, without returning.
+        ``collapse_alarm`` stopped the run, with checkpoint and report; 73 the run folder was moved
+        away under a run; 75 ``fit`` was asked to stop, has saved, and goes on when started again;
+        130 interrupted. A process whose ranks hang ends with 70, without returning.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -94,6 +94,10 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
     except RunFailedError as error:
         _complain(f"dist-siglip: failed: {error}")
         return EXIT_FAILED
+    except RunMovedError as error:
+        if not _rank() or _rank() == "0":  # it holds the folder, and knows where that is
+            _complain(f"dist-siglip: moved: {error}")
+        return EXIT_MOVED
     except KeyboardInterrupt:
         _complain("dist-siglip: interrupted")
         return EXIT_INTERRUPTED

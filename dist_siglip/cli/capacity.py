@@ -3,6 +3,7 @@
 import json as json_text
 import math
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dist_siglip.metrics import (
     required_dimension,
     subset_dimension,
 )
+from dist_siglip.regular_file import open_regular
 from dist_siglip.runs import RunFolder
 
 # Margins of an evaluation: what each is called, and the end of its name.
@@ -185,8 +187,11 @@ def _dimension_of(folder: RunFolder) -> int:
     path = folder.evaluation / "arrays.npz"
     if not path.is_file():
         raise UserError(f"run_dir ({folder.path}) has no {path.name}; give --dimension")
-    with np.load(path, allow_pickle=False) as arrays:
-        return int(arrays["image_features"].shape[1])
+    try:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return int(arrays["image_features"].shape[1])
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); give --dimension") from error
 
 
 def _table(pairs: float, dimension: int, found: dict[str, dict[str, float | bool | str]]) -> Table:

@@ -40,7 +40,7 @@ def look_at_folder(run_dir: Path, num_bytes: int) -> list[Finding]:
     """
     try:
         facts = try_folder(run_dir, num_bytes)
-        lock = run_dir / ".lock"
+        lock = RunFolder(run_dir).lock_file
         is_in_use = lock.is_file() and is_locked_elsewhere(lock)
     except FolderError as error:
         remedy = "make room, mend its rights or its mount, or choose another run_dir"
@@ -99,6 +99,9 @@ def judge_disk(facts: DiskFacts, checkpoint: int) -> Iterator[Finding]:
         yield Finding("warn", "run folder", text, remedy)
     else:
         yield Finding("ok", "run folder", text)
+    if not facts.has_locks:
+        remedy = "runs keep each other out by a file there; mount it with locks if you can"
+        yield Finding("warn", "run folder", f"{facts.folder}: no locks of files", remedy)
 
 
 def look_for_file(path: Path) -> list[Finding]:

@@ -1,43 +1,87 @@
-"""Parsers whose complaints are one line."""
+"""Parsers whose complaints are one line, and that read YAML within bounds."""
 
+import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import check_regular
+from dist_siglip.yaml_text import RefusedYamlError, check_yaml, naming_values
 
 _UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
 _UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")
 _NOT_ACCEPTED = re.compile(r"does not accept (?:option|nested key) '([\w.]+)'")
 
 
-class VerbParser(ArgumentParser):
-    """A jsonargparse parser that raises ``UserError`` instead of printing its usage."""
+# A shell hands over what a command prints, as in --config <(...), under such a name.
+_SHELL_PIPES = ("/dev/fd/", "/proc/self/fd/")
+_load_as_ever = get_loader("yaml")
 
-    def parse_args(  # type: ignore[override]  # jsonargparse differs from argparse likewise
-        self, args: Any = None, *more: Any, **options: Any
-    ) -> Namespace:
+
+class _RefusedTextError(Exception):
+    """A text that YAML gives a meaning it must not have; no complaint that jsonargparse catches."""
+
+
+def _load(text: str) -> Any:
+    """Load what jsonargparse takes for YAML: configurations, and values of options."""
+    try:
+        with naming_values():
+            check_yaml(text)
+            return _load_as_ever(text)
+    except RefusedYamlError as error:
+        raise _RefusedTextError(str(error)) from error
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+class _OneLineParser(ArgumentParser):
+    """Raises ``UserError`` instead of printing the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the complaint as one line with a remedy."""
+        raise UserError(one_line(message, self)) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the command line."""
+        try:
+            return parse_shallow(super().parse_args, *args, **kwargs)
+        except _RefusedTextError as error:
+            raise UserError(f"value of an option: {error}") from error
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration, from a file that can be read to its end."""
+        try:
+            if not str(path).startswith(_SHELL_PIPES):
+                check_regular(path)
+            return super().parse_path(path, *args, **kwargs)
+        except _RefusedTextError as error:
+            raise UserError(f"config ({path}): {error}") from error
+        except OSError as error:
+            raise UserError(f"config ({path}) cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"config ({path}) is no text in UTF-8: {error.reason}") from error
+
+
+class VerbParser(_OneLineParser):
+    """Parser of a verb that is a function."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, and refuse numbers that are out of range."""
-        settings = parse_shallow(super().parse_args, args, *more, **options)
+        settings = super().parse_args(*args, **kwargs)
         check_ranges(settings)
         return settings
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the complaint as one line with a remedy."""
-        raise UserError(one_line(message, self)) from ex
 
-
-class TrainingParser(LightningArgumentParser):
-    """The same for Lightning's parser."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the complaint as one line with a remedy."""
-        raise UserError(one_line(message, self)) from ex
+class TrainingParser(_OneLineParser, LightningArgumentParser):
+    """Parser of Lightning's command line."""
 
 
 def parse_shallow(parse: Callable[..., Namespace], *given: Any, **options: Any) -> Namespace:

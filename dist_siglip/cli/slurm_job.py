@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import read_regular
+from dist_siglip.yaml_text import MOST_BYTES, load_yaml
 
 Script = Literal["train", "train_torchrun", "train_container", "sweep_array"]
 Runtime = Literal["pyxis", "apptainer"]
@@ -209,8 +211,8 @@ def _global_batch_size(config: Path, fit_options: Sequence[str]) -> int | None:
         asked: Any = words[len(words) - 1 - words[::-1].index(key) + 1]
     else:
         try:
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            content = load_yaml(read_regular(config, MOST_BYTES).decode())
+        except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"config ({config}) cannot be read: {reason}") from error
         data = content.get("data") if isinstance(content, dict) else None
@@ -220,7 +222,7 @@ def _global_batch_size(config: Path, fit_options: Sequence[str]) -> int | None:
 
 def _count_lines(sweep: Path) -> int:
     """Return the number of runs of a sweep."""
-    lines = sweep.read_text(encoding="utf-8").splitlines()
+    lines = read_regular(sweep).decode().splitlines()
     empty = [number + 1 for number, line in enumerate(lines) if not line.strip()]
     if empty or not lines:
         line = empty[0] if empty else 1

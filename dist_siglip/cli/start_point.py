@@ -1,8 +1,10 @@
 """Where does a command begin: at which checkpoint, of which run, and does it fit the model?"""
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import torch
 import yaml
 
 from dist_siglip.callbacks.checkpoint_io import read_shapes
+from dist_siglip.distributed import is_first_process
 from dist_siglip.errors import UserError
+from dist_siglip.full_disk import going_on_without
 from dist_siglip.optim import OptimConfig, describe_schedule_change
 from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
+from dist_siglip.regular_file import read_json, read_regular
 from dist_siglip.runs import (
     RunFolder,
     check_sound,
@@ -20,6 +25,53 @@ from dist_siglip.runs import (
     newest_sound_checkpoint,
 )
 from dist_siglip.runs.identity import flatten
+from dist_siglip.yaml_text import MOST_BYTES, load_yaml
+
+logger = logging.getLogger(__name__)
+
+
+def folder_to_run_in(run_dir: str, configs: Sequence[Path], *, is_given: bool) -> str:
+    """Return the run folder that a start means: that of its configuration, if this is a run's own.
+
+    A copied or moved run folder holds a configuration that names the folder it was made in.
+
+    Args:
+        run_dir: as the options and configurations say together.
+        configs: configurations that were named, in order.
+        is_given: whether ``run_dir`` was named on the command line.
+
+    Raises:
+        UserError: if a folder was named on the command line, and a run's own configuration that
+            stands after it names another one.
+    """
+    for config in reversed(configs):
+        folder = config.parent
+        if not _is_of_run(config, run_dir) or folder.resolve() == Path(run_dir).resolve():
+            continue
+        if is_given:
+            raise UserError(
+                f"run_dir ({run_dir}) stands in {config}, which is of the run in {folder}; name "
+                "--run_dir after --config"
+            )
+        _warn_once(
+            f"run_dir is {folder}, the folder of the configuration; it says {run_dir}, where the "
+            "run was made"
+        )
+        return str(folder)
+    return run_dir
+
+
+def _is_of_run(config: Path, run_dir: str) -> bool:
+    """Whether a configuration is what a run has written down, with this ``run_dir`` in it."""
+    folder = RunFolder(config.parent)
+    if config.name != folder.config.name or not (
+        folder.provenance.is_file() or folder.metrics.is_file() or folder.checkpoints.is_dir()
+    ):
+        return False
+    recorded: Any = None
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        recorded = _read_settings(folder)
+    return isinstance(recorded, Mapping) and recorded.get("run_dir") == run_dir
 
 
 def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
@@ -63,9 +115,7 @@ def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming what differs.
     """
-    if not folder.config.exists():
-        return
-    recorded = yaml.safe_load(folder.config.read_text(encoding="utf-8")) or {}
+    recorded = _recorded_settings(folder)
     differences = describe_differences(recorded, resolved)
     if differences and folder.newest_checkpoint() is not None:
         raise UserError(
@@ -92,8 +142,9 @@ def schedule_change(
     if step >= steps_now or (start is not None and not step):
         return ""  # complete, or a checkpoint of another run
     before, steps_before = optim if step else replace(optim, schedule_start_step=0), steps_now
-    if step and folder.config.is_file():
-        recorded = dict(flatten(yaml.safe_load(folder.config.read_text(encoding="utf-8"))))
+    settings = _recorded_settings(folder) if step else {}
+    if settings:
+        recorded = dict(flatten(settings))
         steps_before = recorded.get("trainer.max_steps", steps_now)
         begun = recorded.get("model.optim.schedule_start_step", 0)
         before = replace(optim, schedule_start_step=begun)
@@ -107,11 +158,56 @@ def recorded_pictures(folder: RunFolder) -> dict[str, Any]:
     """
     if folder.newest_checkpoint() is None:
         return {}
+    data = _recorded_settings(folder).get("data")
+    if not isinstance(data, Mapping):
+        return {}
+    return {name: data.get(name, old) for name, old in BEFORE_THE_SETTINGS.items()}
+
+
+def set_aside_unreadable(folder: RunFolder) -> None:
+    """Keep a configuration that cannot be read under another name: it is written anew."""
+    if _problem_of_settings(folder) is not None:
+        aside = folder.config.with_name(f"{folder.config.name}.unreadable")
+        with going_on_without(str(aside)):
+            folder.config.rename(aside)
+
+
+def _recorded_settings(folder: RunFolder) -> Mapping[str, Any]:
+    """Return the configuration of the run in a folder; nothing if it cannot be read."""
+    problem = _problem_of_settings(folder)
+    if problem is not None:
+        _warn_once(
+            f"{folder.config} cannot be read ({problem}): it is set aside and written anew, and "
+            "nothing is compared with what it said"
+        )
+        return {}
+    return _read_settings(folder) if folder.config.exists() else {}
+
+
+def _problem_of_settings(folder: RunFolder) -> str | None:
+    """Say why the configuration of a run cannot be read; None if it can, or is not there."""
     try:
-        data = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["data"]
-        return {name: data.get(name, old) for name, old in BEFORE_THE_SETTINGS.items()}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return {}  # whoever needs the file says what is wrong with it
+        recorded = _read_settings(folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return _reason(error)
+    return None if isinstance(recorded, Mapping) else "it holds no settings"
+
+
+def _read_settings(folder: RunFolder) -> Any:
+    return load_yaml(read_regular(folder.config, MOST_BYTES).decode())
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Warn on the first rank, however often it is found out."""
+    if is_first_process():
+        logger.warning("%s", text)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
 
 
 def check_fits(model: torch.nn.Module, path: Path) -> None:
@@ -151,9 +247,12 @@ def owes_evaluation(folder: RunFolder, step: int, val_check_interval: float | No
 
 
 def evaluated_step(folder: RunFolder) -> int:
-    """Step of the newest evaluation of a run; -1 if there is none."""
+    """Step of the newest evaluation of a run; -1 if there is none that can be read."""
+    path = folder.evaluation / "metrics.json"
     try:
-        record = json.loads((folder.evaluation / "metrics.json").read_text(encoding="utf-8"))
-        return int(record["step"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return int(read_json(path)["step"])
+    except FileNotFoundError:
+        return -1
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        _warn_once(f"{path} cannot be read ({_reason(error)}): it counts as missing")
         return -1

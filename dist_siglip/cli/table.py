@@ -1,6 +1,5 @@
 """The table of an evaluation on a terminal, and what stands beside tables."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.regular_file import read_json
 from dist_siglip.runs import RunFolder
 
 _DIRECTIONS = (("image to text", "image_to_text"), ("text to image", "text_to_image"))
@@ -36,7 +36,11 @@ def read_evaluation(folder: RunFolder) -> dict[str, float]:
     path = folder.evaluation / "metrics.json"
     if not path.is_file():
         raise UserError(f"run_dir ({folder.path}) has no evaluation; run validate on it first")
-    return {name: float(value) for name, value in json.loads(path.read_text()).items()}
+    try:
+        return {name: float(value) for name, value in read_json(path).items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"{path} cannot be read ({reason}); run validate on the run") from error
 
 
 def print_path(label: str, path: Path | str) -> None:

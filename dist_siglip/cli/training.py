@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -35,7 +35,7 @@ from dist_siglip.callbacks.early_end import reason_of_early_end
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parser import TrainingParser, parse_shallow
+from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.cli.start_point import (
     check_fits,
@@ -43,9 +43,11 @@ from dist_siglip.cli.start_point import (
     checkpoint_to_look_at,
     checkpoint_to_start_from,
     evaluated_step,
+    folder_to_run_in,
     owes_evaluation,
     recorded_pictures,
     schedule_change,
+    set_aside_unreadable,
     steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
@@ -58,6 +60,7 @@ from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
 from dist_siglip.picture_policy import AUTO
+from dist_siglip.process_lock import ProcessLock
 from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
@@ -112,7 +115,7 @@ class TrainingCLI(LightningCLI):
     model: SigLipModule
     datamodule: ImageTextDataModule
     trainer: Trainer
-    _lock: TextIO | None = None
+    _lock: ProcessLock | None = None
     exit_code = 0
 
     @staticmethod
@@ -149,9 +152,14 @@ class TrainingCLI(LightningCLI):
 
         What it leaves open about pictures is as the run in the folder has it.
         """
-        self.config = parse_shallow(parser.parse_args, args)
+        self.config = parser.parse_args(args)
         settings = self.config[self.config["subcommand"]]
         check_ranges(settings)
+        settings.run_dir = folder_to_run_in(
+            settings.run_dir,
+            [Path(each.absolute) for each in settings.config or [] if each is not None],
+            is_given=any(each.partition("=")[0] == "--run_dir" for each in args),
+        )
         for name, value in recorded_pictures(RunFolder(Path(settings.run_dir))).items():
             if settings.data[name] == AUTO:
                 settings.data[name] = value
@@ -227,6 +235,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
+            set_aside_unreadable(self.folder)
             with going_on_without(str(self.folder.config)):
                 write_atomically(self.folder.config, resolved)
             provenance = collect_provenance(sys.argv, world_size=world_size)
@@ -289,6 +298,8 @@ class TrainingCLI(LightningCLI):
             return
         if source is not None or self.model.last_evaluated_step != self.model.steps_done:
             self._evaluate(source)
+        if self.folder.is_moved():
+            raise self.folder.moved()
         if self.trainer.is_global_zero:
             # Plotting takes a while to import, and only this moment needs it.
             from dist_siglip.report import write_report

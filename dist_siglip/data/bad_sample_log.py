@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_siglip.full_disk import LineLog
+from dist_siglip.regular_file import open_text
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 20  # truncated pictures named by each process; then every hundredth
@@ -72,7 +73,7 @@ def first_lines(path: str | None, count: int, start_bytes: int = 0) -> list[str]
     if path is None:
         return names
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open_text(path, errors="replace") as file:
             file.seek(start_bytes)
             for line in file:
                 if name := _name_of(line):
@@ -89,5 +90,5 @@ def _name_of(line: str) -> str | None:
     try:
         record = json.loads(line)
         return f"{record['shard']}/{record['key']}: {record['reason'][:_REASON]}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

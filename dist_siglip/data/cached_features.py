@@ -4,7 +4,6 @@ A tower that is locked gives a picture the same features in every epoch. ``embed
 features`` writes them once; training then reads a row instead of decoding and encoding a picture.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.feature_file import TOWERS, FeatureFile, Tower, feature_path
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import read_json
 
 _MANIFEST = "embed.json"
 _MOST_OPEN = 64  # files at once; a block of shards is read together
@@ -122,7 +122,7 @@ class CachedFeatures:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         kind = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.regular_file import check_regular
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -69,6 +70,7 @@ class FeatureFile:
 
     def __init__(self, path: Path) -> None:
         try:
+            check_regular(path)
             self._file = safe_open(path, framework="pt", device="cpu")
             self._rows: NDArray[np.int32] = self._file.get_tensor("rows").numpy()
             self._slices = {

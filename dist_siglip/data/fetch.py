@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.pairs import Span
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.regular_file import descriptor_of
 
 _OPEN_SHARDS = 64  # far above a block of shards, far below the usual limit of 1024
 
@@ -63,7 +64,7 @@ class ShardReader:
                     raise BadSampleError("shard is remote, and there is no cache for it")
                 self._descriptors[shard] = self._cache.open(shard)
             else:
-                self._descriptors[shard] = os.open(shard, os.O_RDONLY)
+                self._descriptors[shard] = descriptor_of(shard)
             if len(self._descriptors) > _OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(shard)

@@ -10,6 +10,7 @@ import logging
 import os
 
 from dist_siglip.data.tar_scan import Member, extra_header_bytes, read_header
+from dist_siglip.regular_file import descriptor_of, open_regular, open_text
 
 _LOGGER = logging.getLogger(__name__)
 _BLOCK = 512
@@ -33,7 +34,7 @@ def members_of_idx(shard: str) -> list[Member] | None:
     try:
         if os.path.getsize(path) > min(_LARGEST, os.path.getsize(shard)):
             return None  # a member has more bytes of header than of line
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             version, _, count = file.readline().partition(" ")
             if version != _IDX_VERSION:
                 return None
@@ -56,7 +57,7 @@ def expected_samples(shard: str) -> int | None:
     """Say how many samples img2dataset counted for a shard; None if it left no count."""
     path = f"{_stem(shard)}_stats.json"
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             stats = json.loads(file.read(1 << 20))
         count = stats["successes"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -84,7 +85,7 @@ def _agrees(shard: str, members: list[Member]) -> bool:
     """Compare places of all members and headers of some with the shard."""
     if not members:
         return False
-    descriptor = os.open(shard, os.O_RDONLY)
+    descriptor = descriptor_of(shard)
     try:
         file_size, position = os.fstat(descriptor).st_size, 0
         for member in members:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dist_siglip.atomic import write_atomically
 from dist_siglip.data.number_words import MOST_DIGITS, number_in_words, number_range
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def _is_written(folder: Path, recipe: _Recipe) -> bool:
         return False
     remedy = "choose another folder or delete this one"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         found, names = dict(manifest["recipe"]), list(manifest["shards"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest of handwriting shards; {remedy}") from error

@@ -25,6 +25,7 @@ from dist_siglip.data.shard_index import split_name
 from dist_siglip.data.tar_scan import entries_of, open_archive
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.regular_file import descriptor_of
 
 # Kind of finding -> what training does about it.
 KINDS = {
@@ -171,7 +172,7 @@ class Inspector:
     def _names(self, shard: str) -> Iterator[Finding]:
         """Look at the names and types of all members, those that training never sees too."""
         path = self.cache.fetch(shard) if is_remote(shard) and self.cache else shard
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = descriptor_of(path)
         try:
             with open_archive(descriptor) as archive:
                 for entry in entries_of(archive):

@@ -23,6 +23,7 @@ from dist_siglip.atomic import open_atomically
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.shard_index import ShardIndex
 from dist_siglip.data.user_cache import user_cache_folder
+from dist_siglip.regular_file import open_regular
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1
@@ -65,7 +66,7 @@ def digest_of(place: str) -> str:
 def read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
     """Read a side-car; None if there is none, or it is damaged, or made for another file."""
     try:
-        with open(side_car, "rb") as file:
+        with open_regular(side_car) as file:
             return parse_side_car(file, path, identity)
     except FileNotFoundError:
         return None

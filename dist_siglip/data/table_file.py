@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dist_siglip.atomic import open_atomically
 from dist_siglip.data.user_cache import user_cache_folder
+from dist_siglip.regular_file import open_regular
 
 _LOGGER = logging.getLogger(__name__)
 _MAGIC = b"dist_siglip table 1\n"
@@ -74,7 +75,7 @@ def write_table(path: str, arrays: Arrays, values: Mapping[str, Any]) -> bool:
 def read_table(path: str) -> tuple[Arrays, dict[str, Any]] | None:
     """Map the arrays of a table; None if there is none, or it is damaged."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             found = _parse(file)
     except FileNotFoundError:
         return None

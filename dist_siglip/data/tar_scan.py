@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import descriptor_of
 
 _BLOCK = 512
 _WINDOW = 4096  # bytes read at a time: a header and a small member
@@ -63,7 +64,7 @@ def scan_tar(path: str) -> list[Member]:
     Raises:
         DamagedTarError: if the file is empty, compressed, cut short, or not a tar archive.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = descriptor_of(path)
     try:
         size = os.fstat(descriptor).st_size
         if size == 0:

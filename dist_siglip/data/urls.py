@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
 from dist_siglip.data.remote.transfer import list_remote
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import open_text
 
 __all__ = ["expand_shards", "is_remote"]
 
@@ -115,7 +116,7 @@ def _local(path: str, folder: str | None) -> str:
 def _read_list(path: str, name: str, allow_remote: bool) -> list[str]:
     """Expand the lines of a list file."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             lines = [line.strip() for line in file]
     except UnicodeDecodeError as error:
         raise UserError(f"{name} ({path!r}) is not a text file in UTF-8") from error

@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.regular_file import open_regular, read_json
 
 _MARK = b"dist_siglip CRC-32 "
 _COMMENT_BYTES = len(_MARK) + 8
@@ -70,7 +71,7 @@ def cause_of(error: Exception) -> Exception:
 def has_checksum(path: Path) -> bool:
     """Whether a file ends in a checksum; others may be sound files of other programs."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _read_comment(file) is not None
     except OSError:
         return False
@@ -102,7 +103,7 @@ def seal_folder(folder: Path, listed: Mapping[str, tuple[int, int]]) -> None:
 
 def _damage_of_folder(path: Path) -> str | None:
     try:
-        listed = json.loads((path / _LIST).read_text(encoding="utf-8"))
+        listed = read_json(path / _LIST)
         expected = {str(name): (int(size), int(sum_)) for name, (size, sum_) in listed.items()}
     except (ValueError, AttributeError, TypeError):
         return f"{_LIST} is damaged"
@@ -115,7 +116,7 @@ def _damage_of_folder(path: Path) -> str | None:
 
 
 def _damage_of_file(path: Path) -> str | None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         expected = _read_comment(file)
         body = file.seek(0, os.SEEK_END) - _COMMENT_BYTES - 2
         if expected is None and _ends_without_comment(file):
@@ -149,7 +150,7 @@ def _ends_without_comment(file: BinaryIO) -> bool:
 def _sum(path: Path, num_bytes: int) -> int:
     """CRC-32 of the first bytes of a file."""
     checksum, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while num_bytes > 0:
             count = file.readinto(buffer[: min(_CHUNK_BYTES, num_bytes)])
             if not count:

@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed.alarm import Alarm, Standing, Verdict, tell
 from dist_siglip.distributed.waiting import Doing, failed_doing, is_debugged, main_thread_doing
+from dist_siglip.process_lock import check_place
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,9 @@ class Sentinel:
         if is_culprit and sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__)
         with suppress(OSError):
+            check_place(self._stacks)
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            self._stacks.unlink(missing_ok=True)  # a pipe there would wait for a reader
             with self._stacks.open("w", encoding="utf-8") as file:
                 file.write(f"{line}\n\n")
                 file.flush()

@@ -40,6 +40,8 @@ from dist_siglip.distributed.sharded_index import (
     reason_of,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.process_lock import check_place
+from dist_siglip.regular_file import check_regular
 
 _VALUES = "values.pt"
 _MODEL = "model/"
@@ -94,7 +96,7 @@ def write_sharded(
         _put_in_place(folder, path)
 
     try:
-        together(lambda: folder.mkdir(parents=True, exist_ok=True) if rank == 0 else None, group)
+        together(lambda: _make(folder) if rank == 0 else None, group)
         with _quiet_alone():
             save(tensors, storage_writer=_Writer(folder, overwrite=True), process_group=group)
         written = together(lambda: list_checksums(folder.glob(f"__{rank}_*")), group)
@@ -129,6 +131,11 @@ def together(work: Callable[[], _T], group: dist.ProcessGroup | None = None) -> 
     return [result for result, _ in results]
 
 
+def _make(folder: Path) -> None:
+    check_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def read_values(path: Path) -> dict[str, Any]:
     """Read what is no tensor; "param_groups" lists the groups of each optimizer.
 
@@ -136,6 +143,7 @@ def read_values(path: Path) -> dict[str, Any]:
         UserError: if the folder is damaged or holds more than plain values.
     """
     try:
+        check_regular(path / _VALUES)
         values = torch.load(path / _VALUES, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(damaged(path, error)) from error

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import open_regular
 
 INDEX = ".metadata"
 # What the index is made of: how large each tensor is and where its pieces lie.
@@ -70,7 +71,7 @@ def read_index(path: Path) -> Metadata:
         UserError: if it is damaged, or names other classes or files elsewhere.
     """
     try:
-        with (path / INDEX).open("rb") as file:
+        with open_regular(path / INDEX) as file:
             index = _IndexUnpickler(file).load()
         names = {Path(info.relative_path) for info in index.storage_data.values()}
     # A damaged pickle fails in as many ways as it has instructions.

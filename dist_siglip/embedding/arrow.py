@@ -10,6 +10,7 @@ from pyarrow import parquet
 from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.part import PartRows
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import check_regular
 
 
 def metadata_table(done: PartRows) -> pyarrow.Table:
@@ -57,6 +58,7 @@ def read_footer(path: Path) -> parquet.FileMetaData | None:
         UserError: if it is damaged.
     """
     try:
+        check_regular(path)
         return parquet.read_metadata(path)
     except FileNotFoundError:
         return None

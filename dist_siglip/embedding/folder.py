@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import read_json
 
 _NAME = "embed.json"
 
@@ -33,7 +34,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         if not manifest.exists():
             _check_empty(folder)
             write_atomically(manifest, json.dumps(now, indent=2) + "\n")
-        before = dict(json.loads(manifest.read_text(encoding="utf-8")))
+        before = dict(read_json(manifest))
     except OSError as error:
         raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
     except UserError:

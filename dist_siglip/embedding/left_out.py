@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_siglip.atomic import write_atomically
 from dist_siglip.embedding.part import Part, PartRows
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import open_text
 
 _LOGGER = logging.getLogger(__name__)
 _EARLY_SAMPLES = 1000  # before the share is judged for the first time
@@ -40,7 +41,7 @@ def write_left_out(folder: Path, done: PartRows) -> None:
 def is_all_left_out(folder: Path, part: Part) -> bool:
     """Tell whether a part is finished and has no row at all."""
     try:
-        with left_out_file(folder, part).open(encoding="utf-8") as file:
+        with open_text(left_out_file(folder, part)) as file:
             return sum(1 for _ in file) == part.num_samples
     except FileNotFoundError:
         return part.num_samples == 0

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dist_siglip.data.feature_file import TOWERS, Tower
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import check_regular
 
 _FOLDERS: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _COLUMNS: dict[Tower, str] = {"image": "image_embedding", "text": "text_embedding"}
@@ -215,6 +216,7 @@ def _schema_names(path: Path) -> list[str]:
             f'{path} needs pyarrow ({error}); pip install "dist-siglip[pack]"'
         ) from error
     try:
+        check_regular(path)
         return list(parquet.read_schema(path).names)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no readable Parquet file ({error})") from error
@@ -226,6 +228,7 @@ def _parquet_of(path: Path) -> Path:
 
 def _load_rows(path: Path) -> NDArray[np.floating]:
     try:
+        check_regular(path)
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is no readable .npy file of numbers ({error})") from error

@@ -5,10 +5,10 @@ after shard, under a lock, and only a whole file gets the name ``embeddings.parq
 say how many rows each shard has.
 """
 
-import fcntl
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pyarrow import parquet
@@ -16,6 +16,7 @@ from pyarrow import parquet
 from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.arrow import full_table, num_rows_of, read_footer, write_parquet
 from dist_siglip.embedding.part import Part, PartRows
+from dist_siglip.process_lock import hold
 
 _ROWS_OF_SHARDS = b"rows_of_shards"
 
@@ -55,7 +56,7 @@ class SingleFileLayout:
 
     def finish(self) -> None:
         """Join the parts, if all are there and nobody has done it."""
-        with _lock(self._folder / ".lock"):
+        with hold(str(self._folder / ".lock"), "", math.inf):
             files = [file for part in self._parts for file in self.files(part)]
             if not self._joined.exists():
                 if not all(file.exists() for file in files):
@@ -78,15 +79,3 @@ class SingleFileLayout:
         ):
             for path in files:
                 writer.write_table(parquet.ParquetFile(path).read().cast(schema))
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock while the block runs, on file systems that know locks.
-
-    The system drops it when the process ends, however it ends.
-    """
-    with path.open("w") as file:
-        with suppress(OSError):
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

@@ -20,6 +20,7 @@ from dist_siglip.models.depth import Tower
 from dist_siglip.models.digest import digest_tower
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import token_shapes
+from dist_siglip.regular_file import check_regular
 
 _FORMAT = "dist_siglip fusion head 1"
 
@@ -47,6 +48,7 @@ def read_head(path: Path, built: BuiltModel) -> FusionHead:
         UserError: if the file is missing or damaged, is no head, or is of another model.
     """
     try:
+        check_regular(path)
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -6,7 +6,6 @@ transformer, or open_clip's own CLIP. Sizes are read from the config, so no list
 models is needed. Only files are read here; transformers itself is not imported.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.regular_file import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -94,8 +94,8 @@ def weights_in_folder(folder: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read ({text}); fetch the model again") from error
     if not isinstance(content, dict):

@@ -15,7 +15,6 @@ is the business of ``weights.py``, building the network that of ``architecture.p
 """
 
 import difflib
-import json
 import logging
 import math
 from collections.abc import Iterable
@@ -35,6 +34,7 @@ from dist_siglip.models.hugging_face import (
     read_folder,
     weights_in_folder,
 )
+from dist_siglip.regular_file import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: If the file is missing, is not JSON, or lacks embed_dim, vision_cfg or text_cfg.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"model config {path} does not exist; export the model again") from error
     except (OSError, ValueError, RecursionError) as error:

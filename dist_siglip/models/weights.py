@@ -5,7 +5,6 @@ training checkpoints, checkpoints of this package). Files are read with ``weight
 safetensors, so a file that holds code is refused and its code never runs.
 """
 
-import json
 import logging
 import math
 import pickle
@@ -34,6 +33,7 @@ from dist_siglip.models.hugging_face_names import (
     is_foreign,
     to_own_names,
 )
+from dist_siglip.regular_file import check_regular, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ def _read(path: Path) -> Any:
     if is_sharded(path):
         return read_whole(path)
     try:
+        check_regular(path)
         if path.name.endswith(".safetensors.index.json"):
             return _read_shards(path)
         if path.suffix == ".safetensors":
@@ -175,7 +176,7 @@ def _read(path: Path) -> Any:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files an index of transformers lists, all of which lie beside it."""
-    content = json.loads(index.read_text(encoding="utf-8"))
+    content = read_json(index)
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
         raise UserError(

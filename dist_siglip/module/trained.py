@@ -17,7 +17,9 @@ from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.lora import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights import load_towers, read_weights
+from dist_siglip.regular_file import read_regular
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
+from dist_siglip.yaml_text import MOST_BYTES, load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +101,9 @@ def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
 def _read_config(folder: RunFolder) -> Mapping[str, Any]:
     """The resolved configuration of a run, whose group "model" names one."""
     try:
-        content = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        content = load_yaml(read_regular(folder.config, MOST_BYTES).decode())
         settings = content["model"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"run_dir ({folder.path}) holds no readable config.yaml of a run "
             f"({' '.join(str(error).split())[:120]}); name the folder that fit wrote"

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from dist_siglip.atomic import write_atomically
+from dist_siglip.regular_file import read_json
 from dist_siglip.runs.folder import RunFolder
 
 Mode = Literal["min", "max"]
@@ -41,7 +42,7 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
     """
     nothing = BestCheckpoint(-1, metric, math.inf if mode == "min" else -math.inf)
     try:
-        found = BestCheckpoint(**json.loads(folder.best.read_text(encoding="utf-8")))
+        found = BestCheckpoint(**read_json(folder.best))
         is_of_use = found.metric == metric and found.step in folder.steps_with_checkpoint()
     except (OSError, ValueError, TypeError):
         return nothing

@@ -4,7 +4,6 @@ Everything is tried in a hidden file of its own, as checkpoints are written (``a
 away again.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.owner_file import LockHeldError
+from dist_siglip.process_lock import ProcessLock, has_locks
 
 _PIECE = 2**20
 
@@ -32,6 +33,7 @@ class DiskFacts(NamedTuple):
         free_inodes: files that can be added; None where the file system does not count.
         bytes_per_second: of writing and syncing.
         rename_seconds: of a small file that is written, synced and renamed, the folder synced.
+        has_locks: whether the file system has locks.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class DiskFacts(NamedTuple):
     free_inodes: int | None
     bytes_per_second: float
     rename_seconds: float
+    has_locks: bool = True
 
 
 def try_folder(folder: Path, num_bytes: int) -> DiskFacts:
@@ -61,8 +64,8 @@ def try_folder(folder: Path, num_bytes: int) -> DiskFacts:
         with _named("rename a file"), open_atomically(test) as file:
             file.write(b"small")
         rename_seconds = time.perf_counter() - started
-        with _named("lock a file"), test.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _named("lock a file"):
+            can_lock = has_locks(str(test))
     finally:
         with _named("remove a file"):
             test.unlink(missing_ok=True)
@@ -73,6 +76,7 @@ def try_folder(folder: Path, num_bytes: int) -> DiskFacts:
         free_inodes=room.f_favail if room.f_files else None,
         bytes_per_second=bytes_per_second,
         rename_seconds=rename_seconds,
+        has_locks=can_lock,
     )
 
 
@@ -83,17 +87,16 @@ def nearest_folder(folder: Path) -> Path:
 
 
 def is_locked_elsewhere(path: Path) -> bool:
-    """Whether another process holds the lock of a file.
+    """Whether another process, or another part of this one, holds the lock of a file.
 
     Raises:
-        FolderError: if it cannot be opened, or the file system cannot lock.
+        FolderError: if it cannot be opened or locked.
     """
-    with _named("lock a file"), path.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+    try:
+        with _named("lock a file"), ProcessLock(str(path)):
+            return False
+    except LockHeldError:
+        return True
 
 
 @contextmanager
@@ -105,13 +108,13 @@ def locked_file(folder: Path, name: str) -> Iterator[Path]:
     """
     path = nearest_folder(folder) / name
     with _named("make a file"):
-        file = path.open("wb")
+        path.touch(exist_ok=False)
     try:
         with _named("lock a file"):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield path
+            lock = ProcessLock(str(path))
+        with lock:
+            yield path
     finally:
-        file.close()
         path.unlink(missing_ok=True)
 
 

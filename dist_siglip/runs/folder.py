@@ -16,13 +16,14 @@ benchmarks/            NAME.json of each benchmark, as CLIP_benchmark writes the
 report.html            one self-contained page
 """
 
-import fcntl
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import RunMovedError, UserError
+from dist_siglip.owner_file import LockHeldError
+from dist_siglip.process_lock import ProcessLock, watched_lock
 
 _CHECKPOINT_NAME = re.compile(r"step=(\d+)\.ckpt")
 _KEPT_NAME = re.compile(r"step=(\d+)\.npz")
@@ -137,28 +138,55 @@ class RunFolder:
             return []
         return [p for p in self.checkpoints.iterdir() if _UNFINISHED_NAME.fullmatch(p.name)]
 
-    def lock(self) -> TextIO:
-        """Claim the folder for this process until the returned file is closed.
+    @property
+    def lock_file(self) -> Path:
+        """File that the process that trains has a lock on."""
+        return self.path / ".lock"
 
-        The operating system gives the claim back when the process ends, however it ends.
+    def is_moved(self) -> bool:
+        """Whether this process has claimed the folder, and it is no longer under its path."""
+        lock = watched_lock(self.lock_file)
+        return lock is not None and not lock.is_in_place()
+
+    def moved(self) -> RunMovedError:
+        """Say in one line where the folder is now, as far as this process can tell."""
+        lock = watched_lock(self.lock_file)
+        place = None if lock is None else lock.place_now()
+        if place is None:
+            there = "; start again with the --run_dir where it is now"
+        else:
+            newest = RunFolder(Path(place)).newest_checkpoint()
+            there = f" to {place}; start again with --run_dir={place} to go on"
+            there += f" from {newest.name}" if newest else ""
+        return RunMovedError(f"run_dir ({self.path}) was moved away while the run went on{there}")
+
+    def lock(self) -> ProcessLock:
+        """Claim the folder for this process, and no child of it, until the lock is released.
+
+        The operating system gives the claim back when the process ends, however it ends. While it
+        is held, nothing is written into another folder that takes the place of this one.
 
         Raises:
             UserError: if another process holds it, or nothing can be written there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            lock = ProcessLock(str(self.lock_file))
+        except LockHeldError as error:
+            raise UserError(
+                f"run_dir ({self.path}) is in use by another process ({error}); wait for it, end "
+                "it, or choose another run_dir"
+            ) from None
         except OSError as error:
+            if error.errno == errno.ELOOP and self.lock_file.is_symlink():
+                raise UserError(f"{self.lock_file} is a symbolic link; remove it") from None
             raise UserError(
                 f"run_dir ({self.path}) cannot be written ({error.strerror}); make room, or choose "
                 "another run_dir"
             ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"run_dir ({self.path}) is in use by another process; wait for it, end it, or "
-                "choose another run_dir"
-            ) from None
-        return file
+        for place in (self.checkpoints, self.evaluation):
+            if place.exists() and not place.is_dir():
+                lock.release()
+                raise UserError(f"{place} must be a folder; move what is there away")
+        lock.watch()
+        return lock

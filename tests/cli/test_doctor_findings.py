@@ -1,7 +1,6 @@
 """What the doctor concludes from what it found: each fault of its own, without starting a rank."""
 
 import errno
-import fcntl
 import os
 import threading
 from pathlib import Path
@@ -39,6 +38,7 @@ from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.distributed import World
 from dist_siglip.distributed.clock_skew import ClockReading
+from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard
 from tests.support.small_disk import on_small_disk
@@ -67,7 +67,7 @@ def test_a_sound_folder_is_ok_and_left_as_it_was(tmp_path):
     [
         ("os.fsync", "cannot sync a file"),
         ("Path.unlink", "cannot remove a file"),
-        ("fcntl.flock", "cannot lock a file"),
+        ("has_locks", "cannot lock a file"),
         ("open_atomically", "cannot rename a file"),
     ],
 )
@@ -95,8 +95,7 @@ def test_a_folder_that_changes_data_fails(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_use_is_told(tmp_path):
-    with (tmp_path / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with RunFolder(tmp_path).lock():
         found = look_at_folder(tmp_path, 1000)
     assert "is in use by another process" in found[-1].text
 
@@ -128,6 +127,12 @@ def test_a_folder_that_is_not_shared_and_a_lock_that_does_not_hold_are_told(tmp_
     assert kinds(look_for_file(tmp_path / "there")) == [("warn", "shared folder")]
     with locked_file(tmp_path, "locked") as path:
         assert kinds(look_for_file(path)) == [("ok", "shared folder")]
+
+
+def test_a_folder_without_locks_is_told_and_not_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_siglip.runs.disk_check.has_locks", lambda path: False)
+    found = look_at_folder(tmp_path, 1000)
+    assert (found[-1].status, "no locks of files" in found[-1].text) == ("warn", True)
 
 
 # Shards

@@ -102,3 +102,36 @@ def test_provenance_names_command_versions_and_commit():
     assert provenance["versions"]["torch"].startswith("2.")
     in_checkout = (Path(__file__).parents[2] / ".git").exists()
     assert (provenance["commit"] is not None) == in_checkout
+
+
+def test_the_lock_is_no_way_to_another_file(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to("../precious")
+    with pytest.raises(UserError, match=r"\.lock is a symbolic link; remove it"):
+        RunFolder(tmp_path / "run").lock()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluation"])
+def test_a_file_in_place_of_a_folder_is_named_before_anything_runs(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name} must be a folder"):
+        RunFolder(tmp_path).lock()
+    (tmp_path / name).unlink()
+    RunFolder(tmp_path).lock().release()
+
+
+def test_a_folder_that_was_moved_while_it_is_held_is_named(tmp_path):
+    run = RunFolder(tmp_path / "old")
+    assert not run.is_moved()
+    with run.lock():
+        assert not run.is_moved()
+        run.checkpoints.mkdir()
+        run.checkpoint(7).touch()
+        run.path.rename(tmp_path / "new")
+        assert run.is_moved()
+        told = str(run.moved())
+    assert f"run_dir ({run.path}) was moved away" in told
+    assert f"--run_dir={tmp_path / 'new'} to go on from step=00000007.ckpt" in told
+    assert not run.is_moved()

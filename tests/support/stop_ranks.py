@@ -52,8 +52,8 @@ class Signals(Callback):
 class EachForItself(StopTogether):
     """A wrong one: a rank that was asked stops alone."""
 
-    def _is_any_asked(self):
-        return stop_request.asked_by() is not None
+    def _agree(self, asked):
+        return asked
 
 
 def train(

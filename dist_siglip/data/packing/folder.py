@@ -2,10 +2,9 @@
 
 ``pack.json`` holds the settings and how far packing got; it is renewed after every shard, once the
 shard is safely on disk under its final name. One process at a time writes, under a lock on
-``pack_skipped.jsonl``. Nothing that was not written here is ever overwritten.
+``.lock``. Nothing that was not written here is ever overwritten.
 """
 
-import fcntl
 import filecmp
 import json
 import os
@@ -17,6 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
+from dist_siglip.owner_file import LockHeldError
+from dist_siglip.process_lock import ProcessLock
+from dist_siglip.regular_file import open_text, read_json
 
 _VERSION = 1
 
@@ -65,6 +67,7 @@ class PackFolder:
         self._manifest = path / "pack.json"
         self._skip_list = path / "pack_skipped.jsonl"
         self._skips: BinaryIO | None = None
+        self._held: ProcessLock | None = None
         self._partial: tuple[Path, BinaryIO] | None = None
 
     def __enter__(self) -> "PackFolder":
@@ -101,7 +104,7 @@ class PackFolder:
 
     def first_skipped(self) -> str:
         """Return the first line of the list of rows that could not be used."""
-        with self._skip_list.open(encoding="utf-8") as file:
+        with open_text(self._skip_list) as file:
             return file.readline().strip()
 
     @contextmanager
@@ -161,8 +164,8 @@ class PackFolder:
                     raise UserError(
                         f"out ({self.path}) holds {name!r} and no pack.json; give a new folder"
                     )
-        self._skips = self._skip_list.open("ab")
-        self._lock(self._skips)
+        self._lock()
+        self._skips = self._open_skip_list()
         for pattern in (".pack.json.*.tmp", ".*.tar.partial"):  # left by a killed process
             for left in self.path.glob(pattern):
                 left.unlink()
@@ -177,21 +180,25 @@ class PackFolder:
             )
         self._skips.truncate(self.progress.skipped_bytes)
 
-    def _lock(self, file: BinaryIO) -> None:
-        """Keep other processes out, on file systems that know locks."""
+    def _lock(self) -> None:
+        """Keep other processes out."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._held = ProcessLock(str(self.path / ".lock"))
+        except LockHeldError as error:
             raise UserError(
-                f"out ({self.path}) is being written by another process; wait for it, or end it"
+                f"out ({self.path}) is being written by another process ({error}); wait for it, "
+                "or end it"
             ) from error
-        except OSError:
-            return
+
+    def _open_skip_list(self) -> BinaryIO:
+        """Open the list of rows that could not be used, never what a link leads to."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        return os.fdopen(os.open(self._skip_list, flags, 0o666), "ab")
 
     def _read_manifest(self) -> Progress:
         """Compare identities and return how far packing got."""
         try:
-            manifest = json.loads(self._manifest.read_text(encoding="utf-8"))
+            manifest = read_json(self._manifest)
             version, before = manifest["version"], dict(manifest["settings"])
             progress = Progress(**manifest["progress"])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -269,3 +276,6 @@ class PackFolder:
         if self._skips is not None:
             self._skips.close()
             self._skips = None
+        if self._held is not None:
+            self._held.release()
+            self._held = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import check_regular, open_regular, open_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -96,7 +97,7 @@ def digest_table(table: Path) -> str:
                 for name in (row.picture, str(row.caption_path)):
                     digest.update(os.fsencode(name) + _describe(table / name))
         else:
-            with table.open("rb") as file:
+            with open_regular(table) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
     except OSError as error:
@@ -186,7 +187,7 @@ def _row(number: int, values: Mapping[str, Any], columns: Columns, missing: list
 def _read_csv(table: Path, delimiter: str) -> Iterator[Mapping[str, Any] | str]:
     """Read rows of text; bytes that are not UTF-8 survive as surrogates and are found later."""
     csv.field_size_limit(_LONGEST_FIELD)
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
         try:
             names = next(reader, [])
@@ -204,7 +205,7 @@ def _read_csv(table: Path, delimiter: str) -> Iterator[Mapping[str, Any] | str]:
 
 
 def _read_json_lines(table: Path) -> Iterator[Mapping[str, Any] | str]:
-    with table.open("rb") as file:
+    with open_regular(table) as file:
         for line in file:
             if not line.strip():
                 continue
@@ -225,6 +226,7 @@ def _read_parquet(table: Path, columns: Columns) -> Iterator[Mapping[str, Any] |
             'Parquet needs pyarrow; pip install "dist-siglip[pack]", or write the table as CSV'
         ) from error
     try:
+        check_regular(table)
         with parquet.ParquetFile(table) as file:
             names = file.schema_arrow.names
             if not columns.keep_others:

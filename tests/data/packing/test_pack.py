@@ -284,7 +284,7 @@ def test_packing_goes_on_where_it_stopped_with_the_same_bytes(
     assert skipped(tmp_path / "out") == skipped(tmp_path / "whole")
     assert [record["row"] for record in skipped(tmp_path / "out")] == [6, 14]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*shards_of(tmp_path / "whole"), "pack.json", "pack_skipped.jsonl"}
+    assert names == {*shards_of(tmp_path / "whole"), "pack.json", "pack_skipped.jsonl", ".lock"}
 
 
 def test_packing_twice_changes_nothing(tmp_path, pictures):

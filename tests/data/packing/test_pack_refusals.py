@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 
@@ -8,6 +7,7 @@ from PIL import Image
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.process_lock import ProcessLock
 from tests.support.packing import packed, rows_of, shards_of, skipped, write_table
 from tests.support.shards import encode, picture
 
@@ -45,10 +45,22 @@ def test_nothing_foreign_is_overwritten(tmp_path, pictures):
 def test_two_processes_do_not_write_into_one_folder(tmp_path, pictures):
     table = write_table(tmp_path / "t.csv", rows_of(2))
     packed(table, tmp_path / "out", pictures)
-    with (tmp_path / "out" / "pack_skipped.jsonl").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="being written by another process"):
-            packed(table, tmp_path / "out", pictures)
+    with (
+        ProcessLock(str(tmp_path / "out" / ".lock")),
+        pytest.raises(UserError, match="being written by another process"),
+    ):
+        packed(table, tmp_path / "out", pictures)
+
+
+@pytest.mark.parametrize("name", [".lock", "pack_skipped.jsonl"])
+def test_nothing_outside_is_written_to(tmp_path, pictures, name):
+    table = write_table(tmp_path / "t.csv", rows_of(2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be used: Too many levels of symbolic links"):
+        packed(table, tmp_path / "out", pictures)
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_a_missing_shard_or_a_damaged_manifest_is_named(tmp_path, pictures):

@@ -1,0 +1,285 @@
+"""Locks that belong to one process, and end with it.
+
+POSIX record locks on a lock file, a byte for each name. The system drops them when a process ends,
+however it ends, and a forked process does not inherit them: a lock of ``flock`` would stay held by
+every loader process that was forked meanwhile, also after its parent was killed. They do not keep
+the threads of a process apart, so each name has a lock of the process besides; and closing any
+descriptor of the file would drop them all, so there is one descriptor per process and file, never
+closed. A lock file is never followed through a link, never cut, never read or written.
+
+Where the file system has no locks, a file beside the lock file takes their place (``owner_file``).
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import stat
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from dist_siglip.owner_file import LockHeldError, OwnerFile
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+
+
+class MovedError(OSError):
+    """The folder of a watched lock was moved away, or replaced."""
+
+
+class _Process:
+    """The descriptors and thread locks of one process, and the locks whose place is watched."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.descriptors: dict[str, int] = {}
+        self.threads: dict[tuple[int, int, int], threading.Lock] = {}
+        self.watched: dict[str, ProcessLock] = {}
+
+
+_PROCESS = [_Process()]  # the last one is of this process
+os.register_at_fork(after_in_child=lambda: _PROCESS.append(_Process()))
+
+
+class ProcessLock:
+    """A lock that this process holds until ``release``, or until it ends.
+
+    Args:
+        file: the lock file; made if it is missing.
+        name: what is locked; a file has as many locks as there are names.
+        mode: rights of a new lock file.
+
+    Raises:
+        LockHeldError: if it is held.
+        OSError: if the file cannot be opened, or is a link or no regular file.
+    """
+
+    def __init__(self, file: str, name: str = "", mode: int = 0o666) -> None:
+        self.file = os.path.abspath(file)
+        self._place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        self._is_held = False
+        self._process = process = _PROCESS[-1]
+        with process.guard:
+            self._descriptor = _open_once(process, self.file, mode)
+            found = os.fstat(self._descriptor)
+            key = (found.st_dev, found.st_ino, self._place)
+            self._thread = process.threads.setdefault(key, threading.Lock())
+        self._owner_file: OwnerFile | None = None
+        self._take()
+        folder = os.stat(os.path.dirname(self.file))
+        self._folder = (folder.st_dev, folder.st_ino)
+
+    def __enter__(self) -> "ProcessLock":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_held", False):
+            self.release()
+
+    def _take(self) -> None:
+        """Take all of it or nothing, without waiting."""
+        if not self._thread.acquire(blocking=False):
+            raise LockHeldError("another thread")
+        try:
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place)
+            except BlockingIOError:
+                raise LockHeldError(_holder(self._descriptor, self._place)) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._owner_file = OwnerFile(f"{self.file}.{self._place:014x}")
+                _tell_once(self.file, error.strerror)
+        except BaseException:
+            self._thread.release()
+            raise
+        self._is_held = True
+
+    def release(self) -> None:
+        """Let go of it; done twice, it does nothing."""
+        if not self._is_held or _PROCESS[-1] is not self._process:
+            return
+        self._is_held = False
+        if self._process.watched.get(self.file) is self:
+            del self._process.watched[self.file]
+        if self._owner_file is not None:
+            self._owner_file.remove()
+        else:
+            with suppress(OSError):
+                fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._place)
+        self._thread.release()
+
+    def watch(self) -> None:
+        """Have ``check_place`` refuse what would be written into the folder once it has moved."""
+        self._process.watched[self.file] = self
+
+    def is_in_place(self) -> bool:
+        """Whether the folder of the lock still is what its path leads to.
+
+        One question to the file system. A storage that does not answer is no sign of a move.
+        """
+        if self._owner_file is not None:
+            self._owner_file.touch()
+        try:
+            found = os.stat(os.path.dirname(self.file))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        return (found.st_dev, found.st_ino) == self._folder
+
+    def place_now(self) -> str | None:
+        """Name the folder that the lock file lies in now; None where the system does not tell."""
+        try:
+            path = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        except OSError:
+            return None
+        folder = os.path.dirname(path)
+        return folder if os.path.isfile(path) and os.path.isdir(folder) else None
+
+
+def watched_lock(file: str | os.PathLike[str]) -> ProcessLock | None:
+    """Return the lock on a file that this process holds and watches; None if there is none."""
+    return _PROCESS[-1].watched.get(os.path.abspath(file))
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a path in a folder that this process has claimed and that is no longer there.
+
+    Raises:
+        MovedError: if it is in such a folder.
+    """
+    watched = _PROCESS[-1].watched
+    if not watched:
+        return
+    absolute = os.path.abspath(path)
+    for lock in list(watched.values()):
+        folder = os.path.dirname(lock.file)
+        if absolute.startswith(folder + os.sep) and not lock.is_in_place():
+            raise MovedError(errno.ESTALE, f"{folder} was moved away")
+
+
+@contextmanager
+def hold(
+    file: str,
+    name: str,
+    patience_seconds: float,
+    progress: Callable[[], object] = lambda: None,
+    *,
+    pause: Callable[[float], object] = time.sleep,
+    mode: int = 0o666,
+) -> Iterator[None]:
+    """Hold the lock of a name while the block runs.
+
+    Args:
+        file: the lock file; made if it is missing.
+        name: what is locked.
+        patience_seconds: longest wait during which ``progress`` does not change; 0 tries once.
+        progress: something that changes while the holder is at work.
+        pause: waits between two tries.
+        mode: rights of a new lock file.
+
+    Raises:
+        TimeoutError: if the lock stays held without progress; its text names the holder.
+        OSError: if the file cannot be opened.
+    """
+    seen, since = progress(), time.monotonic()
+    while True:
+        try:
+            lock = ProcessLock(file, name, mode)
+            break
+        except LockHeldError as error:
+            if (now := progress()) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since >= patience_seconds:
+                raise TimeoutError(
+                    f"{error} held the lock for {patience_seconds:.0f} s without progress"
+                ) from None
+        pause(_POLL_SECONDS)
+    with lock:
+        yield
+
+
+def has_locks(file: str) -> bool:
+    """Try whether the file system of a file, which is made if it is missing, has locks.
+
+    Raises:
+        OSError: if the file cannot be opened, or locking fails in another way.
+    """
+    descriptor = os.open(file, _FLAGS, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _open_once(process: _Process, file: str, mode: int) -> int:
+    """Return the descriptor of this process for what a path leads to.
+
+    One that leads elsewhere by now stays open: closing it would drop locks that are held.
+    """
+    known = process.descriptors.get(file)
+    if known is not None:
+        with suppress(OSError):
+            there, ours = os.stat(file, follow_symlinks=False), os.fstat(known)
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return known
+    descriptor = os.open(file, _FLAGS, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", file)
+    process.descriptors[file] = descriptor
+    return descriptor
+
+
+def _holder(descriptor: int, place: int) -> str:
+    """Name the process that holds a lock, where the system tells."""
+    if sys.platform != "linux":
+        return "another process"
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
+    except OSError:
+        return "another process"
+    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+    if kind == fcntl.F_UNLCK:  # let go of this moment
+        return "another process"
+    return f"process {pid}" if pid > 0 else "a process of another container or machine"
+
+
+_TOLD: set[str] = set()
+
+
+def _tell_once(file: str, reason: str | None) -> None:
+    folder = os.path.dirname(file)
+    if folder not in _TOLD:
+        _TOLD.add(folder)
+        logger.warning(
+            "the file system of %s has no locks (%s); a file there keeps other processes out",
+            folder,
+            reason,
+        )
