@@ -67,7 +67,10 @@ class LineLog:
             return
         count = len(self._waiting)
         try:
-            append_whole(self.path, "".join(f"{line}\n" for line in self._waiting).encode())
+            append_whole(
+                self.path,
+                "".join(f"{line}\n" for line in self._waiting).encode(errors="backslashreplace"),
+            )
         except MovedError:
             return  # the run ends for it, and says so
         except OSError as error:

@@ -8,6 +8,7 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.errors import UserError
 from dist_siglip.report import write_report
+from dist_siglip.report.damage import printable
 
 _SEVERAL = "report.html"
 
@@ -51,5 +52,5 @@ def report(runs: list[str], out: str | None) -> int:
             f"out ({page or 'report.html of the run'}) cannot be written "
             f"({error.strerror or error}); name another file with --out"
         ) from error
-    sys.stdout.write(f"wrote {written}\n")
+    sys.stdout.write(f"wrote {printable(str(written))}\n")
     return 0

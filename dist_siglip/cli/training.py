@@ -304,7 +304,7 @@ class TrainingCLI(LightningCLI):
             # Plotting takes a while to import, and only this moment needs it.
             from dist_siglip.report import write_report
 
-            with going_on_without("the report", UserError):
+            with going_on_without("the report", Exception):
                 write_report(self.folder.path)
 
     def _owes_end(self, step: int) -> bool:

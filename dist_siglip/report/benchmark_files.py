@@ -1,11 +1,14 @@
 """Read the results of benchmarks that a run folder holds."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_siglip.regular_file import read_json
+from dist_siglip.report.damage import number_of, printable
+
 _MOST_BYTES = 16_000_000
+_MOST_FILES = 500
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ def read_benchmarks(folder: Path, notes: list[str]) -> list[BenchmarkFile]:
         notes: gets a sentence for each file that cannot be used.
     """
     found = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+    for path in sorted(folder.glob("*.json"))[:_MOST_FILES] if folder.is_dir() else ():
         result = _read(path)
         if result is None:
-            notes.append(f"benchmarks/{path.name} cannot be used.")
+            notes.append(f"benchmarks/{printable(path.name)} cannot be used.")
         else:
             found.append(result)
     return found
@@ -42,22 +45,15 @@ def read_benchmarks(folder: Path, notes: list[str]) -> list[BenchmarkFile]:
 
 def _read(path: Path) -> BenchmarkFile | None:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _MOST_BYTES)
     except (OSError, ValueError):
         return None
     metrics = content.get("metrics") if isinstance(content, dict) else None
     if not isinstance(metrics, dict):
         return None
+    found = ((printable(name), number_of(value)) for name, value in metrics.items())
     return BenchmarkFile(
-        dataset=str(content.get("dataset", path.stem)),
-        task=str(content.get("task", "")),
-        metrics={
-            str(name): float(value)
-            for name, value in metrics.items()
-            if isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-        },
+        dataset=printable(str(content.get("dataset", path.stem))),
+        task=printable(str(content.get("task", ""))),
+        metrics={name: n for name, n in found if n is not None and math.isfinite(n)},
     )

@@ -2,11 +2,12 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
+from dist_siglip.report.damage import printable
 from dist_siglip.report.measures import MODEL_MEASURES, table_of
 from dist_siglip.report.page import (
     render_card,
@@ -81,13 +82,13 @@ def write_report(*run_dirs: Path, out: Path | None = None) -> Path:
         read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)
     ]
     path = RunFolder(folders[0]).report if out is None else out
-    write_atomically(path, _render(records))
-    logger.info("report written to %s", path)
+    write_atomically(path, _render(records).encode("utf-8", "replace"))
+    logger.info("report written to %s", printable(str(path)))
     return path
 
 
 def _render(runs: Sequence[RunRecord]) -> str:
-    sections = [section for make in _MAKERS if (section := make(runs)) is not None]
+    sections = [section for make in _MAKERS if (section := _section(make, runs)) is not None]
     names = ", ".join(run.name for run in runs)
     title = f"Run {names}" if len(runs) == 1 else f"Runs {names}"
     steps = ", ".join(f"{run.last_step:,}" for run in runs)
@@ -97,6 +98,23 @@ def _render(runs: Sequence[RunRecord]) -> str:
         [(section.key, section.heading) for section in sections],
         [_glance(runs, sections), *(section.render() for section in sections)],
     )
+
+
+def _section(
+    make: Callable[[Sequence[RunRecord]], Section | None], runs: Sequence[RunRecord]
+) -> Section | None:
+    """Make a section; one that its records do not allow says so in its place."""
+    try:
+        section = make(runs)
+        if section is not None:
+            section.render()
+    except Exception as error:  # noqa: BLE001 - damaged records fail wherever they are looked at
+        key = make.__module__.rpartition(".")[2]
+        reason = printable(f"{type(error).__name__}: {error}")
+        logger.warning("section %s of the report is left out (%s)", key, reason)
+        told = f"This section is left out: its records cannot be used ({reason})."
+        return Section(key, key.replace("_", " ").capitalize(), [], [render_missing(told)])
+    return section
 
 
 def _glance(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
@@ -119,8 +137,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """Names of the folders; with as many folders above them as it takes to tell them apart."""
     resolved = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in resolved) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        names = [printable("/".join(path.parts[-depth:])) for path in resolved]
         if len(set(names)) == len(names):
             return names
-    repeated = Counter(map(str, resolved)).most_common(1)[0][0]
+    repeated, count = Counter(map(str, resolved)).most_common(1)[0]
+    if count == 1:  # different, and shown alike
+        return [f"{number}: {name}" for number, name in enumerate(names, 1)]
     raise UserError(f"runs ({repeated}) is named more than once; name each folder once")

@@ -1,16 +1,17 @@
 """Read what is kept of the evaluations of a run."""
 
 import logging
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dist_siglip.report.damage import MOST_WIDTH, arrays_of
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
+_MOST_READ = 64
 _FEATURES = ("image_features", "text_features")
 _HISTOGRAMS = ("positive_histogram", "negative_histogram")
 
@@ -39,21 +40,24 @@ class KeptEvaluation:
 def read_history(folder: RunFolder, notes: list[str]) -> list[KeptEvaluation]:
     """Read all that can be used, earliest first; the rest is named in ``notes``."""
     found = []
-    for step, path in folder.kept_evaluations().items():
+    for step, path in list(folder.kept_evaluations().items())[-_MOST_READ:]:
         kept = _read(step, path)
         if kept is None:
             notes.append(f"evaluation/history/{path.name} cannot be used.")
         else:
             found.append(kept)
     widths = {kept.image_features.shape[1] for kept in found}
-    return found if len(widths) <= 1 else []
+    if len(widths) > 1:
+        notes.append("evaluation/history holds features of different widths, and is left out.")
+        return []
+    return found
 
 
 def _read(step: int, path: Path) -> KeptEvaluation | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {n: archive[n] for n in (*_FEATURES, "histogram_edges", *_HISTOGRAMS)}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        found = arrays_of(path)
+        arrays = {n: found[n] for n in (*_FEATURES, "histogram_edges", *_HISTOGRAMS)}
+    except (OSError, KeyError) as error:
         logger.warning("%s cannot be read: %s", path, error)
         return None
     if any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in arrays.values()):
@@ -64,6 +68,7 @@ def _read(step: int, path: Path) -> KeptEvaluation | None:
         images.ndim == 2
         and images.shape == texts.shape
         and images.size > 0
+        and images.shape[1] <= MOST_WIDTH
         and edges.ndim == 1
         and all(bins.shape == (len(edges) - 1,) for bins in counts)
     )

@@ -3,7 +3,6 @@
 Files of lines may be long: they are read line by line, and reasons are counted.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_siglip.data.remote.locations import redact
+from dist_siglip.report.damage import objects_of, printable
 from dist_siglip.runs import RunFolder
 
 _MOST_EXAMPLES = 5
@@ -61,28 +61,26 @@ def read_incidents(folder: RunFolder, notes: list[str]) -> Incidents:
     """Read both files; a missing one means that nothing went wrong."""
     bad, skipped = Reasons(), Reasons()
     for line in _lines(folder.bad_samples, notes):
-        reason = str(line.get("reason", "no reason given"))
-        place = redact(f"{line.get('shard')}/{line.get('key')}")
+        reason = printable(str(line.get("reason", "no reason given")))
+        place = printable(redact(f"{line.get('shard')}/{line.get('key')}"))
         bad.add(reason, f"{place}: {reason[:_MOST_LETTERS]}")
     for line in _lines(folder.skipped_steps, notes):
-        reason = str(line.get("reason", "no reason given"))
-        skipped.add(reason, f"step {line.get('step')}: {reason}")
+        reason = printable(str(line.get("reason", "no reason given")))
+        skipped.add(reason, printable(f"step {line.get('step')}: {reason}"))
     return Incidents(bad, skipped)
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
     damaged = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if isinstance(line, dict):
-                yield line
-            else:
+    try:
+        for line in objects_of(path):
+            if line is None:
                 damaged += 1
+            else:
+                yield line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror or error}).")
     if damaged:
         notes.append(f"{path.name} has {damaged} unreadable line(s), which are left out.")

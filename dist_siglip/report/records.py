@@ -7,11 +7,10 @@ data and steps is read in ``incidents``, what is kept of earlier evaluations in 
 
 import base64
 import binascii
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,30 @@ import numpy as np
 import yaml
 
 from dist_siglip.errors import UserError
+from dist_siglip.regular_file import open_regular, read_json, read_regular
 from dist_siglip.report.benchmark_files import BenchmarkFile, read_benchmarks
+from dist_siglip.report.damage import (
+    MOST_WIDTH,
+    arrays_of,
+    number_of,
+    objects_of,
+    printable,
+    step_of,
+)
 from dist_siglip.report.history import KeptEvaluation, read_history
 from dist_siglip.report.incidents import Incidents, read_incidents
 from dist_siglip.report.series import Series
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.identity import flatten
+from dist_siglip.yaml_text import MOST_BYTES, load_yaml
 
 logger = logging.getLogger(__name__)
 
 _MOST_LETTERS = 20
+_MOST_JSON = 2**28
+_MOST_TEXT = 2**20
+_MOST_NAMES = 2000
+_MOST_PICTURES = 1000
 _MAGIC = {
     "image/png": b"\x89PNG\r\n\x1a\n",
     "image/jpeg": b"\xff\xd8\xff",
@@ -121,7 +134,10 @@ def read_run(run_dir: Path, name: str | None = None) -> RunRecord:
     if not folder.metrics.is_file():
         raise UserError(f"run_dir ({run_dir}) has no metrics.jsonl; name the folder of a run")
     notes: list[str] = []
-    series = _read_series(folder.metrics, notes)
+    try:
+        series = _read_series(folder.metrics, notes)
+    except OSError as error:
+        raise UserError(f"{folder.metrics} cannot be read: {error.strerror or error}") from error
     if not series:
         raise UserError(
             f"metrics.jsonl of run_dir ({run_dir}) has no numbers; let the run log some"
@@ -136,7 +152,7 @@ def read_run(run_dir: Path, name: str | None = None) -> RunRecord:
         )
         captions, pictures = [], []
     return RunRecord(
-        name=run_dir.resolve().name if name is None else name,
+        name=printable(run_dir.resolve().name if name is None else name),
         series=series,
         metrics=_read_metrics(folder.evaluation / "metrics.json", series, notes),
         arrays=arrays,
@@ -147,11 +163,7 @@ def read_run(run_dir: Path, name: str | None = None) -> RunRecord:
         history=read_history(folder, notes),
         incidents=read_incidents(folder, notes),
         benchmarks=read_benchmarks(folder.benchmarks, notes),
-        texts={
-            path.name: path.read_text(encoding="utf-8", errors="replace")
-            for path in (folder.config, folder.provenance)
-            if path.is_file()
-        },
+        texts=_read_texts(folder.config, folder.provenance),
         notes=notes,
     )
 
@@ -160,16 +172,17 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
     """Later lines win: a resumed run may log a step again."""
     found: dict[str, dict[int, float]] = {}
     damaged = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
+    for entry in objects_of(path):
+        step = None if entry is None else step_of(entry.get("step"))
+        if entry is None or step is None:
             damaged += 1
             continue
         for name, value in _numbers(entry).items():
-            if name not in ("step", "time") and math.isfinite(value):
+            is_new = name not in found and len(found) < _MOST_NAMES
+            if name not in ("step", "time") and math.isfinite(value) and (name in found or is_new):
                 found.setdefault(name, {})[step] = value
+    if len(found) == _MOST_NAMES:
+        notes.append(f"metrics.jsonl has more than {_MOST_NAMES:,} names; the first are shown.")
     if damaged:
         notes.append(f"metrics.jsonl has {damaged} unreadable line(s), which are left out.")
     return {
@@ -182,18 +195,28 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
 
 
 def _read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        return dict(flatten(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))))
-    except (yaml.YAMLError, RecursionError):
+        text = read_regular(path, MOST_BYTES).decode("utf-8", "replace")
+        return {printable(name): value for name, value in flatten(load_yaml(text))}
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError):
         notes.append("config.yaml cannot be read.")
         return {}
 
 
+def _read_texts(*paths: Path) -> dict[str, str]:
+    """Read the beginnings of files, by name; those that cannot be read are left out."""
+    texts = {}
+    for path in paths:
+        with suppress(OSError), open_regular(path) as file:
+            texts[path.name] = file.read(_MOST_TEXT).decode("utf-8", "replace")
+    return texts
+
+
 def _read_provenance(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, _MOST_JSON)
     except (OSError, ValueError):
         return {}
     newest = content[-1] if isinstance(content, list) and content else content
@@ -202,12 +225,8 @@ def _read_provenance(path: Path) -> dict[str, Any]:
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a JSON object; "nan" and "inf" are numbers too, other values are not."""
-    numbers = {}
-    for name, value in entry.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number or value in ("nan", "inf", "-inf"):
-            numbers[name] = float(value)
-    return numbers
+    found = ((printable(name), number_of(value)) for name, value in entry.items())
+    return {name: value for name, value in found if value is not None}
 
 
 def _read_metrics(path: Path, series: Mapping[str, Series], notes: list[str]) -> dict[str, float]:
@@ -224,12 +243,12 @@ def _read_metrics(path: Path, series: Mapping[str, Series], notes: list[str]) ->
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     name = f"evaluation/{path.name}"
-    if not path.is_file():
+    try:
+        content = read_json(path, _MOST_JSON)
+    except FileNotFoundError:
         notes.append(f"{name} is not there.")
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
         notes.append(f"{name} cannot be read.")
@@ -238,13 +257,12 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _read_arrays(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    try:
+        arrays = arrays_of(path)
+    except FileNotFoundError:
         notes.append("evaluation/arrays.npz is not there.")
         return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
         logger.warning("%s cannot be read: %s", path, error)
         notes.append("evaluation/arrays.npz cannot be read.")
         return {}
@@ -254,7 +272,13 @@ def _read_arrays(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
         if array.dtype.kind in "fiu" and np.isfinite(array).all()
     }
     images, texts = (usable.get(f"{kind}_features") for kind in ("image", "text"))
-    if images is None or texts is None or images.ndim != 2 or images.shape != texts.shape:
+    if (
+        images is None
+        or texts is None
+        or images.ndim != 2
+        or images.shape != texts.shape
+        or not 0 < images.shape[1] <= MOST_WIDTH
+    ):
         notes.append("evaluation/arrays.npz has no usable features.")
         usable = {name: a for name, a in usable.items() if not name.endswith("_features")}
     return usable
@@ -264,8 +288,9 @@ def _read_examples(path: Path, notes: list[str]) -> tuple[list[str], list[Pictur
     content = _read_json(path, notes)
     if content is None:
         return [], []
-    captions = [str(caption) for caption in _as_list(content.get("captions"))]
-    entries = _as_list(content.get("images"))
+    listed = _as_list(content.get("captions"))
+    captions = [caption if isinstance(caption, str) else "(no text)" for caption in listed]
+    entries = _as_list(content.get("images"))[:_MOST_PICTURES]
     pictures = [picture for entry in entries if (picture := _picture(entry)) is not None]
     if len(pictures) < len(entries):
         notes.append(f"{len(entries) - len(pictures)} picture(s) of examples.json are unusable.")
@@ -281,7 +306,12 @@ def _picture(entry: object) -> Picture | None:
     if not isinstance(entry, dict):
         return None
     row, media_type = entry.get("row"), entry.get("media_type")
-    if not isinstance(row, int) or row < 0 or not isinstance(media_type, str):
+    if (
+        not isinstance(row, int)
+        or isinstance(row, bool)
+        or row < 0
+        or not isinstance(media_type, str)
+    ):
         return None
     if media_type not in _MAGIC:
         return None

@@ -25,8 +25,8 @@ from dist_siglip.errors import RunMovedError, UserError
 from dist_siglip.owner_file import LockHeldError
 from dist_siglip.process_lock import ProcessLock, watched_lock
 
-_CHECKPOINT_NAME = re.compile(r"step=(\d+)\.ckpt")
-_KEPT_NAME = re.compile(r"step=(\d+)\.npz")
+_CHECKPOINT_NAME = re.compile(r"step=([0-9]{1,18})\.ckpt")
+_KEPT_NAME = re.compile(r"step=([0-9]{1,18})\.npz")
 _UNFINISHED_NAME = re.compile(r"\.(step=\d+\.ckpt|best\.json)\.[0-9a-f]{32}\.(tmp|old)")
 
 
