@@ -31,6 +31,7 @@ def save(callback, folder, step, write):
         broadcast=lambda value: value,
     )
     trainer = SimpleNamespace(
+        fast_dev_run=False,
         global_step=step,
         strategy=strategy,
         is_global_zero=True,

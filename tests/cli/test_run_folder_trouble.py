@@ -15,6 +15,7 @@ from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+SHORTER_OR_LONGER = "--model.optim.accept_rate_jump=true"
 LONG = ("--trainer.max_steps=100000", "--trainer.val_check_interval=100000")
 
 
@@ -40,7 +41,7 @@ def content(run):
 def test_a_copied_run_goes_on_in_the_copy(base, tmp_path):
     copy, before = RunFolder(tmp_path / "copy"), content(base)
     shutil.copytree(base.path, copy.path)
-    done = run_forked("fit", "--config", copy.config, "--trainer.max_steps=6")
+    done = run_forked("fit", "--config", copy.config, "--trainer.max_steps=6", SHORTER_OR_LONGER)
     assert done.returncode == 0, done.stderr
     assert copy.steps_with_checkpoint() == [4, 6]
     assert f"run_dir is {copy.path}, the folder of the configuration" in done.stderr
@@ -94,7 +95,7 @@ def test_a_folder_that_is_renamed_ends_the_run(settings, tmp_path, world_size):
     assert not old.path.exists() or not list(old.path.iterdir())
     steps = [json.loads(line)["step"] for line in new.metrics.read_text().splitlines()]
     assert steps == list(range(1, steps[-1] + 1))
-    more = ["--run_dir", new.path, f"--trainer.max_steps={steps[-1] + 2}"]
+    more = ["--run_dir", new.path, f"--trainer.max_steps={steps[-1] + 2}", SHORTER_OR_LONGER]
     again = run_forked("fit", "--config", settings, *more)
     assert again.returncode == 0, again.stderr
 
