@@ -1,9 +1,10 @@
-"""Which ends of a run are told in one line?
+"""The ends of a command that are told in one line.
 
 Everything below the command line raises ``UserError`` for a wrong value, a missing file or a
 setting that cannot work, ``RunFailedError`` for a run that cannot go on although its settings are
-sound, and ``RunMovedError`` for one whose folder is gone. The command line prints the text as one
-line and exits with code 2, 3 or 73. A defect of the program is neither: it keeps its traceback.
+sound, ``RunMovedError`` for one whose folder is gone, and ``OutageError`` if something elsewhere
+does not answer. The command line prints the text as one line and exits with code 2, 3, 73 or 75.
+A defect of the program is none of these: it keeps its traceback.
 """
 
 
@@ -39,4 +40,17 @@ class RunFailedError(Exception):
         Traceback (most recent call last):
             ...
         dist_siglip.errors.RunFailedError: 3 checkpoints in a row could not be written; make room
+    """
+
+
+class OutageError(Exception):
+    """Something outside of this machine is out of reach for now: the same command may work later.
+
+    In one line: what, for how long it was tried, and the last answer.
+
+    Example:
+        >>> raise OutageError("https://host/a.tar cannot be fetched (5 attempts): no answer")
+        Traceback (most recent call last):
+            ...
+        dist_siglip.errors.OutageError: https://host/a.tar cannot be fetched (5 attempts): no answer
     """

@@ -8,7 +8,7 @@ import torch
 
 from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from tests.support.servers import serve
 from tests.support.shards import UNEVEN, write_shards
 from tests.test_datamodule import make_data, pytestmark, run_to  # noqa: F401 - its warnings too
@@ -63,6 +63,44 @@ def test_a_shard_that_cannot_be_fetched_any_more_is_replaced_and_named(served, t
     assert "00002.tar cannot be fetched" in log.read_text()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_is_down_during_training_is_waited_for_and_costs_no_sample(
+    served, tmp_path, workers
+):
+    shards, server = served
+    expected = run_to(4, make_data(shards), tmp_path)
+    log = tmp_path / "bad.jsonl"
+
+    def data(patience_seconds):
+        made = make_data(
+            server.url + "{00000..00005}.tar",
+            workers_per_rank=workers,
+            cache=CacheSettings(
+                folder=str(tmp_path / "cache"), attempts=1, patience_seconds=patience_seconds
+            ),
+            bad_sample_log=str(log),
+        )
+        made.check(1)
+        for path in (tmp_path / "cache").glob("*.tar"):
+            path.unlink()
+        return made
+
+    down = {name: [503] * 6 for name in server.files}
+    waiting = data(200.0)
+    server.answers = {name: list(answers) for name, answers in down.items()}
+    seen = run_to(4, waiting, tmp_path)
+    assert [ids for ids, _ in seen] == [ids for ids, _ in expected]
+    assert not log.exists()
+    assert any(len(left) < 6 for left in server.answers.values())
+    server.answers = {}
+    impatient = data(0.0)
+    server.answers = {name: [503] * 100_000 for name in server.files}
+    with pytest.raises(OutageError, match="the server answered 503"):
+        run_to(4, impatient, tmp_path)
+    impatient.teardown("fit")  # which a process that ends does not need
+    assert not log.exists()
+
+
 def test_a_missing_remote_shard_is_refused_in_one_line(served, tmp_path):
     _, server = served
     with pytest.raises(
@@ -83,6 +121,7 @@ def test_side_cars_beside_remote_shards_spare_the_download(served, tmp_path):
     data.check(1)
     assert data.tables.of("train_shards").counts == UNEVEN
     assert not any(name.endswith(".tar") for name in server.gets())
+    run_to(2, data, tmp_path)  # though nothing was fetched yet on this node
     server.counts.clear()
     make_data(server.url + "{00000..00005}.tar", cache=cache.settings).check(1)
     assert server.gets() == {}  # the side-cars are kept at home

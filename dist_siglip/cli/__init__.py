@@ -13,7 +13,8 @@ from difflib import get_close_matches
 
 from dist_siglip import stop_request
 from dist_siglip.cli.package_warnings import packages_kept_quiet
-from dist_siglip.errors import RunFailedError, RunMovedError, UserError
+from dist_siglip.errors import OutageError, RunFailedError, RunMovedError, UserError
+from dist_siglip.redaction import redact
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
 _VERBS = {
@@ -61,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 1 ``quickstart`` stayed below its recall floor, or a check found damage; 2 a
         mistake of the user, told in one line; 3 a run that would fail again, told in one line; 4
         ``collapse_alarm`` stopped the run, with checkpoint and report; 73 the run folder was moved
-        away under a run; 75 ``fit`` was asked to stop, has saved, and goes on when started again;
-        130 interrupted. A process whose ranks hang ends with 70, without returning.
+        away under a run; 75 ``fit`` was asked to stop and has saved, or a server does not answer:
+        goes on when started again; 130 interrupted. A process whose ranks hang ends with 70,
+        without returning.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -89,19 +91,30 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
     try:
         code: int = importlib.import_module(_module_of(verb)).run(verb, arguments)
     except UserError as error:
-        _complain(f"dist-siglip: error: {error}")
+        _complain(f"dist-siglip: error: {_words_of(error)}")
         return EXIT_USER_ERROR
     except RunFailedError as error:
-        _complain(f"dist-siglip: failed: {error}")
+        _complain(f"dist-siglip: failed: {_words_of(error)}")
         return EXIT_FAILED
     except RunMovedError as error:
         if not _rank() or _rank() == "0":  # it holds the folder, and knows where that is
             _complain(f"dist-siglip: moved: {error}")
         return EXIT_MOVED
+    except OutageError as error:
+        _complain(f"dist-siglip: out of reach: {_words_of(error)}; start again to go on")
+        return EXIT_SAVED
     except KeyboardInterrupt:
         _complain("dist-siglip: interrupted")
         return EXIT_INTERRUPTED
     return code
+
+
+def _words_of(error: Exception) -> str:
+    """Return what an error says, without the traceback that a loader process puts around it."""
+    text = str(error)
+    if "\nOriginal Traceback" in text:
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return text
 
 
 def _module_of(verb: str) -> str:
@@ -116,7 +129,7 @@ def _complain(message: str) -> None:
     """Write one line; a rank other than 0 says which one it is."""
     rank = _rank()
     prefix = f"[rank {rank}] " if rank and rank != "0" else ""
-    sys.stderr.write(prefix + " ".join(message.split()) + "\n")
+    sys.stderr.write(prefix + redact(" ".join(message.split())) + "\n")
 
 
 def _rank() -> str | None:

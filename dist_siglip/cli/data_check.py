@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.atomic import open_atomically
+from dist_siglip.cli import EXIT_SAVED
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.inspection import (
     HARMLESS,
     KINDS,
+    UNREACHABLE,
     Finding,
     Inspector,
     keys_in_several_shards,
@@ -25,6 +27,7 @@ from dist_siglip.data.workers import spread
 from dist_siglip.picture_policy import PicturePolicy, TruncatedPictures
 
 _EXAMPLES = 3
+_REASON = 400  # characters of a reason in the table
 
 
 def check(
@@ -41,6 +44,8 @@ def check(
     json: bool = False,
 ) -> int:
     """Look at every sample of shards as training would; exit code 1 if anything is damaged.
+
+    Else exit code 75 if a shard is out of reach for the moment.
 
     Args:
         shards: file, folder, pattern, list file or URL, or a JSON list of these.
@@ -91,7 +96,7 @@ def check(
             for finding in findings:
                 line = {**finding._asdict(), "shard": redact(finding.shard)}
                 file.write((json_text.dumps(line) + "\n").encode())
-    is_damaged = any(kind not in HARMLESS for kind in counts)
+    is_damaged = any(kind not in HARMLESS | {UNREACHABLE} for kind in counts)
     if json:
         content = {
             "shards": len(paths),
@@ -102,7 +107,7 @@ def check(
         sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
     else:
         Console().print(_table(findings, counts, len(paths), num_samples))
-    return 1 if is_damaged else 0
+    return 1 if is_damaged else EXIT_SAVED if counts[UNREACHABLE] else 0
 
 
 def _table(
@@ -118,7 +123,7 @@ def _table(
             continue
         first = [f for f in findings if f.kind == kind][:_EXAMPLES]
         shown = "\n".join(
-            f"{shard_name(f.shard)}{'/' if f.key else ''}{f.key}: {redact(f.reason)[:200]}"
+            f"{shard_name(f.shard)}{'/' if f.key else ''}{f.key}: {redact(f.reason)[:_REASON]}"
             for f in first
         )
         table.add_row(

@@ -20,7 +20,8 @@ def pack(
     out: str,
     images: str | None = None,
     image_column: str = "image",
-    caption_column: str | list[str] = "caption",
+    caption_column: str | list[str] | None = "caption",
+    class_column: str | None = None,
     keep_columns: bool = False,
     samples_per_shard: int = 10_000,
     max_shard_mib: int = 1024,
@@ -38,17 +39,21 @@ def pack(
 ) -> int:
     """Write webdataset shards of pictures and captions; called again, go on where it stopped.
 
-    A row gives the members <row number>.jpg (or .png, .webp, by content), .txt (the caption), and
-    .json where there are several captions (a list under "caption") or columns are kept. Rows that
-    cannot be used are listed in pack_skipped.jsonl.
+    A row gives the members <row number>.jpg (or .png, .webp, by content), .txt (the caption), .cls
+    (the number of a class) if there is a class_column, and .json where there are several captions
+    (a list under "caption") or columns are kept. Rows that cannot be used are listed in
+    pack_skipped.jsonl.
 
     Args:
         table: .csv, .tsv, .jsonl or .parquet file, or a folder of pictures with same-named .txt
             files, or .json files with a "caption".
         out: folder of the shards.
         images: folder that relative picture paths count from. Null takes the table's.
-        image_column: column with the path of the picture.
-        caption_column: column with the caption or a list of captions; or several columns.
+        image_column: column with the path of the picture; or, in Parquet, with the picture: bytes,
+            or bytes and path as the datasets library writes them.
+        caption_column: column with the caption or a list of captions; or several columns. Null, for
+            zero-shot classification alone, writes no captions.
+        class_column: column with the number of a class, from 0. Null writes no classes.
         keep_columns: put the other columns into a .json member.
         samples_per_shard: most samples of a shard.
         max_shard_mib: a shard that has reached so many MiB takes no further sample.
@@ -70,12 +75,12 @@ def pack(
         json: print JSON instead of a table.
     """
     started = time.monotonic()
-    captions = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column)
+    columns = [caption_column] if isinstance(caption_column, str) else caption_column or []
     report = write_shards(
         Path(table),
         Path(out),
         PackSettings(
-            columns=Columns(image_column, captions, keep_columns),
+            columns=Columns(image_column, tuple(columns), keep_columns, class_column),
             samples_per_shard=samples_per_shard,
             max_shard_mib=max_shard_mib,
             resize_short_side=resize_short_side,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,7 +160,7 @@ def look_at_shards(shard_set: ShardSet, most: int) -> tuple[list[Finding], dict[
     try:
         shard_set.captions.check()
         paths = expand_shards(shard_set.shards, name=name)
-        copies = ShardCache(shard_set.cache)
+        copies = ShardCache(replace(shard_set.cache, patience_seconds=0.0))
     except (UserError, RemoteError, OSError) as error:
         return [Finding("FAIL", name, str(error), "every node needs the shards")], {}
     pairs = [

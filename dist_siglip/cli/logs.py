@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dist_siglip.distributed import is_first_process
 from dist_siglip.full_disk import LineLog
+from dist_siglip.redaction import redact
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]
@@ -26,6 +27,14 @@ class _Screen(_StreamHandler):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]  # the base class has an attribute
         return sys.stderr
+
+
+class _Redacted(logging.Formatter):
+    """Cuts the secrets of URLs out of every line, those of tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return redact(super().format(record))
 
 
 class _InFile(logging.Handler):
@@ -67,5 +76,5 @@ def set_up_logging(log_file: Path | None = None) -> None:
 
 
 def _add(target: logging.Logger, handler: logging.Handler) -> None:
-    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    handler.setFormatter(_Redacted(_FORMAT, datefmt="%H:%M:%S"))
     target.addHandler(handler)

@@ -61,6 +61,7 @@ from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
 from dist_siglip.picture_policy import AUTO
 from dist_siglip.process_lock import ProcessLock
+from dist_siglip.redaction import redact
 from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
@@ -238,6 +239,8 @@ class TrainingCLI(LightningCLI):
             set_aside_unreadable(self.folder)
             with going_on_without(str(self.folder.config)):
                 write_atomically(self.folder.config, resolved)
+                if redact(resolved) != resolved:  # a start from this file needs them
+                    self.folder.config.chmod(0o600)
             provenance = collect_provenance(sys.argv, world_size=world_size)
             with going_on_without(str(self.folder.provenance)):
                 content = json.dumps(provenance, indent=1) + "\n"

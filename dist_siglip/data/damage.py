@@ -1,16 +1,18 @@
-"""What happens when shards are damaged before training starts?
+"""Shards that are damaged, or unusual, before training starts: what happens then.
 
 Either the run is refused, with everything that is wrong counted and the first of it named; or the
 damage is skipped, named in the log, and bounded.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 3  # problems in an error text
+_REMARKED = 5  # shards in the log
 
 OnDamage = Literal["refuse", "skip"]
 
@@ -88,3 +90,17 @@ class Damage:
             f"{self._num_shards} of {num_shards} shards and {self._num_samples} of {num_samples} "
             "samples"
         )
+
+
+def log_remarks(remarks: Sequence[str], name: str) -> None:
+    """Name what is unusual about shards that are used.
+
+    Args:
+        remarks: a line for each shard.
+        name: the setting they came from.
+    """
+    for remark in remarks[:_REMARKED]:
+        _LOGGER.warning("%s: %s", name, remark)
+    if len(remarks) > _REMARKED:
+        more = len(remarks) - _REMARKED
+        _LOGGER.warning("%s: %d more of this kind; dist-siglip data check lists all", name, more)

@@ -35,6 +35,7 @@ from dist_siglip.data.stages import FilteredError, Stage, all_take_rgb, check_st
 from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.redaction import redact
 
 _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _LOGGER = logging.getLogger(__name__)
@@ -269,7 +270,7 @@ class PairDataset(Dataset[PairSample]):
             return
         shard, key = self.table.name(sample_id)
         self._log.append(
-            shard=shard,
+            shard=redact(shard),
             key=key,
             sample_id=sample_id,
             epoch=slot.epoch,

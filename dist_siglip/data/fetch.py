@@ -1,9 +1,9 @@
-"""How do the bytes of a member get here?
+"""The bytes of a member.
 
-By ``pread`` from a shard on a local disk: no shared file position, so threads and forked processes
-can use one descriptor. A remote shard is read from its copy in the cache of the node. A reader
-keeps a few shards open and reopens them in a process it is pickled to; a copy that was evicted is
-closed, so that its space on the disk is free.
+They are read by ``pread`` from a shard on a local disk: no shared file position, so threads and
+forked processes can use one descriptor. A remote shard is read from its copy in the cache of the
+node. A reader keeps a few shards open and reopens them in a process it is pickled to; a copy that
+was evicted is closed, so that its space on the disk is free.
 """
 
 import os
@@ -34,9 +34,10 @@ class ShardReader:
         """Return the bytes of a span.
 
         Raises:
-            BadSampleError: if the span is too long, or the shard cannot be read or fetched, or is
-                shorter than when it was indexed.
-            UserError: if the cache is full or closed.
+            BadSampleError: if the span is too long, or the shard cannot be read, does not exist any
+                more, or is shorter than when it was indexed.
+            UserError: if the cache is full or closed, or access is denied.
+            OutageError: if the server of the shard does not answer.
         """
         if span.size > self._max_member_bytes:
             raise BadSampleError(f"member of {span.size} bytes, at most {self._max_member_bytes}")
@@ -45,6 +46,8 @@ class ShardReader:
         except OSError as error:
             raise BadSampleError(f"shard cannot be read: {error}") from error
         except RemoteError as error:
+            if not error.is_missing:  # the sample may be sound
+                raise
             raise BadSampleError(str(error)) from error
         if len(data) < span.size:
             raise BadSampleError(f"shard ends {span.size - len(data)} bytes early")

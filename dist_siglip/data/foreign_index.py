@@ -1,4 +1,4 @@
-"""What do the side-cars of other tools say about a shard?
+"""What the side-cars of other tools say about a shard.
 
 ``00000.idx`` of DALI's wds2idx lists the members of ``00000.tar``; version 1.2, with their names,
 spares the scan, if a look at the shard agrees with it. ``00000_stats.json`` of img2dataset says
@@ -8,8 +8,10 @@ how many samples there ought to be. Neither is believed blindly.
 import json
 import logging
 import os
+import tarfile
 
-from dist_siglip.data.tar_scan import Member, extra_header_bytes, read_header
+from dist_siglip.data.tar_header import extra_header_bytes, next_archive, read_header
+from dist_siglip.data.tar_scan import Member
 from dist_siglip.regular_file import descriptor_of, open_regular, open_text
 
 _LOGGER = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def members_of_idx(shard: str) -> list[Member] | None:
     Returns:
         The members in file order; None if there is no such side-car, it is of another version,
         or it does not agree with the shard: where members end, sizes and names of some headers,
-        and that nothing follows the last one.
+        and that nothing but zeros follows the last one.
     """
     path = f"{_stem(shard)}.idx"
     try:
@@ -44,13 +46,23 @@ def members_of_idx(shard: str) -> list[Member] | None:
         agrees = lines == int(count) and _agrees(shard, members)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, tarfile.ReadError) as error:
         _LOGGER.warning("side-car %r is not used: %s", path, error)
         return None
     if not agrees:
         _LOGGER.warning("side-car %r does not agree with its shard and is not used", path)
         return None
     return members
+
+
+def listed_samples(shard: str) -> int:
+    """Say how many samples wds2idx counted for a shard; 0 if it left no count."""
+    try:
+        with open_text(f"{_stem(shard)}.idx") as file:
+            version, _, count = file.readline(100).partition(" ")
+            return int(count) if version.startswith("v1") else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def expected_samples(shard: str) -> int | None:
@@ -97,6 +109,8 @@ def _agrees(shard: str, members: list[Member]) -> bool:
             position = member.offset + -(-member.size // _BLOCK) * _BLOCK
         if position > file_size or os.pread(descriptor, _BLOCK, position) != bytes(_BLOCK):
             return False
+        if next_archive(descriptor, position) != file_size:
+            return False  # wds2idx stops at the first end
         step = -(-len(members) // _LOOKS)
         for member in {*members[::step], members[-1]}:
             header = read_header(os.pread(descriptor, _BLOCK, member.offset - _BLOCK))

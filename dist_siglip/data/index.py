@@ -1,4 +1,4 @@
-"""Which samples does a shard hold, and where? The answer is kept beside the shard.
+"""The samples that a shard holds, and where; kept beside the shard.
 
 ``read_index`` reads the side-car ``<shard>.idx.npz`` if it was made for exactly this
 file (name, size and modification time), else it scans the headers and writes the side-car; in a
@@ -11,11 +11,14 @@ A damaged shard has an index too, of what is whole before the damage, but leaves
 import io
 import logging
 import os
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
-from dist_siglip.data.foreign_index import expected_samples, members_of_idx
-from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.data.foreign_index import expected_samples, listed_samples, members_of_idx
+from dist_siglip.data.remote import RemoteError, RemoteOutageError, ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.remote.retries import RemoteRefusalError
 from dist_siglip.data.remote.transfer import describe_remote, read_small
 from dist_siglip.data.shard_index import ShardIndex, build_index
 from dist_siglip.data.side_car import (
@@ -25,6 +28,7 @@ from dist_siglip.data.side_car import (
     parse_side_car,
     read_side_car,
     side_car_places,
+    size_when_indexed,
     write_side_car,
 )
 from dist_siglip.data.tar_scan import DamagedTarError, scan_tar
@@ -32,6 +36,9 @@ from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 _LARGEST_SIDE_CAR = 1 << 28
+# Side-cars of a remote folder that this process asked for without an answer; then it asks no more.
+_FAILED_PROBES: Counter[str] = Counter()
+_MOST_FAILED_PROBES = 3
 
 
 def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
@@ -61,7 +68,8 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
 
     Raises:
         OSError: if the shard cannot be read.
-        UserError: if a remote shard cannot be fetched, or there is no cache for it.
+        UserError: if a remote shard is missing or denied, or there is no cache for it.
+        OutageError: if its server does not answer.
     """
     if is_remote(path):
         return _read_remote(path, rebuild, cache)
@@ -77,8 +85,11 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
         if index is not None:
             return index
     members = None if rebuild else members_of_idx(path)
-    index = _scan(path, path) if members is None else build_index(path, members)
     expected = expected_samples(path)
+    if members is not None:
+        index = build_index(path, members)
+    else:
+        index = _scan(path, path, lambda found: _sign_of_a_cut(path, found, identity))
     if expected is not None and expected != index.num_samples:
         _LOGGER.warning(
             "shard %r holds %d samples; img2dataset counted %d", path, index.num_samples, expected
@@ -94,7 +105,11 @@ def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardInde
     if cache is None:
         raise UserError(f"shard {redact(url)!r} is remote, and there is no cache for it")
     try:
-        remote = describe_remote(url, attempts=cache.settings.attempts)
+        remote = describe_remote(
+            url,
+            attempts=cache.settings.attempts,
+            patience_seconds=cache.settings.patience_seconds,
+        )
         name = shard_name(url)
         made_for: dict[str, str | int] = {
             "version": SIDE_CAR_VERSION,
@@ -108,17 +123,33 @@ def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardInde
         if index is not None:
             return index
         if not rebuild and not set("?#") & set(url):
-            beside = read_small(f"{url}.idx.npz", _LARGEST_SIDE_CAR, attempts=1)
-            if beside is not None:
-                index = parse_side_car(io.BytesIO(beside), url, made_for)
+            index = _read_beside(url, cache, made_for)
         if index is None:
             index = _scan_copy(url, cache)
-    except RemoteError as error:
+    except RemoteRefusalError as error:
         raise UserError(f"{error}; check the address and the network") from error
     index = replace(index, path=url)
     if known and not index.damage:
         write_side_car(place, index, identity)
     return index
+
+
+def _read_beside(url: str, cache: ShardCache, made_for: dict[str, str | int]) -> ShardIndex | None:
+    """Read the side-car beside a remote shard; None if there is none that helps.
+
+    It may be absent, and some servers say so by denying it; so no answer ends anything here.
+    """
+    folder = url.rpartition("/")[0]
+    if _FAILED_PROBES[folder] >= _MOST_FAILED_PROBES:
+        return None
+    try:
+        data = read_small(f"{url}.idx.npz", _LARGEST_SIDE_CAR, attempts=cache.settings.attempts)
+    except RemoteError as error:
+        if isinstance(error, RemoteOutageError):
+            _FAILED_PROBES[folder] += 1
+        _LOGGER.warning("%s; the shard is scanned instead", error)
+        return None
+    return None if data is None else parse_side_car(io.BytesIO(data), url, made_for)
 
 
 def _scan_copy(url: str, cache: ShardCache) -> ShardIndex:
@@ -130,9 +161,31 @@ def _scan_copy(url: str, cache: ShardCache) -> ShardIndex:
         os.close(descriptor)
 
 
-def _scan(path: str, name: str) -> ShardIndex:
-    """Scan a local file; texts about it call it ``name``."""
+def _scan(
+    path: str, name: str, doubt: Callable[[ShardIndex], str] = lambda found: ""
+) -> ShardIndex:
+    """Scan a local file; texts about it call it ``name``.
+
+    Args:
+        path: file.
+        name: of the shard.
+        doubt: says why one that has no end marker, but whole members, is damaged all the same.
+    """
     try:
-        return build_index(name, scan_tar(path))
+        found = scan_tar(path)
     except DamagedTarError as error:
         return build_index(name, error.members, damage=str(error).replace(path, name))
+    index = build_index(name, found.members, note=found.note)
+    reason = "" if found.has_end or index.damage else doubt(index)
+    return replace(index, damage=f"shard {name!r} is cut short: {reason}") if reason else index
+
+
+def _sign_of_a_cut(path: str, index: ShardIndex, identity: dict[str, str | int]) -> str:
+    """Say what tells that a shard without an end marker held more once; empty if nothing does."""
+    before = max(size_when_indexed(place, str(identity["name"])) for place in side_car_places(path))
+    if before > int(identity["size"]):
+        return f"it has {identity['size']} bytes, and had {before} when it was indexed before"
+    listed = max(expected_samples(path) or 0, listed_samples(path))
+    if listed > index.num_samples:
+        return f"it holds {index.num_samples} samples, and a side-car beside it lists {listed}"
+    return ""

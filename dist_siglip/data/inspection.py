@@ -1,4 +1,4 @@
-"""What is wrong with a shard, looked at as training would, and as an attacker might have made it?
+"""Everything that is wrong with a shard, for training and for anybody who opens it.
 
 Every sample is read, its picture decoded and its captions parsed the way training does it; the
 member names are looked at besides. Nothing is extracted.
@@ -6,7 +6,7 @@ member names are looked at besides. Nothing is extracted.
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,15 +21,18 @@ from dist_siglip.data.index import read_index
 from dist_siglip.data.pairs import Span
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.remote import ShardCache, is_remote
-from dist_siglip.data.shard_index import split_name
-from dist_siglip.data.tar_scan import entries_of, open_archive
-from dist_siglip.errors import UserError
+from dist_siglip.data.shard_index import explain_dots, split_name
+from dist_siglip.data.tar_scan import TarEntries, describe_entry
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.regular_file import descriptor_of
 
+UNREACHABLE = "unreachable shard"
 # Kind of finding -> what training does about it.
 KINDS = {
     "damaged shard": "refused, or skipped from the damage on",
+    UNREACHABLE: "waited for; a run that gets no answer ends with code 75",
+    "unusual shard": "used",
     "no picture": "refused, or the sample is skipped",
     "no caption": "refused, or the sample is skipped",
     "bad picture": "replaced by another sample",
@@ -45,6 +48,7 @@ KINDS = {
 # What a data set can be trained on with.
 HARMLESS = frozenset(
     {
+        "unusual shard",
         "key in several shards",
         "truncated picture",
         "transparent picture",
@@ -54,6 +58,7 @@ HARMLESS = frozenset(
         "code",
     }
 )
+_SHOWN = 8  # members of a sample in a reason
 _CODE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "npy", "so", "py", "joblib"})
 _MEDIA = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
@@ -102,13 +107,22 @@ class Inspector:
     cache: ShardCache | None = None
 
     def __call__(self, shard: str) -> ShardFindings:
-        """Look at one shard; one that cannot be read or fetched is damaged."""
+        """Look at one shard; one that cannot be read is damaged, or for the moment unreachable."""
+        try:
+            return self._look(shard)
+        except OutageError as error:  # the others are looked at
+            unreachable = Finding(UNREACHABLE, shard, "", str(error))
+            return ShardFindings([unreachable], 0, np.zeros(0, int))
+
+    def _look(self, shard: str) -> ShardFindings:
         try:
             index = read_index(shard, cache=self.cache)
         except (OSError, UserError) as error:  # of one shard; the others are looked at
             reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
             return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
+        hidden = index.hidden_pairs(self.image_extensions, self.captions.members)
+        findings += [Finding("unusual shard", shard, "", r) for r in (index.remark, hidden) if r]
         expected = None if is_remote(shard) else expected_samples(shard)
         if expected is not None and expected != index.num_samples:
             reason = f"holds {index.num_samples} samples; img2dataset counted {expected}"
@@ -143,7 +157,7 @@ class Inspector:
         """Look at one sample; its key joins those of transparent pictures if it has one."""
         picture = next((e for e in self.image_extensions if e in members), None)
         if picture is None:
-            yield Finding("no picture", shard, key, f"only {', '.join(sorted(members))}")
+            yield Finding("no picture", shard, key, _only(key, members, self.image_extensions))
         else:
             try:
                 data = reader.read(members[picture])
@@ -162,7 +176,7 @@ class Inspector:
                 yield Finding("bad picture", shard, key, str(error))
         texts = [extension for extension in self.captions.members if extension in members]
         if not texts:
-            yield Finding("no caption", shard, key, f"only {', '.join(sorted(members))}")
+            yield Finding("no caption", shard, key, _only(key, members, self.captions.members))
             return
         try:
             self.captions.choose([(e, reader.read(members[e])) for e in texts], (0,))
@@ -174,21 +188,28 @@ class Inspector:
         path = self.cache.fetch(shard) if is_remote(shard) and self.cache else shard
         descriptor = descriptor_of(path)
         try:
-            with open_archive(descriptor) as archive:
-                for entry in entries_of(archive):
-                    name = entry.name
-                    if name.startswith("/") or ".." in name.split("/"):
-                        yield Finding("path outside", shard, name, "leads out of the archive")
-                    if not (entry.isreg() or entry.isdir()):
-                        target = f" to {entry.linkname}" if entry.linkname else ""
-                        yield Finding("link or device", shard, name, f"no file{target}")
-                    parts = split_name(name)
-                    if parts and _CODE & set(parts[1].split(".")):
-                        yield Finding("code", shard, name, "of a format that can hold code")
+            for entry in TarEntries(descriptor):
+                name = entry.name
+                if name.startswith("/") or ".." in name.split("/"):
+                    yield Finding("path outside", shard, name, "leads out of the archive")
+                if not (entry.isreg() or entry.isdir()) or entry.issparse():
+                    reason = f"no plain file, but {describe_entry(entry)}"
+                    yield Finding("link or device", shard, name, reason)
+                parts = split_name(name)
+                if parts and _CODE & set(parts[1].split(".")):
+                    yield Finding("code", shard, name, "of a format that can hold code")
         except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError):
             return  # the index says what is damaged
         finally:
             os.close(descriptor)
+
+
+def _only(key: str, members: Iterable[str], wanted: Sequence[str]) -> str:
+    """Say what a sample has instead of what is wanted, and why that may be."""
+    present = sorted(members)
+    hint = explain_dots(key, present, wanted)
+    shown = ", ".join(present[:_SHOWN]) + (", ..." if len(present) > _SHOWN else "")
+    return f"only {shown}" + (f" ({hint})" if hint else "")
 
 
 def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:

@@ -1,4 +1,4 @@
-"""Where are the picture and the captions of sample number i?
+"""The picture and the captions of sample number i: where they lie.
 
 A ``PairTable`` joins the indices of all shards of one data set into flat arrays, 32 bytes a sample,
 numbered shard after shard in the order given. Building it is the check before training: a shard
@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.damage import Damage, OnDamage
+from dist_siglip.data.damage import Damage, OnDamage, log_remarks
 from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.shard_index import ShardIndex
+from dist_siglip.data.shard_rows import ShardRows, listed
 from dist_siglip.data.table_file import read_table, table_path, write_table
 from dist_siglip.errors import UserError
 
@@ -33,7 +34,7 @@ _ARRAYS = (
     "caption_sizes",
     "dropped",
 )
-_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines")
+_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remarks")
 _READERS = 8  # threads that wait for a slow file system together
 
 
@@ -62,6 +63,7 @@ class PairTable:
         shard_lines: a line for each shard, "name<TAB>samples<TAB>hash", which tells changes apart.
         dropped: (dropped samples, 2) int64, the shard and the number within it of every sample
             that was left out because it is incomplete.
+        remarks: what is unusual about shards that are used, a line for each.
         cache: copies of remote shards, if there are any.
         file: where the arrays are mapped from, if they are.
     """
@@ -76,6 +78,7 @@ class PairTable:
     fingerprint: str
     shard_lines: str
     dropped: NDArray[np.int64]
+    remarks: tuple[str, ...] = ()
     cache: ShardCache | None = None
     file: str | None = None
 
@@ -218,17 +221,18 @@ def build_pair_table(
             raise UserError(f"{name}: shard cannot be read: {error}") from error
         known = _mapped(file, cache)
         if known is not None:
+            log_remarks(known.remarks, name)
             return known
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
         indices = list(readers.map(partial(_read, cache=cache), shards))
     damage = Damage(on_damage, max_bad_fraction, name)
-    parts = [_Part.of(index, pictures, captions, others, damage) for index in indices]
+    parts = [ShardRows.of(index, pictures, captions, others, damage) for index in indices]
     damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
     starts = np.cumsum([0] + [part.num_samples for part in parts], dtype=np.int64)
     if starts[-1] == 0:
         raise UserError(
             f"{name} holds no samples in {len(indices)} shards; a sample is a picture "
-            f"({_listed(pictures)}) and a caption ({_listed(captions)}) of the same name"
+            f"({listed(pictures)}) and a caption ({listed(captions)}) of the same name"
         )
     digest = hashlib.blake2b(digest_size=8)
     lines = []
@@ -249,8 +253,15 @@ def build_pair_table(
         dropped=np.array(
             [(n, i) for n, part in enumerate(parts) for i in part.dropped], dtype=np.int64
         ).reshape(-1, 2),
+        remarks=tuple(
+            remark
+            for index in indices
+            for remark in (index.remark, index.hidden_pairs(pictures, captions))
+            if remark
+        ),
         cache=cache,
     )
+    log_remarks(table.remarks, name)
     # What is damaged is to be told every time, so it is not kept.
     is_sound = not damage.is_noted
     if file is None or not is_sound or not _keep(file, table):
@@ -274,64 +285,9 @@ def _mapped(file: str, cache: ShardCache | None) -> PairTable | None:
     if set(arrays) != set(_ARRAYS) or set(values) != set(_VALUES):
         return None
     fields: dict[str, Any] = {**arrays, **values, "cache": cache, "file": file}
-    for name in ("shards", "caption_extensions"):
+    for name in ("shards", "caption_extensions", "remarks"):
         fields[name] = tuple(values[name])
     return PairTable(**fields)
-
-
-class _Part(NamedTuple):
-    """The rows one shard adds to a table."""
-
-    image_offsets: NDArray[np.int64]
-    image_sizes: NDArray[np.int64]
-    caption_offsets: NDArray[np.int64]
-    caption_sizes: NDArray[np.int64]
-    dropped: list[int]
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.image_offsets)
-
-    @classmethod
-    def of(
-        cls,
-        index: ShardIndex,
-        pictures: list[str],
-        captions: list[str],
-        others: list[str],
-        damage: Damage,
-    ) -> "_Part":
-        """Pick the members of every sample; tell ``damage`` what is missing."""
-        if index.damage:
-            damage.shard(index.damage)
-        image_offsets, image_sizes = _select(index, pictures)
-        of_captions = [_select(index, [extension]) for extension in (*captions, *others)]
-        caption_offsets = np.stack([offsets for offsets, _ in of_captions])
-        caption_sizes = np.stack([sizes for _, sizes in of_captions])
-        has_picture = image_offsets >= 0
-        has_caption = (caption_offsets[: len(captions)] >= 0).any(axis=0)
-        for what, has, extensions in (
-            ("picture", has_picture, pictures),
-            ("caption", has_caption | ~has_picture, captions),
-        ):
-            missing = np.flatnonzero(~has)
-            if missing.size:
-                present = ", ".join(f".{extension}" for extension in index.extensions[:8])
-                few = f"{missing.size} of {index.num_samples} samples"
-                damage.samples(
-                    missing.size,
-                    f"shard {redact(index.path)!r}: {few} have no {what} ({_listed(extensions)}), "
-                    f"first {index.keys()[missing[0]]!r}; the shard holds {present}: write it "
-                    "again with both members of every sample",
-                )
-        whole = has_picture & has_caption
-        return cls(
-            image_offsets[whole],
-            image_sizes[whole],
-            caption_offsets[:, whole],
-            caption_sizes[:, whole],
-            np.flatnonzero(~whole).tolist(),
-        )
 
 
 def _read(shard: str, cache: ShardCache | None) -> ShardIndex:
@@ -339,21 +295,3 @@ def _read(shard: str, cache: ShardCache | None) -> ShardIndex:
         return read_index(shard, cache=cache)
     except OSError as error:
         raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error
-
-
-def _select(
-    index: ShardIndex, extensions: Sequence[str]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets (-1: none) and sizes of the preferred member of every sample of one shard."""
-    offsets = np.full(index.num_samples, -1, dtype=np.int64)
-    sizes = np.zeros(index.num_samples, dtype=np.int64)
-    for extension in reversed(extensions):  # the preferred one is written last
-        if extension in index.extensions:
-            chosen = index.kinds == index.extensions.index(extension)
-            offsets[index.samples[chosen]] = index.offsets[chosen]
-            sizes[index.samples[chosen]] = index.sizes[chosen]
-    return offsets, sizes
-
-
-def _listed(extensions: Sequence[str]) -> str:
-    return ", ".join(f".{extension}" for extension in extensions)

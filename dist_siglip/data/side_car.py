@@ -1,8 +1,8 @@
-"""How is the index of a shard kept?
+"""The index of a shard as a file.
 
-Beside the shard as ``<shard>.idx.npz``, or in the user's cache folder where that is closed: plain
-arrays without pickles, written beside their final name and renamed, so readers never see half of
-one. A side-car may come from anywhere and is believed only if it fits the shard.
+It lies beside the shard as ``<shard>.idx.npz``, or in the user's cache folder where that is closed:
+plain arrays without pickles, written beside their final name and renamed, so readers never see half
+of one. A side-car may come from anywhere and is believed only if it fits the shard.
 """
 
 import hashlib
@@ -27,6 +27,9 @@ from dist_siglip.regular_file import open_regular
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1
+_BLOCK = 512
+_LONGEST_END = _BLOCK + 1024 + 10_240  # bytes that tar writers leave behind the last member
+_LONGEST_NOTE = 1000
 # What reading a damaged side-car raises: no archive, a broken one, entries missing or misshapen.
 _DAMAGE = (
     OSError,
@@ -75,6 +78,21 @@ def read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> S
         return None
 
 
+def size_when_indexed(side_car: str, name: str) -> int:
+    """Return how many bytes a shard had when a side-car was made for it; 0 if nothing tells.
+
+    Args:
+        side_car: place of the side-car.
+        name: file name of the shard.
+    """
+    try:
+        with open_regular(side_car) as file, np.load(file, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+        return int(header["size"]) if header["name"] == name else 0
+    except _DAMAGE:
+        return 0
+
+
 def parse_side_car(file: BinaryIO, path: str, identity: dict[str, str | int]) -> ShardIndex | None:
     """Parse a side-car; None if it is damaged, or made for another file.
 
@@ -100,12 +118,29 @@ def parse_side_car(file: BinaryIO, path: str, identity: dict[str, str | int]) ->
                 offsets=columns[2],
                 sizes=columns[3],
                 digest=str(header["digest"]),
+                note=_printable(str(header.get("note", ""))),
             )
         _check(index, int(header["size"]))
+        if "looked_behind_end" not in header and _has_long_end(index, int(header["size"])):
+            return None
     except _DAMAGE:
         _LOGGER.warning("the side-car of shard %r is damaged; it is made again", redact(path))
         return None
     return index
+
+
+def _printable(text: str) -> str:
+    """Take what a terminal does not obey, and no more than a line of it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_NOTE])
+
+
+def _has_long_end(index: ShardIndex, size: int) -> bool:
+    """Tell whether more lies behind the last member than tar writers leave there.
+
+    Earlier versions did not look at what is behind the first block of zeros.
+    """
+    last = int((index.offsets + index.sizes).max()) if index.offsets.size else 0
+    return size % _BLOCK != 0 or size - last > _LONGEST_END
 
 
 def _check(index: ShardIndex, size: int) -> None:
@@ -135,6 +170,8 @@ def write_side_car(side_car: str, index: ShardIndex, identity: dict[str, str | i
         "num_samples": index.num_samples,
         "extensions": index.extensions,
         "digest": index.digest,
+        "note": index.note,
+        "looked_behind_end": True,
     }
     try:
         with open_atomically(Path(side_car), sync=False) as file:

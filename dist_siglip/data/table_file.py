@@ -23,7 +23,7 @@ from dist_siglip.data.user_cache import user_cache_folder
 from dist_siglip.regular_file import open_regular
 
 _LOGGER = logging.getLogger(__name__)
-_MAGIC = b"dist_siglip table 1\n"
+_MAGIC = b"dist_siglip table 2\n"
 _ALIGNMENT = 64  # bytes
 _KEPT = 16  # tables; those unused for longest go
 

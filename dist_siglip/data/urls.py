@@ -1,13 +1,14 @@
-"""Which shards does the user mean?
+"""The shards that a user means.
 
 A shard specification is a path, a folder, a brace pattern, a URL, a text file of these or a list of
 them; the answer is the list of locations, in the order given (a folder in the order of its file
 names). Local files must exist; whether a remote one does is found when it is indexed.
 """
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
 from dist_siglip.data.remote.transfer import list_remote
@@ -20,6 +21,8 @@ _ALLOWED = (
     "allowed: a local .tar file, a folder of .tar files, a brace pattern, a .txt file of these, "
     "a URL of http, https, s3, gs or hf, or a list of these"
 )
+_LOGGER = logging.getLogger(__name__)
+_COMPRESSED = re.compile(r"\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tzst|txz|tbz2?)$")
 _MOST = 10_000_000  # locations of one pattern
 _DEEPEST = 20  # braces in braces
 _TOKEN = re.compile(r"\\.|[{},]", re.DOTALL)
@@ -44,7 +47,8 @@ def expand_shards(
         allow_remote: whether URLs are taken.
 
     Returns:
-        Existing files and URLs in the order given; a folder contributes its ``*.tar``, sorted.
+        Existing files and URLs in the order given; a folder contributes its ``*.tar``, sorted, but
+        for hidden ones.
 
     Raises:
         UserError: if a file is missing or named twice, a folder holds no shard, nothing is
@@ -94,7 +98,9 @@ def _expand(pattern: str, name: str, allow_remote: bool, folder: str | None = No
             missing.append(path)
     if missing:
         files = "a missing file" if len(missing) == 1 else f"{len(missing)} missing files, first"
-        raise UserError(f"{name} ({redact(pattern)!r}) names {files} {missing[0]!r}; {_ALLOWED}")
+        raise UserError(
+            f"{name} ({redact(pattern)!r}) names {files} {redact(missing[0])!r}; {_ALLOWED}"
+        )
     return found
 
 
@@ -132,10 +138,8 @@ def _list_url(url: str, name: str) -> list[str]:
             f"{name} ({redact(url)!r}) is a folder of a web server, which cannot be listed; "
             "write a brace pattern"
         )
-    shards = list_remote(url)
-    if not shards:
-        raise UserError(f"{name} ({redact(url)!r}) is a folder without .tar files; {_ALLOWED}")
-    return shards
+    files = {file.rpartition("/")[2]: file for file in list_remote(url)}
+    return [files[entry] for entry in _pick(files, url, name)]
 
 
 def _expand_braces(pattern: str, name: str) -> list[str]:
@@ -194,7 +198,20 @@ def _range_length(text: str) -> int:
 
 def _list_folder(folder: str, name: str) -> list[str]:
     """List the shards directly inside a folder, sorted by name."""
-    names = sorted(entry for entry in os.listdir(folder) if entry.endswith(".tar"))
-    if not names:
-        raise UserError(f"{name} ({folder!r}) is a folder without .tar files; {_ALLOWED}")
-    return [os.path.join(folder, entry) for entry in names]
+    return [os.path.join(folder, entry) for entry in _pick(os.listdir(folder), folder, name)]
+
+
+def _pick(entries: Iterable[str], folder: str, name: str) -> list[str]:
+    """Pick the shards among the file names of a folder, sorted; hidden files are none."""
+    visible = sorted(entry for entry in entries if not entry.startswith("."))
+    shards = [entry for entry in visible if entry.endswith(".tar")]
+    packed = [entry for entry in visible if _COMPRESSED.search(entry)]
+    but = f"{len(packed)} compressed ones, first {packed[0]!r}: unpack them" if packed else ""
+    if not shards:
+        hint = f", but with {but}" if but else ""
+        raise UserError(
+            f"{name} ({redact(folder)!r}) is a folder without .tar files{hint}; {_ALLOWED}"
+        )
+    if packed:
+        _LOGGER.warning("%s (%r): not read beside the .tar files are %s", name, redact(folder), but)
+    return shards

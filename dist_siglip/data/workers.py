@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, NamedTuple, TypeVar
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,6 +48,7 @@ def spread(
 
     Raises:
         UserError: if ``workers`` is below 1, or the function raises one.
+        OutageError: as the function raises it.
     """
     if workers < 1:
         raise UserError(f"workers ({workers}) must be at least 1")
@@ -76,7 +77,7 @@ def spread(
 def _work(function: Callable[[_Item], _Result], item: _Item, sender: Connection) -> None:
     try:
         sender.send((function(item), None))
-    except UserError as error:
+    except (UserError, OutageError) as error:
         sender.send((None, error))
 
 

@@ -33,7 +33,7 @@ from dist_siglip.embedding.samples import (
     embedding_loader,
 )
 from dist_siglip.embedding.tally import EmbedReport, Tally
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.digest import digest_tower
 from dist_siglip.picture_policy import (
@@ -214,7 +214,7 @@ def _all_read(batches: Iterable[EmbeddingBatch], part: Part) -> Iterator[Embeddi
     """Pass batches on, as long as their shard can be read."""
     for batch in batches:
         if batch.lost:
-            raise UserError(
+            raise (OutageError if batch.is_outage else UserError)(
                 f"shard {part.shard!r} is out of reach: {batch.lost}; finished shards are kept: "
                 "start again when it is back"
             )

@@ -21,7 +21,7 @@ from dist_siglip.data.loader import prepare_worker
 from dist_siglip.data.pairs import PairTable, Span
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.data.transforms import ImageTransform
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.picture_policy import PicturePolicy
 
 
@@ -35,6 +35,7 @@ class EmbeddingSample(NamedTuple):
         problem: why the sample cannot be used; empty if it can.
         lost: why its shard is out of reach; empty if it is not.
         picture_id: of the picture; 0 if ids are not wanted.
+        is_outage: whether it may be in reach again later.
     """
 
     sample_id: int
@@ -43,6 +44,7 @@ class EmbeddingSample(NamedTuple):
     problem: str = ""
     lost: str = ""
     picture_id: int = 0
+    is_outage: bool = False
 
 
 class EmbeddingBatch(NamedTuple):
@@ -57,6 +59,7 @@ class EmbeddingBatch(NamedTuple):
         lost: why the shard is out of reach; empty if it is not.
         picture_ids: of the B rows.
         caption_ids: (B,) int64; None where ``texts`` is.
+        is_outage: whether it may be in reach again later.
     """
 
     sample_ids: list[int]
@@ -67,6 +70,7 @@ class EmbeddingBatch(NamedTuple):
     lost: str = ""
     picture_ids: Sequence[int] = ()
     caption_ids: Tensor | None = None
+    is_outage: bool = False
 
 
 class EmbeddingDataset(Dataset[EmbeddingSample]):
@@ -109,8 +113,9 @@ class EmbeddingDataset(Dataset[EmbeddingSample]):
             image, caption, picture = self._make(sample_id)
         except BadSampleError as error:
             return EmbeddingSample(sample_id, problem=str(error))
-        except (_LostError, UserError) as error:
-            return EmbeddingSample(sample_id, lost=str(error))
+        except (_LostError, UserError, OutageError) as error:
+            is_outage = isinstance(error, OutageError)
+            return EmbeddingSample(sample_id, lost=str(error), is_outage=is_outage)
         return EmbeddingSample(sample_id, image, caption, picture_id=picture)
 
     def _make(self, sample_id: int) -> tuple[Tensor | None, str, int]:
@@ -165,6 +170,7 @@ class EmbeddingCollator:
             lost=next((sample.lost for sample in samples if sample.lost), ""),
             picture_ids=[sample.picture_id for sample in sound],
             caption_ids=None if texts is None else caption_ids_of(self._tokenizer, captions, texts),
+            is_outage=any(sample.is_outage for sample in samples),
         )
 
 

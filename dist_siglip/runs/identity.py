@@ -34,6 +34,7 @@ FREE_KEYS = frozenset(
         "data.cache.folder",
         "data.cache.max_gib",
         "data.cache.attempts",
+        "data.cache.patience_seconds",
         "data.cache.recheck_hours",
     }
 )

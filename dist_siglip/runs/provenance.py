@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_siglip.redaction import redact
+
 _PACKAGES = (
     "dist-siglip",
     "torch",
@@ -30,12 +32,12 @@ def collect_provenance(arguments: Sequence[str], *, world_size: int) -> dict[str
         world_size: ranks of this start.
 
     Returns:
-        time, command, commit (None outside a checkout; "+" after it means changed files), python,
-        platform, host, world_size, versions.
+        time, command (without the secrets of URLs), commit (None outside a checkout; "+" after it
+        means changed files), python, platform, host, world_size, versions.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(arguments),
+        "command": shlex.join(redact(argument) for argument in arguments),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -120,6 +120,7 @@ def write_damaged(folder):
 
 EXPECTED = {
     "damaged shard": 2,
+    "unusual shard": 1,  # that with the link
     "no picture": 2,  # "/absolute" has a caption only
     "no caption": 2,  # the shard that is cut ends with a picture
     "bad picture": 3,
@@ -159,12 +160,12 @@ def test_check_finds_everything_and_ends_with_one(capsys, tmp_path):
 
 def test_a_remote_shard_out_of_reach_does_not_lose_the_report(capsys, tmp_path):
     shards = [*write_shards(tmp_path / "shards"), "http://127.0.0.1:9/none.tar"]
-    once = "--cache.attempts=1"
-    code, found = run(capsys, "check", as_list(shards), once)
-    assert (code, found["samples"], found["findings"]) == (1, 37, {"damaged shard": 1})
-    code, found = run(capsys, "index", as_list(shards), once)
-    assert (code, found["samples"]) == (1, 37)
-    assert "none.tar cannot be fetched" in found["damaged"][0]
+    once = ("--cache.attempts=1", "--cache.patience_seconds=0")
+    code, found = run(capsys, "check", as_list(shards), *once)
+    assert (code, found["samples"], found["findings"]) == (75, 37, {"unreachable shard": 1})
+    code, found = run(capsys, "index", as_list(shards), *once)
+    assert (code, found["samples"], found["damaged"]) == (75, 37, [])
+    assert "none.tar cannot be fetched" in found["unreachable"][0]
 
 
 def test_check_of_sound_shards_ends_with_nought(capsys, tmp_path):

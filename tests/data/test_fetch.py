@@ -78,7 +78,7 @@ def remote(tmp_path):
     def open_copy(url):
         path = tmp_path / url.rpartition("/")[2]
         if not path.exists():
-            raise RemoteError(f"{url} cannot be fetched")
+            raise RemoteError(f"{url} cannot be fetched", is_missing="none" in url)
         return os.open(path, os.O_RDONLY)
 
     return SimpleNamespace(open=open_copy)
@@ -90,6 +90,8 @@ def test_spans_of_remote_shards_are_read_from_their_copies(files, tmp_path):
     assert reader.read(Span(files[0], 3, 4)) == b"3456"
     with pytest.raises(BadSampleError, match=r"none\.tar cannot be fetched"):
         reader.read(Span("https://host/none.tar", 0, 1))
+    with pytest.raises(RemoteError, match=r"down\.tar cannot be fetched"):  # no fault of a sample
+        reader.read(Span("https://host/down.tar", 0, 1))
     with pytest.raises(BadSampleError, match="there is no cache"):
         ShardReader().read(Span("https://host/0.tar", 0, 1))
 

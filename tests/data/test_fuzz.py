@@ -153,7 +153,7 @@ def of_foreign_side_cars(draw, folder):
     shard.write_bytes(
         tar_of([(f"{i}{name}", data) for i in range(6) for name, data in good_members()])
     )
-    members = scan_tar(str(shard))
+    members = scan_tar(str(shard)).members
     wanted = build_index(str(shard), members)
     pairs = zip(members[::2], members[1::2], strict=True)
     lines = [f"v1.2 {len(members) // 2}"]

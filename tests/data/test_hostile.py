@@ -79,7 +79,8 @@ class Damaged(NamedTuple):
 DAMAGED = {
     "tar cut inside a member": Damaged(GOOD[: member_start(4) + 600], "cut short", 2),
     "tar cut inside a header": Damaged(GOOD[: member_start(4) + 200], "cut short", 2),
-    "tar cut exactly between members": Damaged(GOOD[: member_start(4)], "cut short", 2),
+    "tar cut exactly between members": Damaged(GOOD[: member_start(5)], "have no caption", 2),
+    "bytes behind the end of a tar": Damaged(GOOD + b"#" * 5000, "5000 bytes behind its end", 4),
     "shard of zero bytes": Damaged(b"", "is empty", 0),
     "shard that is no tar": Damaged(b"<html>404 not found</html>" * 100, "damaged or cut short", 0),
     "compressed shard": Damaged(b"\x1f\x8b" + bytes(600), "is compressed", 0),

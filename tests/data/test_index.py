@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 
 from dist_siglip.data import index as index_module
-from dist_siglip.data.index import load_index
+from dist_siglip.data import side_car
+from dist_siglip.data.index import load_index, read_index
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.shard_index import build_index, split_name
 from dist_siglip.data.tar_scan import Member, scan_tar
@@ -144,6 +146,76 @@ def test_pickle_in_a_side_car_is_never_loaded(shard, tmp_path, scans):
     assert not (tmp_path / "executed").exists()
 
 
+def joined_shard(tmp_path):
+    parts = [
+        write_shard(tmp_path / f"{k}.tar", [(k, {"jpg": b"j", "txt": b"t"})]).read_bytes()
+        for k in "ab"
+    ]
+    path = tmp_path / "c.tar"
+    path.write_bytes(b"".join(parts))
+    return str(path)
+
+
+def make_old(path):
+    """Take out of a side-car what earlier versions did not write."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+    del header["note"], header["looked_behind_end"]
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def test_a_side_car_that_knows_only_the_first_archive_is_not_believed(tmp_path, scans):
+    shard = joined_shard(tmp_path)
+    status = os.stat(shard)
+    identity = {"version": 1, "name": "c.tar", "size": status.st_size}
+    identity["mtime_ns"] = status.st_mtime_ns
+    first = build_index(shard, scan_tar(str(tmp_path / "a.tar")).members)
+    assert side_car.write_side_car(f"{shard}.idx.npz", first, identity)
+    make_old(f"{shard}.idx.npz")
+    assert load_index(shard).keys() == ["a", "b"]
+    again = load_index(shard)
+    assert again.keys() == ["a", "b"]
+    assert "holds 2 archives" in again.remark  # said by the new side-car as well
+    assert scans == [shard]
+
+
+def test_an_old_side_car_of_a_usual_shard_is_believed(shard, scans):
+    load_index(shard)
+    make_old(f"{shard}.idx.npz")
+    load_index(shard)
+    assert scans == [shard]
+
+
+@pytest.mark.parametrize("sign", ["side-car", "idx", "stats"])
+def test_a_shard_without_an_end_is_cut_if_anything_says_that_it_held_more(tmp_path, sign):
+    members = [(f"k{i}", {"jpg": b"j" * 900, "txt": b"t"}) for i in range(4)]
+    shard = str(write_shard(tmp_path / "a.tar", members, mtime=0))
+    end = load_index(shard).offsets[-2] - 512
+    if sign == "idx":
+        (tmp_path / "a.idx").write_text("v1.2 4\n")
+    elif sign == "stats":
+        (tmp_path / "a_stats.json").write_text('{"successes": 4}')
+    if sign != "side-car":
+        os.unlink(f"{shard}.idx.npz")
+    os.truncate(shard, end)
+    damage = read_index(shard).damage
+    assert "a.tar' is cut short: it h" in damage
+    assert str(end) in damage or "holds 3 samples" in damage
+
+
+def test_a_shard_without_an_end_is_remarked_upon_every_time(tmp_path, scans):
+    shard = str(write_shard(tmp_path / "a.tar", [("k", {"jpg": b"j", "txt": b"t"})], mtime=0))
+    os.truncate(shard, 4 * 512)
+    for _ in range(2):
+        index = load_index(shard)
+        assert index.num_samples == 1
+        assert index.remark.startswith(f"shard {shard!r} has no end marker")
+    assert scans == [shard]
+
+
 def test_closed_folder_falls_back_to_the_cache(shard, cache, scans):
     os.mkdir(f"{shard}.idx.npz")  # nothing can be renamed onto a folder
     load_index(shard)
@@ -172,6 +244,7 @@ def test_shard_without_samples_has_an_empty_index(tmp_path):
     path = str(write_shard(tmp_path / "a.tar", []))
     for index in (load_index(path), load_index(path)):
         assert (index.num_samples, index.keys(), index.samples.tolist()) == (0, [], [])
+        assert index.remark == f"shard {path!r} holds no samples"
 
 
 def test_a_remote_shard_is_scanned_though_its_copy_is_evicted_meanwhile(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 import os
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -128,7 +130,7 @@ def test_a_sample_may_have_several_members_with_captions(tmp_path):
 def damaged(folder):
     """A shard cut inside a member, one that is no tar, one with incomplete samples, a sound one."""
     shards = write_shards(folder, (9, 4, 4, 6))
-    os.truncate(shards[0], os.path.getsize(shards[0]) // 2)
+    os.truncate(shards[0], os.path.getsize(shards[0]) // 2 + 100)
     with open(shards[1], "wb") as file:
         file.write(b"not a tar" * 500)
     parts = [("a", {"png": b"p"}), ("b", {"png": b"p", "txt": b"t"}), ("c", {"txt": b"t"})]
@@ -194,6 +196,65 @@ def test_of_a_key_that_occurs_twice_the_first_member_counts(tmp_path):
         build([shard])
     table = build([shard], on_damage="skip", max_bad_fraction=1.0)
     assert [stored(table.image_span(i)) for i in range(2)] == [b"1", b"2"]
+
+
+def test_archives_behind_one_another_are_used_and_told_by_every_start(tmp_path, caplog):
+    shards = write_shards(tmp_path, (3, 4))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(Path(shard).read_bytes() for shard in shards))
+    for _ in range(2):  # the second takes the table from its file
+        caplog.clear()
+        table = build([joined])
+        assert [stored(table.image_span(i)) for i in range(7)] == [
+            encode(picture(i)) for i in range(7)
+        ]
+        assert "train_shards: shard" in caplog.text
+        assert "holds 2 archives, one behind the other" in caplog.text
+    assert table.file is not None
+
+
+def test_many_remarks_are_counted(tmp_path, caplog):
+    build(write_shards(tmp_path, (0, 0, 0, 2, 0, 0, 0)))
+    assert caplog.text.count("holds no samples") == 5
+    assert "train_shards: 1 more of this kind" in caplog.text
+
+
+def test_a_name_with_dots_is_refused_with_cause_example_and_remedy(tmp_path):
+    parts = {f"{i}x_0.{kind}": b"x" for i in (2, 5) for kind in ("jpg", "txt")}
+    shard = write_shard(tmp_path / "a.tar", [("img_1", parts)])
+    with pytest.raises(UserError) as info:
+        build([shard])
+    text = str(info.value)
+    assert "names are split at their first dot" in text
+    assert "'img_1.2x_0.jpg' is member '2x_0.jpg' of sample 'img_1'" in text
+    assert "put no dot before the extension; dist-siglip data pack" in text
+    assert "\n" not in text
+
+
+def test_pairs_that_another_sample_swallows_are_told(tmp_path, caplog):
+    parts = {"jpg": b"a", "txt": b"b", "1.jpg": b"c", "1.txt": b"d", "seg.png": b"e"}
+    build([write_shard(tmp_path / "a.tar", [("k", parts)])])
+    assert "look like pairs of their own and are not read" in caplog.text
+    assert "'k.1.jpg' is member '1.jpg' of sample 'k'" in caplog.text
+    caplog.clear()
+    del parts["1.jpg"]
+    build([write_shard(tmp_path / "b.tar", [("k", parts)])])
+    assert caplog.text == ""
+
+
+def test_a_hard_link_in_place_of_a_picture_is_called_what_it_is(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind, target in (
+            ("a.jpg", tarfile.REGTYPE, ""),
+            ("a.txt", tarfile.REGTYPE, ""),
+            ("b.jpg", tarfile.LNKTYPE, "a.jpg"),
+            ("b.txt", tarfile.REGTYPE, ""),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, target
+            archive.addfile(entry)
+    with pytest.raises(UserError, match=r"no picture.*'b\.jpg' \(a hard link to 'a\.jpg'\)"):
+        build([tmp_path / "a.tar"])
 
 
 def test_another_policy_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from dist_siglip.data import urls
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 
@@ -52,6 +53,29 @@ def test_missing_files_are_counted_and_named(folder):
 def test_empty_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"without \.tar files"):
         expand_shards(str(tmp_path))
+
+
+def test_hidden_files_of_a_folder_are_no_shards(folder):
+    (folder / "._a.tar").write_bytes(b"\0\5\x16\7")  # what a Mac leaves beside a.tar
+    (folder / ".a.tar").write_bytes(b"x")
+    assert expand_shards(str(folder)) == [str(folder / f"{name}.tar") for name in "abc"]
+
+
+def test_hidden_files_of_a_remote_folder_are_no_shards(monkeypatch):
+    files = ["s3://bucket/x/._a.tar", "s3://bucket/x/a.tar", "s3://bucket/x/notes.md"]
+    monkeypatch.setattr(urls, "list_remote", lambda url: files)
+    assert expand_shards("s3://bucket/x/") == ["s3://bucket/x/a.tar"]
+
+
+def test_compressed_shards_of_a_folder_are_told(folder, caplog):
+    (folder / "d.tar.gz").write_bytes(b"x")
+    (folder / "e.tgz").write_bytes(b"x")
+    assert len(expand_shards(str(folder))) == 3
+    assert "not read beside the .tar files are 2 compressed ones, first 'd.tar.gz'" in caplog.text
+    for name in "abc":
+        (folder / f"{name}.tar").unlink()
+    with pytest.raises(UserError, match=r"without \.tar files, but with 2 compressed ones"):
+        expand_shards(str(folder))
 
 
 @pytest.mark.parametrize("spec", [[], ""])
@@ -144,6 +168,22 @@ def test_tricks_in_urls_are_refused_in_one_line(spec):
     with pytest.raises(UserError) as info:
         expand_shards(spec)
     assert "\n" not in str(info.value)
+
+
+def test_a_missing_file_with_a_url_in_its_name_keeps_the_secrets(tmp_path):
+    with pytest.raises(UserError, match="a missing file") as info:
+        expand_shards(f"{tmp_path}/https://me:pass/word@host/a.tar?sig=secret")
+    assert "pass" not in str(info.value)
+    assert "secret" not in str(info.value)
+
+
+@pytest.mark.parametrize("password", ["pass/word", "pass?word", "pa/s#word"])
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_a_password_that_is_not_encoded_is_refused_with_the_remedy(password, scheme):
+    with pytest.raises(UserError, match="write these as %2F %3F %23") as info:
+        expand_shards(f"{scheme}://me:{password}@host/a.tar")
+    assert "pa" not in str(info.value).replace("password", "")
+    assert expand_shards("https://me:p%2Fw@host:80/a@2.tar") == ["https://me:p%2Fw@host:80/a@2.tar"]
 
 
 def test_secrets_of_a_url_stay_out_of_the_error():

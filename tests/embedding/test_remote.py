@@ -7,7 +7,7 @@ from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
 from dist_siglip.distributed import World
 from dist_siglip.embedding import EmbedSettings, ahead, embed_shards
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from tests.support.embedding import COUNTS, build_tiny, load_rows, table_of
 from tests.support.servers import serve
 from tests.support.shards import write_shards
@@ -47,7 +47,7 @@ def test_remote_shards_give_the_rows_of_local_ones(served, tmp_path):
 def test_a_shard_out_of_reach_is_not_a_shard_of_bad_samples(served, tmp_path):
     _, server = served
     built = build_tiny(tmp_path)
-    table = remote_table(server, tmp_path / "cache", attempts=1)
+    table = remote_table(server, tmp_path / "cache", attempts=1, patience_seconds=0.0)
     for path in (tmp_path / "cache").glob("*.tar"):
         path.unlink()
     shard = server.files.pop("00002.tar")
@@ -56,6 +56,10 @@ def test_a_shard_out_of_reach_is_not_a_shard_of_bad_samples(served, tmp_path):
         embed_shards(table, built, tmp_path / "out", settings)
     assert not (tmp_path / "out" / "left_out").exists()
     server.files["00002.tar"] = shard
+    server.answers["00002.tar"] = [503] * 1000
+    with pytest.raises(OutageError, match=r"shard '00002.tar' is out of reach.*start again"):
+        embed_shards(table, built, tmp_path / "out", settings)
+    server.answers.clear()
     report = embed_shards(table, built, tmp_path / "out", settings)
     assert (report.kept, report.left_out) == (2, 0)
 

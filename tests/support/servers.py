@@ -16,6 +16,8 @@ class ShardServer:
         faults: by path, what happens to the next GETs: "500", "cut" (half of the body, then the
             connection ends), "stall" (half of the body, then nothing until ``release``), "short"
             (a whole answer that is too short), "changed" (the next answers have another tag).
+        answers: by path, what the next requests of any kind get instead: a status such as 503,
+            "drop" (the connection ends), "silence" (nothing until ``release``).
         chunked: paths that are answered in chunks, without a length.
         before_get: called with the path of every GET before it is answered.
         counts: how many requests there were, by (method, path).
@@ -24,6 +26,7 @@ class ShardServer:
 
     def __init__(self):
         self.files, self.etags, self.headers, self.faults = {}, {}, {}, {}
+        self.answers = {}
         self.chunked = set()
         self.before_get = lambda path: None
         self.counts = Counter()
@@ -32,9 +35,11 @@ class ShardServer:
         self.url = ""
 
     def fault_of(self, path):
+        return self.next_of(self.faults, path)
+
+    def next_of(self, waiting, path):
         with self.lock:
-            waiting = self.faults.get(path)
-            return waiting.pop(0) if waiting else None
+            return waiting[path].pop(0) if waiting.get(path) else None
 
     def gets(self):
         """How often each file was fetched."""
@@ -60,6 +65,17 @@ class _Handler(BaseHTTPRequestHandler):
             state.counts[self.command, path] += 1
         if with_body:
             state.before_get(path)
+        instead = state.next_of(state.answers, path)
+        if instead in ("drop", "silence"):
+            if instead == "silence":
+                state.release.wait(60)
+            self.close_connection = True
+            return
+        if instead is not None:
+            self.send_response(instead)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if path.startswith("moved/"):
             self.send_response(302)
             self.send_header("Location", "/" + path.removeprefix("moved/"))

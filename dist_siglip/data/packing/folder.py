@@ -1,7 +1,8 @@
-"""Which shards of a folder are finished, and who may add more?
+"""The folder that shards are packed into: which are finished, and who may add more.
 
 ``pack.json`` holds the settings and how far packing got; it is renewed after every shard, once the
-shard is safely on disk under its final name. One process at a time writes, under a lock on
+shard is safely on disk under its final name. A call that finished no shard leaves nothing that
+stands in the way of another table or other settings. One process at a time writes, under a lock on
 ``.lock``. Nothing that was not written here is ever overwritten.
 """
 
@@ -170,7 +171,10 @@ class PackFolder:
             for left in self.path.glob(pattern):
                 left.unlink()
         if self._manifest.exists():
-            self.progress = self._read_manifest()
+            found = self._read_manifest()
+            if found is None:
+                self._record(Progress())
+            self.progress = found or Progress()
             self._check_shards()
         else:
             self._record(self.progress)
@@ -195,8 +199,8 @@ class PackFolder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         return os.fdopen(os.open(self._skip_list, flags, 0o666), "ab")
 
-    def _read_manifest(self) -> Progress:
-        """Compare identities and return how far packing got."""
+    def _read_manifest(self) -> Progress | None:
+        """Compare identities and return how far packing got; None if another call left no shard."""
         try:
             manifest = read_json(self._manifest)
             version, before = manifest["version"], dict(manifest["settings"])
@@ -210,6 +214,8 @@ class PackFolder:
             for name in sorted({*before, *self._identity})
             if before.get(name) != self._identity.get(name)
         ]
+        if changes and not progress.shards:
+            return None
         if changes:
             raise UserError(
                 f"out ({self.path}) was packed differently: {'; '.join(changes)}; give the same "

@@ -1,4 +1,4 @@
-"""How do a table and a folder of pictures become shards, even if it is interrupted?
+"""Shards of the pictures of a table or a folder, the same however often it is interrupted.
 
 webdataset's ``ShardWriter`` decides where one shard ends and the next begins. Each is written under
 a hidden name, synced, renamed, and then ``pack.json`` records how many rows are done. So a
@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,16 @@ import PIL
 
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.packing.folder import PackFolder
+from dist_siglip.data.packing.parquet import holds_pictures
 from dist_siglip.data.packing.sample import SampleMaker
-from dist_siglip.data.packing.table import Columns, Row, digest_table, read_rows
+from dist_siglip.data.packing.table import (
+    PARQUET,
+    Columns,
+    Row,
+    check_table,
+    digest_table,
+    read_rows,
+)
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 
@@ -118,8 +125,18 @@ def pack(
     root = images or (table if table.is_dir() else table.parent)
     if not root.is_dir():
         raise UserError(f"images ({root}) is not a folder")
-    if table.is_dir() and settings.columns.keep_others:
-        raise UserError("keep_columns (true) needs a table; a folder has no columns")
+    columns = settings.columns
+    if table.is_dir() and (columns.keep_others or columns.label is not None):
+        name = "keep_columns" if columns.keep_others else "class_column"
+        raise UserError(f"{name} needs a table; a folder has no columns")
+    if not columns.captions and columns.label is None:
+        raise UserError("caption_column (null) needs a class_column; name the column of captions")
+    check_table(table, columns)
+    if settings.shuffle_seed is not None and _holds_pictures(table, columns):
+        raise UserError(
+            f"shuffle_seed ({settings.shuffle_seed}) needs all rows in memory, and {table.name} "
+            "holds the pictures themselves; leave it out: training shuffles"
+        )
     maker = SampleMaker(
         images=str(root),
         allow_outside=allow_outside,
@@ -128,11 +145,11 @@ def pack(
         pictures=settings.pictures,
         keep_others=settings.columns.keep_others,
     )
-    rows = _in_order(read_rows(table, settings.columns), settings.shuffle_seed)
     identity = _identity(table, root, settings)
     with PackFolder(out, identity) as folder:
         _LOGGER.info("packing %s into %s from row %d on", table, out, folder.progress.rows)
         if not folder.progress.finished:
+            rows = _rows_from(folder.progress.rows, table, settings)
             _write(folder, rows, maker, settings, max_bad_fraction, workers)
         _judge(folder, max_bad_fraction, 1)
         done = folder.progress
@@ -148,9 +165,8 @@ def _write(
     workers: int,
 ) -> None:
     """Write what is left of the rows."""
-    rest = islice(rows, folder.progress.rows, None)
     with folder.shards(settings.samples_per_shard, settings.max_shard_mib * _MEBIBYTE) as write:
-        for row, outcome in _prepared(rest, maker, workers):
+        for row, outcome in _prepared(rows, maker, workers):
             try:
                 sample = outcome()
             except BadSampleError as error:
@@ -158,8 +174,6 @@ def _write(
             else:
                 write(sample)
             _judge(folder, max_bad_fraction, _EARLY_ROWS)
-    if not folder.seen.rows:
-        raise UserError("the table has no rows; there is nothing to pack")
     folder.finish()
 
 
@@ -186,13 +200,17 @@ def _prepared(
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(rows: Iterator[Row], seed: int | None) -> Iterable[Row]:
-    """Shuffle the rows, which then are all in memory, or leave them as they come."""
-    if seed is None:
-        return rows
-    everything = list(rows)
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    return (everything[place] for place in generator.permutation(len(everything)))
+def _rows_from(first: int, table: Path, settings: PackSettings) -> Iterable[Row]:
+    """Read the rows that are left, or shuffle all, which then are in memory."""
+    if settings.shuffle_seed is None:
+        return read_rows(table, settings.columns, first)
+    everything = list(read_rows(table, settings.columns))
+    generator = np.random.Generator(np.random.Philox(key=[settings.shuffle_seed, 0]))
+    return (everything[place] for place in generator.permutation(len(everything))[first:])
+
+
+def _holds_pictures(table: Path, columns: Columns) -> bool:
+    return table.suffix.lower() in PARQUET and holds_pictures(table, columns.image)
 
 
 def _judge(folder: PackFolder, max_bad_fraction: float, least_rows: int) -> None:
@@ -225,5 +243,6 @@ def _identity(table: Path, root: Path, settings: PackSettings) -> dict[str, Any]
         "image_column": columns.image,
         "caption_column": list(columns.captions),
         "keep_columns": columns.keep_others,
+        **({} if columns.label is None else {"class_column": columns.label}),
         **values,
     }

@@ -55,8 +55,8 @@ class SampleMaker:
     def __call__(self, row: Row) -> dict[str, Any]:
         """Return the members of a row as webdataset's writer takes them.
 
-        The ``.txt`` holds the first caption. Several different captions, and other columns, are in
-        the ``.json``: the captions as a list under "caption".
+        The ``.txt`` holds the first caption, the ``.cls`` the number of a class. Several different
+        captions, and other columns, are in the ``.json``: the captions as a list under "caption".
 
         Raises:
             BadSampleError: if the picture or a caption cannot be used.
@@ -64,7 +64,11 @@ class SampleMaker:
         """
         if row.problem is not None:
             raise BadSampleError(row.problem)
-        picture = read_regular_file(self._resolve(row.picture, row.number))
+        picture = row.data
+        if picture is None:
+            picture = read_regular_file(self._resolve(row.picture, row.number))
+        elif len(picture) > _LARGEST_FILE:
+            raise BadSampleError(f"picture of {len(picture)} bytes, at most {_LARGEST_FILE}")
         encoded = EncodedPicture(picture, self.pictures)
         image = encoded.decode()
         extension = _EXTENSIONS[sniff_media_type(picture)]
@@ -82,14 +86,14 @@ class SampleMaker:
                 found = texts_of(field_of(others, "caption"), "caption")
                 captions = [text.encode() for text in found if text.strip()]
                 others.pop("caption", None)
-        if not captions:
+        if not captions and row.label is None:
             raise BadSampleError("caption is empty")
         texts = list(dict.fromkeys(decode_caption(caption) for caption in captions))
-        sample: dict[str, Any] = {
-            "__key__": f"{row.number:09d}",
-            extension: picture,
-            "txt": captions[0],
-        }
+        sample: dict[str, Any] = {"__key__": f"{row.number:09d}", extension: picture}
+        if captions:
+            sample["txt"] = captions[0]
+        if row.label is not None:
+            sample["cls"] = str(row.label).encode()
         if len(texts) > 1:
             if "caption" in others:
                 raise UserError(

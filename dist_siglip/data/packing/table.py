@@ -1,41 +1,52 @@
-"""Which pictures and captions does a table, or a folder, name?
+"""The pictures and captions that a table, or a folder, names.
 
 A CSV, TSV, JSONL or Parquet file has one row for each picture; a folder has one picture for each
 row, and the caption in a ``.txt`` of the same name. Rows come one by one, in file order, so a table
 larger than memory is no trouble. A row that cannot be used says why instead of ending the reading.
+What is wrong with a table as a whole is found before the first row is used.
 """
 
 import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_siglip.data.packing.parquet import read_parquet
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular, open_regular, open_text
+from dist_siglip.regular_file import open_regular, open_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
-_PARQUET = (".parquet", ".pq")
+PARQUET = (".parquet", ".pq")
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_PICTURE_ENDS = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
-_BATCH_ROWS = 1024
+_MOST_CLASSES = 1 << 31
 
 
 class Columns(NamedTuple):
     """The columns of a table that matter.
 
     Attributes:
-        image: holds the path of the picture.
-        captions: hold a caption, or a list of captions, each.
+        image: holds the path of the picture, or the picture: bytes, or ``{bytes, path}``.
+        captions: hold a caption, or a list of captions, each; none if only classes are wanted.
         keep_others: whether the other columns are wanted too.
+        label: holds the number of a class; None if there are no classes.
     """
 
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
     keep_others: bool = False
+    label: str | None = None
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Columns that every row must have."""
+        return (self.image, *self.captions, *([] if self.label is None else [self.label]))
 
 
 class Row(NamedTuple):
@@ -48,6 +59,8 @@ class Row(NamedTuple):
         others: the other columns, if they are wanted.
         caption_path: file with the caption, for folders.
         problem: why the row cannot be used; None if it can.
+        data: the picture itself, if it stands in the table.
+        label: number of its class; None if it has none.
     """
 
     number: int
@@ -56,31 +69,54 @@ class Row(NamedTuple):
     others: Mapping[str, Any] = {}
     caption_path: str | None = None
     problem: str | None = None
+    data: bytes | None = None
+    label: int | None = None
 
 
-def read_rows(table: Path, columns: Columns) -> Iterator[Row]:
+def check_table(table: Path, columns: Columns) -> None:
+    """Find what is wrong with a table as a whole; a CSV or TSV file is read to its end for that.
+
+    Raises:
+        UserError: if it is missing, of another kind, broken or empty, or lacks a column.
+    """
+    rows = read_rows(table, columns)
+    if next(rows, None) is None:
+        raise UserError(f"table ({table}) has no rows; there is nothing to pack")
+    if table.suffix.lower() in _DELIMITERS:
+        for _ in rows:  # a quote that is not closed shows at the end
+            pass
+
+
+def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row]:
     """Read the rows of a table, or of a folder of pictures with captions beside them.
 
     Args:
         table: .csv, .tsv (both UTF-8 with a line of names), .jsonl, .ndjson, .parquet, .pq; or a
             folder, taken in the order of relative paths.
         columns: which columns hold what; a folder has none.
+        first_row: number of the row to begin at.
 
     Raises:
         UserError: if the table is missing, of another kind or broken, or lacks a column.
     """
     suffix = table.suffix.lower()
     if table.is_dir():
-        return _read_folder(table)
+        return islice(_read_folder(table), first_row, None)
     if not table.is_file():
         raise UserError(f"table ({table}) does not exist; give a file or a folder of pictures")
     if suffix in _DELIMITERS:
-        return _interpret(_read_csv(table, _DELIMITERS[suffix]), table, columns)
+        lines = enumerate(_read_csv(table, _DELIMITERS[suffix], columns))
+        return _interpret(islice(lines, first_row, None), table, columns)
     if suffix in _JSON_LINES:
-        return _interpret(_read_json_lines(table), table, columns)
-    if suffix in _PARQUET:
-        return _interpret(_read_parquet(table, columns), table, columns)
-    known = ", ".join((*_DELIMITERS, *_JSON_LINES, *_PARQUET))
+        return _interpret(
+            islice(enumerate(_read_json_lines(table)), first_row, None), table, columns
+        )
+    if suffix in PARQUET:
+        raw = read_parquet(
+            table, columns.needed, keep_others=columns.keep_others, first_row=first_row
+        )
+        return _interpret(raw, table, columns)
+    known = ", ".join((*_DELIMITERS, *_JSON_LINES, *PARQUET))
     raise UserError(f"table ({table}) must be a folder or one of {known}")
 
 
@@ -142,30 +178,55 @@ def _refuse(error: OSError) -> None:
 
 
 def _interpret(
-    raw: Iterable[Mapping[str, Any] | str], table: Path, columns: Columns
+    raw: Iterable[tuple[int, Mapping[str, Any] | str]], table: Path, columns: Columns
 ) -> Iterator[Row]:
     """Pick the columns of raw rows; a text in place of a row says why there is none."""
-    needed = (columns.image, *columns.captions)
-    for number, values in enumerate(raw):
+    is_first = True
+    for number, values in raw:
         if isinstance(values, str):
             yield Row(number, problem=values)
             continue
-        missing = [name for name in needed if name not in values]
-        if missing and number == 0:
-            raise UserError(
-                f"table ({table}) has no column {missing[0]!r}; it has "
-                f"{', '.join(map(str, list(values)[:20]))}: set image_column and caption_column"
-            )
+        if is_first:
+            _check_names(list(values), table, columns)
+            is_first = False
+        missing = [name for name in columns.needed if name not in values]
         yield _row(number, values, columns, missing)
 
 
+def _check_names(names: Sequence[str], table: Path, columns: Columns) -> None:
+    """Refuse a table without the columns that are needed."""
+    missing = [name for name in columns.needed if name not in names]
+    if not missing:
+        return
+    hint = "set image_column and caption_column"
+    if columns.label is not None:
+        hint += " (null for none) and class_column"
+    separator = next((s for s in ";\t|," if s in str(names[0])), None) if len(names) == 1 else None
+    if separator is not None:
+        hint = (
+            f"that is one column, and {separator!r} seems to separate more: write the table with "
+            "',' as .csv, or with tabs as .tsv"
+        )
+    raise UserError(
+        f"table ({table}) has no column {missing[0]!r}; it has {', '.join(map(str, names[:20]))}: "
+        f"{hint}"
+    )
+
+
 def _row(number: int, values: Mapping[str, Any], columns: Columns, missing: list[str]) -> Row:
-    picture = values.get(columns.image)
-    shown = picture if isinstance(picture, str) else ""
+    shown, data = _picture_of(values.get(columns.image))
     if missing:
         return Row(number, shown, problem=f"column {missing[0]!r} is missing")
-    if not shown or "\0" in shown:
-        return Row(number, problem=f"column {columns.image!r} holds no path")
+    if data is None and (not shown or "\0" in shown):
+        return Row(number, problem=f"column {columns.image!r} holds no path and no bytes")
+    label = None
+    if columns.label is not None:
+        label = _class_of(values[columns.label])
+        if label is None:
+            problem = (
+                f"column {columns.label!r} holds {values[columns.label]!r:.40}, not the number"
+            )
+            return Row(number, shown, problem=f"{problem} of a class, from 0")
     captions: list[str] = []
     for name in columns.captions:
         value = values[name]
@@ -175,33 +236,77 @@ def _row(number: int, values: Mapping[str, Any], columns: Columns, missing: list
                 return Row(number, shown, problem=f"column {name!r} holds {kind}, not text")
             if text and text.strip():
                 captions.append(text)
-    if not captions:
+    if columns.captions and not captions:
         return Row(number, shown, problem="caption is empty")
     others = {}
     if columns.keep_others:
-        needed = (columns.image, *columns.captions)
+        needed = columns.needed
         others = {name: value for name, value in values.items() if name not in needed}
-    return Row(number, shown, tuple(captions), others)
+    return Row(number, shown, tuple(captions), others, data=data, label=label)
 
 
-def _read_csv(table: Path, delimiter: str) -> Iterator[Mapping[str, Any] | str]:
+def _picture_of(value: Any) -> tuple[str, bytes | None]:
+    """Return the path, or a name, of a picture, and the picture if it is here."""
+    if isinstance(value, Mapping):  # an image of the datasets library
+        path, data = value.get("path"), value.get("bytes")
+        return path if isinstance(path, str) else "", data if isinstance(data, bytes) else None
+    if isinstance(value, bytes):
+        return "", value
+    return value if isinstance(value, str) else "", None
+
+
+def _class_of(value: Any) -> int | None:
+    """Return the number of a class; None for what is none."""
+    if isinstance(value, str):
+        value = int(value) if value.strip().isascii() and value.strip().isdigit() else None
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and 0 <= value < _MOST_CLASSES else None
+
+
+def _read_csv(table: Path, delimiter: str, columns: Columns) -> Iterator[Mapping[str, Any] | str]:
     """Read rows of text; bytes that are not UTF-8 survive as surrogates and are found later."""
     csv.field_size_limit(_LONGEST_FIELD)
     with open_text(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        # Else a quote that is not closed would make one text of many rows.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        line = 1
         try:
             names = next(reader, [])
             if len(set(names)) < len(names):
                 raise UserError(f"table ({table}) names a column twice in its first line")
+            if names:
+                _check_names(names, table, columns)
+            image = names.index(columns.image) if names else 0
+            line = reader.line_num + 1
             for fields in reader:
+                if reader.line_num > line:
+                    _refuse_swallowed_row(fields, image, delimiter, len(names))
                 if len(fields) == len(names):
                     yield dict(zip(names, fields, strict=True))
                 elif fields:  # an empty line is no row
                     yield f"row has {len(fields)} fields, the first line {len(names)}"
+                line = reader.line_num + 1
         except csv.Error as error:
             raise UserError(
-                f"table ({table}) is broken at line {reader.line_num}: {error}"
+                f"table ({table}) is broken in the row that begins at line {line}, read up to line "
+                f"{reader.line_num}: {error}; is a quote there not closed? Quotes inside of a text "
+                "in quotes are written twice"
             ) from error
+
+
+def _refuse_swallowed_row(
+    fields: Sequence[str], image: int, delimiter: str, num_columns: int
+) -> None:
+    """Refuse a text of several lines one of which names a picture as a row does.
+
+    Raises:
+        csv.Error: if there is one.
+    """
+    for field in fields:
+        for line in field.splitlines()[1:]:
+            parts = line.split(delimiter)
+            if len(parts) >= num_columns and parts[image].lower().endswith(_PICTURE_ENDS):
+                raise csv.Error("a text in quotes holds what looks like another row")
 
 
 def _read_json_lines(table: Path) -> Iterator[Mapping[str, Any] | str]:
@@ -215,35 +320,3 @@ def _read_json_lines(table: Path) -> Iterator[Mapping[str, Any] | str]:
                 yield f"row is not JSON: {error}"
                 continue
             yield values if isinstance(values, dict) else "row is not a JSON object"
-
-
-def _read_parquet(table: Path, columns: Columns) -> Iterator[Mapping[str, Any] | str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            'Parquet needs pyarrow; pip install "dist-siglip[pack]", or write the table as CSV'
-        ) from error
-    try:
-        check_regular(table)
-        with parquet.ParquetFile(table) as file:
-            names = file.schema_arrow.names
-            if not columns.keep_others:
-                needed = {columns.image, *columns.captions}
-                names = [name for name in names if name in needed] or names
-            for batch in file.iter_batches(_BATCH_ROWS, columns=names):
-                for place in range(batch.num_rows):
-                    yield _parquet_row(batch.slice(place, 1))
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8
-        reason = " ".join(str(error).split())
-        raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
-
-
-def _parquet_row(batch: Any) -> Mapping[str, Any] | str:
-    """Return the only row of a batch as plain values."""
-    try:
-        values: Mapping[str, Any] = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return f"row is not UTF-8: {error.reason}"
-    return values

@@ -2,6 +2,6 @@
 
 from dist_siglip.data.remote.cache import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import is_remote
-from dist_siglip.data.remote.retries import RemoteError
+from dist_siglip.data.remote.retries import RemoteError, RemoteOutageError
 
-__all__ = ["CacheSettings", "RemoteError", "ShardCache", "is_remote"]
+__all__ = ["CacheSettings", "RemoteError", "RemoteOutageError", "ShardCache", "is_remote"]

@@ -1,4 +1,4 @@
-"""Which remote shards lie on this node, and which of them go first?
+"""The remote shards that lie on this node, and which of them go first.
 
 Every shard is one file named by the hash of its URL, so nothing in a URL chooses a path. One
 process fetches it under the lock of its name while the others wait. Room is made before a transfer:
@@ -17,20 +17,17 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.data.remote.connections import endpoint
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.node_lock import hold
+from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOutageError
 from dist_siglip.data.remote.stopping import pause
 from dist_siglip.data.remote.totals import CacheTotals, add_to_totals, read_totals
-from dist_siglip.data.remote.transfer import (
-    RemoteError,
-    RemoteFile,
-    describe_remote,
-    download,
-)
+from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
 from dist_siglip.data.user_cache import user_cache_folder
 from dist_siglip.errors import UserError
 
@@ -50,15 +47,19 @@ class CacheSettings:
         folder: folder on a local disk of the node; None for ``dist_siglip/shards`` in the
             user's cache folder.
         max_gib: most they may hold together, in GiB, over all processes of the node; > 0.
-        attempts: tries for each transfer; >= 1.
+        attempts: tries for each transfer, at least; >= 1.
         recheck_hours: so long a copy is believed before the server is asked whether the file
             changed; 0 asks whenever a process opens it.
+        patience_seconds: so long a server is waited for that does not answer or is overloaded, at
+            the start and during training, however many tries that takes; then the command ends
+            with code 75. Keep it below watchdog.stall_minutes.
     """
 
     folder: str | None = None
     max_gib: float = 100.0
-    attempts: int = 5
+    attempts: int = ATTEMPTS
     recheck_hours: float = 1.0
+    patience_seconds: float = PATIENCE_SECONDS
 
     def check(self) -> None:
         """Refuse numbers out of range.
@@ -75,6 +76,10 @@ class CacheSettings:
             raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
         if not self.recheck_hours >= 0:
             raise UserError(f"cache.recheck_hours ({self.recheck_hours}) must not be negative")
+        if not 0 <= self.patience_seconds < inf:
+            raise UserError(
+                f"cache.patience_seconds ({self.patience_seconds}) must be at least 0, and finite"
+            )
 
 
 class ShardCache:
@@ -90,6 +95,7 @@ class ShardCache:
         self._locks = os.path.join(self.folder, "locks")
         self._totals = os.path.join(self.folder, "totals")
         self._patience_seconds = _PATIENCE_SECONDS * max(2, settings.attempts)
+        self._patience_seconds += settings.patience_seconds
 
     def fetch(self, url: str) -> str:
         """Return the path of a verified whole copy, fetched now if it is not there.
@@ -112,7 +118,7 @@ class ShardCache:
         """
         return self._open(url, is_read=True)
 
-    def _open(self, url: str, is_read: bool) -> int:
+    def _open(self, url: str, *, is_read: bool) -> int:
         path = self._path(url)
         try:
             if (present := self._open_fresh(path)) is not None:
@@ -121,11 +127,12 @@ class ShardCache:
                 return present
             os.makedirs(self.folder, exist_ok=True)
             with hold(self._locks, path, self._patience_seconds, lambda: _size(f"{path}.part")):
-                came = not self._is_fresh(path) and self._renew(url, path)
+                patience = self.settings.patience_seconds if is_read else 0.0
+                came = not self._is_fresh(path) and self._renew(url, path, patience)
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 _touch(descriptor)
         except TimeoutError as error:
-            raise RemoteError(f"{redact(url)} cannot be fetched: {error}") from None
+            raise RemoteOutageError(f"{redact(url)} cannot be fetched: {error}") from None
         except OSError as error:
             raise self._explain(error) from error
         if is_read and not came:
@@ -133,7 +140,7 @@ class ShardCache:
         return descriptor
 
     def hold_ready(self, url: str) -> int:
-        """Fetch a shard if it is not here, note that it is wanted, and return its bytes.
+        """Fetch a shard that is wanted, waiting for no outage, and return its bytes.
 
         Raises:
             RemoteError: if it cannot be fetched.
@@ -189,27 +196,34 @@ class ShardCache:
         except FileNotFoundError:
             return False
 
-    def _renew(self, url: str, path: str) -> bool:
+    def _renew(self, url: str, path: str, patience_seconds: float) -> bool:
         """Ask the server; keep the copy if it is the same, else fetch. The lock is held.
+
+        With a copy at hand, an outage is not waited for.
 
         Returns:
             Whether it was fetched.
         """
         attempts, on_retry = self.settings.attempts, lambda: self._add(retries=1)
         record = _read_record(path)
+        has_copy = record.get("bytes", -2) == _size(path)
         try:
             remote = describe_remote(
-                url, attempts=attempts, refresh=bool(record), on_retry=on_retry
+                url,
+                attempts=attempts,
+                patience_seconds=0.0 if has_copy else patience_seconds,
+                refresh=bool(record),
+                on_retry=on_retry,
             )
         except RemoteError as error:
-            if error.is_missing or record.get("bytes", -2) != _size(path):
+            if error.is_missing or not has_copy:
                 raise
             _LOGGER.warning("%s; the copy of this node is used, though it may be old", error)
             os.utime(_record(path))
             return False
         same = _said(remote) == {name: record.get(name) for name in ("size", "etag")}
         can_tell = remote.size >= 0 or remote.etag is not None
-        if same and can_tell and record.get("bytes") == _size(path):
+        if same and can_tell and has_copy:
             os.utime(_record(path))
             return False
         if remote.size > self.max_bytes:
@@ -225,6 +239,7 @@ class ShardCache:
                 url,
                 path,
                 attempts=attempts,
+                patience_seconds=patience_seconds,
                 remote=remote,
                 max_bytes=self.max_bytes,
                 on_retry=on_retry,
@@ -277,7 +292,9 @@ class ShardCache:
 
     def _entries(self) -> list[tuple[int, int, str]]:
         """List (last use, bytes, name) of what takes room."""
-        found = []
+        found: list[tuple[int, int, str]] = []
+        if not os.path.isdir(self.folder):  # nothing was fetched yet
+            return found
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if not _OURS.fullmatch(entry.name):

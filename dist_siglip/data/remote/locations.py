@@ -1,4 +1,4 @@
-"""May this text be opened as a shard, and how is it shown?
+"""Locations of shards: which texts may be opened as one.
 
 A location is a path of this machine or a URL of five schemes. Everything else that looks like a
 URL (``pipe:``, ``file:``, a chain of openers) is refused here, so nothing behind this file ever
@@ -9,14 +9,14 @@ import re
 from urllib.parse import urlsplit
 
 from dist_siglip.errors import UserError
+from dist_siglip.redaction import redact
+
+__all__ = ["SCHEMES", "check_location", "is_remote", "redact", "shard_name"]
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
-_URL = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s'\"<>]*@)?([^\s'\"<>?#]*)([?#][^\s'\"<>]*)?"
-)
 
 
 def is_remote(location: str) -> bool:
@@ -62,18 +62,13 @@ def check_location(location: str, name: str) -> None:
         raise UserError(f"{name} ({shown!r}) names no file; allowed: {scheme[1]}://place/file.tar")
     if "::" in place or "::" in re.sub(r"\[[0-9A-Fa-f:.]*\]", "", host):
         raise UserError(f"{name} ({shown!r}) chains openers (::); name the shard itself")
+    if "@" not in host and "@" in location and re.search(r":[^\d\]:]", host):
+        raise UserError(
+            f"{name} ({shown!r}) seems to hold a password with one of / ? # in it; write these as "
+            "%2F %3F %23, or keep the password in ~/.netrc"
+        )
     if "@" in host and scheme[1] not in ("http", "https"):
         raise UserError(f"{name} ({shown!r}) holds credentials; put them into the environment")
-
-
-def redact(text: str) -> str:
-    """Cut user names, passwords, queries and fragments out of the URLs of a text.
-
-    Example:
-        >>> redact("cannot open https://me:secret@host/a.tar?sig=12ab")
-        'cannot open https://host/a.tar?...'
-    """
-    return _URL.sub(lambda url: url[1] + url[2] + (url[3][0] + "..." if url[3] else ""), text)
 
 
 def shard_name(location: str) -> str:

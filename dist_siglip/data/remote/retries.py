@@ -1,23 +1,32 @@
-"""When is a failed transfer tried again, and what is said about it?
+"""Failed transfers: when they are tried again, and what is said about them.
 
-After a pause that doubles, and is drawn around that so that a thousand nodes do not come back
-together; except where trying again cannot help: the file is not there, or access is denied.
+They are tried again after a pause that doubles, and is drawn around that so that a thousand nodes
+do not come back together; except where trying again cannot help: the file is not there, or access
+is denied. A server that does not answer, or is overloaded, is waited for; a file that comes and is
+not the right one is tried only a few times.
 """
 
 import errno
 import logging
 import random
-from collections.abc import Callable
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, TypeVar
 
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.stopping import pause
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+ATTEMPTS = 5  # by default
+PATIENCE_SECONDS = 300.0
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
+_DEEPEST_CAUSE = 5
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MISSING = "it does not exist"
 _DENIED = "access is denied; credentials come from the environment"
@@ -44,7 +53,19 @@ class RemoteError(Exception):
         self.is_missing = is_missing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (str(self), self.is_missing)
+        return _restore, (type(self), str(self), self.is_missing)
+
+
+class RemoteRefusalError(RemoteError, UserError):
+    """The server has no such file, denies it, or has one that is not the right one."""
+
+
+class RemoteOutageError(RemoteError, OutageError):
+    """The server, or the way to it, does not work for the moment."""
+
+
+class WrongContentError(OSError):
+    """What came is not what the server said that it would be."""
 
 
 def attempt(
@@ -52,21 +73,25 @@ def attempt(
     attempts: int,
     call: Callable[[], _Result],
     on_retry: Callable[[], object] = lambda: None,
+    patience_seconds: float = 0.0,
 ) -> _Result:
     """Call until it works, or trying again cannot help.
 
     Args:
         url: what is asked for, for the error text.
-        attempts: most calls, at least 1.
+        attempts: calls, at least 1.
         call: raises anything if it fails.
         on_retry: called before every call but the first.
+        patience_seconds: how long an outage is waited for, however many calls that takes.
 
     Raises:
-        RemoteError: if it fails for the last time.
+        RemoteRefusalError: if trying again cannot help, or what comes is wrong every time.
+        RemoteOutageError: if there is no answer in the end.
         UserError: as ``call`` raises it.
         OSError: if this machine does not take the bytes (disk full, file too large).
     """
-    for number in range(1, attempts + 1):
+    since = time.monotonic()
+    for number in count(1):
         try:
             return call()
         except (UserError, RemoteError):
@@ -76,21 +101,33 @@ def attempt(
                 raise
             refusal = _refusal(error)
             reason = refusal or _reason(error)
-        if refusal or number == attempts:
+            is_outage = refusal is None and not isinstance(error, WrongContentError)
+        seconds = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(number - 1, 30))
+        seconds *= random.uniform(0.5, 1.5)
+        if number >= attempts:
+            left = since + patience_seconds - time.monotonic() if is_outage else 0.0
+            seconds = min(seconds, left)
+        if refusal or seconds <= 0:
             tries = "1 attempt" if number == 1 else f"{number} attempts"
-            raise RemoteError(
-                f"{redact(url)} cannot be fetched ({tries}): {reason}",
-                is_missing=refusal == _MISSING,
-            )
-        seconds = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (number - 1))
+            text = f"{redact(url)} cannot be fetched ({tries}): {reason}"
+            if is_outage:
+                raise RemoteOutageError(text)
+            raise RemoteRefusalError(text, is_missing=refusal == _MISSING)
         _LOGGER.info("%s: %s; attempt %d follows", redact(url), reason, number + 1)
-        pause(seconds * random.uniform(0.5, 1.5))
+        if number == attempts:
+            _LOGGER.warning(
+                "%s: %s; waiting for it, %.0f s at most (cache.patience_seconds)",
+                redact(url),
+                reason,
+                left,
+            )
+        pause(seconds)
         on_retry()
-    raise AssertionError("attempts is at least 1")
+    raise AssertionError("count has no end")
 
 
-def _restore(text: str, is_missing: bool) -> RemoteError:
-    return RemoteError(text, is_missing=is_missing)
+def _restore(cls: type[RemoteError], text: str, is_missing: bool) -> RemoteError:
+    return cls(text, is_missing=is_missing)
 
 
 def _refusal(error: BaseException) -> str | None:
@@ -100,9 +137,24 @@ def _refusal(error: BaseException) -> str | None:
         return _REFUSALS.get(status)
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
         return _MISSING
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            return "there is no such host"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "its certificate cannot be verified"
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return _DENIED
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """List an error and what is behind it, also where aiohttp keeps that."""
+    seen: BaseException | None = error
+    for _ in range(_DEEPEST_CAUSE):
+        if seen is None:
+            return
+        yield seen
+        seen = getattr(seen, "os_error", None) or seen.__cause__
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -126,4 +178,6 @@ def _reason(error: BaseException) -> str:
     if status is not None:
         return f"the server answered {status}"
     text = " ".join(redact(str(cause)).split())[:200]
+    if isinstance(cause, WrongContentError):
+        return text
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -1,4 +1,4 @@
-"""How does a whole remote file come here, and is it the right one?
+"""The way of a whole remote file to this machine, verified.
 
 What the server says about a file (size, tag, checksum) is asked for first; the file is then
 fetched beside its final name, compared, and renamed. ``retries`` says when that is tried again.
@@ -18,7 +18,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dist_siglip.data.remote.connections import file_system, wait_for
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
-from dist_siglip.data.remote.retries import RemoteError, attempt
+from dist_siglip.data.remote.retries import (
+    ATTEMPTS,
+    PATIENCE_SECONDS,
+    RemoteError,
+    WrongContentError,
+    attempt,
+)
 from dist_siglip.errors import UserError
 
 __all__ = [
@@ -57,7 +63,8 @@ class RemoteFile(NamedTuple):
 def describe_remote(
     url: str,
     *,
-    attempts: int = 5,
+    attempts: int = ATTEMPTS,
+    patience_seconds: float = 0.0,
     refresh: bool = False,
     on_retry: Callable[[], object] = lambda: None,
 ) -> RemoteFile:
@@ -66,6 +73,7 @@ def describe_remote(
     Args:
         url: http, https, s3, gs or hf.
         attempts: tries, with a growing pause between them.
+        patience_seconds: how long an outage is waited for, however many tries that takes.
         refresh: ask, even if this process listed the folder before (hf keeps its listings).
         on_retry: called before every try but the first.
 
@@ -74,14 +82,15 @@ def describe_remote(
         UserError: if it is not a URL of these schemes, or a package is missing.
     """
     _check(url)
-    return attempt(url, attempts, lambda: _describe(url, refresh), on_retry)
+    return attempt(url, attempts, lambda: _describe(url, refresh), on_retry, patience_seconds)
 
 
 def download(
     url: str,
     path: str,
     *,
-    attempts: int = 5,
+    attempts: int = ATTEMPTS,
+    patience_seconds: float = 0.0,
     remote: RemoteFile | None = None,
     max_bytes: int = 1 << 40,
     on_retry: Callable[[], object] = lambda: None,
@@ -95,6 +104,7 @@ def download(
         url: http, https, s3, gs or hf.
         path: local file name; replaced if it exists.
         attempts: tries, with a growing pause between them.
+        patience_seconds: how long an outage is waited for, however many tries that takes.
         remote: what ``describe_remote`` answered, if it was asked just now.
         max_bytes: longest file that is taken if the server does not tell its size.
         on_retry: called before every try but the first.
@@ -119,12 +129,12 @@ def download(
         _verify(described, part)
         has_checksum = described.md5 is not None or described.sha256 is not None
         if not has_checksum and _describe(url, refresh=True) != described:
-            raise OSError("it changed while it was fetched")
+            raise WrongContentError("it changed while it was fetched")
         return described
 
     try:
         _open_new(part).close()  # what is wrong on this side shows before any transfer
-        result = attempt(url, attempts, fetch, on_retry)
+        result = attempt(url, attempts, fetch, on_retry, patience_seconds)
         os.replace(part, path)
     except BaseException:
         if os.path.lexists(part):
@@ -133,7 +143,7 @@ def download(
     return result
 
 
-def read_small(url: str, max_bytes: int, *, attempts: int = 5) -> bytes | None:
+def read_small(url: str, max_bytes: int, *, attempts: int = ATTEMPTS) -> bytes | None:
     """Read a small file into memory.
 
     Args:
@@ -161,7 +171,7 @@ def read_small(url: str, max_bytes: int, *, attempts: int = 5) -> bytes | None:
             data.write(wait_for(file_system(url)._cat_file(_place(url)), _ANSWER_SECONDS))
         came = len(data.getvalue())
         if size not in (-1, came):
-            raise OSError(f"{came} of {size} bytes came")
+            raise WrongContentError(f"{came} of {size} bytes came")
         return data.getvalue()
 
     try:
@@ -172,8 +182,10 @@ def read_small(url: str, max_bytes: int, *, attempts: int = 5) -> bytes | None:
         raise
 
 
-def list_remote(url: str, *, attempts: int = 5) -> list[str]:
-    """List the ``*.tar`` directly inside a folder of s3, gs or hf, sorted by name.
+def list_remote(
+    url: str, *, attempts: int = ATTEMPTS, patience_seconds: float = PATIENCE_SECONDS
+) -> list[str]:
+    """List the files directly inside a folder of s3, gs or hf, sorted by name.
 
     Raises:
         RemoteError: if there is no such folder, or no answer after all attempts.
@@ -191,8 +203,8 @@ def list_remote(url: str, *, attempts: int = 5) -> list[str]:
         )
         return sorted(entry["name"] for entry in entries if entry["type"] == "file")
 
-    names = attempt(url, attempts, listing)
-    return [f"{scheme}://{name}" for name in names if name.endswith(".tar")]
+    names = attempt(url, attempts, listing, patience_seconds=patience_seconds)
+    return [f"{scheme}://{name}" for name in names]
 
 
 def _check(url: str) -> None:
@@ -267,7 +279,7 @@ class _Limited:
 
     def write(self, data: bytes) -> int:
         if self._file.tell() + len(data) > self._limit:
-            raise OSError(f"more than {self._limit} bytes came")
+            raise WrongContentError(f"more than {self._limit} bytes came")
         return self._file.write(data)
 
 
@@ -310,11 +322,11 @@ def _verify(remote: RemoteFile, part: str) -> None:
         with open(part, "rb") as file:
             file.seek(max(0, size - len(_TAR_END)))
             if file.read() != _TAR_END:
-                raise OSError(
+                raise WrongContentError(
                     f"{size} bytes of unknown length came, which do not end as a tar does"
                 )
     elif size != remote.size:
-        raise OSError(f"{size} of {remote.size} bytes came")
+        raise WrongContentError(f"{size} of {remote.size} bytes came")
     for name, expected in (("md5", remote.md5), ("sha256", remote.sha256)):
         if expected is None:
             continue
@@ -323,4 +335,4 @@ def _verify(remote: RemoteFile, part: str) -> None:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         if digest.hexdigest() != expected:
-            raise OSError(f"the {name} of what came is not the one the server says")
+            raise WrongContentError(f"the {name} of what came is not the one the server says")

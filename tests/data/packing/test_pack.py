@@ -45,6 +45,16 @@ def test_every_kind_of_table_gives_the_same_shards(tmp_path, pictures, suffix):
     assert len(shards_of(tmp_path / "a")) == 5
 
 
+def test_names_with_dots_become_samples_of_their_own(tmp_path):
+    images = tmp_path / "in"
+    images.mkdir()
+    for i in range(3):
+        (images / f"img_1.{i}x_0.jpg").write_bytes(encode(picture(i), "JPEG"))
+        (images / f"img_1.{i}x_0.txt").write_text(caption(i))
+    assert packed(images, tmp_path / "out", None).samples == 3
+    assert [s["txt"].decode() for s in samples_of(tmp_path / "out")] == [*map(caption, range(3))]
+
+
 def test_shards_are_read_by_the_index_and_by_webdataset(tmp_path, pictures, monkeypatch):
     table = write_table(tmp_path / "table.csv", rows_of())
     packed(table, tmp_path / "out", pictures, Columns(keep_others=True))

@@ -8,7 +8,7 @@ from dist_siglip.data.packing.table import Columns
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.process_lock import ProcessLock
-from tests.support.packing import packed, rows_of, shards_of, skipped, write_table
+from tests.support.packing import packed, rows_of, samples_of, shards_of, skipped, write_table
 from tests.support.shards import encode, picture
 
 
@@ -22,6 +22,62 @@ def test_another_table_or_other_settings_are_refused_with_the_difference(tmp_pat
     other = write_table(tmp_path / "t2.csv", rows_of(3))
     with pytest.raises(UserError, match=r"table was 't\.csv' and is 't2\.csv'; table_digest was"):
         packed(other, tmp_path / "out", pictures)
+
+
+def test_a_call_with_a_slip_leaves_nothing_in_the_way_of_the_right_one(tmp_path, pictures):
+    table, out = write_table(tmp_path / "t.csv", rows_of()), tmp_path / "out"
+    for columns in (Columns("picture"), Columns(captions=("text",))):
+        with pytest.raises(UserError, match="has no column"):
+            packed(table, out, pictures, columns)
+        assert not out.exists()  # nothing is written before the inputs were looked at
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match="is exceeded: 11 of 11 rows"):
+        packed(table, out, tmp_path / "elsewhere")
+    assert (out / "pack.json").exists()
+    assert packed(table, out, pictures).samples == 23
+    assert skipped(out) == []
+    with pytest.raises(UserError, match="was packed differently"):  # there is something now
+        packed(table, out, pictures, samples_per_shard=6)
+
+
+UNCLOSED = {
+    "to the end": 'image,caption\n0.jpg,hen\n1.jpg,"a cat\n2.jpg,a dog\n3.jpg,a fox\n',
+    "to a quote": 'image,caption\n0.jpg,hen\n1.jpg,"a cat\n2.jpg,a dog\n3.jpg,"a fox"\n',
+    "to a quote at the end of a row": 'image,caption\n0.jpg,hen\n1.jpg,"a cat\n2.jpg,a fox"\n',
+    "text behind a quote": 'image,caption\n0.jpg,hen\n1.jpg,"a" cat\n',
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("kind", UNCLOSED)
+def test_a_quote_that_is_not_closed_is_refused_with_its_line(tmp_path, pictures, kind, suffix):
+    table = tmp_path / f"t{suffix}"
+    text = UNCLOSED[kind]
+    table.write_text(text.replace(",", "\t") if suffix == ".tsv" else text)
+    with pytest.raises(UserError, match="broken in the row that begins at line 3") as info:
+        packed(table, tmp_path / "out", pictures)
+    assert "is a quote there not closed?" in str(info.value)
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quotes_that_are_in_order_are_read(tmp_path, pictures):
+    table = tmp_path / "t.csv"
+    text = 'image,caption\n0.jpg,"two\nlines, a comma"\n1.jpg,"a ""b"""\n2.jpg,5" long\n'
+    table.write_text(text)
+    packed(table, tmp_path / "out", pictures)
+    captions = [sample["txt"].decode() for sample in samples_of(tmp_path / "out")]
+    assert captions == ["two\nlines, a comma", 'a "b"', '5" long']
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ";"), (".csv", "\t"), (".tsv", ",")])
+def test_another_separator_is_named(tmp_path, pictures, suffix, separator):
+    table = tmp_path / f"t{suffix}"
+    table.write_text(f"image{separator}caption\n0.jpg{separator}a hen, two\n")
+    with pytest.raises(UserError) as info:
+        packed(table, tmp_path / "out", pictures)
+    assert f"{separator!r} seems to separate more" in str(info.value)
+    assert "with ',' as .csv, or with tabs as .tsv" in str(info.value)
 
 
 def test_nothing_foreign_is_overwritten(tmp_path, pictures):

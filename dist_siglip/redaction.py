@@ -1,0 +1,59 @@
+"""The secrets of a URL, and the one way they are cut out of texts.
+
+A URL may carry a user name, a password or a signature. Every text that a person, a log or a file
+gets goes through ``redact``. In doubt too much is cut: people write passwords with slashes,
+question marks and at signs into URLs, where the grammar of URLs does not allow them.
+"""
+
+import re
+
+# From the scheme to white space or to what no URL holds. Schemes that are opened need no slashes
+# to be taken for one: "https:/me:secret@host" is a slip of a pen, and a secret.
+_URL = re.compile(
+    r"((?<![A-Za-z0-9])(?:https?|s3|gs|hf):/*|[A-Za-z][A-Za-z0-9+.-]*://)([^\s\"<>]+)",
+    re.IGNORECASE,
+)
+_QUOTED = re.compile(r"((?:[^'\\]|\\.)*)('.*)", re.DOTALL)
+_AUTHORITY = re.compile(r"(?:\[[^\]/]*\]|[^:/\[]*)(?::\d*)?(?:[/?#]|[:,;.)\]}'\\]*$)")
+_SHOWN_BEFORE = re.compile(r"\.\.\.[:;,.)'\]}\\]*")
+_CUT = "..."
+_WITH_REVISIONS = ("s3:", "gs:", "hf:")  # "@" may stand in a path of these
+
+
+def redact(text: str) -> str:
+    """Cut user names, passwords, queries and fragments out of the URLs of a text.
+
+    Example:
+        >>> redact("cannot open https://me:secret@host/a.tar?sig=12ab")
+        'cannot open https://host/a.tar?...'
+        >>> redact("https://me:sec/ret@host/a.tar"), redact("hf://datasets/me/set@main/a.tar")
+        ('https://...@host/a.tar', 'hf://datasets/me/set@main/a.tar')
+    """
+    return _URL.sub(_shown, text)
+
+
+def _shown(found: re.Match[str]) -> str:
+    """Return what is shown of one URL, and of what follows it without a space."""
+    scheme, rest, behind = found[1], found[2], ""
+    if found.start() and found.string[found.start() - 1] == "'":
+        quoted = _QUOTED.fullmatch(rest)
+        if quoted:
+            rest, behind = quoted[1], redact(quoted[2])
+    return scheme + _without_secrets(scheme.lower(), rest) + behind
+
+
+def _without_secrets(scheme: str, rest: str) -> str:
+    before, at, after = rest.rpartition("@")
+    may_be_a_path = scheme.startswith(_WITH_REVISIONS) and "/" in before and ":" not in before
+    if at and before != _CUT and not may_be_a_path:
+        if set("?#") & set(before):  # of a password, or of a signature with an at sign
+            return _CUT
+        rest = f"{_CUT}@{after}" if "/" in before else after
+    if not _AUTHORITY.match(rest.removeprefix(f"{_CUT}@")):  # a password that a space has cut
+        return _CUT
+    place = re.match(r"[^?#]*", rest)
+    shown = place[0] if place else ""
+    query = rest[len(shown) :]
+    if not query or _SHOWN_BEFORE.fullmatch(query[1:]):
+        return rest
+    return f"{shown}{query[0]}{_CUT}"
