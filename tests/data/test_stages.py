@@ -4,7 +4,7 @@ import webdataset
 from PIL import Image
 
 from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.stages import FilteredError, run_stages
+from dist_siglip.data.stages import FilteredError, all_take_rgb, check_stages, run_stages
 from dist_siglip.errors import UserError
 from tests.support.shards import picture
 
@@ -113,3 +113,51 @@ def test_pictures_come_out_in_rgb():
     grey = webdataset.map(lambda fields: {**fields, "image": fields["image"].convert("L")})
     assert run(grey)["image"].mode == "RGB"
     assert isinstance(run()["image"], Image.Image)
+
+
+def seeing(seen, mode=None):
+    """A stage that notes the mode of its pictures."""
+
+    def stage(samples):
+        for fields in samples:
+            seen.append(fields["image"].mode)
+            yield fields
+
+    if mode is not None:
+        stage.picture_mode = mode
+    return stage
+
+
+def half_transparent():
+    image = Image.new("LA", (8, 8), (255, 255))
+    image.paste((0, 0), (0, 0, 4, 8))
+    return image
+
+
+def test_a_stage_gets_pictures_in_the_mode_it_asks_for():
+    seen = []
+    stages = [seeing(seen, "stored"), seeing(seen, "RGBA"), seeing(seen), seeing(seen, "RGB")]
+    check_stages(stages)
+    found = run_stages(stages, {**sample(), "image": half_transparent()}, "#102030")["image"]
+    assert seen == ["LA", "RGBA", "RGB", "RGB"]
+    assert [found.getpixel((x, 0)) for x in (0, 7)] == [(16, 32, 48), (255, 255, 255)]
+    assert all_take_rgb([seeing(seen)])
+    assert not all_take_rgb(stages)
+
+
+def test_what_a_stage_leaves_transparent_is_laid_on_the_ground():
+    stage = webdataset.map(lambda fields: {**fields, "image": Image.new("RGBA", (4, 4))})
+    assert run_stages([stage], sample(), "#102030")["image"].getpixel((0, 0)) == (16, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        (("RGB", "RGBA"), "asks for pictures in mode RGBA after a stage that gets them in RGB"),
+        ((None, "stored"), "mode stored after a stage that gets them in RGB"),
+        (("CMYK",), r"picture_mode \(CMYK\) of stage .* must be one of stored, RGBA, RGB"),
+    ],
+)
+def test_a_mode_that_is_lost_or_unknown_is_refused(modes, message):
+    with pytest.raises(UserError, match=message):
+        check_stages([seeing([], mode) for mode in modes])
