@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dist_siglip.cli.ranges import check_ranges
+from dist_siglip.cli.working_directory import modules_of_working_directory
 from dist_siglip.errors import UserError
 from dist_siglip.regular_file import check_regular
 from dist_siglip.yaml_text import RefusedYamlError, check_yaml, naming_values
@@ -84,10 +85,17 @@ class TrainingParser(_OneLineParser, LightningArgumentParser):
     """Parser of Lightning's command line."""
 
 
-def parse_shallow(parse: Callable[..., Namespace], *given: Any, **options: Any) -> Namespace:
-    """Parse; refuse nests and numbers that no reader of YAML or JSON gets to the end of."""
+def parse_shallow(
+    parse: Callable[..., Namespace], arguments: Any, *more: Any, **options: Any
+) -> Namespace:
+    """Parse, with class paths of the working directory.
+
+    Raises:
+        UserError: for nests and numbers that no reader of YAML or JSON gets to the end of.
+    """
     try:
-        return parse(*given, **options)
+        with modules_of_working_directory([str(word) for word in arguments or ()]):
+            return parse(arguments, *more, **options)
     except UserError:
         raise
     except RecursionError as error:
