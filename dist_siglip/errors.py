@@ -54,3 +54,9 @@ class OutageError(Exception):
             ...
         dist_siglip.errors.OutageError: https://host/a.tar cannot be fetched (5 attempts): no answer
     """
+
+
+class LoaderError(RunFailedError):
+    """A loader process that has died or failed, on this rank or another; ends with code 71."""
+
+    exit_code = 71

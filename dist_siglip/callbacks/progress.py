@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.gallery import describe_gallery
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,8 @@ class ProgressReport(Callback):
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):  # a terminal that is gone
+                self._bar.stop()
             self._bar = None
 
 

@@ -26,8 +26,9 @@ from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# What a rank may say besides that it was asked: the run folder is gone.
-_MOVED = 2
+# What the ranks may have to say; the largest wins: nobody has asked, a person, a cluster; the run
+# folder is gone.
+_NOBODY, _PERSON, _CLUSTER, _MOVED = range(4)
 # Of Lightning 2.6: what a step loop asks, and who installs handlers.
 _QUESTION, _HANDLERS, _INSTALL = (
     "_broadcast_sigterm_tensor",
@@ -37,11 +38,12 @@ _QUESTION, _HANDLERS, _INSTALL = (
 
 
 class StopTogether(Callback):
-    """Ends training between two steps once any rank got SIGUSR1, SIGUSR2 or SIGTERM.
+    """Ends training between two steps once any rank was asked to: by a cluster, or by Ctrl-C.
 
-    The signals are those that ``stop_request.listening`` remembers; outside of it they keep their
-    usual effect. ``RunCheckpoint`` saves where training ends. An evaluation that is due at that
-    step waits for the next start.
+    The signals, SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT, are those that
+    ``stop_request.listening`` remembers; outside of it they keep their usual effect.
+    ``RunCheckpoint`` saves where training ends. An evaluation that is due at that step waits for
+    the next start.
 
     Args:
         agree_every_steps: optimizer steps between two looks at what was asked; a rank that was
@@ -51,6 +53,7 @@ class StopTogether(Callback):
 
     Attributes:
         has_stopped: whether training ended because of a signal.
+        is_interrupt: whether that was Ctrl-C, on all ranks that were asked.
 
     Raises:
         UserError: if agree_every_steps < 1.
@@ -62,7 +65,7 @@ class StopTogether(Callback):
             raise UserError(f"stop.agree_every_steps ({agree_every_steps}) must be at least 1")
         self.agree_every_steps = agree_every_steps
         self.requeue = requeue
-        self.has_stopped = False
+        self.has_stopped = self.is_interrupt = False
         self._group: dist.ProcessGroup | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -79,6 +82,7 @@ class StopTogether(Callback):
             setattr(loop, _QUESTION, _do_nothing)
         if trainer.world_size > 1 and self._group is None:
             self._group = new_cpu_group()
+        stop_request.begin_saving()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,20 +93,29 @@ class StopTogether(Callback):
         if trainer.global_step >= trainer.max_steps:
             return
         folder = RunFolder(Path(trainer.default_root_dir))
-        asked = self._agree(_MOVED if folder.is_moved() else stop_request.asked_by() is not None)
+        asked = self._agree(_MOVED if folder.is_moved() else _who_asks())
         if asked == _MOVED:
             raise folder.moved()
-        if not asked:
+        if asked == _NOBODY:
             return
-        self.has_stopped = True
+        self.has_stopped, self.is_interrupt = True, asked == _PERSON
         end_training(trainer)
         trainer.limit_val_batches = 0
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self.is_interrupt:
             logger.warning(
                 "asked to stop (%s): saving after step %d; start again to go on",
                 stop_request.asked_by() or "another rank",
                 trainer.global_step,
             )
+
+    def finish(self) -> None:
+        """Note an interrupt that came too late for a step to end at: nothing waits for it now.
+
+        Distributed contract: every rank calls it after ``fit``.
+        """
+        stop_request.end_saving()
+        if not self.has_stopped and self._agree(_who_asks()) == _PERSON:
+            self.has_stopped = self.is_interrupt = True
 
     def leave(self, trainer: Trainer) -> None:
         """Wait until every rank has saved, then requeue the job if asked to.
@@ -113,7 +126,7 @@ class StopTogether(Callback):
             torch.cuda.synchronize()  # aborted transfers can take a fabric down
         if self._group is not None:
             dist.barrier(self._group)
-        if self.requeue and trainer.is_global_zero:
+        if self.requeue and trainer.is_global_zero and not self.is_interrupt:
             requeue_job()
 
     def _agree(self, asked: int) -> int:
@@ -127,3 +140,10 @@ class StopTogether(Callback):
 
 def _do_nothing() -> None:
     """Stand in for a broadcast in every step, and for handlers."""
+
+
+def _who_asks() -> int:
+    """Say who has asked this rank to stop."""
+    if stop_request.asked_by() is None:
+        return _NOBODY
+    return _PERSON if stop_request.is_interrupted() else _CLUSTER

@@ -17,10 +17,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 
+from dist_siglip.data.loader_failure import loader_failure
 from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.sentinel import Beat, Sentinel
 from dist_siglip.distributed.waiting import is_inside
-from dist_siglip.errors import UserError
+from dist_siglip.errors import LoaderError, UserError
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Watchdog(Callback):
             self._newest_beat,
             stacks=_stacks(trainer) / f"rank={trainer.global_rank:05d}.txt",
             group=group,
-            end_children=lambda: _end_children(trainer),
+            end_children=lambda: end_children(trainer),
         )
         self._sentinel.start()
 
@@ -167,8 +168,12 @@ class Watchdog(Callback):
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
             self._sentinel.stop()
             return
-        blame = self._sentinel.explain(exception)
-        if blame is not None:
+        blame = self._sentinel.explain(loader_failure(exception) or exception)
+        found = self._sentinel.blamed
+        if found is not None and found.exit_code == LoaderError.exit_code:
+            # The command line tells it, and ends with that code, on every rank.
+            exception.__cause__ = exception.__cause__ or LoaderError(found.line)
+        elif blame is not None:
             logger.error("a collective failed: %s", blame)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -198,7 +203,7 @@ def _stacks(trainer: Trainer) -> Path:
     return RunFolder(Path(trainer.default_root_dir)).stacks
 
 
-def _end_children(trainer: Trainer) -> None:
+def end_children(trainer: Trainer) -> None:
     """End the ranks that Lightning's own launcher has started; one that is stopped as well."""
     for process in getattr(trainer.strategy.launcher, "procs", []):
         if isinstance(process, subprocess.Popen):

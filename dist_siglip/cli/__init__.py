@@ -5,15 +5,20 @@ A ``UserError`` becomes one line on stderr and exit code 2; anything else keeps 
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
 from dist_siglip import stop_request
 from dist_siglip.cli.package_warnings import packages_kept_quiet
-from dist_siglip.errors import OutageError, RunFailedError, RunMovedError, UserError
+from dist_siglip.errors import (
+    LoaderError,
+    OutageError,
+    RunFailedError,
+    RunMovedError,
+    UserError,
+)
 from dist_siglip.redaction import redact
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
@@ -48,8 +53,12 @@ _VERBS = {
     ),
 }
 
+# Verbs that train, and save when they are asked to stop.
+_TRAINING = ("fit", "rerank", "quickstart")
+
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED, EXIT_COLLAPSED = 0, 1, 2, 3, 4
-EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, 130
+EXIT_LOADER = LoaderError.exit_code
+EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, stop_request.EXIT_INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 ``quickstart`` stayed below its recall floor, or a check found damage; 2 a
         mistake of the user, told in one line; 3 a run that would fail again, told in one line; 4
-        ``collapse_alarm`` stopped the run, with checkpoint and report; 73 the run folder was moved
-        away under a run; 75 ``fit`` was asked to stop and has saved, or a server does not answer:
-        goes on when started again; 130 interrupted. A process whose ranks hang ends with 70,
-        without returning.
+        ``collapse_alarm`` stopped the run, with checkpoint and report; 71 a loader process died or
+        failed; 73 the run folder was moved away under a run; 75 ``fit`` was asked to stop and has
+        saved, or a server does not answer: goes on when started again; 130 interrupted (``fit``
+        has saved, at the first Ctrl-C). A process whose ranks hang ends with 70, without returning.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -76,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
-    listening = stop_request.listening() if verb in ("fit", "rerank") else nullcontext()
+    listening = stop_request.listening() if verb in _TRAINING else nullcontext()
     # Before the heavy imports: they warn, and a signal during them must not end the run.
     with packages_kept_quiet(), listening:
         code = _run(verb, rest)
-        if code == EXIT_SAVED or (code != EXIT_OK and _rank()):
+        if code == EXIT_SAVED or (code != EXIT_OK and stop_request.rank_of_launcher()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.
             stop_request.turn_deaf()
     return code
@@ -95,17 +104,31 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
         return EXIT_USER_ERROR
     except RunFailedError as error:
         _complain(f"dist-siglip: failed: {_words_of(error)}")
-        return EXIT_FAILED
+        return EXIT_LOADER if isinstance(error, LoaderError) else EXIT_FAILED
     except RunMovedError as error:
-        if not _rank() or _rank() == "0":  # it holds the folder, and knows where that is
+        if stop_request.is_first():  # it holds the folder, and knows where that is
             _complain(f"dist-siglip: moved: {error}")
         return EXIT_MOVED
     except OutageError as error:
         _complain(f"dist-siglip: out of reach: {_words_of(error)}; start again to go on")
         return EXIT_SAVED
     except KeyboardInterrupt:
-        _complain("dist-siglip: interrupted")
-        return EXIT_INTERRUPTED
+        return _tell_interrupt()
+    except SystemExit as end:
+        # Lightning makes one of an interrupt.
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        return _tell_interrupt()
+    except Exception as error:
+        if stop_request.is_interrupted():  # this rank fails because another one has left
+            return _tell_interrupt(f"; while ending: {type(error).__name__}: {error}")
+        from dist_siglip.data.loader_failure import loader_failure  # heavy
+
+        failure = loader_failure(error)
+        if failure is None:
+            raise
+        _complain(f"dist-siglip: failed: {failure}")
+        return EXIT_LOADER
     return code
 
 
@@ -115,6 +138,13 @@ def _words_of(error: Exception) -> str:
     if "\nOriginal Traceback" in text:
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
     return text
+
+
+def _tell_interrupt(more: str = "") -> int:
+    """Say where a run was interrupted, once for all ranks."""
+    if stop_request.is_first():
+        _complain(f"dist-siglip: interrupted{stop_request.where()}{more[:200]}")
+    return EXIT_INTERRUPTED
 
 
 def _module_of(verb: str) -> str:
@@ -127,15 +157,10 @@ def _module_of(verb: str) -> str:
 
 def _complain(message: str) -> None:
     """Write one line; a rank other than 0 says which one it is."""
-    rank = _rank()
+    rank = stop_request.rank_of_launcher()
     prefix = f"[rank {rank}] " if rank and rank != "0" else ""
-    sys.stderr.write(prefix + redact(" ".join(message.split())) + "\n")
-
-
-def _rank() -> str | None:
-    """Return what a launcher calls this process, without importing torch; None without one."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+    with suppress(OSError):  # a terminal that is gone
+        sys.stderr.write(prefix + redact(" ".join(message.split())) + "\n")
 
 
 def _help() -> str:

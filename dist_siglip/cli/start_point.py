@@ -239,6 +239,15 @@ def steps_behind(folder: RunFolder, start: Path | None) -> int:
     return next((step for step in steps if folder.checkpoint(step) == start), 0)
 
 
+def describe_interrupt(folder: RunFolder, step: int) -> str:
+    """Say where a run was interrupted and what there is to go on from, as the end of a sentence."""
+    newest = folder.newest_checkpoint()
+    return (
+        f" at step {step}, last checkpoint {newest or 'none'}; "
+        f"start again to {'go on' if newest else 'begin anew'}"
+    )
+
+
 def owes_evaluation(folder: RunFolder, step: int, val_check_interval: float | None) -> bool:
     """Whether a run ended between the checkpoint of a step and the evaluation due there."""
     if not step or not isinstance(val_check_interval, int) or step % val_check_interval:

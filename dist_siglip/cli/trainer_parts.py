@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -10,10 +11,25 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from torch import cuda
 
-from dist_siglip.callbacks import AtomicCheckpointIO
+from dist_siglip.callbacks import AtomicCheckpointIO, TensorBoardLog
 from dist_siglip.cli.callback_groups import UNCONFIGURED
 from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
 from dist_siglip.errors import UserError
+
+TRAINER_DEFAULTS = {
+    # The training loader has no end; the run's length is max_steps.
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "gradient_clip_val": 1.0,
+    # Null: ProgressReport shows a bar with an end, unless a callback of the user does.
+    "enable_progress_bar": None,
+    # The model's size is one line in the log.
+    "enable_model_summary": False,
+}
 
 
 def default_callbacks(settings: Mapping[str, Any]) -> list[Callback]:
@@ -31,6 +47,13 @@ def draws_bar(settings: Mapping[str, Any]) -> bool:
     asked: bool | None = settings.get("enable_progress_bar")
     given = listed(settings.get("callbacks"))
     return any(isinstance(each, ProgressBar) for each in given) if asked is None else asked
+
+
+def more_loggers(settings: Mapping[str, Any], run_dir: Path) -> list[Any]:
+    """Return the event files of a run, and what the user asks for beside them."""
+    asked = settings.get("logger")
+    event_files = TensorBoardLog(str(run_dir), name="", version="tensorboard")
+    return [event_files, *listed(None if isinstance(asked, bool) else asked)]
 
 
 def plugins(settings: Mapping[str, Any]) -> list[Any]:

@@ -24,15 +24,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from dist_siglip import stop_request
 from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks import (
     CollapseAlarm,
     MetricsLog,
     StopTogether,
-    TensorBoardLog,
 )
 from dist_siglip.callbacks.early_end import reason_of_early_end
-from dist_siglip.cli import EXIT_COLLAPSED, EXIT_SAVED
+from dist_siglip.callbacks.watchdog import end_children
+from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
@@ -42,6 +43,7 @@ from dist_siglip.cli.start_point import (
     check_same_run,
     checkpoint_to_look_at,
     checkpoint_to_start_from,
+    describe_interrupt,
     evaluated_step,
     folder_to_run_in,
     owes_evaluation,
@@ -51,7 +53,14 @@ from dist_siglip.cli.start_point import (
     steps_behind,
 )
 from dist_siglip.cli.table import print_evaluation
-from dist_siglip.cli.trainer_parts import check_gpus, default_callbacks, draws_bar, listed, plugins
+from dist_siglip.cli.trainer_parts import (
+    TRAINER_DEFAULTS,
+    check_gpus,
+    default_callbacks,
+    draws_bar,
+    more_loggers,
+    plugins,
+)
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
@@ -67,21 +76,6 @@ from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
-
-_TRAINER_DEFAULTS = {
-    # The training loader has no end; the run's length is max_steps.
-    "max_epochs": -1,
-    "use_distributed_sampler": False,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 1000,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-    "gradient_clip_val": 1.0,
-    # Null: ProgressReport shows a bar with an end, unless a callback of the user does.
-    "enable_progress_bar": None,
-    # The model's size is one line in the log.
-    "enable_model_summary": False,
-}
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -102,7 +96,7 @@ def cli_settings() -> dict[str, Any]:
     return {
         "parser_class": TrainingParser,
         "parser_kwargs": {"prog": "dist-siglip"},
-        "trainer_defaults": dict(_TRAINER_DEFAULTS),
+        "trainer_defaults": dict(TRAINER_DEFAULTS),
         "seed_everything_default": 0,
         "save_config_callback": None,
         "auto_configure_optimizers": False,
@@ -177,19 +171,13 @@ class TrainingCLI(LightningCLI):
         """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""
         root = self.folder.path
         settings = self._get(self.config_init, "trainer")
-        asked = settings.get("logger")
         self.trainer_defaults["callbacks"] = default_callbacks(settings)
         check_gpus(settings, os.environ)
         metrics_log = MetricsLog(root)
-        loggers = [
-            metrics_log,
-            TensorBoardLog(str(root), name="", version="tensorboard"),
-            *listed(None if isinstance(asked, bool) else asked),
-        ]
         try:
             trainer = super().instantiate_trainer(
                 default_root_dir=str(root),
-                logger=loggers,
+                logger=[metrics_log, *more_loggers(settings, root)],
                 plugins=plugins(settings),
                 enable_progress_bar=draws_bar(settings),
                 **kwargs,
@@ -254,6 +242,10 @@ class TrainingCLI(LightningCLI):
         """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
         start = self.start_checkpoint
         done = steps_behind(self.folder, start)
+        stop_request.describe_with(
+            lambda: describe_interrupt(self.folder, max(done, self.model.steps_done)),
+            lambda: end_children(self.trainer),
+        )
         if done >= self.trainer.max_steps:
             if self._owes_end(done):
                 self._conclude(start)
@@ -278,9 +270,13 @@ class TrainingCLI(LightningCLI):
         if not alarm.ends_run:
             self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
         stop: StopTogether = self._get(self.config_init, "stop")
+        stop.finish()
         if stop.has_stopped:
             stop.leave(self.trainer)
-            self.exit_code = self._code_for_launcher(EXIT_SAVED)
+            code = EXIT_INTERRUPTED if stop.is_interrupt else EXIT_SAVED
+            self.exit_code = self._code_for_launcher(code)
+            if stop.is_interrupt and self.trainer.is_global_zero:
+                logger.warning("interrupted%s", stop_request.where())
             return
         if is_dev_run:
             logger.info("fast_dev_run went through; nothing of it is kept")

@@ -6,6 +6,7 @@ node. A reader keeps a few shards open and reopens them in a process it is pickl
 was evicted is closed, so that its space on the disk is free.
 """
 
+import errno
 import os
 from collections import OrderedDict
 
@@ -15,6 +16,9 @@ from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 from dist_siglip.regular_file import descriptor_of
 
 _OPEN_SHARDS = 64  # far above a block of shards, far below the usual limit of 1024
+
+# No sample is bad for it, and the next one would fare no better.
+_OF_THIS_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class ShardReader:
@@ -38,12 +42,15 @@ class ShardReader:
                 more, or is shorter than when it was indexed.
             UserError: if the cache is full or closed, or access is denied.
             OutageError: if the server of the shard does not answer.
+            OSError: if this process may open no more files, or has no memory.
         """
         if span.size > self._max_member_bytes:
             raise BadSampleError(f"member of {span.size} bytes, at most {self._max_member_bytes}")
         try:
             data = os.pread(self._open(span.shard), span.size, span.offset)
         except OSError as error:
+            if error.errno in _OF_THIS_PROCESS:
+                raise
             raise BadSampleError(f"shard cannot be read: {error}") from error
         except RemoteError as error:
             if not error.is_missing:  # the sample may be sound

@@ -2,12 +2,17 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from multiprocessing import active_children, queues, util
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.batch import PairCollator, PairSample
 from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.loader_failure import failed_to_deliver, loader_failure
 from dist_siglip.data.position import EvaluationBatchSampler, GlobalBatchSampler
+from dist_siglip.stop_request import SIGNALS
 
 
 def build_loader(
@@ -30,7 +35,7 @@ def build_loader(
         pin_memory: whether batches are copied to page-locked memory, for a GPU.
     """
     has_workers = workers_per_rank > 0
-    return DataLoader(
+    return PairLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -42,15 +47,72 @@ def build_loader(
     )
 
 
-def prepare_worker(worker: int) -> None:
-    """Make a loader process deaf to the signals a cluster sends to the training process.
+class PairLoader(DataLoader[PairSample]):
+    """A loader whose processes end the run when they cannot deliver, instead of being waited for.
 
-    SLURM signals every process of a step, and the default action of SIGUSR1 and SIGTERM is death.
+    Raises:
+        LoaderError: while it is iterated over.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own class
+        """Start the processes, if they do not run, and yield batches."""
+        if not self.num_workers:
+            return super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise failed_to_deliver(f"could not be started: {error}") from error
+        return _deliver(batches)
+
+
+class _NotHandedOver(NamedTuple):
+    """Stands for a batch that a loader process has, but cannot hand over."""
+
+    reason: str
+
+
+def _deliver(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from map(_handed_over, batches)
+    except Exception as error:
+        # Deaf to SIGTERM, one that is stuck would be waited for at the end of this process.
+        util.Finalize(None, _end_processes, exitpriority=100)
+        text = f"{type(error).__name__}: {error}"
+        raise (loader_failure(error) or failed_to_deliver(text)) from error
+
+
+def _handed_over(batch: Any) -> Any:
+    if isinstance(batch, _NotHandedOver):
+        raise failed_to_deliver(f"a batch could not be handed over: {batch.reason}")
+    return batch
+
+
+def _end_processes() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for process in active_children():
+        process.kill()
+
+
+def _hand_over_reason(queue: Any, error: Exception, item: Any) -> None:
+    """Send why an item of a queue was not sent, where multiprocessing only prints it.
+
+    The training process would wait for that batch without end: the loader process lives.
+    """
+    if isinstance(item, tuple) and len(item) == 2:
+        queue.put((item[0], _NotHandedOver(f"{type(error).__name__}: {error}")))
+
+
+def prepare_worker(worker: int) -> None:
+    """Make a loader process deaf to the signals meant for the training process.
+
+    SLURM signals every process of a step, a terminal every process of its foreground, and the
+    default action is death. Once the training process ends, its loader processes do, too.
 
     Args:
         worker: number of the loader process; not used.
     """
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    queues.Queue._on_queue_feeder_error = _hand_over_reason  # type: ignore[attr-defined]
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # One loader process is one core; tokenizers would start a thread for each core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -33,6 +33,7 @@ class Standing:
         seconds: since it last got on.
         is_overdue: whether that is longer than the phase may take.
         error: what it failed with, if it did; empty for a call that failed for want of others.
+        exit_code: with which all ranks are to end for that; 0 leaves it to each.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Standing:
     seconds: float = 0.0
     is_overdue: bool = False
     error: str = ""
+    exit_code: int = 0
 
 
 class Verdict(NamedTuple):
@@ -52,11 +54,13 @@ class Verdict(NamedTuple):
         line: in words.
         culprits: ranks to blame.
         num_answers: ranks that have answered, and so can read this.
+        exit_code: with which all ranks are to end; 0 leaves it to each.
     """
 
     line: str
     culprits: list[int]
     num_answers: int
+    exit_code: int = 0
 
 
 class Alarm:
@@ -125,7 +129,9 @@ class Alarm:
         verdict = None
         if has_failed or must_end(standings, self.world_size):
             culprits = name_culprits(standings, self.world_size)
-            verdict = Verdict(tell(standings, self.world_size), culprits, len(standings))
+            line = tell(standings, self.world_size)
+            code = max(standing.exit_code for standing in standings.values())
+            verdict = Verdict(line, culprits, len(standings), code)
             self.store.set("verdict", json.dumps(verdict._asdict()))
         self.store.add("round", 1)
         return verdict

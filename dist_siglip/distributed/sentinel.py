@@ -73,6 +73,9 @@ class Sentinel:
         stacks: file for what every thread was doing when this process was ended.
         group: ranks of the run; None in a world of one.
         end_children: ends ranks that this process has started, before it ends itself.
+
+    Attributes:
+        blamed: what ``explain`` has found, if the ranks could confer.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Sentinel:
         self._end_children = end_children
         self._stopped = threading.Event()
         self._verdict: Verdict | None = None
+        self.blamed: Verdict | None = None
         self._is_ending = False
         self._idle_seconds = 0.0
         self._rank, self._world_size = 0, 1
@@ -131,7 +135,10 @@ class Sentinel:
             return None
         is_lost = _is_for_want_of_others(error)
         standing = self._standing(
-            failed_doing(error), waits=is_lost, error="" if is_lost else _in_one_line(error)
+            failed_doing(error),
+            waits=is_lost,
+            error="" if is_lost else _in_one_line(error),
+            exit_code=getattr(error, "exit_code", 0),
         )
         try:
             verdict = self._confer(alarm, standing, has_failed=True)
@@ -139,6 +146,7 @@ class Sentinel:
             return self._hears_nothing(standing) if is_lost else None
         if verdict is None:
             return None
+        self.blamed = verdict
         self._leave(alarm, verdict)
         return verdict.line if is_lost and self._speaks(alarm) else None
 
@@ -193,22 +201,23 @@ class Sentinel:
             return  # the main thread has failed, or has got on after all
         self._is_ending = True
         alarm, verdict = self._speaker, self._verdict
-        speaks, culprits = True, [self._rank]
+        speaks, culprits, code = True, [self._rank], EXIT_HUNG
         if verdict is not None and alarm is not None:
             line, culprits, speaks = verdict.line, verdict.culprits, self._speaks(alarm)
+            code = verdict.exit_code or EXIT_HUNG
         elif alarm is not None:
             line, culprits = self._hears_nothing(standing), []
         else:
             line = tell({self._rank: standing}, 1)
         is_culprit = self._rank in culprits
-        _within(_WRITE_SECONDS, lambda: self._write(line, speaks=speaks, is_culprit=is_culprit))
+        _within(_WRITE_SECONDS, lambda: self._write(line, code, speaks, is_culprit))
         if verdict is not None and alarm is not None:
             self._leave(alarm, verdict)
         if self._rank > 0:
             # Lightning's launcher would kill the first rank before that has ended by itself.
             time.sleep(_AFTER_FIRST_SECONDS)
         _within(1.0, self._end_children)
-        os._exit(EXIT_HUNG)
+        os._exit(code)
 
     def _confer(self, alarm: Alarm, standing: Standing, *, has_failed: bool) -> Verdict | None:
         """Return the verdict.
@@ -237,10 +246,10 @@ class Sentinel:
             f"killed, is stopped, or its node is gone; rank {self._rank} is in {standing.doing}"
         )
 
-    def _write(self, line: str, *, speaks: bool, is_culprit: bool) -> None:
+    def _write(self, line: str, code: int, speaks: bool, is_culprit: bool) -> None:
         """Say it, if it is up to this rank; write every stack to a file, and a culprit's aloud."""
         if speaks:
-            logger.error("nothing gets on: %s; ending with code %d", line, EXIT_HUNG)
+            logger.error("nothing gets on: %s; ending with code %d", line, code)
         if is_culprit and sys.__stderr__ is not None:
             faulthandler.dump_traceback(sys.__stderr__)
         with suppress(OSError):
@@ -255,7 +264,9 @@ class Sentinel:
     def _is_overdue(self, beat: Beat) -> bool:
         return self._idle_seconds > beat.limit_seconds
 
-    def _standing(self, doing: Doing, *, waits: bool | None = None, error: str = "") -> Standing:
+    def _standing(
+        self, doing: Doing, *, waits: bool | None = None, error: str = "", exit_code: int = 0
+    ) -> Standing:
         beat = self._beat()
         return Standing(
             step=beat.step,
@@ -266,6 +277,7 @@ class Sentinel:
             seconds=self._idle_seconds,
             is_overdue=self._is_overdue(beat),
             error=error,
+            exit_code=exit_code,
         )
 
 

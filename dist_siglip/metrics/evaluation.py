@@ -4,7 +4,7 @@
 for it. A new metric is a pure function in its own file and one line in ``evaluate_pairs``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,27 +201,6 @@ def evaluate_pairs(
     arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics) | spectra
     arrays |= {f"{name}_ranks": all_ranks.cpu().numpy() for name, all_ranks in ranks.items()}
     return Evaluation(metrics, arrays)
-
-
-def describe_gallery(metrics: Mapping[str, Any], prefix: str = "") -> str:
-    """Say how many pairs an evaluation saw, and of how many where it did not see all.
-
-    Args:
-        metrics: of an evaluation: ``gallery_pairs``, and ``available_pairs`` where it is known.
-        prefix: of the names.
-
-    Example:
-        >>> describe_gallery({"gallery_pairs": 16.0, "available_pairs": 37.0})
-        '16 of 37 pairs'
-        >>> describe_gallery({"gallery_pairs": 37.0, "available_pairs": 37.0})
-        '37 pairs'
-    """
-    seen, available = (metrics.get(f"{prefix}{kind}_pairs") for kind in ("gallery", "available"))
-    if seen is None:
-        return "an unknown number of pairs"
-    if available is None or int(available) == int(seen):
-        return f"{int(seen)} pairs"
-    return f"{int(seen)} of {int(available)} pairs"
 
 
 class PairEvaluation(Metric):

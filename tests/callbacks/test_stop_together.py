@@ -1,5 +1,6 @@
 """Signals to one rank: all ranks end at the same step, with one checkpoint, and can go on."""
 
+import os
 import signal
 
 import pytest
@@ -69,6 +70,40 @@ def test_the_first_signal_is_the_one_that_is_named():
         signal.raise_signal(signal.SIGUSR1)
         assert stop_request.asked_by() == "SIGTERM"
     assert stop_request.asked_by() is None
+
+
+def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save_and_waits_where_there_is():
+    with stop_request.listening():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop_request.end_saving()
+    with stop_request.listening():
+        stop_request.begin_saving()
+        signal.raise_signal(signal.SIGINT)
+        assert stop_request.is_interrupted()
+        signal.raise_signal(signal.SIGTERM)
+        assert not stop_request.is_interrupted()  # a cluster wants the run to go on
+    assert not stop_request.is_interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_under_nohup_stays_deaf_to_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request.listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGHUP)
+            assert stop_request.asked_by() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_forked_process_does_not_write_into_the_ear_of_its_parent():
+    with stop_request.listening():
+        pid = os.fork()
+        if not pid:
+            os._exit(signal.set_wakeup_fd(-1) != -1)
+        assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_a_deaf_process_stays_deaf():

@@ -1,6 +1,5 @@
 import itertools
 import os
-import signal
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.transforms import training_transform
 from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.stop_request import SIGNALS
 from tests.support.shards import tiny_inputs, tokenize, write_shards
 
 # Python 3.12 warns wherever a process with threads forks.
@@ -88,10 +88,11 @@ def test_stops_with_other_worlds_and_workers_change_nothing(shards):
 
 
 def test_workers_outlive_cluster_signals(shards):
-    batches = iter(loader(shards, workers=1))
+    source = loader(shards, workers=1)
+    batches = iter(source)
     first = next(batches)
-    (worker,) = batches._workers
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    (worker,) = source._iterator._workers
+    for number in SIGNALS:
         os.kill(worker.pid, number)
     time.sleep(0.1)
     assert worker.is_alive()
