@@ -1,13 +1,17 @@
 """Parts of a Trainer: ours beside what the user asks for, whose choice wins."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from torch import cuda
 
@@ -113,6 +117,20 @@ class SlurmTasks(SLURMEnvironment):
 
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def scratch_folder() -> Path:
+    """Make a folder that is removed when this process ends."""
+    path = tempfile.mkdtemp(prefix="dist_siglip-fast_dev_run-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+def code_for_launcher(trainer: Trainer, code: int) -> int:
+    """Return the code, but 0 in children of Lightning's launcher, whom theirs would kill."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+    return 0 if is_child else code
 
 
 def listed(value: Any) -> list[Any]:

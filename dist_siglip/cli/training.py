@@ -5,20 +5,16 @@ started and before anything is written, the first process checks what can be che
 batch arithmetic, the checkpoint to go on from, and that the folder holds no other run.
 """
 
-import atexit
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -56,10 +52,12 @@ from dist_siglip.cli.table import print_evaluation
 from dist_siglip.cli.trainer_parts import (
     TRAINER_DEFAULTS,
     check_gpus,
+    code_for_launcher,
     default_callbacks,
     draws_bar,
     more_loggers,
     plugins,
+    scratch_folder,
 )
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
@@ -191,9 +189,7 @@ class TrainingCLI(LightningCLI):
     def folder(self) -> RunFolder:
         """The run folder; one that is thrown away for ``fit`` with ``trainer.fast_dev_run``."""
         if self.subcommand == "fit" and self._get(self.config, "trainer.fast_dev_run"):
-            scratch = tempfile.mkdtemp(prefix="dist_siglip-fast_dev_run-")
-            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-            return RunFolder(Path(scratch))
+            return RunFolder(scratch_folder())
         return RunFolder(Path(self._get(self.config, "run_dir")))
 
     def before_fit(self) -> None:
@@ -249,13 +245,9 @@ class TrainingCLI(LightningCLI):
         if done >= self.trainer.max_steps:
             if self._owes_end(done):
                 self._conclude(start)
-            logger.info(
-                "run %s is complete: step %d of %d; %s to go on, or choose another run_dir",
-                self.folder.path,
-                done,
-                self.trainer.max_steps,
-                how_to_go_on(self.model.optim, done),
-            )
+            text = "run %s is complete: step %d of %d; %s to go on, or choose another run_dir"
+            more = how_to_go_on(self.model.optim, done)
+            logger.info(text, self.folder.path, done, self.trainer.max_steps, more)
             return
         is_dev_run: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning's
         if start is None and self._evaluates_at_start() and not is_dev_run:
@@ -274,7 +266,7 @@ class TrainingCLI(LightningCLI):
         if stop.has_stopped:
             stop.leave(self.trainer)
             code = EXIT_INTERRUPTED if stop.is_interrupt else EXIT_SAVED
-            self.exit_code = self._code_for_launcher(code)
+            self.exit_code = code_for_launcher(self.trainer, code)
             if stop.is_interrupt and self.trainer.is_global_zero:
                 logger.warning("interrupted%s", stop_request.where())
             return
@@ -286,7 +278,7 @@ class TrainingCLI(LightningCLI):
             self._conclude()
         if alarm.ends_run:
             logger.error("stopped at step %d of %d by collapse_alarm", step, wanted)
-            self.exit_code = self._code_for_launcher(EXIT_COLLAPSED)
+            self.exit_code = code_for_launcher(self.trainer, EXIT_COLLAPSED)
         elif step < wanted:
             reason = reason_of_early_end(self.trainer)
             logger.info("stopped early at step %d of %d because %s", step, wanted, reason)
@@ -320,12 +312,6 @@ class TrainingCLI(LightningCLI):
             evaluated_step=evaluated_step(self.folder),
             has_report=self.folder.report.exists(),
         )
-
-    def _code_for_launcher(self, code: int) -> int:
-        """Return the code, but 0 in children of Lightning's launcher, whom theirs would kill."""
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        is_child = isinstance(environment, LightningEnvironment) and self.trainer.local_rank > 0
-        return 0 if is_child else code
 
     def _evaluates_at_start(self) -> bool:
         asked: bool | None = self._get(self.config, "evaluate_at_start")
