@@ -44,6 +44,7 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
     try:
         found = BestCheckpoint(**read_json(folder.best))
         is_of_use = found.metric == metric and found.step in folder.steps_with_checkpoint()
-    except (OSError, ValueError, TypeError):
+        is_of_use = is_of_use and math.isfinite(found.value)
+    except (OSError, ValueError, TypeError, OverflowError):
         return nothing
     return found if is_of_use else nothing

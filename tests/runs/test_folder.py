@@ -1,4 +1,4 @@
-"""The run folder names its files, finds its newest checkpoint and has one owner."""
+"""The run folder names its files, finds its newest checkpoint, has one owner, may be damaged."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs import RunFolder, collect_provenance, describe_differences
+from dist_siglip.runs import RunFolder, collect_provenance, describe_differences, read_best
 
 
 def test_newest_checkpoint_is_that_of_the_largest_step(tmp_path):
@@ -135,3 +135,16 @@ def test_a_folder_that_was_moved_while_it_is_held_is_named(tmp_path):
     assert f"run_dir ({run.path}) was moved away" in told
     assert f"--run_dir={tmp_path / 'new'} to go on from step=00000007.ckpt" in told
     assert not run.is_moved()
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", "null", '"x"', "[]", "NaN", "Infinity", "9" * 400, "[" * 5000, "\xff"]
+)
+def test_a_note_on_the_best_checkpoint_that_cannot_be_used_is_beaten_by_anything(tmp_path, value):
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    run.checkpoint(4).touch()
+    text = f'{{"step": 4, "metric": "val/loss", "value": {value}}}'
+    run.best.write_bytes(text.encode("latin-1"))
+    best = read_best(run, "val/loss", "min")
+    assert best.is_beaten_by(0.7, "min") == (value != "0.5")
