@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from weakref import WeakValueDictionary
 
 from dist_siglip.owner_file import LockHeldError, OwnerFile
 
@@ -45,7 +46,7 @@ class _Process:
         self.guard = threading.Lock()
         self.descriptors: dict[str, int] = {}
         self.threads: dict[tuple[int, int, int], threading.Lock] = {}
-        self.watched: dict[str, ProcessLock] = {}
+        self.watched: WeakValueDictionary[str, ProcessLock] = WeakValueDictionary()
 
 
 _PROCESS = [_Process()]  # the last one is of this process

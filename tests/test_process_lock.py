@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -244,6 +245,17 @@ def test_nothing_is_written_where_a_claimed_folder_was(tmp_path):
             check_place(new / "a")
         assert in_fork(lambda: check_place(old / "a")) == 0  # a child has claimed nothing
     check_place(old / "a")
+
+
+def test_a_watched_lock_that_nobody_has_any_more_is_given_back(tmp_path):
+    """A second start in one process, after the first one's objects are gone."""
+    lock = ProcessLock(str(tmp_path / ".lock"))
+    lock.watch()
+    assert not can_take(tmp_path / ".lock")
+    del lock
+    gc.collect()
+    assert can_take(tmp_path / ".lock")
+    ProcessLock(str(tmp_path / ".lock")).release()
 
 
 def test_the_place_of_a_moved_folder_is_named(tmp_path):

@@ -78,7 +78,9 @@ logger = logging.getLogger(__name__)
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Run ``fit`` or ``validate``."""
-    code = train([verb, *arguments]).exit_code
+    done = train([verb, *arguments])
+    code = done.exit_code
+    done.let_go()
     leave_process_groups()
     return code
 
@@ -341,6 +343,11 @@ class TrainingCLI(LightningCLI):
             verbose=False,
             weights_only=True,
         )
+
+    def let_go(self) -> None:
+        """Give the run folder back, for another start in this process."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _get_all(self) -> Any:
         """Return the resolved configuration of the verb."""
