@@ -1,7 +1,9 @@
 """Where do embeddings go that are free to move on the sphere, without any encoder behind them?
 
-The rows themselves are the parameters. As in the authors' code the loss sees normalised rows, so
-that gradients are tangent to the sphere, and the rows are put back on it after every step.
+The rows themselves are the parameters, and are put back on the sphere after every step. As in the
+authors' code the loss usually sees normalised rows, so that gradients are tangent to the sphere.
+Where a loss extends rows and normalises what is extended (their adapter), it gets them as they are:
+gradients then keep a part along the row, which the projection undoes but Adam's moments see.
 """
 
 import math
@@ -62,6 +64,7 @@ def train_free_embeddings(
     scalars: Iterable[nn.Parameter] = (),
     *,
     steps: int,
+    normalize: bool = True,
     learning_rate: float = 1e-2,
     schedule: Callable[[float], float] | None = None,
     watch: Callable[[int, float, list[Tensor]], bool] | None = None,
@@ -75,11 +78,12 @@ def train_free_embeddings(
 
     Args:
         rows: (N, D) matrices; those that need no gradient are locked. Changed in place.
-        loss: of the unit rows, in the order of ``rows``; full batch, in the reduction of the
+        loss: of the (unit) rows, in the order of ``rows``; full batch, in the reduction of the
             experiment (Adam's epsilon makes late steps depend on it).
         scalars: the other parameters, such as those of ``LogitScaleBias``; locked ones are left
             alone. Changed in place.
         steps: most steps to make, at least 1.
+        normalize: whether the loss gets normalised rows; False leaves that to the loss.
         learning_rate: of rows and scalars, before the schedule.
         schedule: from the share of the steps that are done, 0 to below 1, to a factor of the
             learning rate; None keeps it constant. See ``warm_up_and_cosine``.
@@ -110,7 +114,7 @@ def train_free_embeddings(
             optimizer.param_groups[0]["lr"] = learning_rate * schedule((step - 1) / steps)
         optimizer.zero_grad()
         with let_pass():
-            value = loss([F.normalize(matrix, dim=-1) for matrix in rows])
+            value = loss([F.normalize(matrix, dim=-1) if normalize else matrix for matrix in rows])
         value.backward()
         optimizer.step()
         with torch.no_grad():

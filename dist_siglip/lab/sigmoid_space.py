@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
@@ -37,7 +38,10 @@ class Start:
         train_bias: whether the bias, or relative bias, learns.
         is_locked: whether the first modality stays where it starts.
         has_adapter: whether an explicit adapter stands behind the rows; scale and relative bias
-            are then set so that the loss starts as without it.
+            are then set so that the loss starts as without it, and extended rows are normalised.
+        draws: which matrices the modalities are, of those that the generator draws one after the
+            other, counted from 0 and ascending; empty for the first ones. The authors' notebooks
+            draw some that they do not use.
         steps: of training.
         seed: of the random start, beyond the authors' own.
     """
@@ -53,6 +57,7 @@ class Start:
     train_bias: bool = True
     is_locked: bool = False
     has_adapter: bool = False
+    draws: tuple[int, ...] = ()
     steps: int = 10_000
     seed: int = 0
 
@@ -89,15 +94,10 @@ def train_space(start: Start, progress: Callable[[float], None] | None = None) -
         projection as in the authors' notebooks.
     """
     generator = torch.Generator().manual_seed(AUTHORS_SEED + start.seed)
-    rows = [
-        random_rows(
-            start.num_pairs,
-            start.dimension,
-            generator,
-            trainable=not (start.is_locked and number == 0),
-        )
-        for number in range(start.num_modalities)
-    ]
+    draws = start.draws or tuple(range(start.num_modalities))
+    drawn = [random_rows(start.num_pairs, start.dimension, generator) for _ in range(draws[-1] + 1)]
+    rows = [drawn[draw] for draw in draws]
+    rows[0].requires_grad_(not start.is_locked)
     adapter = SimplexAdapter(start.num_modalities) if start.has_adapter else None
     scale, relative_bias = start.scale, start.relative_bias
     if adapter is not None:
@@ -110,8 +110,9 @@ def train_space(start: Start, progress: Callable[[float], None] | None = None) -
         train_bias=start.train_bias,
     )
 
-    def loss(unit_rows: list[Tensor]) -> Tensor:
-        features = unit_rows if adapter is None else adapter(unit_rows)
+    def loss(features: list[Tensor]) -> Tensor:
+        if adapter is not None:
+            features = [F.normalize(extended, dim=-1) for extended in adapter(features)]
         total = multimodal_sigmoid_loss(features, *logits(), graph=start.graph)
         return total / start.num_pairs
 
@@ -120,6 +121,7 @@ def train_space(start: Start, progress: Callable[[float], None] | None = None) -
         loss,
         [*logits.parameters(), *(adapter.parameters() if adapter is not None else ())],
         steps=start.steps,
+        normalize=adapter is None,
         progress=progress,
     )
     with torch.no_grad():

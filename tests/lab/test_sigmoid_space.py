@@ -69,6 +69,54 @@ def test_all_parameterisations_start_at_the_same_loss():
         assert first_loss(replace(SHORT, **change)) == pytest.approx(expected, rel=1e-6)
 
 
+def adapter_reference(start, *, keeps_radial_part):
+    """The authors' adapter run: first and third draw, the extended row is what is normalised."""
+    generator = torch.Generator().manual_seed(AUTHORS_SEED)
+    size = start.num_pairs, start.dimension
+    images, _, texts = (
+        F.normalize(torch.randn(size, generator=generator), dim=-1).double() for _ in range(3)
+    )
+    texts.requires_grad_()
+    strength = torch.tensor(0.5).double().requires_grad_()
+    kept = torch.sigmoid(strength.detach()) ** 2
+    log_scale = (start.scale / kept).log().requires_grad_()
+    bias = (kept * start.relative_bias - (1 - kept)).requires_grad_()
+    optimizer = torch.optim.Adam([texts, log_scale, bias, strength], lr=0.01)
+    sign = 1 - 2 * torch.eye(start.num_pairs).double()
+    for _ in range(start.steps):
+        optimizer.zero_grad()
+        delta = torch.sigmoid(strength)
+        rest = (1 - delta**2).sqrt().expand(start.num_pairs, 1)
+        moving = texts if keeps_radial_part else F.normalize(texts, dim=-1)
+        sides = torch.cat([delta * images, rest], 1), torch.cat([delta * moving, -rest], 1)
+        cosine = F.normalize(sides[0], dim=-1) @ F.normalize(sides[1], dim=-1).T
+        loss = F.softplus(sign * log_scale.exp() * (cosine - bias)).mean()
+        loss.backward()
+        optimizer.step()
+        texts.data /= texts.data.norm(dim=-1, keepdim=True)
+    return loss.item(), log_scale.exp().item(), bias.item(), torch.sigmoid(strength).item()
+
+
+def test_the_adapter_is_trained_as_the_authors_trained_theirs():
+    """Adam sees a gradient along the row, which a normalised row does not have."""
+    start = replace(SHORT, is_locked=True, has_adapter=True, draws=(0, 2), steps=40)
+    space = train_space(start)
+    found = (space.loss, space.scale, space.relative_bias, space.delta)
+    assert found == pytest.approx(adapter_reference(start, keeps_radial_part=True), rel=1e-4)
+    other = adapter_reference(start, keeps_radial_part=False)
+    assert found != pytest.approx(other, rel=1e-3)
+
+
+def test_draws_say_which_matrices_of_the_stream_are_used():
+    generator = torch.Generator().manual_seed(AUTHORS_SEED)
+    drawn = [F.normalize(torch.randn(6, 4, generator=generator), dim=-1) for _ in range(6)]
+    still = replace(SHORT, num_modalities=3, draws=(1, 3, 5), is_locked=True, steps=1)
+    assert torch.equal(train_space(still).training.rows[0], F.normalize(drawn[1], dim=-1))
+    rows = [drawn[number].double().tolist() for number in (1, 3, 5)]
+    expected = multimodal_loss(rows, still.scale, still.relative_bias) / still.num_pairs
+    assert train_space(still).loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_is_locked_stays():
     space = train_space(replace(SHORT, is_locked=True, train_scale=False, train_bias=False))
     assert torch.allclose(space.training.rows[0], start_rows(SHORT)[0], atol=1e-7)

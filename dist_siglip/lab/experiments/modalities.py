@@ -12,12 +12,18 @@ from dist_siglip.lab.figures import draw_loss, label, new_figure
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 
 _FULL_GAPS = {2: 0.471, 4: 0.428, 6: 0.473}  # Table 1
+# The notebook's cell draws two matrices for each modality of 4, 6, ... and uses the first; 6 goes
+# on where 4 ended.
+_DRAWS = {2: (), 4: tuple(range(0, 8, 2)), 6: tuple(range(8, 20, 2))}
 
 
 def run(settings: LabSettings) -> Outcome:
     """Train every number of modalities; when quick, only two."""
     numbers = (2,) if settings.quick else tuple(_FULL_GAPS)
-    starts = {f"{k} modalities": Start(num_modalities=k, seed=settings.seed) for k in numbers}
+    starts = {
+        f"{k} modalities": Start(num_modalities=k, draws=_DRAWS[k], seed=settings.seed)
+        for k in numbers
+    }
     if not settings.quick:
         starts |= _other_starts(settings.seed)
     spaces = {
@@ -30,8 +36,6 @@ def run(settings: LabSettings) -> Outcome:
             _FULL_GAPS[k],
             2 * spaces[f"{k} modalities"].margin,
             0.02,
-            reason="Table 1 names neither seed nor start; with 6 modalities the next seed ends at "
-            "0.448, and a start at relative bias +1 at 0.595",
         )
         for k in numbers
     ]
@@ -56,6 +60,8 @@ def run(settings: LabSettings) -> Outcome:
         (
             "100 samples, 10 dimensions, 10 000 steps, relative bias from 0 unless the name says "
             "otherwise; the margin is that of one threshold for all pairs of modalities.",
+            "4 and 6 modalities start from the matrices that the authors' cell draws. Over seeds "
+            "the gap spreads by about 0.1, more than between the numbers of modalities.",
             "8, 14 and 20 modalities of Table 1 (28 to 190 pairs of modalities) are left out for "
             "their time.",
         ),
