@@ -38,7 +38,7 @@ def flatten(image: Image.Image, transparency: str) -> Image.Image:
         return _without_alpha(layer)
     ground = Image.new("RGBA", layer.size, transparency)
     flat = Image.alpha_composite(ground, layer).convert("RGB")
-    flat.info = layer.info
+    flat.info = {name: layer.info[name] for name in layer.info if name != "transparency"}
     return flat
 
 
@@ -51,6 +51,8 @@ def to_rgba(image: Image.Image) -> Image.Image:
     """
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
+    if image.mode == "RGBA":
+        return image
     if not image.mode.startswith("I"):
         return image.convert("RGBA")
     layer = _without_alpha(image).convert("RGBA")
