@@ -34,8 +34,8 @@ def lines_of(page, status):
 
 
 def doctor_of_all(run):
-    """Wait for all ranks, ten times as long as any may take; return exit codes and the page."""
-    return run.wait(30 * _PATIENCE_SECONDS), run.said()
+    """Wait for all ranks, many times as long as any may take; return exit codes and the page."""
+    return run.wait(), run.said()
 
 
 def alone(capsys, monkeypatch, *arguments):
@@ -106,8 +106,8 @@ def test_shards_that_hang_are_told_in_bounded_time(folder, capsys, monkeypatch):
     answer, left = threading.Event(), []
     monkeypatch.setattr("dist_siglip.cli.doctor_look.look_at_shards", lambda *_: answer.wait())
     monkeypatch.setattr("dist_siglip.cli.doctor_command.os._exit", left.append)
-    _, page = alone(capsys, monkeypatch, "--shards", folder, "--timeout_seconds", 1)
-    assert "FAIL  shards        did not come back within 1 s" in page
+    _, page = alone(capsys, monkeypatch, "--shards", folder, "--timeout_seconds", 10)
+    assert "FAIL  shards        did not come back within 10 s" in page
     assert left == [1]  # not held by the thread that still waits
     answer.set()
 

@@ -3,6 +3,8 @@
 import ast
 import re
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 
 import pytest
 from packaging.requirements import Requirement
@@ -26,6 +28,10 @@ PINS = [
     for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 ]
+
+_LOADER = SourceFileLoader("versions_run", str(REPOSITORY / "tests/versions/run"))
+SCRIPT = module_from_spec(spec_from_loader("versions_run", _LOADER))
+_LOADER.exec_module(SCRIPT)
 
 
 def test_every_direct_dependency_has_a_pin_within_its_bounds():
@@ -71,3 +77,27 @@ def test_a_package_whose_private_names_are_imported_has_an_upper_bound():
     touched -= {"dist-siglip", *map(canonicalize_name, sys.stdlib_module_names)}
     assert touched >= {"torch", "huggingface-hub"}
     assert touched <= bounded
+
+
+@pytest.mark.parametrize(
+    ("output", "counts"),
+    [
+        ("....\n4 passed in 3.10s\n", "4 passed"),
+        (
+            "F.\n1 failed, 1 passed, 2 skipped, 20 warnings in 205.10s (0:03:25)\n",
+            "1 failed, 1 passed, 2 skipped",
+        ),
+        ("usage: pytest\n", "error 4"),
+    ],
+)
+def test_the_script_reads_what_pytest_counted(output, counts):
+    assert SCRIPT.counts_of(output, 4) == counts
+
+
+def test_the_page_has_a_row_for_each_set_of_versions():
+    page = SCRIPT.PAGE.read_text(encoding="utf-8")
+    head = next(line for line in page.splitlines() if line.startswith("| versions |"))
+    columns = ["versions", "Python", *SCRIPT.PACKAGES, *SCRIPT.TESTS]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == columns
+    for name in SCRIPT.HOW:
+        assert re.search(rf"^\| {name} \|", page, re.MULTILINE)
