@@ -29,6 +29,7 @@ _OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
 _STAY = re.compile(
     r"shard transfers"  # one for all transfers of a process
     r"|fsspecIO|asyncio_"  # the event loop of fsspec; the pools of loops, for addresses of hosts
+    r"|tqdm_monitor"  # of the progress bars of other packages
     r"|process_request_thread"  # a server of a test, until the client lets the connection go
 )
 _SECONDS_TO_END = 30.0

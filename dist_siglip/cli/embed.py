@@ -42,6 +42,7 @@ def embed(
     ckpt_path: str | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    weights_average: bool | None = None,
     towers: Towers = "both",
     format: Format = "clip-retrieval",  # noqa: A002 - the name of the option
     dtype: RowType = "float16",
@@ -73,6 +74,8 @@ def embed(
         ckpt_path: another checkpoint of that run.
         model: open_clip name, JSON config, local-dir:PATH or hf-hub:ORG/REPO.
         pretrained: open_clip tag of the model, or a file of weights.
+        weights_average: true takes the average that a checkpoint holds, false the weights it was
+            made of; null the average of a run, of other weights what they put first.
         towers: "both", or only "image" or "text"; with "text" no picture is decoded.
         format: "clip-retrieval" writes img_emb/, text_emb/ and metadata/, files for each shard;
             "parquet" one embeddings.parquet with a list of numbers for each tower; "features" a
@@ -122,7 +125,13 @@ def embed(
         max_bad_fraction=max_bad_fraction,
         cache=ShardCache(cache),
     )
-    built = load_trained(run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained)
+    built = load_trained(
+        run_dir=run_dir,
+        ckpt_path=ckpt_path,
+        model=model,
+        pretrained=pretrained,
+        weights_average=weights_average,
+    )
     report = embed_shards(table, built, Path(out), settings)
     if json:
         sys.stdout.write(json_text.dumps({"out": out, **report._asdict()}, indent=2) + "\n")

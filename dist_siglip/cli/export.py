@@ -34,6 +34,7 @@ def export(
     ckpt_path: str | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    weights_average: bool | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a model for another library, read it back with it, and compare the features.
@@ -47,9 +48,17 @@ def export(
         ckpt_path: another checkpoint of that run.
         model: in place of a run, as model.model of a configuration names it.
         pretrained: weights of model, as model.pretrained names them.
+        weights_average: true takes the average that a checkpoint holds, false the weights it was
+            made of; null the average of a run, of other weights what they put first.
         overwrite: replace an earlier export in this folder.
     """
-    built = load_trained(run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained)
+    built = load_trained(
+        run_dir=run_dir,
+        ckpt_path=ckpt_path,
+        model=model,
+        pretrained=pretrained,
+        weights_average=weights_average,
+    )
     done = export_model(built, Path(out), to=to, overwrite=overwrite)
     sys.stdout.write(
         f"wrote {done.folder}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "

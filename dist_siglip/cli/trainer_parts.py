@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import Strategy
 from torch import cuda
 
 from dist_siglip.callbacks import AtomicCheckpointIO, TensorBoardLog
@@ -131,6 +133,36 @@ def code_for_launcher(trainer: Trainer, code: int) -> int:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
     return 0 if is_child else code
+
+
+def strategy(settings: Mapping[str, Any]) -> dict[str, Strategy]:
+    """Return the strategy that a bare class path names, built with its defaults; else nothing.
+
+    To the Trainer it would be one of its own names, none of which has a dot in it.
+
+    Raises:
+        UserError: if it is the path of no strategy.
+
+    Example:
+        >>> strategy({"strategy": "ddp"})
+        {}
+        >>> list(strategy({"strategy": "dist_siglip.strategies.FullyShardedStrategy"}))
+        ['strategy']
+    """
+    asked = settings.get("strategy")
+    if not isinstance(asked, str) or "." not in asked:
+        return {}
+    module, _, name = asked.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (AttributeError, ImportError, ValueError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise UserError(
+            f"trainer.strategy ({asked}) is no class of a strategy; give ddp, or "
+            "dist_siglip.strategies.FullyShardedStrategy"
+        )
+    return {"strategy": found()}
 
 
 def listed(value: Any) -> list[Any]:

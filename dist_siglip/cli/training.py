@@ -58,6 +58,7 @@ from dist_siglip.cli.trainer_parts import (
     more_loggers,
     plugins,
     scratch_folder,
+    strategy,
 )
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
@@ -174,6 +175,7 @@ class TrainingCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = default_callbacks(settings)
         check_gpus(settings, os.environ)
         metrics_log = MetricsLog(root)
+        kwargs |= strategy(settings)
         try:
             trainer = super().instantiate_trainer(
                 default_root_dir=str(root),

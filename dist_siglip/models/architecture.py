@@ -7,7 +7,6 @@ config states (open_clip leaves them at timm's native size).
 
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 from collections.abc import Iterable
 from copy import deepcopy
@@ -19,6 +18,7 @@ import timm
 from torch import nn
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.text_tower import check_text_config
 
 DEFAULT_CONTEXT_LENGTH = 77
 # What open_clip, timm and PyTorch raise for sizes that do not fit together, or into the memory.
@@ -92,32 +92,40 @@ def is_resnet(architecture: dict[str, Any]) -> bool:
     return not vision.get("timm_model_name") and isinstance(vision.get("layers"), list | tuple)
 
 
-def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
-    """Build the network of a model config with random weights, on the CPU, in fp32.
+def instantiate(
+    architecture: dict[str, Any], *, name: str, with_image_weights: bool = False
+) -> nn.Module:
+    """Build the network of a model config, on the CPU, in fp32, with random weights.
 
     Args:
         architecture: open_clip's model config; not changed.
         name: how the user named the model, for error texts.
+        with_image_weights: take timm's weights for the trunk of its image tower.
 
     Returns:
-        ``open_clip.CLIP``, or ``open_clip.CustomTextCLIP`` where the config asks for a separate
-        text tower (``custom_text``, or a Hugging Face text model).
+        ``open_clip.CLIP``, or ``open_clip.CustomTextCLIP`` where the config needs a text tower of
+        its own; see ``has_own_text_tower``.
 
     Raises:
         UserError: If the config has unknown keys, names an unknown tower, is a captioning model
             (CoCa), or its sizes do not fit together.
     """
     config = deepcopy(architecture)
-    _check(config, name)
+    check_architecture(config, name)
     # Weights of single towers are never fetched behind the user's back.
-    config["vision_cfg"]["timm_model_pretrained"] = False
+    config["vision_cfg"]["timm_model_pretrained"] = with_image_weights
     config["text_cfg"]["hf_model_pretrained"] = False
     trunk = siglip_trunk(config["vision_cfg"])
+    if trunk is not None and with_image_weights:
+        raise UserError(
+            f"timm_model_pretrained (true) of model {name} cannot be had for an image tower whose "
+            "sizes the config states; leave out width, layers and patch_size, or set it to false"
+        )
     if trunk is not None:
         # The smallest tower of timm holds the place of the one described.
         config["vision_cfg"]["timm_model_name"] = "test_vit"
-    custom_text = config.pop("custom_text", False) or config["text_cfg"].get("hf_model_name")
-    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    model_class = open_clip.CustomTextCLIP if has_own_text_tower(config) else open_clip.CLIP
+    config.pop("custom_text", None)
     try:
         network: nn.Module = model_class(**config)
         if trunk is not None:
@@ -132,6 +140,23 @@ def instantiate(architecture: dict[str, Any], *, name: str) -> nn.Module:
             "correct vision_cfg or text_cfg"
         ) from error
     return network
+
+
+def has_own_text_tower(architecture: dict[str, Any]) -> bool:
+    """Whether the text tower is a module of its own, as open_clip's factory decides it.
+
+    A config says so (``custom_text``), or names a tower that ``open_clip.CLIP`` cannot hold: one of
+    Hugging Face, or, in open_clip 4, one of the kind "modern".
+
+    Example:
+        >>> has_own_text_tower({"text_cfg": {"text_arch": "modern"}})
+        True
+        >>> has_own_text_tower({"text_cfg": {"width": 512}})
+        False
+    """
+    text = architecture["text_cfg"]
+    is_modern = text.get("text_arch") == "modern"
+    return bool(architecture.get("custom_text") or text.get("hf_model_name") or is_modern)
 
 
 def siglip_trunk(vision: dict[str, Any]) -> dict[str, Any] | None:
@@ -169,12 +194,14 @@ def _fit_image_size(network: nn.Module) -> None:
         visual.set_input_size(visual.image_size)
 
 
-def _check(config: dict[str, Any], name: str) -> None:
-    if "multimodal_cfg" in config:
-        raise UserError(
-            f"model {name} is a captioning model (CoCa), whose decoder the contrastive loss cannot "
-            "train; choose a model without multimodal_cfg"
-        )
+def check_architecture(architecture: dict[str, Any], name: str) -> None:
+    """Refuse a model config that no dual encoder can be built from.
+
+    Raises:
+        UserError: If the config has unknown keys, names an unknown tower, or is a captioning model.
+    """
+    refuse_captioning(architecture, name)
+    config = architecture
     top_level = set(inspect.signature(open_clip.CLIP.__init__).parameters) - {"self"}
     _check_keys(config, top_level | {"custom_text"}, name, "the config")
     for section, schema in (
@@ -193,10 +220,20 @@ def _check(config: dict[str, Any], name: str) -> None:
             f"timm_model_name ({tower}) of model {name} is unknown to timm; "
             f"close names: {', '.join(close) or 'none'}"
         )
-    if config["text_cfg"].get("hf_model_name") and not importlib.util.find_spec("transformers"):
+    if config["text_cfg"].get("hf_model_name"):
+        check_text_config(config, name)
+
+
+def refuse_captioning(architecture: dict[str, Any], name: str) -> None:
+    """Refuse CoCa, before anything of it is fetched.
+
+    Raises:
+        UserError: If the config has a decoder.
+    """
+    if "multimodal_cfg" in architecture:
         raise UserError(
-            f"model {name} has a Hugging Face text tower, which needs transformers; "
-            'run: pip install "dist-siglip[hf]"'
+            f"model {name} is a captioning model (CoCa), whose decoder the contrastive loss cannot "
+            "train; choose a model without multimodal_cfg"
         )
 
 

@@ -6,6 +6,7 @@ would start a SigLIP architecture at 14.3.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +15,25 @@ from typing import Any
 from open_clip import set_model_preprocess_cfg
 from torch import Tensor
 
+from dist_siglip.errors import UserError
 from dist_siglip.models.architecture import (
     DEFAULT_CONTEXT_LENGTH,
+    check_architecture,
     instantiate,
     is_resnet,
     override_architecture,
 )
 from dist_siglip.models.dual_encoder import DualEncoder
 from dist_siglip.models.source import ModelSource, resolve_model
+from dist_siglip.models.text_tower import (
+    check_tokens,
+    load_text_tower,
+    recompute_blocks,
+    wants_weights,
+)
 from dist_siglip.models.tokenizer import ModelTokenizer
-from dist_siglip.models.weights import Weights, load_towers, read_weights
+from dist_siglip.models.weights import NETWORK_PREFIX, Weights, load_towers, read_weights
+from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.picture_policy import PicturePolicy
 
 logger = logging.getLogger(__name__)
@@ -48,7 +58,8 @@ class BuiltModel:
         tokenizer: turns B captions into (B, L) int64; picklable.
         start_scale: first logit scale (the multiplier, not its logarithm).
         start_bias: first logit bias (added to the logits).
-        weights_loaded: whether the towers start from a file rather than at random.
+        random_parameters: parameters of the encoder, by name, that no weights were found for and
+            that start at random.
         architecture: the open_clip model config the towers were built from, overrides included.
         trained_global_batch: pairs of the global batch the weights were trained with, or None if
             they do not say.
@@ -66,10 +77,15 @@ class BuiltModel:
     tokenizer: Callable[[list[str]], Tensor]
     start_scale: float
     start_bias: float
-    weights_loaded: bool
+    random_parameters: frozenset[str]
     architecture: dict[str, Any]
     trained_global_batch: int | None = None
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
+
+    @property
+    def weights_loaded(self) -> bool:
+        """Whether both towers start from weights, as a whole."""
+        return not self.random_parameters
 
 
 def build_dual_encoder(
@@ -78,6 +94,8 @@ def build_dual_encoder(
     *,
     image_size: int | tuple[int, int] | None = None,
     context_length: int | None = None,
+    kept_positions: int = 0,
+    weights_average: bool | None = None,
     patch_dropout: float | None = None,
     gradient_checkpointing: bool = False,
     check_tokenizer: bool = True,
@@ -89,9 +107,15 @@ def build_dual_encoder(
         model: built-in open_clip name, path of a ``.json`` config, ``local-dir:PATH`` or
             ``hf-hub:ORG/REPO``; the last two bring their weights along.
         pretrained: an open_clip tag of the model, or a local ``.safetensors``, ``.pt``, ``.bin``
-            or ``.ckpt`` file; None starts from random weights (seed torch before the call).
+            or ``.ckpt`` file; None starts from random weights (seed torch before the call), but for
+            towers whose own weights a config asks for: a text tower of Hugging Face unless it says
+            ``hf_model_pretrained: false``, one of timm if it says ``timm_model_pretrained: true``.
         image_size: replaces the model's; position embeddings are resampled. None keeps it.
         context_length: replaces the model's, likewise.
+        kept_positions: first text positions that stay as they are where ``context_length``
+            stretches the others; 0 stretches all.
+        weights_average: of weights that hold an average beside them: True takes the average, False
+            the weights, None what the file puts first.
         patch_dropout: share of image patches left out in training, in [0, 1). None keeps the
             model's.
         gradient_checkpointing: recompute the blocks of both towers in backward to save memory.
@@ -104,33 +128,56 @@ def build_dual_encoder(
             model, or the tokenizer cannot be loaded.
     """
     source = resolve_model(model, pretrained, with_weights=with_weights)
+    _check_options(kept_positions, weights_average, needs_weights=source.weights is None)
+    check_architecture(source.architecture, model)
     architecture = override_architecture(
         source.architecture,
         image_size=image_size,
         context_length=context_length,
         patch_dropout=patch_dropout,
     )
-    tokenizer = _tokenizer_of(model, architecture["text_cfg"], source)
+    text_config = architecture["text_cfg"]
+    tokenizer = _tokenizer_of(model, text_config, source)
     if check_tokenizer:
         tokenizer.load()
 
-    network: Any = instantiate(architecture, name=model)
+    takes_towers = with_weights and source.weights is None
+    takes_trunk = takes_towers and bool(architecture["vision_cfg"].get("timm_model_pretrained"))
+    takes_text = takes_towers and wants_weights(text_config)
+    network: Any = instantiate(architecture, name=model, with_image_weights=takes_trunk)
+    if text_config.get("hf_model_name") and check_tokenizer:
+        check_tokens(network, tokenizer.loaded(), tokenizer.context_length, model)
     start_scale, start_bias = START_SCALE, START_BIAS
     trained_global_batch: int | None = None
+    loaded: list[str] = []
     if source.weights is not None:
-        weights = read_weights(source.weights)
-        load_towers(network, weights, source.weights)
+        weights = read_weights(source.weights, average=weights_average)
+        load_towers(network, weights, source.weights, kept_positions=kept_positions)
         start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
         trained_global_batch = weights.global_batch_size
+        loaded.append("")
+    if takes_trunk:
+        refuse_not_finite(network.visual.trunk.state_dict(), f"timm's weights of {model}")
+        loaded.append("visual.trunk.")
+    if takes_text:
+        load_text_tower(network, text_config, model)
+        loaded.append("text.transformer.")
     if gradient_checkpointing:
         if is_resnet(architecture):
             logger.warning("gradient_checkpointing has no effect on the ResNet tower of %s", model)
-        network.set_grad_checkpointing(True)
+        if text_config.get("hf_model_name"):
+            network.visual.set_grad_checkpointing(True)
+            recompute_blocks(network.text)
+        else:
+            network.set_grad_checkpointing(True)
 
     preprocessing = {**source.preprocessing, "size": network.visual.image_size}
     set_model_preprocess_cfg(network, preprocessing)
+    encoder = DualEncoder(network)
+    names = [name for name, _ in encoder.named_parameters()]
+    given = tuple(NETWORK_PREFIX + prefix for prefix in loaded)
     return BuiltModel(
-        encoder=DualEncoder(network),
+        encoder=encoder,
         embed_dim=architecture["embed_dim"],
         image_size=_square_as_int(network.visual.image_size),
         mean=_per_channel(preprocessing["mean"]),
@@ -141,7 +188,7 @@ def build_dual_encoder(
         tokenizer=tokenizer,
         start_scale=start_scale,
         start_bias=start_bias,
-        weights_loaded=source.weights is not None,
+        random_parameters=frozenset(name for name in names if not name.startswith(given)),
         architecture=architecture,
         trained_global_batch=trained_global_batch,
         pictures=PicturePolicy.of_preprocessing(source.preprocessing, model),
@@ -174,10 +221,26 @@ def _tokenizer_of(model: str, text_config: dict[str, Any], source: ModelSource) 
     )
 
 
+def _check_options(
+    kept_positions: int, weights_average: bool | None, *, needs_weights: bool
+) -> None:
+    """Refuse settings of weights that are out of range, or without weights."""
+    if kept_positions < 0:
+        raise UserError(f"kept_positions ({kept_positions}) must be >= 0; Long-CLIP keeps 20")
+    for name, value, is_off in (
+        ("kept_positions", kept_positions, kept_positions == 0),
+        ("weights_average", weights_average, weights_average is None),
+    ):
+        if needs_weights and not is_off:
+            raise UserError(f"{name} ({value}) is of weights, and there are none; name pretrained")
+
+
 def _start_values(weights: Weights, path: Path, stated_bias: float | None) -> tuple[float, float]:
     """The file's own scale and bias; where it lacks one, ours, with a warning."""
     scale = weights.logit_scale
     bias = stated_bias if weights.logit_bias is None else weights.logit_bias
+    if bias is not None and not math.isfinite(bias):
+        raise UserError(f"logit_bias ({bias}) of the model of {path} must be a number; correct it")
     if scale is None:
         logger.warning("weights %s have no logit scale; starting at %g", path, START_SCALE)
         scale = START_SCALE

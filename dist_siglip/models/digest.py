@@ -8,10 +8,19 @@ import torch
 
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
+from dist_siglip.models.text_tower import describe_config
 from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
 
 # Of training only, or where a file lies.
-_IRRELEVANT = frozenset({"patch_dropout", "hf_tokenizer_name"})
+_IRRELEVANT = frozenset(
+    {
+        "patch_dropout",
+        "timm_model_pretrained",
+        "hf_tokenizer_name",
+        "hf_model_name",
+        "hf_model_pretrained",
+    }
+)
 
 
 def digest_tower(built: BuiltModel, tower: Tower) -> str:
@@ -36,6 +45,8 @@ def digest_tower(built: BuiltModel, tower: Tower) -> str:
     else:
         architecture = built.architecture["text_cfg"]
         inputs = [built.context_length]
+        if architecture.get("hf_model_name"):
+            inputs.append(describe_config(built.encoder.clip.text))
     architecture = {key: architecture[key] for key in architecture if key not in _IRRELEVANT}
     settings = [architecture, built.embed_dim, built.architecture.get("quick_gelu"), inputs]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -20,6 +20,7 @@ from dist_siglip.models.depth import Tower
 from dist_siglip.models.digest import digest_tower
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import token_shapes
+from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.regular_file import check_regular
 
 _FORMAT = "dist_siglip fusion head 1"
@@ -45,7 +46,8 @@ def read_head(path: Path, built: BuiltModel) -> FusionHead:
     """Read a head for the model it was trained on; on the CPU, in evaluation mode.
 
     Raises:
-        UserError: if the file is missing or damaged, is no head, or is of another model.
+        UserError: if the file is missing or damaged, is no head, has an entry that is not finite,
+            or is of another model.
     """
     try:
         check_regular(path)
@@ -59,6 +61,7 @@ def read_head(path: Path, built: BuiltModel) -> FusionHead:
         ) from error
     if about.get("format") != _FORMAT:
         raise UserError(f"{path} is no fusion head; name the file that rerank wrote")
+    refuse_not_finite(tensors, f"head ({path})")
     check_towers(json.loads(about["towers"]), digest_towers(built), f"head ({path})")
     shapes = token_shapes(built)
     config = FusionConfig(**json.loads(about["config"]))

@@ -27,6 +27,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.architecture import refuse_captioning
 from dist_siglip.models.hugging_face import CONFIG_NAME as HUGGING_FACE_CONFIG
 from dist_siglip.models.hugging_face import (
     complete_preprocessing,
@@ -34,6 +35,7 @@ from dist_siglip.models.hugging_face import (
     read_folder,
     weights_in_folder,
 )
+from dist_siglip.models.text_tower import with_places
 from dist_siglip.regular_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ def _resolve_built_in(model: str, pretrained: str | None, with_weights: bool) ->
     architecture = open_clip.get_model_config(name)
     if architecture is None:
         raise UserError(_unknown_model(model))
+    refuse_captioning(architecture, model)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is not None and open_clip.is_pretrained_cfg(name, pretrained):
         published = open_clip.get_pretrained_cfg(name, pretrained)
@@ -145,7 +148,7 @@ def _resolve_config_file(model: str, pretrained: str | None) -> ModelSource:
     architecture, preprocessing = read_config(path)
     return ModelSource(
         name=model,
-        architecture=architecture,
+        architecture=with_places(architecture, path.parent, is_export=False),
         preprocessing=preprocessing,
         weights=None if pretrained is None else _weights_file(pretrained, model, ()),
         tokenizer_folder=None,
@@ -166,6 +169,7 @@ def _resolve_folder(model: str, path: str, with_weights: bool) -> ModelSource:
             weights = weights_in_folder(folder)
     else:
         architecture, preprocessing = read_config(folder / CONFIG_NAME)
+        architecture = with_places(architecture, folder, is_export=True)
         if with_weights:
             weights = _weights_in_folder(folder)
     return ModelSource(
@@ -186,16 +190,16 @@ def _resolve_hub(model: str, repository: str, with_weights: bool) -> ModelSource
             config = download_pretrained_from_hf(repository, filename=CONFIG_NAME)
         except FileNotFoundError:  # a repository of transformers has another config
             return _resolve_folder(model, fetch_folder(repository, with_weights), with_weights)
+        architecture, preprocessing = read_config(Path(config))
         weights = download_pretrained_from_hf(repository) if with_weights else None
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"model ({model}) cannot be fetched ({_one_line(error)}); check the name and the "
             "network, or use local-dir:PATH"
         ) from error
-    architecture, preprocessing = read_config(Path(config))
     return ModelSource(
         name=model,
-        architecture=architecture,
+        architecture=with_places(architecture, Path(config).parent, is_export=False),
         preprocessing=preprocessing,
         weights=None if weights is None else Path(weights),
         tokenizer_folder=None,
@@ -221,6 +225,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     needed = ("embed_dim", "vision_cfg", "text_cfg")
     if not isinstance(architecture, dict) or not all(key in architecture for key in needed):
         raise UserError(f"model config {path} must be an object with {', '.join(needed)}")
+    refuse_captioning(architecture, str(path))
     preprocessing = config.get("preprocess_cfg") or {}
     for name, least in (("mean", -math.inf), ("std", 0)):
         values = preprocessing.get(name, [1.0] * 3) if isinstance(preprocessing, dict) else None

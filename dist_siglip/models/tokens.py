@@ -8,12 +8,14 @@ each patch of a picture and each position of a text, is thrown away by pooling; 
 from typing import Any, NamedTuple
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
+from dist_siglip.models.text_tower import encode_with_tokens
 
 
 class Encoded(NamedTuple):
@@ -59,14 +61,17 @@ def encode_text_tokens(encoder: DualEncoder, texts: Tensor) -> Encoded:
     """Encode (B, L) token ids to features and one token per position.
 
     Positions behind the end of the text are marked where pooling takes the end of the text
-    (CLIP). A tower that pools the last position (SigLIP) has looked at its padding, and all
-    positions are tokens.
+    (CLIP), and padding where the tower leaves it out (Hugging Face). A tower that pools the last
+    position (SigLIP) has looked at its padding, and all positions are tokens.
 
     Raises:
         UserError: if the tower gives no tokens.
     """
     clip = encoder.clip
     text = getattr(clip, "text", clip)
+    if isinstance(text, HFTextEncoder):
+        features, tokens, is_token = encode_with_tokens(text, texts)
+        return Encoded(unit_rows(features), tokens, is_token)
     _require_tokens(text, "text")
     found = clip.forward_intermediates(text=texts, text_indices=1, normalize=False)
     tokens = found["text_intermediates"][-1]

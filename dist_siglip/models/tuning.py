@@ -1,10 +1,14 @@
 """What of each tower learns, and how fast?
 
 Locking stops gradients, and keeps what has none as an evaluation would have it: no dropout, no
-running statistics. A tower that is locked whole is not even asked for its graph.
+running statistics. A tower that is locked whole is not even asked for its graph. Weights that were
+never loaded are not worth keeping: a tower of them cannot be locked, and a new projection behind a
+locked tower trains.
 """
 
+import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +18,8 @@ from dist_siglip.errors import UserError
 from dist_siglip.models.depth import Place, Tower, places
 from dist_siglip.models.dual_encoder import DualEncoder
 from dist_siglip.models.lora import LoraSettings, add_adapters, is_adapter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,11 @@ def check_tower(tower: Tower, config: TowerConfig) -> None:
 
 
 def tune_towers(
-    encoder: DualEncoder, *, image_tower: TowerConfig, text_tower: TowerConfig
+    encoder: DualEncoder,
+    *,
+    image_tower: TowerConfig,
+    text_tower: TowerConfig,
+    never_loaded: Collection[str] = (),
 ) -> dict[str, Tuning]:
     """Lock what is to be locked, and say how the rest departs from the optimizer's settings.
 
@@ -92,16 +102,19 @@ def tune_towers(
             stay in evaluation mode.
         image_tower: of the image tower.
         text_tower: of the text tower.
+        never_loaded: parameters of the encoder that are random, by name; they train in any case.
 
     Returns:
         The parameters of the encoder that train otherwise than by default, by name.
 
     Raises:
-        UserError: if a number is out of range, more groups are to be unlocked than there are, or
-            a tower without blocks has a layer decay.
+        UserError: if a number is out of range, more groups are to be unlocked than there are, a
+            tower without blocks has a layer decay, or all that is to be locked was never loaded.
     """
     configs: dict[Tower, TowerConfig] = {"image": image_tower, "text": text_tower}
     found = places(encoder)
+    # Adapters change names, not parameters.
+    random = {id(p) for name, p in encoder.named_parameters() if name in never_loaded}
     for tower, config in configs.items():
         check_tower(tower, config)
         _check_groups(tower, config, [place for place in found.values() if place.tower == tower])
@@ -109,10 +122,22 @@ def tune_towers(
             add_adapters(encoder, tower, config.lora)
     parameters = dict(encoder.named_parameters())
     tuned: dict[str, Tuning] = {}
-    for name, place in places(encoder).items():
+    found = places(encoder)
+    kept = {
+        name
+        for name, place in found.items()
+        if configs[place.tower].is_locked
+        and place.groups_behind >= configs[place.tower].unlocked_groups
+        and not is_adapter(name)
+    }
+    for tower in configs:
+        of_tower = [name for name in kept if found[name].tower == tower]
+        unlocked = [name for name in of_tower if id(parameters[name]) in random]
+        _check_loaded(tower, configs[tower], of_tower, unlocked)
+        kept.difference_update(unlocked)
+    for name, place in found.items():
         config = configs[place.tower]
-        is_kept = config.is_locked and place.groups_behind >= config.unlocked_groups
-        if is_kept and not is_adapter(name):
+        if name in kept:
             parameters[name].requires_grad_(False)
             continue
         factor = config.learning_rate_factor * config.layer_decay**place.groups_behind
@@ -120,6 +145,27 @@ def tune_towers(
             tuned[name] = Tuning(factor, config.weight_decay)
     encoder.keep_in_evaluation(_locked_modules(encoder))
     return tuned
+
+
+def _check_loaded(
+    tower: Tower, config: TowerConfig, kept: list[str], never_loaded: list[str]
+) -> None:
+    """Refuse to keep a tower of random weights; say which new parts train all the same."""
+    if not never_loaded:
+        return
+    if len(never_loaded) == len(kept):
+        setting = "lora" if config.lora is not None else "locked"
+        raise UserError(
+            f"{tower}_tower.{setting} keeps the weights of a tower that were never loaded and are "
+            "random; name them by pretrained, by model: local-dir: or hf-hub:, or by hf_model_name "
+            "or timm_model_pretrained in the model's config, or unlock the tower"
+        )
+    logger.info(
+        "%s_tower: %d parameters have no weights and train, though the tower is locked (%s, ...)",
+        tower,
+        len(never_loaded),
+        min(never_loaded),
+    )
 
 
 def _check_groups(tower: Tower, config: TowerConfig, found: list[Place]) -> None:

@@ -1,53 +1,34 @@
-"""Read a weights file safely and put it into a network, or say why it does not fit.
+"""The weights in a file, put into a network, or why they do not fit.
 
-Accepted: safetensors; ``torch.save`` files with tensors only (plain state dicts, open_clip
-training checkpoints, checkpoints of this package). Files are read with ``weights_only=True`` or
-safetensors, so a file that holds code is refused and its code never runs.
+Reading is the business of ``weights_file.py``, finding the towers in what was read that of
+``checkpoint_layout.py``.
 """
 
 import logging
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import safetensors.torch
-import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
-from safetensors import SafetensorError
-from timm.layers.pos_embed import resample_abs_pos_embed
+from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
-from dist_siglip.distributed.checkpoint_damage import damage_of, has_checksum
-from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
 from dist_siglip.errors import UserError
-from dist_siglip.models.hugging_face_names import (
-    has_flat_patches,
-    is_foreign,
-    to_own_names,
-)
-from dist_siglip.regular_file import check_regular, read_json
+from dist_siglip.models.checkpoint_layout import choose_towers
+from dist_siglip.models.hugging_face_names import has_flat_patches, is_foreign, to_own_names
+from dist_siglip.models.positions import ImageResampling, resize_positions
+from dist_siglip.models.weights_file import read_content, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
 # Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
 TOWERS_PREFIX = "towers."
 NETWORK_PREFIX = "clip."
-POSITIONS = (
-    "visual.positional_embedding",
-    "visual.trunk.pos_embed",
-    "positional_embedding",
-    "text.positional_embedding",
-)
 SHOWN_KEYS = 3
 _LARGEST_LOG_SCALE = 20.0  # a scale of 5e8
+_OF_OPEN_CLIP = ImageResampling("bicubic", antialias=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,45 +41,57 @@ class Weights:
         logit_bias: the file's bias, added to the logits, or None if it has none.
         global_batch_size: pairs of the global batch the file was trained with, or None if it
             does not say.
-        interpolation: how image positions are resampled for another image size.
+        resampling: how image positions are resampled for another image size.
     """
 
     towers: dict[str, Tensor]
     logit_scale: float | None
     logit_bias: float | None
     global_batch_size: int | None = None
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resampling: ImageResampling = _OF_OPEN_CLIP
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, *, average: bool | None = None) -> Weights:
     """Read a weights file on the CPU, without running code from it.
 
+    A prefix that the names of both towers share is taken off, whatever it is; what lies beside the
+    towers is left out, and named in the log.
+
+    Args:
+        path: the file; of a sharded checkpoint the folder.
+        average: True takes an average of the weights, False the weights it was made of, None what
+            the file puts first; see ``choose_towers``.
+
     Raises:
-        UserError: If the file is missing, damaged, holds code, or holds no state dict.
+        UserError: If the file is missing, damaged, holds code, holds no state dict or several,
+            lacks what ``average`` asks for, or has an entry that is not finite.
     """
-    content = _read(path)
+    content = read_content(path)
     global_batch_size = recorded_global_batch(content) if isinstance(content, Mapping) else None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no weights; give a file with a state dict")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} is not a state dict (entry {key!r} is no tensor)")
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in content.items()}
-    tensors = _strip_shared_prefix(tensors, "module.")
-    if any(key.startswith(TOWERS_PREFIX) for key in tensors):
+    found = choose_towers(content, path, average)
+    own_prefix = TOWERS_PREFIX + NETWORK_PREFIX
+    if found is None:
+        tensors = _only_state_dict(content, path)
+        prefix = own_prefix if any(name.startswith(TOWERS_PREFIX) for name in tensors) else ""
+    else:
+        prefix, tensors = found.prefix, found.tensors
+    if prefix.endswith(own_prefix):
+        tensors = _below(tensors, prefix.removesuffix(own_prefix))
+        refuse_not_finite(tensors, str(path))
         return replace(_split_own_checkpoint(tensors, path), global_batch_size=global_batch_size)
-    tensors = _strip_shared_prefix(tensors, NETWORK_PREFIX)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    _name_left_out([name for name in tensors if not name.startswith(prefix)], prefix, path)
+    refuse_not_finite({k: v for k, v in tensors.items() if k.startswith(prefix)}, str(path))
+    tensors = _below(tensors, prefix)
+    resampling = _OF_OPEN_CLIP
     log_scale = tensors.pop("logit_scale", None)
     bias = tensors.pop("logit_bias", None)
     if is_foreign(tensors):
-        interpolation = "bilinear" if has_flat_patches(tensors) else "bicubic"
+        is_naflex = has_flat_patches(tensors)
+        resampling = ImageResampling("bilinear" if is_naflex else "bicubic", antialias=is_naflex)
         tensors = to_own_names(tensors)
     return Weights(
         towers=tensors,
-        interpolation=interpolation,
+        resampling=resampling,
         logit_scale=None if log_scale is None else _scale(log_scale, "logit_scale", path),
         logit_bias=None if bias is None else _number(bias, "logit_bias", path),
         global_batch_size=global_batch_size,
@@ -118,11 +111,19 @@ def recorded_global_batch(checkpoint: Mapping[str, Any]) -> int | None:
     return None
 
 
-def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
+def load_towers(
+    network: nn.Module, weights: Weights, path: Path, *, kept_positions: int = 0
+) -> None:
     """Copy the tensors of a file into an open_clip network, in place.
 
     Position embeddings of another image size or context length are resampled, and named in the
     log. Everything else must fit exactly. Logit scale and bias of the network are left alone.
+
+    Args:
+        network: changed.
+        weights: what the file holds.
+        path: the file, for log and errors.
+        kept_positions: first text positions that stay where a context is made longer.
 
     Raises:
         UserError: If a tensor is missing, unexpected or of another shape; the text names the
@@ -134,8 +135,14 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
         if key not in ("logit_scale", "logit_bias")
     }
     tensors = _to_current_names(network, dict(weights.towers))
-    for key, old_shape in _resize_positions(network, tensors, own, weights.interpolation):
-        logger.info("resized %s of %s: %s -> %s", key, path, old_shape, tuple(own[key].shape))
+    resize_positions(
+        network,
+        tensors,
+        own,
+        path,
+        resampling=weights.resampling,
+        kept_positions=kept_positions,
+    )
     problems = _differences(own, tensors)
     if problems:
         raise UserError(
@@ -145,51 +152,32 @@ def load_towers(network: nn.Module, weights: Weights, path: Path) -> None:
     network.load_state_dict(tensors, strict=False)
 
 
-def _read(path: Path) -> Any:
-    damage = damage_of(path) if is_sharded(path) or has_checksum(path) else None
-    if damage is not None:
-        raise UserError(f"weights {path} cannot be read ({damage}); use another checkpoint")
-    if is_sharded(path):
-        return read_whole(path)
-    try:
-        check_regular(path)
-        if path.name.endswith(".safetensors.index.json"):
-            return _read_shards(path)
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"weights {path} do not exist; give the path of a weights file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"weights {path} hold more than tensors, or are damaged, and were not loaded, since "
-            "they could run code; save the state dict alone, best as .safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"weights {path} cannot be read ({' '.join(str(error).split())[:120]}); the file is "
-            "damaged or of another kind"
-        ) from error
+def _only_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file without the names of both towers, to be reported by ``load_towers``."""
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} holds no weights; give a file with a state dict")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} is not a state dict (entry {key!r} is no tensor)")
+    return dict(content)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the files an index of transformers lists, all of which lie beside it."""
-    content = read_json(index)
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
-        raise UserError(
-            f"{index} must be an object with weight_map, the file of every tensor; fetch the model "
-            "again"
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _name_left_out(names: list[str], prefix: str, path: Path) -> None:
+    if names:
+        logger.warning(
+            "weights %s: the towers are %s*; left out %d tensors beside them (%s)",
+            path,
+            prefix,
+            len(names),
+            _first(names),
         )
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(listed.values())):
-        path = index.parent / Path(name).name
-        if not path.is_file():
-            raise UserError(f"{index} lists {path.name}, which is missing; fetch the model again")
-        tensors |= safetensors.torch.load_file(path, device="cpu")
-    return tensors
 
 
 def _number(tensor: Tensor, name: str, path: Path) -> float:
@@ -210,12 +198,6 @@ def _scale(log_scale: Tensor, name: str, path: Path) -> float:
             f"{_LARGEST_LOG_SCALE:g}; take the logarithm of the multiplier"
         )
     return math.exp(number)
-
-
-def _strip_shared_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    if all(key.startswith(prefix) for key in tensors):
-        return {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
 
 
 def _split_own_checkpoint(tensors: dict[str, Tensor], path: Path) -> Weights:
@@ -246,51 +228,6 @@ def _to_current_names(network: nn.Module, tensors: dict[str, Tensor]) -> dict[st
     # transformers stopped storing this buffer with version 4.31.
     tensors.pop("text.transformer.embeddings.position_ids", None)
     return tensors
-
-
-def _resize_positions(
-    network: nn.Module, tensors: dict[str, Tensor], own: dict[str, Tensor], interpolation: str
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Resample position embeddings that differ in length only, in place.
-
-    Returns:
-        Names and old shapes of those that were resampled.
-    """
-    visual: Any = network.visual
-    resized = []
-    for key in POSITIONS:
-        old = tensors.get(key)
-        if old is None or key not in own or not _differ_in_length(old, own[key]):
-            continue
-        if key == "visual.trunk.pos_embed":
-            num_prefix = 0 if visual.trunk.no_embed_class else visual.trunk.num_prefix_tokens
-            if not _is_square(old.shape[1] - num_prefix):
-                continue
-            grid = list(visual.trunk.patch_embed.grid_size)
-            tensors[key] = resample_abs_pos_embed(
-                old, new_size=grid, num_prefix_tokens=num_prefix, interpolation=interpolation
-            )
-        elif key == "visual.positional_embedding":
-            if not _is_square(old.shape[0] - 1):
-                continue
-            resize_pos_embed(tensors, network)
-        else:
-            resize_text_pos_embed(tensors, network)
-        resized.append((key, tuple(old.shape)))
-    return resized
-
-
-def _differ_in_length(first: Tensor, second: Tensor) -> bool:
-    """Whether two embeddings (L, C) or (1, L, C) have the same width and another length."""
-    return (
-        first.ndim == second.ndim
-        and first.shape[-1] == second.shape[-1]
-        and first.shape[-2] != second.shape[-2]
-    )
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
 
 
 def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

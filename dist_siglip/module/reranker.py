@@ -43,6 +43,8 @@ class RerankerModule(RunModule):
         ckpt_path: another checkpoint of that run.
         model: in place of a run: an open_clip architecture, as of ``fit``.
         pretrained: weights of ``model``.
+        weights_average: true takes the average that a checkpoint holds, false the weights it was
+            made of; null the average of a run, of other weights what they put first.
         head: sizes of the fusion head.
         hard_negatives: wrong texts for each image, and wrong images for each text, of a training
             batch over all ranks.
@@ -61,6 +63,7 @@ class RerankerModule(RunModule):
         ckpt_path: str | None = None,
         model: str | None = None,
         pretrained: str | None = None,
+        weights_average: bool | None = None,
         head: FusionConfig = FusionConfig(),  # noqa: B008 - frozen dataclass
         hard_negatives: int = 2,
         easy_negatives: int = 1,
@@ -79,8 +82,17 @@ class RerankerModule(RunModule):
             if value < least:
                 raise UserError(f"{name} ({value}) must be at least {least}")
         built = load_trained(
-            run_dir=run_dir, ckpt_path=ckpt_path, model=model, pretrained=pretrained
+            run_dir=run_dir,
+            ckpt_path=ckpt_path,
+            model=model,
+            pretrained=pretrained,
+            weights_average=weights_average,
         )
+        if built.random_parameters:
+            raise UserError(
+                f"model ({model}) has random weights ({min(built.random_parameters)}, ...), whose "
+                "tokens mean nothing; name pretrained weights, or a run_dir"
+            )
         self.built = built
         self._digests: Mapping[Tower, str] | None = None
         self.towers = built.encoder

@@ -5,11 +5,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.distributed.pace import Pace
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
+from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.module.optimizing import clip
 from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import StepCheck
@@ -68,7 +70,19 @@ class RunModule(LightningModule):
             ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the step: Lightning's evaluation loop restores weights only."""
+        """Remember the step: Lightning's evaluation loop restores weights only.
+
+        Raises:
+            UserError: if a parameter is not finite.
+        """
+        names = {name for name, _ in self.named_parameters()}
+        for state in ("state_dict", "current_model_state"):  # the second beside an average
+            weights = {
+                name: value
+                for name, value in checkpoint.get(state, {}).items()
+                if name in names and not isinstance(value, DTensor)
+            }
+            refuse_not_finite(weights, f"checkpoint ({self.trainer.ckpt_path})")
         self._loaded_steps = int(checkpoint["global_step"])
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]

@@ -48,7 +48,12 @@ class SigLipModule(RunModule):
         model: an open_clip architecture: built-in name, path of a JSON config, ``local-dir:PATH``
             or ``hf-hub:ORG/REPO`` (the last two bring weights).
         pretrained: weights: an open_clip tag of the model, or a local .safetensors, .pt, .bin or
-            .ckpt file. Null starts at random.
+            .ckpt file. Null starts at random, but for a text tower of Hugging Face (hf_model_name
+            in the model's config), whose own weights are taken, and an image tower of timm whose
+            config says timm_model_pretrained: true.
+        weights_average: of weights with an average beside them (state_dict_ema, checkpoints of
+            Lightning's weight averaging and ours): true takes the average, false the weights. Null
+            takes what the file puts first: the average in checkpoints of Lightning and ours.
         loss: module called with (image_features, text_features, logit_scale, logit_bias), given
             as a class path. Null is ``dist_siglip.losses.SigLipLoss``. If its ``uses_caption_ids``
             is True it also gets the keyword caption_ids, likewise with ``uses_picture_ids``; if its
@@ -57,6 +62,9 @@ class SigLipModule(RunModule):
         optim: optimizer and learning rate.
         image_size: pixels, replaces the model's. Null keeps it.
         context_length: tokens of a text, replaces the model's. Null keeps it.
+        kept_positions: first text positions that stay as they are where context_length stretches
+            the others, so that short captions keep their features in towers that read from left to
+            right (CLIP). Long-CLIP keeps 20 of 77; 0 stretches all.
         patch_dropout: share of image patches left out in training. Null keeps the model's.
         gradient_checkpointing: recompute the blocks of the towers in backward to save memory.
         compile_towers: translate both towers with torch.compile at their first use.
@@ -76,11 +84,13 @@ class SigLipModule(RunModule):
         self,
         model: str,
         pretrained: str | None = None,
+        weights_average: bool | None = None,
         loss: nn.Module | None = None,
         logits: LogitConfig = LogitConfig(),  # noqa: B008 - frozen dataclass
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
         image_size: int | None = None,
         context_length: int | None = None,
+        kept_positions: int = 0,
         patch_dropout: float | None = None,
         gradient_checkpointing: bool = False,
         compile_towers: bool = False,
@@ -96,12 +106,19 @@ class SigLipModule(RunModule):
             pretrained,
             image_size=image_size,
             context_length=context_length,
+            kept_positions=kept_positions,
+            weights_average=weights_average,
             patch_dropout=patch_dropout,
             gradient_checkpointing=gradient_checkpointing,
         )
         self.built = built
         self.towers = built.encoder
-        tuned = tune_towers(self.towers, image_tower=image_tower, text_tower=text_tower)
+        tuned = tune_towers(
+            self.towers,
+            image_tower=image_tower,
+            text_tower=text_tower,
+            never_loaded=built.random_parameters,
+        )
         self._rules = {f"towers.{name}": ParameterRule(*how) for name, how in tuned.items()}
         self.loss: nn.Module = SigLipLoss() if loss is None else loss
         self.logits = LogitScaleBias.from_config(

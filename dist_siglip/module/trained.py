@@ -30,6 +30,7 @@ def load_trained(
     ckpt_path: str | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    weights_average: bool | None = None,
 ) -> BuiltModel:
     """Load the model of a run, or one by name, on the CPU and in evaluation mode.
 
@@ -38,11 +39,12 @@ def load_trained(
         ckpt_path: another checkpoint of that run.
         model: in place of a run, as ``model.model`` of a run names it.
         pretrained: weights of ``model``, as ``model.pretrained`` names them.
+        weights_average: True takes the average that the checkpoint or the weights hold, False what
+            it is an average of; None the average of a run, of other weights what they put first.
 
     Returns:
         Towers, preprocessing and tokenizer; ``start_scale`` and ``start_bias`` are the trained
-        scale and the trained bias in its absolute form. A run that averages its weights gives
-        the averages.
+        scale and the trained bias in its absolute form.
 
     Raises:
         UserError: if neither or both are named, a file is missing or damaged, or the checkpoint
@@ -53,18 +55,22 @@ def load_trained(
     if model is not None:
         if ckpt_path is not None:
             raise UserError(f"ckpt_path ({ckpt_path}) is of a run; name its run_dir, not model")
-        built = build_dual_encoder(model, pretrained)
+        built = build_dual_encoder(model, pretrained, weights_average=weights_average)
         if not built.weights_loaded:
-            logger.warning("model %s has random weights; name pretrained weights", model)
+            logger.warning(
+                "model %s has random weights (%s, ...); name pretrained weights",
+                model,
+                min(built.random_parameters),
+            )
     elif pretrained is not None:
         raise UserError(f"pretrained ({pretrained}) is of model; with run_dir leave it out")
     else:
-        built = _of_run(RunFolder(Path(str(run_dir))), ckpt_path)
+        built = _of_run(RunFolder(Path(str(run_dir))), ckpt_path, weights_average)
     built.encoder.eval().requires_grad_(False)
     return built
 
 
-def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
+def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> BuiltModel:
     config = _read_config(folder)
     settings, data = config["model"], config.get("data")
     checkpoint = newest_sound_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)
@@ -82,7 +88,7 @@ def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
         adapters = (settings.get(f"{tower}_tower") or {}).get("lora")
         if adapters is not None:
             add_adapters(built.encoder, tower, LoraSettings(**adapters))
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, average=average)
     load_towers(built.encoder.clip, weights, checkpoint)
     merge_adapters(built.encoder)
     if weights.logit_scale is None or weights.logit_bias is None:
@@ -92,7 +98,7 @@ def _of_run(folder: RunFolder, ckpt_path: str | None) -> BuiltModel:
         built,
         start_scale=weights.logit_scale,
         start_bias=weights.logit_bias,
-        weights_loaded=True,
+        random_parameters=frozenset(),
         trained_global_batch=weights.global_batch_size,
         pictures=built.pictures.of_run(data if isinstance(data, Mapping) else {}),
     )

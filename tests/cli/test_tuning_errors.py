@@ -36,6 +36,22 @@ CASES = {
         [f"--trainer.strategy.class_path={SHARDED}"],
         "shards a model over ranks and there is one; raise trainer.devices",
     ),
+    "shards on one rank, by a bare class path": (
+        [f"--trainer.strategy={SHARDED}"],
+        "shards a model over ranks and there is one; raise trainer.devices",
+    ),
+    "a class path of no strategy": (
+        ["--trainer.strategy=dist_siglip.strategies.Sharded"],
+        "trainer.strategy (dist_siglip.strategies.Sharded) is no class of a strategy; give ddp",
+    ),
+    "a random tower locked": (
+        ["--model.image_tower.locked=true"],
+        "image_tower.locked keeps the weights of a tower that were never loaded",
+    ),
+    "a captioning model, whatever else is missing": (
+        ["--model.model=coca_ViT-B-32", "--model.pretrained=laion2b_s13b_b90k"],
+        "model coca_ViT-B-32 is a captioning model (CoCa)",
+    ),
     "an unknown way to shard": (
         [f"--trainer.strategy.class_path={SHARDED}", "--trainer.strategy.shard_within=rack"],
         "shard_within",

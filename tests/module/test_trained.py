@@ -10,12 +10,15 @@ from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.trained import load_trained
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
+from tests.support.tuning_ranks import weights_beside
 
 
 def run_of(tmp_path, kind="siglip", **settings):
     """A run folder with one checkpoint of a model whose parameters are random."""
     path = write_config(tmp_path / "tiny.json", ARCHITECTURES[kind])
-    module = SigLipModule(path, logits=LogitConfig(bias_parameterization="relative"), **settings)
+    pretrained = weights_beside(path) if settings else None
+    logits = LogitConfig(bias_parameterization="relative")
+    module = SigLipModule(path, pretrained, logits=logits, **settings)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if is_adapter(name):

@@ -3,13 +3,12 @@
 import warnings
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.models.tuning import TowerConfig
-from dist_siglip.module import SigLipModule
 from tests.support.torchrun import pretend_torchrun
-from tests.support.tuning_ranks import CALM
+from tests.support.tuning_ranks import locked_module
 
 
 class Watch(Callback):
@@ -27,10 +26,7 @@ class Watch(Callback):
 
 def module_of(model, tower="image", **settings):
     """The same random weights every time; one tower locked."""
-    seed_everything(5, verbose=False)
-    return SigLipModule(
-        model, optim=CALM, **{f"{tower}_tower": TowerConfig(locked=True), **settings}
-    )
+    return locked_module(model, **{f"{tower}_tower": TowerConfig(locked=True), **settings})
 
 
 def data_of(shards, module, **options):

@@ -1,6 +1,8 @@
 """Small training runs of the whole module on batches that are the same for any world size."""
 
+import os
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -8,6 +10,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.data import ImageTextBatch
+from dist_siglip.models import build_dual_encoder
+from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
 from tests.support.tiny_models import ARCHITECTURES, inputs_of
@@ -19,9 +23,24 @@ CALM = OptimConfig(learning_rate=0.01, epsilon=0.01, schedule="constant")
 
 
 def locked_module(model, **settings):
-    """A module with the same random weights in every process."""
+    """A module with the same random weights in every process, of a file where a tower is locked."""
     seed_everything(5, verbose=False)
+    if any(isinstance(value, TowerConfig) and value.is_locked for value in settings.values()):
+        settings.setdefault("pretrained", weights_beside(model))
     return SigLipModule(model, **{"optim": CALM, **settings})
+
+
+def weights_beside(model):
+    """Write random weights of a model config beside it, once, and return their path."""
+    path = Path(model).with_suffix(".weights.pt")
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            state = build_dual_encoder(model).encoder.clip.state_dict()
+        own = path.with_suffix(f".{os.getpid()}")  # another rank may be at it
+        torch.save(state, own)
+        own.rename(path)
+    return str(path)
 
 
 def batches_of(num_batches, rank=0, world_size=1, kind="siglip"):

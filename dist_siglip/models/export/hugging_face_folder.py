@@ -8,8 +8,6 @@ tokenizer.json, ...                 see tokenizer_files.py
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from dist_siglip.models.export.hugging_face_config import describe, family_of
 from dist_siglip.models.export.tokenizer_files import write_for_transformers
 from dist_siglip.models.hugging_face import CONFIG_NAME
 from dist_siglip.models.hugging_face_names import Family, to_foreign_names
+from dist_siglip.models.text_tower import quiet_transformers
 
 # PIL's numbers of its filters.
 _BILINEAR, _BICUBIC = 2, 3
@@ -54,7 +53,7 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
     """Read a folder with transformers alone."""
     from transformers import AutoModel, AutoProcessor
 
-    with _no_bar():
+    with quiet_transformers():
         model = AutoModel.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
 
@@ -68,20 +67,6 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
         encode_image=lambda images: _unit(model.get_image_features(pixel_values=images)),
         encode_captions=encode_captions,
     )
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Keep the progress bar of transformers off the screen."""
-    from transformers.utils import logging as messages
-
-    was_enabled = messages.is_progress_bar_enabled()
-    messages.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            messages.enable_progress_bar()
 
 
 def _unit(features: Any) -> Tensor:

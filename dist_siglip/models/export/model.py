@@ -17,12 +17,14 @@ from dist_siglip.models.export.comparison import largest_difference
 from dist_siglip.models.export.hugging_face_folder import read_hugging_face, write_hugging_face
 from dist_siglip.models.export.onnx_folder import read_onnx, write_onnx
 from dist_siglip.models.export.open_clip_folder import (
+    name_text_tower,
     read_open_clip,
     read_safetensors,
     write_open_clip,
     write_safetensors,
 )
 from dist_siglip.models.export.whole_folder import MARK, whole_folder
+from dist_siglip.models.weights_file import refuse_not_finite
 
 Form = Literal["open_clip", "hf", "safetensors", "onnx"]
 
@@ -60,9 +62,11 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
         overwrite: replace an earlier export in ``folder``.
 
     Raises:
-        UserError: If the form cannot express the model, a package is missing, ``folder`` is in
-            use or cannot be written, or the features read back differ by more than 1e-5.
+        UserError: If a weight is not finite, the form cannot express the model, a package is
+            missing, ``folder`` is in use or cannot be written, or the features read back differ by
+            more than 1e-5.
     """
+    refuse_not_finite(built.encoder.clip.state_dict(), "the model")
     write, read = _FORMS[to]
     with whole_folder(folder, overwrite=overwrite) as beside:
         try:
@@ -77,6 +81,8 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
                 f"to ({to}) gives features that differ by {difference:.1e}, more than "
                 f"{LARGEST_DIFFERENCE:g}, so nothing was written; use safetensors"
             )
+        if to in ("open_clip", "safetensors"):
+            name_text_tower(beside, folder)
         said = {
             "to": to,
             "logit_scale": built.start_scale,

@@ -3,6 +3,7 @@
     open_clip_config.json           architecture and preprocessing
     open_clip_model.safetensors     towers, logarithm of the scale, absolute bias
     tokenizer.json, ...             the tokenizer, if it is one of Hugging Face
+    config.json                     the text tower, if it is one of Hugging Face
 
 ``safetensors`` is the same folder for image towers that open_clip has no name for: this package
 reads it as ``local-dir:...`` too.
@@ -27,6 +28,8 @@ from dist_siglip.models.export.comparison import Reader
 from dist_siglip.models.export.timm_names import name_of_tower
 from dist_siglip.models.export.tokenizer_files import tokenizer_of
 from dist_siglip.models.source import CONFIG_NAME, LOCAL_DIR, WEIGHT_NAMES
+from dist_siglip.models.text_tower import CONFIG_NAME as TEXT_CONFIG_NAME
+from dist_siglip.models.text_tower import describe_config
 
 # Sizes that are part of the name of a timm tower.
 _STATED_SIZES = (
@@ -94,10 +97,33 @@ def _architecture(built: BuiltModel) -> dict[str, Any]:
     if tokenizer and (Path(tokenizer).is_absolute() or Path(tokenizer).exists()):
         # Any name will do: of a local folder, open_clip takes the tokenizer that lies in it.
         architecture["text_cfg"]["hf_tokenizer_name"] = "."
+    for part, key in (("text_cfg", "hf_model"), ("vision_cfg", "timm_model")):
+        architecture[part].pop(f"{key}_pretrained", None)
     return architecture
 
 
+def name_text_tower(folder: Path, final: Path) -> None:
+    """Name the folder that an export will have as the place of its text tower.
+
+    open_clip looks for the config of a text tower of Hugging Face by a name on the hub or a path
+    from the root; a path of this machine gives way to the folder itself, which has that config.
+    """
+    path = folder / CONFIG_NAME
+    content = json.loads(path.read_text(encoding="utf-8"))
+    text = content["model_cfg"]["text_cfg"]
+    if Path(text.get("hf_model_name") or "").is_absolute():
+        text["hf_model_name"] = str(final.absolute())
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _write(built: BuiltModel, architecture: dict[str, Any], folder: Path) -> None:
+    text = architecture["text_cfg"]
+    if text.get("hf_model_name"):
+        if Path(text["hf_model_name"]).is_dir():
+            text["hf_model_name"] = str(folder.absolute())
+        description = describe_config(built.encoder.clip.text)
+        description["model_type"] = built.encoder.clip.text.config.model_type
+        (folder / TEXT_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", "utf-8")
     preprocessing = {
         "size": built.image_size,
         "mode": "RGB",

@@ -70,6 +70,7 @@ def write_for_transformers(
         _set(folder, "model_input_names", names)
         return _special_ids(inner.tokenizer)
     whole = whole_tokenizer(built)
+    file = whole.to_str(pretty=True)
     special: dict[str, Any] = {"bos_token": START, "eos_token": END, "unk_token": END}
     if isinstance(inner, HFTokenizer):
         theirs = inner.tokenizer
@@ -80,8 +81,11 @@ def write_for_transformers(
         }
         special["padding_side"] = theirs.padding_side
     else:
-        # open_clip pads with token 0, which is a letter, too: captions must not be cut at it.
-        special |= {"pad_token": inner.decoder[0], "split_special_tokens": True}
+        special["pad_token"] = inner.decoder[0]
+    reads_names = isinstance(inner, HFTokenizer) and _cleaning(ours) != "canonicalize"
+    if not reads_names:
+        # A caption may hold their names: <|endoftext|>, or ! with which open_clip pads.
+        special["split_special_tokens"] = True
     made = PreTrainedTokenizerFast(
         tokenizer_object=whole,
         model_max_length=built.context_length,
@@ -89,6 +93,9 @@ def write_for_transformers(
         **special,
     )
     made.save_pretrained(folder)
+    if not reads_names:
+        # As saved, it lists the special tokens, and who reads the file alone would find them.
+        (folder / "tokenizer.json").write_text(file, encoding="utf-8")
     if isinstance(inner, SimpleTokenizer) and _cleaning(ours) == "lower":
         whole.model.save(str(folder))  # vocab.json and merges.txt, for CLIPTokenizer
     # The class that takes tokenizer.json as it is, by the name all versions know.
@@ -128,11 +135,29 @@ def whole_tokenizer(built: BuiltModel) -> "Tokenizer":
             "use open_clip, hf or safetensors"
         )
     else:
-        made = Tokenizer.from_str(inner.tokenizer.backend_tokenizer.to_str())
+        content = json.loads(inner.tokenizer.backend_tokenizer.to_str())
+        if _cleaning(ours) == "canonicalize":
+            content["added_tokens"] = _without_punctuation(content)
+        made = Tokenizer.from_str(json.dumps(content))
         made.no_padding()
         made.no_truncation()
     _clean_first(made, _cleaning(ours))
     return made
+
+
+def _without_punctuation(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens that a caption without punctuation can hold, and those known nowhere else.
+
+    Added tokens are found before cleaning, so <eos> in a caption would be one, where open_clip's
+    cleaning leaves the word eos.
+    """
+    vocabulary = content["model"]["vocab"]  # a table, or a list of pairs with scores
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {pair[0] for pair in vocabulary}
+    return [
+        token
+        for token in content["added_tokens"]
+        if token["content"] not in known or not set(token["content"]) & set(string.punctuation)
+    ]
 
 
 def _cleaning(ours: ModelTokenizer) -> str:

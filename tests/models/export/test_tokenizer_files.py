@@ -22,6 +22,7 @@ HARD = [
     "!! !? <|endoftext|>",
     "a\0b, a\x07b\x1c and \ufeffa \x1b[31mred\x1b[0m fox",
     "form\x0cfeed, next\u2028line",
+    "a<|endoftext|>b <|EndOfText|>",
     "",
 ]
 
@@ -57,6 +58,45 @@ def test_a_hugging_face_tokenizer_gets_the_cleaning_of_open_clip(kind, tmp_path)
     for caption in [*HARD, *SENTENCES, "One, TWO; (three)_four!"]:
         (expected,) = unpadded(built.tokenizer([caption]), 2)
         assert whole.encode(caption).ids == expected, caption
+
+
+@pytest.mark.parametrize("kind", ["of open_clip", "siglip", "clip"])
+def test_names_of_special_tokens_in_a_caption_are_what_open_clip_makes_of_them(kind, tmp_path):
+    """Of ``--to hf``: for transformers, and for who reads tokenizer.json alone."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+
+    if kind == "of open_clip":
+        text = {**ARCHITECTURES["clip"]["text_cfg"], "context_length": 40}
+        built = built_from({**ARCHITECTURES["clip"], "text_cfg": text}, tmp_path)
+    else:
+        write_folder(tmp_path, kind)
+        built = prepared(build_dual_encoder(f"local-dir:{tmp_path}", context_length=40))
+    export_model(built, tmp_path / "out", to="hf")
+    readers = {
+        "transformers": transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        "its processor": transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer,
+    }
+    alone = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    end = 49407 if kind == "of open_clip" else 2
+    captions = [
+        *("a<|endoftext|>b", "<|startoftext|> dog", "!", "one ! two"),
+        *("one <eos> two", "<pad> one", "<unk><bos>"),
+    ]
+    for caption in captions:
+        (row,) = built.tokenizer([caption]).tolist()
+        expected = row[: len(row) - row[::-1].index(end)]
+        for name, reader in readers.items():
+            found = reader(caption, padding="max_length", truncation=True, max_length=40).input_ids
+            assert found == row, (caption, name)
+        assert alone.encode(caption).ids == expected, caption
+
+
+def test_open_clips_names_of_its_special_tokens_are_text_to_others(tmp_path):
+    """A known difference; docs/export.md says so."""
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    assert built.tokenizer(["a <end_of_text> b"]).tolist()[0][:4] == [49406, 320, 49407, 321]
+    assert 49407 not in whole_tokenizer(built).encode("a <end_of_text> b").ids[1:-1]
 
 
 def test_what_ftfy_mends_is_left_as_it_is(tmp_path):
