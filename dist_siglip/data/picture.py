@@ -26,6 +26,13 @@ from PIL.ImageFile import ImageFile
 
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.flatten import flatten
+from dist_siglip.data.picture_files import (
+    PNG_SIGNATURE,
+    end_of_segments,
+    has_end,
+    webp_size,
+    without_descriptions,
+)
 from dist_siglip.picture_policy import PicturePolicy
 
 try:
@@ -62,9 +69,6 @@ _TURNS = {
 _TURNED_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps it
 _END_OF_JPEG = b"\xff\xd9"
-_SEGMENTS_OF_JPEG = (b"\xff\xc4", b"\xff\xda", b"\xff\xdb", b"\xff\xdd")  # before and between scans
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_DESCRIPTIONS = frozenset({b"iCCP", b"tEXt", b"zTXt", b"iTXt"})  # chunks that no pixel depends on
 # Bits of the values of a PNG by Pillow's raw mode, and what brings them to 8.
 _SCALES = {"L;2": (2, 85), "L;4": (4, 17), "L": (8, 1)}
 _LIMIT_OF_PILLOW = threading.Lock()
@@ -174,7 +178,7 @@ class EncodedPicture:
         try:
             return self._load_whole(reduction)
         except ValueError:
-            bare = _without_descriptions(self._data)
+            bare = without_descriptions(self._data)
             if self._image.format != "PNG" or len(bare) == len(self._data):
                 raise
             self._data, self._image = bare, _open(bare, self._policy.max_image_pixels)
@@ -195,12 +199,12 @@ class EncodedPicture:
 
     def _cut_losses(self, reduction: int) -> bool:
         """Take what was decoded before a file ended; False if that is not what is wrong with it."""
-        if self._image.format == "PNG" and not _has_end(self._data):
+        if self._image.format == "PNG" and not has_end(self._data):
             self._image.tile = []  # what is left to decode
             self._image.load()
         elif self._image.format == "JPEG":
             # The decoder fills up what is missing where a file says that it ends.
-            whole = self._data[: _end_of_segments(self._data)] + _END_OF_JPEG
+            whole = self._data[: end_of_segments(self._data)] + _END_OF_JPEG
             self._image = _open(whole, self._policy.max_image_pixels)
             self._load_whole(reduction)
         else:
@@ -244,7 +248,7 @@ def sniff_media_type(data: bytes) -> str:
     """
     if data.startswith(b"\xff\xd8\xff"):
         return "image/jpeg"
-    if data.startswith(_PNG_SIGNATURE):
+    if data.startswith(PNG_SIGNATURE):
         return "image/png"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
@@ -261,7 +265,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile:
     try:
         image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     except ValueError:
-        bare = _without_descriptions(data)
+        bare = without_descriptions(data)
         if len(bare) == len(data):
             raise
         image = PngImagePlugin.PngImageFile(io.BytesIO(bare))
@@ -273,7 +277,7 @@ def _open_webp(data: bytes, max_pixels: int) -> ImageFile:
     """Check the size before Pillow makes a canvas of it."""
     if not WebPImagePlugin.SUPPORTED:
         raise BadSampleError("picture is WebP, which this build of Pillow cannot decode")
-    size = _webp_size(data)
+    size = webp_size(data)
     _check_size(size, max_pixels)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is None or size[0] * size[1] <= 2 * limit:
@@ -285,25 +289,6 @@ def _open_webp(data: bytes, max_pixels: int) -> ImageFile:
             return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Read width and height of a WebP; (1, 1) if its first chunk is none that has them."""
-    kind = data[12:16]
-    if len(data) < 30:
-        return 1, 1
-    if kind == b"VP8X":
-        return _number(data[24:27]) + 1, _number(data[27:30]) + 1
-    if kind == b"VP8L":
-        bits = _number(data[21:25])
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if kind == b"VP8 ":
-        return max(1, _number(data[26:28]) & 0x3FFF), max(1, _number(data[28:30]) & 0x3FFF)
-    return 1, 1
-
-
-def _number(data: bytes) -> int:
-    return int.from_bytes(data, "little")
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -331,36 +316,6 @@ def _bring_key_to_8_bits(image: ImageFile) -> None:
     elif isinstance(key, int) and raw_mode in _SCALES:
         bits, factor = _SCALES[raw_mode]
         image.info["transparency"] = (key & ((1 << bits) - 1)) * factor
-
-
-def _end_of_segments(data: bytes) -> int:
-    """Find where a JPEG that ends too early has whole segments: tables, and scans so far."""
-    start = max(data.rfind(marker) for marker in _SEGMENTS_OF_JPEG)
-    is_whole = start + 4 <= len(data) and start + 2 + _length(data, start) <= len(data)
-    return len(data) if is_whole else start
-
-
-def _length(data: bytes, start: int) -> int:
-    return int.from_bytes(data[start + 2 : start + 4], "big")
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Go through the chunks of a PNG: type, first byte, byte after the last."""
-    start = len(_PNG_SIGNATURE)
-    while start + 8 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        yield data[start + 4 : start + 8], start, end
-        start = end
-
-
-def _has_end(data: bytes) -> bool:
-    return any(kind == b"IEND" for kind, _, _ in _chunks(data))
-
-
-def _without_descriptions(data: bytes) -> bytes:
-    """Leave profiles and texts out of a PNG: Pillow refuses those that inflate to a MiB."""
-    kept = [data[start:end] for kind, start, end in _chunks(data) if kind not in _DESCRIPTIONS]
-    return data[: len(_PNG_SIGNATURE)] + b"".join(kept)
 
 
 @contextmanager

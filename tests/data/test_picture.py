@@ -372,9 +372,9 @@ def test_a_crop_above_the_limit_of_pillow_has_the_same_pixels(monkeypatch):
 def test_the_size_of_a_webp_is_read_before_it_is_opened(lossless, mode):
     buffer = io.BytesIO()
     photo(301, 77).convert(mode).save(buffer, "WEBP", lossless=lossless)
-    assert module._webp_size(buffer.getvalue()) == (301, 77)
+    assert module.webp_size(buffer.getvalue()) == (301, 77)
     for short in range(40):
-        module._webp_size(buffer.getvalue()[:short])
+        module.webp_size(buffer.getvalue()[:short])
 
 
 def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg():
