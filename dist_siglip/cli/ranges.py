@@ -74,7 +74,12 @@ _NOT_NEGATIVE, _POSITIVE = Range(0), Range(0, opens="(")
 _SHARE, _PART, _DECAY = Range(0, 1), Range(0, 1, "("), Range(0, 1, ")")
 _MINUTES = Range(0, 1e6, "(")
 
-_CACHE = {"max_gib": Range(0, 1e9, "("), "attempts": _FROM_1, "recheck_hours": Range(0, 1e9)}
+_CACHE = {
+    "max_gib": Range(0, 1e9, "("),
+    "attempts": _FROM_1,
+    "patience_seconds": Range(0, 1e9),
+    "recheck_hours": Range(0, 1e9),
+}
 _TOWER = {
     "layer_decay": _PART,
     "learning_rate_factor": _POSITIVE,
@@ -174,6 +179,7 @@ _VERBS: dict[str, Range] = {
     "at_once": _FROM_1,
     "block_shards": _FROM_1,
     "chunk_rows": _FROM_1,
+    "context_length": Range(2, _MOST),
     "cpus_per_gpu": _FROM_1,
     "crop_scale": _PART,
     "devices": _FROM_1,
