@@ -118,6 +118,7 @@ _RUN: dict[str, Range] = {
     "model.global_batch_size": _FROM_1,
     "model.image_size": Range(1, 65_536),
     "model.context_length": Range(2, _MOST),
+    "model.kept_positions": _FROM_0,
     "model.patch_dropout": _DECAY,
     "model.calibration_pairs": _FROM_2,
     "model.micro_batch_size": _FROM_1,
