@@ -201,6 +201,7 @@ def test_negative_size_is_refused_and_does_not_loop(tmp_path):
         (b"", "empty"),
         (b"not a tar" * 500, "damaged or cut short"),
     ],
+    ids=["zip", "gzip", "bzip2", "xz", "zstd", "git lfs", "empty", "other"],
 )
 def test_other_files_are_called_what_they_are(tmp_path, data, message):
     (tmp_path / "a.tar").write_bytes(data)
