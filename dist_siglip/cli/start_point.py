@@ -16,7 +16,7 @@ from dist_siglip.distributed import is_first_process
 from dist_siglip.errors import UserError
 from dist_siglip.full_disk import going_on_without
 from dist_siglip.optim import OptimConfig, describe_schedule_change
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
+from dist_siglip.picture_policy import AUTO, BEFORE_THE_SETTINGS
 from dist_siglip.regular_file import read_json, read_regular
 from dist_siglip.runs import (
     RunFolder,
@@ -151,17 +151,21 @@ def schedule_change(
     return describe_schedule_change(before, steps_before, optim, steps_now, step)
 
 
-def recorded_pictures(folder: RunFolder) -> dict[str, Any]:
-    """Return what the run in a folder does with pictures, by setting; nothing without a run.
+def keep_pictures(data: Any, folder: RunFolder) -> None:
+    """Let settings that leave pictures open see them as the run in a folder does, if there is one.
 
     A run of before there was a choice goes on as it began.
     """
     if folder.newest_checkpoint() is None:
-        return {}
-    data = _recorded_settings(folder).get("data")
-    if not isinstance(data, Mapping):
-        return {}
-    return {name: data.get(name, old) for name, old in BEFORE_THE_SETTINGS.items()}
+        return
+    try:
+        recorded = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["data"]
+        found = {name: recorded.get(name, old) for name, old in BEFORE_THE_SETTINGS.items()}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return  # whoever needs the file says what is wrong with it
+    for name, value in found.items():
+        if data[name] == AUTO:
+            data[name] = value
 
 
 def set_aside_unreadable(folder: RunFolder) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -42,8 +43,8 @@ from dist_siglip.cli.start_point import (
     describe_interrupt,
     evaluated_step,
     folder_to_run_in,
+    keep_pictures,
     owes_evaluation,
-    recorded_pictures,
     schedule_change,
     set_aside_unreadable,
     steps_behind,
@@ -67,7 +68,6 @@ from dist_siglip.full_disk import going_on_without
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
-from dist_siglip.picture_policy import AUTO
 from dist_siglip.process_lock import ProcessLock
 from dist_siglip.redaction import redact
 from dist_siglip.runs import RunFolder, collect_provenance
@@ -144,10 +144,7 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the list given; it is the command line, whatever ``sys.argv`` says.
-
-        What it leaves open about pictures is as the run in the folder has it.
-        """
+        """Parse the list given; about pictures, what it leaves open is as in the run."""
         self.config = parser.parse_args(args)
         settings = self.config[self.config["subcommand"]]
         check_ranges(settings)
@@ -156,17 +153,13 @@ class TrainingCLI(LightningCLI):
             [Path(each.absolute) for each in settings.config or [] if each is not None],
             is_given=any(each.partition("=")[0] == "--run_dir" for each in args),
         )
-        for name, value in recorded_pictures(RunFolder(Path(settings.run_dir))).items():
-            if settings.data[name] == AUTO:
-                settings.data[name] = value
+        keep_pictures(settings.data, RunFolder(Path(settings.run_dir)))
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; all see pictures alike, and the settings say how."""
         super().instantiate_classes()
-        pictures = self.datamodule.pictures
-        self.model.use_pictures(pictures)
-        for name, value in pictures.of_model.items():
-            self._get_all().data[name] = value
+        self.model.use_pictures(self.datamodule.pictures)
+        self._get_all().data.update(Namespace(self.datamodule.pictures.of_model))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add our loggers, callbacks and checkpoint writer to what the configuration asks for."""

@@ -94,8 +94,7 @@ class PairDataset(Dataset[PairSample]):
         self._seed = seed
         self._pictures = pictures
         self._captions = captions.always_first() if is_evaluation else captions
-        check_stages(stages)
-        self._stages = tuple(stages)
+        self._stages = check_stages(stages)
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)
         self._truncated = TruncatedCount(table.describe)

@@ -29,8 +29,8 @@ class FilteredError(Exception):
     """A stage left the sample out; the text names the stage."""
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Check that every stage can get pictures in the mode it asks for.
+def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return stages, if every one of them can get pictures in the mode it asks for.
 
     Raises:
         UserError: if a mode is unknown, or lost in a stage before.
@@ -48,6 +48,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
                 f"them in {_MODES[reached]}; put it before that one"
             )
         reached = _MODES.index(mode)
+    return tuple(stages)
 
 
 def all_take_rgb(stages: Sequence[Stage]) -> bool:

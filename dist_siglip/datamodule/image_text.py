@@ -7,11 +7,10 @@ before anything starts, gives every rank its slice of each global batch, and res
 import logging
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.batch import PairCollator, PairSample
+from dist_siglip.data.batch import PairSample
 from dist_siglip.data.cached_features import CachedFeatures
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.damage import OnDamage
@@ -19,7 +18,6 @@ from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.identity import PICTURE_BYTES
 from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.loader import build_loader
 from dist_siglip.data.position import (
     BatchPlan,
     EvaluationBatchSampler,
@@ -40,10 +38,9 @@ from dist_siglip.datamodule.sources import TrainSource
 from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.datamodule.training_position import TrainingPosition
 from dist_siglip.datamodule.transfer import BatchTransfer
-from dist_siglip.distributed import World
 from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import AUTO, ExifOrientation, PicturePolicy, TruncatedPictures
+from dist_siglip.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -183,8 +180,7 @@ class ImageTextDataModule(BatchTransfer):
         _ = self.pictures  # checks them
         self.scaled_decode = scaled_decode
         self.captions = captions
-        check_stages(stages or [])
-        self.stages = stages or []
+        self.stages = check_stages(stages or [])
         self.bad_sample_log = bad_sample_log
         self.picture_id = picture_id
         self.train_features = train_features
@@ -197,12 +193,6 @@ class ImageTextDataModule(BatchTransfer):
         self.bad_samples = BadSampleLimit(max_bad_fraction)
 
     @property
-    def pictures(self) -> PicturePolicy:
-        """What decides the pixels of pictures: the settings, then what the model says."""
-        said = PicturePolicy() if self.inputs is None else self.inputs.pictures
-        return said.changed(**self._picture_settings)
-
-    @property
     def plan(self) -> BatchPlan | None:
         """The sequence of training batches; None before ``setup("fit")``."""
         return self.position.plan
@@ -211,11 +201,6 @@ class ImageTextDataModule(BatchTransfer):
     def progress(self) -> Progress:
         """How far training has come."""
         return self.position.progress
-
-    @property
-    def num_substituted(self) -> int:
-        """Bad samples replaced in the training batches of this rank, since this process started."""
-        return self.bad_samples.num_substituted
 
     def check(self, world_size: int) -> None:
         """Find what is wrong with data and batch sizes before any rank is started.
@@ -362,27 +347,4 @@ class ImageTextDataModule(BatchTransfer):
             captions=self.captions,
             stages=self.stages,
             train_crop_scale=self.train_crop_scale,
-        )
-
-    def _world(self) -> World:
-        """Rank and world size of the trainer; without one, of torch."""
-        if self.trainer is None:
-            return World.detect()
-        return World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-
-    def _device(self) -> torch.device:
-        """Where this rank computes and communicates."""
-        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-
-    def _loader(
-        self, dataset: PairDataset, sampler: GlobalBatchSampler | EvaluationBatchSampler
-    ) -> DataLoader[PairSample]:
-        assert self.inputs is not None  # setup has checked it
-        return build_loader(
-            dataset,
-            sampler,
-            PairCollator(self.inputs.tokenizer),
-            workers_per_rank=self.workers_per_rank,
-            prefetch_factor=self.prefetch_factor,
-            pin_memory=self._device().type == "cuda",
         )

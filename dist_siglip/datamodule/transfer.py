@@ -1,20 +1,31 @@
-"""What happens to a batch on its way to the device of the run?"""
+"""Loading of batches, and what happens to one on its way to the device of the run."""
 
 from functools import cached_property
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
-from dist_siglip.data.batch import ImageTextBatch
+from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.faults import BadSampleLimit
 from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.loader import build_loader
 from dist_siglip.data.normalize import ImageNormalizer
+from dist_siglip.data.position import EvaluationBatchSampler, GlobalBatchSampler
+from dist_siglip.distributed import World
+from dist_siglip.picture_policy import PicturePolicy
 
 
 class BatchTransfer(LightningDataModule):
-    """The hooks of Lightning around the transfer of a batch."""
+    """Loaders of this rank, and the hooks of Lightning around the transfer of a batch."""
 
     inputs: ModelInputs | None
     bad_samples: BadSampleLimit
+    workers_per_rank: int
+    prefetch_factor: int
+    _picture_settings: dict[str, Any]
 
     def on_before_batch_transfer(
         self, batch: ImageTextBatch, dataloader_idx: int
@@ -35,3 +46,37 @@ class BatchTransfer(LightningDataModule):
     def _normalize(self) -> ImageNormalizer:
         assert self.inputs is not None  # setup has checked it
         return ImageNormalizer(self.inputs.mean, self.inputs.std)
+
+    @property
+    def pictures(self) -> PicturePolicy:
+        """What decides the pixels of pictures: the settings, then what the model says."""
+        said = PicturePolicy() if self.inputs is None else self.inputs.pictures
+        return said.changed(**self._picture_settings)
+
+    def _world(self) -> World:
+        """Rank and world size of the trainer; without one, of torch."""
+        if self.trainer is None:
+            return World.detect()
+        return World(rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+
+    def _device(self) -> torch.device:
+        """Where this rank computes and communicates."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _loader(
+        self, dataset: PairDataset, sampler: GlobalBatchSampler | EvaluationBatchSampler
+    ) -> DataLoader[PairSample]:
+        assert self.inputs is not None  # setup has checked it
+        return build_loader(
+            dataset,
+            sampler,
+            PairCollator(self.inputs.tokenizer),
+            workers_per_rank=self.workers_per_rank,
+            prefetch_factor=self.prefetch_factor,
+            pin_memory=self._device().type == "cuda",
+        )
+
+    @property
+    def num_substituted(self) -> int:
+        """Bad samples replaced in the training batches of this rank, since this process started."""
+        return self.bad_samples.num_substituted
