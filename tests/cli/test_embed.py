@@ -98,7 +98,7 @@ def test_rows_of_a_run_are_the_features_of_its_last_evaluation(tmp_path):
         (["--dtype=float64"], "dtype"),
         (["--model=ViT-B-32"], "name either run_dir"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-        (["--cache.max_gib=0"], "cache.max_gib (0.0) must be above 0"),
+        (["--cache.max_gib=0"], "cache.max_gib (0.0) must be in (0, 1000000000]"),
         (["--outt=x"], "configuration key (outt) is unknown; did you mean out?"),
     ],
 )

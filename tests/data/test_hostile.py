@@ -135,7 +135,9 @@ BAD_JSON = {
     "JSON with a number of 5000 digits": Bad(
         {"json": b'{"caption": ' + b"9" * 5000 + b"}"}, "JSON cannot be read"
     ),
-    "JSON without the field": Bad({"json": b'{"text": "a hen"}'}, "no field 'caption'"),
+    "JSON without the field, empty text": Bad(
+        {"json": b'{"text": "a hen"}', "txt": b""}, "no field 'caption'"
+    ),
     "JSON with half a character": Bad({"json": rb'{"caption": "\ud800"}'}, "not UTF-8"),
 }
 
