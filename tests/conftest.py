@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 from itertools import zip_longest
@@ -20,6 +21,14 @@ import pytest
 import torch
 
 from dist_siglip.distributed import leave_process_groups
+
+# A shell that starts the suite in the background leaves it, and all that it starts, deaf to these.
+for _number, _usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 Starting the real thing takes seconds of every rank; what the batch scripts make of exit codes and
 signals can be seen without it. ``ACTOR_PART`` is "wait" (leave with 75 when asked to stop, as
-``fit`` does) or the exit code to leave with at once; ``ACTOR_NOTES`` a folder for the notes.
+``fit`` does) or the exit code to leave with; ``ACTOR_NOTES`` a folder for the notes.
 """
 
 import json
@@ -24,10 +24,15 @@ def act() -> int:
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     kept = ("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "CONTAINER")
     note = {"arguments": sys.argv[1:], **{name: os.environ.get(name) for name in kept}}
-    name = f"{os.environ['SLURM_JOB_ID']}-{rank}-{restart}.json"
+    job = os.environ["SLURM_JOB_ID"]
+    name = f"{job}-{rank}-{restart}.json"
     (notes / f"{name}.tmp").write_text(json.dumps(note))
     os.rename(notes / f"{name}.tmp", notes / name)
     if os.environ["ACTOR_PART"] != "wait":
+        # All are there before one leaves: a launcher ends the others, which must hear it by then.
+        ranks = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
+        while len(list(notes.glob(f"{job}-*-{restart}.json"))) < ranks:
+            time.sleep(0.05)
         return int(os.environ["ACTOR_PART"])
     while not _asked:
         time.sleep(0.05)
