@@ -7,6 +7,7 @@ several settings is checked where they meet.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -275,12 +276,13 @@ def check_ranges(settings: Namespace) -> None:
     Example:
         >>> check_ranges(Namespace(seed=0))
     """
-    for key, value, is_own in _numbers(settings, "", True):
+    for place, value, is_own in _numbers(settings, "", True):
+        key = re.sub(r"\[\d+\]", "", place)  # which of a list it is does not change its range
         allowed = range_of(key) if is_own else None
         if allowed is not None and not allowed.holds(value):
             remedy = _REMEDIES.get(key)
             raise UserError(
-                f"{key} ({_shorten(value)}) must be {allowed}" + (f"; {remedy}" if remedy else "")
+                f"{place} ({_shorten(value)}) must be {allowed}" + (f"; {remedy}" if remedy else "")
             )
 
 
@@ -296,19 +298,19 @@ def range_of(key: str) -> Range | None:
     return RANGES.get(key)
 
 
-def _numbers(value: Any, key: str, is_own: bool) -> Iterator[tuple[str, float, bool]]:
-    """All numbers in a setting, by dotted name, and whether they are this package's to judge."""
+def _numbers(value: Any, place: str, is_own: bool) -> Iterator[tuple[str, float, bool]]:
+    """All numbers in a setting, by place, and whether they are this package's to judge."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        yield key, value, is_own
+        yield place, value, is_own
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _numbers(each, key, is_own)
+        for number, each in enumerate(value):
+            yield from _numbers(each, f"{place}[{number}]", is_own)
     elif isinstance(value, Namespace | dict):
         fields = vars(value) if isinstance(value, Namespace) else value
         if "class_path" in fields:
             is_own = str(fields["class_path"]).startswith("dist_siglip.")
         for name, each in fields.items():
-            yield from _numbers(each, f"{key}.{name}" if key else str(name), is_own)
+            yield from _numbers(each, f"{place}.{name}" if place else str(name), is_own)
 
 
 def _shorten(value: float) -> str:

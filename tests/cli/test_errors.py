@@ -52,7 +52,7 @@ CASES = {
             "--data.train_shards=null",
             '--data.train_sources=[{{"name": "a", "shards": "x.tar", "weight": -1}}]',
         ],
-        r"weight \(-1.0\) of source 'a' must be > 0",
+        r"data.train_sources\[0\].weight \(-1.0\) must be above 0",
     ),
     "unknown exchange": (["--model.loss.init_args.exchange=rings"], r"rings"),
     "wrong learning rate": (["--model.optim.learning_rate=-1"], r"learning_rate \(-1\.0\)"),

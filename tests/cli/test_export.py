@@ -16,6 +16,7 @@ from tests.support.command import write_settings
 from tests.support.exports import CAPTIONS, features_of
 from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import weights_beside
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def test_adapters_are_merged_into_what_open_clip_reads(tmp_path):
     pytest.importorskip("peft")
     settings = write_settings(tmp_path, max_steps=4, limit_val_batches=0)
     content = yaml.safe_load(settings.read_text())
+    content["model"]["pretrained"] = weights_beside(content["model"]["model"])
     for tower in ("image", "text"):
         content["model"][f"{tower}_tower"] = {"lora": {"rank": 2}}
     settings.write_text(yaml.safe_dump(content))
