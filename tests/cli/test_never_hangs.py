@@ -108,7 +108,7 @@ def test_a_rank_that_fails_is_named_with_what_it_failed_with(ended):
 
 def test_ranks_with_different_settings_end_with_code_2_and_both_values(ended):
     results, _ = ended
-    for code, _, said in results["settings"]:
+    for code, said in results["settings"]:
         assert code == 2
         assert "error: ranks were not started alike: model.optim.learning_rate is " in said
         assert "0.5 on rank 1" in said
