@@ -145,6 +145,6 @@ def test_a_head_of_other_towers_is_refused(trained, settings, tmp_path):
     saved["towers"]["text"] = "0" * 16
     torch.save(saved, folder.checkpoint(15))
     arguments = ["--config", settings, f"--run_dir={folder.path}", "--trainer.max_steps=16"]
-    done = run_forked("rerank", "fit", *arguments)
+    done = run_forked("rerank", "fit", *arguments, "--model.optim.accept_rate_jump=true")
     assert done.returncode == 2
     assert "the head of the checkpoint reads the tokens of another text tower" in done.stderr

@@ -1,6 +1,7 @@
 """A run whose steps are all bad ends by itself, with the names of the samples, in one line."""
 
 import json
+import re
 
 import pytest
 
@@ -34,4 +35,6 @@ def test_a_learning_rate_that_destroys_the_weights_ends_the_run_with_code_3(tmp_
         assert all(shard.endswith(".tar") for shard in line["samples"])
     logged = map(json.loads, folder.metrics.read_text().splitlines())
     assert [line["train/skipped_steps"] for line in logged] == [1]
-    assert "step 2 was skipped on all ranks: loss is not finite" in folder.log.read_text()
+    # The scale is 0 by then; what a product with it makes of nan differs between processors.
+    told = r"step 2 was skipped on all ranks: (loss|gradient) is not finite; 12 of 12 samples gave"
+    assert re.search(told, folder.log.read_text())
