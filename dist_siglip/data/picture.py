@@ -98,6 +98,8 @@ class EncodedPicture:
             self._image = _open(data, policy.max_image_pixels)
             self.size: tuple[int, int] = self._image.size
             _check_size(self.size, policy.max_image_pixels)
+            if self._image.mode == "P" and self._image.palette is None:
+                raise BadSampleError("picture has lost its palette")  # Pillow would show black
             self._orientation = 1
             if policy.exif_orientation == "apply":
                 self._orientation = self._read_orientation()

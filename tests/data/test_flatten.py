@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.flatten import flatten, to_rgba
 from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.picture_policy import PicturePolicy
@@ -140,3 +141,8 @@ def test_no_warning_of_pillow_and_no_word_of_alpha_is_left(name, transparency):
         image = decoded((COLOURED | GREYS)[name], transparency=transparency)
     assert image.mode == "RGB"
     assert not image.has_transparency_data
+
+
+def test_a_picture_without_its_palette_is_not_shown_in_black():
+    with pytest.raises(BadSampleError, match="lost its palette"):
+        EncodedPicture(png_of(PALETTE, 8, halves(0, 9)), PicturePolicy())
