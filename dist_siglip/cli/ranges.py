@@ -227,7 +227,7 @@ _VERBS: dict[str, Range] = {
     "svcca_dimensions": _FROM_1,
     "teraflops": _POSITIVE,
     "threads": _FROM_1,
-    "timeout_seconds": Range(0, 1e6, "("),
+    "timeout_seconds": Range(1, 1e6),
     "visits": _FROM_1,
     "warmup_steps": Range(0, 10**12),
     "workers": _FROM_0,
@@ -280,9 +280,12 @@ def check_ranges(settings: Namespace) -> None:
         key = re.sub(r"\[\d+\]", "", place)  # which of a list it is does not change its range
         allowed = range_of(key) if is_own else None
         if allowed is not None and not allowed.holds(value):
+            is_infinite = isinstance(value, float) and math.isinf(value)
             remedy = _REMEDIES.get(key)
             raise UserError(
-                f"{place} ({_shorten(value)}) must be {allowed}" + (f"; {remedy}" if remedy else "")
+                f"{place} ({_shorten(value)}) must be {allowed}"
+                + (", and finite" if is_infinite else "")
+                + (f"; {remedy}" if remedy else "")
             )
 
 

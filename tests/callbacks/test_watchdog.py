@@ -95,7 +95,8 @@ def _limits(rank, world_size, folder):
 
 @pytest.mark.distributed
 def test_the_group_gets_the_limit_unless_its_strategy_has_one_of_its_own(tmp_path):
-    assert run_ranks(_limits, 2, str(tmp_path)) == [[0.5, 3, 3]] * 2
+    found = run_ranks(_limits, 2, str(tmp_path), timeout_seconds=30.0)
+    assert found == [[0.5, 3, 3]] * 2
 
 
 def test_it_may_be_turned_off(tmp_path):

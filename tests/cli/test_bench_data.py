@@ -81,7 +81,7 @@ def test_one_thread_computes_while_it_is_timed_and_as_many_as_before_after(
     ("option", "message"),
     [
         ("--rounds=0", "rounds (0) must be at least 1"),
-        ("--seconds=0", "seconds (0.0) must be above 0"),
+        ("--seconds=0", "seconds (0.0) must be in (0, 1000000]"),
         ("--pictures=3", "pictures (3) must be at least two batches"),
         ("--shards=none.tar", "names a missing file"),
         ("--workers=[3]", "shards (2) must be at least one for each of 3 loader processes"),

@@ -110,7 +110,7 @@ def test_what_is_given_counts_before_the_run(run, capsys):
         ([*GIVEN, "--pairs=1"], "at least 2"),
         ([*GIVEN, "--pairs=1e999"], "finite"),
         ([*GIVEN, "--dimension=0"], "dimension (0)"),
-        ([*GIVEN, "--relative_bias=2"], "relative_bias (2)"),
+        ([*GIVEN, "--relative_bias=2"], "relative_bias (2.0)"),
         (["--run_dir=nowhere"], "has no evaluation"),
     ],
 )

@@ -38,6 +38,7 @@ from dist_siglip.data.index import read_index
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.distributed import World
 from dist_siglip.distributed.clock_skew import ClockReading
+from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard
@@ -140,7 +141,8 @@ def test_a_folder_without_locks_is_told_and_not_refused(tmp_path, monkeypatch):
 
 def shard_set(path):
     rule, cache = CaptionRule(), CacheSettings()
-    return ShardSet("train_shards", str(path), rule, ("png",), 10**6, cache)
+    pictures = PicturePolicy(max_image_pixels=10**6)
+    return ShardSet("train_shards", str(path), rule, ("png",), pictures, cache)
 
 
 @pytest.mark.parametrize(

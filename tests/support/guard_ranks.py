@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dist_siglip.callbacks import StepGuard
-from dist_siglip.errors import RunFailedError
+from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.losses import SigLipLoss
 from dist_siglip.optim import NormHistory, OptimConfig, StepCheck
 from dist_siglip.optim.skip import skip_where
@@ -121,6 +121,10 @@ def train(rank, world_size, model, folder, case):
         )  # fmt: skip
     except RunFailedError as error:
         return {"error": str(error), "lines": _lines(folder)}
+    except UserError as error:  # ranks that have drifted apart
+        if not case.get("alone"):
+            raise
+        return {"error": str(error)}
     optimizer = trainer.optimizers[0]
     state, moments = module.state_dict(), optimizer.state_dict()["state"]
     if "shard" in case:  # whole on the first rank
