@@ -139,7 +139,7 @@ def test_numbers_in_lists_and_in_classes_of_ours_are_looked_at_and_those_of_othe
     chunk = {"class_path": "dist_siglip.losses.SigLipLoss", "init_args": {"chunk_rows": 0}}
     for settings, words in (
         (Namespace(crop_scale=(0.5, 1.5)), r"crop_scale\[1\] \(1.5\) must be in \(0, 1\]"),
-        (Namespace(world_sizes=[1, 0]), r"world_sizes \(0\) must be at least 1"),
+        (Namespace(world_sizes=[1, 0]), r"world_sizes\[1\] \(0\) must be at least 1"),
         (Namespace(model=Namespace(loss=chunk)), r"init_args.chunk_rows \(0\) must be at least 1"),
         (Namespace(data=Namespace(train_sources=[{"weight": -1.0}])), r"weight \(-1.0\)"),
     ):
