@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def examples():
     for page in sorted(DOCS.glob("*.md")):
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         for number, block in enumerate(blocks):
-            yield pytest.param(page.name, block, id=f"{page.stem}-{number}")
+            yield pytest.param(page.name, dedent(block), id=f"{page.stem}-{number}")
 
 
 @pytest.fixture
