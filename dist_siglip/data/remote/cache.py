@@ -17,7 +17,6 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from dist_siglip.atomic import write_atomically
@@ -76,7 +75,7 @@ class CacheSettings:
             raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
         if not self.recheck_hours >= 0:
             raise UserError(f"cache.recheck_hours ({self.recheck_hours}) must not be negative")
-        if not 0 <= self.patience_seconds < inf:
+        if not 0 <= self.patience_seconds < math.inf:
             raise UserError(
                 f"cache.patience_seconds ({self.patience_seconds}) must be at least 0, and finite"
             )
