@@ -12,6 +12,7 @@ from itertools import zip_longest
 
 # One thread per process: the distributed tests start several on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would stay for the whole run
 # Tables and side-cars of test shards go to a cache folder of their own; the fonts of matplotlib,
 # which take seconds to find, stay where they are.
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))

@@ -67,7 +67,7 @@ def test_the_table_has_a_line_for_each_contestant(capsys, monkeypatch):
             r"bench \(losses\) must be one of loss, data, train, checkpoint, plan, simulate",
         ),
         (["loss", "--rounds=0"], r"rounds \(0\) must be at least 1"),
-        (["loss", "--world_sizes=[0]"], r"world_sizes \(0\) must be at least 1"),
+        (["loss", "--world_sizes=[0]"], r"world_sizes\[0\] \(0\) must be at least 1"),
         (["loss", "--pairs=2"], "pairs"),
         (["loss", "--exchanges=[rings]"], "rings"),
     ],

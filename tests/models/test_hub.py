@@ -4,9 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch
 from dist_siglip.models import build_dual_encoder
 from tests.support.hugging_face import write_folder
 from tests.support.processes import LIMIT_SECONDS
+from tests.support.servers import running
 
 SHA = "1" * 40
 PROGRAM = """
@@ -67,17 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(folder):
     asked = []
-    handler = type("Handler", (_Handler,), {"folder": folder, "asked": asked})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(type("Handler", (_Handler,), {"folder": folder, "asked": asked})) as url:
+        yield url, asked
 
 
 def fetched(folder, tmp_path, with_weights="yes"):

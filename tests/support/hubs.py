@@ -6,10 +6,11 @@ One bucket ``shards`` and one data set ``me/shards`` hold the same files.
 import base64
 import hashlib
 import json
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.servers import running
 
 
 class Hub:
@@ -102,15 +103,6 @@ class _Handler(BaseHTTPRequestHandler):
 def serve_hub():
     """Serve until the block ends."""
     state = Hub()
-    handler = type("Handler", (_Handler,), {"state": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
+    with running(type("Handler", (_Handler,), {"state": state})) as url:
+        state.url = url
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
