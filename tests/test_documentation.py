@@ -37,6 +37,8 @@ PAGES = (
     "CONTRIBUTING.md",
     "slurm/README.md",
     "docs/alignment.md",
+    "docs/architecture.md",
+    "docs/benchmarks.md",
     "docs/data.md",
     "docs/embed.md",
     "docs/evaluation.md",
@@ -66,34 +68,28 @@ def blocks(text, language):
     return [block for name, block in found if name == language]
 
 
-def tree_paths():
-    """Paths listed in the README's file tree, relative to the package."""
-    (tree,) = [block for block in blocks(README, "") if block.startswith("dist_siglip/\n")]
-    folders, paths = [], set()
+def folder_tree():
+    """Folders listed in docs/architecture.md, relative to the package, and what each is for."""
+    page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in blocks(page, "") if block.startswith("dist_siglip/\n")]
+    parents, purposes = [], {}
     for line in tree.splitlines()[1:]:
-        name = line.split()[0]
+        name, _, purpose = line.strip().partition(" ")
         depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[: depth - 1]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            paths.add("".join(folders) + name)
-    return paths
+        parents = [*parents[: depth - 1], name]
+        purposes["".join(parents)] = purpose.strip()
+    return purposes
 
 
-def test_the_file_tree_lists_every_file_of_the_package():
-    files = {
-        path.relative_to(PACKAGE).as_posix()
+def test_the_architecture_page_lists_every_folder_of_the_package_and_no_other():
+    folders = {
+        f"{path.parent.relative_to(PACKAGE).as_posix()}/"
         for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".json", ".yaml", ".html", ".sbatch")
-        and path.name != "__init__.py"
+        if path.is_file() and "__pycache__" not in path.parts and path.parent != PACKAGE
     }
-    assert tree_paths() == files
-
-
-def test_every_line_of_the_file_tree_has_a_comment():
-    (tree,) = [block for block in blocks(README, "") if block.startswith("dist_siglip/\n")]
-    assert all(len(line.split()) > 1 for line in tree.splitlines()[1:])
+    purposes = folder_tree()
+    assert set(purposes) == folders
+    assert all(purposes.values())
 
 
 def test_the_example_of_the_readme_runs():
