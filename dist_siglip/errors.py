@@ -7,6 +7,14 @@ does not answer. The command line prints the text as one line and exits with cod
 A defect of the program is none of these: it keeps its traceback.
 """
 
+__all__ = [
+    "LoaderError",
+    "OutageError",
+    "RunFailedError",
+    "RunMovedError",
+    "UserError",
+]
+
 
 class UserError(ValueError):
     """A mistake of the user, in one line: name, value, what is allowed, remedy.
