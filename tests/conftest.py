@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 from itertools import zip_longest
+from pathlib import Path
 
 # One thread per process: the distributed tests start several on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from dist_siglip.distributed import leave_process_groups
+from tests.support.cpu_time import TIERS, CpuLimit
 
 # A shell that starts the suite in the background leaves it, and all that it starts, deaf to these.
 for _number, _usual in (
@@ -33,6 +35,7 @@ for _number, _usual in (
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+_TESTS = Path(__file__).parent
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR")
 
 # Threads that stay by design; none of them writes to files.
@@ -45,15 +48,42 @@ _STAY = re.compile(
 _SECONDS_TO_END = 30.0
 
 
+# Every test of these folders belongs to the tier of their name.
+_FOLDER_TIERS = ("slurm", "lab")
+
+
+def pytest_addoption(parser):
+    """All repetitions of what CI does a tenth of."""
+    parser.addoption(
+        "--full", action="store_true", help="all 50 kills and 22,000 broken inputs, not a tenth"
+    )
+
+
+def pytest_configure(config):
+    """Bound the processor time of tests without a tier."""
+    config.pluginmanager.register(CpuLimit())
+
+
+@pytest.fixture(scope="session")
+def is_full(pytestconfig):
+    """Whether all repetitions are asked for, not a tenth."""
+    return pytestconfig.getoption("full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that no worker is left with a long one at the end.
+    """Mark tests by folder; order files with tiers first, so that no long one is left at the end.
 
     Those of a cluster, which mostly waits, in turns with those that need the processors.
     """
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _FOLDER_TIERS:
+            item.add_marker(folder)
     files = list(dict.fromkeys(item.path for item in items))
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tiered = {item.path for item in items if any(map(item.get_closest_marker, TIERS))}
     clusters = [path for path in files if path.parent.name == "slurm"]
-    others = [path for path in files if path in slow and path not in clusters]
+    others = [path for path in files if path in tiered and path not in clusters]
     turns = [path for pair in zip_longest(clusters, others) for path in pair if path is not None]
     order = {path: number for number, path in enumerate(dict.fromkeys([*turns, *files]))}
     items.sort(key=lambda item: order[item.path])

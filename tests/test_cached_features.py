@@ -90,8 +90,7 @@ def test_micro_batches_of_the_other_tower_give_the_same(shards, model, features,
     assert worst_error(cached["state"], live["state"], live["start"]) < 1e-4
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_two_ranks_train_from_features_as_one_process_does_live(shards, model, features, tmp_path):
     live = run(model, shards, tmp_path)
     data = {"train_features": features["image"]}

@@ -36,7 +36,6 @@ def results_of(world_size):
     return [ddp_gradients(0, 1)] if world_size == 1 else run_ranks(ddp_gradients, world_size)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", LAYOUTS)
 @pytest.mark.parametrize("micro_batch_size", MICRO_BATCH_SIZES)
 def test_gradients_are_those_of_the_whole_batch_on_one_process(world_size, micro_batch_size):
@@ -50,7 +49,6 @@ def test_gradients_are_those_of_the_whole_batch_on_one_process(world_size, micro
             assert error < 1e-12, name
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_comparison_rejects_the_loss_of_each_micro_batch_alone(world_size):
     """What gradient accumulation would compute."""
@@ -193,7 +191,7 @@ def test_a_run_goes_on_with_another_size():
     assert describe_differences(before, after) == []
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_32768_pairs_train_in_the_memory_of_512_and_the_features():
     """Peak of the process against the bytes autograd would keep, counted on one micro-batch."""

@@ -15,7 +15,7 @@ from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")

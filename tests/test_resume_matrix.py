@@ -21,7 +21,7 @@ CHAINS = {
     "ranks 1-2-1-4, workers 3-1-2-0": ((1, 3, 1), (2, 1, 3), (1, 2, 6), (4, 0, LAST)),
 }
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")

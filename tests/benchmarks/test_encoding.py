@@ -34,7 +34,6 @@ def test_features_are_those_of_the_encoders_in_the_order_given():
     assert torch.equal(one, texts[:1])
 
 
-@pytest.mark.distributed
 def test_features_do_not_depend_on_the_number_of_ranks(on_three_ranks):
     alone = _encode(0, 1)
     for rank in on_three_ranks:
@@ -43,7 +42,6 @@ def test_features_do_not_depend_on_the_number_of_ranks(on_three_ranks):
             assert mine.shape == expected.shape
 
 
-@pytest.mark.distributed
 def test_every_rank_calls_the_encoders_equally_often(on_three_ranks):
     calls = [rank[3] for rank in on_three_ranks]
     assert calls[0] == calls[1] == calls[2]

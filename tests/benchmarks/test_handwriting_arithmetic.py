@@ -80,7 +80,6 @@ def _evaluate(rank, world_size, shards):
     return evaluate(shards, number_model(shifted))
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_results_do_not_depend_on_the_number_of_ranks(shards, world_size):
     alone = _evaluate(0, 1, shards)

@@ -73,9 +73,6 @@ def ranks(request, folder, alone):
     return run_ranks(_evaluate, request.param, folder)
 
 
-pytestmark = pytest.mark.distributed
-
-
 def test_results_do_not_depend_on_the_number_of_ranks(alone, ranks):
     for results, *_ in ranks:
         for (metrics, details), (expected, expected_details) in zip(results, alone[0], strict=True):

@@ -81,7 +81,6 @@ def _evaluate(rank, world_size, folder):
     return result, "no error"
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_score_is_that_of_one_process_and_all_ranks_refuse_a_damaged_picture(
     folder, world_size

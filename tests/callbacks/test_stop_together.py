@@ -23,8 +23,7 @@ def model(tmp_path):
     return write_config(tmp_path / "siglip.json", ARCHITECTURES["siglip"])
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("world_size", "moments"), [(2, [*BOUNDARIES]), (3, ["before the gradients meet"])]
 )
@@ -50,7 +49,6 @@ def test_three_signals_to_one_rank_stop_all_at_the_next_boundary(
     assert all(torch.equal(never[name], resumed[name]) for name in never)
 
 
-@pytest.mark.distributed
 def test_ranks_that_do_not_agree_lose_each_other(model, tmp_path):
     """The same test body notices a callback that stops one rank alone."""
     found = run_ranks(train_alone, 2, model, str(tmp_path), timeout_seconds=5)

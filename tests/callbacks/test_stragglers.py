@@ -147,7 +147,6 @@ def _logged(rank, world_size, model, folder):
     return found
 
 
-@pytest.mark.distributed
 def test_training_finds_the_rank_that_is_slow_in_its_data_or_in_its_towers(tmp_path):
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
     for results in run_ranks(_logged, 2, model, str(tmp_path)):

@@ -93,7 +93,6 @@ def _limits(rank, world_size, folder):
     return found
 
 
-@pytest.mark.distributed
 def test_the_group_gets_the_limit_unless_its_strategy_has_one_of_its_own(tmp_path):
     found = run_ranks(_limits, 2, str(tmp_path), timeout_seconds=30.0)
     assert found == [[0.5, 3, 3]] * 2

@@ -9,7 +9,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import run_command, write_settings
 from tests.support.forked_runs import run_forked
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 NUM_PAIRS = 72  # all training pairs
 

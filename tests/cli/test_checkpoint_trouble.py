@@ -11,7 +11,7 @@ from tests.support.command import write_settings
 from tests.support.forked_runs import start
 from tests.support.processes import LIMIT_SECONDS
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 
 ROOM = resource.RLIM_INFINITY
 NO_ROOM = 1 << 20  # bytes of a file; a checkpoint has six times as many

@@ -112,7 +112,6 @@ def test_shards_that_hang_are_told_in_bounded_time(folder, capsys, monkeypatch):
     answer.set()
 
 
-@pytest.mark.distributed
 def test_sound_ranks_are_told_so_and_nothing_is_left(folder, shards):
     run_dir = folder / "runs"
     run_dir.mkdir()
@@ -131,7 +130,6 @@ def test_sound_ranks_are_told_so_and_nothing_is_left(folder, shards):
     assert list(run_dir.iterdir()) == []
 
 
-@pytest.mark.distributed
 def test_a_rank_that_never_comes_is_named_in_bounded_time(folder):
     run = start_doctors(
         folder / "log", *_QUICK, "--timeout_seconds", _PATIENCE_SECONDS, world_size=3, absent=(1,)
@@ -141,7 +139,6 @@ def test_a_rank_that_never_comes_is_named_in_bounded_time(folder):
     assert "rank 1 of 3 did not come within 4 s; rank 0, 2 did, of n0, n2" in page
 
 
-@pytest.mark.distributed
 def test_without_the_first_rank_the_others_say_so(folder):
     run = start_doctors(
         folder / "log", *_QUICK, "--timeout_seconds", _PATIENCE_SECONDS, absent=(0,)
@@ -152,7 +149,6 @@ def test_without_the_first_rank_the_others_say_so(folder):
     assert re.search(r"^FAIL +ranks +rank 0 cannot be met at 127.0.0.1:\d+", page, re.MULTILINE)
 
 
-@pytest.mark.distributed
 def test_each_ill_of_a_rank_is_one_line_with_a_remedy(folder, shards):
     other_shards = write_shards(folder / "other", (4, 1))
     run = start_doctors(
@@ -180,7 +176,6 @@ def test_each_ill_of_a_rank_is_one_line_with_a_remedy(folder, shards):
         assert not line.startswith("FAIL") or lines[number + 1].strip().startswith("->")
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("ill", "patience"), [("dies_measuring", 4), ("hangs_measuring", 9)])
 def test_a_rank_that_is_lost_while_measuring_is_told_in_bounded_time(folder, ill, patience):
     run = start_doctors(folder / "log", *_QUICK, "--timeout_seconds", patience, ills={1: (ill,)})
@@ -189,7 +184,6 @@ def test_a_rank_that_is_lost_while_measuring_is_told_in_bounded_time(folder, ill
     assert re.search(r"^FAIL +group +.*rank 1", page, re.MULTILINE), page
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_rank_that_hangs_or_is_killed_while_it_looks_is_named(folder, is_killed):
     run = start_doctors(

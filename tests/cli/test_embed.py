@@ -54,8 +54,7 @@ def test_the_ranks_of_a_launcher_share_the_shards(words, tmp_path, capsys, monke
         assert (load_rows(tmp_path / "out", name) == expected).all()
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.e2e
 def test_torchrun_and_one_process_write_the_same_file(words, tmp_path):
     words += ["--format=parquet", "--dtype=float32"]
     assert main([*words, f"--out={tmp_path / 'one'}"]) == 0
@@ -74,7 +73,7 @@ def test_torchrun_and_one_process_write_the_same_file(words, tmp_path):
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_rows_of_a_run_are_the_features_of_its_last_evaluation(tmp_path):
     settings = write_settings(tmp_path, max_steps=4, val_check_interval=4)
     done = run_forked("fit", "--config", settings)

@@ -65,7 +65,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_one_line_and_nothing_is_written(case, settings, folders, tmp_path, capsys):
     options, message = CASES[case]
@@ -125,7 +125,7 @@ def test_no_verb_is_a_mistake_with_help(capsys):
     assert "usage: dist-siglip VERB" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_verbs_explain_their_options():
     done = run_command("fit", "--help")
     assert done.returncode == 0

@@ -29,7 +29,7 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("to", ["open_clip", "hf", "safetensors", "onnx"])
 def test_a_run_is_exported_with_its_trained_scale_and_absolute_bias(to, run_dir, tmp_path, capsys):
     out = tmp_path / "out"
@@ -50,7 +50,7 @@ def test_a_run_is_exported_with_its_trained_scale_and_absolute_bias(to, run_dir,
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_adapters_are_merged_into_what_open_clip_reads(tmp_path):
     pytest.importorskip("peft")
     settings = write_settings(tmp_path, max_steps=4, limit_val_batches=0)

@@ -11,7 +11,7 @@ from tests.support.command import run_command, write_settings
 from tests.support.forked_runs import run_forked, start
 from tests.support.recording import global_batches
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 
 def recording(folder):

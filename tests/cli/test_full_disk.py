@@ -10,7 +10,7 @@ from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.processes import LIMIT_SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_fit_ends_well_where_nothing_but_checkpoints_can_be_written(tmp_path):
     settings = write_settings(tmp_path, max_steps=4, val_check_interval=4)
     run = tmp_path / "run"

@@ -17,7 +17,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import REPOSITORY, environment, is_group_alive, write_settings
 from tests.support.forked_runs import start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 INTERRUPTED, SAVED = 130, 75
 
 

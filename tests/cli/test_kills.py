@@ -16,10 +16,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-NUM_KILLS = 50
-STEPS = 150
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
@@ -122,25 +119,26 @@ def kill_starts(command, run, times, folder, world_size=1, victim=None):
     return inside_saves
 
 
-def test_fifty_random_kills_cost_nothing(settings, tmp_path, capsys):
-    """Every second start writes in the background."""
+def test_random_kills_cost_nothing(settings, tmp_path, capsys, is_full):
+    """Fifty with ``--full``, otherwise five; every second start writes in the background."""
+    num_kills, steps = (50, 150) if is_full else (5, 30)
     reference, run = RunFolder(tmp_path / "reference"), RunFolder(tmp_path / "run")
-    uninterrupted = start(arguments(settings, reference, STEPS), tmp_path / "reference.txt")
+    uninterrupted = start(arguments(settings, reference, steps), tmp_path / "reference.txt")
 
     def command(number):
         asynchronous = f"--checkpoint.asynchronous={str(number % 2 == 0).lower()}"
-        return arguments(settings, run, STEPS, asynchronous)
+        return arguments(settings, run, steps, asynchronous)
 
-    inside_saves = kill_starts(command, run, NUM_KILLS, tmp_path)
+    inside_saves = kill_starts(command, run, num_kills, tmp_path)
     reached = newest(run)
-    assert 0 < reached < STEPS
-    assert inside_saves > 5
-    finished = start(arguments(settings, run, STEPS), tmp_path / "last.txt")
+    assert 0 < reached < steps
+    assert inside_saves > num_kills // 10
+    finished = start(arguments(settings, run, steps), tmp_path / "last.txt")
     assert finished.wait() == [0], finished.said()
     assert uninterrupted.wait() == [0], uninterrupted.said()
-    assert_same_end(run, reference, STEPS)
+    assert_same_end(run, reference, steps)
     with capsys.disabled():
-        print(f"{NUM_KILLS} kills, {inside_saves} inside a save, at step {reached} of {STEPS}")
+        print(f"{num_kills} kills, {inside_saves} inside a save, at step {reached} of {steps}")
 
 
 SHARDED = [
@@ -150,9 +148,9 @@ SHARDED = [
 
 
 @pytest.mark.parametrize("more", [[], SHARDED], ids=["DDP", "FSDP2 to folders"])
-def test_kills_of_one_or_both_of_two_ranks_cost_nothing(settings, more, tmp_path):
+def test_kills_of_one_or_both_of_two_ranks_cost_nothing(settings, more, tmp_path, is_full):
     """Killed are both ranks, the second, the first, in turns; the one that is left ends too."""
-    steps = 24
+    num_kills, steps = (6, 24) if is_full else (3, 16)
     reference, run = RunFolder(tmp_path / "reference"), RunFolder(tmp_path / "run")
     more = ["--trainer.devices=2", *more]
     uninterrupted = start(arguments(settings, reference, steps, *more), tmp_path / "r.txt", 2)
@@ -162,7 +160,8 @@ def test_kills_of_one_or_both_of_two_ranks_cost_nothing(settings, more, tmp_path
         asynchronous = f"--checkpoint.asynchronous={str(number % 2 == 0).lower()}"
         return arguments(settings, run, steps, asynchronous, *more)
 
-    kill_starts(command, run, 6, tmp_path, 2, victim=lambda number: (None, 1, 0)[number % 3])
+    victims = (None, 1, 0)
+    kill_starts(command, run, num_kills, tmp_path, 2, lambda number: victims[number % 3])
     assert 0 < newest(run) < steps
     finished = start(arguments(settings, run, steps, *more), tmp_path / "last.txt", 2)
     assert finished.wait() == [0, 0], finished.said()

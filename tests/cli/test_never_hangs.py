@@ -15,7 +15,7 @@ from tests.support.command import (
 )
 from tests.support.ports import next_port
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 HUNG = 70
 # Shorter than what ``Fault`` takes where it may: those who wait must not be impatient.
 LIMITS = ("--watchdog.stall_minutes=0.1", "--watchdog.slow_minutes=5")

@@ -10,7 +10,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import kill_when, run_command
 from tests.support.forked_runs import run_forked
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 STEPS = 70  # one checkpoint at 50 on the way, and far too few for the floor
 

@@ -14,7 +14,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked, start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 SHORTER_OR_LONGER = "--model.optim.accept_rate_jump=true"
 LONG = ("--trainer.max_steps=100000", "--trainer.val_check_interval=100000")
 

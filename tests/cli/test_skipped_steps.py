@@ -9,7 +9,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 
 def test_a_learning_rate_that_destroys_the_weights_ends_the_run_with_code_3(tmp_path):

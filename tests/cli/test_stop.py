@@ -19,7 +19,7 @@ from tests.support.command import (
 from tests.support.forked_runs import start
 from tests.support.processes import LIMIT_SECONDS
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 LONG = (
     "--trainer.max_steps=100000",
     "--trainer.val_check_interval=100000",

@@ -108,7 +108,7 @@ def wrong(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_one_line_and_nothing_is_written(case, settings, wrong, tmp_path, capsys):
     options, text = CASES[case]

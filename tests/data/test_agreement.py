@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from dist_siglip.data.agreement import check_ranks_agree
@@ -6,12 +5,10 @@ from dist_siglip.data.pairs import build_pair_table
 from tests.support.shards import write_shards
 
 
-@pytest.mark.distributed
 def test_equal_shards_agree(two_ranks):
     assert [result["equal"] for result in two_ranks] == ["fine", "fine"]
 
 
-@pytest.mark.distributed
 def test_rank_with_other_shards_is_named_on_every_rank(two_ranks):
     text = "train_shards differ between ranks: rank 0 sees 7 samples, rank 1 sees 8"
     assert [result["unequal"].startswith(text) for result in two_ranks] == [True, True]

@@ -48,7 +48,6 @@ def test_the_error_names_bad_samples_of_this_start_alone(tmp_path):
         limit.finish_step(10, CPU)
 
 
-@pytest.mark.distributed
 def test_all_ranks_stop_in_the_same_step(two_ranks):
     for result in two_ranks:
         first, second, third = result["bad"]

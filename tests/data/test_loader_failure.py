@@ -146,8 +146,7 @@ def test_loader_processes_in_need_are_named_and_not_waited_for(tmp_path):
     assert "loader process 0 failed: RuntimeError: stage " in said["defective"]
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.faults
 def test_both_ranks_end_with_one_code_when_a_loader_process_of_one_is_killed(tmp_path):
     settings = write_settings(tmp_path, max_steps=1000, val_check_interval=1000)
     options = ["--data.workers_per_rank=1", "--trainer.devices=2"]

@@ -52,7 +52,7 @@ def read_epochs(shards):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_loader_process_does_not_grow_over_epochs(tmp_path):
     picture = jpeg(photo(300, 200))

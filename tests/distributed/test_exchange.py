@@ -124,7 +124,6 @@ def results_of(world_size):
     return run_ranks(_everything, world_size)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("sizes", LOSS_LAYOUTS)
 def test_a_loss_over_two_nodes_of_two_ranks_is_that_of_one_process(sizes):
     truth = sigmoid_loss_and_gradients(*_pairs(sum(sizes)), 7.0, -3.0)
@@ -133,7 +132,6 @@ def test_a_loss_over_two_nodes_of_two_ranks_is_that_of_one_process(sizes):
             assert torch.allclose(found, truth[name].reshape(found.shape), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_every_shard_is_visited_once_and_accumulators_come_home(world_size):
     for rank, results in enumerate(results_of(world_size)):
@@ -190,7 +188,6 @@ def _mismatches(rank):
     return messages
 
 
-@pytest.mark.distributed
 def test_a_mismatch_names_the_odd_rank_on_every_rank():
     for results in results_of(3):
         messages = results["mismatches"]
@@ -221,7 +218,6 @@ def _in_a_subgroup(rank):
     ]
 
 
-@pytest.mark.distributed
 def test_ranks_count_inside_the_group():
     found = [results["subgroup"] for results in results_of(3)]
     assert found == [None, [3.0] * len(EXCHANGES), [6.0] * len(EXCHANGES)]
@@ -241,7 +237,6 @@ def _collect(rank):
     )
 
 
-@pytest.mark.distributed
 def test_plain_collectives_agree_on_every_rank():
     for results in results_of(3):
         rows, flags, nothing, total, largest = results["collectives"]

@@ -47,7 +47,6 @@ def measured():
     return run_ranks(measure, 4)
 
 
-@pytest.mark.distributed
 def test_every_exchange_is_right_and_takes_time_on_every_rank(measured):
     for sound, *_ in measured:
         for speed in sound.values():
@@ -56,7 +55,6 @@ def test_every_exchange_is_right_and_takes_time_on_every_rank(measured):
             assert speed["latency_seconds"] > 0
 
 
-@pytest.mark.distributed
 def test_the_bytes_a_rank_sends_are_those_of_the_schedule(measured):
     shard = 5 * 3 * 4
     sound = measured[0][0]
@@ -64,12 +62,10 @@ def test_the_bytes_a_rank_sends_are_those_of_the_schedule(measured):
     assert sound["all_gather"]["sent_bytes"] == 3 * 2 * shard
 
 
-@pytest.mark.distributed
 def test_a_rank_whose_numbers_are_wrong_is_found(measured):
     assert [broken for *_, broken in measured] == [True, True, False, True]
 
 
-@pytest.mark.distributed
 def test_clocks_are_known_to_milliseconds(measured):
     clocks = measured[0][3]
     assert [others[3] for others in measured[1:]] == [[], [], []]
@@ -78,7 +74,6 @@ def test_clocks_are_known_to_milliseconds(measured):
         assert uncertainty < 1.0
 
 
-@pytest.mark.distributed
 def test_neighbours_and_sums_are_timed(measured):
     for _, neighbours, (seconds, is_right), *_ in measured:
         assert neighbours > 0

@@ -5,7 +5,6 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -62,7 +61,6 @@ def lost():
 MOST_SECONDS = 10 * LIMIT_SECONDS
 
 
-@pytest.mark.distributed
 def test_a_rank_that_never_comes_is_named():
     for rank, complaints in enumerate(lost()[:2]):
         message, seconds = complaints["never came"]
@@ -72,7 +70,6 @@ def test_a_rank_that_never_comes_is_named():
         assert seconds < MOST_SECONDS
 
 
-@pytest.mark.distributed
 def test_a_rank_that_misses_the_first_exchange_is_named():
     for rank, complaints in enumerate(lost()[:2]):
         message, seconds = complaints["never began"]
@@ -81,7 +78,6 @@ def test_a_rank_that_misses_the_first_exchange_is_named():
         assert seconds < MOST_SECONDS
 
 
-@pytest.mark.distributed
 def test_a_rank_that_fails_on_the_way_is_waited_for_by_name():
     (first, _), (second, seconds), (failed, _) = (c["left early"] for c in lost())
     assert "fails in the middle" in failed

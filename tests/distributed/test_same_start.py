@@ -4,8 +4,6 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 
-import pytest
-
 from dist_siglip.distributed.same_start import check_ranks_started_alike, describe_differences
 from dist_siglip.errors import UserError
 from tests.support.processes import run_ranks
@@ -35,12 +33,10 @@ def started():
     return run_ranks(_start_in_many_ways, 3)
 
 
-@pytest.mark.distributed
 def test_ranks_that_were_started_alike_go_on():
     assert {r[way][0] for r in started() for way in ("equal", "again")} == {"fine"}
 
 
-@pytest.mark.distributed
 def test_every_rank_names_the_setting_both_values_and_the_ranks():
     for results in started():
         kind, message, seconds = results["one"]
@@ -49,7 +45,6 @@ def test_every_rank_names_the_setting_both_values_and_the_ranks():
         assert seconds < 60  # of the minutes that they may wait for one that is missing
 
 
-@pytest.mark.distributed
 def test_a_fact_that_only_one_rank_has_is_a_difference():
     for results in started():
         assert "data.seed is missing on rank 1-2 and 1 on rank 0" in results["extra"][1] or (
@@ -57,7 +52,6 @@ def test_a_fact_that_only_one_rank_has_is_a_difference():
         )
 
 
-@pytest.mark.distributed
 def test_a_rank_that_never_says_how_it_was_started_is_named():
     for results in (started()[0], started()[2]):
         kind, message, seconds = results["missing"]

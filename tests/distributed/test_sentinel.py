@@ -11,8 +11,6 @@ import subprocess
 import sys
 from functools import lru_cache
 
-import pytest
-
 from tests.support.command import REPOSITORY, environment
 from tests.support.ports import next_port
 
@@ -27,7 +25,6 @@ SCENARIOS = (
     "suspended",
 )
 HUNG = 70
-pytestmark = pytest.mark.distributed
 
 
 @lru_cache

@@ -157,7 +157,6 @@ def _messages_of(world_size):
     return run_ranks(_messages, world_size)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_setting_that_differs_is_named_on_every_rank(world_size):
     for messages in _messages_of(world_size):

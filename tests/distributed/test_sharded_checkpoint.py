@@ -58,7 +58,6 @@ def test_what_one_process_writes_it_reads_again(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.distributed
 def test_shards_of_three_ranks_are_read_by_one_and_by_two(tmp_path):
     path = str(tmp_path / "step=1.ckpt")
     run_ranks(_write, 3, path)

@@ -41,8 +41,7 @@ def save_with_faults(rank, world_size, folder):
     return met
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_failure_of_one_rank_at_any_call_is_heard_of_by_both(tmp_path):
     first, second = run_ranks(save_with_faults, 2, str(tmp_path))
     assert len(first) == len(second)

@@ -10,7 +10,6 @@ from dist_siglip.distributed import leave_process_groups
 from tests.support.processes import run_ranks
 
 pytestmark = [
-    pytest.mark.distributed,
     pytest.mark.skipif(sys.platform != "linux", reason="thread names are read from /proc"),
 ]
 

@@ -78,9 +78,6 @@ def found():
     return run_ranks(_worlds_of_four, 4)
 
 
-pytestmark = pytest.mark.distributed
-
-
 def test_the_launcher_says_which_ranks_share_a_node():
     for rank, results in enumerate(found()):
         assert results["no launcher"] == 1

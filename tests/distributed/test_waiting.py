@@ -67,7 +67,6 @@ def circulate_once():
     circulate([torch.ones(2)], fill, accumulators=spec, exchange="ring")
 
 
-@pytest.mark.distributed
 def test_a_rank_that_waits_names_its_exchange_or_collective():
     first, _ = run_ranks(_watch_exchanges, 2)
     what, waits = first["exchange"]

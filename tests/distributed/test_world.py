@@ -35,7 +35,6 @@ def _detect(rank, world_size):
     return World.detect({})
 
 
-@pytest.mark.distributed
 def test_a_running_process_group_wins():
     assert [world.rank for world in run_ranks(_detect, 2)] == [0, 1]
 

@@ -73,7 +73,6 @@ def read_all(out):
             json.loads(path.read_text())
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("form", FORMS)
 def test_killed_again_and_again_the_files_have_the_same_bytes(tmp_path, shards, built, form):
     settings = EmbedSettings(format=form, local_batch_size=2, workers=0, device="cpu")
@@ -98,7 +97,6 @@ def test_killed_again_and_again_the_files_have_the_same_bytes(tmp_path, shards, 
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-@pytest.mark.distributed
 def test_all_ranks_may_start_at_once(tmp_path, shards, built):
     settings = EmbedSettings(format="parquet", workers=0, device="cpu")
     embed_shards(table_of(shards), built, tmp_path / "whole", settings)

@@ -28,12 +28,10 @@ def test_every_row_is_reproduced_or_corrected(name):
     assert outcome.figure.axes
 
 
-@pytest.mark.distributed
 def test_ranks_agree_with_one_process():
     assert all(row.verdict == "reproduced" for row in _outcome("parity").rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["critical_documents", "contrastive_gap"])
 def test_every_row_of_a_longer_one_is_reproduced_or_corrected(name):
     outcome = _outcome(name)

@@ -26,7 +26,6 @@ def test_constructions_are_exact():
     assert rows["largest margin of 100 pairs against Table 1"].ours == pytest.approx(0.505)
 
 
-@pytest.mark.slow
 def test_twenty_pairs_end_at_the_published_scale_and_a_plane_separates_them():
     rows = quick_rows("separator")
     name = "20 pairs, 3 dimensions, frozen 0"
@@ -34,33 +33,28 @@ def test_twenty_pairs_end_at_the_published_scale_and_a_plane_separates_them():
     assert rows[f"{name}: images above, of 20"].ours == 20
 
 
-@pytest.mark.slow
 def test_a_relative_bias_from_zero_ends_with_the_larger_margin():
     assert quick_rows("five_starts")["margin gained from start 0"].ours >= 0.06
 
 
-@pytest.mark.slow
 def test_a_larger_frozen_bias_has_the_larger_margin():
     rows = quick_rows("frozen_bias")
     margins = [rows[f"margin at frozen relative bias {bias:+.3f}"].ours for bias in (-0.333, 0.333)]
     assert margins[0] < margins[1]
 
 
-@pytest.mark.slow
 def test_a_locked_encoder_needs_a_bias_that_learns():
     rows = quick_rows("locked_encoder")
     assert rows["relative bias from 0: loss"].ours <= 1e-6
     assert rows["fixed scale 10, bias 0: loss"].ours > 0.5
 
 
-@pytest.mark.slow
 def test_the_printed_gap_of_two_modalities_is_twice_the_margin():
     rows = quick_rows("modalities")
     assert rows["2 modalities: margin"].verdict.startswith("corrected: ")
     assert rows["2 modalities: full gap"].verdict == "reproduced"
 
 
-@pytest.mark.slow
 def test_only_the_clamped_logarithm_fails_at_a_large_fixed_scale():
     rows = quick_rows("clamped_loss")
     name = "fixed scale 100, relative bias +0.0"

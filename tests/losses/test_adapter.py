@@ -72,7 +72,6 @@ def reference_of(k, num_pairs):
     return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in truth.items()}
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("k", "name"), CASES)
 def test_loss_and_gradients_behind_the_adapter_are_those_of_one_process(k, name):
     layout = LAYOUTS[name]
@@ -81,7 +80,6 @@ def test_loss_and_gradients_behind_the_adapter_are_those_of_one_process(k, name)
     assert largest_error(result, reference_of(k, sum(layout))) < 1e-8
 
 
-@pytest.mark.distributed
 def test_a_gradient_that_leaves_out_other_ranks_is_rejected():
     result = {"strength": results_of(2)["broken"]["strength"]}
     assert largest_error(result, reference_of(2, sum(LAYOUTS["uneven-2"]))) > 1e-3

@@ -235,7 +235,6 @@ def results_of(world_size):
     return run_ranks(fit_on_ranks, world_size)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks_fit_what_one_does_and_agree_to_the_bit(world_size):
     images, texts = (side.double() for side in clip_like_features(30))

@@ -52,7 +52,6 @@ def _beside_open_clip(rank, world_size):
     return results
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_same_value_and_gradients_as_open_clip_on_several_ranks(world_size):
     for results in run_ranks(_beside_open_clip, world_size):

@@ -258,7 +258,6 @@ def cases(layout, loss_name):
     return results_of(len(sizes)), reference_of(loss_name, sum(sizes))
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
@@ -271,7 +270,6 @@ def test_loss_and_gradients_match_one_process(loss_name, layout, exchange):
         assert all(result[name] is not None for name in names)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("loss_name", "frozen"),
@@ -290,7 +288,6 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_is_unchanged(loss_name, fro
 # float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features and in
 # the weights of the gradient products (and, on a CPU, in the sigmoid loss's products). float16: 11
 # bits in the features.
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [("torch.float32", 3e-6), ("torch.bfloat16", 4e-2), ("torch.float16", 1e-2)],
@@ -303,7 +300,6 @@ def test_reduced_precision_stays_within_its_rounding(loss_name, layout, dtype, t
         assert largest_error(results[layout, loss_name, dtype], reference) < tolerance
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
 def test_without_gradients_only_the_loss_is_computed(loss_name, layout):
@@ -314,7 +310,6 @@ def test_without_gradients_only_the_loss_is_computed(loss_name, layout):
         assert [name for name, value in result.items() if value is not None] == ["loss"]
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_comparison_rejects_a_broken_loss(broken, layout):
@@ -322,7 +317,6 @@ def test_the_comparison_rejects_a_broken_loss(broken, layout):
     assert largest_error(by_rank[0][layout, broken], reference) > 1e-3
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"])
 @pytest.mark.parametrize(
     "broken", ["detached_columns", "doubled_scale", "one_sided_uniformity", "unscaled_uniformity"]

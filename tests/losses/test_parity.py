@@ -192,7 +192,6 @@ def cases(layout):
     return results_of(len(sizes)), reference_of(sum(sizes))
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -214,7 +213,6 @@ def reference_with_duplicates(num_pairs, duplicates):
     return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS, ids, duplicates)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_duplicates_within_and_across_ranks_match_one_process(layout, duplicates):
@@ -238,7 +236,6 @@ def reference_with_pictures(num_pairs, duplicates):
     return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS, ids, duplicates)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("duplicates", DUPLICATES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_captions_of_one_picture_are_duplicates_on_whatever_ranks(layout, duplicates):
@@ -259,7 +256,6 @@ def test_captions_of_one_picture_are_duplicates_on_whatever_ranks(layout, duplic
 
 # float32: rounding of sums of up to 100 terms. bfloat16: 8 bits of mantissa in the features and
 # in the derivative that enters the gradient products. float16: 11 bits in the features only.
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [("torch.float32", 3e-6), ("torch.bfloat16", 5e-2), ("torch.float16", 5e-3)],
@@ -272,7 +268,6 @@ def test_reduced_precision_stays_within_its_rounding(layout, dtype, tolerance):
             assert largest_error(results[layout, exchange, dtype], reference) < tolerance
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_gradients_only_the_loss_is_computed(layout):
     by_rank, reference = cases(layout)
@@ -291,14 +286,12 @@ REJECTED = [
 ]
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("layout", "broken"), REJECTED)
 def test_the_comparison_rejects_a_broken_loss(layout, broken):
     by_rank, reference = cases(layout)
     assert largest_error(by_rank[0][layout, broken], reference) > 1e-3
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"])
 def test_a_detached_exchange_has_the_right_loss_and_a_wrong_text_gradient(layout):
     """Why loss values alone prove nothing."""

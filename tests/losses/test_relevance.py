@@ -80,7 +80,6 @@ def _references():
     }
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_loss_and_gradients_are_those_of_plain_loops_on_any_number_of_ranks(world_size):
     references = _references()

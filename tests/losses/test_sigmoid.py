@@ -194,7 +194,6 @@ def messages_of_three_ranks():
     return run_ranks(_messages, 3)
 
 
-@pytest.mark.distributed
 def test_ranks_that_disagree_are_named_and_nothing_hangs():
     for (width, dtype, gradient, side, loss), _ in messages_of_three_ranks():
         assert width.startswith("rank 2 passes [float32 (*, 6)")
@@ -207,7 +206,6 @@ def test_ranks_that_disagree_are_named_and_nothing_hangs():
         assert math.isfinite(loss)
 
 
-@pytest.mark.distributed
 def test_a_row_that_is_not_finite_is_named_on_every_rank():
     for rank, (_, (one, all_of_them)) in enumerate(messages_of_three_ranks()):
         assert one.startswith("rank 1 passes")

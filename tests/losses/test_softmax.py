@@ -304,7 +304,6 @@ def _on_two_ranks(rank, world_size):
     }
 
 
-@pytest.mark.distributed
 def test_two_ranks_agree_with_open_clip_run_under_ddp_and_name_what_differs():
     for results in run_ranks(_on_two_ranks, 2):
         assert results["as open_clip"]

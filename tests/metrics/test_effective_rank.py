@@ -50,7 +50,6 @@ def _share(rank, world_size):
     return effective_rank(rows_of().split(counts)[rank])
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_uneven_ranks_find_that_of_all_rows(world_size):
     found = run_ranks(_share, world_size)

@@ -16,8 +16,6 @@ from dist_siglip.metrics import (
 from tests.support import reference_geometry
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.distributed
-
 COUNT = 19
 # Rows of every rank; rank 1 of 3 has none.
 COUNTS = {1: (COUNT,), 2: (5, 14), 3: (8, 0, 11)}

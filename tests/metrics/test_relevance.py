@@ -33,7 +33,6 @@ def _measure(rank, world_size):
     return relevance_margins(queries[mine], documents[own], relevance[mine], chunk_rows=2)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_margins_are_those_of_plain_loops_on_any_number_of_ranks(world_size):
     expected = reference_relevance.relevance_margins(*_rows())

@@ -87,7 +87,7 @@ def fetched(folder, tmp_path, with_weights="yes"):
     return torch.load(out, weights_only=True), asked
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", ["siglip", "siglip2", "clip"])
 def test_a_repository_of_transformers_is_fetched_and_read_like_a_folder(tmp_path, kind):
     folder = tmp_path / "repository"
@@ -101,7 +101,7 @@ def test_a_repository_of_transformers_is_fetched_and_read_like_a_folder(tmp_path
     assert all(torch.equal(own[name], state[name]) for name in own)
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_weights_that_are_not_needed_are_not_fetched(tmp_path):
     folder = tmp_path / "repository"
     write_folder(folder, "siglip")

@@ -83,8 +83,7 @@ def test_a_fused_optimizer_of_ones_own_is_refused_under_a_scaler(model, tmp_path
         fit(module, tmp_path, batches_of(1), precision="16-mixed")
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_two_ranks_train_as_one_process_does_in_every_precision(model, tmp_path):
     """DDP and FSDP2; float16 with DDP only. Losses to the tolerance of the precision."""
     cases = [

@@ -60,7 +60,6 @@ def test_fetched_rows_are_those_asked_for(found, world_size):
         assert flags.dtype == torch.bool
 
 
-@pytest.mark.distributed
 def test_a_row_that_does_not_exist_is_refused_on_every_rank():
     assert (
         run_ranks(refuse, 2)

@@ -238,8 +238,7 @@ def test_a_bias_that_the_loss_does_not_use_is_frozen_and_said(
         module.calibrate(torch.eye(2), torch.eye(2), torch.arange(2))
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.e2e
 def test_a_softmax_loss_trains_under_ddp(tmp_path):
     """open_clip#1076: a bias without a gradient stops DDP."""
     done = run_forked(
@@ -302,7 +301,7 @@ def test_calibrating_a_run_needs_data_that_can_be_read_apart(model, tmp_path):
         SigLipModule(model).calibrate(torch.eye(2), torch.eye(2), torch.arange(2))
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
 def test_compiled_towers_give_the_same_features(model):
     batch = make_batch()

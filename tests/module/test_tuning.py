@@ -68,8 +68,7 @@ def test_a_wrong_setting_names_the_tower(model):
         SigLipModule(model, text_tower=TowerConfig(layer_decay=0.0))
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("tower", ["image_tower", "text_tower"])
 def test_two_ranks_train_a_locked_model_as_one_process_does(model, tmp_path, tower):
     """Parameters are compared, not only losses; the frozen side travels without a gradient."""

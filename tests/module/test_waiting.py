@@ -11,8 +11,7 @@ from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_no_value_is_read_and_no_collective_asked_for_in_a_step(tmp_path):
     """Steps 2 to 5 of two ranks; the count notices Lightning's broadcast, and a loss that is read.
 

@@ -11,7 +11,6 @@ import pytest
 from tests.support import actor
 from tests.support.slurm_cluster import Job, wait_until
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SMALL = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--mem=100")
 
 

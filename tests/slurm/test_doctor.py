@@ -2,10 +2,6 @@
 
 import re
 
-import pytest
-
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
 
 def test_srun_doctor_looks_at_every_node_of_a_job(cluster, tmp_path):
     job = cluster.submit_command(

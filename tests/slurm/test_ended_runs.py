@@ -10,7 +10,6 @@ from tests.support.cluster_runs import SMALL, ClusterRun, write_cluster_settings
 from tests.support.recording import global_batches
 from tests.support.slurm_cluster import KILL_WAIT_SECONDS, wait_until
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS = 40
 
 

@@ -9,7 +9,6 @@ from tests.support.cluster_runs import ClusterRun, write_cluster_settings
 from tests.support.recording import global_batches
 from tests.support.slurm_cluster import wait_until
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS = 60
 
 

@@ -2,12 +2,9 @@
 
 import shlex
 
-import pytest
-
 from tests.support.cluster_runs import SMALL, ClusterRun, write_cluster_settings
 from tests.support.recording import global_batches
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS = 30
 
 

@@ -18,8 +18,7 @@ from tests.support.torchrun import pretend_torchrun
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.slow,
+    pytest.mark.e2e,
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),

@@ -35,7 +35,7 @@ def fetch_all(settings, urls, barrier):
         assert len(content(store.open(url))) == len(BODY)
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.faults)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_node_fetches_a_shard_once(server, tmp_path, method):
     urls = [f"{server.url}{i}.tar" for i in range(3)]

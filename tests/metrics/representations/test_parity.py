@@ -12,8 +12,6 @@ from dist_siglip.metrics.representations import (
 )
 from tests.support.processes import run_ranks
 
-pytestmark = pytest.mark.distributed
-
 COUNTS = {1: (25,), 2: (4, 21), 3: (9, 0, 16)}
 ESTIMATE = {"center": True, "num_rows": 14, "num_parts": 2, "k": 3, "svcca_dimensions": 3}
 

@@ -59,7 +59,7 @@ def test_transformers_has_no_class_for_it(built, tmp_path):
         export_model(built, tmp_path / "out", to="hf")
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_onnx_has_its_features(built, tmp_path):
     pytest.importorskip("onnxruntime")
     assert export_model(built, tmp_path / "out", to="onnx").largest_difference <= 1e-5

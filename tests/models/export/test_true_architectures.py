@@ -24,7 +24,7 @@ def without_download(name):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-B-32"])
 def test_features_are_equal(name, to, tmp_path):
