@@ -32,24 +32,12 @@ from tests.support.command import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "dist_siglip"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+# Every page but the log of changes, which names what there was.
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "slurm/README.md",
-    "docs/alignment.md",
-    "docs/architecture.md",
-    "docs/benchmarks.md",
-    "docs/data.md",
-    "docs/embed.md",
-    "docs/evaluation.md",
-    "docs/export.md",
-    "docs/finetuning.md",
-    "docs/geometry.md",
-    "docs/guarantees.md",
-    "docs/reranking.md",
-    "docs/lab.md",
-    "docs/report.md",
-    "docs/versions.md",
+    *(path.relative_to(REPOSITORY).as_posix() for path in sorted(REPOSITORY.glob("docs/**/*.md"))),
 )
 # Verbs that are one function each.
 FUNCTIONS = {
@@ -90,6 +78,45 @@ def test_the_architecture_page_lists_every_folder_of_the_package_and_no_other():
     purposes = folder_tree()
     assert set(purposes) == folders
     assert all(purposes.values())
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len(README.splitlines()) <= 220
+
+
+def anchors_of(page):
+    """Names of the headings of a page, as forges and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    folder = (REPOSITORY / page).parent
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", (REPOSITORY / page).read_text(encoding="utf-8")):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (folder / name).resolve() if name else REPOSITORY / page
+        if not file.exists() or (anchor and anchor not in anchors_of(file)):
+            broken.append(target)
+    assert broken == []
+
+
+NAMED_FILE = re.compile(
+    r"`((?:dist_siglip|tests|configs|slurm|docs|\.ci)/[\w./-]+\.\w+)(?:::\w+)?`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_is_there(page):
+    """Paths from the root of the repository, and, in tables of the code, from the package."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    folders = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
+    in_package = re.findall(rf"`((?:{folders})/[\w/]+\.py)`", text)
+    missing = [name for name in NAMED_FILE.findall(text) if not (REPOSITORY / name).exists()]
+    assert missing + [name for name in in_package if not (PACKAGE / name).exists()] == []
 
 
 def test_the_example_of_the_readme_runs():
