@@ -65,8 +65,7 @@ def test_every_command_of_the_readme_is_run_or_parsed():
     assert all(words in script for words in BY_CI.values())
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.e2e
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     """All in one folder, as a reader would: later ones use what earlier ones leave."""
     for name in ("configs", "dist_siglip"):
