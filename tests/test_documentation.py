@@ -215,6 +215,7 @@ def modules():
     )
 
 
+@pytest.mark.e2e
 def test_each_module_imports_alone():
     """A fresh interpreter per module would take minutes; a fresh module table takes seconds."""
     script = (

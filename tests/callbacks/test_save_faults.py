@@ -15,6 +15,8 @@ from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 from tests.support.faults import KINDS, Disk, in_fork
 
+pytestmark = pytest.mark.faults
+
 WRITERS = {"file": AtomicCheckpointIO().save_checkpoint, "folder": write_sharded}
 
 

@@ -177,22 +177,26 @@ def test_without_the_guard_a_loss_that_is_not_finite_ends_the_run(model, tmp_pat
         train_all(0, 1, model, str(tmp_path), [case])
 
 
+@pytest.mark.faults
 def test_two_ranks_skip_what_is_wrong_on_one_of_them(two):
     check_common(two)
 
 
+@pytest.mark.faults
 def test_three_ranks_with_uneven_batches_skip_what_is_wrong_on_one_of_them(model, tmp_path):
     ranks = run_ranks(train_all, 3, model, str(tmp_path), COMMON)
     check_common(ranks)
     assert "must be equal on all ranks" in ranks[2]["broken"]["error"]
 
 
+@pytest.mark.faults
 def test_a_variant_that_skips_on_one_rank_only_is_rejected(two):
     for found in two:
         assert "logit_scale is " in found["broken"]["error"]
         assert "must be equal on all ranks" in found["broken"]["error"]
 
 
+@pytest.mark.faults
 def test_spikes_of_the_gradient_norm_are_skipped_on_all_ranks(two):
     for found in two:
         assert are_same(found["spike"], two[0]["without spike"])
@@ -203,10 +207,12 @@ def test_spikes_of_the_gradient_norm_are_skipped_on_all_ranks(two):
     assert reasons[1][1] == "loss is not finite"
 
 
+@pytest.mark.faults
 def test_ranks_whose_norms_are_rounded_apart_agree_on_a_spike(two):
     assert [found["spike on the last rank"] for found in two] == [True, True]
 
 
+@pytest.mark.faults
 def test_a_resumed_run_judges_counts_and_ends_as_one_that_was_not_stopped(two):
     """The checkpoint is written at step 8, whose skip is read at step 10."""
     for found in two:
@@ -214,12 +220,14 @@ def test_a_resumed_run_judges_counts_and_ends_as_one_that_was_not_stopped(two):
         assert found["resumed"]["num_skipped"] == found["spike"]["num_skipped"]
 
 
+@pytest.mark.faults
 def test_many_skipped_steps_in_a_row_end_the_run_on_every_rank(two):
     for found in two:
         assert found["abort"]["error"].startswith("3 steps in a row were skipped, 5 to 7, and")
     assert [line["step"] for line in two[0]["abort"]["lines"]] == [5, 6, 7]
 
 
+@pytest.mark.faults
 def test_a_roll_back_goes_on_from_the_checkpoint_with_the_batches_after_the_bad_ones(two):
     """Step 4 has the weights there are, so step 2 is loaded; the batch of step 8 comes next."""
     for found in two:
@@ -227,19 +235,23 @@ def test_a_roll_back_goes_on_from_the_checkpoint_with_the_batches_after_the_bad_
         assert found["back"]["num_skipped"] == 3
 
 
+@pytest.mark.faults
 def test_a_sharded_model_rolls_back_too(two):
     assert are_same(two[0]["sharded back"], two[0]["as if sharded back"])
 
 
+@pytest.mark.faults
 def test_a_roll_back_without_a_checkpoint_goes_on_where_it_is(two):
     assert are_same(two[1]["nowhere to go"], two[0]["without 4 and 5"])
 
 
+@pytest.mark.faults
 def test_an_optimizer_without_a_fused_kernel_skips_too(two):
     for found in two:
         assert are_same(found["SGD"], two[0]["SGD without"])
 
 
+@pytest.mark.faults
 def test_a_sharded_model_skips_too(two):
     assert two[0]["sharded"]["num_skipped"] == two[1]["sharded"]["num_skipped"] == 2
     assert are_same(two[0]["sharded"], two[0]["sharded without"])

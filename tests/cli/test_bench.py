@@ -36,6 +36,7 @@ def test_one_process(dtype, capsys):
         assert row["loss"] == pytest.approx(expected, rel=1e-5 if dtype == "float32" else 2e-2)
 
 
+@pytest.mark.e2e
 def test_two_processes_with_every_exchange_named(capsys):
     rows = rows_of(capsys, "--world_sizes=[2]", "--exchanges=[ring,all_gather]")
     names = [row["contestant"] for row in rows if row["peak_bytes"] is not None]

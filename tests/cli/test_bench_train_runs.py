@@ -14,6 +14,8 @@ from tests.support.command import REPOSITORY
 from tests.support.ports import next_port
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
+pytestmark = pytest.mark.e2e
+
 # What the real trainer takes and writes, at 50 batches per second, and what breaks it on a CPU.
 STAND_IN = """
 import json, logging, os, sys, time
@@ -110,7 +112,6 @@ def test_open_clip_is_given_the_same_and_timed_by_its_log(case, stand_in, tmp_pa
     assert "--torchcompile" not in seen["arguments"]
 
 
-@pytest.mark.e2e
 def test_open_clip_trains_on_two_processes_of_a_cpu(case, stand_in, tmp_path):
     found = run_open_clip(on_two_ranks(case), tmp_path, sys.executable)
     assert 100 < found.samples_per_second < 440
@@ -130,7 +131,6 @@ def test_what_a_run_complains_of_is_told(case, stand_in, tmp_path):
         run_open_clip(case, tmp_path, sys.executable)
 
 
-@pytest.mark.e2e
 def test_our_run_is_a_fit_whose_log_says_the_same(case, tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(next_port()))
     found = run_ours(on_two_ranks(case), tmp_path)

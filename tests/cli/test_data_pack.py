@@ -49,6 +49,7 @@ def shards_of(out):
     return {path.name: path.read_bytes() for path in out.glob("*.tar")}
 
 
+@pytest.mark.faults
 def test_killed_and_started_again_the_shards_have_the_same_bytes(table, tmp_path):
     pack(str(table), str(tmp_path / "whole"), samples_per_shard=4, resize_short_side=40)
     out = tmp_path / "out"

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 
 from dist_siglip.data.bad_sample_log import BadSampleLog, first_lines
+from tests.support.processes import IMPORTED_ONCE
 
 
 def write_many(path, process):
@@ -12,7 +13,8 @@ def write_many(path, process):
 
 def test_lines_of_many_processes_do_not_mix(tmp_path):
     path = str(tmp_path / "bad.jsonl")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
     processes = [context.Process(target=write_many, args=(path, i)) for i in range(3)]
     for process in processes:
         process.start()

@@ -128,6 +128,7 @@ def starve(rank, world_size, shards):
     }
 
 
+@pytest.mark.faults
 def test_loader_processes_in_need_are_named_and_not_waited_for(tmp_path):
     """Without a file to hand a batch over in one lives on, and was waited for half an hour.
 

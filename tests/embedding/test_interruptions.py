@@ -16,6 +16,8 @@ from dist_siglip.embedding import EmbedSettings, embed_shards
 from tests.support.embedding import build_tiny, table_of
 from tests.support.shards import write_shards
 
+pytestmark = pytest.mark.faults
+
 FORMS = ("clip-retrieval", "parquet", "features")
 COUNTS = tuple(1 + n % 4 for n in range(30))
 

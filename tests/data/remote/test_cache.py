@@ -220,6 +220,7 @@ def open_one(settings, url):
     ShardCache(settings).open(url)
 
 
+@pytest.mark.faults
 def test_a_process_killed_while_it_fetches_leaves_nothing_torn_and_blocks_nobody(server, tmp_path):
     server.files["a.tar"] = BODY
     server.faults["a.tar"] = ["stall"]
