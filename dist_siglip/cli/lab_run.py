@@ -37,7 +37,8 @@ def run(
 
     Args:
         names: of an experiment, or a JSON list of names.
-        out: folder of the results, NAME.json and NAME.svg; the page is beside it, OUT.md.
+        out: folder of the results, NAME.json and NAME.svg, with a page for each paper; the list of
+            all is beside it, OUT.md.
         quick: fewer cases of each.
         seed: added to the seeds the authors used; 0 repeats theirs.
         workers: processes at a time, of one thread each.
@@ -57,7 +58,8 @@ def all(  # noqa: A001 - the name of the subject
     """Run every experiment; exit code 1 if a number differs.
 
     Args:
-        out: folder of the results, NAME.json and NAME.svg; the page is beside it, OUT.md.
+        out: folder of the results, NAME.json and NAME.svg, with a page for each paper; the list of
+            all is beside it, OUT.md.
         quick: fewer cases of each.
         seed: added to the seeds the authors used; 0 repeats theirs.
         workers: processes at a time, of one thread each.

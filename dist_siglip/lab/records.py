@@ -1,7 +1,8 @@
 """How is the outcome of an experiment kept and shown?
 
-For each experiment NAME.json and NAME.svg in the folder of the lab, and beside the folder one page,
-FOLDER.md, with all that lie there. What stands on the page above a line that says so is kept.
+For each experiment NAME.json and NAME.svg in the folder of the lab, with a page for each paper,
+PAPER.md; beside the folder FOLDER.md, with a line for each experiment that lies there. What stands
+on that page above a line that says so is kept.
 """
 
 import io
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
-from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS
 from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, Outcome, Row
 
 if TYPE_CHECKING:
@@ -107,17 +108,30 @@ def page_of(folder: Path) -> Path:
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page of all records of a folder and return its path."""
+    """Write the pages of the papers of all records of a folder, then the page that lists them.
+
+    Returns:
+        The path of the list.
+    """
     path, records = page_of(folder), read_records(folder)
-    lines = [_summary_of(records)]
-    for record in records:
-        lines += [f"## {record.name}", EXPERIMENTS[record.name].summary.capitalize()]
-        lines.append(f"![{record.name}]({folder.name}/{record.name}.svg)")
-        lines += [markdown_table(record.rows), "\n".join(f"- {note}" for note in record.notes)]
+    for paper in PAPERS:
+        of_paper = [record for record in records if EXPERIMENTS[record.name].paper == paper]
+        if of_paper:
+            write_atomically(folder / f"{paper}.md", _page_of_paper(paper, of_paper))
     above = path.read_text(encoding="utf-8") if path.is_file() else "# The lab\n\n"
-    content = [above.split(_WRITTEN)[0] + _WRITTEN, *(line for line in lines if line)]
+    content = [above.split(_WRITTEN)[0] + _WRITTEN, _summary_of(records, folder.name)]
     write_atomically(path, "\n\n".join(content) + "\n")
     return path
+
+
+def _page_of_paper(paper: str, records: Sequence[Record]) -> str:
+    heading, source = PAPERS[paper]
+    lines = [f"# {heading}", source]
+    for record in records:
+        lines += [f"## {record.name}", EXPERIMENTS[record.name].summary.capitalize()]
+        lines.append(f"![{record.name}]({record.name}.svg)")
+        lines += [markdown_table(record.rows), "\n".join(f"- {note}" for note in record.notes)]
+    return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -144,15 +158,15 @@ def cells_of(row: Row) -> tuple[str, str, str, str, str]:
     return row.quantity, published or "", f"{row.ours:.4g}", tolerance, row.verdict
 
 
-def _summary_of(records: Sequence[Record]) -> str:
+def _summary_of(records: Sequence[Record], folder: str) -> str:
     head = "| experiment | asks | reproduced | corrected | differs | unpublished | CPU seconds |"
     lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for record in records:
         kind = " (quick)" if record.quick else ""
         counts = " | ".join(str(count) for count in record.counts.values())
-        link = f"[{record.name}](#{record.name})"
-        question = EXPERIMENTS[record.name].summary
-        lines.append(f"| {link}{kind} | {question} | {counts} | {record.cpu_seconds:.0f} |")
+        entry = EXPERIMENTS[record.name]
+        link = f"[{record.name}]({folder}/{entry.paper}.md#{record.name})"
+        lines.append(f"| {link}{kind} | {entry.summary} | {counts} | {record.cpu_seconds:.0f} |")
     return "\n".join(lines)
 
 

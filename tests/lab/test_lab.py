@@ -18,7 +18,7 @@ from tests.support import lab_experiment
 @pytest.fixture
 def catalogue(monkeypatch):
     """One experiment, that takes no time."""
-    entry = Entry("tests.support.lab_experiment", "is anything off?", 0.1)
+    entry = Entry("tests.support.lab_experiment", "is anything off?", 0.1, "metrics")
     for name in list(EXPERIMENTS):
         monkeypatch.delitem(EXPERIMENTS, name)
     monkeypatch.setitem(EXPERIMENTS, "tiny", entry)
@@ -67,9 +67,12 @@ def test_files_are_json_and_drawings_and_the_same_each_time(catalogue, tmp_path)
 def test_the_page_shows_every_record_with_table_and_drawing(catalogue, tmp_path):
     outcome = lab_experiment.run(LabSettings())
     write_record(tmp_path / "lab", "tiny", outcome, quick=True, seed=0, cpu_seconds=2)
-    page = write_page(tmp_path / "lab").read_text()
-    assert "| [tiny](#tiny) (quick) | is anything off? | 0 | 1 | 2 | 1 | 2 |" in page
-    assert "![tiny](lab/tiny.svg)" in page
+    summary = write_page(tmp_path / "lab").read_text()
+    row = "| [tiny](lab/metrics.md#tiny) (quick) | is anything off? | 0 | 1 | 2 | 1 | 2 |"
+    assert row in summary
+    assert [path.name for path in tmp_path.glob("lab/*.md")] == ["metrics.md"]
+    page = (tmp_path / "lab/metrics.md").read_text()
+    assert "![tiny](tiny.svg)" in page
     assert "| off | 1 | 2 | 0.5 | differs |" in page
     assert r"| seed \| as told | 7 | 0 | 0 | differs |" in page
     assert "- a note" in page

@@ -1,12 +1,13 @@
-"""The page of the lab is what the lab wrote, and its verdicts follow from its numbers."""
+"""The pages of the lab are what the lab wrote, and its verdicts follow from its numbers."""
 
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
-from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS
 from dist_siglip.lab.records import page_of, read_records, write_page
 from tests.support.command import REPOSITORY
 
@@ -14,10 +15,16 @@ FOLDER = REPOSITORY / "docs/lab"
 RECORDS = read_records(FOLDER)
 
 
-def test_the_page_is_what_the_records_say(tmp_path):
-    shutil.copytree(FOLDER, tmp_path / "lab")
+def test_the_pages_are_what_the_records_say(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "lab", ignore=shutil.ignore_patterns("*.md"))
     shutil.copy(page_of(FOLDER), tmp_path / "lab.md")
     assert write_page(tmp_path / "lab").read_text() == page_of(FOLDER).read_text()
+    written, kept = (
+        {page.name: page.read_text() for page in folder.glob("*.md")}
+        for folder in (tmp_path / "lab", FOLDER)
+    )
+    assert written == kept
+    assert {Path(name).stem for name in written} == set(PAPERS)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
@@ -34,10 +41,11 @@ def test_every_verdict_follows_from_its_numbers(record):
             assert is_close == (row.verdict == "reproduced"), row
 
 
-def test_every_drawing_of_the_page_is_there_and_small():
-    drawings = re.findall(r"!\[\w+\]\((lab/\w+\.svg)\)", page_of(FOLDER).read_text())
-    assert drawings == [f"lab/{record.name}.svg" for record in RECORDS]
-    sizes = [(FOLDER.parent / drawing).stat().st_size for drawing in drawings]
+def test_every_drawing_of_the_pages_is_there_and_small():
+    pages = [(FOLDER / f"{paper}.md").read_text() for paper in PAPERS]
+    drawings = re.findall(r"!\[\w+\]\((\w+\.svg)\)", "".join(pages))
+    assert sorted(drawings) == sorted(f"{record.name}.svg" for record in RECORDS)
+    sizes = [(FOLDER / drawing).stat().st_size for drawing in drawings]
     assert max(sizes) < 300_000
 
 
