@@ -1,7 +1,8 @@
 """The command line: ``dist-siglip VERB ...``; the only place that parses.
 
-Each verb is a module that is imported when it is asked for, so that ``--help`` answers at once.
-A ``UserError`` becomes one line on stderr and exit code 2; anything else keeps its traceback.
+Each verb is a module that is imported when it runs. Help pages are read from the source, so that
+``--help`` answers at once; ``--help-all`` asks the parser of the verb. A ``UserError`` becomes one
+line on stderr and exit code 2; anything else keeps its traceback.
 """
 
 import importlib
@@ -11,6 +12,7 @@ from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
 from dist_siglip import stop_request
+from dist_siglip.cli.help import asked_page, check_subject, for_parser
 from dist_siglip.cli.package_warnings import packages_kept_quiet
 from dist_siglip.errors import (
     LoaderError,
@@ -85,10 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
+    if verb in _VERBS:
+        page = asked_page(verb, *_VERBS[verb], rest)
+        if page is not None:
+            sys.stdout.write(page)
+            return EXIT_OK if rest else EXIT_USER_ERROR
     listening = stop_request.listening() if verb in _TRAINING else nullcontext()
     # Before the heavy imports: they warn, and a signal during them must not end the run.
     with packages_kept_quiet(), listening:
-        code = _run(verb, rest)
+        code = _run(verb, for_parser(rest))
         if code == EXIT_SAVED or (code != EXIT_OK and stop_request.rank_of_launcher()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.
             stop_request.turn_deaf()
@@ -98,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(verb: str, arguments: Sequence[str]) -> int:
     """Run a verb, and tell in one line what a person can mend."""
     try:
-        code: int = importlib.import_module(_module_of(verb)).run(verb, arguments)
+        module = _module_of(verb)
+        check_subject(verb, module, arguments)
+        code: int = importlib.import_module(module).run(verb, arguments)
     except UserError as error:
         _complain(f"dist-siglip: error: {_words_of(error)}")
         return EXIT_USER_ERROR

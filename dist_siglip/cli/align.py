@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dist_siglip.cli.align_sparse import compare_sparse
 from dist_siglip.cli.parser import VerbParser
-from dist_siglip.cli.subjects import call
+from dist_siglip.cli.subjects import call, introduction_of
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.feature_file import Tower
 from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
@@ -31,7 +31,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``align``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=str(align.__doc__).split("Args:")[0])
+    made = VerbParser(prog=f"dist-siglip {verb}", description=introduction_of(align))
     # Words, not a JSON list.
     made.add_argument(
         "embeddings",

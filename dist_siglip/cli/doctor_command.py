@@ -36,7 +36,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``doctor``."""
-    return parser_of_function(verb, doctor, as_positional=False)
+    return parser_of_function(verb, doctor)
 
 
 def doctor(

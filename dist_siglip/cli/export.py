@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
+from dist_siglip.cli.subjects import introduction_of
 from dist_siglip.models.export import Form, export_model
 from dist_siglip.module.trained import load_trained
 
@@ -18,8 +19,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def parser(verb: str) -> VerbParser:
     """Return the parser of the options: the signature of ``export``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=export.__doc__)
-    made.add_function_arguments(export, as_group=False, as_positional=False, skip={"overwrite"})
+    made = VerbParser(prog=f"dist-siglip {verb}", description=introduction_of(export))
+    made.add_function_arguments(export, as_group=False, skip={"overwrite"})
     # A flag, not a value.
     made.add_argument(
         "--overwrite", action="store_true", help="Replace an earlier export in this folder."
@@ -28,6 +29,7 @@ def parser(verb: str) -> VerbParser:
 
 
 def export(
+    *,
     to: Form,
     out: str,
     run_dir: str | None = None,

@@ -29,6 +29,10 @@ from dist_siglip.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
 
+SUBJECTS = {
+    "fit": "train a head that re-ranks, or go on with a run",
+    "validate": "evaluate a checkpoint of a head",
+}
 HEAD_NAME = "reranker.safetensors"
 
 

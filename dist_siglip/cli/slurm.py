@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.slurm_job import SlurmJob
+from dist_siglip.cli.subjects import introduction_of
 from dist_siglip.errors import UserError
 
 SUBJECTS = {
@@ -20,11 +21,6 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     Raises:
         UserError: if there is no such subject, a value is refused, or sbatch refuses the job.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"usage: dist-siglip {verb} SUBJECT CONFIG --run_dir RUN [options] [-- FIT]", ""]
-        lines += [f"  {name:<10}{text}" for name, text in SUBJECTS.items()]
-        sys.stdout.write("\n".join([*lines, ""]))
-        return 0 if arguments else 2
     subject, *rest = arguments
     if subject not in SUBJECTS:
         raise UserError(f"{verb} ({subject}) must be one of {', '.join(SUBJECTS)}")
@@ -41,10 +37,7 @@ def parse(subject: str, arguments: Sequence[str]) -> tuple[SlurmJob, list[str]]:
     """Return the job, and the options of ``fit`` that follow ``--``."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
-    made = VerbParser(
-        prog=f"dist-siglip slurm {subject}",
-        description="The batch script of a run. What follows -- goes to dist-siglip fit.",
-    )
+    made = VerbParser(prog=f"dist-siglip slurm {subject}", description=introduction_of(SlurmJob))
     made.add_class_arguments(SlurmJob, as_group=False, as_positional=True)
     settings = made.parse_args(words[:end])
     return SlurmJob(**made.instantiate_classes(settings).as_dict()), words[end + 1 :]

@@ -31,6 +31,8 @@ _EARLY_SECONDS = 60
 class SlurmJob:
     """Resources, site and run of a job.
 
+    On the command line, what follows -- goes to dist-siglip fit.
+
     Args:
         config: configuration of the run, a file.
         run_dir: folder of the run, on a file system all nodes share; of a sweep, the folder of its

@@ -5,7 +5,6 @@ function in a module of its own, imported when it is asked for.
 """
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from dist_siglip.cli.logs import set_up_logging
@@ -22,11 +21,6 @@ def run_subject(verb: str, subjects: Subjects, arguments: Sequence[str]) -> int:
     Raises:
         UserError: if there is no such subject, or its arguments cannot be parsed.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"usage: dist-siglip {verb} SUBJECT [options]", ""]
-        lines += [f"  {name:<12}{text}" for name, (_, text) in subjects.items()]
-        sys.stdout.write("\n".join([*lines, ""]))
-        return 0 if arguments else 2
     function, parser = parser_of(verb, subjects, arguments[0])
     return call(function, parser, arguments[1:])
 
@@ -45,19 +39,21 @@ def parser_of(verb: str, subjects: Subjects, subject: str) -> tuple[Callable[...
     return function, parser_of_function(f"{verb} {subject}", function)
 
 
-def parser_of_function(
-    words: str, function: Callable[..., int], *, as_positional: bool = True
-) -> VerbParser:
+def parser_of_function(words: str, function: Callable[..., int]) -> VerbParser:
     """Return the parser of a function's signature.
 
     Args:
         words: what the command line says after ``dist-siglip``.
         function: returns an exit code.
-        as_positional: whether required arguments are given by their place, not by name.
     """
-    parser = VerbParser(prog=f"dist-siglip {words}", description=function.__doc__)
-    parser.add_function_arguments(function, as_group=False, as_positional=as_positional)
+    parser = VerbParser(prog=f"dist-siglip {words}", description=introduction_of(function))
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
     return parser
+
+
+def introduction_of(function: Callable[..., object]) -> str:
+    """Return what a docstring says before its sections."""
+    return str(function.__doc__).partition("Args:")[0]
 
 
 def call(function: Callable[..., int], parser: VerbParser, arguments: Sequence[str]) -> int:

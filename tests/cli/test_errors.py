@@ -1,15 +1,13 @@
 """A mistake of the user is one line with the value and the remedy, code 2, and nothing written."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 
 from dist_siglip.cli import main
-from tests.support.command import environment, run_command, write_settings
+from tests.support.command import write_settings
 
 
 @pytest.fixture(scope="module")
@@ -102,35 +100,6 @@ def test_quickstart_refuses_impossible_numbers(option, tmp_path, capsys):
     assert not (tmp_path / "q").exists()
 
 
-def test_help_and_version_import_nothing_heavy():
-    script = (
-        "import sys; from dist_siglip.cli import main\n"
-        "assert main(['--help']) == 0 and main(['--version']) == 0\n"
-        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'open_clip'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment(),
-    )
-    assert "quickstart" in done.stdout
-    assert "dist-siglip 0." in done.stdout
-
-
 def test_no_verb_is_a_mistake_with_help(capsys):
     assert main([]) == 2
     assert "usage: dist-siglip VERB" in capsys.readouterr().out
-
-
-@pytest.mark.e2e
-def test_verbs_explain_their_options():
-    done = run_command("fit", "--help")
-    assert done.returncode == 0
-    for option in ("--run_dir", "--model.pretrained", "--data.global_batch_size", "--checkpoint"):
-        assert option in done.stdout
-    done = run_command("quickstart", "--help")
-    for option in ("--out", "--steps", "--devices", "--seed"):
-        assert option in done.stdout

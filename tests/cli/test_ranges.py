@@ -1,71 +1,36 @@
 """Every number that a command line takes has a range, and none outside gets past the parser."""
 
-import importlib
 import inspect
 import math
 import re
-from functools import lru_cache
+from functools import cache
 
 import pytest
 from jsonargparse import Namespace
 
 from dist_siglip import benchmarks, callbacks, losses, strategies
-from dist_siglip.cli import _VERBS, bench, data, lab, main, rerank, slurm
-from dist_siglip.cli.parser import VerbParser
+from dist_siglip.cli import main
 from dist_siglip.cli.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
-from dist_siglip.cli.training import TrainingCLI
 from dist_siglip.errors import UserError
+from tests.support.parsers import command_lines, parser_of_command
 
-SUBJECTS = {"data": data, "bench": bench, "lab": lab, "slurm": slurm, "rerank": rerank}
 _NUMBER = re.compile(r"\b(int|float|timedelta)\b")
 
 
-class _Parser(BaseException):  # nothing on the way catches it
-    """Carries the parser of a command line out of the command."""
-
-
-def _command_lines():
-    """The words of every command."""
-    for verb in _VERBS:
-        if verb == "rerank":
-            yield from (["rerank", "fit"], ["rerank", "validate"])
-        elif verb in SUBJECTS:
-            module = SUBJECTS[verb]
-            subjects = getattr(module, "SUBJECTS", None) or module._SUBJECTS
-            for subject in subjects:
-                yield [verb, subject, "config.yaml"] if verb == "slurm" else [verb, subject]
-        else:
-            yield [verb]
-
-
 def _leaves(parser):
-    """(dotted name, default) of what may be a number, in a parser and its subcommands."""
+    """(dotted name, default) of what may be a number."""
     for action in parser._actions:
-        choices = getattr(action, "choices", None)
-        if isinstance(choices, dict) and all(hasattr(c, "_actions") for c in choices.values()):
-            for chosen in choices.values():
-                yield from _leaves(chosen)
-        elif _NUMBER.search(str(getattr(action, "_typehint", None) or action.type)):
+        if _NUMBER.search(str(getattr(action, "_typehint", None) or action.type)):
             yield action.dest, action.default
 
 
-@lru_cache
+@cache
 def numeric_settings():
     """Every numeric setting of every command line, with its defaults."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-
-        def carry(parser, *_, **__):
-            raise _Parser(parser)
-
-        patch.setattr(VerbParser, "parse_args", carry)
-        patch.setattr(TrainingCLI, "parse_arguments", lambda _, parser, __: carry(parser))
-        for words in _command_lines():
-            run = importlib.import_module(_VERBS[words[0]][0]).run
-            with pytest.raises(_Parser) as caught:
-                run(words[0], words[1:])
-            for name, default in _leaves(caught.value.args[0]):
-                found.setdefault(name, []).append(default)
+    for words in command_lines():
+        for name, default in _leaves(parser_of_command(words)):
+            found.setdefault(name, []).append(default)
     return found
 
 
