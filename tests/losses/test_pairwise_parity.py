@@ -25,6 +25,7 @@ from dist_siglip.losses import (
 )
 from tests.support.parity import (
     EXCHANGES,
+    LAYOUT_CASES,
     LAYOUTS,
     global_result,
     largest_error,
@@ -253,13 +254,19 @@ def results_of(world_size):
     return [all_cases(0, 1)] if world_size == 1 else run_ranks(all_cases, world_size)
 
 
+@pytest.fixture(scope="module", params=LAYOUT_CASES)
+def layout(request):
+    """Name of a layout, whose ranks have run by now."""
+    results_of(len(LAYOUTS[request.param]))
+    return request.param
+
+
 def cases(layout, loss_name):
     sizes = LAYOUTS[layout]
     return results_of(len(sizes)), reference_of(loss_name, sum(sizes))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
 def test_loss_and_gradients_match_one_process(loss_name, layout, exchange):
     by_rank, reference = cases(layout, loss_name)
@@ -270,7 +277,6 @@ def test_loss_and_gradients_match_one_process(loss_name, layout, exchange):
         assert all(result[name] is not None for name in names)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("loss_name", "frozen"),
     [(loss.__name__, frozen) for loss, choices in FROZEN.items() for frozen in choices],
@@ -292,7 +298,6 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_is_unchanged(loss_name, fro
     ("dtype", "tolerance"),
     [("torch.float32", 3e-6), ("torch.bfloat16", 4e-2), ("torch.float16", 1e-2)],
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
 def test_reduced_precision_stays_within_its_rounding(loss_name, layout, dtype, tolerance):
     by_rank, reference = cases(layout, loss_name)
@@ -300,7 +305,6 @@ def test_reduced_precision_stays_within_its_rounding(loss_name, layout, dtype, t
         assert largest_error(results[layout, loss_name, dtype], reference) < tolerance
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_name", BY_NAME)
 def test_without_gradients_only_the_loss_is_computed(loss_name, layout):
     by_rank, reference = cases(layout, loss_name)
@@ -310,14 +314,14 @@ def test_without_gradients_only_the_loss_is_computed(loss_name, layout):
         assert [name for name, value in result.items() if value is not None] == ["loss"]
 
 
-@pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"])
+@pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"], indirect=True)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_comparison_rejects_a_broken_loss(broken, layout):
     by_rank, reference = cases(layout, BROKEN[broken][1].__name__)
     assert largest_error(by_rank[0][layout, broken], reference) > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"])
+@pytest.mark.parametrize("layout", ["even-2", "uneven-2", "even-3", "uneven-3"], indirect=True)
 @pytest.mark.parametrize(
     "broken", ["detached_columns", "doubled_scale", "one_sided_uniformity", "unscaled_uniformity"]
 )

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,6 +20,11 @@ LAYOUTS = {  # local batch sizes by rank
     "even-4": (2, 2, 2, 2),
     "uneven-4": (1, 4, 2, 3),
 }
+# Four ranks take as long as two and three together.
+LAYOUT_CASES = [
+    pytest.param(name, marks=[pytest.mark.e2e] if len(sizes) > 3 else [])
+    for name, sizes in LAYOUTS.items()
+]
 WIDTH = 5
 
 

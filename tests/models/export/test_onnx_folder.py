@@ -46,6 +46,7 @@ def run(folder, name, rows):
     return torch.from_numpy(session.run(["features"], {given.name: rows.numpy()})[0])
 
 
+@pytest.mark.e2e
 def test_features_are_equal_for_any_number_of_rows(pair):
     built, folder = pair
     for count in (1, 3):
