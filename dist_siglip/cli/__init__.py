@@ -1,4 +1,4 @@
-"""The command line: ``dist-siglip VERB ...``; the only place that parses.
+"""The command line: ``dist-siglip COMMAND ...``; the only place that parses.
 
 Each verb is a module that is imported when it runs. Help pages are read from the source, so that
 ``--help`` answers at once; ``--help-all`` asks the parser of the verb. A ``UserError`` becomes one
@@ -160,7 +160,7 @@ def _module_of(verb: str) -> str:
     if verb not in _VERBS:
         near = get_close_matches(verb, _VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_VERBS)}"
-        raise UserError(f"there is no verb {verb!r}; {hint}")
+        raise UserError(f"there is no command {verb!r}; {hint}")
     return _VERBS[verb][0]
 
 
@@ -174,7 +174,7 @@ def _complain(message: str) -> None:
 
 def _help() -> str:
     width = max(map(len, _VERBS)) + 2
-    lines = ["usage: dist-siglip VERB [options]", ""]
+    lines = ["usage: dist-siglip COMMAND [options]", ""]
     lines += [f"  {verb:<{width}}{text}" for verb, (_, text) in _VERBS.items()]
-    lines += ["", "dist-siglip VERB --help lists the options of a verb.", ""]
+    lines += ["", "dist-siglip COMMAND --help lists the options of a command.", ""]
     return "\n".join(lines)

@@ -18,7 +18,6 @@ from dist_siglip.cli.source_reading import (
     description_of,
     find,
     kind_of,
-    method_of,
     methods_of,
     parameters_of,
     value_of,
@@ -69,12 +68,10 @@ class Run(NamedTuple):
     Attributes:
         cli: the class that adds options of its own.
         model: the Lightning module.
-        trainer: the class whose method has the name of the command.
     """
 
     cli: tuple[str, str] = ("dist_siglip.cli.training", "TrainingCLI")
     model: tuple[str, str] = ("dist_siglip.module", "SigLipModule")
-    trainer: tuple[str, str] = ("lightning.pytorch.trainer", "Trainer")
 
 
 _RERANK = Run(
@@ -85,16 +82,15 @@ RUNS: Mapping[tuple[str, ...], Run] = {
     ("fit",): Run(),
     ("validate",): Run(),
     ("test",): Run(cli=("dist_siglip.cli.testing", "BenchmarkCLI")),
-    ("calibrate",): Run(
-        cli=("dist_siglip.cli.calibrate", "CalibrationCLI"),
-        trainer=("dist_siglip.cli.calibrate", "CalibrationTrainer"),
-    ),
+    ("calibrate",): Run(cli=("dist_siglip.cli.calibrate", "CalibrationCLI")),
     ("rerank", "fit"): _RERANK,
     ("rerank", "validate"): _RERANK,
 }
 _DATA = ("dist_siglip.datamodule", "ImageTextDataModule")
 _TRAINER = ("lightning.pytorch.trainer", "Trainer")
+# In place of Lightning's words, which say nothing of what these two do here.
 _SEED = "Of weights, sample order and augmentation; true draws one."
+_CHECKPOINT = "Checkpoint to take; null takes the newest of run_dir."
 
 
 def subjects_of(module: str) -> dict[str, str]:
@@ -131,20 +127,21 @@ def options_of_function(found: Found) -> tuple[str, list[Group]]:
         added = list(_added(find(found.module, "parser")))
     except UnreadableError:
         added = []
-    by_name = {each.name: each for each in added}
-    of_signature = [each for each in groups[0].options if each.name not in by_name]
-    return introduction, [groups[0]._replace(options=[*added, *of_signature]), *groups[1:]]
+    names = {each.name for each in added}
+    options = [each for each in added if each.by_place]
+    options += [each for each in groups[0].options if each.name not in names]
+    options += [each for each in added if not each.by_place]
+    return introduction, [groups[0]._replace(options=options), *groups[1:]]
 
 
 def options_of_run(words: tuple[str, ...]) -> list[Group]:
     """Read the options of a command on a run: its own, then each group."""
     run = RUNS[words]
-    cli, trainer = find(*run.cli), find(*run.trainer)
-    _, texts = description_of(method_of(trainer, words[-1]))
+    cli = find(*run.cli)
     own = [Option("seed_everything", "INT", 0, _SEED)]
     for method in methods_of(cli, "add_arguments_to_parser"):
         own += _added(method)
-    own.append(Option("ckpt_path", "TEXT", None, texts["ckpt_path"]))
+    own.append(Option("ckpt_path", "TEXT", None, _CHECKPOINT))
     changed = value_of(*find("dist_siglip.cli.trainer_parts", "TRAINER_DEFAULTS"))
     groups = [
         Group("", "", own),

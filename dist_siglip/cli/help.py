@@ -19,24 +19,24 @@ from dist_siglip.cli.declared_options import (
 from dist_siglip.cli.source_reading import UnreadableError, find
 from dist_siglip.errors import UserError
 
-# Lightning's settings of a Trainer that most runs touch; the others are in --help-all.
-COMMON_TRAINER_OPTIONS = (
-    "accelerator",
-    "strategy",
-    "devices",
-    "num_nodes",
-    "precision",
-    "max_steps",
-    "max_time",
-    "val_check_interval",
-    "limit_val_batches",
-    "log_every_n_steps",
-    "gradient_clip_val",
-    "deterministic",
-    "callbacks",
-    "logger",
-    "fast_dev_run",
-)
+# Lightning's settings of a Trainer that most runs touch, and what they do here.
+COMMON_TRAINER_OPTIONS = {
+    "accelerator": "cpu, gpu, or auto for what there is.",
+    "strategy": "auto, ddp, or a class path, such as ours for FSDP2.",
+    "devices": "Ranks of each node: a number, GPUs as [0,1], or auto.",
+    "num_nodes": "Nodes of the run.",
+    "precision": "32-true (null), bf16-mixed, 16-mixed, ...",
+    "logger": "Loggers beside ours, by class path.",
+    "callbacks": "Callbacks beside ours, by class path.",
+    "fast_dev_run": "Try one batch (true) or so many, and keep nothing.",
+    "max_steps": "Optimizer steps of the run; fit needs at least 1.",
+    "max_time": "Time limit as DD:HH:MM:SS.",
+    "limit_val_batches": "Evaluation batches of a rank; null takes all.",
+    "val_check_interval": "Steps between two evaluations.",
+    "log_every_n_steps": "Steps between two lines of the log.",
+    "gradient_clip_val": "Largest norm of all gradients together.",
+    "deterministic": "true refuses operations whose result varies.",
+}
 _TRAINER = "Lightning's Trainer, as far as most runs set it; --help-all has the rest."
 _GENERAL = (
     ("-c, --config FILE", "YAML or JSON with settings; of several, later ones count."),
@@ -75,7 +75,9 @@ def asked_page(verb: str, module: str, summary: str, arguments: Sequence[str]) -
             return None
         if subjects and (not own or own[0] not in subjects):
             return _subject_page(verb, subjects)
-        return _page((verb, own[0]) if subjects else (verb,), module, summary)
+        if subjects:
+            return _page((verb, own[0]), module, subjects[own[0]])
+        return _page((verb,), module, summary)
     except UnreadableError:
         return None
 
@@ -185,7 +187,7 @@ def _run_page(words: Sequence[str], summary: str, width: int) -> str:
         group, *inner = members
         options = group.options
         if root == "trainer":
-            options = [o for o in options if o.name.partition(".")[2] in COMMON_TRAINER_OPTIONS]
+            options = list(_common(options))
             group = group._replace(text=_TRAINER)
         if root:
             lines += ["", *textwrap.wrap(f"{root}: {_first_sentence(group.text)}", width)]
@@ -196,6 +198,14 @@ def _run_page(words: Sequence[str], summary: str, width: int) -> str:
             else:
                 lines += [_option_line(option, width) for option in each.options]
     return "\n".join([*lines, ""])
+
+
+def _common(options: Sequence[Option]) -> Iterator[Option]:
+    """Yield the options of the Trainer that most runs touch, in our words."""
+    for each in options:
+        name = each.name.partition(".")[2]
+        if name in COMMON_TRAINER_OPTIONS:
+            yield each._replace(text=COMMON_TRAINER_OPTIONS[name])
 
 
 def _option_line(option: Option, width: int) -> str:

@@ -6,7 +6,6 @@ installed, so it cannot be older than the program.
 """
 
 import ast
-import inspect
 import operator
 from collections.abc import Iterator
 from functools import cache
@@ -120,25 +119,15 @@ def parameters_of(found: Found) -> list[Parameter]:
         return list(_parameters(found.node.args))
     if is_dataclass(found):
         return list(_fields(found))
-    return list(_parameters(method_of(found, "__init__").node.args))  # type: ignore[attr-defined]
-
-
-def method_of(found: Found, name: str) -> Found:
-    """Find a method of a class or of its bases.
-
-    Raises:
-        UnreadableError: if none has it.
-    """
-    for each in _with_bases(found):
-        for node in getattr(each.node, "body", []):
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                return Found(each.module, node)
-    raise UnreadableError(f"{found.module}: no {name} found")
+    constructors = methods_of(found, "__init__")
+    if not constructors:
+        raise UnreadableError(f"{found.module}: no constructor found")
+    return parameters_of(constructors[-1])
 
 
 def methods_of(found: Found, name: str) -> list[Found]:
     """Find a method in a class and in every base that has one of its own, bases first."""
-    nodes = ((each.module, node) for each in _with_bases(found) for node in each.node.body)  # type: ignore[attr-defined]
+    nodes = ((each.module, node) for each in _with_bases(found) for node in _body(each))
     return [
         Found(module, node)
         for module, node in nodes
@@ -184,10 +173,9 @@ def description_of(found: Found) -> tuple[str, dict[str, str]]:
 
     Of a class without ``Args`` the docstring of the constructor is taken.
     """
-    text = inspect.cleandoc(ast.get_docstring(found.node) or "")  # type: ignore[arg-type]
+    text = _docstring(found)
     if isinstance(found.node, ast.ClassDef) and "Args:\n" not in text:
-        has_constructor = any(_constructors(found))
-        text = ast.get_docstring(next(_constructors(found))) or "" if has_constructor else text
+        text = next(map(_docstring, methods_of(found, "__init__")[::-1]), text)
     introduction, _, rest = text.partition("Args:\n")
     texts: dict[str, str] = {}
     name = ""
@@ -202,10 +190,14 @@ def description_of(found: Found) -> tuple[str, dict[str, str]]:
     return introduction.strip(), {name: text.strip() for name, text in texts.items()}
 
 
-def _constructors(found: Found) -> Iterator[ast.FunctionDef]:
-    for node in getattr(found.node, "body", []):
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            yield node
+def _docstring(found: Found) -> str:
+    if not isinstance(found.node, ast.ClassDef | ast.FunctionDef):
+        return ""
+    return ast.get_docstring(found.node) or ""
+
+
+def _body(found: Found) -> list[ast.stmt]:
+    return found.node.body if isinstance(found.node, ast.ClassDef) else []
 
 
 def _kinds(module: str, node: ast.AST | None) -> Iterator[str]:
@@ -246,7 +238,7 @@ def _parameters(arguments: ast.arguments) -> Iterator[Parameter]:
 
 def _fields(found: Found) -> Iterator[Parameter]:
     by_place = True
-    for node in getattr(found.node, "body", []):
+    for node in _body(found):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if ast.unparse(node.annotation) == "KW_ONLY":
                 by_place = False

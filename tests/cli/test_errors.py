@@ -90,7 +90,7 @@ def test_an_unknown_key_in_a_file_is_named(settings, tmp_path, capsys):
 
 def test_an_unknown_verb_is_named(capsys):
     assert main(["fti"]) == 2
-    assert "there is no verb 'fti'; did you mean fit?" in capsys.readouterr().err
+    assert "there is no command 'fti'; did you mean fit?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--steps=0", "--devices=0", "--seed=-1"])
@@ -102,4 +102,4 @@ def test_quickstart_refuses_impossible_numbers(option, tmp_path, capsys):
 
 def test_no_verb_is_a_mistake_with_help(capsys):
     assert main([]) == 2
-    assert "usage: dist-siglip VERB" in capsys.readouterr().out
+    assert "usage: dist-siglip COMMAND" in capsys.readouterr().out

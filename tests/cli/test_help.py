@@ -24,6 +24,7 @@ from tests.support.command import environment, run_command
 from tests.support.parsers import command_lines, parser_of_command
 
 COMMANDS = command_lines()
+RERANK = ("rerank", "fit")
 # What jsonargparse adds: to every parser, to groups and to classes.
 _OF_JSONARGPARSE = ("_HelpAction", "ActionConfigFile", "_ActionPrintConfig")
 _OF_JSONARGPARSE += ("_ActionConfigLoad", "_ActionHelpClassPath", "ActionLink")
@@ -84,10 +85,11 @@ def differences(options, actions):
     """What pages and parser say differently, by the name of the option."""
     ours = {option.name: facts_of_option(option) for option in options}
     theirs = {action.dest: facts_of_action(action) for action in actions}
-    # Lightning's words for the seed say nothing of what it does here.
+    # Lightning's words for these say nothing of what they do here.
     for facts in (ours, theirs):
-        if "seed_everything" in facts:
-            del facts["seed_everything"]["text"]
+        for name in ("seed_everything", "ckpt_path"):
+            if name in facts and "seed_everything" in facts:
+                facts[name]["text"] = ""
     found = {}
     for name in ours.keys() | theirs.keys():
         left, right = ours.get(name, {}), theirs.get(name, {})
@@ -141,7 +143,7 @@ def test_pages_and_mistyped_commands_import_nothing_heavy():
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said == [
-        "dist-siglip: error: there is no verb 'fti'; did you mean fit?",
+        "dist-siglip: error: there is no command 'fti'; did you mean fit?",
         "dist-siglip: error: data (chekc) must be one of index, check, stats, plan, pack",
         "dist-siglip: error: rerank (ftt) must be one of fit, validate",
         "dist-siglip: error: slurm (rander) must be one of render, submit",
@@ -164,6 +166,10 @@ def test_the_page_of_a_run_has_a_line_for_each_option(words, monkeypatch):
     assert {name for name in names if name.startswith("trainer.")} == common
     assert sum(name.startswith(like) for name in names) == (words[0] != "rerank")
     assert "  --data.global_batch_size 256" in "\n".join(lines)
+
+
+def test_the_page_of_a_subject_has_the_line_of_the_subject():
+    assert "\nrerank fit: train a head that re-ranks, or go on with a run.\n" in page(RERANK)
 
 
 def page(words):
