@@ -39,6 +39,7 @@ def test_state_dict_loads_strictly_into_another(kind):
         assert torch.equal(a, b)
 
 
+@pytest.mark.e2e
 # The compiler looks at .grad of every input, the outputs of uncompiled layers included.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))

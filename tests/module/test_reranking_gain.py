@@ -5,6 +5,7 @@ token a digit on either side, and features of four noisy channels that hold it b
 learns of some numbers it must apply to others.
 """
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,8 @@ from dist_siglip.losses.matching import match_loss
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import Encoded, TokenShape
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
+
+pytestmark = pytest.mark.e2e
 
 DIGITS, VALUES, STEPS, BATCH = 3, 6, 200, 128
 

@@ -12,6 +12,8 @@ import pytest
 from dist_siglip.report import write_report
 from tests.support.run_folder import CAPTIONS, write_run
 
+pytestmark = pytest.mark.e2e
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

@@ -25,6 +25,8 @@ from tests.support.exports import (
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, TEXT, VIT
 
+pytestmark = pytest.mark.e2e
+
 transformers = pytest.importorskip("transformers")
 
 SIGLIP_TOWER = {

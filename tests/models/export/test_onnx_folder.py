@@ -22,6 +22,8 @@ from tests.support.exports import (
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES
 
+pytestmark = pytest.mark.e2e
+
 onnxruntime = pytest.importorskip("onnxruntime")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("onnxscript")
@@ -46,7 +48,6 @@ def run(folder, name, rows):
     return torch.from_numpy(session.run(["features"], {given.name: rows.numpy()})[0])
 
 
-@pytest.mark.e2e
 def test_features_are_equal_for_any_number_of_rows(pair):
     built, folder = pair
     for count in (1, 3):

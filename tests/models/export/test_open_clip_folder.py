@@ -26,6 +26,8 @@ from tests.support.exports import (
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES
 
+pytestmark = pytest.mark.e2e
+
 
 def open_with_open_clip(folder):
     network, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")

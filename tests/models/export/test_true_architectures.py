@@ -11,6 +11,8 @@ from dist_siglip.models.export import export_model
 from dist_siglip.models.export.timm_names import name_of_tower
 from tests.support.exports import built_from
 
+pytestmark = pytest.mark.e2e
+
 SIGLIPS = [name for name in open_clip.list_models() if name.startswith("ViT-") and "SigLIP" in name]
 
 
@@ -24,7 +26,6 @@ def without_download(name):
     }
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-B-32"])
 def test_features_are_equal(name, to, tmp_path):
