@@ -176,5 +176,5 @@ def _help() -> str:
     width = max(map(len, _VERBS)) + 2
     lines = ["usage: dist-siglip COMMAND [options]", ""]
     lines += [f"  {verb:<{width}}{text}" for verb, (_, text) in _VERBS.items()]
-    lines += ["", "dist-siglip COMMAND --help lists the options of a command.", ""]
+    lines += ["", "COMMAND --help lists the options of a command; --version tells the version.", ""]
     return "\n".join(lines)

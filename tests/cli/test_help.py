@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+from argparse import SUPPRESS
 from typing import Literal, get_args, get_origin
 
 import pytest
+from jsonargparse import ActionConfigFile
 
 from dist_siglip.cli import _VERBS, main
 from dist_siglip.cli.declared_options import (
@@ -25,9 +27,6 @@ from tests.support.parsers import command_lines, parser_of_command
 
 COMMANDS = command_lines()
 RERANK = ("rerank", "fit")
-# What jsonargparse adds: to every parser, to groups and to classes.
-_OF_JSONARGPARSE = ("_HelpAction", "ActionConfigFile", "_ActionPrintConfig")
-_OF_JSONARGPARSE += ("_ActionConfigLoad", "_ActionHelpClassPath", "ActionLink")
 
 
 def declared(words):
@@ -42,11 +41,11 @@ def declared(words):
 
 
 def parsed(words):
-    """All options of the parser of a command."""
+    """All options of the parser of a command, but help, files, and what is taken from elsewhere."""
     return [
         action
         for action in parser_of_command(words)._actions
-        if type(action).__name__ not in _OF_JSONARGPARSE
+        if action.default != SUPPRESS and not isinstance(action, ActionConfigFile)
     ]
 
 
