@@ -104,6 +104,16 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
     assert broken == []
 
 
+def test_the_start_page_and_the_navigation_of_the_site_have_every_page():
+    start = (REPOSITORY / "docs/index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((\w+\.md)\)", start))
+    navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    shown = set(re.findall(r"- ([\w/]+\.md)$", navigation, flags=re.MULTILINE))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert linked == {page for page in pages if "/" not in page} - {"index.md"}
+    assert shown == pages | {"slurm.md", "contributing.md", "changelog.md"}
+
+
 def test_the_layers_of_the_architecture_page_are_those_that_are_checked():
     page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- layers -->\n```\n")[2].partition("```")[0].split()
