@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_siglip.atomic import open_atomically, write_atomically
+from dist_siglip.system.atomic import open_atomically, write_atomically
 
 
 def test_text_and_bytes_arrive_whole(tmp_path):

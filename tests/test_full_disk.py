@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dist_siglip.full_disk import LineLog, append_whole, going_on_without
+from dist_siglip.system.best_effort import LineLog, append_whole, going_on_without
 from tests.support.processes import LIMIT_SECONDS
 from tests.support.small_disk import make_room, on_small_disk
 
@@ -35,7 +35,7 @@ def test_a_line_of_another_process_is_not_taken_back(tmp_path, monkeypatch):
         return look_at(descriptor)
 
     def write():
-        monkeypatch.setattr("dist_siglip.full_disk.os.fstat", another_appends_first)
+        monkeypatch.setattr("dist_siglip.system.best_effort.os.fstat", another_appends_first)
         with pytest.raises(OSError, match="File too large"):
             append_whole(path, b"mine is long\n")
 

@@ -13,9 +13,15 @@ import time
 
 import pytest
 
-from dist_siglip import owner_file, process_lock
-from dist_siglip.owner_file import LockHeldError
-from dist_siglip.process_lock import MovedError, ProcessLock, check_place, hold
+from dist_siglip.system import process_lock
+from dist_siglip.system import process_lock as owner_file
+from dist_siglip.system.process_lock import (
+    LockHeldError,
+    MovedError,
+    ProcessLock,
+    check_place,
+    hold,
+)
 from tests.support.faults import in_fork
 
 FORK = multiprocessing.get_context("fork")
@@ -212,7 +218,7 @@ def test_the_wait_ends_when_the_holder_makes_no_progress(tmp_path):
         ):
             pass
         assert len(looks) > 3
-        script = f"from dist_siglip.process_lock import *\nwith hold({path!r}, '', 0): pass"
+        script = f"from dist_siglip.system.process_lock import *\nwith hold({path!r}, '', 0): pass"
         other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert f"process {os.getpid()} held the lock" in other.stderr
 

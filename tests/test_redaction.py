@@ -8,8 +8,8 @@ import pytest
 
 from dist_siglip.cli import main
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.redaction import redact
 from dist_siglip.runs import collect_provenance
+from dist_siglip.system.redaction import redact
 
 # What a person may type into a URL; white space, quotes and brackets end it everywhere.
 LEGAL = "-._~!$&'()*+,;=:@/?#[]%|^`{}\\" + string.ascii_letters + string.digits

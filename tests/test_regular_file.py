@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from dist_siglip.regular_file import (
+from dist_siglip.system.regular_file import (
     check_regular,
     descriptor_of,
     open_regular,

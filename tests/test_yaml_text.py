@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip import yaml_text
-from dist_siglip.yaml_text import RefusedYamlError, check_yaml, load_yaml
+from dist_siglip.system import yaml_text
+from dist_siglip.system.yaml_text import RefusedYamlError, check_yaml, load_yaml
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 

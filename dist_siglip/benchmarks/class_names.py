@@ -20,8 +20,8 @@ from open_clip import (
 from dist_siglip.data.captions import split_lines
 from dist_siglip.data.urls import is_remote
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import read_regular
-from dist_siglip.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.system.regular_file import read_regular
+from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 _CLASSES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult
+from dist_siglip.system.atomic import write_atomically
 
 
 def write_result(

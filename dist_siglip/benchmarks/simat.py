@@ -25,7 +25,7 @@ from dist_siglip.data.picture import EncodedPicture
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import raise_together
 from dist_siglip.picture_policy import PicturePolicy
-from dist_siglip.regular_file import check_regular, open_text, read_regular
+from dist_siglip.system.regular_file import check_regular, open_text, read_regular
 
 _RIGHT_FROM = 0.5  # of OSCAR's similarity, exclusive
 _MAX_PIXELS = 64_000_000

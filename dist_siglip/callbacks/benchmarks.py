@@ -17,8 +17,8 @@ from dist_siglip.benchmarks.benchmark import check_benchmarks
 from dist_siglip.benchmarks.clip_benchmark_json import write_result
 from dist_siglip.callbacks.watchdog import Watchdog
 from dist_siglip.errors import UserError
-from dist_siglip.full_disk import going_on_without
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.best_effort import going_on_without
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from uuid import uuid4
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from dist_siglip.atomic import open_atomically
 from dist_siglip.distributed.checkpoint_damage import save_sealed
 from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole, stored_shapes
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular
 from dist_siglip.runs import check_sound
+from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.regular_file import check_regular
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dist_siglip.atomic import write_atomically
-from dist_siglip.full_disk import going_on_without
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.best_effort import going_on_without
 
 MOST_KEPT = 8
 _MOST_PAIRS = 500

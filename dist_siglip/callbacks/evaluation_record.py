@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.callbacks.evaluation_history import forget_after, keep_evaluation
 from dist_siglip.data import PairDataset
-from dist_siglip.full_disk import going_on_without
 from dist_siglip.metrics import Evaluation
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.best_effort import going_on_without
 
 
 class EvaluationRecord(Callback):

@@ -17,11 +17,11 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dist_siglip.atomic import write_atomically
-from dist_siglip.full_disk import LineLog, going_on_without
-from dist_siglip.process_lock import check_place
-from dist_siglip.regular_file import read_regular
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.best_effort import LineLog, going_on_without
+from dist_siglip.system.process_lock import check_place
+from dist_siglip.system.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
 

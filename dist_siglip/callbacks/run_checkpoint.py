@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 
-from dist_siglip.atomic import sync_folder
 from dist_siglip.callbacks.background_write import BackgroundWrite, snapshot
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
+from dist_siglip.system.atomic import sync_folder
 
 logger = logging.getLogger(__name__)
 

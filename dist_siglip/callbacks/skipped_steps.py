@@ -17,8 +17,8 @@ from typing import Any
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.distributed import gather_rows, sum_over_ranks
-from dist_siglip.full_disk import LineLog
 from dist_siglip.optim import StepFinding
+from dist_siglip.system.best_effort import LineLog
 
 
 @dataclass(frozen=True)

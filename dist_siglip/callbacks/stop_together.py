@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dist_siglip import stop_request
 from dist_siglip.callbacks.early_end import end_training, stop_again
 from dist_siglip.callbacks.slurm_requeue import requeue_job
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
+from dist_siglip.system import signals as stop_request
 
 logger = logging.getLogger(__name__)
 

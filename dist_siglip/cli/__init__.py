@@ -11,17 +11,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
-from dist_siglip import stop_request
 from dist_siglip.cli.help import asked_page, check_subject, for_parser
 from dist_siglip.cli.package_warnings import packages_kept_quiet
-from dist_siglip.errors import (
-    LoaderError,
-    OutageError,
-    RunFailedError,
-    RunMovedError,
-    UserError,
-)
-from dist_siglip.redaction import redact
+from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMovedError, UserError
+from dist_siglip.system import signals as stop_request
+from dist_siglip.system.redaction import redact
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
 _VERBS = {

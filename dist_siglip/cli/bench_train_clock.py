@@ -17,9 +17,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor, nn
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.cli.bench_train_flops import gemm_rate
 from dist_siglip.errors import UserError
+from dist_siglip.system.atomic import write_atomically
 
 Phase = Literal["data", "towers", "loss", "optimizer", "rest"]
 PHASES: tuple[Phase, ...] = ("data", "towers", "loss", "optimizer", "rest")

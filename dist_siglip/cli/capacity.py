@@ -25,8 +25,8 @@ from dist_siglip.metrics import (
     required_dimension,
     subset_dimension,
 )
-from dist_siglip.regular_file import open_regular
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.regular_file import open_regular
 
 # Margins of an evaluation: what each is called, and the end of its name.
 _MARGINS = (

@@ -9,7 +9,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.atomic import open_atomically
 from dist_siglip.cli import EXIT_SAVED
 from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.inspection import (
@@ -25,6 +24,7 @@ from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
 from dist_siglip.picture_policy import PicturePolicy, TruncatedPictures
+from dist_siglip.system.atomic import open_atomically
 
 _EXAMPLES = 3
 _REASON = 400  # characters of a reason in the table

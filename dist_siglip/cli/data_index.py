@@ -16,7 +16,7 @@ from dist_siglip.data.urls import expand_shards
 from dist_siglip.data.workers import spread
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
-from dist_siglip.redaction import redact
+from dist_siglip.system.redaction import redact
 
 _MOST_AT_ONCE = 8  # shards indexed by one process
 _SHOWN = 20  # damaged shards, and remarks, under the table

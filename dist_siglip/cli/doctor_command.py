@@ -15,12 +15,7 @@ from dist_siglip.cli.doctor_launch import Launch, detect_launch
 from dist_siglip.cli.doctor_look import Plan
 from dist_siglip.cli.doctor_page import Finding, render
 from dist_siglip.cli.doctor_storage import ShardSet
-from dist_siglip.cli.doctor_together import (
-    Features,
-    Outcome,
-    examine_alone,
-    examine_together,
-)
+from dist_siglip.cli.doctor_together import Features, Outcome, examine_alone, examine_together
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, parser_of_function
 from dist_siglip.data.captions import CaptionRule

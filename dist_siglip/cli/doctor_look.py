@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 from dist_siglip.cli.doctor_bounds import BoundedChecks
 from dist_siglip.cli.doctor_machine import gpu_of, look_at_machine, machine_facts
 from dist_siglip.cli.doctor_page import Finding
-from dist_siglip.cli.doctor_storage import (
-    ShardSet,
-    look_at_folder,
-    look_at_shards,
-    look_for_file,
-)
+from dist_siglip.cli.doctor_storage import ShardSet, look_at_folder, look_at_shards, look_for_file
 from dist_siglip.distributed import World
 
 _BYTES_OF_OTHERS = 2**20  # written by nodes that write no checkpoint

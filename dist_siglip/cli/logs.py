@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dist_siglip.distributed import is_first_process
-from dist_siglip.full_disk import LineLog
-from dist_siglip.redaction import redact
+from dist_siglip.system.best_effort import LineLog
+from dist_siglip.system.redaction import redact
 
 if TYPE_CHECKING:
     _StreamHandler = logging.StreamHandler[TextIO]

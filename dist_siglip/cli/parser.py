@@ -13,8 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.cli.working_directory import modules_of_working_directory
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular
-from dist_siglip.yaml_text import RefusedYamlError, check_yaml, naming_values
+from dist_siglip.system.regular_file import check_regular
+from dist_siglip.system.yaml_text import RefusedYamlError, check_yaml, naming_values
 
 _UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
 _UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")

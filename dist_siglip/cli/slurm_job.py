@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import read_regular
-from dist_siglip.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.system.regular_file import read_regular
+from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 Script = Literal["train", "train_torchrun", "train_container", "sweep_array"]
 Runtime = Literal["pyxis", "apptainer"]

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.gallery import describe_gallery
-from dist_siglip.regular_file import read_json
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.regular_file import read_json
 
 _DIRECTIONS = (("image to text", "image_to_text"), ("text to image", "text_to_image"))
 _SINGLES = (

@@ -21,13 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from dist_siglip import stop_request
-from dist_siglip.atomic import write_atomically
-from dist_siglip.callbacks import (
-    CollapseAlarm,
-    MetricsLog,
-    StopTogether,
-)
+from dist_siglip.callbacks import CollapseAlarm, MetricsLog, StopTogether
 from dist_siglip.callbacks.early_end import reason_of_early_end
 from dist_siglip.callbacks.watchdog import end_children
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
@@ -64,15 +58,17 @@ from dist_siglip.cli.trainer_parts import (
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
-from dist_siglip.full_disk import going_on_without
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
-from dist_siglip.process_lock import ProcessLock
-from dist_siglip.redaction import redact
 from dist_siglip.runs import RunFolder, collect_provenance
 from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
+from dist_siglip.system import signals as stop_request
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.best_effort import going_on_without
+from dist_siglip.system.process_lock import ProcessLock
+from dist_siglip.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.full_disk import LineLog
-from dist_siglip.regular_file import open_text
+from dist_siglip.system.best_effort import LineLog
+from dist_siglip.system.regular_file import open_text
 
 _LOGGER = logging.getLogger(__name__)
 _NAMED = 20  # truncated pictures named by each process; then every hundredth

@@ -16,7 +16,7 @@ from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.feature_file import TOWERS, FeatureFile, Tower, feature_path
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import read_json
+from dist_siglip.system.regular_file import read_json
 
 _MANIFEST = "embed.json"
 _MOST_OPEN = 64  # files at once; a block of shards is read together

@@ -21,12 +21,7 @@ from dist_siglip.data.captions import CaptionRule, named_picture_id, read_json
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.feature_file import Tower
 from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.identity import (
-    PICTURE_BYTES,
-    EmptyCaptions,
-    Tokenizer,
-    picture_id,
-)
+from dist_siglip.data.identity import PICTURE_BYTES, EmptyCaptions, Tokenizer, picture_id
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.randomness import draw_one, seeded_generators
@@ -35,7 +30,7 @@ from dist_siglip.data.stages import FilteredError, Stage, all_take_rgb, check_st
 from dist_siglip.data.transforms import ImageTransform
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
-from dist_siglip.redaction import redact
+from dist_siglip.system.redaction import redact
 
 _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _LOGGER = logging.getLogger(__name__)

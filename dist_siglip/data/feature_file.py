@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from dist_siglip.atomic import write_atomically
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import check_regular
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.pairs import Span
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
-from dist_siglip.regular_file import descriptor_of
+from dist_siglip.system.regular_file import descriptor_of
 
 _OPEN_SHARDS = 64  # far above a block of shards, far below the usual limit of 1024
 

@@ -12,7 +12,7 @@ import tarfile
 
 from dist_siglip.data.tar_header import extra_header_bytes, next_archive, read_header
 from dist_siglip.data.tar_scan import Member
-from dist_siglip.regular_file import descriptor_of, open_regular, open_text
+from dist_siglip.system.regular_file import descriptor_of, open_regular, open_text
 
 _LOGGER = logging.getLogger(__name__)
 _BLOCK = 512

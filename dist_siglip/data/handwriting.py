@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.data.number_words import MOST_DIGITS, number_in_words, number_range
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import read_json
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dist_siglip.data.shard_index import explain_dots, split_name
 from dist_siglip.data.tar_scan import TarEntries, describe_entry
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.picture_policy import PicturePolicy
-from dist_siglip.regular_file import descriptor_of
+from dist_siglip.system.regular_file import descriptor_of
 
 UNREACHABLE = "unreachable shard"
 # Kind of finding -> what training does about it.

@@ -12,7 +12,7 @@ from dist_siglip.data.batch import PairCollator, PairSample
 from dist_siglip.data.dataset import PairDataset
 from dist_siglip.data.loader_failure import failed_to_deliver, loader_failure
 from dist_siglip.data.position import EvaluationBatchSampler, GlobalBatchSampler
-from dist_siglip.stop_request import SIGNALS
+from dist_siglip.system.signals import SIGNALS
 
 
 def build_loader(

@@ -10,12 +10,7 @@ from numpy.typing import NDArray
 from dist_siglip.data.captions import EMPTY_CAPTION, CaptionRule, caption_id
 from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.identity import (
-    EmptyCaptions,
-    Tokenizer,
-    caption_ids_of,
-    picture_id,
-)
+from dist_siglip.data.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
 from dist_siglip.data.pairs import PairTable
 from dist_siglip.data.picture import EncodedPicture, sniff_media_type
 from dist_siglip.picture_policy import PicturePolicy

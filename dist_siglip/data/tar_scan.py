@@ -30,7 +30,7 @@ from dist_siglip.data.tar_header import (
     read_octal,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import descriptor_of
+from dist_siglip.system.regular_file import descriptor_of
 
 _WINDOW = 4096  # bytes read at a time: a header and a small member
 _PAX_LIMIT = 1 << 16

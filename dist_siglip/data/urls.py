@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
 from dist_siglip.data.remote.transfer import list_remote
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import open_text
+from dist_siglip.system.regular_file import open_text
 
 __all__ = ["expand_shards", "is_remote"]
 

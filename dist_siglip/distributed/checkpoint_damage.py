@@ -18,8 +18,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from dist_siglip.atomic import write_atomically
-from dist_siglip.regular_file import open_regular, read_json
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import open_regular, read_json
 
 _MARK = b"dist_siglip CRC-32 "
 _COMMENT_BYTES = len(_MARK) + 8

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dist_siglip.atomic import sync_folder
 from dist_siglip.distributed.checkpoint_damage import (
     cause_of,
     list_checksums,
@@ -40,8 +39,9 @@ from dist_siglip.distributed.sharded_index import (
     reason_of,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.process_lock import check_place
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.atomic import sync_folder
+from dist_siglip.system.process_lock import check_place
+from dist_siglip.system.regular_file import check_regular
 
 _VALUES = "values.pt"
 _MODEL = "model/"

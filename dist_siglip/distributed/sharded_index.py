@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import open_regular
+from dist_siglip.system.regular_file import open_regular
 
 INDEX = ".metadata"
 # What the index is made of: how large each tensor is and where its pieces lie.

@@ -7,10 +7,10 @@ import pyarrow
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.part import PartRows
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.regular_file import check_regular
 
 
 def metadata_table(done: PartRows) -> pyarrow.Table:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.arrow import metadata_table, num_rows_of, write_parquet
 from dist_siglip.embedding.left_out import is_all_left_out
 from dist_siglip.embedding.part import Part, PartRows
+from dist_siglip.system.atomic import open_atomically
 
 
 class ClipRetrievalLayout:

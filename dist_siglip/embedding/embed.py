@@ -36,12 +36,7 @@ from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.digest import digest_tower
-from dist_siglip.picture_policy import (
-    AUTO,
-    ExifOrientation,
-    PicturePolicy,
-    TruncatedPictures,
-)
+from dist_siglip.picture_policy import AUTO, ExifOrientation, PicturePolicy, TruncatedPictures
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import read_json
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import read_json
 
 _NAME = "embed.json"
 

@@ -8,10 +8,10 @@ import json
 import logging
 from pathlib import Path
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.embedding.part import Part, PartRows
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import open_text
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import open_text
 
 _LOGGER = logging.getLogger(__name__)
 _EARLY_SAMPLES = 1000  # before the share is judged for the first time

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dist_siglip.data.feature_file import TOWERS, Tower
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.regular_file import check_regular
 
 _FOLDERS: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _COLUMNS: dict[Tower, str] = {"image": "image_embedding", "text": "text_embedding"}

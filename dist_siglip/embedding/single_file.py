@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pyarrow import parquet
 
-from dist_siglip.atomic import open_atomically
 from dist_siglip.embedding.arrow import full_table, num_rows_of, read_footer, write_parquet
 from dist_siglip.embedding.part import Part, PartRows
-from dist_siglip.process_lock import hold
+from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.process_lock import hold
 
 _ROWS_OF_SHARDS = b"rows_of_shards"
 

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
 from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS
 from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, Outcome, Row
+from dist_siglip.system.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

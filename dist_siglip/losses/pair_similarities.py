@@ -12,11 +12,7 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.calibration import (
-    Calibration,
-    WeightedSimilarities,
-    calibrate_scale_bias,
-)
+from dist_siglip.losses.calibration import Calibration, WeightedSimilarities, calibrate_scale_bias
 from dist_siglip.losses.pair_terms import Duplicates
 from dist_siglip.losses.trip import check_pairs
 from dist_siglip.pair_ids import join_ids, share_an_id

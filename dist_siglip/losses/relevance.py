@@ -14,12 +14,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.errors import UserError
 from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients
-from dist_siglip.losses.relevance_trips import (
-    RelevanceBatch,
-    SigmoidTrip,
-    SoftmaxTrip,
-    SumTrip,
-)
+from dist_siglip.losses.relevance_trips import RelevanceBatch, SigmoidTrip, SoftmaxTrip, SumTrip
 from dist_siglip.losses.trip import check_scalar
 
 

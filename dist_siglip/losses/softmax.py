@@ -19,11 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import (
-    AccumulatorSpec,
-    ExchangeName,
-    prepare_exchange,
-)
+from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses.finite import FiniteCheck, refuse_not_finite
 from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient

@@ -14,12 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.losses.pair_terms import (
-    Duplicates,
-    Terms,
-    fused_pair_terms,
-    pair_terms_in_place,
-)
+from dist_siglip.losses.pair_terms import Duplicates, Terms, fused_pair_terms, pair_terms_in_place
 from dist_siglip.losses.products import product, uses_onednn
 from dist_siglip.losses.trip import product_dtype
 

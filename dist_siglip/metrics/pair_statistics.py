@@ -28,12 +28,7 @@ from dist_siglip.distributed import (
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.checks import check_features, raise_together
-from dist_siglip.metrics.row_margins import (
-    RowMargins,
-    no_row_ends,
-    summarise_rows,
-    widen_row_ends,
-)
+from dist_siglip.metrics.row_margins import RowMargins, no_row_ends, summarise_rows, widen_row_ends
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, row_slices, similarity, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].

@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import (
-    AccumulatorSpec,
-    ExchangeName,
-    World,
-    circulate,
-    gather_rows,
-)
+from dist_siglip.distributed import AccumulatorSpec, ExchangeName, World, circulate, gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.checks import check_features

@@ -13,7 +13,6 @@ import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
@@ -21,7 +20,8 @@ from dist_siglip.models.digest import digest_tower
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import token_shapes
 from dist_siglip.models.weights_file import refuse_not_finite
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import check_regular
 
 _FORMAT = "dist_siglip fusion head 1"
 

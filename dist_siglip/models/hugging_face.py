@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.picture_policy import PicturePolicy
-from dist_siglip.regular_file import read_json
+from dist_siglip.system.regular_file import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")

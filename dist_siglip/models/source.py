@@ -36,7 +36,7 @@ from dist_siglip.models.hugging_face import (
     weights_in_folder,
 )
 from dist_siglip.models.text_tower import with_places
-from dist_siglip.regular_file import read_json
+from dist_siglip.system.regular_file import read_json
 
 logger = logging.getLogger(__name__)
 

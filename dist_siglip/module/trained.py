@@ -17,9 +17,9 @@ from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.lora import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights import load_towers, read_weights
-from dist_siglip.regular_file import read_regular
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
-from dist_siglip.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.system.regular_file import read_regular
+from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,7 @@ from torch.optim import LBFGS, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_siglip.errors import UserError
-from dist_siglip.optim.groups import (
-    ParameterRule,
-    check_coverage,
-    decays,
-    parameter_groups,
-)
+from dist_siglip.optim.groups import ParameterRule, check_coverage, decays, parameter_groups
 from dist_siglip.optim.pair import PairedOptimizer
 from dist_siglip.optim.schedule import Schedule, learning_rate_factor
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_siglip.regular_file import read_json
 from dist_siglip.report.damage import number_of, printable
+from dist_siglip.system.regular_file import read_json
 
 _MOST_BYTES = 16_000_000
 _MOST_FILES = 500

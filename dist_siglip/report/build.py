@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
 from dist_siglip.report.damage import printable
 from dist_siglip.report.measures import MODEL_MEASURES, table_of
@@ -35,6 +34,7 @@ from dist_siglip.report.sections import (
     training,
 )
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_siglip.regular_file import open_regular
+from dist_siglip.system.regular_file import open_regular
 
 MOST_STEPS = 2**53
 MOST_WIDTH = 8192  # of features: their spectra take the cube of it

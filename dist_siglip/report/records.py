@@ -19,7 +19,6 @@ import numpy as np
 import yaml
 
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import open_regular, read_json, read_regular
 from dist_siglip.report.benchmark_files import BenchmarkFile, read_benchmarks
 from dist_siglip.report.damage import (
     MOST_WIDTH,
@@ -34,7 +33,8 @@ from dist_siglip.report.incidents import Incidents, read_incidents
 from dist_siglip.report.series import Series
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.identity import flatten
-from dist_siglip.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.system.regular_file import open_regular, read_json, read_regular
+from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 logger = logging.getLogger(__name__)
 

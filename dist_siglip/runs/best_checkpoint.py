@@ -5,9 +5,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from dist_siglip.atomic import write_atomically
-from dist_siglip.regular_file import read_json
 from dist_siglip.runs.folder import RunFolder
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import read_json
 
 Mode = Literal["min", "max"]
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from dist_siglip.atomic import open_atomically
-from dist_siglip.owner_file import LockHeldError
-from dist_siglip.process_lock import ProcessLock, has_locks
+from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.process_lock import LockHeldError, ProcessLock, has_locks
 
 _PIECE = 2**20
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_siglip.errors import RunMovedError, UserError
-from dist_siglip.owner_file import LockHeldError
-from dist_siglip.process_lock import ProcessLock, watched_lock
+from dist_siglip.system.process_lock import LockHeldError, ProcessLock, watched_lock
 
 _CHECKPOINT_NAME = re.compile(r"step=([0-9]{1,18})\.ckpt")
 _KEPT_NAME = re.compile(r"step=([0-9]{1,18})\.npz")

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.redaction import redact
+from dist_siglip.system.redaction import redact
 
 _PACKAGES = (
     "dist-siglip",

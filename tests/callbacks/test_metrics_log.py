@@ -66,7 +66,7 @@ def test_a_full_disk_does_not_keep_steps_that_are_done_again(tmp_path, monkeypat
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.log_metrics({"train/loss": 1.0}, step=step)
-    monkeypatch.setattr("dist_siglip.atomic.os.fsync", refuse)
+    monkeypatch.setattr("dist_siglip.system.atomic.os.fsync", refuse)
     log.discard_after(1)
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 

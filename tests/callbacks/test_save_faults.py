@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_siglip.atomic import open_atomically, sync_folder
 from dist_siglip.callbacks import AtomicCheckpointIO, RunCheckpoint
 from dist_siglip.callbacks.checkpoint_io import read_checkpoint
 from dist_siglip.callbacks.run_checkpoint import _remove_unfinished
 from dist_siglip.distributed.checkpoint_damage import damage_of, save_sealed
 from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
+from dist_siglip.system.atomic import open_atomically, sync_folder
 from tests.support.faults import KINDS, Disk, in_fork
 
 pytestmark = pytest.mark.faults

@@ -20,12 +20,7 @@ from dist_siglip.cli.doctor_machine import (
     unfit_packages,
 )
 from dist_siglip.cli.doctor_page import Finding, merge, render
-from dist_siglip.cli.doctor_ranks import (
-    compare_ranks,
-    judge_clocks,
-    judge_links,
-    look_at_layout,
-)
+from dist_siglip.cli.doctor_ranks import compare_ranks, judge_clocks, judge_links, look_at_layout
 from dist_siglip.cli.doctor_storage import (
     ShardSet,
     judge_disk,

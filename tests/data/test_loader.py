@@ -12,7 +12,7 @@ from dist_siglip.data.pairs import build_pair_table
 from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.transforms import training_transform
 from dist_siglip.picture_policy import PicturePolicy
-from dist_siglip.stop_request import SIGNALS
+from dist_siglip.system.signals import SIGNALS
 from tests.support.shards import tiny_inputs, tokenize, write_shards
 
 # Python 3.12 warns wherever a process with threads forks.

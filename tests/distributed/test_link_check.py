@@ -8,11 +8,7 @@ import torch.distributed as dist
 
 from dist_siglip.distributed import link_check
 from dist_siglip.distributed.clock_skew import read_clocks
-from dist_siglip.distributed.link_check import (
-    measure_exchange,
-    measure_neighbours,
-    measure_sum,
-)
+from dist_siglip.distributed.link_check import measure_exchange, measure_neighbours, measure_sum
 from tests.support.processes import run_ranks
 
 EXCHANGES = ("ring", "two_way", "two_level", "all_gather")

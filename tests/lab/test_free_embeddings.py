@@ -4,11 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.lab.free_embeddings import (
-    random_rows,
-    train_free_embeddings,
-    warm_up_and_cosine,
-)
+from dist_siglip.lab.free_embeddings import random_rows, train_free_embeddings, warm_up_and_cosine
 
 
 def rows_of(*sizes, trainable=True):

@@ -7,11 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics import (
-    collect_pair_statistics,
-    constellation,
-    quantile_constellation,
-)
+from dist_siglip.metrics import collect_pair_statistics, constellation, quantile_constellation
 
 
 def _statistics(images, texts, ids=None):

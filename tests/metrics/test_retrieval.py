@@ -8,12 +8,7 @@ import torch.nn.functional as F
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics import (
-    median_rank,
-    recall_at_k,
-    retrieval_ranks,
-    retrieval_ranks_both_ways,
-)
+from dist_siglip.metrics import median_rank, recall_at_k, retrieval_ranks, retrieval_ranks_both_ways
 from tests.support import metric_reference
 
 

@@ -7,11 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics import (
-    collect_pair_statistics,
-    expected_sigmoid_loss,
-    retrieval_guarantee,
-)
+from dist_siglip.metrics import collect_pair_statistics, expected_sigmoid_loss, retrieval_guarantee
 from tests.support import reference_geometry
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.errors import UserError
-from dist_siglip.owner_file import LockHeldError
-from dist_siglip.process_lock import ProcessLock
-from dist_siglip.regular_file import open_text, read_json
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.process_lock import LockHeldError, ProcessLock
+from dist_siglip.system.regular_file import open_text, read_json
 
 _VERSION = 1
 

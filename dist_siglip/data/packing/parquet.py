@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import check_regular
+from dist_siglip.system.regular_file import check_regular
 
 _LOGGER = logging.getLogger(__name__)
 _BATCH_ROWS = 1024

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dist_siglip.data.packing.parquet import read_parquet
 from dist_siglip.errors import UserError
-from dist_siglip.regular_file import open_regular, open_text
+from dist_siglip.system.regular_file import open_regular, open_text
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")

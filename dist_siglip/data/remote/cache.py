@@ -19,7 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_siglip.atomic import write_atomically
 from dist_siglip.data.remote.connections import endpoint
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.node_lock import hold
@@ -27,8 +26,9 @@ from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOu
 from dist_siglip.data.remote.stopping import pause
 from dist_siglip.data.remote.totals import CacheTotals, add_to_totals, read_totals
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
-from dist_siglip.data.user_cache import user_cache_folder
 from dist_siglip.errors import UserError
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.user_cache import user_cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 60.0  # for each attempt: above the time it may take without a byte

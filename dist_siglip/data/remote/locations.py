@@ -9,7 +9,7 @@ import re
 from urllib.parse import urlsplit
 
 from dist_siglip.errors import UserError
-from dist_siglip.redaction import redact
+from dist_siglip.system.redaction import redact
 
 __all__ = ["SCHEMES", "check_location", "is_remote", "redact", "shard_name"]
 

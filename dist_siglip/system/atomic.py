@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from dist_siglip.process_lock import check_place
+from dist_siglip.system.process_lock import check_place
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def check_yaml(text: str) -> None:
         >>> check_yaml("a: {b: 1, c: 2, b: 3}")
         Traceback (most recent call last):
             ...
-        dist_siglip.yaml_text.RefusedYamlError: key a.b stands twice (lines 1 and 1); keep one
+        dist_siglip...RefusedYamlError: key a.b stands twice (lines 1 and 1); keep one
     """
     levels: list[_Level] = []
     sizes: dict[str, int] = {}

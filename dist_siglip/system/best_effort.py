@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dist_siglip.process_lock import MovedError, check_place
-from dist_siglip.regular_file import open_to_append
+from dist_siglip.system.process_lock import MovedError, check_place
+from dist_siglip.system.regular_file import open_to_append
 
 logger = logging.getLogger(__name__)
 
