@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.feature_file import FeatureFile, write_features
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.samples.cached_features import FeatureFile, write_features
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError
 from dist_siglip.models.lora import LoraSettings

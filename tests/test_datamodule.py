@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.order import epoch_order
+from dist_siglip.data.order.epoch import epoch_order
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.datamodule import ImageTextDataModule, TrainSource
 from dist_siglip.errors import UserError
 from tests.support.shards import (

@@ -1,7 +1,7 @@
 import pytest
 
+from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 
 
 @pytest.mark.parametrize("colour", ["#ff0080", "#FF0080", "rgb(255, 0, 128)"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_siglip.data.index import read_index
+from dist_siglip.data.index.read import read_index
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
 from dist_siglip.errors import OutageError, UserError
 from tests.support.servers import serve

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.datamodule import TrainSource
 from tests.support.processes import run_ranks
 from tests.support.resume_ranks import shout_at_random, train_to

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.normalize import ImageNormalizer
+from dist_siglip.data.samples.batch import ImageNormalizer
+from dist_siglip.data.samples.transforms import ModelInputs
 from dist_siglip.errors import UserError
 from dist_siglip.models.dual_encoder import DualEncoder
 

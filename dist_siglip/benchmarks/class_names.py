@@ -17,7 +17,7 @@ from open_clip import (
     SIMPLE_IMAGENET_TEMPLATES,
 )
 
-from dist_siglip.data.captions import split_lines
+from dist_siglip.data.samples.captions import split_lines
 from dist_siglip.data.urls import is_remote
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_regular

@@ -17,7 +17,7 @@ from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, Evaluat
 from dist_siglip.benchmarks.class_names import fill, read_classes, read_templates
 from dist_siglip.benchmarks.encoding import encode_texts
 from dist_siglip.benchmarks.shards import BenchmarkShards, EncodedShards, LoadSettings
-from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features, raise_together

@@ -15,8 +15,8 @@ from dist_siglip.benchmarks.arithmetic import check_strength, nearest_other_pict
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.encoding import encode_texts
 from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.number_words import number_from_words, number_in_words, number_range
+from dist_siglip.data.handwriting import number_from_words, number_in_words, number_range
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 

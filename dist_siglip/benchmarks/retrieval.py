@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
-from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways

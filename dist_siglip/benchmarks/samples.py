@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dist_siglip.data.bad_sample_log import TruncatedCount
-from dist_siglip.data.captions import CaptionRule, named_picture_id
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.identity import EmptyCaptions, caption_ids_of, picture_id
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.samples.bad_samples import BadSampleError, TruncatedCount
+from dist_siglip.data.samples.captions import CaptionRule, named_picture_id
+from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import EmptyCaptions, caption_ids_of, picture_id
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
 
 
 class BenchmarkSample(NamedTuple):

@@ -24,13 +24,13 @@ from dist_siglip.benchmarks.samples import (
     BenchmarkSample,
     BenchmarkSamples,
 )
-from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.loader import prepare_worker
-from dist_siglip.data.pairs import PairTable, build_pair_table
-from dist_siglip.data.position import EvaluationBatchSampler
+from dist_siglip.data.index.agreement import check_ranks_agree
+from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.loader import prepare_worker
+from dist_siglip.data.samples.transforms import ModelInputs
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.distributed import gather_rows, sum_over_ranks
 from dist_siglip.optim import StepFinding

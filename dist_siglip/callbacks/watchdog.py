@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 
-from dist_siglip.data.loader_failure import loader_failure
+from dist_siglip.data.samples.loader import loader_failure
 from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.sentinel import Beat, Sentinel
 from dist_siglip.distributed.waiting import is_inside

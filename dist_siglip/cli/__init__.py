@@ -125,7 +125,7 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
     except Exception as error:
         if stop_request.is_interrupted():  # this rank fails because another one has left
             return _tell_interrupt(f"; while ending: {type(error).__name__}: {error}")
-        from dist_siglip.data.loader_failure import loader_failure  # heavy
+        from dist_siglip.data.samples.loader import loader_failure  # heavy
 
         failure = loader_failure(error)
         if failure is None:

@@ -15,7 +15,7 @@ from dist_siglip.cli.align_sparse import compare_sparse
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, introduction_of
 from dist_siglip.cli.table import print_path
-from dist_siglip.data.feature_file import Tower
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.representations import AlignmentEstimate, estimate_alignment

@@ -10,15 +10,13 @@ from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.batch import PairCollator
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.loader import build_loader
-from dist_siglip.data.normalize import ImageNormalizer
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
-from dist_siglip.data.transforms import training_transform
-from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.loader import build_loader
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import ModelInputs, training_transform
 
 OPEN_CLIP = "open_clip"
 _SCALED, _EXACT = "ours", "ours, exact pixels"

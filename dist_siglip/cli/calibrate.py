@@ -28,9 +28,9 @@ from dist_siglip.data import (
     evaluation_transform,
     training_transform,
 )
-from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.batch import picture_ids_of
-from dist_siglip.data.excerpt import excerpt_loader
+from dist_siglip.data.index.agreement import check_ranks_agree
+from dist_siglip.data.samples.batch import picture_ids_of
+from dist_siglip.data.samples.calibration_subset import excerpt_loader
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration

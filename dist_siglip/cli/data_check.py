@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.cli import EXIT_SAVED
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.inspection import (
+from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.shard_check import (
     HARMLESS,
     KINDS,
     UNREACHABLE,
@@ -21,9 +21,9 @@ from dist_siglip.data.inspection import (
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy, TruncatedPictures
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.data.workers import spread
-from dist_siglip.picture_policy import PicturePolicy, TruncatedPictures
 from dist_siglip.system.atomic import open_atomically
 
 _EXAMPLES = 3

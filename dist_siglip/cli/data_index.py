@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.cli import EXIT_SAVED
-from dist_siglip.data.index import read_index
+from dist_siglip.data.index.read import read_index
+from dist_siglip.data.inspect.process_pool import spread
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.data.workers import spread
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.system.redaction import redact

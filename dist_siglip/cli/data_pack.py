@@ -12,7 +12,11 @@ from dist_siglip.cli.table import print_path
 from dist_siglip.data.packing.pack import PackSettings
 from dist_siglip.data.packing.pack import pack as write_shards
 from dist_siglip.data.packing.table import Columns
-from dist_siglip.picture_policy import ExifOrientation, PicturePolicy, TruncatedPictures
+from dist_siglip.data.samples.picture_policy import (
+    ExifOrientation,
+    PicturePolicy,
+    TruncatedPictures,
+)
 
 
 def pack(

@@ -8,12 +8,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.damage import OnDamage
-from dist_siglip.data.pairs import PairTable, build_pair_table
-from dist_siglip.data.position import BatchPlan, check_divisible
+from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.order.position import BatchPlan, check_divisible
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 

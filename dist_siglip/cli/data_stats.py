@@ -8,15 +8,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.damage import OnDamage
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.statistics import QUANTILES, Gauge, choose_samples, summarize
 from dist_siglip.data.remote import CacheSettings, ShardCache
-from dist_siglip.data.statistics import QUANTILES, Gauge, choose_samples, summarize
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.data.workers import spread
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 
 _CHUNK = 2000  # samples measured by one process
 

@@ -18,10 +18,10 @@ from dist_siglip.cli.doctor_storage import ShardSet
 from dist_siglip.cli.doctor_together import Features, Outcome, examine_alone, examine_together
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, parser_of_function
-from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.remote import CacheSettings
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

@@ -8,11 +8,11 @@ import torch
 from dist_siglip.cli.doctor_page import Finding
 from dist_siglip.cli.doctor_storage import ShardSet
 from dist_siglip.cli.training import TrainingCLI, cli_settings
-from dist_siglip.data.captions import CaptionRule
 from dist_siglip.data.remote import CacheSettings
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.module import SigLipModule
-from dist_siglip.picture_policy import PicturePolicy
 
 
 class RunNeeds(NamedTuple):

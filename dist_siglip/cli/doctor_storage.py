@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_siglip.cli.doctor_page import Finding
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.first_pairs import FirstPair, read_first_pair
+from dist_siglip.data.inspect.first_pairs import FirstPair, read_first_pair
 from dist_siglip.data.remote import CacheSettings, RemoteError, ShardCache
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import (
     DiskFacts,

@@ -12,16 +12,16 @@ from rich.table import Table
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, parser_of_function
 from dist_siglip.cli.table import print_path
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.damage import OnDamage
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.embedding.encoder import Precision, RowType, Towers
 from dist_siglip.embedding.layout import Format
 from dist_siglip.module.trained import load_trained
-from dist_siglip.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

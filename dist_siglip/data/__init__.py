@@ -4,21 +4,23 @@ Index -> order -> position -> fetch -> decode: which samples exist, in which ord
 them, which of them a rank takes, how their bytes arrive and what they become.
 """
 
-from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
-from dist_siglip.data.captions import caption_id
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.normalize import ImageNormalizer
-from dist_siglip.data.order import epoch_order
-from dist_siglip.data.pairs import PairTable, build_pair_table
-from dist_siglip.data.position import (
+from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.order.epoch import epoch_order
+from dist_siglip.data.order.position import (
     BatchPlan,
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Progress,
 )
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.samples.captions import caption_id
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.transforms import (
+    ModelInputs,
+    evaluation_transform,
+    training_transform,
+)
 from dist_siglip.data.urls import expand_shards
 
 __all__ = [

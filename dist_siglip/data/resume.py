@@ -6,7 +6,7 @@ the shards that came, went or changed, and data that grew can be accepted on pur
 
 from collections.abc import Iterator, Mapping
 
-from dist_siglip.data.position import BatchPlan
+from dist_siglip.data.order.position import BatchPlan
 from dist_siglip.errors import UserError
 
 _REMEDY = "set it back, or start a new run in another folder"

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.data.cached_features import CachedFeatures
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.stages import Stage
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.samples.cached_features import CachedFeatures
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.stages import Stage
 from dist_siglip.errors import UserError
 
 

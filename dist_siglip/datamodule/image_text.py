@@ -9,16 +9,9 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.batch import PairSample
-from dist_siglip.data.cached_features import CachedFeatures
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.damage import OnDamage
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.faults import BadSampleLimit
-from dist_siglip.data.identity import PICTURE_BYTES
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.position import (
+from dist_siglip.data.index.agreement import check_ranks_agree
+from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.order.position import (
     BatchPlan,
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -27,8 +20,20 @@ from dist_siglip.data.position import (
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.prefetch import Prefetcher
-from dist_siglip.data.stages import Stage, check_stages
-from dist_siglip.data.transforms import ImageTransform, evaluation_transform, training_transform
+from dist_siglip.data.samples.bad_samples import BadSampleLimit
+from dist_siglip.data.samples.batch import PairSample
+from dist_siglip.data.samples.cached_features import CachedFeatures
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.identity import PICTURE_BYTES
+from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
+from dist_siglip.data.samples.stages import Stage, check_stages
+from dist_siglip.data.samples.transforms import (
+    ImageTransform,
+    ModelInputs,
+    evaluation_transform,
+    training_transform,
+)
 from dist_siglip.datamodule.checks import check_least, check_shares
 from dist_siglip.datamodule.features import load_features
 from dist_siglip.datamodule.overfit import batches_to_repeat
@@ -40,7 +45,6 @@ from dist_siglip.datamodule.training_position import TrainingPosition
 from dist_siglip.datamodule.transfer import BatchTransfer
 from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 
 _LOGGER = logging.getLogger(__name__)
 

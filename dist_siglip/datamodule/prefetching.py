@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher, describe_tight_cache
 from dist_siglip.datamodule.training_position import TrainingPosition

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dist_siglip.data.sequence import Source
+from dist_siglip.data.order.sequence import Source
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 

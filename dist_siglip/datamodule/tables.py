@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from dist_siglip.data.damage import OnDamage
-from dist_siglip.data.pairs import PairTable, build_pair_table
-from dist_siglip.data.position import BatchPlan
+from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.order.position import BatchPlan
 from dist_siglip.data.remote import ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.datamodule.sources import TrainSource, check_sources, expand_sources, weigh_sources

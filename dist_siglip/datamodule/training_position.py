@@ -9,10 +9,10 @@ count, does.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.position import BatchPlan, Progress
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.order.position import BatchPlan, Progress
+from dist_siglip.data.order.sequence import MixtureSequence, SingleSequence
 from dist_siglip.data.resume import position_to_resume_at
-from dist_siglip.data.sequence import MixtureSequence, SingleSequence
 
 
 class TrainingPosition:

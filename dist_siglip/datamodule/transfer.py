@@ -7,15 +7,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.batch import ImageTextBatch, PairCollator, PairSample
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.faults import BadSampleLimit
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.loader import build_loader
-from dist_siglip.data.normalize import ImageNormalizer
-from dist_siglip.data.position import EvaluationBatchSampler, GlobalBatchSampler
+from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchSampler
+from dist_siglip.data.samples.bad_samples import BadSampleLimit
+from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.loader import build_loader
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import ModelInputs
 from dist_siglip.distributed import World
-from dist_siglip.picture_policy import PicturePolicy
 
 
 class BatchTransfer(LightningDataModule):

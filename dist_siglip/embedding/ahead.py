@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dist_siglip.data.pairs import PairTable
+from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.distributed import World

@@ -15,10 +15,15 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.inputs import ModelInputs
-from dist_siglip.data.pairs import PairTable
-from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import (
+    AUTO,
+    ExifOrientation,
+    PicturePolicy,
+    TruncatedPictures,
+)
+from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.embedding.ahead import fetching_ahead
 from dist_siglip.embedding.encoder import Encoder, Precision, RowType, Towers, choose_device
@@ -36,7 +41,6 @@ from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.digest import digest_tower
-from dist_siglip.picture_policy import AUTO, ExifOrientation, PicturePolicy, TruncatedPictures
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dist_siglip.data.feature_file import TOWERS, Tower
-from dist_siglip.data.normalize import ImageNormalizer
+from dist_siglip.data.samples.batch import ImageNormalizer
+from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.embedding.samples import EmbeddingBatch
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel

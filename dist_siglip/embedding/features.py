@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.feature_file import FeatureFile, Tower, feature_path, write_features
+from dist_siglip.data.samples.cached_features import (
+    FeatureFile,
+    Tower,
+    feature_path,
+    write_features,
+)
 from dist_siglip.embedding.part import Part, PartRows
 from dist_siglip.errors import UserError
 

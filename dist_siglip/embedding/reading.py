@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.feature_file import TOWERS, Tower
+from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import check_regular
 

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dist_siglip.data.bad_sample_log import TruncatedCount
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
-from dist_siglip.data.loader import prepare_worker
-from dist_siglip.data.pairs import PairTable, Span
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.data.transforms import ImageTransform
+from dist_siglip.data.index.pairs import PairTable, Span
+from dist_siglip.data.samples.bad_samples import BadSampleError, TruncatedCount
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
+from dist_siglip.data.samples.loader import prepare_worker
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import ImageTransform
 from dist_siglip.errors import OutageError, UserError
-from dist_siglip.picture_policy import PicturePolicy
 
 
 class EmbeddingSample(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 from open_clip import set_model_preprocess_cfg
 from torch import Tensor
 
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.models.architecture import (
     DEFAULT_CONTEXT_LENGTH,
@@ -34,7 +35,6 @@ from dist_siglip.models.text_tower import (
 from dist_siglip.models.tokenizer import ModelTokenizer
 from dist_siglip.models.weights import NETWORK_PREFIX, Weights, load_towers, read_weights
 from dist_siglip.models.weights_file import refuse_not_finite
-from dist_siglip.picture_policy import PicturePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.text_tower import describe_config
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
 
 # Of training only, or where a file lies.
 _IRRELEVANT = frozenset(

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.system.regular_file import read_json
 
 CONFIG_NAME = "config.json"

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from dist_siglip.data import ImageTextBatch, PairDataset
-from dist_siglip.data.cached_features import CachedFeatures
+from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
 from dist_siglip.models.depth import places

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
-from dist_siglip.data.batch import picture_ids_of
+from dist_siglip.data.samples.batch import picture_ids_of
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.losses.matching import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
@@ -23,7 +24,6 @@ from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
 from dist_siglip.module.trained import load_trained
 from dist_siglip.optim import OptimConfig
-from dist_siglip.picture_policy import PicturePolicy
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed.pace import Pace
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
@@ -16,7 +17,6 @@ from dist_siglip.module.optimizing import clip
 from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import StepCheck
 from dist_siglip.optim.state_names import by_name, by_number
-from dist_siglip.picture_policy import PicturePolicy
 
 
 class RunModule(LightningModule):

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_siglip.data.batch import picture_ids_of
-from dist_siglip.data.excerpt import excerpt_loader
+from dist_siglip.data.samples.batch import picture_ids_of
+from dist_siglip.data.samples.calibration_subset import excerpt_loader
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import set_logits

@@ -7,7 +7,7 @@ on how many ranks, and what it writes, may change from one start to the next.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
+from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 
 # Groups of the configuration that make a run what it is.
 IDENTITY_KEYS = ("seed_everything", "model", "data")

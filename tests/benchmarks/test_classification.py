@@ -7,7 +7,7 @@ import torch
 from dist_siglip.benchmarks import Classification
 from dist_siglip.benchmarks.classification import class_vectors, classify, summarise
 from dist_siglip.benchmarks.shards import LoadSettings
-from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.errors import UserError
 from tests.support import reference_benchmarks as reference
 from tests.support.benchmark_models import image_map, known_model, text_map

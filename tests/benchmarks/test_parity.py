@@ -8,7 +8,7 @@ import torch
 from dist_siglip.benchmarks import Classification, PairMetrics, Retrieval
 from dist_siglip.benchmarks import retrieval as module
 from dist_siglip.benchmarks.shards import LoadSettings
-from dist_siglip.data.captions import CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
 from tests.support.benchmark_models import known_model
 from tests.support.benchmark_shards import write_captioned, write_labelled

@@ -3,8 +3,8 @@ import torch
 
 from dist_siglip.benchmarks import shards as module
 from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.position import EvaluationBatchSampler
+from dist_siglip.data.order.position import EvaluationBatchSampler
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
 from tests.support.benchmark_models import known_model
 from tests.support.benchmark_shards import captions_of, write_captioned

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dist_siglip.callbacks.skipped_steps import SkippedStep, SkippedStepLog
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table
 from tests.support.shards import write_shards
 
 

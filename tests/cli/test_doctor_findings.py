@@ -28,12 +28,12 @@ from dist_siglip.cli.doctor_storage import (
     look_at_shards,
     look_for_file,
 )
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.index import read_index
+from dist_siglip.data.index.read import read_index
 from dist_siglip.data.remote import CacheSettings
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
 from dist_siglip.distributed.clock_skew import ClockReading
-from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard

@@ -1,7 +1,7 @@
 import torch
 
-from dist_siglip.data.agreement import check_ranks_agree
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.agreement import check_ranks_agree
+from dist_siglip.data.index.pairs import build_pair_table
 from tests.support.shards import write_shards
 
 

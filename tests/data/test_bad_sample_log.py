@@ -1,7 +1,7 @@
 import json
 import multiprocessing
 
-from dist_siglip.data.bad_sample_log import BadSampleLog, first_lines
+from dist_siglip.data.samples.bad_samples import BadSampleLog, first_lines
 from tests.support.processes import IMPORTED_ONCE
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from open_clip import SimpleTokenizer
 
-from dist_siglip.data.batch import PairCollator, PairSample
+from dist_siglip.data.samples.batch import PairCollator, PairSample
 from dist_siglip.metrics import retrieval_ranks_both_ways
 from dist_siglip.models.tokenizer import ModelTokenizer
 from tests.support.shards import tokenize

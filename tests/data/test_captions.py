@@ -3,7 +3,8 @@ import collections
 import pytest
 from open_clip import SimpleTokenizer
 
-from dist_siglip.data.captions import (
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.captions import (
     MAX_CAPTION_BYTES,
     MAX_CAPTION_CHARACTERS,
     CaptionRule,
@@ -11,8 +12,7 @@ from dist_siglip.data.captions import (
     field_of,
     read_json,
 )
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.identity import EmptyCaptions
+from dist_siglip.data.samples.identity import EmptyCaptions
 from dist_siglip.errors import UserError
 
 

@@ -10,15 +10,15 @@ import torch
 from open_clip import SimpleTokenizer
 from PIL import Image
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.identity import picture_id
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.identity import picture_id
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import caption, encode, picture, tiny_inputs, write_shard, write_shards
 
 

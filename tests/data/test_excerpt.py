@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from dist_siglip.data import PairDataset, build_pair_table, epoch_order, evaluation_transform
-from dist_siglip.data.excerpt import excerpt_loader, excerpt_slots
+from dist_siglip.data.samples.calibration_subset import excerpt_loader, excerpt_slots
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from tests.support.shards import UNEVEN, tiny_inputs, write_shards
 
 

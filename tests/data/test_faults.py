@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dist_siglip.data.bad_sample_log import BadSampleLog
-from dist_siglip.data.faults import BadSampleLimit
+from dist_siglip.data.samples.bad_samples import BadSampleLimit, BadSampleLog
 from dist_siglip.errors import UserError
 
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_siglip.data import fetch
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.pairs import Span
+from dist_siglip.data.index.pairs import Span
 from dist_siglip.data.remote import RemoteError
+from dist_siglip.data.samples import fetch
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.fetch import ShardReader
 
 
 @pytest.fixture

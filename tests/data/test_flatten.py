@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.flatten import flatten, to_rgba
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.flatten import flatten, to_rgba
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from tests.support.hostile import chunk
 from tests.support.pngs import (
     GREY,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dist_siglip.cli import main
-from dist_siglip.data import index as module
-from dist_siglip.data.foreign_index import expected_samples, members_of_idx
-from dist_siglip.data.index import load_index, read_index
-from dist_siglip.data.tar_scan import scan_tar
+from dist_siglip.data.index import read as module
+from dist_siglip.data.index.foreign import expected_samples, members_of_idx
+from dist_siglip.data.index.read import load_index, read_index
+from dist_siglip.data.index.tar_scan import scan_tar
 from tests.support.shards import write_shard, write_shards
 
 

@@ -22,21 +22,21 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.data import urls
-from dist_siglip.data.captions import MAX_CAPTION_CHARACTERS, CaptionRule
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.index import read_index
-from dist_siglip.data.inspection import Inspector
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.index.read import read_index
+from dist_siglip.data.index.shard_index import build_index
+from dist_siglip.data.index.tar_scan import scan_tar
+from dist_siglip.data.inspect.shard_check import Inspector
+from dist_siglip.data.order.sequence import Slot
 from dist_siglip.data.packing.sample import SampleMaker
 from dist_siglip.data.packing.table import Columns, read_rows
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.picture import EncodedPicture, sniff_media_type
-from dist_siglip.data.shard_index import build_index
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.tar_scan import scan_tar
-from dist_siglip.data.transforms import training_transform
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.captions import MAX_CAPTION_CHARACTERS, CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from tests.support.broken_pictures import break_jpeg, break_png, break_webp
 from tests.support.hostile import EXTENSIONS, ChildError, good_members, in_child, tar_of
 from tests.support.mutations import (

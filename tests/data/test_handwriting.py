@@ -12,8 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dist_siglip.models
-from dist_siglip.data.handwriting import compose_pictures, write_handwriting_shards
-from dist_siglip.data.number_words import number_in_words
+from dist_siglip.data.handwriting import compose_pictures, number_in_words, write_handwriting_shards
 from dist_siglip.errors import UserError
 
 SMALL = {"num_train_pairs": 101, "num_val_pairs": 20, "num_train_shards": 4}

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_siglip.data.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.index import load_index
-from dist_siglip.data.inspection import Inspector
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.index.read import load_index
+from dist_siglip.data.inspect.shard_check import Inspector
+from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.samples.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
 from tests.support.hostile import (
     ALLOWED,

@@ -10,11 +10,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.index import load_index
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.data.tar_scan import scan_tar
-from dist_siglip.data.transforms import training_transform
+from dist_siglip.data.index.read import load_index
+from dist_siglip.data.index.tar_scan import scan_tar
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.errors import UserError
 from tests.support.hostile import (
     ALLOWED,

@@ -5,13 +5,13 @@ import time
 import pytest
 import torch
 
-from dist_siglip.data.batch import PairCollator
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.loader import build_loader
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
-from dist_siglip.data.transforms import training_transform
-from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.samples.batch import PairCollator
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.loader import build_loader
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.system.signals import SIGNALS
 from tests.support.shards import tiny_inputs, tokenize, write_shards
 

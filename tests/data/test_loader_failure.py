@@ -5,10 +5,14 @@ import resource
 
 import pytest
 
-from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.loader import PairLoader, prepare_worker
-from dist_siglip.data.loader_failure import failed_to_deliver, loader_failure
-from dist_siglip.data.pairs import Span
+from dist_siglip.data.index.pairs import Span
+from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.loader import (
+    PairLoader,
+    failed_to_deliver,
+    loader_failure,
+    prepare_worker,
+)
 from dist_siglip.errors import LoaderError, RunFailedError, UserError
 from tests.support import starved_loaders
 from tests.support.command import write_settings

@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
-from dist_siglip.data.transforms import training_transform
-from dist_siglip.data.workers import spread
-from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import training_transform
 from tests.support.shards import jpeg, photo, tiny_inputs, write_shard
 
 SHARDS, SAMPLES, EPOCHS = 70, 12, 7  # more shards than a reader keeps open

@@ -3,8 +3,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from dist_siglip.data.batch import ImageTextBatch
-from dist_siglip.data.normalize import ImageNormalizer
+from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.errors import UserError
 from tests.support.shards import UNEVEN, caption, encode, picture, write_shard, write_shards
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from dist_siglip.data.order import epoch_order
-from dist_siglip.data.position import (
+from dist_siglip.data.order.epoch import epoch_order
+from dist_siglip.data.order.position import (
     BatchPlan,
     EvaluationBatchSampler,
     GlobalBatchSampler,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_siglip.data.randomness import draw_one, seeded_generators
+from dist_siglip.data.samples.randomness import draw_one, seeded_generators
 
 
 def draw():

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from dist_siglip.data.position import BatchPlan
+from dist_siglip.data.order.position import BatchPlan
+from dist_siglip.data.order.sequence import Source
 from dist_siglip.data.resume import describe_shard_changes, position_to_resume_at
-from dist_siglip.data.sequence import Source
 from dist_siglip.errors import UserError
 
 PLAN = BatchPlan(

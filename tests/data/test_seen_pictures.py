@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 
 from dist_siglip.cli import main
-from dist_siglip.data.dataset import PairDataset
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.sequence import Slot
 from dist_siglip.data.packing.sample import SampleMaker
 from dist_siglip.data.packing.table import Row
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform, training_transform
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.embedding import EmbedSettings
 from dist_siglip.embedding.samples import EmbeddingDataset
 from dist_siglip.errors import UserError
 from dist_siglip.models.digest import digest_tower
-from dist_siglip.picture_policy import PicturePolicy
 from tests.support.embedding import build_tiny
 from tests.support.pngs import RGBA, halves, png_of
 from tests.support.shards import caption, jpeg, photo, tiny_inputs, write_shard

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dist_siglip.data.position import BatchPlan, GlobalBatchSampler, Progress
-from dist_siglip.data.sequence import Source
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.order.sequence import Source
 from dist_siglip.errors import UserError
 
 MIXTURES = {

@@ -3,8 +3,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from dist_siglip.data.faults import BadSampleError
-from dist_siglip.data.stages import FilteredError, all_take_rgb, check_stages, run_stages
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.stages import FilteredError, all_take_rgb, check_stages, run_stages
 from dist_siglip.errors import UserError
 from tests.support.shards import picture
 

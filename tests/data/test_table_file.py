@@ -4,8 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.table_file import read_table, table_path, write_table
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.index.table_file import read_table, table_path, write_table
 from dist_siglip.errors import UserError
 from tests.support.shards import UNEVEN, write_shards
 
@@ -92,7 +92,7 @@ def test_the_second_table_of_the_same_shards_is_mapped_and_equal(tmp_path, home,
     assert first.file == str(file)
     for shard in shards:
         os.unlink(f"{shard}.idx.npz")
-    monkeypatch.setattr("dist_siglip.data.pairs.read_index", None)  # must not be asked
+    monkeypatch.setattr("dist_siglip.data.index.pairs.read_index", None)  # must not be asked
     second = build(shards)
     assert equal(first, second)
     assert second.counts == UNEVEN

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_siglip.data import tar_scan
-from dist_siglip.data.tar_scan import DamagedTarError, Member, scan_tar
+from dist_siglip.data.index import tar_scan
+from dist_siglip.data.index.tar_scan import DamagedTarError, Member, scan_tar
 from dist_siglip.errors import UserError
 from tests.support.shards import write_shard
 

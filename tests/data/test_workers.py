@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dist_siglip.data.workers import spread
+from dist_siglip.data.inspect.process_pool import spread
 from dist_siglip.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dist_siglip.data.feature_file import FeatureFile, feature_path
+from dist_siglip.data.samples.cached_features import FeatureFile, feature_path
 from dist_siglip.distributed import World
 from dist_siglip.embedding import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError

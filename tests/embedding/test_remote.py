@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
 from dist_siglip.distributed import World
 from dist_siglip.embedding import EmbedSettings, ahead, embed_shards

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from dist_siglip.data.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.models.build import build_dual_encoder
 from tests.support.hugging_face import write_folder
 from tests.support.shards import caption, picture

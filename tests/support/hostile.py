@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.picture_policy import PicturePolicy
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from tests.support.shards import caption, encode, picture
 
 KEYS = ("k0", "k1", "k2", "k3")

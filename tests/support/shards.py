@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from dist_siglip.data.inputs import ModelInputs
+from dist_siglip.data.samples.transforms import ModelInputs
 
 UNEVEN = (7, 1, 12, 5, 9, 3)  # samples of each shard; 37 in all
 

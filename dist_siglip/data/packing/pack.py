@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 
-from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.packing.folder import PackFolder
-from dist_siglip.data.packing.parquet import holds_pictures
 from dist_siglip.data.packing.sample import SampleMaker
 from dist_siglip.data.packing.table import (
     PARQUET,
@@ -29,10 +27,12 @@ from dist_siglip.data.packing.table import (
     Row,
     check_table,
     digest_table,
+    holds_pictures,
     read_rows,
 )
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 
 _LOGGER = logging.getLogger(__name__)
 _AHEAD = 8  # samples prepared ahead by each worker; bounds memory

@@ -17,12 +17,12 @@ from typing import Any
 
 from PIL import Image
 
-from dist_siglip.data.captions import decode_caption, field_of, read_json, texts_of
-from dist_siglip.data.faults import BadSampleError
 from dist_siglip.data.packing.table import Row
-from dist_siglip.data.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
+from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 
 _EXTENSIONS = {
     "image/jpeg": "jpg",

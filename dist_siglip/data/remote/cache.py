@@ -22,8 +22,7 @@ from pathlib import Path
 from dist_siglip.data.remote.connections import endpoint
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.node_lock import hold
-from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOutageError
-from dist_siglip.data.remote.stopping import pause
+from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOutageError, pause
 from dist_siglip.data.remote.totals import CacheTotals, add_to_totals, read_totals
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
 from dist_siglip.errors import UserError

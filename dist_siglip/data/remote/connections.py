@@ -21,7 +21,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from dist_siglip.data.remote.stopping import longest_wait
+from dist_siglip.data.remote.retries import longest_wait
 from dist_siglip.errors import UserError
 
 _Result = TypeVar("_Result")

@@ -7,7 +7,7 @@ waiting for one as soon as it is told to.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from dist_siglip.data.remote.stopping import pause
+from dist_siglip.data.remote.retries import pause
 from dist_siglip.system import process_lock
 
 _MODE = 0o600  # of this user alone, as the copies are

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable
 
 from dist_siglip.data.remote.cache import ShardCache
 from dist_siglip.data.remote.locations import is_remote
-from dist_siglip.data.remote.retries import RemoteError
-from dist_siglip.data.remote.stopping import StoppedError, stoppable
+from dist_siglip.data.remote.retries import RemoteError, StoppedError, stoppable
 
 _LOGGER = logging.getLogger(__name__)
 _MOST_AHEAD = 256  # shards, however small

@@ -4,6 +4,12 @@ They are tried again after a pause that doubles, and is drawn around that so tha
 do not come back together; except where trying again cannot help: the file is not there, or access
 is denied. A server that does not answer, or is overloaded, is waited for; a file that comes and is
 not the right one is tried only a few times.
+
+May this thread go on waiting?
+
+A thread that works ahead of training must end as soon as it is told to, also in the middle of a
+transfer. It gives an event to its own waits: each of them ends soon after the event is set. Other
+threads wait as usual.
 """
 
 import errno
@@ -11,14 +17,58 @@ import logging
 import random
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar
 
 from dist_siglip.data.remote.locations import redact
-from dist_siglip.data.remote.stopping import pause
 from dist_siglip.errors import OutageError, UserError
+
+_STEP_SECONDS = 0.1
+_THREAD = threading.local()
+
+
+class StoppedError(BaseException):
+    """This thread was told to stop; no failure, so nothing that catches failures may catch it."""
+
+
+@contextmanager
+def stoppable(stopped: threading.Event) -> Iterator[None]:
+    """Let the waits of this thread end once an event is set, while the block runs."""
+    _THREAD.stopped = stopped
+    try:
+        yield
+    finally:
+        _THREAD.stopped = None
+
+
+def longest_wait(seconds: float) -> float:
+    """Return how long this thread may wait in one go.
+
+    Raises:
+        StoppedError: if it was told to stop.
+    """
+    stopped: threading.Event | None = getattr(_THREAD, "stopped", None)
+    if stopped is None:
+        return seconds
+    if stopped.is_set():
+        raise StoppedError
+    return min(seconds, _STEP_SECONDS)
+
+
+def pause(seconds: float) -> None:
+    """Sleep.
+
+    Raises:
+        StoppedError: soon after this thread is told to stop.
+    """
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(longest_wait(left))
+
 
 _LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from dist_siglip.picture_policy import BEFORE_THE_SETTINGS
+from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.report.damage import printable
 from dist_siglip.report.measures import DIRECTIONS, Measure, known, show, table_of
 from dist_siglip.report.page import render_card, render_columns, render_table_card

@@ -6,21 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_siglip.data import tar_scan
-from dist_siglip.data.captions import CaptionRule
-from dist_siglip.data.dataset import PairDataset
-from dist_siglip.data.index import load_index
+from dist_siglip.data.index import tar_scan
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.index.read import load_index
+from dist_siglip.data.order.sequence import Slot
 from dist_siglip.data.packing.sample import encode_jpeg, shrink
 from dist_siglip.data.packing.table import Columns
-from dist_siglip.data.pairs import build_pair_table
-from dist_siglip.data.picture import EncodedPicture
-from dist_siglip.data.slot import Slot
-from dist_siglip.data.transforms import evaluation_transform
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import PairEvaluation
-from dist_siglip.picture_policy import PicturePolicy
 from tests.support.packing import (
     COUNT,
     packed,

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from dist_siglip.data.packing.table import Columns
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.picture_policy import PicturePolicy
 from dist_siglip.system.process_lock import ProcessLock
 from tests.support.packing import packed, rows_of, samples_of, shards_of, skipped, write_table
 from tests.support.shards import encode, picture

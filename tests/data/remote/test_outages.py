@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from dist_siglip.cli import _words_of, main
-from dist_siglip.data import index
-from dist_siglip.data.index import load_index
+from dist_siglip.data.index import read as index
+from dist_siglip.data.index.read import load_index
 from dist_siglip.data.remote import CacheSettings, RemoteOutageError, ShardCache, retries, transfer
 from dist_siglip.data.remote.retries import RemoteRefusalError, attempt
 from dist_siglip.errors import OutageError, UserError

@@ -2,10 +2,10 @@ import itertools
 import os
 import threading
 
-from dist_siglip.data.fetch import ShardReader
-from dist_siglip.data.pairs import Span
+from dist_siglip.data.index.pairs import Span
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.prefetch import Prefetcher, describe_tight_cache
+from dist_siglip.data.samples.fetch import ShardReader
 
 BODY = os.urandom(100_000)
 

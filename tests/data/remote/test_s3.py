@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dist_siglip.data.index import read_index
+from dist_siglip.data.index.read import read_index
 from dist_siglip.data.remote import CacheSettings, RemoteError, ShardCache, connections
 from dist_siglip.data.remote.transfer import describe_remote
 from dist_siglip.data.urls import expand_shards

@@ -1,0 +1,1 @@
+"""The samples of shards: where they lie, kept beside the shards and in tables."""

@@ -1,0 +1,379 @@
+"""The picture and the captions of sample number i: where they lie.
+
+A ``PairTable`` joins the indices of all shards of one data set into flat arrays, 32 bytes a sample,
+numbered shard after shard in the order given. Building it is the check before training: a shard
+that is damaged, or a sample that lacks its picture or every caption, is found here and nowhere
+later.
+
+The rows that one shard adds to a table of pairs.
+
+Of every sample the preferred picture and all captions are picked; what is missing is told.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.index.damage import Damage, OnDamage, log_remarks
+from dist_siglip.data.index.read import read_index
+from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
+from dist_siglip.data.index.table_file import read_table, table_path, write_table
+from dist_siglip.data.remote import ShardCache, is_remote
+from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.errors import UserError
+
+
+class ShardRows(NamedTuple):
+    """The rows one shard adds to a table."""
+
+    image_offsets: NDArray[np.int64]
+    image_sizes: NDArray[np.int64]
+    caption_offsets: NDArray[np.int64]
+    caption_sizes: NDArray[np.int64]
+    dropped: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        """Complete samples of the shard."""
+        return len(self.image_offsets)
+
+    @classmethod
+    def of(
+        cls,
+        index: ShardIndex,
+        pictures: list[str],
+        captions: list[str],
+        others: list[str],
+        damage: Damage,
+    ) -> "ShardRows":
+        """Pick the members of every sample; tell ``damage`` what is missing."""
+        if index.damage:
+            damage.shard(index.damage)
+        image_offsets, image_sizes = _select(index, pictures)
+        of_captions = [_select(index, [extension]) for extension in (*captions, *others)]
+        caption_offsets = np.stack([offsets for offsets, _ in of_captions])
+        caption_sizes = np.stack([sizes for _, sizes in of_captions])
+        has_picture = image_offsets >= 0
+        has_caption = (caption_offsets[: len(captions)] >= 0).any(axis=0)
+        for what, has, extensions in (
+            ("picture", has_picture, pictures),
+            ("caption", has_caption | ~has_picture, captions),
+        ):
+            missing = np.flatnonzero(~has)
+            if missing.size:
+                key, hints = index.keys()[missing[0]], [index.note]
+                hints.append(explain_dots(key, index.members_of(int(missing[0])), extensions))
+                hint = "".join(f" ({hint})" for hint in hints if hint)
+                present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+                few = f"{missing.size} of {index.num_samples} samples"
+                damage.samples(
+                    missing.size,
+                    f"shard {redact(index.path)!r}: {few} have no {what} ({listed(extensions)}), "
+                    f"first {key!r}{hint}; the shard holds {present}: write it again with both "
+                    "members of every sample",
+                )
+        whole = has_picture & has_caption
+        return cls(
+            image_offsets[whole],
+            image_sizes[whole],
+            caption_offsets[:, whole],
+            caption_sizes[:, whole],
+            np.flatnonzero(~whole).tolist(),
+        )
+
+
+def _select(
+    index: ShardIndex, extensions: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets (-1: none) and sizes of the preferred member of every sample of one shard."""
+    offsets = np.full(index.num_samples, -1, dtype=np.int64)
+    sizes = np.zeros(index.num_samples, dtype=np.int64)
+    for extension in reversed(extensions):  # the preferred one is written last
+        if extension in index.extensions:
+            chosen = index.kinds == index.extensions.index(extension)
+            offsets[index.samples[chosen]] = index.offsets[chosen]
+            sizes[index.samples[chosen]] = index.sizes[chosen]
+    return offsets, sizes
+
+
+def listed(extensions: Sequence[str]) -> str:
+    """Write extensions with their dots, for a text."""
+    return ", ".join(f".{extension}" for extension in extensions)
+
+
+_ARRAYS = (
+    "starts",
+    "image_offsets",
+    "image_sizes",
+    "caption_offsets",
+    "caption_sizes",
+    "dropped",
+)
+_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remarks")
+_READERS = 8  # threads that wait for a slow file system together
+
+
+class Span(NamedTuple):
+    """The bytes of one member: which shard, from where, how many."""
+
+    shard: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairTable:
+    """Pictures and captions of a data set by sample id.
+
+    Attributes:
+        shards: the tar files, in order.
+        starts: (shards + 1,) int64, the id of the first sample of each shard; last, the total.
+        image_offsets: (samples,) int64.
+        image_sizes: (samples,) int64.
+        caption_extensions: members that hold captions, in order of preference, then other members
+            that were asked for.
+        caption_offsets: (caption_extensions, samples) int64; -1 where a sample lacks the member.
+        caption_sizes: (caption_extensions, samples) int64.
+        fingerprint: hash of shard names, member names, offsets and sizes.
+        shard_lines: a line for each shard, "name<TAB>samples<TAB>hash", which tells changes apart.
+        dropped: (dropped samples, 2) int64, the shard and the number within it of every sample
+            that was left out because it is incomplete.
+        remarks: what is unusual about shards that are used, a line for each.
+        cache: copies of remote shards, if there are any.
+        file: where the arrays are mapped from, if they are.
+    """
+
+    shards: tuple[str, ...]
+    starts: NDArray[np.int64]
+    image_offsets: NDArray[np.int64]
+    image_sizes: NDArray[np.int64]
+    caption_extensions: tuple[str, ...]
+    caption_offsets: NDArray[np.int64]
+    caption_sizes: NDArray[np.int64]
+    fingerprint: str
+    shard_lines: str
+    dropped: NDArray[np.int64]
+    remarks: tuple[str, ...] = ()
+    cache: ShardCache | None = None
+    file: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave mapped arrays out: another process maps the same file."""
+        state = dict(self.__dict__)
+        if self.file is not None and os.path.exists(self.file):
+            state = {"cache": self.cache, "file": self.file}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "starts" not in state:
+            found = _mapped(state["file"], state["cache"])
+            if found is None:
+                raise UserError(f"table {state['file']!r} vanished; start the run again")
+            state = found.__dict__
+        self.__dict__.update(state)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the data set."""
+        return int(self.starts[-1])
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(int(count) for count in np.diff(self.starts))
+
+    def image_span(self, sample_id: int) -> Span:
+        """Say where the encoded picture of a sample lies."""
+        shard = self.shards[self._shard_of(sample_id)]
+        return Span(shard, int(self.image_offsets[sample_id]), int(self.image_sizes[sample_id]))
+
+    def caption_spans(self, sample_id: int) -> list[tuple[str, Span]]:
+        """Say where the captions of a sample lie.
+
+        Returns:
+            (extension, span) of every member with captions that the sample has, in order of
+            preference; at least one.
+        """
+        shard = self.shards[self._shard_of(sample_id)]
+        offsets = self.caption_offsets[:, sample_id].tolist()
+        sizes = self.caption_sizes[:, sample_id].tolist()
+        members = zip(self.caption_extensions, offsets, sizes, strict=True)
+        return [(kind, Span(shard, offset, size)) for kind, offset, size in members if offset >= 0]
+
+    def member_span(self, sample_id: int, extension: str) -> Span | None:
+        """Say where a member among ``caption_extensions`` lies; None if the sample lacks it."""
+        if extension not in self.caption_extensions:
+            return None
+        row = self.caption_extensions.index(extension)
+        offset = int(self.caption_offsets[row, sample_id])
+        size = int(self.caption_sizes[row, sample_id])
+        shard = self.shards[self._shard_of(sample_id)]
+        return Span(shard, offset, size) if offset >= 0 else None
+
+    def shard_range(self, sample_id: int) -> tuple[int, int]:
+        """Return the first id of a sample's shard, and the id after its last."""
+        shard = self._shard_of(sample_id)
+        return int(self.starts[shard]), int(self.starts[shard + 1])
+
+    def describe(self, sample_id: int) -> str:
+        """Name a sample for a log line, as ``shard/key``; reads the index of its shard again."""
+        shard, key = self.name(sample_id)
+        place, shard = sample_id - self.shard_range(sample_id)[0], redact(shard)
+        return f"{shard!r}, sample {place}" if key is None else ascii(f"{shard}/{key}")
+
+    def name(self, sample_id: int) -> tuple[str, str | None]:
+        """Return shard and key of a sample; no key if the shard changed or vanished since."""
+        return self.names([sample_id])[0]
+
+    def names(self, sample_ids: Iterable[int]) -> list[tuple[str, str | None]]:
+        """Name many samples as ``name`` does; the index of each shard is read once."""
+        keys: dict[int, list[str]] = {}
+        found: list[tuple[str, str | None]] = []
+        for sample_id in sample_ids:
+            number = self._shard_of(sample_id)
+            if number not in keys:
+                keys[number] = self._keys_of(number)
+            place = sample_id - int(self.starts[number])
+            for before in self.dropped[self.dropped[:, 0] == number, 1].tolist():
+                place += before <= place
+            key = keys[number][place] if place < len(keys[number]) else None
+            found.append((self.shards[number], key))
+        return found
+
+    def _keys_of(self, number: int) -> list[str]:
+        try:
+            return read_index(self.shards[number], cache=self.cache).keys()
+        except (OSError, UserError):
+            return []
+
+    def _shard_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
+
+
+def build_pair_table(
+    shards: Sequence[str],
+    *,
+    image_extensions: Sequence[str],
+    caption_extensions: Sequence[str] = ("txt",),
+    other_extensions: Sequence[str] = (),
+    on_damage: OnDamage = "refuse",
+    max_bad_fraction: float = 0.01,
+    cache: ShardCache | None = None,
+    name: str = "shards",
+) -> PairTable:
+    """Index shards and join them into one table.
+
+    A sample may hold other members (they are ignored); of several pictures the one whose
+    extension comes first in ``image_extensions`` counts. Fresh side-cars are used, missing ones
+    written.
+
+    Args:
+        shards: tar files, or URLs of them.
+        image_extensions: extensions of the picture, without the dot, in order of preference.
+        caption_extensions: likewise of the captions; a sample needs one of them.
+        other_extensions: further members to find, which a sample may lack; they come last among
+            the ``caption_extensions`` of the table.
+        on_damage: "refuse", or "skip": leave out incomplete samples and what follows the damage of
+            a shard, and name them in the log.
+        max_bad_fraction: share of samples, and of shards, that may be skipped.
+        cache: copies of remote shards.
+        name: the setting the shards came from, for error texts.
+
+    Raises:
+        UserError: if a shard is damaged or a sample incomplete (with "skip": too many of them),
+            or there is no sample at all.
+    """
+    pictures = [extension.lower().lstrip(".") for extension in image_extensions]
+    captions = [extension.lower().lstrip(".") for extension in caption_extensions]
+    others = [extension for extension in other_extensions if extension not in captions]
+    file = None
+    if not any(map(is_remote, shards)):
+        settings = {"images": pictures, "captions": captions}
+        settings |= {"others": others} if others else {}
+        try:
+            file = table_path(shards, settings)
+        except OSError as error:
+            raise UserError(f"{name}: shard cannot be read: {error}") from error
+        known = _mapped(file, cache)
+        if known is not None:
+            log_remarks(known.remarks, name)
+            return known
+    with ThreadPoolExecutor(max_workers=_READERS) as readers:
+        indices = list(readers.map(partial(_read, cache=cache), shards))
+    damage = Damage(on_damage, max_bad_fraction, name)
+    parts = [ShardRows.of(index, pictures, captions, others, damage) for index in indices]
+    damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
+    starts = np.cumsum([0] + [part.num_samples for part in parts], dtype=np.int64)
+    if starts[-1] == 0:
+        raise UserError(
+            f"{name} holds no samples in {len(indices)} shards; a sample is a picture "
+            f"({listed(pictures)}) and a caption ({listed(captions)}) of the same name"
+        )
+    digest = hashlib.blake2b(digest_size=8)
+    lines = []
+    for index, part in zip(indices, parts, strict=True):
+        base, count = shard_name(index.path), part.num_samples
+        lines.append(f"{ascii(base)[1:-1]}\t{count}\t{index.digest[:16]}")
+        digest.update(f"{base}\0{count}\0{index.digest}\n".encode("utf-8", "surrogateescape"))
+    table = PairTable(
+        shards=tuple(shards),
+        starts=starts,
+        image_offsets=np.concatenate([part.image_offsets for part in parts]),
+        image_sizes=np.concatenate([part.image_sizes for part in parts]),
+        caption_extensions=(*captions, *others),
+        caption_offsets=np.concatenate([part.caption_offsets for part in parts], axis=1),
+        caption_sizes=np.concatenate([part.caption_sizes for part in parts], axis=1),
+        fingerprint=digest.hexdigest(),
+        shard_lines="\n".join(lines),
+        dropped=np.array(
+            [(n, i) for n, part in enumerate(parts) for i in part.dropped], dtype=np.int64
+        ).reshape(-1, 2),
+        remarks=tuple(
+            remark
+            for index in indices
+            for remark in (index.remark, index.hidden_pairs(pictures, captions))
+            if remark
+        ),
+        cache=cache,
+    )
+    log_remarks(table.remarks, name)
+    # What is damaged is to be told every time, so it is not kept.
+    is_sound = not damage.is_noted
+    if file is None or not is_sound or not _keep(file, table):
+        return table
+    return _mapped(file, cache) or table
+
+
+def _keep(file: str, table: PairTable) -> bool:
+    """Write the file of a table."""
+    arrays = {name: getattr(table, name) for name in _ARRAYS}
+    values = {name: getattr(table, name) for name in _VALUES}
+    return write_table(file, arrays, values)
+
+
+def _mapped(file: str, cache: ShardCache | None) -> PairTable | None:
+    """Return the table of a file; None if there is none."""
+    found = read_table(file)
+    if found is None:
+        return None
+    arrays, values = found
+    if set(arrays) != set(_ARRAYS) or set(values) != set(_VALUES):
+        return None
+    fields: dict[str, Any] = {**arrays, **values, "cache": cache, "file": file}
+    for name in ("shards", "caption_extensions", "remarks"):
+        fields[name] = tuple(values[name])
+    return PairTable(**fields)
+
+
+def _read(shard: str, cache: ShardCache | None) -> ShardIndex:
+    try:
+        return read_index(shard, cache=cache)
+    except OSError as error:
+        raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error

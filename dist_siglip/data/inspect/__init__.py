@@ -1,0 +1,1 @@
+"""Shards examined before training: what is wrong, and what they hold."""

@@ -1,0 +1,223 @@
+"""Everything that is wrong with a shard, for training and for anybody who opens it.
+
+Every sample is read, its picture decoded and its captions parsed the way training does it; the
+member names are looked at besides. Nothing is extracted.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_siglip.data.index.foreign import expected_samples
+from dist_siglip.data.index.pairs import Span
+from dist_siglip.data.index.read import read_index
+from dist_siglip.data.index.shard_index import explain_dots, split_name
+from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
+from dist_siglip.data.remote import ShardCache, is_remote
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.captions import CaptionRule, caption_id
+from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.errors import OutageError, UserError
+from dist_siglip.system.regular_file import descriptor_of
+
+UNREACHABLE = "unreachable shard"
+# Kind of finding -> what training does about it.
+KINDS = {
+    "damaged shard": "refused, or skipped from the damage on",
+    UNREACHABLE: "waited for; a run that gets no answer ends with code 75",
+    "unusual shard": "used",
+    "no picture": "refused, or the sample is skipped",
+    "no caption": "refused, or the sample is skipped",
+    "bad picture": "replaced by another sample",
+    "bad caption": "replaced by another sample",
+    "key in several shards": "used, each for itself",
+    "truncated picture": "used as far as it goes, as you asked",
+    "transparent picture": "laid on data.transparency, white unless you say another colour",
+    "extension of another format": "used as what it is",
+    "path outside": "never written anywhere",
+    "link or device": "ignored",
+    "code": "ignored, never loaded",
+}
+# What a data set can be trained on with.
+HARMLESS = frozenset(
+    {
+        "unusual shard",
+        "key in several shards",
+        "truncated picture",
+        "transparent picture",
+        "extension of another format",
+        "path outside",
+        "link or device",
+        "code",
+    }
+)
+_SHOWN = 8  # members of a sample in a reason
+_CODE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "npy", "so", "py", "joblib"})
+_MEDIA = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: kind (see ``KINDS``), shard, key or member, reason."""
+
+    kind: str
+    shard: str
+    key: str
+    reason: str
+
+
+class ShardFindings(NamedTuple):
+    """What was found in one shard.
+
+    Attributes:
+        findings: in the order of the shard.
+        num_samples: samples it holds, incomplete ones included.
+        key_hashes: (samples,) int64, for finding keys that occur in several shards.
+        num_transparent: pictures that say that they have transparent pixels.
+    """
+
+    findings: list[Finding]
+    num_samples: int
+    key_hashes: NDArray[np.int64]
+    num_transparent: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspector:
+    """How shards are looked at.
+
+    Args:
+        image_extensions: members that are the picture of a sample, in order of preference.
+        captions: where captions are.
+        pictures: what decides the pixels of an encoded picture.
+        decode: decode pictures in full; otherwise only their headers are read.
+        cache: copies of remote shards.
+    """
+
+    image_extensions: tuple[str, ...]
+    captions: CaptionRule
+    pictures: PicturePolicy
+    decode: bool = True
+    cache: ShardCache | None = None
+
+    def __call__(self, shard: str) -> ShardFindings:
+        """Look at one shard; one that cannot be read is damaged, or for the moment unreachable."""
+        try:
+            return self._look(shard)
+        except OutageError as error:  # the others are looked at
+            unreachable = Finding(UNREACHABLE, shard, "", str(error))
+            return ShardFindings([unreachable], 0, np.zeros(0, int))
+
+    def _look(self, shard: str) -> ShardFindings:
+        try:
+            index = read_index(shard, cache=self.cache)
+        except (OSError, UserError) as error:  # of one shard; the others are looked at
+            reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
+        findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
+        hidden = index.hidden_pairs(self.image_extensions, self.captions.members)
+        findings += [Finding("unusual shard", shard, "", r) for r in (index.remark, hidden) if r]
+        expected = None if is_remote(shard) else expected_samples(shard)
+        if expected is not None and expected != index.num_samples:
+            reason = f"holds {index.num_samples} samples; img2dataset counted {expected}"
+            findings.append(Finding("damaged shard", shard, "", reason))
+        findings += self._names(shard)
+        keys = index.keys()
+        members: list[dict[str, Span]] = [{} for _ in keys]
+        for sample, kind, offset, size in zip(
+            index.samples.tolist(),
+            index.kinds.tolist(),
+            index.offsets.tolist(),
+            index.sizes.tolist(),
+            strict=True,
+        ):
+            members[sample][index.extensions[kind]] = Span(shard, offset, size)
+        reader = ShardReader(self.cache)
+        transparent: list[str] = []
+        for key, of_sample in zip(keys, members, strict=True):
+            findings += self._sample(shard, key, of_sample, reader, transparent)
+        reader.close()
+        hashes = np.array([caption_id(key) for key in keys], dtype=np.int64)
+        return ShardFindings(findings, len(keys), hashes, len(transparent))
+
+    def _sample(
+        self,
+        shard: str,
+        key: str,
+        members: dict[str, Span],
+        reader: ShardReader,
+        transparent: list[str],
+    ) -> Iterator[Finding]:
+        """Look at one sample; its key joins those of transparent pictures if it has one."""
+        picture = next((e for e in self.image_extensions if e in members), None)
+        if picture is None:
+            yield Finding("no picture", shard, key, _only(key, members, self.image_extensions))
+        else:
+            try:
+                data = reader.read(members[picture])
+                encoded = EncodedPicture(data, self.pictures)
+                if self.decode:
+                    encoded.decode()
+                if encoded.is_truncated:
+                    yield Finding("truncated picture", shard, key, "its file ends too early")
+                if encoded.has_transparency:
+                    transparent.append(key)
+                media = sniff_media_type(data)
+                if _MEDIA.get(picture, media) != media:
+                    reason = f".{picture} holds {media}"
+                    yield Finding("extension of another format", shard, key, reason)
+            except BadSampleError as error:
+                yield Finding("bad picture", shard, key, str(error))
+        texts = [extension for extension in self.captions.members if extension in members]
+        if not texts:
+            yield Finding("no caption", shard, key, _only(key, members, self.captions.members))
+            return
+        try:
+            self.captions.choose([(e, reader.read(members[e])) for e in texts], (0,))
+        except BadSampleError as error:
+            yield Finding("bad caption", shard, key, str(error))
+
+    def _names(self, shard: str) -> Iterator[Finding]:
+        """Look at the names and types of all members, those that training never sees too."""
+        path = self.cache.fetch(shard) if is_remote(shard) and self.cache else shard
+        descriptor = descriptor_of(path)
+        try:
+            for entry in TarEntries(descriptor):
+                name = entry.name
+                if name.startswith("/") or ".." in name.split("/"):
+                    yield Finding("path outside", shard, name, "leads out of the archive")
+                if not (entry.isreg() or entry.isdir()) or entry.issparse():
+                    reason = f"no plain file, but {describe_entry(entry)}"
+                    yield Finding("link or device", shard, name, reason)
+                parts = split_name(name)
+                if parts and _CODE & set(parts[1].split(".")):
+                    yield Finding("code", shard, name, "of a format that can hold code")
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError):
+            return  # the index says what is damaged
+        finally:
+            os.close(descriptor)
+
+
+def _only(key: str, members: Iterable[str], wanted: Sequence[str]) -> str:
+    """Say what a sample has instead of what is wanted, and why that may be."""
+    present = sorted(members)
+    hint = explain_dots(key, present, wanted)
+    shown = ", ".join(present[:_SHOWN]) + (", ..." if len(present) > _SHOWN else "")
+    return f"only {shown}" + (f" ({hint})" if hint else "")
+
+
+def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:
+    """Count keys that occur in more than one shard.
+
+    Args:
+        found: hashes of the keys of each shard.
+    """
+    hashes = np.concatenate([np.unique(h) for h in found.values()] or [np.zeros(0, np.int64)])
+    _, counts = np.unique(hashes, return_counts=True)
+    return int((counts > 1).sum())

@@ -1,0 +1,156 @@
+"""What a training step receives, and how samples become it.
+
+How do bytes become the floats a model was trained on, wherever the batch is?
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_siglip.data.samples.captions import caption_id
+from dist_siglip.data.samples.identity import caption_ids_of
+
+
+class ImageTextBatch(NamedTuple):
+    """Pairs of pictures and captions on one rank; row i of every field belongs to pair i.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``; (B, 3, 0, 0)
+            where image_features stand in.
+        texts: (B, L) int64, token ids; (B, 0) where text_features stand in.
+        caption_ids: (B,) int64 >= 0; equal captions, those of equal tokens, have equal ids.
+        sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
+            substitute, the id of the sample that is shown.
+        valid: (B,) bool; False where an evaluation must not count the row (padding of the last
+            batch, or a sample that could not be decoded). Always True in training.
+        substituted: (B,) bool; True where the sample due here could not be decoded and
+            another one stands in for it.
+        image_features: (B, D) float32, L2-normalised, of a locked tower; None: it sees images.
+        text_features: likewise for texts.
+        picture_ids: (B,) int64 >= 0; equal pictures have equal ids. None: they are not known.
+    """
+
+    images: Tensor
+    texts: Tensor
+    caption_ids: Tensor
+    sample_ids: Tensor
+    valid: Tensor
+    substituted: Tensor
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    picture_ids: Tensor | None = None
+
+
+def picture_ids_of(batch: ImageTextBatch) -> Tensor:
+    """Return the ids of a batch's pictures; where they are not known each is its own."""
+    return batch.sample_ids if batch.picture_ids is None else batch.picture_ids
+
+
+class PairSample(NamedTuple):
+    """One pair, decoded and transformed, its caption still a string.
+
+    Attributes:
+        image: (3, H, W) uint8; (3, 0, 0) if image_features is given.
+        caption: stripped text.
+        sample_id: index of the sample that is shown.
+        is_valid: whether an evaluation counts it.
+        is_substitute: whether it stands in for a sample that could not be decoded.
+        image_features: (D,) float32, in place of the image.
+        text_features: (D,) float32, in place of the caption's tokens.
+        picture_id: of the picture; None counts every sample's as its own.
+        caption_id: that was stored with text_features, if it was.
+    """
+
+    image: Tensor
+    caption: str
+    sample_id: int
+    is_valid: bool
+    is_substitute: bool
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    picture_id: int | None = None
+    caption_id: int | None = None
+
+
+class PairCollator:
+    """Stack samples into a batch; captions are tokenized here, all at once, and identified.
+
+    Args:
+        tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
+            are spawned.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[PairSample]) -> ImageTextBatch:
+        """Collate B samples in their order."""
+        captions = [sample.caption for sample in samples]
+        image_features = [s.image_features for s in samples if s.image_features is not None]
+        text_features = [s.text_features for s in samples if s.text_features is not None]
+        if text_features:
+            texts = torch.empty(len(samples), 0, dtype=torch.long)
+            caption_ids = torch.tensor([_stored_caption_id(sample) for sample in samples])
+        else:
+            texts = self._tokenizer(captions).long()
+            caption_ids = caption_ids_of(self._tokenizer, captions, texts)
+        picture_ids = [s.sample_id if s.picture_id is None else s.picture_id for s in samples]
+        return ImageTextBatch(
+            images=torch.stack([sample.image for sample in samples]),
+            texts=texts,
+            caption_ids=caption_ids,
+            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            valid=torch.tensor([sample.is_valid for sample in samples]),
+            substituted=torch.tensor([sample.is_substitute for sample in samples]),
+            image_features=torch.stack(image_features) if image_features else None,
+            text_features=torch.stack(text_features) if text_features else None,
+            picture_ids=torch.tensor(picture_ids),
+        )
+
+
+def _stored_caption_id(sample: PairSample) -> int:
+    """Id of a caption that is not tokenized; of a file without ids, that of the text."""
+    return caption_id(sample.caption) if sample.caption_id is None else sample.caption_id
+
+
+class ImageNormalizer:
+    """Turn (B, 3, H, W) uint8 into float32, (value / 255 - mean) / std for each channel.
+
+    To the last bit what torchvision's ``ToTensor`` and ``Normalize`` make of each picture on the
+    CPU. Floats pass unchanged.
+
+    Args:
+        mean: of red, green and blue, on the scale 0 to 1.
+        std: likewise, > 0.
+
+    Example:
+        >>> bright = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+        >>> ImageNormalizer((0.5, 0.5, 0.5), (0.5, 0.5, 0.25)).pixels(bright).flatten()
+        tensor([1., 1., 2.])
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._mean = tuple(mean)
+        self._std = tuple(std)
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, batch: ImageTextBatch) -> ImageTextBatch:
+        """Normalise the images of a batch, on the device they are on."""
+        return batch._replace(images=self.pixels(batch.images))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalise (B, 3, H, W) pixels."""
+        if images.is_floating_point():
+            return images
+        mean, std = self._constants(images.device)
+        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std, (3, 1, 1), sent to a device once: each copy may wait for it."""
+        if device not in self._by_device:
+            mean = torch.tensor(self._mean, device=device).reshape(3, 1, 1)
+            std = torch.tensor(self._std, device=device).reshape(3, 1, 1)
+            self._by_device[device] = mean, std
+        return self._by_device[device]

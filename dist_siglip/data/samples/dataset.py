@@ -1,0 +1,285 @@
+"""What is the sample in a given slot?
+
+``PairDataset[slot]`` is a function of the slot: which bytes, which caption, which crop, and which
+substitute if they are bad, whoever asks and in which process. So resumed, resharded and re-workered
+runs see the same pictures to the last bit.
+"""
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.samples.bad_samples import BadSampleError, BadSampleLog, TruncatedCount
+from dist_siglip.data.samples.batch import PairSample
+from dist_siglip.data.samples.cached_features import CachedFeatures, Tower
+from dist_siglip.data.samples.captions import CaptionRule, named_picture_id, read_json
+from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import PICTURE_BYTES, EmptyCaptions, Tokenizer, picture_id
+from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.randomness import draw_one, seeded_generators
+from dist_siglip.data.samples.stages import (
+    FilteredError,
+    Stage,
+    all_take_rgb,
+    check_stages,
+    run_stages,
+)
+from dist_siglip.data.samples.transforms import ImageTransform
+from dist_siglip.errors import UserError
+from dist_siglip.system.redaction import redact
+
+_NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
+_LOGGER = logging.getLogger(__name__)
+_BAD_ATTEMPTS = 20  # bad samples in a row for one slot
+_FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
+_SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand
+_NAMED = 20  # bad samples named by each process; then every hundredth
+
+
+class PairDataset(Dataset[PairSample]):
+    """Map-style data set, indexed by ``Slot``.
+
+    A sample that cannot be read or decoded is named in the log, and a substitute is drawn from the
+    key of the slot and the attempt: ten times from the same shard, then from the same source. So
+    every other sample stays where it is. A sample that a stage leaves out is replaced likewise,
+    but it is not bad.
+
+    Args:
+        table: where the members are.
+        transform: picture to (3, H, W) uint8; random draws are seeded by the key of the slot.
+        seed: >= 0.
+        pictures: what decides the pixels of an encoded picture.
+        captions: which caption a sample gets.
+        stages: steps between decoding and transform.
+        source_ranges: (first id, id after the last) of each source; by default one has all.
+        bad_sample_log: file for a JSON line about every bad sample: shard, key, sample_id, epoch,
+            position, source, reason. None writes none.
+        features: rows that stand in for pictures, captions or both; a sample without one is bad.
+        is_evaluation: take the first caption, and mark substitutes as not valid, so that they do
+            not count.
+        tokenizer: of the model; a caption without a token is empty.
+        picture_id: when pictures are the same, see ``ImageTextDataModule``.
+
+    Attributes:
+        picture_id: may be set to None until the data set is loaded from, where nobody asks.
+    """
+
+    def __init__(
+        self,
+        table: PairTable,
+        transform: ImageTransform,
+        *,
+        seed: int,
+        pictures: PicturePolicy,
+        captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
+        stages: Sequence[Stage] = (),
+        source_ranges: Sequence[tuple[int, int]] = (),
+        bad_sample_log: str | None = None,
+        features: CachedFeatures | None = None,
+        is_evaluation: bool = False,
+        tokenizer: Tokenizer | None = None,
+        picture_id: str | None = PICTURE_BYTES,
+    ) -> None:
+        self.table = table
+        self._transform = transform
+        self._seed = seed
+        self._pictures = pictures
+        self._captions = captions.always_first() if is_evaluation else captions
+        self._stages = check_stages(stages)
+        self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
+        self._log = BadSampleLog(bad_sample_log)
+        self._truncated = TruncatedCount(table.describe)
+        self._features = features
+        self._is_evaluation = is_evaluation
+        # The table may know further members, which hold no captions.
+        self._caption_members = {name.lower().lstrip(".") for name in captions.members}
+        self._is_empty = EmptyCaptions(tokenizer)
+        self.picture_id = picture_id
+        self._reader = ShardReader(table.cache)
+        self._num_bad = 0
+
+    def __len__(self) -> int:
+        return self.table.num_samples
+
+    def __getitem__(self, slot: Slot) -> PairSample:
+        """Return the sample of a slot, or its substitute.
+
+        Raises:
+            UserError: if a sample and 20 substitutes in a row are bad, or stages leave out a
+                thousand.
+        """
+        sample_id, num_bad, num_filtered = slot.sample_id, 0, 0
+        while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
+            try:
+                image, caption, picture = self._make(sample_id, slot, num_bad + num_filtered)
+                features = self._rows(sample_id)
+            except BadSampleError as error:
+                num_bad += 1
+                self._report(sample_id, slot, error)
+            except FilteredError:
+                num_filtered += 1
+            else:
+                is_due = sample_id == slot.sample_id
+                return PairSample(
+                    image=image,
+                    caption=caption,
+                    sample_id=sample_id,
+                    is_valid=not slot.is_padding and (is_due or not self._is_evaluation),
+                    is_substitute=num_bad > 0,
+                    image_features=features.get("image"),
+                    text_features=features.get("text"),
+                    picture_id=picture,
+                    caption_id=self._stored_id(sample_id, "text"),
+                )
+            sample_id = self._substitute(slot, num_bad + num_filtered)
+        if num_filtered >= _FILTERED_ATTEMPTS:
+            raise UserError(
+                f"stages leave out {num_filtered} samples in a row, from "
+                f"{self.table.describe(slot.sample_id)} on; let more pass, or write shards of those"
+            )
+        raise UserError(
+            f"sample {self.table.describe(slot.sample_id)} and {_BAD_ATTEMPTS} substitutes are all "
+            "bad (see the warnings above); repair the shards"
+        )
+
+    def raw(self, sample_id: int) -> tuple[bytes, str, str]:
+        """Return a sample as it is stored.
+
+        Returns:
+            (encoded picture, its media type such as ``"image/png"``, caption).
+
+        Raises:
+            BadSampleError: if it cannot be read.
+        """
+        data = self._reader.read(self.table.image_span(sample_id))
+        caption = self._captions.choose(
+            self._members(sample_id), (self._seed, sample_id), is_empty=self._is_empty
+        )
+        return data, sniff_media_type(data), caption
+
+    def shown(self, data: bytes) -> tuple[bytes, str]:
+        """Return a picture as a browser shows it the way a model sees it.
+
+        Args:
+            data: as stored. Where it has transparency, or a browser would turn it, it is written
+                anew.
+
+        Returns:
+            Encoded picture, its media type.
+
+        Raises:
+            BadSampleError: if it cannot be decoded.
+        """
+        picture = EncodedPicture(data, self._pictures)
+        if picture.looks_as_stored:
+            return data, sniff_media_type(data)
+        kind = "PNG" if picture.has_transparency else "JPEG"
+        buffer = io.BytesIO()
+        image = picture.decode()
+        image.info.clear()
+        image.save(buffer, kind)
+        return buffer.getvalue(), f"image/{kind.lower()}"
+
+    def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str, int | None]:
+        """Read, decode and transform one sample with the randomness of a slot and an attempt.
+
+        Returns:
+            Pixels, caption, and the id of the picture.
+        """
+        key = slot.key(self._seed)
+        if attempt:  # a stage that leaves out by lot would draw the same lot for ever
+            key = (*key, attempt)
+        members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
+        caption = self._captions.choose(members, key, is_empty=self._is_empty)
+        if self._features is not None and "image" in self._features.towers:
+            return _NO_PIXELS, caption, self._picture_id(sample_id, None)
+        data = self._reader.read(self.table.image_span(sample_id))
+        identity = self._picture_id(sample_id, data)
+        picture = EncodedPicture(data, self._pictures)
+        with seeded_generators(*key):
+            if not self._stages:
+                image = self._transform(picture)
+                if picture.is_truncated:
+                    self._truncated.note(sample_id)
+                return image, caption, identity
+            shard, name = self.table.name(sample_id)
+            sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": caption}
+            sample["image"] = picture.decode() if all_take_rgb(self._stages) else picture.stored()
+            if picture.is_truncated:
+                self._truncated.note(sample_id)
+            sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
+            changed = run_stages(self._stages, sample, self._pictures.transparency)
+            return self._transform(changed["image"]), changed["text"], identity
+
+    def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:
+        """Identify a picture by what the setting names, else by its bytes or those embedded."""
+        if self.picture_id is None:
+            return None
+        if self.picture_id != PICTURE_BYTES:
+            found = self._field_id(sample_id, self.picture_id)
+            if found is not None:
+                return found
+        return self._stored_id(sample_id, "image") if data is None else picture_id(data)
+
+    def _field_id(self, sample_id: int, field: str) -> int | None:
+        """Identify a picture by a field of its JSON; None where it says nothing."""
+        span = self.table.member_span(sample_id, "json")
+        return None if span is None else named_picture_id(self._reader.read(span), field)
+
+    def _stored_id(self, sample_id: int, tower: Tower) -> int | None:
+        """Return the id that was stored with the features of a tower, if any stand in for it."""
+        if self._features is None or tower not in self._features.towers:
+            return None
+        return self._features.identity(sample_id, tower)
+
+    def _rows(self, sample_id: int) -> dict[str, Tensor]:
+        """Read the features that stand in, by tower."""
+        if self._features is None:
+            return {}
+        return {tower: self._features.row(sample_id, tower) for tower in self._features.towers}
+
+    def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
+        """Read the members with captions, one at a time."""
+        for extension, span in self.table.caption_spans(sample_id):
+            if extension in self._caption_members:
+                yield extension, self._reader.read(span)
+
+    def _substitute(self, slot: Slot, attempt: int) -> int:
+        """Draw a sample to stand in, of the same shard, later of the same source."""
+        if attempt <= _SAME_SHARD:
+            first, stop = self.table.shard_range(slot.sample_id)
+        else:
+            first, stop = self._source_ranges[slot.source]
+        return first + draw_one(stop - first, *slot.key(self._seed), attempt)
+
+    def _report(self, sample_id: int, slot: Slot, error: BadSampleError) -> None:
+        """Count a bad sample, write it down and name it in the log, at first and now and then."""
+        self._num_bad += 1
+        is_named = self._num_bad <= _NAMED or self._num_bad % 100 == 0
+        if self._log.path is None and not is_named:
+            return
+        shard, key = self.table.name(sample_id)
+        self._log.append(
+            shard=redact(shard),
+            key=key,
+            sample_id=sample_id,
+            epoch=slot.epoch,
+            position=slot.position,
+            source=slot.source,
+            reason=str(error),
+        )
+        if is_named:
+            _LOGGER.warning(
+                "bad sample %d in this process: %s: %s; another sample stands in",
+                self._num_bad,
+                self.table.describe(sample_id),
+                error,
+            )

@@ -1,0 +1,94 @@
+"""The bytes of a member.
+
+They are read by ``pread`` from a shard on a local disk: no shared file position, so threads and
+forked processes can use one descriptor. A remote shard is read from its copy in the cache of the
+node. A reader keeps a few shards open and reopens them in a process it is pickled to; a copy that
+was evicted is closed, so that its space on the disk is free.
+"""
+
+import errno
+import os
+from collections import OrderedDict
+
+from dist_siglip.data.index.pairs import Span
+from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.system.regular_file import descriptor_of
+
+_OPEN_SHARDS = 64  # far above a block of shards, far below the usual limit of 1024
+
+# No sample is bad for it, and the next one would fare no better.
+_OF_THIS_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+class ShardReader:
+    """Read spans of shards, keeping the shards used last open.
+
+    Args:
+        cache: copies of remote shards; None if there are none to read.
+        max_member_bytes: longest span it agrees to read; bounds memory.
+    """
+
+    def __init__(self, cache: ShardCache | None = None, max_member_bytes: int = 1 << 28) -> None:
+        self._cache = cache
+        self._max_member_bytes = max_member_bytes
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, span: Span) -> bytes:
+        """Return the bytes of a span.
+
+        Raises:
+            BadSampleError: if the span is too long, or the shard cannot be read, does not exist any
+                more, or is shorter than when it was indexed.
+            UserError: if the cache is full or closed, or access is denied.
+            OutageError: if the server of the shard does not answer.
+            OSError: if this process may open no more files, or has no memory.
+        """
+        if span.size > self._max_member_bytes:
+            raise BadSampleError(f"member of {span.size} bytes, at most {self._max_member_bytes}")
+        try:
+            data = os.pread(self._open(span.shard), span.size, span.offset)
+        except OSError as error:
+            if error.errno in _OF_THIS_PROCESS:
+                raise
+            raise BadSampleError(f"shard cannot be read: {error}") from error
+        except RemoteError as error:
+            if not error.is_missing:  # the sample may be sound
+                raise
+            raise BadSampleError(str(error)) from error
+        if len(data) < span.size:
+            raise BadSampleError(f"shard ends {span.size - len(data)} bytes early")
+        return data
+
+    def close(self) -> None:
+        """Close every open shard; the next read opens again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _open(self, shard: str) -> int:
+        """Return a descriptor of a shard, closing the one unused for longest beyond the limit."""
+        if shard not in self._descriptors:
+            if is_remote(shard):
+                self._close_evicted()
+                if self._cache is None:
+                    raise BadSampleError("shard is remote, and there is no cache for it")
+                self._descriptors[shard] = self._cache.open(shard)
+            else:
+                self._descriptors[shard] = descriptor_of(shard)
+            if len(self._descriptors) > _OPEN_SHARDS:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def _close_evicted(self) -> None:
+        """Close copies that have no name any more."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
+
+    def __getstate__(self) -> dict[str, object]:
+        # Descriptors mean nothing in another process.
+        return {**self.__dict__, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,203 @@
+"""How are batches prepared ahead of the step that needs them?
+
+One line about a loader process that has died or failed: which, of what, and what mends it.
+"""
+
+import os
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from multiprocessing import active_children, queues, util
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchSampler
+from dist_siglip.data.samples.batch import PairCollator, PairSample
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.errors import LoaderError, OutageError, RunFailedError, UserError
+from dist_siglip.system.signals import SIGNALS
+
+_RAISED = re.compile(r"Caught \w+ in DataLoader worker process (\d+)")
+_DIED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([A-Za-z ]+)|exited)"
+)
+_FILES = re.compile(r"too many open files|\bancdata\b|errno 24", re.I)
+_HUNG_UP = re.compile(r"EOFError|Connection\w*Error")
+_MEMORY = re.compile(r"bus error|shared memory|no space left|errno 28", re.I)
+_KILLED = re.compile(
+    r"killed|exited unexpectedly|cannot allocate memory|errno 12|memoryerror", re.I
+)
+
+
+def loader_failure(error: BaseException | None) -> Exception | None:
+    """Return what ends a run that ``error`` came to; None if no loader process is behind it.
+
+    torch raises for a process that has died wherever the training process happens to be, and hands
+    over what one has raised with its traceback as the text. A mistake of the user stays one.
+
+    Example:
+        >>> dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        >>> print(str(loader_failure(dead)).split(";")[0])
+        loader process (pid 7) was killed by signal: Killed
+        >>> loader_failure(KeyError("a")) is None
+        True
+    """
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, LoaderError):
+            return error
+        text = str(error)
+        if (raised := _RAISED.search(text)) is not None:
+            return _raised(error, raised.group(1), text)
+        if (died := _DIED.search(text)) is not None:
+            signal = (died.group(2) or "").strip()
+            how = f"was killed by signal: {signal}" if signal else "ended unexpectedly"
+            return LoaderError(f"loader process (pid {died.group(1)}) {how}; {_remedy(text)}")
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None
+
+
+def failed_to_deliver(reason: str) -> LoaderError:
+    """Return the error of loader processes that cannot start, or hand a batch over."""
+    told = " ".join(reason.split()).partition(". ")[0].rstrip(": ")[:300]
+    return LoaderError(f"loader processes: {told}; {_remedy(reason)}")
+
+
+def _raised(error: BaseException, worker: str, text: str) -> Exception:
+    last = text.strip().splitlines()[-1].strip()
+    if isinstance(error, (UserError, RunFailedError, OutageError)):
+        return type(error)(last.partition(": ")[2] or last)
+    return LoaderError(f"loader process {worker} failed: {last[:300]}; {_remedy(last, text)}")
+
+
+def _remedy(reason: str, report: str = "") -> str:
+    """Say what mends it; without a known cause, show the traceback of the process."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if _HUNG_UP.search(reason):
+        return (
+            "the process hung up: it was killed, perhaps for memory, or may open no more files "
+            f"(ulimit -n is {files}); lower data.workers_per_rank, or ask for more"
+        )
+    if _FILES.search(reason):
+        return (
+            f"raise the limit of open files (ulimit -n is {files}) or lower data.workers_per_rank"
+        )
+    if _MEMORY.search(reason):
+        try:
+            free = f"{shutil.disk_usage('/dev/shm').free / 2**20:.0f} MiB"
+        except OSError:
+            free = "nothing"
+        return (
+            f"/dev/shm, through which batches go, has {free} free: give the container more "
+            "(docker: --shm-size, --ipc=host), or lower data.workers_per_rank and "
+            "data.prefetch_factor"
+        )
+    if _KILLED.search(reason):
+        return "if memory ran out, ask for more, or lower data.workers_per_rank"
+    return " | ".join(report.split("\n"))[:1500] if report else "the lines above may say why"
+
+
+def build_loader(
+    dataset: PairDataset,
+    sampler: GlobalBatchSampler | EvaluationBatchSampler,
+    collate: PairCollator,
+    *,
+    workers_per_rank: int,
+    prefetch_factor: int,
+    pin_memory: bool,
+) -> DataLoader[PairSample]:
+    """Build a loader of ``ImageTextBatch`` whose processes outlive epochs and cluster signals.
+
+    Args:
+        dataset: pairs by slot.
+        sampler: lists of slots, one list a batch.
+        collate: samples to batch.
+        workers_per_rank: loader processes, of one thread each; 0 loads in this process.
+        prefetch_factor: batches each loader process prepares ahead.
+        pin_memory: whether batches are copied to page-locked memory, for a GPU.
+    """
+    has_workers = workers_per_rank > 0
+    return PairLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers_per_rank,
+        prefetch_factor=prefetch_factor if has_workers else None,
+        persistent_workers=has_workers,
+        worker_init_fn=prepare_worker,
+        pin_memory=pin_memory,
+    )
+
+
+class PairLoader(DataLoader[PairSample]):
+    """A loader whose processes end the run when they cannot deliver, instead of being waited for.
+
+    Raises:
+        LoaderError: while it is iterated over.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own class
+        """Start the processes, if they do not run, and yield batches."""
+        if not self.num_workers:
+            return super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise failed_to_deliver(f"could not be started: {error}") from error
+        return _deliver(batches)
+
+
+class _NotHandedOver(NamedTuple):
+    """Stands for a batch that a loader process has, but cannot hand over."""
+
+    reason: str
+
+
+def _deliver(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from map(_handed_over, batches)
+    except Exception as error:
+        # Deaf to SIGTERM, one that is stuck would be waited for at the end of this process.
+        util.Finalize(None, _end_processes, exitpriority=100)
+        text = f"{type(error).__name__}: {error}"
+        raise (loader_failure(error) or failed_to_deliver(text)) from error
+
+
+def _handed_over(batch: Any) -> Any:
+    if isinstance(batch, _NotHandedOver):
+        raise failed_to_deliver(f"a batch could not be handed over: {batch.reason}")
+    return batch
+
+
+def _end_processes() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for process in active_children():
+        process.kill()
+
+
+def _hand_over_reason(queue: Any, error: Exception, item: Any) -> None:
+    """Send why an item of a queue was not sent, where multiprocessing only prints it.
+
+    The training process would wait for that batch without end: the loader process lives.
+    """
+    if isinstance(item, tuple) and len(item) == 2:
+        queue.put((item[0], _NotHandedOver(f"{type(error).__name__}: {error}")))
+
+
+def prepare_worker(worker: int) -> None:
+    """Make a loader process deaf to the signals meant for the training process.
+
+    SLURM signals every process of a step, a terminal every process of its foreground, and the
+    default action is death. Once the training process ends, its loader processes do, too.
+
+    Args:
+        worker: number of the loader process; not used.
+    """
+    queues.Queue._on_queue_feeder_error = _hand_over_reason  # type: ignore[attr-defined]
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # One loader process is one core; tokenizers would start a thread for each core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

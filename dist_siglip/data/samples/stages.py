@@ -1,0 +1,129 @@
+"""How do steps of the user's own change a sample between decoding and transform?
+
+A stage is what a webdataset pipeline is made of: a function from an iterator of samples to an
+iterator of samples, a sample being a dict. ``webdataset.map``, ``webdataset.select`` and the like
+make stages of plain functions. Each sample goes through alone, with the random generators of
+Python, NumPy and torch seeded by its place in the stream, so what a stage draws is repeated when a
+run resumes.
+
+A stage gets pictures in RGB, as a model would. One that has an attribute ``picture_mode`` says
+otherwise: "RGBA" for pictures with their alpha, "stored" for the mode of the file, such as "I;16"
+with all its bits. Such stages come first, since what is laid on a ground stays there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.flatten import flatten, to_rgba
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.errors import UserError
+
+Stage = Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]
+_MODES = ("stored", "RGBA", "RGB")  # no stage can have what one before it has lost
+
+
+class FilteredError(Exception):
+    """A stage left the sample out; the text names the stage."""
+
+
+def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return stages, if every one of them can get pictures in the mode it asks for.
+
+    Raises:
+        UserError: if a mode is unknown, or lost in a stage before.
+    """
+    reached = 0
+    for stage in stages:
+        mode = _picture_mode(stage)
+        if mode not in _MODES:
+            raise UserError(
+                f"picture_mode ({mode}) of stage {_name(stage)} must be one of {', '.join(_MODES)}"
+            )
+        if _MODES.index(mode) < reached:
+            raise UserError(
+                f"stage {_name(stage)} asks for pictures in mode {mode} after a stage that gets "
+                f"them in {_MODES[reached]}; put it before that one"
+            )
+        reached = _MODES.index(mode)
+    return tuple(stages)
+
+
+def all_take_rgb(stages: Sequence[Stage]) -> bool:
+    """Whether no stage asks for more than the colours that a model sees."""
+    return all(_picture_mode(stage) == "RGB" for stage in stages)
+
+
+def run_stages(
+    stages: Sequence[Stage], sample: dict[str, Any], transparency: str = PicturePolicy.transparency
+) -> dict[str, Any]:
+    """Send one sample through stages, one after another.
+
+    Args:
+        stages: functions from an iterator of samples to an iterator of samples.
+        sample: ``__key__``, ``__url__`` (the shard), ``image`` (a ``PIL.Image`` in RGB, or in its
+            own mode if ``all_take_rgb`` denies), ``text``, and ``json`` (a dict) if the captions
+            came from there.
+        transparency: as ``PicturePolicy.transparency``.
+
+    Returns:
+        What came out, its ``image`` an RGB picture and its ``text`` stripped.
+
+    Raises:
+        FilteredError: if a stage yields nothing.
+        BadSampleError: if a stage says so, or leaves an empty text.
+        UserError: if a stage yields two samples, or takes away picture or text.
+        RuntimeError: if a stage fails; the error of the stage is its cause.
+    """
+    for stage in stages:
+        name = _name(stage)
+        sample = {**sample, "image": _in_mode(sample["image"], _picture_mode(stage), transparency)}
+        try:
+            results = list(stage(iter([sample])))
+        except (BadSampleError, UserError):
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"stage {name} fails on {sample.get('__url__')}/{sample.get('__key__')}: {error!r}"
+            ) from error
+        if not results:
+            raise FilteredError(f"left out by stage {name}")
+        if len(results) > 1:
+            raise UserError(
+                f"stage {name} makes {len(results)} samples of one; a stage may change a sample or "
+                "leave it out"
+            )
+        sample = results[0]
+        _check(sample, name)
+    image: Image.Image = sample["image"]
+    text = sample["text"].strip()
+    if not text:
+        raise BadSampleError("caption is empty")
+    return {**sample, "image": _in_mode(image, "RGB", transparency), "text": text}
+
+
+def _picture_mode(stage: Stage) -> str:
+    return str(getattr(stage, "picture_mode", "RGB"))
+
+
+def _in_mode(image: Image.Image, mode: str, transparency: str) -> Image.Image:
+    """Bring a picture to the mode that a stage asks for, if it is not there."""
+    if mode == "stored" or (image.mode == mode and "transparency" not in image.info):
+        return image
+    return to_rgba(image) if mode == "RGBA" else flatten(image, transparency)
+
+
+def _check(sample: Any, name: str) -> None:
+    """Refuse a sample without a picture and a text."""
+    for field, kind, wanted in (("image", Image.Image, "a PIL.Image"), ("text", str, "a string")):
+        value = sample.get(field) if isinstance(sample, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(
+                f"stage {name} must leave {wanted} under {field!r}, not {type(value).__name__}"
+            )
+
+
+def _name(stage: Stage) -> str:
+    return getattr(stage, "__qualname__", None) or type(stage).__qualname__

@@ -1,0 +1,185 @@
+"""How does a picture become the pixels a model expects?
+
+The crops and sizes are open_clip's own, so that what is trained here sees the same pixels as in
+open_clip's trainer and evaluations. What is left of its transform, the conversion to floats and the
+normalisation, happens on the device (``ImageNormalizer``): a byte is a quarter of a float to move.
+
+What does a model want to be fed?
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Normalize, RandomResizedCrop
+
+from dist_siglip.data.samples.flatten import flatten
+from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """Preprocessing that belongs to a model, in plain values.
+
+    Attributes:
+        image_size: side of a square picture in pixels, or (height, width).
+        mean: of red, green and blue, on the scale 0 to 1.
+        std: of red, green and blue, on the scale 0 to 1.
+        interpolation: "bicubic", "bilinear" or "random" (bicubic outside training).
+        resize_mode: "shortest" (resize the short side, crop the middle), "longest" (resize the long
+            side, pad) or "squash" (ignore the aspect ratio), as in open_clip.
+        context_length: tokens of a text.
+        tokenizer: list of B strings to (B, context_length) token ids.
+        pictures: what decides the pixels of an encoded picture.
+    """
+
+    image_size: int | tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    context_length: int
+    tokenizer: Callable[[list[str]], Tensor]
+    pictures: PicturePolicy = field(default_factory=PicturePolicy)
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelInputs":
+        """Take the values from a built model, which has attributes of the same names."""
+        return cls(**{each.name: getattr(model, each.name) for each in fields(cls)})
+
+
+ImageTransform = Callable[[EncodedPicture | Image.Image], Tensor]
+
+_RATIO = (3 / 4, 4 / 3)  # of the sides of a crop: torchvision's, which open_clip leaves as it is
+
+
+def training_transform(
+    inputs: ModelInputs,
+    crop_scale: tuple[float, float] | None,
+    *,
+    scaled_decode: bool = True,
+) -> ImageTransform:
+    """Return the training transform: a random crop, resized.
+
+    Args:
+        inputs: preprocessing of the model.
+        crop_scale: share of the picture's area that a crop keeps, (least, most). None turns
+            augmentation off: the evaluation transform.
+        scaled_decode: decode a JPEG at the smallest fraction of its size at which the crop still
+            has the pixels it needs. Same crops, much faster for large pictures; the pixels differ
+            a little from those of open_clip. False: the same pixels.
+
+    Returns:
+        A function from a picture to (3, H, W) uint8. It draws from the random generators of
+        torch.
+    """
+    if crop_scale is None:
+        return evaluation_transform(inputs)
+    return _RandomCrop(inputs, crop_scale, scaled_decode)
+
+
+def evaluation_transform(inputs: ModelInputs) -> ImageTransform:
+    """Return the evaluation transform: resized as the model asks, nothing random.
+
+    Args:
+        inputs: preprocessing of the model.
+
+    Returns:
+        A function from a picture to (3, H, W) uint8: open_clip's pixels before normalisation.
+    """
+    return _Evaluation(inputs)
+
+
+class _RandomCrop:
+    """open_clip's training transform, its crop drawn before anything is decoded."""
+
+    def __init__(
+        self, inputs: ModelInputs, crop_scale: tuple[float, float], scaled_decode: bool
+    ) -> None:
+        size = inputs.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self._target = (width, height)
+        self._transparency = inputs.pictures.transparency
+        self._crop_scale = list(crop_scale)
+        self._scaled_decode = scaled_decode
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        width, height = picture.size
+        # torchvision's own draw needs something of this size, not its pixels.
+        shape_only = torch.empty(1).expand(3, height, width)
+        top, left, rows, columns = RandomResizedCrop.get_params(
+            shape_only, self._crop_scale, list(_RATIO)
+        )
+        image = self._decode(picture, rows, columns)
+        box = (left, top, left + columns, top + rows)
+        if image.size == (width, height):
+            return _to_tensor(_crop(image, box).resize(self._target, Image.Resampling.BICUBIC))
+        across, down = image.width / width, image.height / height
+        scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        return _to_tensor(image.resize(self._target, Image.Resampling.BICUBIC, box=scaled))
+
+    def _decode(
+        self, picture: EncodedPicture | Image.Image, rows: int, columns: int
+    ) -> Image.Image:
+        if isinstance(picture, Image.Image):
+            return _in_rgb(picture, self._transparency)
+        if not self._scaled_decode:
+            return picture.decode()
+        width, height = self._target
+        return picture.decode(
+            next(r for r in REDUCTIONS if r == 1 or (columns >= r * width and rows >= r * height))
+        )
+
+
+class _Evaluation:
+    """open_clip's evaluation transform without its last two steps."""
+
+    def __init__(self, inputs: ModelInputs) -> None:
+        settings = PreprocessCfg(
+            size=inputs.image_size,
+            mean=inputs.mean,
+            std=inputs.std,
+            interpolation=inputs.interpolation,
+            resize_mode=inputs.resize_mode,
+        )
+        *steps, to_floats, normalize = image_transform_v2(settings, is_train=False).transforms
+        if type(to_floats).__name__ != "MaybeToTensor" or not isinstance(normalize, Normalize):
+            raise RuntimeError("open_clip's transform no longer ends with ToTensor and Normalize")
+        self._steps = steps
+        self._transparency = inputs.pictures.transparency
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        if isinstance(picture, Image.Image):
+            image = _in_rgb(picture, self._transparency)
+        else:
+            image = picture.decode()
+        for step in self._steps:
+            image = step(image)
+        return _to_tensor(image)
+
+
+def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:
+    """Bring a picture of any mode to RGB; one that is passes as it is."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    return flatten(image, transparency)
+
+
+def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Cut out a part, which Pillow by itself refuses to do above a limit of its own."""
+    left, top, right, bottom = box
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or (right - left) * (bottom - top) <= limit:
+        return image.crop(box)
+    return Image.fromarray(np.asarray(image)[top:bottom, left:right])
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Copy an RGB picture to (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
