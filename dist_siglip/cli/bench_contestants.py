@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_siglip.distributed import ExchangeName
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.products import product, uses_onednn
+from dist_siglip.losses.kernels.products import product, uses_onednn
 
 Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

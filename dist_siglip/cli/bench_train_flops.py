@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_siglip.losses.products import product, uses_onednn
+from dist_siglip.losses.kernels.products import product, uses_onednn
 from dist_siglip.models import BuiltModel
 
 _SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_siglip.losses.finite import let_pass
+from dist_siglip.losses.nonfinite import let_pass
 
 _RECORDS = 200  # points of the loss curve
 _FIRST_RECORDS = (1, 2, 5, 10, 20)  # for logarithmic axes

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
 from dist_siglip.losses import LogitScaleBias, ModalityGraph, multimodal_sigmoid_loss
-from dist_siglip.losses.adapter import SimplexAdapter
-from dist_siglip.losses.modalities import edges_of
-from dist_siglip.losses.scale import BiasParameterization
+from dist_siglip.losses.logit_scale import BiasParameterization
+from dist_siglip.losses.research.adapter import SimplexAdapter
+from dist_siglip.losses.research.modalities import edges_of
 from dist_siglip.metrics import collect_pair_statistics, joint_constellation
 
 AUTHORS_SEED = 50

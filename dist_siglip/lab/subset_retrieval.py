@@ -19,7 +19,7 @@ from dist_siglip.lab.free_embeddings import (
     warm_up_and_cosine,
 )
 from dist_siglip.losses import relevance_sigmoid_loss, relevance_softmax_loss
-from dist_siglip.losses.finite import let_pass
+from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import RelevanceMargins, relevance_margins
 
 SubsetLoss = Literal["sigmoid", "softmax"]

@@ -21,11 +21,11 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.finite import refuse_not_finite
-from dist_siglip.losses.geometry_tiles import kernel_tile
-from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient
-from dist_siglip.losses.tiles import logits_dtype
-from dist_siglip.losses.trip import (
+from dist_siglip.losses.kernels.geometry_tiles import kernel_tile
+from dist_siglip.losses.kernels.tiles import logits_dtype
+from dist_siglip.losses.nonfinite import refuse_not_finite
+from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.ring_pass import (
     check_chunk_rows,
     check_pairs,
     check_rows,

@@ -20,11 +20,12 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
-from dist_siglip.losses.finite import FiniteCheck, refuse_not_finite
-from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient
-from dist_siglip.losses.pair_terms import Duplicates
-from dist_siglip.losses.tiles import TileBuffers, logits_dtype, sigmoid_tile
-from dist_siglip.losses.trip import (
+from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.kernels.tiles import TileBuffers, logits_dtype, sigmoid_tile
+from dist_siglip.losses.nonfinite import FiniteCheck, refuse_not_finite
+from dist_siglip.losses.pair_ids import join_ids
+from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.ring_pass import (
     add_product,
     check_chunk_rows,
     check_pairs,
@@ -35,7 +36,6 @@ from dist_siglip.losses.trip import (
     sum_dtype,
     tile_slices,
 )
-from dist_siglip.pair_ids import join_ids
 
 
 @dataclass

@@ -21,11 +21,11 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
-from dist_siglip.losses.finite import FiniteCheck, refuse_not_finite
-from dist_siglip.losses.known_gradients import KnownGradient, attach_gradients, wants_gradient
-from dist_siglip.losses.softmax_tiles import negative_sums_tile, softmax_tile
-from dist_siglip.losses.tiles import logits_dtype
-from dist_siglip.losses.trip import (
+from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
+from dist_siglip.losses.kernels.tiles import logits_dtype
+from dist_siglip.losses.nonfinite import FiniteCheck, refuse_not_finite
+from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.ring_pass import (
     add_product,
     check_chunk_rows,
     check_pairs,

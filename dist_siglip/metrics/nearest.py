@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange
+from dist_siglip.losses.pair_ids import share_an_id
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
-from dist_siglip.pair_ids import share_an_id
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
 # it is one number, so that equal keys are ties wherever they lie.

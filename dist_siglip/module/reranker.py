@@ -13,7 +13,7 @@ from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
-from dist_siglip.losses.matching import match_loss
+from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models.depth import Tower
 from dist_siglip.models.fusion import FusionConfig, FusionHead

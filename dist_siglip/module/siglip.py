@@ -13,11 +13,10 @@ from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.distributed import copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
-from dist_siglip.losses.calibration import Calibration, describe_batch_change
-from dist_siglip.losses.drop_in import ids_for
-from dist_siglip.losses.finite import let_pass
-from dist_siglip.losses.pair_similarities import calibrate_on_features
-from dist_siglip.losses.pair_terms import Duplicates
+from dist_siglip.losses.calibration import Calibration, calibrate_on_features, describe_batch_change
+from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.modules import ids_for
+from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,

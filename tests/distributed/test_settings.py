@@ -18,8 +18,8 @@ from dist_siglip.losses import (
     siglip_loss,
     softmax_loss,
 )
-from dist_siglip.losses.finite import let_pass
-from dist_siglip.losses.pair_similarities import collect_similarities
+from dist_siglip.losses.calibration import collect_similarities
+from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import collect_pair_statistics, evaluate_pairs, nearest_neighbors
 from tests.support.processes import run_ranks
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias, multimodal_sigmoid_loss
-from dist_siglip.losses.adapter import SimplexAdapter, simplex_corners
+from dist_siglip.losses.research.adapter import SimplexAdapter, simplex_corners
 from tests.support.parity import LAYOUTS, global_result, largest_error, local_rows, make_rows
 from tests.support.processes import run_ranks
 from tests.support.reference_lab import adapted_loss_and_gradients, adapted_rows

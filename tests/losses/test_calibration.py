@@ -13,10 +13,11 @@ from dist_siglip.losses import LogitScaleBias
 from dist_siglip.losses.calibration import (
     Calibration,
     WeightedSimilarities,
+    calibrate_on_features,
     calibrate_scale_bias,
+    collect_similarities,
     set_logits,
 )
-from dist_siglip.losses.pair_similarities import calibrate_on_features, collect_similarities
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients, softplus
 

@@ -8,7 +8,7 @@ from open_clip.loss import SigLipLoss as OpenClipLoss
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
-from dist_siglip.losses.drop_in import ids_for
+from dist_siglip.losses.modules import ids_for
 from tests.support.processes import run_ranks
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.matching import match_loss
+from dist_siglip.losses.sampled_pairs import match_loss
 
 
 def test_all_negatives_give_the_sigmoid_loss_of_the_batch():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import multimodal_sigmoid_loss, siglip_loss
-from dist_siglip.losses.modalities import edges_of
+from dist_siglip.losses.research.modalities import edges_of
 
 
 def _scalars(scale, relative_bias):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.pair_terms import pair_terms, pair_terms_in_place
+from dist_siglip.losses.kernels.pair_terms import pair_terms, pair_terms_in_place
 
 # Below this float32 has fewer digits (subnormal numbers): softplus(-87) and less.
 SMALLEST = torch.finfo(torch.float32).tiny

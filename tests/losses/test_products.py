@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.losses import products, siglip_loss
+from dist_siglip.losses import siglip_loss
+from dist_siglip.losses.kernels import products
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dist_siglip.distributed import prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses import SigLipLoss, siglip_loss
-from dist_siglip.losses.pair_terms import pair_terms
-from dist_siglip.losses.tiles import sigmoid_tile
+from dist_siglip.losses.kernels.pair_terms import pair_terms
+from dist_siglip.losses.kernels.tiles import sigmoid_tile
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients, softplus
 
@@ -283,7 +283,7 @@ def test_wrong_ids_are_named(change, message):
 
 def test_a_gpu_is_never_waited_for(monkeypatch):
     """Fake CUDA tensors have no numbers: whatever would read one on the host raises."""
-    monkeypatch.setattr("dist_siglip.losses.tiles.fused_pair_terms", lambda: pair_terms)
+    monkeypatch.setattr("dist_siglip.losses.kernels.tiles.fused_pair_terms", lambda: pair_terms)
     with FakeTensorMode():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             images, texts = (

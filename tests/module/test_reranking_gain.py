@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.losses.matching import match_loss
+from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import Encoded, TokenShape
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs

@@ -3,7 +3,7 @@
 import torch
 
 from dist_siglip.distributed.fetch import fetch_rows
-from dist_siglip.losses.matching import match_loss
+from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import Encoded, TokenShape
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs

@@ -17,7 +17,7 @@ from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_c
 from dist_siglip.lab.figures import COLOURS, label, new_figure
 from dist_siglip.lab.sigmoid_space import margin_of
 from dist_siglip.losses import multimodal_sigmoid_loss, siglip_loss
-from dist_siglip.losses.adapter import SimplexAdapter
+from dist_siglip.losses.research.adapter import SimplexAdapter
 from dist_siglip.metrics import recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.capacity import capacity_alpha, largest_margin
 from dist_siglip.metrics.constructions import (

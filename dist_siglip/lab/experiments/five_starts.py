@@ -11,7 +11,7 @@ from itertools import product
 from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
 from dist_siglip.lab.figures import COLOURS, LINES, label, new_figure
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
-from dist_siglip.losses.scale import BiasParameterization
+from dist_siglip.losses.logit_scale import BiasParameterization
 
 _STARTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _PUBLISHED_MARGIN: dict[BiasParameterization, tuple[float, ...]] = {

@@ -24,7 +24,7 @@ from dist_siglip.distributed import ExchangeName, gather_rows, leave_process_gro
 from dist_siglip.lab.experiment import LabSettings, Outcome, judge
 from dist_siglip.lab.figures import COLOURS, LINES, MARKERS, label, new_figure
 from dist_siglip.losses import LogitScaleBias, siglip_loss, softmax_loss
-from dist_siglip.losses.scale import BiasParameterization
+from dist_siglip.losses.logit_scale import BiasParameterization
 
 _ROW_COUNTS = {2: (14, 6), 3: (9, 0, 11), 4: (3, 8, 0, 9)}  # of 20 pairs, by rank
 _WIDTH = 16

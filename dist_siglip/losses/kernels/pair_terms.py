@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_siglip.pair_ids import share_an_id
+from dist_siglip.losses.pair_ids import share_an_id
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,11 @@ Numbers: the product of features runs in their dtype; logits, values and derivat
 (float64 for float64 features). A positive's value is softplus(-z), never softplus(z) - z, which
 cancels for large z, and its derivative is -sigmoid(-z), never sigmoid(z) - 1; ``pair_terms`` says
 how sums keep their digits.
+
+Products of features as a softmax and a distance need them: never rounded to half precision.
+
+At a scale of 100 the bfloat16 rounding of a cosine of 0.6 moves its logit by up to 0.2 and its
+softmax by a fifth; the rounding of the features themselves averages out over their width.
 """
 
 from typing import NamedTuple
@@ -14,9 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.losses.pair_terms import Duplicates, Terms, fused_pair_terms, pair_terms_in_place
-from dist_siglip.losses.products import product, uses_onednn
-from dist_siglip.losses.trip import product_dtype
+from dist_siglip.losses.kernels.pair_terms import (
+    Duplicates,
+    Terms,
+    fused_pair_terms,
+    pair_terms_in_place,
+)
+from dist_siglip.losses.kernels.products import product, uses_onednn
+from dist_siglip.losses.ring_pass import product_dtype
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -185,3 +195,22 @@ def _similarity(row_features: Tensor, column_features: Tensor, out: Tensor) -> T
         # The tensor cores sum in float32; leave it so.
         return torch.mm(row_features, column_features.T, out_dtype=out.dtype, out=out)
     return out.copy_(row_features @ column_features.T)
+
+
+def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
+    """Return row_features @ column_features.T in the logits' dtype, summed and kept in it.
+
+    Args:
+        row_features: (rows, D).
+        column_features: (columns, D), same dtype.
+
+    Example:
+        >>> half = torch.full((1, 3), 1 / 3, dtype=torch.bfloat16)
+        >>> similarity(half, half)
+        tensor([[0.3346]])
+    """
+    dtype = logits_dtype(row_features)
+    if row_features.dtype != dtype and row_features.device.type == "cuda":
+        # Tensor cores sum in float32; leave it so.
+        return torch.mm(row_features, column_features.T, out_dtype=dtype)
+    return row_features.to(dtype) @ column_features.to(dtype).T

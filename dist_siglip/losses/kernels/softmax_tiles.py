@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.losses.similarity import similarity
+from dist_siglip.losses.kernels.tiles import similarity
 
 
 class NegativeSums(NamedTuple):

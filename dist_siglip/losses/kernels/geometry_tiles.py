@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dist_siglip.losses.similarity import similarity
-from dist_siglip.losses.tiles import logits_dtype
-from dist_siglip.losses.trip import product_dtype
+from dist_siglip.losses.kernels.tiles import logits_dtype, similarity
+from dist_siglip.losses.ring_pass import product_dtype
 
 
 class KernelTile(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses.products import product, uses_onednn
+from dist_siglip.losses.kernels.products import product, uses_onednn
 
 DEFAULT_CHUNK_ROWS = 1024
 _GPU_CHUNK_ROWS = 4096

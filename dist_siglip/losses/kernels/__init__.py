@@ -1,0 +1,1 @@
+"""Formulas of one rectangle (tile) of the logit matrix, without ranks and without autograd."""

@@ -1,0 +1,1 @@
+"""Losses of recent papers that no usual run needs."""
