@@ -7,7 +7,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.distributed.costs import Cluster, PlanName, Prediction, Problem, predict
+from dist_siglip.distributed.cost_model import Cluster, PlanName, Prediction, Problem, predict
 
 
 def plan(

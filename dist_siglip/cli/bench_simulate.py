@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dist_siglip.cli.bench_plan import mebibytes
 from dist_siglip.cli.live_bytes import LiveBytes
-from dist_siglip.distributed.costs import Cluster, Problem, predict
-from dist_siglip.distributed.simulation import simulated_world
+from dist_siglip.distributed.cost_model import Cluster, Problem, predict
+from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 

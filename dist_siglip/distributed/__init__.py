@@ -2,6 +2,7 @@
 
 from dist_siglip.distributed.collectives import (
     copy_from_first_rank,
+    fetch_rows,
     gather_rows,
     max_over_ranks,
     sum_over_ranks,
@@ -14,12 +15,14 @@ from dist_siglip.distributed.exchange import (
     circulate,
     prepare_exchange,
 )
-from dist_siglip.distributed.fetch import fetch_rows
-from dist_siglip.distributed.groups import new_cpu_group, resolve_group
-from dist_siglip.distributed.shutdown import leave_process_groups
-from dist_siglip.distributed.topology import group_from_mesh, set_local_world_size
-from dist_siglip.distributed.travel import AccumulatorSpec
-from dist_siglip.distributed.world import World, is_first_process
+from dist_siglip.distributed.groups import leave_process_groups, new_cpu_group, resolve_group
+from dist_siglip.distributed.ring import AccumulatorSpec
+from dist_siglip.distributed.world import (
+    World,
+    group_from_mesh,
+    is_first_process,
+    set_local_world_size,
+)
 
 __all__ = [
     "AccumulatorSpec",

@@ -1,4 +1,7 @@
-"""How what several ranks add to one accumulator meets: in place on the way, or all at once."""
+"""How what several ranks add to one accumulator meets: in place on the way, or all at once.
+
+Collectives under the name that the installed torch has for them.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,7 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.renamed import reduce_scatter_single
+# torch 2.14 renames these two and warns of the old names.
+_RENAMED = hasattr(dist, "all_gather_single") and hasattr(dist, "reduce_scatter_single")
+all_gather_single = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+reduce_scatter_single = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
+
 
 Combine = Literal["sum", "max", "logaddexp"]
 

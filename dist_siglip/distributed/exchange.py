@@ -29,13 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.all_gather import visit_gathered
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine
-from dist_siglip.distributed.gather import visit_gathered
 from dist_siglip.distributed.groups import companions_of, resolve_group
 from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
-from dist_siglip.distributed.schedule import lanes_of
-from dist_siglip.distributed.topology import local_world_size_of
-from dist_siglip.distributed.travel import AccumulatorSpec, Shard, Visitor, travel
+from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, travel
+from dist_siglip.distributed.ring_schedule import lanes_of
+from dist_siglip.distributed.world import local_world_size_of
 from dist_siglip.errors import UserError
 
 logger = logging.getLogger(__name__)

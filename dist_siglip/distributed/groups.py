@@ -4,8 +4,16 @@ Feature exchange must not queue behind DDP's gradient buckets, and agreeing on s
 wait for a GPU. So each group that exchanges features gets two companions over the same ranks,
 made on first use by those ranks alone: one of the same backend for the transfers, and one on
 the CPU (gloo) for the agreement.
+
+How does a process leave its groups, so that nothing of them runs while Python shuts down?
+
+gloo's threads hand tensors back under the interpreter lock. A thread that waits for the lock while
+Python shuts down is unwound by the interpreter, and takes the process with it: SIGABRT, "terminate
+called without an active exception", after all work was done. A group ends its threads when its last
+reference goes; a caught exception can hold that reference in a cycle, through its traceback.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,11 +23,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.handshake import Announce, GroupAnnouncer
+from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, name_missing
 from dist_siglip.distributed.mail import Mail
-from dist_siglip.distributed.roll_call import name_missing
-from dist_siglip.distributed.travel import Visitor
+from dist_siglip.distributed.ring import Visitor
 from dist_siglip.distributed.waiting import waiting_for
+
+
+def leave_process_groups() -> None:
+    """End every process group of this process and their threads, once the work is done.
+
+    Distributed contract: no collective for gloo; every rank calls it after its last exchange.
+    Without a group it does nothing.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

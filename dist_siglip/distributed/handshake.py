@@ -4,10 +4,13 @@ Point-to-point transfers trust the caller: a wrong shape or dtype hangs or deliv
 each exchange begins with one all-gather of 512 bytes per rank over a CPU group: a readable
 signature, the number of rows, the ranks per node and up to two shared numbers. Rows and ranks per
 node may differ between ranks; the signature may not, the shared numbers hardly.
+
+Who is missing, asked after a collective has failed, so that it costs nothing before.
 """
 
 import math
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,10 +19,44 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.renamed import all_gather_single
-from dist_siglip.distributed.roll_call import name_missing
+from dist_siglip.distributed.combine import all_gather_single
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
+
+# How long a rank whose call failed waits for others to say that theirs failed too.
+_SECONDS = 1.0
+
+
+def name_missing(group: ProcessGroup, occasion: str) -> str:
+    """Write which ranks of ``group`` do not report the same failure within a second.
+
+    Every rank whose call failed leaves a note in the group's store and looks for the notes of
+    the others.
+
+    Args:
+        group: process group whose ranks were waited for; its store is asked, not the group.
+        occasion: what failed, the same on every rank and never the same twice.
+
+    Returns:
+        The subject and verb of a sentence: who did not take part.
+    """
+    missing: list[int] = []
+    key = f"dist_siglip/{occasion}/rank-"
+    try:
+        store = group.get_group_store()
+        store.set(f"{key}{group.rank()}", "here")
+        deadline = time.monotonic() + _SECONDS
+        while time.monotonic() < deadline:
+            missing = [r for r in range(group.size()) if not store.check([f"{key}{r}"])]
+            if not missing:
+                break
+            time.sleep(0.05)
+    except (RuntimeError, AttributeError):
+        # The store went down with its rank, or this version of torch keeps it to itself.
+        missing = []
+    who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
+    return f"{who} did not take part: it ended, raised, or makes another call; look at its log"
+
 
 # Tells every rank one message and returns the messages of all ranks, in rank order.
 Announce = Callable[[bytes], list[bytes]]

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.costs import Cluster, Problem, predict
+from dist_siglip.distributed.cost_model import Cluster, Problem, predict
 from dist_siglip.distributed.exchange import circulate
-from dist_siglip.distributed.travel import AccumulatorSpec, Shard
+from dist_siglip.distributed.ring import AccumulatorSpec, Shard
 
 TimedExchange = Literal["ring", "two_way", "two_level", "all_gather"]
 _ROUNDS = 5

@@ -7,7 +7,7 @@ import torch
 
 from dist_siglip.cli.bench_plan import plan
 from dist_siglip.cli.bench_simulate import simulate, simulate_step
-from dist_siglip.distributed.costs import Cluster, Problem
+from dist_siglip.distributed.cost_model import Cluster, Problem
 from dist_siglip.errors import UserError
 
 

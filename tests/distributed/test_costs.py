@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_siglip.distributed.costs import Cluster, Problem, predict
+from dist_siglip.distributed.cost_model import Cluster, Problem, predict
 from dist_siglip.errors import UserError
 
 MIB = 2**20

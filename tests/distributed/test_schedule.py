@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from dist_siglip.distributed.schedule import Lane, Stop, lanes_of
+from dist_siglip.distributed.ring_schedule import Lane, Stop, lanes_of
 from dist_siglip.errors import UserError
 
 CASES = [

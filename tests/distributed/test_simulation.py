@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dist_siglip.cli.live_bytes import LiveBytes
 from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange
 from dist_siglip.distributed.exchange import _log_choice
-from dist_siglip.distributed.simulation import simulated_world
+from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from tests.support.reference import sigmoid_loss_and_gradients

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_siglip.distributed import World, group_from_mesh, prepare_exchange, set_local_world_size
-from dist_siglip.distributed.topology import local_world_size_of
+from dist_siglip.distributed.world import local_world_size_of
 from dist_siglip.errors import UserError
 from tests.support.processes import run_ranks
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dist_siglip.distributed import circulate, sum_over_ranks
-from dist_siglip.distributed.travel import AccumulatorSpec
+from dist_siglip.distributed.ring import AccumulatorSpec
 from dist_siglip.distributed.waiting import describe_frames, main_thread_doing, waiting_for
 from tests.support.processes import run_ranks
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_siglip.distributed.fetch import fetch_rows
+from dist_siglip.distributed.collectives import fetch_rows
 from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.models.fusion import FusionConfig, FusionHead
 from dist_siglip.models.tokens import Encoded, TokenShape

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from dist_siglip.distributed.schedule import Lane, TravelName, lanes_of
+from dist_siglip.distributed.ring_schedule import Lane, TravelName, lanes_of
 from dist_siglip.errors import UserError
 
 PlanName = Literal[

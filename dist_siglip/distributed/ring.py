@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.distributed.mail import Mail, Parcel, Posted
-from dist_siglip.distributed.schedule import Lane
+from dist_siglip.distributed.ring_schedule import Lane
 
 Shard = tuple[Tensor, ...]
 Visitor = Callable[[int, Shard, Shard], None]

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import Combine, reduce_scatter
-from dist_siglip.distributed.travel import AccumulatorSpec, Shard, Visitor
+from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor
 
 
 def visit_gathered(
