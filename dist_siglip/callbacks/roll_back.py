@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from dist_siglip.distributed import max_over_ranks
-from dist_siglip.distributed.checkpoint_damage import damage_of
 from dist_siglip.errors import UserError
-from dist_siglip.optim.state_names import by_number
 from dist_siglip.runs import RunFolder
+from dist_siglip.runs.checkpoints.checksum import damage_of
+from dist_siglip.runs.checkpoints.optimizer_names import by_number
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.callbacks import AtomicCheckpointIO
-from dist_siglip.callbacks.background_write import BackgroundWrite, snapshot
-from dist_siglip.distributed.checkpoint_damage import damage_of
 from dist_siglip.errors import UserError
+from dist_siglip.runs.checkpoints.checksum import damage_of
+from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
 
 
 class CheckpointCost(NamedTuple):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import yaml
 
-from dist_siglip.callbacks.checkpoint_io import read_shapes
 from dist_siglip.data.samples.picture_policy import AUTO, BEFORE_THE_SETTINGS
 from dist_siglip.distributed import is_first_process
 from dist_siglip.errors import UserError
 from dist_siglip.optim import OptimConfig, describe_schedule_change
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
+from dist_siglip.runs.checkpoints.io import read_shapes
 from dist_siglip.runs.identity import flatten
 from dist_siglip.system.best_effort import going_on_without
 from dist_siglip.system.regular_file import read_json, read_regular

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dist_siglip.distributed.checkpoint_damage import damage_of, has_checksum
-from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
 from dist_siglip.errors import UserError
+from dist_siglip.runs.checkpoints.checksum import damage_of, has_checksum
+from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole
 from dist_siglip.system.regular_file import check_regular, read_json
 
 

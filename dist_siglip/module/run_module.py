@@ -16,7 +16,7 @@ from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.module.optimizing import clip
 from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import StepCheck
-from dist_siglip.optim.state_names import by_name, by_number
+from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
 
 
 class RunModule(LightningModule):

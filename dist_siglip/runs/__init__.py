@@ -1,10 +1,10 @@
 """The run folder: what a run leaves behind, where, and who may write it."""
 
-from dist_siglip.runs.best_checkpoint import BestCheckpoint, Mode, read_best
+from dist_siglip.runs.checkpoints.best import BestCheckpoint, Mode, read_best
+from dist_siglip.runs.checkpoints.newest import check_sound, newest_sound_checkpoint
 from dist_siglip.runs.folder import RunFolder
 from dist_siglip.runs.identity import describe_differences
 from dist_siglip.runs.provenance import collect_provenance
-from dist_siglip.runs.sound_checkpoint import check_sound, newest_sound_checkpoint
 
 __all__ = [
     "BestCheckpoint",

@@ -23,14 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from dist_siglip.distributed.sharded_checkpoint import (
-    is_sharded,
-    read_into,
-    read_values,
-    write_sharded,
-)
 from dist_siglip.errors import UserError
-from dist_siglip.optim.state_names import by_name
+from dist_siglip.runs.checkpoints.optimizer_names import by_name
+from dist_siglip.runs.checkpoints.sharded import is_sharded, read_into, read_values, write_sharded
 
 
 class FullyShardedStrategy(ModelParallelStrategy):

@@ -72,7 +72,7 @@ def said(monkeypatch):
     lines = []
     for level in (logging.info, logging.warning):
         monkeypatch.setattr(
-            f"dist_siglip.callbacks.run_checkpoint.logger.{level.__name__}",
+            f"dist_siglip.runs.checkpoints.callback.logger.{level.__name__}",
             lambda text, *values: lines.append(text % values),
         )
     return lines

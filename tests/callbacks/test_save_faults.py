@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dist_siglip.callbacks import AtomicCheckpointIO, RunCheckpoint
-from dist_siglip.callbacks.checkpoint_io import read_checkpoint
-from dist_siglip.callbacks.run_checkpoint import _remove_unfinished
-from dist_siglip.distributed.checkpoint_damage import damage_of, save_sealed
-from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
+from dist_siglip.runs.checkpoints.callback import _remove_unfinished
+from dist_siglip.runs.checkpoints.checksum import damage_of, save_sealed
+from dist_siglip.runs.checkpoints.io import read_checkpoint
+from dist_siglip.runs.checkpoints.sharded import write_sharded
 from dist_siglip.system.atomic import open_atomically, sync_folder
 from tests.support.faults import KINDS, Disk, in_fork
 

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from dist_siglip.distributed.checkpoint_damage import damage_of
-from dist_siglip.distributed.sharded_checkpoint import is_sharded, read_whole
 from dist_siglip.runs import RunFolder
+from dist_siglip.runs.checkpoints.checksum import damage_of
+from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole
 from tests.support.command import write_settings
 from tests.support.forked_runs import start
 

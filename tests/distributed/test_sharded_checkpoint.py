@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_siglip.distributed.sharded_checkpoint import (
+from dist_siglip.errors import UserError
+from dist_siglip.runs.checkpoints.sharded import (
     is_sharded,
     read_into,
     read_values,
@@ -17,7 +18,6 @@ from dist_siglip.distributed.sharded_checkpoint import (
     stored_shapes,
     write_sharded,
 )
-from dist_siglip.errors import UserError
 from tests.support.processes import run_ranks
 
 

@@ -8,7 +8,6 @@ import safetensors.torch
 import torch
 
 from dist_siglip.callbacks import AtomicCheckpointIO
-from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models import build_dual_encoder
@@ -22,6 +21,7 @@ from dist_siglip.models.weights import read_weights
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.trained import load_trained
+from dist_siglip.runs.checkpoints.sharded import write_sharded
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module, weights_beside

@@ -12,7 +12,7 @@ from dist_siglip.models.depth import lies_in_block
 from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
 from dist_siglip.optim.pair import PairedOptimizer
 from dist_siglip.optim.skip import skip_where
-from dist_siglip.optim.state_names import by_name, by_number
+from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 MUON = OptimConfig(

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dist_siglip.callbacks import AtomicCheckpointIO
-from dist_siglip.distributed.sharded_checkpoint import write_sharded
 from dist_siglip.errors import UserError
 from dist_siglip.models.weights import read_weights
 from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
+from dist_siglip.runs.checkpoints.sharded import write_sharded
 
 CONTENT = {"state_dict": {"w": torch.zeros(100)}, "optimizer_states": []}
 
@@ -35,7 +35,8 @@ def test_the_newest_is_taken_when_it_is_whole(run):
 def test_a_damaged_one_is_passed_over_and_named(run, monkeypatch):
     said = []
     monkeypatch.setattr(
-        "dist_siglip.runs.sound_checkpoint.logger.warning", lambda text, *of: said.append(text % of)
+        "dist_siglip.runs.checkpoints.newest.logger.warning",
+        lambda text, *of: said.append(text % of),
     )
     flip(run.checkpoint(30))
     assert newest_sound_checkpoint(run) == run.checkpoint(20)
@@ -78,7 +79,8 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_checksum_unless_it_was_cut(ru
     """Written before there were checksums, or by a script of its own."""
     said = []
     monkeypatch.setattr(
-        "dist_siglip.runs.sound_checkpoint.logger.warning", lambda text, *of: said.append(text % of)
+        "dist_siglip.runs.checkpoints.newest.logger.warning",
+        lambda text, *of: said.append(text % of),
     )
     newest = run.checkpoint(40)
     torch.save(CONTENT, newest)

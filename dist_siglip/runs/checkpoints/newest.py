@@ -8,8 +8,8 @@ checksum, and a checkpoint that was hurt is passed over for the one before it.
 import logging
 from pathlib import Path
 
-from dist_siglip.distributed.checkpoint_damage import damage_of, has_checksum
 from dist_siglip.errors import UserError
+from dist_siglip.runs.checkpoints.checksum import damage_of, has_checksum
 from dist_siglip.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 
-from dist_siglip.callbacks.background_write import BackgroundWrite, snapshot
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
+from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
 from dist_siglip.system.atomic import sync_folder
 
 logger = logging.getLogger(__name__)
