@@ -10,8 +10,8 @@ from dist_siglip.callbacks.step_guard import StepGuard
 from dist_siglip.callbacks.stop_together import StopTogether
 from dist_siglip.callbacks.tensorboard_log import TensorBoardLog
 from dist_siglip.callbacks.throughput import Throughput
-from dist_siglip.callbacks.watchdog import Watchdog
 from dist_siglip.callbacks.weight_average import WeightAverage
+from dist_siglip.health.callback import Watchdog
 from dist_siglip.runs.checkpoints.callback import RunCheckpoint
 from dist_siglip.runs.checkpoints.io import AtomicCheckpointIO
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from dist_siglip.benchmarks import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.benchmarks.benchmark import check_benchmarks
 from dist_siglip.benchmarks.clip_benchmark_json import write_result
-from dist_siglip.callbacks.watchdog import Watchdog
 from dist_siglip.errors import UserError
+from dist_siglip.health.callback import Watchdog
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.best_effort import going_on_without
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from statistics import median_low
 
-from dist_siglip.distributed.pace import RankPace
+from dist_siglip.health.step_timing import RankPace
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.callbacks.metrics_log import MetricsLog
 from dist_siglip.callbacks.stragglers import Stragglers
-from dist_siglip.distributed.pace import Pace
+from dist_siglip.health.step_timing import Pace
 
 _LOGGER = logging.getLogger(__name__)
 _BOUND = 1 / 3  # share of the time spent waiting above which a run is bound by its data

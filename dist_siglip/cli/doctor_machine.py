@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 
 from dist_siglip.cli.doctor_page import Finding
 from dist_siglip.distributed import World
+from dist_siglip.health.start_check import digest_of_sources
 from dist_siglip.runs.provenance import installed_versions
-from dist_siglip.runs.start_facts import digest_of_sources
 
 _GIB = 2**30
 _LEAST_SHARED_MEMORY = _GIB  # loader processes hand batches over through it

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dist_siglip.distributed.same_start import list_ranks
+from dist_siglip.health.start_check import list_ranks
 
 Status = Literal["ok", "warn", "FAIL", "-"]
 _MOST_ALIKE = 4  # different findings of one kind

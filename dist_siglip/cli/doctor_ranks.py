@@ -22,8 +22,8 @@ from dist_siglip.distributed.link_check import (
     measure_neighbours,
     measure_sum,
 )
-from dist_siglip.distributed.meeting import Meeting
-from dist_siglip.distributed.same_start import describe_differences, list_ranks
+from dist_siglip.health.rendezvous import Meeting
+from dist_siglip.health.start_check import describe_differences, list_ranks
 
 _MOST_NODES = 8  # shown by name
 _MOST_GATHERED_BYTES = 2**30

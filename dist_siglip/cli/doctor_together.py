@@ -26,8 +26,8 @@ from dist_siglip.cli.doctor_ranks import (
     measure_group,
     unpack_group,
 )
-from dist_siglip.distributed.meeting import Meeting, meet
-from dist_siglip.distributed.same_start import list_ranks
+from dist_siglip.health.rendezvous import Meeting, meet
+from dist_siglip.health.start_check import list_ranks
 from dist_siglip.runs.disk_check import locked_file
 
 _SHARE = 0.8  # of the time limit of a stage for what a rank does by itself in it

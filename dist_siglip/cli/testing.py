@@ -28,8 +28,8 @@ from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import copy_from_first_rank, leave_process_groups
-from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
+from dist_siglip.health.start_check import check_ranks_started_alike
 from dist_siglip.module import SigLipModule
 
 _DESCRIPTION = (

@@ -23,7 +23,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from dist_siglip.callbacks import CollapseAlarm, MetricsLog, StopTogether
 from dist_siglip.callbacks.early_end import reason_of_early_end
-from dist_siglip.callbacks.watchdog import end_children
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
@@ -58,11 +57,12 @@ from dist_siglip.cli.trainer_parts import (
 from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
+from dist_siglip.health.callback import end_children
+from dist_siglip.health.start_check import describe_start
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.locked_features import check_features
 from dist_siglip.optim import how_to_go_on
 from dist_siglip.runs import RunFolder, collect_provenance
-from dist_siglip.runs.start_facts import describe_start
 from dist_siglip.strategies import FullyShardedStrategy
 from dist_siglip.system import signals as stop_request
 from dist_siglip.system.atomic import write_atomically

@@ -43,8 +43,8 @@ from dist_siglip.datamodule.sources import TrainSource
 from dist_siglip.datamodule.tables import ShardTables
 from dist_siglip.datamodule.training_position import TrainingPosition
 from dist_siglip.datamodule.transfer import BatchTransfer
-from dist_siglip.distributed.same_start import check_ranks_started_alike
 from dist_siglip.errors import UserError
+from dist_siglip.health.start_check import check_ranks_started_alike
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import World, gather_rows
-from dist_siglip.distributed.same_start import describe_differences
 from dist_siglip.errors import UserError
+from dist_siglip.health.start_check import describe_differences
 from dist_siglip.metrics.tiles import row_slices
 
 # A unit vector rounded to a dtype, its norm included, is as long as that up to half a step of the

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_siglip.data import ImageTextBatch, ModelInputs
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.distributed.pace import Pace
+from dist_siglip.health.step_timing import Pace
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
 from dist_siglip.models.weights_file import refuse_not_finite

@@ -5,7 +5,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.distributed.pace import Pace
+from dist_siglip.health.step_timing import Pace
 
 
 def log_training(

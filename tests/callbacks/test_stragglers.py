@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 
 from dist_siglip.callbacks import StopTogether, Throughput, throughput
 from dist_siglip.callbacks.stragglers import Stragglers, is_straggler
-from dist_siglip.distributed import pace as pace_module
-from dist_siglip.distributed.pace import Pace, RankPace
+from dist_siglip.health import step_timing as pace_module
+from dist_siglip.health.step_timing import Pace, RankPace
 from tests.support.clock import CountedClock
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -69,7 +69,7 @@ def test_what_costs_the_others_little_does_not_matter():
 
 def test_of_the_step_under_way_nothing_is_taken_yet(monkeypatch):
     clock, pace = CountedClock(), Pace()
-    monkeypatch.setattr("dist_siglip.distributed.pace.time", clock)
+    monkeypatch.setattr("dist_siglip.health.step_timing.time", clock)
     for _ in range(2):
         pace.begin_encoding(torch.device("cpu"))
         pace.end_encoding()

@@ -6,7 +6,7 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from dist_siglip.distributed.meeting import Meeting, meet
+from dist_siglip.health.rendezvous import Meeting, meet
 from tests.support.ports import next_port
 
 

@@ -4,8 +4,8 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 
-from dist_siglip.distributed.same_start import check_ranks_started_alike, describe_differences
 from dist_siglip.errors import UserError
+from dist_siglip.health.start_check import check_ranks_started_alike, describe_differences
 from tests.support.processes import run_ranks
 
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from dist_siglip.runs import start_facts
-from dist_siglip.runs.start_facts import describe_start, digest_of_sources
+from dist_siglip.health import start_check as start_facts
+from dist_siglip.health.start_check import describe_start, digest_of_sources
 
 
 def differing(one, other):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.distributed.sentinel import Beat, Sentinel
+from dist_siglip.health.hang_watchdog import Beat, Sentinel
 
 WORLD_SIZE = 3
 STALL_SECONDS = 1.5

@@ -23,8 +23,8 @@ from typing import TypeVar
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
-from dist_siglip.distributed.alarm import Alarm, Standing, Verdict, tell
 from dist_siglip.distributed.waiting import Doing, failed_doing, is_debugged, main_thread_doing
+from dist_siglip.health.hang_report import Alarm, Standing, Verdict, tell
 from dist_siglip.system.process_lock import check_place
 
 logger = logging.getLogger(__name__)

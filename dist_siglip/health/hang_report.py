@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from dist_siglip.distributed.same_start import list_ranks
+from dist_siglip.health.start_check import list_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -4,14 +4,23 @@ Ranks with different settings, code or libraries hang in the first collective th
 train something nobody asked for. So every rank writes down what it was started with, in the store
 that brought the ranks together, and the first one compares. No collective runs: a rank that
 would never answer one is named all the same.
+
+What must all ranks of a start have in common?
+
+Their settings, the code of this package, and the libraries it stands on. What a setting points at
+is compared elsewhere: shards by the fingerprint of their content.
 """
 
+import hashlib
 import json
+import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroup
@@ -19,6 +28,63 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dist_siglip.distributed.groups import resolve_group
 from dist_siglip.errors import UserError
+from dist_siglip.runs.identity import flatten
+from dist_siglip.runs.provenance import installed_versions
+
+# A node may have its own copy, at its own path: only whether there is one is compared.
+_PLACES = frozenset(
+    {
+        "data.train_shards",
+        "data.val_shards",
+        "data.train_features",
+        "data.bad_sample_log",
+        "data.cache.folder",
+    }
+)
+# Where the settings were read from, and what is a node's own business.
+_FREE = frozenset({"config", "data.cache.max_gib"})
+
+
+def describe_start(config: Mapping[str, Any], **numbers: object) -> dict[str, str]:
+    """Write down what this rank was started with, readable value by readable name.
+
+    Args:
+        config: resolved settings, nested, of plain values.
+        numbers: what follows from them here: ranks, pairs of a batch, the checkpoint.
+
+    Example:
+        >>> facts = describe_start({"trainer": {"max_steps": 5}}, world_size=2)
+        >>> facts["trainer.max_steps"], facts["world_size"], "torch" in facts
+        ('5', '2', True)
+    """
+    facts = {name: str(value) for name, value in numbers.items()}
+    facts["code of dist_siglip"] = digest_of_sources()
+    facts["python"] = platform.python_version()
+    facts |= {name: str(version) for name, version in installed_versions().items()}
+    for name, value in flatten(config):
+        if name in _PLACES:
+            facts[name] = "null" if value is None else "set"
+        elif name not in _FREE:
+            facts[name] = repr(value)
+    return facts
+
+
+@cache
+def digest_of_sources() -> str:
+    """First digits of the SHA-256 of every Python file of this package, names included.
+
+    Example:
+        >>> len(digest_of_sources())
+        12
+    """
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()[:12]
+
 
 _MOST_TOLD = 4  # differences of one message
 _LONGEST_VALUE = 80

@@ -19,9 +19,9 @@ from torch.distributed.constants import default_pg_timeout
 
 from dist_siglip.data.samples.loader import loader_failure
 from dist_siglip.distributed import resolve_group
-from dist_siglip.distributed.sentinel import Beat, Sentinel
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import LoaderError, UserError
+from dist_siglip.health.hang_watchdog import Beat, Sentinel
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
