@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         uniformity,
     )
     from dist_siglip.models import DualEncoder, build_dual_encoder
-    from dist_siglip.models.export import export_model
+    from dist_siglip.models.interop.export import export_model
     from dist_siglip.module import SigLipModule, load_trained
     from dist_siglip.optim import OptimConfig, build_optimizer
     from dist_siglip.report import write_report
@@ -86,7 +86,7 @@ else:
             "uniformity",
         ),
         "dist_siglip.models": ("DualEncoder", "build_dual_encoder"),
-        "dist_siglip.models.export": ("export_model",),
+        "dist_siglip.models.interop.export": ("export_model",),
         "dist_siglip.module": ("SigLipModule", "load_trained"),
         "dist_siglip.optim": ("OptimConfig", "build_optimizer"),
         "dist_siglip.report": ("write_report",),

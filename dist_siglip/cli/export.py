@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import introduction_of
-from dist_siglip.models.export import Form, export_model
+from dist_siglip.models.interop.export import Form, export_model
 from dist_siglip.module.trained import load_trained
 
 

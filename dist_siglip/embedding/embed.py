@@ -40,7 +40,7 @@ from dist_siglip.embedding.samples import (
 from dist_siglip.embedding.tally import EmbedReport, Tally
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.digest import digest_tower
+from dist_siglip.models.fingerprint import digest_tower
 
 _LOGGER = logging.getLogger(__name__)
 

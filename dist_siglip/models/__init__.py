@@ -2,21 +2,20 @@
 
 from dist_siglip.models.build import BuiltModel, build_dual_encoder
 from dist_siglip.models.dual_encoder import DualEncoder, compile_towers, evaluation_mode
-from dist_siglip.models.fusion import FusionConfig, FusionHead
-from dist_siglip.models.fusion_file import read_head, write_head
 from dist_siglip.models.micro_batches import (
     encode_in_micro_batches,
     encode_tower_in_micro_batches,
     refuse_batch_norm,
 )
-from dist_siglip.models.tokens import (
+from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
+from dist_siglip.models.reranker.tokens import (
     Encoded,
     TokenShape,
     encode_image_tokens,
     encode_text_tokens,
     token_shapes,
 )
-from dist_siglip.models.weights import recorded_global_batch
+from dist_siglip.models.weights.load import recorded_global_batch
 
 __all__ = [
     "BuiltModel",

@@ -25,7 +25,6 @@ from dist_siglip.models.architecture import (
     override_architecture,
 )
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.source import ModelSource, resolve_model
 from dist_siglip.models.text_tower import (
     check_tokens,
     load_text_tower,
@@ -33,8 +32,9 @@ from dist_siglip.models.text_tower import (
     wants_weights,
 )
 from dist_siglip.models.tokenizer import ModelTokenizer
-from dist_siglip.models.weights import NETWORK_PREFIX, Weights, load_towers, read_weights
-from dist_siglip.models.weights_file import refuse_not_finite
+from dist_siglip.models.weight_source import ModelSource, resolve_model
+from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.models.weights.load import NETWORK_PREFIX, Weights, load_towers, read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dist_siglip.data import ImageTextBatch, PairDataset
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
-from dist_siglip.models.depth import places
-from dist_siglip.models.digest import digest_tower
+from dist_siglip.models.fingerprint import digest_tower
+from dist_siglip.models.tuning.layer_groups import places
 
 logger = logging.getLogger(__name__)
 

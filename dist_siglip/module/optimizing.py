@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.depth import lies_in_block
+from dist_siglip.models.tuning.layer_groups import lies_in_block
 from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
 
 

@@ -15,10 +15,14 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
-from dist_siglip.models.depth import Tower
-from dist_siglip.models.fusion import FusionConfig, FusionHead
-from dist_siglip.models.fusion_file import check_towers, digest_towers
-from dist_siglip.models.tokens import Encoded, encode_image_tokens, encode_text_tokens, token_shapes
+from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, check_towers, digest_towers
+from dist_siglip.models.reranker.tokens import (
+    Encoded,
+    encode_image_tokens,
+    encode_text_tokens,
+    token_shapes,
+)
+from dist_siglip.models.tuning.layer_groups import Tower
 from dist_siglip.module.optimizing import configure
 from dist_siglip.module.run_module import RunModule
 from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs

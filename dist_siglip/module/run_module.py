@@ -12,7 +12,7 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.health.step_timing import Pace
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
-from dist_siglip.models.weights_file import refuse_not_finite
+from dist_siglip.models.weights.file import refuse_not_finite
 from dist_siglip.module.optimizing import clip
 from dist_siglip.module.training_log import log_training
 from dist_siglip.optim import StepCheck

@@ -20,8 +20,8 @@ from dist_siglip.metrics.nearest import nearest_neighbors
 from dist_siglip.metrics.reranking import reranked_ranks
 from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
-from dist_siglip.models.fusion import FusionHead
-from dist_siglip.models.tokens import Encoded
+from dist_siglip.models.reranker.fusion import FusionHead
+from dist_siglip.models.reranker.tokens import Encoded
 
 # P images and P texts, row by row, to (P,) logits or scores.
 Judge = Callable[[Encoded, Encoded], Tensor]

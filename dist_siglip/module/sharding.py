@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.depth import block_names
+from dist_siglip.models.tuning.layer_groups import block_names
 
 
 def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:

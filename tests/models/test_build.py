@@ -117,7 +117,7 @@ def test_hub_folder_is_read_like_a_local_one(tmp_path, monkeypatch):
         assert repository == "someone/something"
         return str(tmp_path / filename)
 
-    monkeypatch.setattr("dist_siglip.models.source.download_pretrained_from_hf", fetch)
+    monkeypatch.setattr("dist_siglip.models.weight_source.download_pretrained_from_hf", fetch)
     built = build_dual_encoder("hf-hub:someone/something")
 
     inputs = inputs_of(ARCHITECTURES["custom_text"])

@@ -4,7 +4,7 @@ import timm
 from torch import nn
 
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.depth import places
+from dist_siglip.models.tuning.layer_groups import places
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from dist_siglip.models.digest import digest_tower
+from dist_siglip.models.fingerprint import digest_tower
 from tests.support.embedding import build_tiny
 
 

@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.fusion import FusionConfig, FusionHead
-from dist_siglip.models.fusion_file import read_head, write_head
-from dist_siglip.models.tokens import encode_image_tokens, encode_text_tokens, token_shapes
+from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
+from dist_siglip.models.reranker.tokens import encode_image_tokens, encode_text_tokens, token_shapes
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 
 

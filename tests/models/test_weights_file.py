@@ -12,13 +12,12 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.fusion import FusionConfig, FusionHead
-from dist_siglip.models.fusion_file import read_head, write_head
-from dist_siglip.models.lora import LoraSettings
-from dist_siglip.models.tokens import token_shapes
-from dist_siglip.models.tuning import TowerConfig
-from dist_siglip.models.weights import read_weights
-from dist_siglip.models.weights_file import refuse_not_finite
+from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
+from dist_siglip.models.reranker.tokens import token_shapes
+from dist_siglip.models.tuning.lora import LoraSettings
+from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.models.weights.load import read_weights
 from dist_siglip.module import SigLipModule
 from dist_siglip.module.trained import load_trained
 from dist_siglip.runs.checkpoints.sharded import write_sharded

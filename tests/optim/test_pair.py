@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.depth import lies_in_block
+from dist_siglip.models.tuning.layer_groups import lies_in_block
 from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
 from dist_siglip.optim.pair import PairedOptimizer
 from dist_siglip.optim.skip import skip_where

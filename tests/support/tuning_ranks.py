@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.tuning import TowerConfig
+from dist_siglip.models.tuning.settings import TowerConfig
 from dist_siglip.module import SigLipModule
 from dist_siglip.optim import OptimConfig
 from tests.support.tiny_models import ARCHITECTURES, inputs_of

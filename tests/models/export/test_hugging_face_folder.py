@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.export import export_model
+from dist_siglip.models.interop.export import export_model
 from tests.support.exports import (
     BIAS,
     CAPTIONS,

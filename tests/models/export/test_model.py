@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.export import export_model, open_clip_folder
+from dist_siglip.models.interop import to_open_clip as open_clip_folder
+from dist_siglip.models.interop.export import export_model
 from tests.support.exports import built_from
 from tests.support.tiny_models import ARCHITECTURES
 

@@ -8,7 +8,8 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.export import export_model, onnx_folder
+from dist_siglip.models.interop import to_onnx as onnx_folder
+from dist_siglip.models.interop.export import export_model
 from tests.support.exports import (
     BIAS,
     CAPTIONS,

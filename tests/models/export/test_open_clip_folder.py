@@ -10,8 +10,8 @@ from open_clip.timm_model import TimmModel
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.architecture import instantiate
-from dist_siglip.models.export import export_model
-from dist_siglip.models.export.timm_names import name_of_tower
+from dist_siglip.models.interop.export import export_model
+from dist_siglip.models.interop.to_open_clip import name_of_tower
 from tests.support.exports import (
     BIAS,
     CAPTIONS,

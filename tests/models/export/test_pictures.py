@@ -14,7 +14,7 @@ from dist_siglip.data import ImageNormalizer, ModelInputs, evaluation_transform
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.export import export_model
+from dist_siglip.models.interop.export import export_model
 from tests.support.exports import NATIVE, built_from
 from tests.support.hostile import chunk
 from tests.support.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, numbers, png_of

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.export import export_model
-from dist_siglip.models.export.tokenizer_files import whole_tokenizer
+from dist_siglip.models.interop.export import export_model
+from dist_siglip.models.interop.tokenizer_files import whole_tokenizer
 from tests.support.exports import CAPTIONS, built_from, prepared
 from tests.support.hugging_face import SENTENCES, write_folder
 from tests.support.tiny_models import ARCHITECTURES

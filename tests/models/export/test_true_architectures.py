@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_siglip.models.architecture import instantiate
-from dist_siglip.models.export import export_model
-from dist_siglip.models.export.timm_names import name_of_tower
+from dist_siglip.models.interop.export import export_model
+from dist_siglip.models.interop.to_open_clip import name_of_tower
 from tests.support.exports import built_from
 
 pytestmark = pytest.mark.e2e

@@ -1,7 +1,7 @@
 import pytest
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.export.whole_folder import MARK, whole_folder
+from dist_siglip.models.interop.export import MARK, whole_folder
 
 
 def export_to(folder, content, *, overwrite=False):

@@ -28,8 +28,8 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.architecture import refuse_captioning
-from dist_siglip.models.hugging_face import CONFIG_NAME as HUGGING_FACE_CONFIG
-from dist_siglip.models.hugging_face import (
+from dist_siglip.models.interop.transformers_config import CONFIG_NAME as HUGGING_FACE_CONFIG
+from dist_siglip.models.interop.transformers_config import (
     complete_preprocessing,
     fetch_folder,
     read_folder,

@@ -8,8 +8,8 @@ import torch
 
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.depth import Tower
 from dist_siglip.models.text_tower import describe_config
+from dist_siglip.models.tuning.layer_groups import Tower
 
 # Of training only, or where a file lies.
 _IRRELEVANT = frozenset(

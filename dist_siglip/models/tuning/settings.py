@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.depth import Place, Tower, places
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.lora import LoraSettings, add_adapters, is_adapter
+from dist_siglip.models.tuning.layer_groups import Place, Tower, places
+from dist_siglip.models.tuning.lora import LoraSettings, add_adapters, is_adapter
 
 logger = logging.getLogger(__name__)
 

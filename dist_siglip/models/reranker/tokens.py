@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.depth import Tower
 from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
 from dist_siglip.models.text_tower import encode_with_tokens
+from dist_siglip.models.tuning.layer_groups import Tower
 
 
 class Encoded(NamedTuple):

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode
-from dist_siglip.models.export.comparison import Reader
-from dist_siglip.models.export.tokenizer_files import tokenizer_of, whole_tokenizer
+from dist_siglip.models.interop.comparison import Reader
+from dist_siglip.models.interop.tokenizer_files import tokenizer_of, whole_tokenizer
 
 # A file of ONNX holds 2 GiB at most; larger weights lie beside it.
 _LARGEST_FILE_BYTES = 2**30

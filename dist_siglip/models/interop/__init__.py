@@ -1,0 +1,1 @@
+"""Models of transformers, open_clip and ONNX: in and out."""

@@ -1,0 +1,1 @@
+"""What of each tower trains, how fast, and by which low-rank updates."""

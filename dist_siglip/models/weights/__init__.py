@@ -1,0 +1,1 @@
+"""Weights of files, read safely and put into a network."""
