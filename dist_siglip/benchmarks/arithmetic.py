@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.benchmarks.encoding import rank_and_size
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.nearest import nearest_neighbors
+from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 
 
 def check_strength(strength: float, name: str) -> None:

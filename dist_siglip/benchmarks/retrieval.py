@@ -17,7 +17,7 @@ from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_of_each
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_siglip.metrics.gallery import describe_gallery
+from dist_siglip.metrics.evaluation import describe_gallery
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dist_siglip.metrics.gallery import describe_gallery
+from dist_siglip.metrics.evaluation import describe_gallery
 
 logger = logging.getLogger(__name__)
 

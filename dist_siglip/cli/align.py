@@ -18,8 +18,8 @@ from dist_siglip.cli.table import print_path
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import AlignmentEstimate, estimate_alignment
-from dist_siglip.metrics.representations.sparse_autoencoder import SparseSettings
+from dist_siglip.lab.sparse_features import SparseSettings
+from dist_siglip.metrics.alignment import AlignmentEstimate, estimate_alignment
 
 _PREPARATIONS = (("raw", False), ("centered", True))
 

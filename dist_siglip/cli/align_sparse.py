@@ -8,15 +8,15 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from dist_siglip.metrics.representations import center_normalize, mean_direction
-from dist_siglip.metrics.representations.matched_features import match_features
-from dist_siglip.metrics.representations.sparse_autoencoder import (
+from dist_siglip.lab.sparse_features import (
     SparseAutoencoder,
     SparseSettings,
     encode_in_parts,
+    match_features,
     train_sparse_autoencoder,
     unexplained_share,
 )
+from dist_siglip.metrics.alignment import center_normalize, mean_direction
 
 
 def compare_sparse(

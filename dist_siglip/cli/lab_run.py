@@ -17,8 +17,7 @@ from rich.text import Text
 
 from dist_siglip.cli.table import print_path
 from dist_siglip.lab.catalogue import EXPERIMENTS
-from dist_siglip.lab.records import Record, cells_of, write_page
-from dist_siglip.lab.running import Order, run_experiments
+from dist_siglip.lab.running import Order, Record, cells_of, run_experiments, write_page
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from dist_siglip.cli.training import TrainingCLI, cli_settings
 from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.gallery import describe_gallery
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.models.reranker.fusion import write_head
 from dist_siglip.module.reranker import RerankerModule
 from dist_siglip.runs import RunFolder

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.gallery import describe_gallery
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.regular_file import read_json
 

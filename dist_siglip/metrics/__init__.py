@@ -4,26 +4,64 @@ Every metric is a function of this rank's rows that also runs in one process wit
 group; ``PairEvaluation`` is the one class, for validation epochs.
 """
 
-from dist_siglip.metrics.capacity import (
-    Exponents,
-    LargestPairs,
-    RequiredDimension,
-    capacity_alpha,
-    capacity_exponents,
-    find_capacity_problem,
-    largest_margin,
-    largest_pairs,
-    margin_of_dimension,
-    required_dimension,
-)
-from dist_siglip.metrics.constellation import (
+from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
+from dist_siglip.metrics.geometry.constellation import (
     Constellation,
     constellation,
     joint_constellation,
     mean_constellation,
     quantile_constellation,
 )
-from dist_siglip.metrics.constructions import (
+from dist_siglip.metrics.geometry.gap import ModalityGap, modality_gap
+from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.geometry.pair_statistics import (
+    CosineSummary,
+    PairStatistics,
+    RowMargins,
+    collect_pair_statistics,
+    histogram_edges,
+)
+from dist_siglip.metrics.geometry.relevance import RelevanceMargins, relevance_margins
+from dist_siglip.metrics.geometry.separability import (
+    SeparatingDirection,
+    linear_separability,
+    separating_direction,
+)
+from dist_siglip.metrics.geometry.spectrum import (
+    Moments,
+    collect_moments,
+    components_for,
+    effective_rank,
+    explained_variance_ratios,
+)
+from dist_siglip.metrics.geometry.uniformity import cross_uniformity, uniformity
+from dist_siglip.metrics.retrieval.hubness import Hubness, hubness
+from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
+from dist_siglip.metrics.retrieval.ranks import (
+    median_rank,
+    recall_at_k,
+    retrieval_ranks,
+    retrieval_ranks_both_ways,
+)
+from dist_siglip.metrics.retrieval.reranking import reranked_ranks
+from dist_siglip.metrics.theory.capacity import (
+    Exponents,
+    LargestPairs,
+    RequiredDimension,
+    capacity_alpha,
+    capacity_exponents,
+    critical_documents,
+    find_capacity_problem,
+    largest_margin,
+    largest_pairs,
+    margin_of_dimension,
+    required_dimension,
+    subset_dimension,
+    subset_dimension_scale,
+    subset_inner_products,
+    subset_margin,
+)
+from dist_siglip.metrics.theory.constructions import (
     code_alpha,
     constellation_from_code,
     construction_one,
@@ -32,40 +70,7 @@ from dist_siglip.metrics.constructions import (
     simplex_code,
     subset_code,
 )
-from dist_siglip.metrics.effective_rank import effective_rank
-from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
-from dist_siglip.metrics.gap import ModalityGap, modality_gap
-from dist_siglip.metrics.hubness import Hubness, hubness
-from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
-from dist_siglip.metrics.moments import Moments, collect_moments
-from dist_siglip.metrics.nearest import Neighbors, nearest_neighbors
-from dist_siglip.metrics.pair_statistics import (
-    CosineSummary,
-    PairStatistics,
-    collect_pair_statistics,
-    histogram_edges,
-)
-from dist_siglip.metrics.relevance import RelevanceMargins, relevance_margins
-from dist_siglip.metrics.reranking import reranked_ranks
-from dist_siglip.metrics.retrieval import (
-    median_rank,
-    recall_at_k,
-    retrieval_ranks,
-    retrieval_ranks_both_ways,
-)
-from dist_siglip.metrics.retrieval_guarantee import RetrievalGuarantee, retrieval_guarantee
-from dist_siglip.metrics.row_margins import RowMargins
-from dist_siglip.metrics.separability import linear_separability
-from dist_siglip.metrics.separating_direction import SeparatingDirection, separating_direction
-from dist_siglip.metrics.spectrum import components_for, explained_variance_ratios
-from dist_siglip.metrics.subset_capacity import (
-    critical_documents,
-    subset_dimension,
-    subset_dimension_scale,
-    subset_inner_products,
-    subset_margin,
-)
-from dist_siglip.metrics.uniformity import cross_uniformity, uniformity
+from dist_siglip.metrics.theory.guarantees import RetrievalGuarantee, retrieval_guarantee
 
 __all__ = [
     "Constellation",

@@ -2,9 +2,11 @@
 
 ``evaluate_pairs`` is the composition; ``PairEvaluation`` collects the rows of a validation epoch
 for it. A new metric is a pure function in its own file and one line in ``evaluate_pairs``.
+
+How many pairs an evaluation saw, in words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,23 +16,44 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
-from dist_siglip.metrics.belonging import DistinctItems
 from dist_siglip.metrics.checks import (
     check_features,
     check_same_settings,
     raise_together,
     widen_rows,
 )
-from dist_siglip.metrics.geometry import cloud_metrics, threshold_metrics
-from dist_siglip.metrics.logits import expected_sigmoid_loss, logit_summary
-from dist_siglip.metrics.pair_statistics import (
+from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.geometry.pair_statistics import (
     PairStatistics,
     collect_pair_statistics,
     histogram_edges,
 )
-from dist_siglip.metrics.retrieval import median_rank, recall_at_k, retrieval_ranks_both_ways
+from dist_siglip.metrics.geometry.summary import cloud_metrics, threshold_metrics
+from dist_siglip.metrics.retrieval.belonging import DistinctItems
+from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
+
+
+def describe_gallery(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """Say how many pairs an evaluation saw, and of how many where it did not see all.
+
+    Args:
+        metrics: of an evaluation: ``gallery_pairs``, and ``available_pairs`` where it is known.
+        prefix: of the names.
+
+    Example:
+        >>> describe_gallery({"gallery_pairs": 16.0, "available_pairs": 37.0})
+        '16 of 37 pairs'
+        >>> describe_gallery({"gallery_pairs": 37.0, "available_pairs": 37.0})
+        '37 pairs'
+    """
+    seen, available = (metrics.get(f"{prefix}{kind}_pairs") for kind in ("gallery", "available"))
+    if seen is None:
+        return "an unknown number of pairs"
+    if available is None or int(available) == int(seen):
+        return f"{int(seen)} pairs"
+    return f"{int(seen)} of {int(available)} pairs"
 
 
 class Evaluation(NamedTuple):

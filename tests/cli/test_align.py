@@ -9,7 +9,7 @@ import torch
 from pyarrow import parquet
 
 from dist_siglip.cli import main
-from dist_siglip.metrics.representations import estimate_alignment
+from dist_siglip.metrics.alignment import estimate_alignment
 
 SMALL = ["--num_rows=40", "--num_parts=2", "--k=4", "--svcca_dimensions=3"]
 

@@ -10,8 +10,15 @@ from dist_siglip.cli import main
 from dist_siglip.errors import UserError
 from dist_siglip.lab import LabSettings, Row
 from dist_siglip.lab.catalogue import EXPERIMENTS, Entry
-from dist_siglip.lab.records import markdown_table, read_records, write_page, write_record
-from dist_siglip.lab.running import Order, _finished, run_experiments
+from dist_siglip.lab.running import (
+    Order,
+    _finished,
+    markdown_table,
+    read_records,
+    run_experiments,
+    write_page,
+    write_record,
+)
 from tests.support import lab_experiment
 
 

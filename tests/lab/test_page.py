@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS
-from dist_siglip.lab.records import page_of, read_records, write_page
+from dist_siglip.lab.running import page_of, read_records, write_page
 from tests.support.command import REPOSITORY
 
 FOLDER = REPOSITORY / "docs/lab"

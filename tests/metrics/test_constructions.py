@@ -7,8 +7,8 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import collect_pair_statistics, constellation
-from dist_siglip.metrics.capacity import capacity_alpha, largest_margin
-from dist_siglip.metrics.constructions import (
+from dist_siglip.metrics.theory.capacity import capacity_alpha, largest_margin, subset_margin
+from dist_siglip.metrics.theory.constructions import (
     code_alpha,
     constellation_from_code,
     construction_one,
@@ -17,7 +17,6 @@ from dist_siglip.metrics.constructions import (
     simplex_code,
     subset_code,
 )
-from dist_siglip.metrics.subset_capacity import subset_margin
 
 
 def _measure(images, texts):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import collect_pair_statistics, histogram_edges
-from dist_siglip.metrics.pair_statistics import NUM_BINS
+from dist_siglip.metrics.geometry.pair_statistics import NUM_BINS
 from tests.support import metric_reference
 
 
@@ -65,7 +65,7 @@ def test_a_quantile_is_that_of_numpy(count, fraction):
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("count", [3, 11, 61])
 def test_a_quantile_of_many_pairs_is_within_one_bin(monkeypatch, count, fraction):
-    monkeypatch.setattr("dist_siglip.metrics.pair_statistics.MOST_EXACT_PAIRS", count)
+    monkeypatch.setattr("dist_siglip.metrics.geometry.pair_statistics.MOST_EXACT_PAIRS", count)
     images, texts, ids = _pairs(count, 1000)
     statistics = _collect(images, texts, ids, chunk_rows=4)
     cosines = metric_reference.cosines_by_kind(images, texts, ids, ids)[1]

@@ -168,7 +168,7 @@ def test_chunk_rows_below_one_is_refused():
 
 
 def test_similarities_never_exceed_one_tile(monkeypatch):
-    from dist_siglip.metrics import retrieval
+    from dist_siglip.metrics.retrieval import ranks as retrieval
 
     largest = []
     original = retrieval.similarity

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.moments import collect_moments
-from dist_siglip.metrics.spectrum import components_for, explained_variance_ratios
+from dist_siglip.metrics.geometry.spectrum import (
+    collect_moments,
+    components_for,
+    explained_variance_ratios,
+)
 from tests.support import reference_geometry
 
 

@@ -33,8 +33,8 @@ from dist_siglip.metrics import (
     subset_margin,
     uniformity,
 )
-from dist_siglip.metrics.effective_rank import effective_rank
-from dist_siglip.metrics.representations import measure_alignment
+from dist_siglip.metrics.alignment import measure_alignment
+from dist_siglip.metrics.geometry.spectrum import effective_rank
 
 _ROWS, _WIDTH, _NEIGHBOURS = 1000, 256, 10
 _EXACT = 1e-6

@@ -25,7 +25,7 @@ from dist_siglip.lab.experiment import LabSettings, Outcome, judge, judge_claim
 from dist_siglip.lab.figures import COLOURS, compare, label, new_figure
 from dist_siglip.lab.subset_retrieval import critical_documents_found, subset_relevance
 from dist_siglip.metrics import relevance_margins
-from dist_siglip.metrics.subset_capacity import subset_dimension
+from dist_siglip.metrics.theory.capacity import subset_dimension
 
 _PUBLISHED = {4: 10, 5: 14, 6: 19, 8: 28}
 _AUTHORS_SEED = 42

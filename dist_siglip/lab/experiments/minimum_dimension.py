@@ -16,7 +16,7 @@ from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_c
 from dist_siglip.lab.figures import COLOURS, label, new_figure
 from dist_siglip.lab.subset_retrieval import Retrieval, SubsetLoss, fit_margin
 from dist_siglip.metrics import RelevanceMargins
-from dist_siglip.metrics.subset_capacity import subset_margin
+from dist_siglip.metrics.theory.capacity import subset_margin
 
 _DOCUMENTS = 20
 _SHARED_THRESHOLD = (

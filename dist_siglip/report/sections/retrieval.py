@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_siglip.metrics.gallery import describe_gallery
+from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.report.canvas import (
     STYLES,
     Curve,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import center_normalize, mean_direction
+from dist_siglip.metrics.alignment import center_normalize, mean_direction
 from tests.support import reference_representations as reference
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import cka, collect_moments, unbiased_cka
+from dist_siglip.metrics.alignment import cka, collect_moments, unbiased_cka
 from tests.support import reference_representations as reference
 
 BOTH = [cka, unbiased_cka]

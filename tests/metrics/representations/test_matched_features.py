@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dist_siglip.metrics.representations.matched_features import match_features
+from dist_siglip.lab.sparse_features import match_features
 from tests.support import reference_representations as reference
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import cknna, cycle_knn, find_neighborhoods, mutual_knn
+from dist_siglip.metrics.alignment import cknna, cycle_knn, find_neighborhoods, mutual_knn
 from tests.support import reference_representations as reference
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import (
+from dist_siglip.metrics.alignment import (
     estimate_alignment,
     find_neighborhoods,
     mean_direction,

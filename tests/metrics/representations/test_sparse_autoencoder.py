@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations.sparse_autoencoder import (
+from dist_siglip.lab.sparse_features import (
     SparseAutoencoder,
     SparseSettings,
     _revive,

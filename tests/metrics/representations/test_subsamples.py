@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import (
+from dist_siglip.metrics.alignment import (
     center_normalize,
     estimate_alignment,
     mean_direction,

@@ -9,7 +9,7 @@ import torch
 from sklearn.cross_decomposition import CCA
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.representations import collect_moments, svcca
+from dist_siglip.metrics.alignment import collect_moments, svcca
 from tests.support import reference_representations as reference
 
 

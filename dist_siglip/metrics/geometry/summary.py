@@ -11,23 +11,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName
-from dist_siglip.metrics.constellation import (
+from dist_siglip.metrics.geometry.constellation import (
     constellation,
     mean_constellation,
     quantile_constellation,
 )
-from dist_siglip.metrics.effective_rank import rank_of_moments
-from dist_siglip.metrics.gap import modality_gap
-from dist_siglip.metrics.hubness import hubness
-from dist_siglip.metrics.logits import expected_sigmoid_loss
-from dist_siglip.metrics.moments import collect_moments
-from dist_siglip.metrics.pair_statistics import PairStatistics
-from dist_siglip.metrics.retrieval_guarantee import retrieval_guarantee
-from dist_siglip.metrics.separability import linear_separability
-from dist_siglip.metrics.separating_direction import separating_direction
-from dist_siglip.metrics.spectrum import components_for, explained_variance_ratios
+from dist_siglip.metrics.geometry.gap import modality_gap
+from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss
+from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
+from dist_siglip.metrics.geometry.separability import linear_separability, separating_direction
+from dist_siglip.metrics.geometry.spectrum import (
+    collect_moments,
+    components_for,
+    explained_variance_ratios,
+    rank_of_moments,
+)
+from dist_siglip.metrics.geometry.uniformity import cross_uniformity, uniformity
+from dist_siglip.metrics.retrieval.hubness import hubness
+from dist_siglip.metrics.theory.guarantees import retrieval_guarantee
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
-from dist_siglip.metrics.uniformity import cross_uniformity, uniformity
 
 # Length of the lists in which hubs are looked for, as in most of the literature.
 HUBNESS_K = 10
@@ -46,7 +48,7 @@ def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(3), torch.arange(3)
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=20.0, logit_bias=-10.0

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
-from dist_siglip.metrics.nearest import nearest_neighbors
+from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 

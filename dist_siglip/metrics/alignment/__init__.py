@@ -4,19 +4,26 @@ Row i of both sides belongs to the same thing: two models, two modalities, two c
 sides may differ in width; no measure compares a coordinate of one with a coordinate of the other.
 """
 
-from dist_siglip.metrics.representations.centering import center_normalize, mean_direction
-from dist_siglip.metrics.representations.kernel_alignment import cka, unbiased_cka
-from dist_siglip.metrics.representations.measure import RepresentationAlignment, measure_alignment
-from dist_siglip.metrics.representations.moments import PairedMoments, collect_moments
-from dist_siglip.metrics.representations.neighborhoods import (
+from dist_siglip.metrics.alignment.kernels import cka, svcca, unbiased_cka
+from dist_siglip.metrics.alignment.measure import (
+    AlignmentEstimate,
+    RepresentationAlignment,
+    estimate_alignment,
+    measure_alignment,
+)
+from dist_siglip.metrics.alignment.moments import (
+    PairedMoments,
+    center_normalize,
+    collect_moments,
+    mean_direction,
+)
+from dist_siglip.metrics.alignment.neighborhoods import (
     Neighborhoods,
     cknna,
     cycle_knn,
     find_neighborhoods,
     mutual_knn,
 )
-from dist_siglip.metrics.representations.subsamples import AlignmentEstimate, estimate_alignment
-from dist_siglip.metrics.representations.svcca import svcca
 
 __all__ = [
     "AlignmentEstimate",

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
 from dist_siglip.metrics.checks import check_features
-from dist_siglip.metrics.pair_statistics import PairStatistics
+from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 
@@ -90,7 +90,7 @@ def cross_uniformity(statistics: PairStatistics) -> float:
         Mean over ordered pairs i != j, in [-8, 0]; NaN for one pair.
 
     Example:
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(5), torch.arange(5)
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=1.0, logit_bias=0.0

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.nearest import Neighbors, nearest_neighbors
-from dist_siglip.metrics.representations.pairs import check_pairs
+from dist_siglip.metrics.alignment.pairs import check_pairs
+from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.pair_statistics import PairStatistics
+from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 
 
 class Constellation(NamedTuple):
@@ -42,7 +42,7 @@ def constellation(statistics: PairStatistics) -> Constellation:
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
@@ -74,7 +74,7 @@ def quantile_constellation(statistics: PairStatistics, fraction: float = 0.05) -
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
@@ -103,7 +103,7 @@ def mean_constellation(statistics: PairStatistics) -> Constellation:
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
@@ -133,7 +133,7 @@ def joint_constellation(statistics: Sequence[PairStatistics]) -> Constellation:
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = [
         ...     collect_pair_statistics(x, features, ids, ids, logit_scale=1.0, logit_bias=0.0)

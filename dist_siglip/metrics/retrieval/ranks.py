@@ -21,8 +21,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, World, circulate, gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.belonging import Belonging
 from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.retrieval.belonging import Belonging
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 TIE_TOLERANCE = 1e-9

@@ -1,7 +1,7 @@
 """What the loss sees: the logits of positive and negative pairs, and the validation loss."""
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.pair_statistics import CosineSummary, PairStatistics
+from dist_siglip.metrics.geometry.pair_statistics import CosineSummary, PairStatistics
 
 
 def expected_sigmoid_loss(statistics: PairStatistics, global_batch_size: int) -> float:
@@ -23,7 +23,7 @@ def expected_sigmoid_loss(statistics: PairStatistics, global_batch_size: int) ->
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=1.0, logit_bias=0.0
@@ -58,7 +58,7 @@ def logit_summary(statistics: PairStatistics) -> dict[str, float]:
 
     Example:
         >>> import torch
-        >>> from dist_siglip.metrics.pair_statistics import collect_pair_statistics
+        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
         >>> features, ids = torch.eye(2), torch.tensor([0, 1])
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-4.0

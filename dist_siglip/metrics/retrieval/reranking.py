@@ -17,9 +17,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows, max_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.belonging import Belonging
-from dist_siglip.metrics.nearest import nearest_neighbors
-from dist_siglip.metrics.retrieval import TIE_TOLERANCE
+from dist_siglip.metrics.retrieval.belonging import Belonging
+from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
+from dist_siglip.metrics.retrieval.ranks import TIE_TOLERANCE
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 # The same pair judged in another batch differs by the rounding of float32.

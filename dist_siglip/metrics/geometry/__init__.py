@@ -1,0 +1,1 @@
+"""The shape of an embedding space: gap, margins, spectra, uniformity."""

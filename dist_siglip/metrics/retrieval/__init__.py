@@ -1,0 +1,1 @@
+"""Retrieval on one gallery over all ranks."""

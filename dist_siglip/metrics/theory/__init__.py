@@ -1,0 +1,1 @@
+"""What theory says of an embedding space: bounds, constructions, guarantees."""
