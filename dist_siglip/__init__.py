@@ -38,7 +38,6 @@ __all__ = [
 
 # For those who read the code and do not run it: editors, mypy, the reference.
 if TYPE_CHECKING:
-    from dist_siglip.datamodule import ImageTextDataModule
     from dist_siglip.embedding import EmbedSettings, embed_shards
     from dist_siglip.errors import UserError
     from dist_siglip.losses import (
@@ -60,12 +59,13 @@ if TYPE_CHECKING:
     )
     from dist_siglip.models import DualEncoder, build_dual_encoder
     from dist_siglip.models.interop.export import export_model
-    from dist_siglip.module import SigLipModule, load_trained
-    from dist_siglip.optim import OptimConfig, build_optimizer
     from dist_siglip.report import write_report
+    from dist_siglip.training.datamodule import ImageTextDataModule
+    from dist_siglip.training.module import SigLipModule, load_trained
+    from dist_siglip.training.optim import OptimConfig, build_optimizer
 else:
     _PACKAGES = {
-        "dist_siglip.datamodule": ("ImageTextDataModule",),
+        "dist_siglip.training.datamodule": ("ImageTextDataModule",),
         "dist_siglip.embedding": ("EmbedSettings", "embed_shards"),
         "dist_siglip.errors": ("UserError",),
         "dist_siglip.losses": (
@@ -87,8 +87,8 @@ else:
         ),
         "dist_siglip.models": ("DualEncoder", "build_dual_encoder"),
         "dist_siglip.models.interop.export": ("export_model",),
-        "dist_siglip.module": ("SigLipModule", "load_trained"),
-        "dist_siglip.optim": ("OptimConfig", "build_optimizer"),
+        "dist_siglip.training.module": ("SigLipModule", "load_trained"),
+        "dist_siglip.training.optim": ("OptimConfig", "build_optimizer"),
         "dist_siglip.report": ("write_report",),
     }
     _PACKAGE_OF = {name: package for package, names in _PACKAGES.items() for name in names}

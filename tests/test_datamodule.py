@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 
 from dist_siglip.data.order.epoch import epoch_order
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.datamodule import ImageTextDataModule, TrainSource
 from dist_siglip.errors import UserError
+from dist_siglip.training.datamodule import ImageTextDataModule, TrainSource
 from tests.support.shards import (
     UNEVEN,
     caption,

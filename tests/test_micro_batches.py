@@ -14,9 +14,9 @@ from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.models import DualEncoder, encode_in_micro_batches, micro_batches
-from dist_siglip.module import SigLipModule
-from dist_siglip.optim import OptimConfig
 from dist_siglip.runs import describe_differences
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.optim import OptimConfig
 from tests.support.command import REPOSITORY, environment
 from tests.support.micro_batch_ranks import (
     LAYOUTS,

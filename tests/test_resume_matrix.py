@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.datamodule import TrainSource
+from dist_siglip.training.datamodule import TrainSource
 from tests.support.processes import run_ranks
 from tests.support.resume_ranks import shout_at_random, train_to
 from tests.support.shards import UNEVEN, encode, picture, write_shard, write_shards

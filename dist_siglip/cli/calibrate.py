@@ -31,10 +31,10 @@ from dist_siglip.data import (
 from dist_siglip.data.index.agreement import check_ranks_agree
 from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.calibration_subset import excerpt_loader
-from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration
-from dist_siglip.module import SigLipModule
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module import SigLipModule
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

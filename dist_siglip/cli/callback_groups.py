@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import (
+from dist_siglip.training.callbacks import (
     Benchmarks,
     CollapseAlarm,
     EvaluationRecord,

@@ -71,12 +71,12 @@ class Run(NamedTuple):
     """
 
     cli: tuple[str, str] = ("dist_siglip.cli.training", "TrainingCLI")
-    model: tuple[str, str] = ("dist_siglip.module", "SigLipModule")
+    model: tuple[str, str] = ("dist_siglip.training.module", "SigLipModule")
 
 
 _RERANK = Run(
     cli=("dist_siglip.cli.rerank", "RerankCLI"),
-    model=("dist_siglip.module.reranker", "RerankerModule"),
+    model=("dist_siglip.training.module.reranker", "RerankerModule"),
 )
 RUNS: Mapping[tuple[str, ...], Run] = {
     ("fit",): Run(),
@@ -86,7 +86,7 @@ RUNS: Mapping[tuple[str, ...], Run] = {
     ("rerank", "fit"): _RERANK,
     ("rerank", "validate"): _RERANK,
 }
-_DATA = ("dist_siglip.datamodule", "ImageTextDataModule")
+_DATA = ("dist_siglip.training.datamodule", "ImageTextDataModule")
 _TRAINER = ("lightning.pytorch.trainer", "Trainer")
 # In place of Lightning's words, which say nothing of what these two do here.
 _SEED = "Of weights, sample order and augmentation; true draws one."

@@ -11,8 +11,8 @@ from dist_siglip.cli.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.datamodule import ImageTextDataModule
-from dist_siglip.module import SigLipModule
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module import SigLipModule
 
 
 class RunNeeds(NamedTuple):

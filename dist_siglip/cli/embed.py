@@ -21,7 +21,7 @@ from dist_siglip.data.urls import expand_shards
 from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.embedding.encoder import Precision, RowType, Towers
 from dist_siglip.embedding.layout import Format
-from dist_siglip.module.trained import load_trained
+from dist_siglip.training.module.trained import load_trained
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import introduction_of
 from dist_siglip.models.interop.export import Form, export_model
-from dist_siglip.module.trained import load_trained
+from dist_siglip.training.module.trained import load_trained
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:

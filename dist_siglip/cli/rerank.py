@@ -14,18 +14,18 @@ from lightning.pytorch import LightningModule
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.table import read_evaluation
 from dist_siglip.cli.training import TrainingCLI, cli_settings
-from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.models.reranker.fusion import write_head
-from dist_siglip.module.reranker import RerankerModule
 from dist_siglip.runs import RunFolder
-from dist_siglip.strategies import FullyShardedStrategy
+from dist_siglip.training.callbacks import AtomicCheckpointIO
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module.reranker import RerankerModule
+from dist_siglip.training.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
 

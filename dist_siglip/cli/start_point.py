@@ -14,13 +14,13 @@ import yaml
 from dist_siglip.data.samples.picture_policy import AUTO, BEFORE_THE_SETTINGS
 from dist_siglip.distributed import is_first_process
 from dist_siglip.errors import UserError
-from dist_siglip.optim import OptimConfig, describe_schedule_change
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.io import read_shapes
 from dist_siglip.runs.identity import flatten
 from dist_siglip.system.best_effort import going_on_without
 from dist_siglip.system.regular_file import read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.training.optim import OptimConfig, describe_schedule_change
 
 logger = logging.getLogger(__name__)
 

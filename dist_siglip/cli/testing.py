@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dist_siglip.benchmarks import BenchmarkResult
-from dist_siglip.callbacks import Benchmarks
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.start_point import checkpoint_to_look_at
 from dist_siglip.cli.table import print_path
 from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
-from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.distributed import copy_from_first_rank, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import check_ranks_started_alike
-from dist_siglip.module import SigLipModule
+from dist_siglip.training.callbacks import Benchmarks
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module import SigLipModule
 
 _DESCRIPTION = (
     "Run benchmarks on a checkpoint of a run, or on a model by name; needs no other data. Without "

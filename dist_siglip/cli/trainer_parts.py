@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import Strategy
 from torch import cuda
 
-from dist_siglip.callbacks import AtomicCheckpointIO, TensorBoardLog
 from dist_siglip.cli.callback_groups import UNCONFIGURED
 from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import AtomicCheckpointIO, TensorBoardLog
 
 TRAINER_DEFAULTS = {
     # The training loader has no end; the run's length is max_steps.
@@ -146,7 +146,7 @@ def strategy(settings: Mapping[str, Any]) -> dict[str, Strategy]:
     Example:
         >>> strategy({"strategy": "ddp"})
         {}
-        >>> list(strategy({"strategy": "dist_siglip.strategies.FullyShardedStrategy"}))
+        >>> list(strategy({"strategy": "dist_siglip.training.strategies.FullyShardedStrategy"}))
         ['strategy']
     """
     asked = settings.get("strategy")
@@ -160,7 +160,7 @@ def strategy(settings: Mapping[str, Any]) -> dict[str, Strategy]:
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise UserError(
             f"trainer.strategy ({asked}) is no class of a strategy; give ddp, or "
-            "dist_siglip.strategies.FullyShardedStrategy"
+            "dist_siglip.training.strategies.FullyShardedStrategy"
         )
     return {"strategy": found()}
 

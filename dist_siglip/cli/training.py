@@ -21,8 +21,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from dist_siglip.callbacks import CollapseAlarm, MetricsLog, StopTogether
-from dist_siglip.callbacks.early_end import reason_of_early_end
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
 from dist_siglip.cli.callback_groups import CONFIGURED
 from dist_siglip.cli.logs import set_up_logging
@@ -54,21 +52,23 @@ from dist_siglip.cli.trainer_parts import (
     scratch_folder,
     strategy,
 )
-from dist_siglip.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.health.callback import end_children
 from dist_siglip.health.start_check import describe_start
-from dist_siglip.module import SigLipModule
-from dist_siglip.module.locked_features import check_features
-from dist_siglip.optim import how_to_go_on
 from dist_siglip.runs import RunFolder, collect_provenance
-from dist_siglip.strategies import FullyShardedStrategy
 from dist_siglip.system import signals as stop_request
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import going_on_without
 from dist_siglip.system.process_lock import ProcessLock
 from dist_siglip.system.redaction import redact
+from dist_siglip.training.callbacks import CollapseAlarm, MetricsLog, StopTogether
+from dist_siglip.training.callbacks.early_end import reason_of_early_end
+from dist_siglip.training.datamodule import ImageTextDataModule, refuse_accumulation
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module.locked_features import check_features
+from dist_siglip.training.optim import how_to_go_on
+from dist_siglip.training.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
 

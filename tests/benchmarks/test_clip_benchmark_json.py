@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dist_siglip.benchmarks import BenchmarkResult, Retrieval
-from dist_siglip.benchmarks.clip_benchmark_json import write_result
+from dist_siglip.training.callbacks.benchmarks import write_result
 
 
 def write(folder, metrics):

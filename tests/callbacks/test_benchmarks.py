@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dist_siglip.benchmarks import Benchmark, BenchmarkResult
-from dist_siglip.callbacks import Benchmarks, Watchdog
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import Benchmarks, Watchdog
 from tests.support.shards import tiny_inputs
 
 

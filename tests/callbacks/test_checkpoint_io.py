@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import AtomicCheckpointIO
 
 
 def test_what_was_saved_comes_back(tmp_path):

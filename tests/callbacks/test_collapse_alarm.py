@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from dist_siglip.callbacks import CollapseAlarm
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import CollapseAlarm
 
 GOOD = {
     "positive_logit_mean": 4.0,

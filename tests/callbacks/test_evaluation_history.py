@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dist_siglip.callbacks import EvaluationRecord, evaluation_history
-from dist_siglip.callbacks.evaluation_history import keep_evaluation, surplus
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.callbacks import EvaluationRecord
+from dist_siglip.training.callbacks import evaluation_record as evaluation_history
+from dist_siglip.training.callbacks.evaluation_record import keep_evaluation, surplus
 
 
 def _arrays(num_pairs=3, num_bins=20_000):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dist_siglip.callbacks import EvaluationRecord
+from dist_siglip.training.callbacks import EvaluationRecord
 
 
 def _record(tmp_path, step):
@@ -42,7 +42,7 @@ def test_the_newest_evaluation_replaces_the_one_before(tmp_path):
 def test_a_file_without_room_is_missing_rather_than_of_an_older_evaluation(
     tmp_path, monkeypatch, caplog
 ):
-    from dist_siglip.callbacks import evaluation_record
+    from dist_siglip.training.callbacks import evaluation_record
 
     write = evaluation_record.write_atomically
 

@@ -3,8 +3,8 @@
 import json
 from types import SimpleNamespace
 
-from dist_siglip.callbacks import MetricsLog
-from dist_siglip.callbacks.progress import ProgressReport, describe
+from dist_siglip.training.callbacks import MetricsLog
+from dist_siglip.training.callbacks.progress import ProgressReport, describe
 
 
 def _lines(tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from dist_siglip.callbacks import ProgressReport
+from dist_siglip.training.callbacks import ProgressReport
 
 
 def lines_of(caplog, steps, max_steps=430, total=800, metrics=()):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from dist_siglip.callbacks import AtomicCheckpointIO, RunCheckpoint
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.callbacks import AtomicCheckpointIO, RunCheckpoint
 
 LOSSES = {4: 3.0, 8: 1.0, 12: 2.0, 16: float("nan"), 20: 0.5}
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dist_siglip.callbacks.skipped_steps import SkippedStep, SkippedStepLog
 from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.training.callbacks.skip_bad_steps import SkippedStep, SkippedStepLog
 from tests.support.shards import write_shards
 
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_siglip.callbacks import StepGuard, WeightAverage
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.callbacks import StepGuard, WeightAverage
 from tests.support.guard_ranks import are_same, train_all
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from dist_siglip.callbacks import StopTogether
-from dist_siglip.callbacks.slurm_requeue import requeue_job
 from dist_siglip.errors import UserError
 from dist_siglip.system import signals as stop_request
+from dist_siglip.training.callbacks import StopTogether
+from dist_siglip.training.callbacks.preemption import requeue_job
 from tests.support.processes import run_ranks
 from tests.support.stop_ranks import train_alone, train_at_each_moment
 from tests.support.tiny_models import ARCHITECTURES, write_config

@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import StopTogether, Throughput, throughput
-from dist_siglip.callbacks.stragglers import Stragglers, is_straggler
 from dist_siglip.health import step_timing as pace_module
 from dist_siglip.health.step_timing import Pace, RankPace
+from dist_siglip.training.callbacks import StopTogether, Throughput, throughput
+from dist_siglip.training.callbacks.throughput import Stragglers, is_straggler
 from tests.support.clock import CountedClock
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -22,7 +22,8 @@ SLOW_TOWERS = RankPace(0.1, 6.5, 10.0)
 
 
 def warnings_of(*intervals, tells=True):
-    stragglers, logger = Stragglers(), logging.getLogger("dist_siglip.callbacks.stragglers")
+    stragglers = Stragglers()
+    logger = logging.getLogger("dist_siglip.training.callbacks.throughput")
     heard = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())

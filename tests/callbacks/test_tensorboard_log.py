@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_siglip.callbacks import TensorBoardLog, tensorboard_log
+from dist_siglip.training.callbacks import TensorBoardLog, tensorboard_log
 from tests.support.hostile import in_child
 from tests.support.small_disk import room_for
 

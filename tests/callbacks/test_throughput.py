@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_siglip.callbacks import throughput
-from dist_siglip.callbacks.throughput import Throughput, workers_needed
+from dist_siglip.training.callbacks import throughput
+from dist_siglip.training.callbacks.throughput import Throughput, workers_needed
 
 
 class Clock:

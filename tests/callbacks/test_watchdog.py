@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from dist_siglip.callbacks import Watchdog
 from dist_siglip.distributed import waiting
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import Watchdog
 from tests.support.processes import run_ranks
 
 MINUTE = 60.0

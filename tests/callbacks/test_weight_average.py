@@ -2,8 +2,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import WeightAverage
 from dist_siglip.errors import UserError
+from dist_siglip.training.callbacks import WeightAverage
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 

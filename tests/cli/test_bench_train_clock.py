@@ -13,7 +13,7 @@ from dist_siglip.cli.bench_train_clock import PHASES, PhaseLine, StepClock
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.module import SigLipModule
+from dist_siglip.training.module import SigLipModule
 from tests.support.clock import CountedClock
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 

@@ -96,7 +96,7 @@ def limit(started, rank, num_bytes):
 
 
 SHARDED = (
-    "--trainer.strategy=dist_siglip.strategies.FullyShardedStrategy",
+    "--trainer.strategy=dist_siglip.training.strategies.FullyShardedStrategy",
     "--trainer.strategy.checkpoint=sharded",
 )
 

@@ -142,7 +142,7 @@ def test_random_kills_cost_nothing(settings, tmp_path, capsys, is_full):
 
 
 SHARDED = [
-    "--trainer.strategy=dist_siglip.strategies.FullyShardedStrategy",
+    "--trainer.strategy=dist_siglip.training.strategies.FullyShardedStrategy",
     "--trainer.strategy.checkpoint=sharded",
 ]
 

@@ -6,8 +6,8 @@ import yaml
 from dist_siglip.cli.start_point import check_same_run
 from dist_siglip.cli.training import TrainingCLI, train
 from dist_siglip.errors import UserError
-from dist_siglip.module import SigLipModule
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.module import SigLipModule
 from tests.support.shards import write_shards
 from tests.support.tiny_models import ARCHITECTURES, write_config
 

@@ -8,10 +8,11 @@ from functools import cache
 import pytest
 from jsonargparse import Namespace
 
-from dist_siglip import benchmarks, callbacks, losses, strategies
+from dist_siglip import benchmarks, losses
 from dist_siglip.cli import main
 from dist_siglip.cli.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
 from dist_siglip.errors import UserError
+from dist_siglip.training import callbacks, strategies
 from tests.support.parsers import command_lines, parser_of_command
 
 _NUMBER = re.compile(r"\b(int|float|timedelta)\b")

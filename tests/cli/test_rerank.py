@@ -10,8 +10,8 @@ import yaml
 from dist_siglip.cli import main
 from dist_siglip.cli.rerank import HEAD_NAME
 from dist_siglip.models.reranker.fusion import read_head
-from dist_siglip.module.trained import load_trained
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.module.trained import load_trained
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
 

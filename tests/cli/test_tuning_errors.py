@@ -11,7 +11,7 @@ from tests.support.command import write_settings
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
-SHARDED = "dist_siglip.strategies.FullyShardedStrategy"
+SHARDED = "dist_siglip.training.strategies.FullyShardedStrategy"
 CASES = {
     "a checkpoint of another width": (
         ["--model.pretrained={wrong}/wide.safetensors"],
@@ -41,8 +41,9 @@ CASES = {
         "shards a model over ranks and there is one; raise trainer.devices",
     ),
     "a class path of no strategy": (
-        ["--trainer.strategy=dist_siglip.strategies.Sharded"],
-        "trainer.strategy (dist_siglip.strategies.Sharded) is no class of a strategy; give ddp",
+        ["--trainer.strategy=dist_siglip.training.strategies.Sharded"],
+        "trainer.strategy (dist_siglip.training.strategies.Sharded) is no class of a strategy; "
+        "give ddp",
     ),
     "a random tower locked": (
         ["--model.image_tower.locked=true"],

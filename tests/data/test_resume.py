@@ -4,8 +4,11 @@ import pytest
 
 from dist_siglip.data.order.position import BatchPlan
 from dist_siglip.data.order.sequence import Source
-from dist_siglip.data.resume import describe_shard_changes, position_to_resume_at
 from dist_siglip.errors import UserError
+from dist_siglip.training.datamodule.training_position import (
+    describe_shard_changes,
+    position_to_resume_at,
+)
 
 PLAN = BatchPlan(
     counts=(10, 20, 7), fingerprint="abc", seed=3, global_batch_size=8, block_shards=2

@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models import build_dual_encoder
@@ -18,9 +17,10 @@ from dist_siglip.models.tuning.lora import LoraSettings
 from dist_siglip.models.tuning.settings import TowerConfig
 from dist_siglip.models.weights.file import refuse_not_finite
 from dist_siglip.models.weights.load import read_weights
-from dist_siglip.module import SigLipModule
-from dist_siglip.module.trained import load_trained
 from dist_siglip.runs.checkpoints.sharded import write_sharded
+from dist_siglip.training.callbacks import AtomicCheckpointIO
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module.trained import load_trained
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module, weights_beside

@@ -6,7 +6,7 @@ import torch
 from dist_siglip.errors import UserError
 from dist_siglip.losses import SigLipLoss
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.optim import OptimConfig
+from dist_siglip.training.optim import OptimConfig
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients
 from tests.support.sharded_ranks import train, train_cases

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead
 from dist_siglip.models.reranker.tokens import Encoded, TokenShape
-from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
+from dist_siglip.training.module.hard_negatives import (
+    choose_hard_pairs,
+    evaluate_reranking,
+    judge_pairs,
+)
 
 pytestmark = pytest.mark.e2e
 

@@ -8,11 +8,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from dist_siglip.data import ImageTextBatch
-from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, SigLipLoss, siglip_loss
-from dist_siglip.module import SigLipModule
-from dist_siglip.optim import OptimConfig
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.optim import OptimConfig
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
 from tests.support.shards import caption, encode, picture, write_shard

@@ -2,13 +2,13 @@ import pytest
 import torch
 import yaml
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models.tuning.lora import LoraSettings, is_adapter
 from dist_siglip.models.tuning.settings import TowerConfig
-from dist_siglip.module import SigLipModule
-from dist_siglip.module.trained import load_trained
+from dist_siglip.training.callbacks import AtomicCheckpointIO
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module.trained import load_trained
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 from tests.support.tuning_ranks import weights_beside
 

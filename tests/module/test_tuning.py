@@ -5,8 +5,8 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.tuning.settings import TowerConfig
-from dist_siglip.module import SigLipModule
-from dist_siglip.optim import OptimConfig
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.optim import OptimConfig
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import StepGuard, StopTogether, Throughput
+from dist_siglip.training.callbacks import StepGuard, StopTogether, Throughput
 from tests.support.processes import run_ranks
 from tests.support.sync_ranks import count_all
 from tests.support.tiny_models import ARCHITECTURES, write_config

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer, learning_rate_factor
+from dist_siglip.training.optim import (
+    OptimConfig,
+    ParameterRule,
+    build_optimizer,
+    learning_rate_factor,
+)
 from tests.optim.test_groups import Trained, names_of
 
 

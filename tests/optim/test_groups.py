@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dist_siglip.models import DualEncoder
-from dist_siglip.optim.groups import ParameterRule, check_coverage, parameter_groups
+from dist_siglip.training.optim.groups import ParameterRule, check_coverage, parameter_groups
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 

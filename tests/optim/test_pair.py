@@ -9,10 +9,10 @@ from jsonargparse import ArgumentParser
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.tuning.layer_groups import lies_in_block
-from dist_siglip.optim import OptimConfig, ParameterRule, build_optimizer
-from dist_siglip.optim.pair import PairedOptimizer
-from dist_siglip.optim.skip import skip_where
 from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
+from dist_siglip.training.optim import OptimConfig, ParameterRule, build_optimizer
+from dist_siglip.training.optim.build import PairedOptimizer
+from dist_siglip.training.optim.step_check import skip_where
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 MUON = OptimConfig(

@@ -3,7 +3,7 @@ import typing
 
 import pytest
 
-from dist_siglip.optim import Schedule, learning_rate_factor
+from dist_siglip.training.optim import Schedule, learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", typing.get_args(Schedule))

@@ -9,14 +9,14 @@ from torch import nn
 
 from dist_siglip.cli.start_point import schedule_change
 from dist_siglip.errors import UserError
-from dist_siglip.optim import (
+from dist_siglip.runs import RunFolder
+from dist_siglip.training.optim import (
     OptimConfig,
     build_optimizer,
     describe_schedule_change,
     how_to_go_on,
     learning_rate_factor,
 )
-from dist_siglip.runs import RunFolder
 
 COSINE = OptimConfig(learning_rate=1e-3, warmup_steps=3)
 FLAT = replace(COSINE, schedule="constant")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
-from dist_siglip.optim.skip import carry_not_finite, restore_where, skip_where
+from dist_siglip.training.optim.step_check import carry_not_finite, restore_where, skip_where
 
 OPTIMIZERS = {
     "fused AdamW": lambda p: AdamW(p, lr=0.1, fused=True),

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from dist_siglip.optim import NormHistory
+from dist_siglip.training.optim import NormHistory
 
 
 def judged(norms, factor, window):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dist_siglip.optim import StepCheck
+from dist_siglip.training.optim import StepCheck
 
 
 def one_step(model, optimizer, check, value):

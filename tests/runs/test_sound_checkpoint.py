@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.errors import UserError
 from dist_siglip.models.weights.load import read_weights
 from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.sharded import write_sharded
+from dist_siglip.training.callbacks import AtomicCheckpointIO
 
 CONTENT = {"state_dict": {"w": torch.zeros(100)}, "optimizer_states": []}
 

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from dist_siglip.errors import UserError
 from dist_siglip.models.tuning.lora import LoraSettings
 from dist_siglip.models.tuning.settings import TowerConfig
-from dist_siglip.module.sharding import shard_module
-from dist_siglip.strategies import FullyShardedStrategy
+from dist_siglip.training.module.siglip import shard_module
+from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import start_of, train, train_cases, worst_error
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -116,7 +116,7 @@ def test_one_rank_is_refused(model, tmp_path):
 
 def test_the_strategy_of_lightning_is_refused_with_ours_named(model, tmp_path):
     (message,) = run_ranks(_refusal, 1, model, str(tmp_path), "of Lightning")
-    assert "use the class dist_siglip.strategies.FullyShardedStrategy" in message
+    assert "use the class dist_siglip.training.strategies.FullyShardedStrategy" in message
 
 
 def _refusal(rank, world_size, model, folder, whose):

@@ -6,7 +6,11 @@ from dist_siglip.distributed.collectives import fetch_rows
 from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead
 from dist_siglip.models.reranker.tokens import Encoded, TokenShape
-from dist_siglip.module.second_look import choose_hard_pairs, evaluate_reranking, judge_pairs
+from dist_siglip.training.module.hard_negatives import (
+    choose_hard_pairs,
+    evaluate_reranking,
+    judge_pairs,
+)
 
 NUM_PAIRS, NUM_HARD, NUM_EASY, CANDIDATES = 11, 2, 3, 4
 # Rows of each rank, by world size; one rank has none.

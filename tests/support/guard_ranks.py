@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from dist_siglip.callbacks import StepGuard
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.losses import SigLipLoss
-from dist_siglip.optim import NormHistory, OptimConfig, StepCheck
-from dist_siglip.optim.skip import skip_where
 from dist_siglip.runs import RunFolder
-from dist_siglip.strategies import FullyShardedStrategy
+from dist_siglip.training.callbacks import StepGuard
+from dist_siglip.training.optim import NormHistory, OptimConfig, StepCheck
+from dist_siglip.training.optim.step_check import skip_where
+from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.tuning_ranks import CALM, batches_of, fit, locked_module
 
 OPTIMS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from dist_siglip.datamodule import ImageTextDataModule
+from dist_siglip.training.datamodule import ImageTextDataModule
 from tests.support.shards import tiny_inputs
 from tests.support.torchrun import pretend_torchrun
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from dist_siglip.callbacks.evaluation_history import keep_evaluation
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.callbacks.evaluation_record import keep_evaluation
 
 CAPTIONS = ("one two", "three four", "nine nine", "zero seven", "five", "six eight")
 

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from dist_siglip.strategies import FullyShardedStrategy
+from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.callbacks import RunCheckpoint, StopTogether
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals as stop_request
+from dist_siglip.training.callbacks import RunCheckpoint, StopTogether
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 NUM_STEPS = 12

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_siglip.callbacks import StepGuard, StopTogether, Throughput
+from dist_siglip.training.callbacks import StepGuard, StopTogether, Throughput
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 # Parts of the loss that a CPU alone takes, where a value is at hand; see their docstrings.

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from dist_siglip.callbacks import AtomicCheckpointIO
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.tuning.settings import TowerConfig
-from dist_siglip.module import SigLipModule
-from dist_siglip.optim import OptimConfig
+from dist_siglip.training.callbacks import AtomicCheckpointIO
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.optim import OptimConfig
 from tests.support.tiny_models import ARCHITECTURES, inputs_of
 from tests.support.torchrun import pretend_torchrun
 

@@ -18,9 +18,9 @@ from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.datamodule import ImageTextDataModule
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import PairEvaluation
+from dist_siglip.training.datamodule import ImageTextDataModule
 from tests.support.packing import (
     COUNT,
     packed,

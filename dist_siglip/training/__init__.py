@@ -1,0 +1,1 @@
+"""Runs with Lightning: module, data module, optimizer, strategies, callbacks."""

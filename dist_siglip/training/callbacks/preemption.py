@@ -1,0 +1,200 @@
+"""When one rank is asked to stop, how do all of them stop at the same step, with a checkpoint?
+
+Each rank remembers signals on its own (``stop_request``). Every few steps they compare, over a
+group of CPUs so that no GPU is waited for; if any was asked, all end the step loop, write a
+checkpoint and leave. The run goes on from there when it is started again.
+
+Lightning answers SIGTERM inside the handler, by a broadcast that deadlocks with an exchange under
+way, and asks the first rank in every step whether it was signalled, for which the host waits until
+the device has caught up. Both are taken out.
+
+How does a job put itself back into SLURM's queue?
+
+SLURM ends the processes of a job as soon as it is requeued, so this comes after everything that
+must not be lost. A job that was cancelled would come back to life, so it is asked about first.
+"""
+
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dist_siglip.distributed import new_cpu_group
+from dist_siglip.errors import UserError
+from dist_siglip.runs import RunFolder
+from dist_siglip.system import signals as stop_request
+from dist_siglip.training.callbacks.early_end import end_training, stop_again
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 30
+
+
+def job_to_requeue(environ: Mapping[str, str]) -> str | None:
+    """Return the name SLURM knows this job by; None outside of SLURM.
+
+    Example:
+        >>> job_to_requeue({"SLURM_JOB_ID": "7"})
+        '7'
+        >>> array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
+        >>> job_to_requeue({"SLURM_JOB_ID": "7", **array})
+        '5_2'
+    """
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    if array and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def requeue_job() -> bool:
+    """Ask SLURM to requeue this job, and say whether it will; failing is a warning."""
+    job = job_to_requeue(os.environ)
+    if job is None:
+        logger.warning("stop.requeue (true) outside of SLURM: start the run again by hand")
+        return False
+    try:
+        state = _ask("squeue", "--noheader", "--job", job, "--format=%T")
+        if state != "RUNNING":
+            logger.info("job %s is %s and is not requeued", job, state.lower() or "gone")
+            return False
+        _ask("scontrol", "requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        logger.warning("job %s was not requeued (%s); submit it again", job, reason)
+        return False
+    logger.info("job %s is requeued", job)
+    return True
+
+
+def _ask(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    return done.stdout.strip()
+
+
+# What the ranks may have to say; the largest wins: nobody has asked, a person, a cluster; the run
+# folder is gone.
+_NOBODY, _PERSON, _CLUSTER, _MOVED = range(4)
+# Of Lightning 2.6: what a step loop asks, and who installs handlers.
+_QUESTION, _HANDLERS, _INSTALL = (
+    "_broadcast_sigterm_tensor",
+    "_signal_connector",
+    "register_signal_handlers",
+)
+
+
+class StopTogether(Callback):
+    """Ends training between two steps once any rank was asked to: by a cluster, or by Ctrl-C.
+
+    The signals, SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT, are those that
+    ``stop_request.listening`` remembers; outside of it they keep their usual effect.
+    ``RunCheckpoint`` saves where training ends. An evaluation that is due at that step waits for
+    the next start.
+
+    Args:
+        agree_every_steps: optimizer steps between two looks at what was asked; a rank that was
+            signalled trains on until then.
+        requeue: once all ranks have saved, the first one has SLURM requeue the job. Leave it off
+            where the batch script does so, as the ones in slurm/ do.
+
+    Attributes:
+        has_stopped: whether training ended because of a signal.
+        is_interrupt: whether that was Ctrl-C, on all ranks that were asked.
+
+    Raises:
+        UserError: if agree_every_steps < 1.
+        RunMovedError: later, on all ranks, if the first one finds that the run folder was moved.
+    """
+
+    def __init__(self, agree_every_steps: int = 10, requeue: bool = False) -> None:
+        if agree_every_steps < 1:
+            raise UserError(f"stop.agree_every_steps ({agree_every_steps}) must be at least 1")
+        self.agree_every_steps = agree_every_steps
+        self.requeue = requeue
+        self.has_stopped = self.is_interrupt = False
+        self._group: dist.ProcessGroup | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep Lightning from installing handlers of its own."""
+        handlers: Any = getattr(trainer, _HANDLERS, None)
+        if hasattr(handlers, _INSTALL):
+            setattr(handlers, _INSTALL, _do_nothing)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the question out of every step, and make the group; stop what had stopped."""
+        stop_again(trainer)
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, _QUESTION):
+            setattr(loop, _QUESTION, _do_nothing)
+        if trainer.world_size > 1 and self._group is None:
+            self._group = new_cpu_group()
+        stop_request.begin_saving()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every few steps, agree."""
+        if trainer.global_step % self.agree_every_steps or self.has_stopped:
+            return
+        if trainer.global_step >= trainer.max_steps:
+            return
+        folder = RunFolder(Path(trainer.default_root_dir))
+        asked = self._agree(_MOVED if folder.is_moved() else _who_asks())
+        if asked == _MOVED:
+            raise folder.moved()
+        if asked == _NOBODY:
+            return
+        self.has_stopped, self.is_interrupt = True, asked == _PERSON
+        end_training(trainer)
+        trainer.limit_val_batches = 0
+        if trainer.is_global_zero and not self.is_interrupt:
+            logger.warning(
+                "asked to stop (%s): saving after step %d; start again to go on",
+                stop_request.asked_by() or "another rank",
+                trainer.global_step,
+            )
+
+    def finish(self) -> None:
+        """Note an interrupt that came too late for a step to end at: nothing waits for it now.
+
+        Distributed contract: every rank calls it after ``fit``.
+        """
+        stop_request.end_saving()
+        if not self.has_stopped and self._agree(_who_asks()) == _PERSON:
+            self.has_stopped = self.is_interrupt = True
+
+    def leave(self, trainer: Trainer) -> None:
+        """Wait until every rank has saved, then requeue the job if asked to.
+
+        Distributed contract: every rank calls it after ``fit`` if ``has_stopped``.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # aborted transfers can take a fabric down
+        if self._group is not None:
+            dist.barrier(self._group)
+        if self.requeue and trainer.is_global_zero and not self.is_interrupt:
+            requeue_job()
+
+    def _agree(self, asked: int) -> int:
+        """Return the largest of what the ranks have to say."""
+        if self._group is None:
+            return asked
+        flag = torch.tensor([asked])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return int(flag.item())
+
+
+def _do_nothing() -> None:
+    """Stand in for a broadcast in every step, and for handlers."""
+
+
+def _who_asks() -> int:
+    """Say who has asked this rank to stop."""
+    if stop_request.asked_by() is None:
+        return _NOBODY
+    return _PERSON if stop_request.is_interrupted() else _CLUSTER

@@ -1,0 +1,189 @@
+"""What do Trainer and callbacks ask of every module that a run trains, whatever its loss?
+
+What is written down about a training step?
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.health.step_timing import Pace
+from dist_siglip.metrics import Evaluation
+from dist_siglip.models import BuiltModel
+from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
+from dist_siglip.training.module.optimizing import clip
+from dist_siglip.training.optim import StepCheck
+
+
+def log_training(
+    module: LightningModule,
+    loss: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    num_substituted: Tensor | int,
+    pace: Pace,
+) -> None:
+    """Log global values; one small all-reduce, on logged steps only.
+
+    Args:
+        module: under training; its ``loss``, if it has one, may count duplicate captions.
+        loss: this rank's share, whose mean over ranks is the loss.
+        logit_scale: of the step.
+        logit_bias: of the step.
+        num_substituted: samples of this rank so far that stood in for bad ones.
+        pace: of this rank; keeps that of all ranks.
+    """
+    loss_module = getattr(module, "loss", None)
+    duplicates: Tensor | None = getattr(loss_module, "last_duplicate_pairs", None)
+    counts = (num_substituted, 0 if duplicates is None else duplicates)
+    sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
+    row = pace.take_row(module.trainer.global_rank, module.trainer.world_size)
+    sums = sum_over_ranks(torch.cat([sums, row.to(sums)]))
+    loss_sum, all_substituted, num_duplicates = sums[:3].unbind()
+    pace.keep_sum(sums[3:])
+    if duplicates is not None:
+        module.log("train/duplicate_captions", num_duplicates)
+    groups = module.trainer.optimizers[0].param_groups
+    module.log_dict(
+        {
+            "train/loss": loss_sum / module.trainer.world_size,
+            "train/logit_scale": logit_scale.detach(),
+            "train/logit_bias": logit_bias.detach(),
+            "train/relative_bias": (-logit_bias / logit_scale).detach(),
+            "train/learning_rate": max(group["lr"] for group in groups),
+            "train/substituted_samples": all_substituted,
+        }
+    )
+
+
+class RunModule(LightningModule):
+    """Counts steps, logs and judges them, and writes optimizer states under names of parameters.
+
+    Attributes:
+        built: what the towers were built as.
+        inputs: what they want to be fed.
+        last_evaluation: newest evaluation of this process.
+        last_evaluated_step: optimizer steps behind it.
+        pace: how this rank spends its time.
+        step_check: of the callback StepGuard: skips a step that is not finite, which else is an
+            error.
+    """
+
+    built: BuiltModel
+    inputs: ModelInputs
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_evaluation: Evaluation | None = None
+        self.last_evaluated_step: int | None = None
+        self.pace = Pace()
+        self.step_check: StepCheck | None = None
+        self._loaded_steps = 0
+        # Stays on the device of the batches: reading it each step would wait for the GPU.
+        self._num_substituted: Tensor | int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
+        return max(self.global_step, self._loaded_steps)
+
+    def setup(self, stage: str) -> None:
+        """See pictures as the data module does."""
+        pictures = getattr(getattr(self.trainer, "datamodule", None), "pictures", None)
+        if pictures is not None:
+            self.use_pictures(pictures)
+
+    def use_pictures(self, policy: PicturePolicy) -> None:
+        """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""
+        self.built = replace(self.built, pictures=policy)
+        self.inputs = ModelInputs.of(self.built)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer's parameters."""
+        if "optimizer_states" in checkpoint:
+            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [
+                by_name(state, optimizer, self) if state else state for state, optimizer in pairs
+            ]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the step: Lightning's evaluation loop restores weights only.
+
+        Raises:
+            UserError: if a parameter is not finite.
+        """
+        names = {name for name, _ in self.named_parameters()}
+        for state in ("state_dict", "current_model_state"):  # the second beside an average
+            weights = {
+                name: value
+                for name, value in checkpoint.get(state, {}).items()
+                if name in names and not isinstance(value, DTensor)
+            }
+            refuse_not_finite(weights, f"checkpoint ({self.trainer.ckpt_path})")
+        self._loaded_steps = int(checkpoint["global_step"])
+        if "optimizer_states" in checkpoint:
+            states = checkpoint["optimizer_states"]
+            checkpoint["optimizer_states"] = [by_number(state) for state in states]
+
+    def available_pairs(self) -> dict[str, float]:
+        """Count the pairs of ``val_shards``, as a metric: what an evaluation could have seen."""
+        data = getattr(self.trainer, "datamodule", None)
+        dataset = getattr(data, "val_dataset", None)
+        return {} if dataset is None else {"available_pairs": float(len(dataset))}
+
+    def finish_step(
+        self,
+        batch: ImageTextBatch,
+        loss: Tensor,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+    ) -> Tensor:
+        """Log a training step if it is due, and return the loss as the step check wants it.
+
+        Args:
+            batch: of the step.
+            loss: this rank's share, whose mean over ranks is the loss.
+            image_features: (B, D), of the batch.
+            text_features: (B, D), of the batch.
+            logit_scale: of the step.
+            logit_bias: of the step.
+        """
+        self._num_substituted = self._num_substituted + batch.substituted.sum()
+        if self._is_logged_step():
+            log_training(self, loss, logit_scale, logit_bias, self._num_substituted, self.pace)
+        if self.step_check is None:
+            return loss
+        return self.step_check.look(loss, image_features, text_features, batch.sample_ids)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, log the norm before clipping, and judge the step by it.
+
+        Lightning's own clipping refuses fused AdamW under mixed precision.
+        """
+        is_logged, check = self._is_logged_step(), self.step_check
+        is_wanted = is_logged or check is not None
+        norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
+        if norm is not None and is_logged:
+            self.log("train/grad_norm", norm)
+        if norm is not None and check is not None:
+            check.decide(optimizer, norm)
+
+    def _is_logged_step(self) -> bool:
+        """Whether the step under way is one Lightning writes to its loggers."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
+        return bool(every) and (self.global_step + 1) % every == 0

@@ -1,0 +1,404 @@
+"""How do towers, loss, scale and bias, metrics and optimizer make a run? No formula is here.
+
+Where is a dual encoder cut into shards? At its blocks, the rest as one, scale and bias apart.
+
+Every block is gathered when it is needed and given back after; at most a few are whole at once.
+
+Which scale and bias suit the training pairs before the first step?
+"""
+
+import logging
+import warnings
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data.samples.batch import picture_ids_of
+from dist_siglip.data.samples.calibration_subset import excerpt_loader
+from dist_siglip.distributed import World, copy_from_first_rank
+from dist_siglip.errors import UserError
+from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
+from dist_siglip.losses.calibration import (
+    Calibration,
+    calibrate_on_features,
+    describe_batch_change,
+    set_logits,
+)
+from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.modules import ids_for
+from dist_siglip.losses.nonfinite import let_pass
+from dist_siglip.metrics import Evaluation, PairEvaluation
+from dist_siglip.models import (
+    build_dual_encoder,
+    encode_in_micro_batches,
+    evaluation_mode,
+    recorded_global_batch,
+    refuse_batch_norm,
+)
+from dist_siglip.models import compile_towers as translate_towers
+from dist_siglip.models.tuning.layer_groups import block_names
+from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
+from dist_siglip.training.module.locked_features import (
+    check_features,
+    encode_beside_features,
+    settle_identities,
+)
+from dist_siglip.training.module.optimizing import configure
+from dist_siglip.training.module.run_module import RunModule
+from dist_siglip.training.optim import OptimConfig, ParameterRule
+
+
+def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
+
+    Args:
+        module: before it goes to its device and before its optimizer is built.
+        mesh: axes "shard", or "replicate" and "shard" (hybrid sharding).
+
+    Raises:
+        UserError: if the mesh is of another strategy, or there are other parameters.
+    """
+    if "shard" not in (mesh.mesh_dim_names or ()):
+        raise UserError(
+            f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
+            "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
+        )
+    sharded = ("towers.", "logits.")
+    others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
+    if others:
+        raise UserError(
+            f"FullyShardedStrategy shards towers, scale and bias, and {others[0]} is none of them; "
+            "use a loss without parameters, or trainer.strategy: ddp"
+        )
+    towers = module.get_submodule("towers")
+    for name in block_names(towers):
+        fully_shard(towers.get_submodule(name), mesh=mesh)
+    fully_shard(towers, mesh=mesh)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(towers, method)
+    # Apart, so that the loss can ask for them outside of the towers.
+    fully_shard(module.get_submodule("logits"), mesh=mesh)
+
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
+    """Embed pairs of the training data as in an evaluation, fit scale and bias, set them.
+
+    Args:
+        module: attached to a trainer.
+        num_pairs: over all ranks.
+
+    Raises:
+        UserError: if the loss cannot be calibrated, or the trainer has no data module of ours.
+    """
+    module.check_can_calibrate()
+    trainer = module.trainer
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "train_dataset", None) is None:
+        raise UserError(
+            f"calibration_pairs ({num_pairs}) needs an ImageTextDataModule in trainer.fit; "
+            "without one, set it to null and use losses.calibration"
+        )
+    world = World(rank=trainer.global_rank, world_size=trainer.world_size)
+    loader = excerpt_loader(data.train_dataset, num_pairs, data, world)
+    rows = []
+    with evaluation_mode(module.towers), trainer.precision_plugin.forward_context():
+        for loaded in loader:
+            batch = module.transfer_batch_to_device(loaded, module.device, 0)
+            batch = data.on_after_batch_transfer(batch, 0)
+            rows.append((*module.encode(batch), batch.caption_ids, picture_ids_of(batch)))
+    fitted = module.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    set_logits(module.logits, fitted)
+    logger.info("calibrated before the first step: %s", fitted.describe())
+
+
+class SigLipModule(RunModule):
+    """Trains a dual encoder on image-text pairs.
+
+    Args:
+        model: an open_clip architecture: built-in name, path of a JSON config, ``local-dir:PATH``
+            or ``hf-hub:ORG/REPO`` (the last two bring weights).
+        pretrained: weights: an open_clip tag of the model, or a local .safetensors, .pt, .bin or
+            .ckpt file. Null starts at random, but for a text tower of Hugging Face (hf_model_name
+            in the model's config), whose own weights are taken, and an image tower of timm whose
+            config says timm_model_pretrained: true.
+        weights_average: of weights with an average beside them (state_dict_ema, checkpoints of
+            Lightning's weight averaging and ours): true takes the average, false the weights. Null
+            takes what the file puts first: the average in checkpoints of Lightning and ours.
+        loss: module called with (image_features, text_features, logit_scale, logit_bias), given
+            as a class path. Null is ``dist_siglip.losses.SigLipLoss``. If its ``uses_caption_ids``
+            is True it also gets the keyword caption_ids, likewise with ``uses_picture_ids``; if its
+            ``uses_logit_bias`` is False the bias is frozen.
+        logits: start and training of scale and bias.
+        optim: optimizer and learning rate.
+        image_size: pixels, replaces the model's. Null keeps it.
+        context_length: tokens of a text, replaces the model's. Null keeps it.
+        kept_positions: first text positions that stay as they are where context_length stretches
+            the others, so that short captions keep their features in towers that read from left to
+            right (CLIP). Long-CLIP keeps 20 of 77; 0 stretches all.
+        patch_dropout: share of image patches left out in training. Null keeps the model's.
+        gradient_checkpointing: recompute the blocks of the towers in backward to save memory.
+        compile_towers: translate both towers with torch.compile at their first use.
+        global_batch_size: pairs of a training batch over all ranks; the validation loss is that
+            of a random batch of this size. The command line takes it from the data.
+        micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
+            whole batch at once and the gradients are the same, for one more forward pass. Null
+            encodes the local batch at once.
+        calibration_pairs: training pairs over all ranks, about 4096, to fit scale and bias to
+            before the first step of a new run: for weights of another loss or global batch. Null
+            leaves scale and bias as they are.
+        image_tower: what of the image tower trains, and how fast.
+        text_tower: what of the text tower trains, and how fast.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        weights_average: bool | None = None,
+        loss: nn.Module | None = None,
+        logits: LogitConfig = LogitConfig(),  # noqa: B008 - frozen dataclass
+        optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
+        image_size: int | None = None,
+        context_length: int | None = None,
+        kept_positions: int = 0,
+        patch_dropout: float | None = None,
+        gradient_checkpointing: bool = False,
+        compile_towers: bool = False,
+        global_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        calibration_pairs: int | None = None,
+        image_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
+        text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
+    ) -> None:
+        super().__init__()
+        built = build_dual_encoder(
+            model,
+            pretrained,
+            image_size=image_size,
+            context_length=context_length,
+            kept_positions=kept_positions,
+            weights_average=weights_average,
+            patch_dropout=patch_dropout,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.built = built
+        self.towers = built.encoder
+        tuned = tune_towers(
+            self.towers,
+            image_tower=image_tower,
+            text_tower=text_tower,
+            never_loaded=built.random_parameters,
+        )
+        self._rules = {f"towers.{name}": ParameterRule(*how) for name, how in tuned.items()}
+        self.loss: nn.Module = SigLipLoss() if loss is None else loss
+        self.logits = LogitScaleBias.from_config(
+            logits, start_scale=built.start_scale, start_bias=built.start_bias
+        )
+        self.inputs = ModelInputs.of(built)
+        self.optim = optim
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.calibration_pairs = calibration_pairs
+        if micro_batch_size is not None:
+            refuse_batch_norm(self.towers, micro_batch_size)
+        if not self._uses_bias:
+            self._freeze_bias()
+        if calibration_pairs is None and logits.start_bias is None:
+            self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
+        self.evaluation = PairEvaluation()
+        self._is_sharded = False
+        if compile_towers:
+            translate_towers(self.towers)
+
+    def configure_model(self) -> None:
+        """Shard parameters if the strategy has a mesh for it."""
+        if self.device_mesh is not None and not self._is_sharded:
+            shard_module(self, self.device_mesh)
+            self._is_sharded = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down the global batch of scale and bias, too."""
+        checkpoint["global_batch_size"] = self.global_batch_size
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the global batch, too."""
+        super().on_load_checkpoint(checkpoint)
+        self._compare_global_batch(recorded_global_batch(checkpoint), "the checkpoint")
+
+    def setup(self, stage: str) -> None:
+        """Check that features of the data module are those of a locked tower of this model."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        check_features(data, self.built, self.towers)
+        ids_are_used = getattr(self.loss, "uses_picture_ids", False)
+        settle_identities(data, are_used=ids_are_used)
+
+    def on_fit_start(self) -> None:
+        """Tell Lightning that locked parts are in evaluation mode on purpose."""
+        if self.towers.is_kept_in_evaluation:
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
+    def on_train_start(self) -> None:
+        """Calibrate a new run if ``calibration_pairs`` asks for it."""
+        if self.calibration_pairs is not None and self.steps_done == 0:
+            calibrate_to_training_pairs(self, self.calibration_pairs)
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images and texts to L2-normalised features, (B, D) each, float32."""
+        return self.towers(images, texts)
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
+        """Return this rank's share of the global loss; the mean over ranks is the loss."""
+        self.pace.begin_encoding(self.device)
+        image_features, text_features = self.encode(batch)
+        self.pace.end_encoding()
+        # Under autocast the loss's products run in the precision of the towers, and so do the
+        # exchanged features; logits and gradients stay float32 inside the loss.
+        device_type = image_features.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            image_features, text_features = image_features.to(dtype), text_features.to(dtype)
+        logit_scale, logit_bias = self.logits()
+        if not self._uses_bias:
+            logit_bias = logit_bias.detach()
+        ids = ids_for(self.loss, batch.caption_ids, batch.picture_ids)
+        with nullcontext() if self.step_check is None else let_pass():
+            loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
+        return self.finish_step(batch, loss, image_features, text_features, logit_scale, logit_bias)
+
+    def check_can_calibrate(self) -> int:
+        """Return the global batch to calibrate for.
+
+        Raises:
+            UserError: if it is not known, or the loss has no bias to calibrate.
+        """
+        if not self._uses_bias:
+            raise UserError(
+                f"loss ({type(self.loss).__name__}) uses no bias: only a sigmoid loss can be "
+                "calibrated; set calibration_pairs to null"
+            )
+        if self.global_batch_size is None:
+            raise UserError("global_batch_size (null) must be known to calibrate for it")
+        return self.global_batch_size
+
+    def calibrate(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        caption_ids: Tensor,
+        picture_ids: Tensor | None = None,
+    ) -> Calibration:
+        """Fit scale and bias to the pairs of all ranks; changes nothing.
+
+        Args:
+            image_features: (B, D), L2-normalised, this rank's.
+            text_features: (B, D), L2-normalised.
+            caption_ids: (B,), equal for equal captions.
+            picture_ids: (B,), equal for equal pictures; None if they are not known.
+
+        Raises:
+            UserError: as ``check_can_calibrate``, or if no scale above 0 fits.
+        """
+        global_batch_size = self.check_can_calibrate()
+        scale, bias = (value.item() for value in self.logits())
+        return calibrate_on_features(
+            image_features,
+            text_features,
+            global_batch_size,
+            scale_before=scale,
+            bias_before=bias,
+            caption_ids=caption_ids,
+            picture_ids=picture_ids,
+            duplicates=self._duplicates,
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of the last evaluation; evaluate one model on all ranks."""
+        self.evaluation.reset()
+        # Running statistics of BatchNorm differ between ranks; a checkpoint holds the first one's.
+        copy_from_first_rank(self.towers.buffers())
+
+    def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
+        """Keep the features of one batch of this rank."""
+        image_features, text_features = self.towers(batch.images, batch.texts)
+        self.evaluation.update(
+            image_features,
+            text_features,
+            batch.caption_ids,
+            batch.caption_ids,
+            batch.sample_ids,
+            batch.valid,
+            picture_ids=batch.picture_ids,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Evaluate all ranks' pairs on one gallery and log the metrics as val/..."""
+        logit_scale, logit_bias = (value.item() for value in self.logits())
+        evaluation = self.evaluation.compute(
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            global_batch_size=self.global_batch_size,
+        )
+        self.evaluation.reset()
+        metrics = {
+            **evaluation.metrics,
+            **self.available_pairs(),
+            "logit_scale": logit_scale,
+            "logit_bias": logit_bias,
+            "learned_relative_bias": -logit_bias / logit_scale,
+        }
+        self.last_evaluation = Evaluation(metrics, evaluation.arrays)
+        self.last_evaluated_step = self.steps_done
+        # Every rank has the same numbers; nothing is left to synchronise.
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, sync_dist=False, rank_zero_only=False)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the optimizer and its schedule, stepped every optimizer step."""
+        return configure(self, self.optim, self._rules, is_sharded=self._is_sharded)
+
+    @property
+    def _uses_bias(self) -> bool:
+        return bool(getattr(self.loss, "uses_logit_bias", True))
+
+    @property
+    def _duplicates(self) -> Duplicates:
+        """What the loss, or the loss it weighs, makes of equal captions; unheeded is negative."""
+        base = getattr(self.loss, "base", self.loss)
+        return getattr(base, "duplicates", None) or "negative"
+
+    def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """Encode a batch; features it brings along stand in for a locked tower."""
+        size = self.micro_batch_size
+        if batch.image_features is not None or batch.text_features is not None:
+            return encode_beside_features(self.towers, batch, size)
+        if size is None:
+            return self.towers(batch.images, batch.texts)
+        return encode_in_micro_batches(self.towers, batch.images, batch.texts, size)
+
+    def _freeze_bias(self) -> None:
+        """Keep a parameter that the loss never touches from stopping DDP."""
+        for name, parameter in self.logits.named_parameters():
+            if name != "log_scale" and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                logger.info("%s uses no bias: %s is frozen", type(self.loss).__name__, name)
+
+    def _compare_global_batch(self, trained: int | None, source: str) -> None:
+        """Warn if scale and bias were trained for another global batch."""
+        now = self.global_batch_size
+        if self._uses_bias and trained is not None and now is not None and trained != now:
+            logger.warning("%s %s", source, describe_batch_change(trained, now))

@@ -1,0 +1,162 @@
+"""How does a model that does not fit one device train on several?
+
+Parameters, gradients and optimizer state are sharded over ranks (FSDP2, ``fully_shard``); every
+rank still sees its own pairs. Lightning's ``ModelParallelStrategy`` does the work; here are its
+sizes, the mesh of hybrid sharding, and checkpoints that are whole under their name, that are the
+same as those of DDP, or are written by all ranks together.
+
+How a model is spread over ranks, beyond what Lightning's own strategies do.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from dist_siglip.errors import UserError
+from dist_siglip.runs.checkpoints.optimizer_names import by_name
+from dist_siglip.runs.checkpoints.sharded import is_sharded, read_into, read_values, write_sharded
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Shards a model over all ranks, or over those of a node and copies it to every node.
+
+    Args:
+        shard_within: "world" keeps one copy of the model over all ranks, "node" one on each node
+            (hybrid sharding): weights then travel inside the node, gradients also between nodes.
+        checkpoint: "full" gathers the model on the first rank and writes the file that DDP would
+            write; "sharded" makes a folder that every rank writes its part of. Either resumes
+            on any number of ranks, with DDP too.
+        process_group_backend: "nccl" or "gloo". Null takes the one of the device.
+
+    Raises:
+        UserError: if a setting is unknown; later, if there is only one rank.
+    """
+
+    checkpoint_group: ProcessGroup | None = None
+
+    def __init__(
+        self,
+        shard_within: Literal["world", "node"] = "world",
+        checkpoint: Literal["full", "sharded"] = "full",
+        process_group_backend: str | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("shard_within", shard_within, ("world", "node")),
+            ("checkpoint", checkpoint, ("full", "sharded")),
+        ):
+            if value not in allowed:
+                raise UserError(f"strategy.{name} ({value}) must be {' or '.join(allowed)}")
+        super().__init__(
+            save_distributed_checkpoint=checkpoint == "sharded",
+            process_group_backend=process_group_backend,
+        )
+        self.shard_within = shard_within
+
+    def check_world(self) -> None:
+        """Refuse a single rank.
+
+        Raises:
+            UserError: naming what to raise.
+        """
+        if self.num_nodes * self.num_processes < 2:
+            raise UserError(
+                "trainer.strategy (FullyShardedStrategy) shards a model over ranks and there is "
+                "one; raise trainer.devices or trainer.num_nodes, or leave the strategy out"
+            )
+
+    def setup_environment(self) -> None:
+        """Join the other ranks and lay out the mesh."""
+        self.check_world()
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        # Lightning's mesh has an axis for tensor parallelism that nothing here uses.
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = self._mesh()
+
+    def _mesh(self) -> DeviceMesh:
+        device = self.root_device.type
+        if self.shard_within == "world":
+            return init_device_mesh(device, (self.world_size,), mesh_dim_names=("shard",))
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+        if self.world_size % per_node:
+            raise UserError(
+                "strategy.shard_within (node) needs the same number of ranks on every node; "
+                f"{self.world_size} ranks are no multiple of {per_node}"
+            )
+        return init_device_mesh(
+            device, (self.world_size // per_node, per_node), mesh_dim_names=("replicate", "shard")
+        )
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State by parameter name: whole on the first rank, or this rank's shards."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, optimizer, options=self._options())
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers by name: whole on the first rank, or this rank's shards."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=self._options())
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a file through the checkpoint writer of the run, or a folder from all ranks.
+
+        A thread may call it if ``checkpoint_group`` is a group of all ranks for it alone.
+        """
+        if self._save_distributed_checkpoint:
+            write_sharded(checkpoint, Path(filepath), self.checkpoint_group)
+        else:
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore model and optimizers from a file or a folder; return the rest."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return self._load_folder(path) if is_sharded(path) else self._load_file(path)
+
+    def _load_file(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint = self.checkpoint_io.load_checkpoint(path)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            named = by_name(state, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+    def _load_folder(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        values = read_values(path)
+        groups = values.pop("param_groups")
+        model = get_model_state_dict(self.model)
+        states = [get_optimizer_state_dict(self.model, each) for each in self.optimizers]
+        read_into(path, model, states)
+        set_model_state_dict(self.model, model)
+        for optimizer, state, saved in zip(self.optimizers, states, groups, strict=False):
+            set_optimizer_state_dict(self.model, optimizer, {**state, "param_groups": saved})
+        return values
+
+    def _options(self) -> StateDictOptions:
+        is_full = not self._save_distributed_checkpoint
+        return StateDictOptions(full_state_dict=is_full, cpu_offload=True)
+
+
+__all__ = ["FullyShardedStrategy"]
