@@ -38,8 +38,8 @@ __all__ = [
 
 # For those who read the code and do not run it: editors, mypy, the reference.
 if TYPE_CHECKING:
-    from dist_siglip.embedding import EmbedSettings, embed_shards
     from dist_siglip.errors import UserError
+    from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
     from dist_siglip.losses import (
         ClipLoss,
         LogitConfig,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 else:
     _PACKAGES = {
         "dist_siglip.training.datamodule": ("ImageTextDataModule",),
-        "dist_siglip.embedding": ("EmbedSettings", "embed_shards"),
+        "dist_siglip.evaluation.embed": ("EmbedSettings", "embed_shards"),
         "dist_siglip.errors": ("UserError",),
         "dist_siglip.losses": (
             "ClipLoss",

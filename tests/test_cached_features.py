@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.samples.cached_features import FeatureFile, write_features
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.embedding.embed import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
 from dist_siglip.models.tuning.lora import LoraSettings
 from dist_siglip.models.tuning.settings import TowerConfig
 from dist_siglip.training.module.locked_features import check_features, settle_identities

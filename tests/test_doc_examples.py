@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.benchmarks import EvaluatedModel
 from dist_siglip.data import ModelInputs
+from dist_siglip.evaluation import EvaluatedModel
 from dist_siglip.models import FusionConfig, FusionHead, build_dual_encoder, token_shapes
 from dist_siglip.models.reranker.fusion import write_head
 from tests.support.shards import write_shards

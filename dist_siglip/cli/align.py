@@ -16,8 +16,8 @@ from dist_siglip.cli.parser import VerbParser
 from dist_siglip.cli.subjects import call, introduction_of
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.samples.cached_features import Tower
-from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.lab.sparse_features import SparseSettings
 from dist_siglip.metrics.alignment import AlignmentEstimate, estimate_alignment
 

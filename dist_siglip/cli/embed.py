@@ -18,9 +18,9 @@ from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.embedding.embed import EmbedSettings, embed_shards
-from dist_siglip.embedding.encoder import Precision, RowType, Towers
-from dist_siglip.embedding.layout import Format
+from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.encoder import Precision, RowType, Towers
+from dist_siglip.evaluation.embed.layouts import Format
 from dist_siglip.training.module.trained import load_trained
 
 

@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_siglip.benchmarks import BenchmarkResult
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.start_point import checkpoint_to_look_at
 from dist_siglip.cli.table import print_path
@@ -27,6 +26,7 @@ from dist_siglip.cli.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.training import TrainingCLI, cli_settings, logger
 from dist_siglip.distributed import copy_from_first_rank, leave_process_groups
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import BenchmarkResult
 from dist_siglip.health.start_check import check_ranks_started_alike
 from dist_siglip.training.callbacks import Benchmarks
 from dist_siglip.training.datamodule import ImageTextDataModule
@@ -103,7 +103,7 @@ class BenchmarkCLI(TrainingCLI):
         if not self.benchmarks.tasks:
             raise UserError(
                 "benchmarks.tasks (null) must name at least one, e.g. class_path: "
-                "dist_siglip.benchmarks.Retrieval with init_args: {shards: ...}"
+                "dist_siglip.evaluation.Retrieval with init_args: {shards: ...}"
             )
         self.benchmarks.check()
         given = self._get(self.config, "ckpt_path")

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dist_siglip.benchmarks import Benchmark, BenchmarkResult, EvaluatedModel
-from dist_siglip.benchmarks.benchmark import check_benchmarks
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.benchmark import check_benchmarks
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.dual_encoder import evaluation_mode
 from tests.support.shards import tiny_inputs

@@ -1,8 +1,8 @@
 import open_clip
 import pytest
 
-from dist_siglip.benchmarks.class_names import fill, read_classes, read_templates
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.classification import fill, read_classes, read_templates
 
 
 def test_the_lists_are_those_of_open_clip():

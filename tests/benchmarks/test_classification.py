@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dist_siglip.benchmarks import Classification
-from dist_siglip.benchmarks.classification import class_vectors, classify, summarise
-from dist_siglip.benchmarks.shards import LoadSettings
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Classification
+from dist_siglip.evaluation.classification import class_vectors, classify, summarise
+from dist_siglip.evaluation.shards import LoadSettings
 from tests.support import reference_benchmarks as reference
 from tests.support.benchmark_models import image_map, known_model, text_map
 from tests.support.benchmark_shards import CLASSES, label_of, write_labelled

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dist_siglip.benchmarks import BenchmarkResult, Retrieval
+from dist_siglip.evaluation import BenchmarkResult, Retrieval
 from dist_siglip.training.callbacks.benchmarks import write_result
 
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from dist_siglip.benchmarks import Benchmark
+from dist_siglip.evaluation import Benchmark
 from tests.support.benchmark_models import known_model, text_map
 from tests.support.benchmark_shards import write_captioned
 from tests.support.command import REPOSITORY

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dist_siglip.benchmarks.encoding import encode_pictures, encode_texts
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.encoding import encode_pictures, encode_texts
 from tests.support.benchmark_models import image_map, known_model, text_map
 from tests.support.processes import run_ranks
 from tests.support.shards import picture, tokenize

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dist_siglip.benchmarks import HandwritingArithmetic
-from dist_siglip.benchmarks.shards import LoadSettings
 from dist_siglip.data.handwriting import number_from_words, number_in_words
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import HandwritingArithmetic
+from dist_siglip.evaluation.shards import LoadSettings
 from tests.support.arithmetic import number_model, read_text, write_numbers
 from tests.support.processes import run_ranks
 

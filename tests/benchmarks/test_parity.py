@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from dist_siglip.benchmarks import Classification, PairMetrics, Retrieval
-from dist_siglip.benchmarks import retrieval as module
-from dist_siglip.benchmarks.shards import LoadSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Classification, PairMetrics, Retrieval
+from dist_siglip.evaluation import retrieval as module
+from dist_siglip.evaluation.shards import LoadSettings
 from tests.support.benchmark_models import known_model
 from tests.support.benchmark_shards import write_captioned, write_labelled
 from tests.support.processes import run_ranks

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dist_siglip.benchmarks import Retrieval
-from dist_siglip.benchmarks.shards import LoadSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Retrieval
+from dist_siglip.evaluation.shards import LoadSettings
 from tests.support import reference_benchmarks as reference
 from tests.support.benchmark_models import image_map, known_model, text_map
 from tests.support.benchmark_shards import captions_of, write_captioned

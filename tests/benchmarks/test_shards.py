@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dist_siglip.benchmarks import shards as module
-from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
 from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import shards as module
+from dist_siglip.evaluation.shards import BenchmarkShards, LoadSettings
 from tests.support.benchmark_models import known_model
 from tests.support.benchmark_shards import captions_of, write_captioned
 from tests.support.shards import encode, picture, write_shard

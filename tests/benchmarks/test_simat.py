@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from dist_siglip.benchmarks import Simat
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Simat
 from tests.support.arithmetic import WORDS, simat_queries, write_simat
 from tests.support.benchmark_models import image_map, known_model, text_map
 from tests.support.processes import run_ranks

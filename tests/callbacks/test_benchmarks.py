@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_siglip.benchmarks import Benchmark, BenchmarkResult
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import Benchmark, BenchmarkResult
 from dist_siglip.training.callbacks import Benchmarks, Watchdog
 from tests.support.shards import tiny_inputs
 

@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 from jsonargparse import Namespace
 
-from dist_siglip import benchmarks, losses
+from dist_siglip import evaluation as benchmarks
+from dist_siglip import losses
 from dist_siglip.cli import main
 from dist_siglip.cli.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
 from dist_siglip.errors import UserError

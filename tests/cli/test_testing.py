@@ -18,7 +18,7 @@ def write_tasks(folder, shards):
     """Two benchmarks on the validation shards, in a file of their own."""
     loading = {"workers_per_rank": 0, "local_batch_size": 6}
     tasks = [
-        {"class_path": f"dist_siglip.benchmarks.{name}", "init_args": settings}
+        {"class_path": f"dist_siglip.evaluation.{name}", "init_args": settings}
         for name, settings in (
             ("Retrieval", {"shards": shards, "name": "val", "loading": loading}),
             ("PairMetrics", {"shards": shards, "name": "pairs", "loading": loading}),
@@ -130,7 +130,7 @@ def test_a_model_by_name_needs_no_run(trained, tmp_path, capsys):
         (
             [
                 "fit",
-                "--benchmarks.tasks=[{class_path: dist_siglip.benchmarks.Retrieval, "
+                "--benchmarks.tasks=[{class_path: dist_siglip.evaluation.Retrieval, "
                 "init_args: {shards: gone.tar}}]",
             ],
             "shards of benchmark 'retrieval' ('gone.tar') names a missing file",

@@ -19,9 +19,9 @@ from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
-from dist_siglip.embedding import EmbedSettings
-from dist_siglip.embedding.samples import EmbeddingDataset
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings
+from dist_siglip.evaluation.embed.samples import EmbeddingDataset
 from dist_siglip.models.fingerprint import digest_tower
 from tests.support.embedding import build_tiny
 from tests.support.pngs import RGBA, halves, png_of

@@ -7,9 +7,9 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.distributed import World
-from dist_siglip.embedding import EmbedSettings, embed_shards
-from dist_siglip.embedding.part import keys_of, parts_of
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.shard_job import keys_of, parts_of
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, load_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shard, write_shards
 

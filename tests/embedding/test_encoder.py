@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from dist_siglip.embedding import EmbedSettings, embed_shards
-from dist_siglip.embedding.encoder import Encoder, choose_device
-from dist_siglip.embedding.samples import EmbeddingBatch
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.encoder import Encoder, choose_device
+from dist_siglip.evaluation.embed.samples import EmbeddingBatch
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, load_rows, table_of
 from tests.support.shards import write_shards
 

@@ -3,8 +3,8 @@ import pytest
 
 from dist_siglip.data.samples.cached_features import FeatureFile, feature_path
 from dist_siglip.distributed import World
-from dist_siglip.embedding import EmbedSettings, embed_shards
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shard, write_shards
 

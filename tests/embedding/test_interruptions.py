@@ -12,7 +12,7 @@ from pyarrow import parquet
 from safetensors.numpy import load_file
 
 from dist_siglip.distributed import World
-from dist_siglip.embedding import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from tests.support.embedding import build_tiny, table_of
 from tests.support.shards import write_shards
 

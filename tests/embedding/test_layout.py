@@ -2,9 +2,9 @@ import sys
 
 import pytest
 
-from dist_siglip.embedding import EmbedSettings, embed_shards
-from dist_siglip.embedding.layout import remove_partial
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.layouts import remove_partial
 from tests.support.embedding import build_tiny, table_of
 from tests.support.shards import write_shards
 
@@ -13,7 +13,7 @@ from tests.support.shards import write_shards
 def test_without_pyarrow_there_is_one_line_and_no_folder(tmp_path, monkeypatch, form):
     table, built = table_of(write_shards(tmp_path / "shards", (1,))), build_tiny(tmp_path)
     for name in ("arrow", "clip_retrieval", "single_file"):
-        monkeypatch.delitem(sys.modules, f"dist_siglip.embedding.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"dist_siglip.evaluation.embed.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r'needs pyarrow .*; pip install "dist-siglip\[pack\]"'):
         embed_shards(table, built, tmp_path / "out", EmbedSettings(format=form, device="cpu"))

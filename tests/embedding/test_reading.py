@@ -8,11 +8,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dist_siglip.embedding.encoder import EncodedRows
-from dist_siglip.embedding.layout import layout_of
-from dist_siglip.embedding.part import Part, PartRows
-from dist_siglip.embedding.reading import Embeddings, match_rows, read_embeddings, towers_in
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.encoder import EncodedRows
+from dist_siglip.evaluation.embed.layouts import layout_of
+from dist_siglip.evaluation.embed.reading import Embeddings, match_rows, read_embeddings, towers_in
+from dist_siglip.evaluation.embed.shard_job import Part, PartRows
 
 SHARDS = ("a.tar", "b.tar", "c.tar")
 

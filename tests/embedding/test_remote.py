@@ -6,8 +6,9 @@ import pytest
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache, retries
 from dist_siglip.distributed import World
-from dist_siglip.embedding import EmbedSettings, ahead, embed_shards
 from dist_siglip.errors import OutageError, UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed import embed as ahead
 from tests.support.embedding import COUNTS, build_tiny, load_rows, table_of
 from tests.support.servers import serve
 from tests.support.shards import write_shards

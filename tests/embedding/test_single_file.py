@@ -4,7 +4,7 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.distributed import World
-from dist_siglip.embedding import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shard, write_shards
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from dist_siglip.benchmarks import EvaluatedModel
 from dist_siglip.data.handwriting import number_from_words, number_in_words
+from dist_siglip.evaluation import EvaluatedModel
 from tests.support.shards import encode, tiny_inputs, write_shard
 
 LENGTH = 64

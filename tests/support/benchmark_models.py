@@ -5,7 +5,7 @@ A text is its characters, a picture its mean colour; both pass through one fixed
 
 import torch
 
-from dist_siglip.benchmarks import EvaluatedModel
+from dist_siglip.evaluation import EvaluatedModel
 from tests.support.shards import tiny_inputs
 
 WIDTH = 6

@@ -19,9 +19,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dist_siglip.benchmarks import Benchmark, BenchmarkResult, EvaluatedModel
-from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, check_benchmarks
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation import EvaluatedModel
+from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, check_benchmarks
 from dist_siglip.health.callback import Watchdog
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically

@@ -6,11 +6,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dist_siglip.benchmarks.classification import Classification
 from dist_siglip.cli import main
 from dist_siglip.data.packing import table as module
 from dist_siglip.data.packing.table import Columns, read_rows
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.classification import Classification
 from tests.support.packing import packed, rows_of, samples_of, shards_of, skipped, write_table
 from tests.support.shards import caption, encode, picture
 

@@ -27,7 +27,7 @@ class EvaluatedModel(NamedTuple):
     """A dual encoder as benchmarks see it.
 
     Every rank calls the encoders equally often, with rows or without: towers that are sharded
-    gather their weights in every call. ``dist_siglip.benchmarks.encoding`` keeps to that.
+    gather their weights in every call. ``dist_siglip.evaluation.encoding`` keeps to that.
 
     Attributes:
         encode_image: (B, 3, H, W) uint8 as ``evaluation_transform(inputs)`` makes them, or

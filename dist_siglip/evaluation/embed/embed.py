@@ -3,10 +3,20 @@
 Every shard becomes one part, written whole. Rank r of R takes every R-th part that is not there
 yet; ranks share nothing but the folder, so a lost one holds up nobody, and started again, on
 as many ranks as you like, the rest is done.
+
+Do these embeddings belong into this folder?
+
+``embed.json`` says what decides the numbers: weights, preprocessing, shards, number format. Another
+model, or shards that changed, go into another folder. Ranks need not talk: all of them find the
+same file, or write the same one.
+
+Which remote shards should be here before a rank comes to them?
 """
 
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,6 +26,8 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.remote import is_remote
+from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -25,24 +37,105 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
 from dist_siglip.distributed import World
-from dist_siglip.embedding.ahead import fetching_ahead
-from dist_siglip.embedding.encoder import Encoder, Precision, RowType, Towers, choose_device
-from dist_siglip.embedding.folder import claim_folder
-from dist_siglip.embedding.layout import Format, layout_of, remove_partial
-from dist_siglip.embedding.left_out import left_out_file, write_left_out
-from dist_siglip.embedding.part import Part, PartRows, keys_of, parts_of
-from dist_siglip.embedding.samples import (
+from dist_siglip.errors import OutageError, UserError
+from dist_siglip.evaluation.embed.encoder import Encoder, Precision, RowType, Towers, choose_device
+from dist_siglip.evaluation.embed.layouts import Format, Layout, layout_of, remove_partial
+from dist_siglip.evaluation.embed.progress import EmbedReport, Tally, left_out_file, write_left_out
+from dist_siglip.evaluation.embed.samples import (
     EmbeddingBatch,
     EmbeddingDataset,
     EmbeddingSample,
     embedding_loader,
 )
-from dist_siglip.embedding.tally import EmbedReport, Tally
-from dist_siglip.errors import OutageError, UserError
+from dist_siglip.evaluation.embed.shard_job import Part, PartRows, keys_of, parts_of
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.fingerprint import digest_tower
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@contextmanager
+def fetching_ahead(
+    table: PairTable,
+    parts: Sequence[Part],
+    layout: Layout,
+    world: World,
+    current: Callable[[], int],
+) -> Iterator[None]:
+    """Fetch remote shards while the block runs; the first rank of a node does it for all of them.
+
+    Args:
+        table: the data set.
+        parts: all of the data set.
+        layout: knows which of them are finished.
+        world: of this process.
+        current: number of the part this rank is at; the others are thought to be as far.
+    """
+    cache = table.cache
+    is_needed = world.local_rank == 0 and any(is_remote(shard) for shard in table.shards)
+    if cache is None or not is_needed:
+        yield
+        return
+    _LOGGER.info("remote shards: %s", cache.describe())
+    ranks = range(world.rank, world.rank + world.local_world_size)  # of this node
+    of_node = [part for part in parts if part.number % world.world_size in ranks]
+    wanted = [part.number for part in of_node if layout.num_rows(part) is None]
+    prefetcher = Prefetcher(
+        cache, lambda: [table.shards[number] for number in wanted if number >= current()]
+    )
+    prefetcher.start()
+    try:
+        yield
+    finally:
+        prefetcher.stop()
+
+
+_NAME = "embed.json"
+
+
+def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write what decides the numbers into a new folder, or compare it with what is there.
+
+    Args:
+        folder: made if missing.
+        identity: plain values by name.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be written.
+    """
+    manifest = folder / _NAME
+    now = json.loads(json.dumps(identity))
+    try:
+        if not manifest.exists():
+            _check_empty(folder)
+            write_atomically(manifest, json.dumps(now, indent=2) + "\n")
+        before = dict(read_json(manifest))
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{manifest} is damaged; give a new folder") from error
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
+            "the same model, shards and settings"
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder that holds anything but what another rank has begun this moment."""
+    found = sorted(os.listdir(folder)) if folder.exists() else []
+    visible = [name for name in found if not name.startswith(".")]
+    if visible and not (folder / _NAME).exists():
+        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {_NAME}; give a new folder")
 
 
 @dataclass(frozen=True, kw_only=True)

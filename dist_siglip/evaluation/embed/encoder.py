@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.cached_features import TOWERS, Tower
-from dist_siglip.embedding.samples import EmbeddingBatch
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.samples import EmbeddingBatch
 from dist_siglip.models.build import BuiltModel
 
 Towers = Literal["both", "image", "text"]

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.index.read import read_index
 from dist_siglip.data.remote.locations import redact, shard_name
-from dist_siglip.embedding.encoder import EncodedRows
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.encoder import EncodedRows
 
 
 class Part(NamedTuple):

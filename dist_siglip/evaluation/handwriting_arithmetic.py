@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.arithmetic import check_strength, nearest_other_picture
-from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
-from dist_siglip.benchmarks.encoding import encode_texts
-from dist_siglip.benchmarks.shards import BenchmarkShards, LoadSettings
 from dist_siglip.data.handwriting import number_from_words, number_in_words, number_range
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.arithmetic import check_strength, nearest_other_picture
+from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.encoding import encode_texts
+from dist_siglip.evaluation.shards import BenchmarkShards, LoadSettings
 
 # Last digits that are a word of their own: not 0, and none after a ten, as in "twelve".
 _DIGITS = tuple(range(1, 10))

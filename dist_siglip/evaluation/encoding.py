@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.benchmark import EvaluatedModel
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.transforms import evaluation_transform
 from dist_siglip.distributed import gather_rows, resolve_group
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.benchmark import EvaluatedModel
 
 DEFAULT_BATCH_ROWS = 256
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.encoding import rank_and_size
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.encoding import rank_and_size
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 
 

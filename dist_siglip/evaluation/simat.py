@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.benchmarks.arithmetic import check_strength, nearest_other_picture
-from dist_siglip.benchmarks.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
-from dist_siglip.benchmarks.encoding import encode_pictures, encode_texts
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.arithmetic import check_strength, nearest_other_picture
+from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.encoding import encode_pictures, encode_texts
 from dist_siglip.metrics.checks import raise_together
 from dist_siglip.system.regular_file import check_regular, open_text, read_regular
 

@@ -1,0 +1,18 @@
+"""What is a model worth on data it was not trained on? Each benchmark is a class of its own."""
+
+from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.classification import Classification
+from dist_siglip.evaluation.handwriting_arithmetic import HandwritingArithmetic
+from dist_siglip.evaluation.retrieval import PairMetrics, Retrieval
+from dist_siglip.evaluation.simat import Simat
+
+__all__ = [
+    "Benchmark",
+    "BenchmarkResult",
+    "Classification",
+    "EvaluatedModel",
+    "HandwritingArithmetic",
+    "PairMetrics",
+    "Retrieval",
+    "Simat",
+]
