@@ -9,6 +9,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.report.damage import printable
 from dist_siglip.report.measures import MODEL_MEASURES, table_of
 from dist_siglip.report.page import (
+    Section,
     render_card,
     render_columns,
     render_list,
@@ -17,7 +18,6 @@ from dist_siglip.report.page import (
     render_section,
 )
 from dist_siglip.report.records import RunRecord, read_run
-from dist_siglip.report.section import Section
 from dist_siglip.report.sections import (
     benchmarks,
     calibration,

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from dist_siglip.report.page import render_table
+from dist_siglip.report.page import columns_of, render_table
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import columns_of
 
 
 class Measure(NamedTuple):

@@ -1,10 +1,77 @@
-"""The HTML of the report: one file, no script, nothing fetched, every text escaped."""
+"""The HTML of the report: one file, no script, nothing fetched, every text escaped.
 
-from collections.abc import Sequence
+What is a section of the report: a heading, conclusions about each run, and parts below them.
+
+What does a section conclude from its numbers, in plain words, and why?
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 from dist_siglip.report.gallery import Answer, Exhibit
+from dist_siglip.report.records import RunRecord
+
+Tone = Literal["good", "note", "watch", "bad", "unknown"]
+
+# Told by sign and word as well as by colour.
+_WORDS: dict[Tone, str] = {
+    "good": "\N{CHECK MARK} Good",
+    "note": "\N{BULLET} Note",
+    "watch": "\N{WHITE DIAMOND} Look at this",
+    "bad": "\N{MULTIPLICATION X} Problem",
+    "unknown": "? Not known",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One conclusion.
+
+    Attributes:
+        tone: how good that is.
+        text: the conclusion, a sentence.
+        reason: what it rests on, or what to do about it, in a sentence or two.
+    """
+
+    tone: Tone
+    text: str
+    reason: str = ""
+
+
+def render_verdict(verdict: Verdict, run: str = "") -> str:
+    """Write a verdict as a paragraph.
+
+    Args:
+        verdict: the conclusion.
+        run: name of the run it is about; empty where there is only one.
+
+    Example:
+        >>> render_verdict(Verdict("good", "1 < 2."))
+        '<p class="verdict good"><b>✓ Good</b> 1 &lt; 2.</p>'
+    """
+    whose = f'<i class="run">{escape(run)}</i> ' if run else ""
+    reason = f' <span class="soft">{escape(verdict.reason)}</span>' if verdict.reason else ""
+    return (
+        f'<p class="verdict {verdict.tone}"><b>{_WORDS[verdict.tone]}</b> {whose}'
+        f"{escape(verdict.text)}{reason}</p>"
+    )
+
+
+def render_headline(verdict: Verdict) -> str:
+    """Write a verdict without its reason, as a line of a list.
+
+    Example:
+        >>> render_headline(Verdict("bad", "No.", "It is so."))
+        '<span class="verdict bad"><b>✕ Problem</b> No.</span>'
+    """
+    return (
+        f'<span class="verdict {verdict.tone}"><b>{_WORDS[verdict.tone]}</b> '
+        f"{escape(verdict.text)}</span>"
+    )
+
 
 # No script and no fetching, even if an escape were forgotten.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -194,3 +261,48 @@ def _answer(answer: Answer) -> str:
         f'<li class="{kind}"><b>{mark}</b> {escape(answer.caption)} '
         f'<span class="soft">{answer.similarity:.2f}</span></li>'
     )
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question that the report answers.
+
+    Attributes:
+        key: where links point to; letters and hyphens.
+        heading: plain text.
+        verdicts: run and conclusion, in the order of the runs.
+        parts: HTML.
+    """
+
+    key: str
+    heading: str
+    verdicts: list[tuple[RunRecord, Verdict]]
+    parts: list[str] = field(default_factory=list)
+
+    def render(self) -> str:
+        """Write the section as HTML."""
+        name_runs = len({run.name for run, _ in self.verdicts}) > 1
+        verdicts = [render_verdict(v, run.name if name_runs else "") for run, v in self.verdicts]
+        return render_section(self.heading, *verdicts, *self.parts, key=self.key)
+
+    def headlines(self, run: RunRecord) -> list[str]:
+        """Write the conclusions about a run as HTML, without their reasons."""
+        return [render_headline(verdict) for each, verdict in self.verdicts if each is run]
+
+
+def judge_each(
+    runs: Sequence[RunRecord], *judges: Callable[[RunRecord], Verdict | None]
+) -> list[tuple[RunRecord, Verdict]]:
+    """Ask every judge about every run; a judge without an opinion gives None."""
+    found = ((run, judge(run)) for judge in judges for run in runs)
+    return [(run, verdict) for run, verdict in found if verdict is not None]
+
+
+def columns_of(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    """Headings of a table with a column for each run; none for a single run."""
+    return ("", *(run.name for run in runs)) if len(runs) > 1 else ()
+
+
+def name_of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """Name of a run for the end of a heading, as ``": name"``; "" for a single run."""
+    return f": {run.name}" if len(runs) > 1 else ""

@@ -4,8 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from dist_siglip.report.canvas import Curve, draw_curves, thin
-from dist_siglip.report.series import Series
+from dist_siglip.report.canvas import Curve, Series, draw_curves, thin
 
 
 def _curve(*values, label=""):

@@ -2,19 +2,21 @@
 
 from dist_siglip.report.gallery import Answer, Exhibit
 from dist_siglip.report.page import (
+    Verdict,
     render_card,
     render_details,
     render_figure,
     render_gallery,
+    render_headline,
     render_missing,
     render_multiples,
     render_page,
     render_section,
     render_table,
     render_table_card,
+    render_verdict,
 )
 from dist_siglip.report.records import Picture
-from dist_siglip.report.verdict import Verdict, render_headline, render_verdict
 
 RAW = "<i>\"'&"
 ESCAPED = "&lt;i&gt;&quot;&#x27;&amp;"

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from dist_siglip.report.history import KeptEvaluation
-from dist_siglip.report.incidents import Incidents, Reasons
+from dist_siglip.report.canvas import Series
+from dist_siglip.report.history import Incidents, KeptEvaluation, Reasons
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.series import Series
 
 
 def series(*values, every=10):

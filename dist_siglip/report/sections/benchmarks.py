@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 from dist_siglip.report.canvas import STYLES, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_columns, render_figure, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_figure,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _MOST_METRICS = 12
 _MOST_CURVES = 3

@@ -15,10 +15,16 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration, WeightedSimilarities, calibrate_scale_bias
 from dist_siglip.report.canvas import INK, add_legend, colour_of, new_figure, to_svg
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_columns, render_figure, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_figure,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _NUM_GROUPS = 12
 _FEWEST = 1e-3  # expected pairs of a batch in a group, below which a point is left out

@@ -14,10 +14,15 @@ from dist_siglip.metrics.theory.capacity import (
     required_dimension,
 )
 from dist_siglip.report.measures import known, show
-from dist_siglip.report.page import render_columns, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _NEAR = 0.8  # of the largest margin
 

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.report.damage import printable
 from dist_siglip.report.measures import DIRECTIONS, Measure, known, show, table_of
-from dist_siglip.report.page import render_card, render_columns, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    render_card,
+    render_columns,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of
-from dist_siglip.report.verdict import Verdict
 
 _ERRORS = 2.0  # standard errors of a difference, below which it is taken for noise
 _MEASURES = (

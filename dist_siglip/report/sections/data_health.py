@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.report.incidents import Reasons
+from dist_siglip.report.history import Reasons
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_columns, render_details, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_details,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _MANY_BAD = 0.001  # of the samples seen
 _MANY_SKIPPED = 0.01  # of the steps

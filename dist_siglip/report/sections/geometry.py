@@ -4,10 +4,15 @@ from collections.abc import Sequence
 
 from dist_siglip.report.canvas import STYLES, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import SPACE_MEASURES, known, table_of
-from dist_siglip.report.page import render_card, render_columns, render_figure
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    judge_each,
+    render_card,
+    render_columns,
+    render_figure,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _SEPARABLE, _OVERLAPPING = 0.95, 0.65
 _ONE_POINT = 0.95  # mean cosine within a modality

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_details, render_missing, render_table_card
+from dist_siglip.report.page import Section, render_details, render_missing, render_table_card
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section
 
 _MOST_TEXT = 20_000
 _MOST_CELL = 60

@@ -6,10 +6,17 @@ import numpy as np
 
 from dist_siglip.report.canvas import INK, add_legend, new_figure, new_small_figure, to_svg
 from dist_siglip.report.measures import MARGIN_MEASURES, known, table_of
-from dist_siglip.report.page import render_card, render_columns, render_figure, render_multiples
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    judge_each,
+    name_of,
+    render_card,
+    render_columns,
+    render_figure,
+    render_multiples,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each, name_of
-from dist_siglip.report.verdict import Verdict
 
 _BARS = 60
 _POSITIVE, _NEGATIVE = "#3987d1", "#d9782d"

@@ -18,6 +18,9 @@ from dist_siglip.report.canvas import (
 from dist_siglip.report.gallery import Exhibit, rank_captions
 from dist_siglip.report.measures import DIRECTIONS, HUB_MEASURES, known, show, table_of
 from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    judge_each,
     render_card,
     render_columns,
     render_figure,
@@ -26,8 +29,6 @@ from dist_siglip.report.page import (
     render_table_card,
 )
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _MOST_PICTURES, _MOST_BESIDE = 24, 8  # of a single run, of each of several
 _MOST_RANK = 100

@@ -19,10 +19,18 @@ from dist_siglip.report.canvas import (
     to_svg,
 )
 from dist_siglip.report.history import KeptEvaluation
-from dist_siglip.report.page import render_columns, render_figure, render_missing, render_multiples
+from dist_siglip.report.page import (
+    Section,
+    Tone,
+    Verdict,
+    judge_each,
+    name_of,
+    render_columns,
+    render_figure,
+    render_missing,
+    render_multiples,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each, name_of
-from dist_siglip.report.verdict import Tone, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,17 +7,23 @@ import numpy as np
 from dist_siglip.report.canvas import (
     STYLES,
     Curve,
+    Series,
     add_legend,
     colour_of,
     draw_curves,
     new_figure,
     to_svg,
 )
-from dist_siglip.report.page import render_columns, render_figure, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_figure,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.series import Series
-from dist_siglip.report.verdict import Verdict
 
 _KINDS = ("images", "texts")
 _FEW, _MANY = 0.1, 0.4  # of the dimensions, that hold 80 % of the variance

@@ -6,10 +6,16 @@ import numpy as np
 
 from dist_siglip.report.canvas import Curve, colour_of, draw_curves
 from dist_siglip.report.measures import show
-from dist_siglip.report.page import render_columns, render_figure, render_table_card
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_figure,
+    render_table_card,
+)
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, columns_of, judge_each
-from dist_siglip.report.verdict import Verdict
 
 _SPEED, _WAIT = "train/pairs_per_second", "train/data_wait_percent"
 _BOUND, _SOME = 33.0, 10.0  # percent of the time spent waiting for data

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_siglip.report.canvas import INK, TEXT_COLOUR, Curve, colour_of, draw_curves
-from dist_siglip.report.page import render_columns, render_figure
+from dist_siglip.report.canvas import INK, TEXT_COLOUR, Curve, Series, colour_of, draw_curves
+from dist_siglip.report.page import Section, Verdict, judge_each, render_columns, render_figure
 from dist_siglip.report.records import RunRecord
-from dist_siglip.report.section import Section, judge_each
-from dist_siglip.report.series import Series
-from dist_siglip.report.verdict import Verdict
 
 _RISE = 1.02  # of the loss over its lowest value, that is more than noise
 _FALL = 0.98  # over the last quarter, below which the loss is still falling

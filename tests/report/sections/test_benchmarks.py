@@ -1,6 +1,6 @@
 """Results of benchmarks: listed, drawn where there are several, told in a sentence."""
 
-from dist_siglip.report.benchmark_files import BenchmarkFile
+from dist_siglip.report.records import BenchmarkFile
 from dist_siglip.report.sections import benchmarks
 from tests.support.report_records import record
 
