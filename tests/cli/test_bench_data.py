@@ -10,6 +10,7 @@ from dist_siglip.cli.bench_data_contestants import CONTESTANTS, Streaming, batch
 from dist_siglip.cli.bench_data_shards import write_photo_shards
 
 pytestmark = [
+    pytest.mark.e2e,
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # webdataset leaves a shard open
 ]

@@ -15,6 +15,8 @@ from tests.support.doctor_ranks import start_doctors
 from tests.support.processes import LIMIT_SECONDS
 from tests.support.shards import write_shards
 
+pytestmark = pytest.mark.e2e
+
 _QUICK = ("--write_mib=1", "--local_batch_size=64", "--embed_dim=16")
 _PATIENCE_SECONDS = 4
 

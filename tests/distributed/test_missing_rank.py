@@ -5,11 +5,14 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from dist_siglip.distributed import AccumulatorSpec, circulate
 from tests.support.processes import run_ranks
+
+pytestmark = pytest.mark.faults
 
 LIMIT_SECONDS = 3.0
 SPEC = [AccumulatorSpec((), torch.float32)]

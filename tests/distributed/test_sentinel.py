@@ -11,8 +11,12 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import pytest
+
 from tests.support.command import REPOSITORY, environment
 from tests.support.ports import next_port
+
+pytestmark = pytest.mark.faults
 
 SCENARIOS = (
     "sleeps",

@@ -14,6 +14,8 @@ from dist_siglip.data.remote.retries import RemoteRefusalError, attempt
 from dist_siglip.errors import OutageError, UserError
 from tests.support.shards import write_shard
 
+pytestmark = pytest.mark.faults
+
 BODY = os.urandom(5000)
 
 

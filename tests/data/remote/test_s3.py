@@ -10,6 +10,8 @@ from dist_siglip.data.remote.transfer import describe_remote
 from dist_siglip.data.urls import expand_shards
 from tests.support.shards import write_shards
 
+pytestmark = pytest.mark.e2e
+
 boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
 pytest.importorskip("s3fs", reason="needs s3fs")
