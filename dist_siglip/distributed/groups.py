@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, name_missing
-from dist_siglip.distributed.mail import Mail
+from dist_siglip.distributed.p2p import Mail
 from dist_siglip.distributed.ring import Visitor
 from dist_siglip.distributed.waiting import waiting_for
 

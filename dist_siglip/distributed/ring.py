@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.distributed.mail import Mail, Parcel, Posted
+from dist_siglip.distributed.p2p import Mail, Parcel, Posted
 from dist_siglip.distributed.ring_schedule import Lane
 
 Shard = tuple[Tensor, ...]

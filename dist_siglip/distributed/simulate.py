@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.groups import Companions, set_companions
-from dist_siglip.distributed.mail import Mail, Parcel, Posted
+from dist_siglip.distributed.p2p import Mail, Parcel, Posted
 from dist_siglip.distributed.ring import Shard, Visitor
 from dist_siglip.distributed.world import set_local_world_size
 from dist_siglip.errors import UserError
