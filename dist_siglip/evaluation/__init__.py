@@ -1,4 +1,4 @@
-"""What is a model worth on data it was not trained on? Each benchmark is a class of its own."""
+"""Benchmarks: what a model is worth on data it was not trained on."""
 
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.classification import Classification

@@ -1,4 +1,4 @@
-"""Where does embedding arithmetic lead? To the picture nearest to a point, its start left out."""
+"""Embedding arithmetic: the picture nearest to a point, its start left out."""
 
 import torch
 from torch import Tensor

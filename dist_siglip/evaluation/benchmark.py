@@ -1,8 +1,8 @@
-"""What is a benchmark, and what does it see of a model?
+"""The base class of benchmarks, and the model as they see it.
 
 A benchmark is a class whose constructor arguments are its settings; a configuration names it by its
-class path. It gets two encoders and what they want to be fed, asks nothing else of the model, and
-returns numbers. All ranks share the work and all have the result.
+class path. It gets two encoders and their input format, asks nothing else of the model, and returns
+numbers. All ranks share the work and all have the result.
 """
 
 import re

@@ -1,14 +1,12 @@
-"""How often does the name of its class lie nearest to a picture? Zero-shot classification.
+"""Zero-shot classification of labelled pictures.
 
 Every class has a vector: the mean of its name's features in all templates, at length 1. The answer
 is the class with the largest cosine. Two classes of one name have one vector; the lower number wins
 then, as in ``argmax``.
 
-What are the classes called, and in which sentences do their names stand?
-
-From open_clip's lists, from a file of the user's, or from the two files that CLIP_benchmark keeps
-beside its shards. A template is text with ``{c}`` or ``{}`` where the name goes; nothing else in it
-means anything, so a file of templates cannot ask for more.
+Names and templates come from open_clip's lists, from a file of the user's, or from the two files
+that CLIP_benchmark keeps beside its shards. A template is text with ``{c}`` or ``{}`` where the
+name goes; nothing else in it means anything, so a file of templates cannot ask for more.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Does a difference of texts turn the picture of one number into that of another?
+"""Embedding arithmetic on handwritten numbers: change the last digit and keep the others.
 
 "Change the last digit to seven": take the picture of 4712, add what texts say is the difference
 between a number that ends in seven and one that ends in two, and look among all pictures for the
-one that is nearest to the result. Right is only a picture of 4717: the other digits must stay.
+nearest one. Only a picture of 4717 is right: the other digits must stay.
 """
 
 from typing import NamedTuple

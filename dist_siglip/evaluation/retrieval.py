@@ -1,12 +1,10 @@
-"""Does a caption find its picture, and a picture one of its captions? Retrieval over a data set.
+"""Retrieval over a data set with several captions a picture, and the pair metrics of a validation.
 
 A picture may have several captions (five in COCO and Flickr30k), in one sample or in samples of
 their own: pictures of equal bytes are one (or see ``loading.picture_field``). Each caption is a
 query of its own; a picture has found its own if any of its captions is among the first k. A caption
-belongs to its own picture only, though another picture may have an equal one: so published tables
-count.
-
-What does an evaluation of ``fit`` say about other shards? All its metrics, on any pairs.
+belongs to its own picture only, though another picture may have an equal one, as in published
+tables.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Does embedding arithmetic change one thing in a picture and keep the rest? SIMAT's score.
+"""SIMAT: embedding arithmetic that changes one thing in a picture and keeps the rest.
 
 A query is a picture and two words: a cat sits on the grass, "cat" is to become "dog". The
 difference of the words' embeddings is added to the picture's, and the nearest other picture is the

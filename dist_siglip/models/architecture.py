@@ -1,4 +1,4 @@
-"""From a model config to an open_clip network with random weights.
+"""Networks of open_clip with random weights, built from a model config.
 
 open_clip's own factory also fetches weights, guesses and warns through the root logger; here a
 config is checked and built, nothing else. Image towers of timm are brought to the image size the

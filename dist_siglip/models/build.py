@@ -1,8 +1,8 @@
-"""From two names to a dual encoder and everything a run must know about it.
+"""A dual encoder and everything a run must know about it, built from two names.
 
-The one decision made here: scale and bias start at 10 and -10 (Zhai et al. 2023, section 3.2),
-unless weights were loaded; then they start where those weights ended. open_clip's own factory
-would start a SigLIP architecture at 14.3.
+Scale and bias start at 10 and -10 (Zhai et al. 2023, section 3.2) unless weights were loaded; then
+they start where those weights ended. open_clip's own factory would start a SigLIP architecture at
+14.3.
 """
 
 import logging

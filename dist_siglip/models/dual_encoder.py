@@ -1,7 +1,7 @@
-"""Two towers in, L2-normalised features out; no loss, no ranks, no logit scale.
+"""Two towers with L2-normalised features; no loss, no ranks, no logit scale.
 
 The towers are those of an open_clip network. Its own logit scale and bias are taken out: they
-belong to the loss, and a parameter that takes part in nothing would stop DDP.
+belong to the loss, and a parameter without a gradient would stop DDP.
 """
 
 from collections.abc import Iterable, Iterator

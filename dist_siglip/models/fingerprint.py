@@ -1,4 +1,4 @@
-"""Does a tower give the same features as another?"""
+"""Fingerprints of towers: equal for towers that give equal features."""
 
 import hashlib
 import json

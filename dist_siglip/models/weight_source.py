@@ -1,17 +1,12 @@
-"""What the names ``model`` and ``pretrained`` stand for.
-
-A model is named in one of four ways, and each ends as the same four facts - architecture,
-preprocessing, weights file, tokenizer folder:
+"""The source of a model's architecture, preprocessing, weights and tokenizer.
 
     ViT-B-16-SigLIP            a model built into open_clip; weights by tag or by file
     configs/tiny.json          an open_clip model config in a file; weights by file
     local-dir:exports/mine     a folder with open_clip_config.json and its weights
     hf-hub:timm/ViT-B-16-SigLIP    the same folder on the Hugging Face hub
 
-A folder may also be one of transformers (``config.json``); see ``hugging_face.py``.
-
-Nothing is registered in open_clip, so two files of the same name never meet. Reading the weights
-is the business of ``weights.py``, building the network that of ``architecture.py``.
+A folder may also be one of transformers (``config.json``). Nothing is registered in open_clip, so
+two files of the same name never meet.
 """
 
 import difflib

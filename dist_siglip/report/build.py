@@ -1,4 +1,4 @@
-"""From run folders to one page: which sections there are, and in what order."""
+"""One page built from run folders: its sections and their order."""
 
 import logging
 from collections import Counter

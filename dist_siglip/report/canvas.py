@@ -1,9 +1,7 @@
-"""How does a drawing look: SVG text that takes its colours from the page.
+"""Drawings as SVG text that takes its colours from the page.
 
 Lines and letters are drawn in ``currentColor``, so one drawing serves light and dark pages. What
 differs in colour differs in shape or line style too.
-
-What is one logged quantity of a run?
 """
 
 import io

@@ -1,7 +1,7 @@
-"""Read what may be damaged, within bounds: numbers, lines, arrays and names.
+"""Bounded reading of files that may be damaged: numbers, lines, arrays and names.
 
-A record may have been cut, changed by a disk, written by hand, or made to do harm. What cannot be
-used is left out and counted by the caller; nothing here fails in another way than it says.
+A record may have been cut, changed by a disk, written by hand, or made to do harm. Unusable entries
+are left out and counted by the caller; nothing here fails in another way than it says.
 """
 
 import errno

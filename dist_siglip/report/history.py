@@ -1,6 +1,4 @@
-"""Read what is kept of the evaluations of a run.
-
-Read what went wrong with the data and the steps of a run, without keeping all of it.
+"""Kept evaluations of a run, its bad samples and its skipped steps.
 
 Files of lines may be long: they are read line by line, and reasons are counted.
 """

@@ -1,4 +1,4 @@
-"""What are the numbers of an evaluation called in plain words, and how are they shown?"""
+"""Names, meanings and formats of the numbers of an evaluation."""
 
 import math
 from collections.abc import Mapping, Sequence

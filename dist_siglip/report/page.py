@@ -1,8 +1,6 @@
 """The HTML of the report: one file, no script, nothing fetched, every text escaped.
 
-What is a section of the report: a heading, conclusions about each run, and parts below them.
-
-What does a section conclude from its numbers, in plain words, and why?
+A section has a heading, verdicts about each run in plain words with their reasons, and parts.
 """
 
 from collections.abc import Callable, Sequence

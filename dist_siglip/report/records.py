@@ -1,10 +1,7 @@
-"""Read a run folder for the report; say what is missing or damaged instead of failing.
+"""A run folder read for the report, with a note for everything missing or damaged.
 
 Only metrics.jsonl must be there. Nothing that is read is executed: no pickled arrays, and
-pictures are checked to be what they say they are before they reach the page. What went wrong with
-data and steps is read in ``incidents``, what is kept of earlier evaluations in ``history``.
-
-Read the results of benchmarks that a run folder holds.
+pictures are checked to be what they say they are before they reach the page.
 """
 
 import base64

@@ -1,3 +1,4 @@
+import importlib
 import sys
 
 import pytest
@@ -12,12 +13,20 @@ from tests.support.shards import write_shards
 @pytest.mark.parametrize("form", ["clip-retrieval", "parquet"])
 def test_without_pyarrow_there_is_one_line_and_no_folder(tmp_path, monkeypatch, form):
     table, built = table_of(write_shards(tmp_path / "shards", (1,))), build_tiny(tmp_path)
-    for name in ("arrow", "clip_retrieval", "single_file"):
-        monkeypatch.delitem(sys.modules, f"dist_siglip.evaluation.embed.{name}", raising=False)
+    module = "dist_siglip.evaluation.embed.parquet_layouts"
+    monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r'needs pyarrow .*; pip install "dist-siglip\[pack\]"'):
         embed_shards(table, built, tmp_path / "out", EmbedSettings(format=form, device="cpu"))
     assert not (tmp_path / "out").exists()
+
+
+def test_features_need_no_pyarrow(tmp_path, monkeypatch):
+    name = "dist_siglip.evaluation.embed.layouts"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, name)
+    layouts = importlib.import_module(name)
+    assert layouts.layout_of("features", tmp_path, [], []).files
 
 
 def test_only_what_is_half_written_of_the_given_files_goes(tmp_path):

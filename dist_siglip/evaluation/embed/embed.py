@@ -1,16 +1,12 @@
-"""How does a data set become embeddings, on any number of ranks, interrupted or not?
+"""Embeddings of a data set, on any number of ranks, interrupted or not.
 
-Every shard becomes one part, written whole. Rank r of R takes every R-th part that is not there
-yet; ranks share nothing but the folder, so a lost one holds up nobody, and started again, on
-as many ranks as you like, the rest is done.
+Every shard is a job, written whole. Rank r of R takes every R-th shard that is not there yet; ranks
+share nothing but the folder, so a lost one holds up nobody, and started again, on any number of
+ranks, the rest is done.
 
-Do these embeddings belong into this folder?
-
-``embed.json`` says what decides the numbers: weights, preprocessing, shards, number format. Another
-model, or shards that changed, go into another folder. Ranks need not talk: all of them find the
-same file, or write the same one.
-
-Which remote shards should be here before a rank comes to them?
+``embed.json`` in the folder says what decides the numbers: weights, preprocessing, shards, number
+format. Another model, or shards that changed, need another folder. Ranks need not talk: all of them
+find the same file, or write the same one.
 """
 
 import json

@@ -1,41 +1,15 @@
-"""In which files do the parts of an embedded data set lie?
+"""Layouts of an embedded data set: the files in which its shards lie.
 
-How do the rows of a part become an Arrow table, and that a Parquet file?
-
-How does clip-retrieval want embeddings to lie in a folder?
-
-FOLDER/
-img_emb/img_emb_0.npy            (R, D), one file a shard
-text_emb/text_emb_0.npy          (R, D), same rows
-metadata/metadata_0.parquet      image_path (the key), caption, shard, place
-
-The number has leading zeros where there are ten shards or more. The metadata are written last: a
-part that has them is finished. A shard without any row has no files: embedding-reader, by which
-clip-retrieval and autofaiss read, passes over empty arrays but not over their metadata, and would
-pair all later files wrongly.
-
-How do the parts of all ranks become one Parquet file?
-
-Each part waits in ``parts/`` until all are there. The rank that finishes last joins them, shard
-after shard, under a lock, and only a whole file gets the name ``embeddings.parquet``. Its metadata
-say how many rows each shard has.
-
-How do embeddings lie in a folder that training reads in place of pictures or captions?
-
-One file for each shard, see ``data.feature_file``; a part is finished when its file is there.
+``features`` is what training reads in place of pictures or captions: one file for each shard, see
+``data.samples.cached_features``; a shard is finished when its file is there.
 """
 
-import json
-import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
-from pyarrow import parquet
 
 from dist_siglip.data.samples.cached_features import (
     FeatureFile,
@@ -44,11 +18,29 @@ from dist_siglip.data.samples.cached_features import (
     write_features,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.progress import is_all_left_out
 from dist_siglip.evaluation.embed.shard_job import Part, PartRows
-from dist_siglip.system.atomic import open_atomically
-from dist_siglip.system.process_lock import hold
-from dist_siglip.system.regular_file import check_regular
+
+Format = Literal["clip-retrieval", "parquet", "features"]
+
+
+class Layout(Protocol):
+    """Writes parts into a folder, each whole or not at all."""
+
+    def files(self, part: Part) -> list[Path]:
+        """Name the files of a part."""
+        ...
+
+    def num_rows(self, part: Part) -> int | None:
+        """Count the rows of a finished part; None if it is not finished."""
+        ...
+
+    def write(self, done: PartRows) -> None:
+        """Write a part."""
+        ...
+
+    def finish(self) -> None:
+        """Do what is left when this rank has written its parts; others may still write."""
+        ...
 
 
 class FeaturesLayout:
@@ -93,209 +85,6 @@ class FeaturesLayout:
         """Do nothing: the files of the parts are what is wanted."""
 
 
-def metadata_table(done: PartRows) -> pyarrow.Table:
-    """Return the metadata of a part.
-
-    Columns: image_path (the key of the sample, as clip-retrieval has it), caption, shard (its base
-    name) and place (of the sample among the complete ones of the shard, int64).
-    """
-    return pyarrow.table(
-        {
-            "image_path": pyarrow.array(done.row_keys(), pyarrow.string()),
-            "caption": pyarrow.array(done.rows.captions, pyarrow.string()),
-            "shard": pyarrow.array([done.part.shard] * len(done.rows.captions), pyarrow.string()),
-            "place": pyarrow.array(done.places()),
-        }
-    )
-
-
-def full_table(done: PartRows) -> pyarrow.Table:
-    """Return metadata and embeddings of a part.
-
-    Columns: those of ``metadata_table``, then image_embedding and text_embedding, lists of D
-    numbers; a tower that is not wanted has no column.
-    """
-    table = metadata_table(done)
-    for name, features in (
-        ("image_embedding", done.rows.image_features),
-        ("text_embedding", done.rows.text_features),
-    ):
-        if features is not None:
-            table = table.append_column(name, _fixed_size_lists(features))
-    return table
-
-
-def write_parquet(path: Path, table: pyarrow.Table) -> None:
-    """Write a table in one piece."""
-    with open_atomically(path) as file:
-        parquet.write_table(table, file)
-
-
-def read_footer(path: Path) -> parquet.FileMetaData | None:
-    """Return counts and metadata of a Parquet file; None if there is none.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    try:
-        check_regular(path)
-        return parquet.read_metadata(path)
-    except FileNotFoundError:
-        return None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is no readable Parquet file; delete it, and it is made again"
-        ) from error
-
-
-def num_rows_of(path: Path) -> int | None:
-    """Count the rows of a Parquet file; None if there is none.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    footer = read_footer(path)
-    return None if footer is None else footer.num_rows
-
-
-def _fixed_size_lists(features: NDArray[np.floating]) -> pyarrow.Array:
-    """Return (R, D) as R lists of D numbers, without copying."""
-    values = pyarrow.array(np.ascontiguousarray(features).reshape(-1))
-    return pyarrow.FixedSizeListArray.from_arrays(values, features.shape[1])
-
-
-_ROWS_OF_SHARDS = b"rows_of_shards"
-
-
-class SingleFileLayout:
-    """Writes parts as files of their own, then one file of all.
-
-    Args:
-        folder: of the file.
-        parts: all of the data set.
-    """
-
-    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        self._folder = folder
-        self._parts = parts
-        self._joined = folder / "embeddings.parquet"
-        self._joined_rows: list[int] = []
-
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part."""
-        return [self._folder / "parts" / f"part_{part.label}.parquet"]
-
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        found = num_rows_of(self.files(part)[0])
-        if found is None and not self._joined_rows:
-            footer = read_footer(self._joined)
-            if footer is not None:
-                self._joined_rows = json.loads(footer.metadata[_ROWS_OF_SHARDS])
-        if found is None and self._joined_rows:
-            return self._joined_rows[part.number]
-        return found
-
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
-        write_parquet(self.files(done.part)[0], full_table(done))
-
-    def finish(self) -> None:
-        """Join the parts, if all are there and nobody has done it."""
-        with hold(str(self._folder / ".lock"), "", math.inf):
-            files = [file for part in self._parts for file in self.files(part)]
-            if not self._joined.exists():
-                if not all(file.exists() for file in files):
-                    return
-                self._join(files)
-            for file in files:
-                file.unlink(missing_ok=True)
-            with suppress(OSError):  # another file is in there
-                (self._folder / "parts").rmdir()
-
-    def _join(self, files: Sequence[Path]) -> None:
-        """Write one file, a row group for each part."""
-        for left in self._folder.glob(f".{self._joined.name}.*.tmp"):  # of a killed process
-            left.unlink()
-        rows = json.dumps([num_rows_of(file) for file in files])
-        schema = parquet.read_schema(files[0]).with_metadata({_ROWS_OF_SHARDS: rows.encode()})
-        with (
-            open_atomically(self._joined) as file,
-            parquet.ParquetWriter(file, schema) as writer,
-        ):
-            for path in files:
-                writer.write_table(parquet.ParquetFile(path).read().cast(schema))
-
-
-class ClipRetrievalLayout:
-    """Writes parts in clip-retrieval's layout.
-
-    Args:
-        folder: of all parts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part; the last one is written last."""
-        return [
-            self._folder / name / f"{name}_{part.label}{suffix}"
-            for name, suffix in (
-                ("img_emb", ".npy"),
-                ("text_emb", ".npy"),
-                ("metadata", ".parquet"),
-            )
-        ]
-
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        found = num_rows_of(self.files(part)[-1])
-        return 0 if found is None and is_all_left_out(self._folder, part) else found
-
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
-        if not done.rows.sample_ids:
-            return
-        image_file, text_file, metadata_file = self.files(done.part)
-        if done.rows.image_features is not None:
-            _write_array(image_file, done.rows.image_features)
-        if done.rows.text_features is not None:
-            _write_array(text_file, done.rows.text_features)
-        write_parquet(metadata_file, metadata_table(done))
-
-    def finish(self) -> None:
-        """Do nothing: the files of the parts are what is wanted."""
-
-
-def _write_array(path: Path, array: NDArray[np.floating]) -> None:
-    with open_atomically(path) as file:
-        np.save(file, array, allow_pickle=False)
-
-
-Format = Literal["clip-retrieval", "parquet", "features"]
-
-
-class Layout(Protocol):
-    """Writes parts into a folder, each whole or not at all."""
-
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part."""
-        ...
-
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        ...
-
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
-        ...
-
-    def finish(self) -> None:
-        """Do what is left when this rank has written its parts; others may still write."""
-        ...
-
-
 def layout_of(
     name: Format, folder: Path, parts: Sequence[Part], shard_lines: Sequence[str]
 ) -> Layout:
@@ -313,7 +102,10 @@ def layout_of(
     if name == "features":
         return FeaturesLayout(folder, shard_lines)
     try:
-        pass
+        from dist_siglip.evaluation.embed.parquet_layouts import (
+            ClipRetrievalLayout,
+            SingleFileLayout,
+        )
     except ImportError as error:
         raise UserError(
             f'format ({name}) needs pyarrow ({error}); pip install "dist-siglip[pack]"'

@@ -1,6 +1,4 @@
-"""What has one rank done, and may it go on?
-
-Which samples have no embedding, and how many may that be?
+"""Progress of one rank, and the samples it skipped.
 
 ``left_out/left_out_0.jsonl`` names those of the first shard: one JSON object a line with shard,
 key, place and reason. A shard without bad samples has no such file.

@@ -1,6 +1,6 @@
-"""Which rows lie in a file or folder of embeddings, and which rows of two of them belong together?
+"""Embeddings read from files and folders, and rows of two of them matched.
 
-Read are .npy files, folders in clip-retrieval's layout (those of ``embed`` and of clip-retrieval
+Accepted: .npy files, folders in clip-retrieval's layout (those of ``embed`` and of clip-retrieval
 itself) and embeddings.parquet. Rows with keys are matched by key, in whatever order they lie; rows
 without are matched by number.
 """

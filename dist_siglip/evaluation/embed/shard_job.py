@@ -1,7 +1,6 @@
-"""What is one part of an embedded data set?
+"""Shard jobs: one shard of a data set, its keys, and the rows it becomes.
 
-A part is what one shard becomes: number, keys and rows. Parts are written on their own, so ranks
-need not talk and a run that was killed loses one part.
+Shards are written on their own, so ranks need not talk and a killed run loses one shard.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which activation is it, whatever class computes it?"""
+"""The transformers name of an activation layer."""
 
 import torch
 import torch.nn.functional as F

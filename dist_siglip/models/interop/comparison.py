@@ -1,7 +1,7 @@
-"""Does what was written give the features of the model it was written from?
+"""Features of an export against those of the model it was written from.
 
-Pixels and captions go through both: through our towers and tokenizer, and through what another
-library made of the files. The largest difference of any entry of a feature is what is reported.
+Pixels and captions go through our towers and tokenizer, and through what another library made of
+the files. The largest difference of any entry of a feature is reported.
 """
 
 from collections.abc import Callable

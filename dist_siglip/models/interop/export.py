@@ -1,14 +1,8 @@
-"""How does a trained model leave this package: in which form, complete, and checked?
+"""Export of a trained model to open_clip, transformers, safetensors or ONNX.
 
-Every form is a function that writes into a folder and one that reads it back with the library it
-is meant for. A folder appears only after its features were found equal to ours.
-
-How does a folder appear only when it is complete, and never in place of something else?
-
-As with single files: everything is written beside the final name, synced, and renamed at the end.
-A folder is replaced only on request, and only if it is an export itself.
-
-Trained models in the forms of other libraries.
+Every form is a function that writes into a folder and one that reads it back with the library it is
+meant for. A folder appears whole, under its final name, after its features were found equal to
+ours. An earlier folder is replaced only on request, and only if it is an export itself.
 """
 
 import json

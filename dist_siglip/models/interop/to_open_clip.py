@@ -5,14 +5,10 @@
     tokenizer.json, ...             the tokenizer, if it is one of Hugging Face
     config.json                     the text tower, if it is one of Hugging Face
 
-``safetensors`` is the same folder for image towers that open_clip has no name for: this package
-reads it as ``local-dir:...`` too.
-
-By which name does timm build this very image tower?
-
-open_clip builds an image tower of timm by its name alone, at the size that belongs to the name;
-width, depth and activation cannot be stated, and position embeddings are not resampled. So a
-tower can be written for open_clip exactly if a name stands for it.
+open_clip builds an image tower of timm by its name alone, at the size that belongs to the name, and
+resamples no position embeddings. So a tower can be written for open_clip exactly if a name stands
+for it. ``safetensors`` is the same folder for the others: this package reads it as
+``local-dir:...`` too.
 """
 
 import copy

@@ -1,10 +1,8 @@
 """The folder that ``transformers.AutoModel`` and ``AutoProcessor.from_pretrained`` read.
 
-config.json, model.safetensors      SiglipModel or CLIPModel, scale and absolute bias
-preprocessor_config.json            resizing, mean and std
-tokenizer.json, ...                 see tokenizer_files.py
-
-Which config of transformers describes these towers?
+    config.json, model.safetensors      SiglipModel or CLIPModel, scale and absolute bias
+    preprocessor_config.json            resizing, mean and std
+    tokenizer.json, ...                 see tokenizer_files.py
 
 Sizes are read from the towers themselves. ``SiglipModel`` takes an image tower of timm with
 attention pooling and a text tower without causal mask, pooled at its last token (SigLIP, and

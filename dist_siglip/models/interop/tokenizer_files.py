@@ -1,4 +1,4 @@
-"""Which files let another library cut captions into the same tokens?
+"""Tokenizer files with which another library cuts captions into the same tokens.
 
 The whole way from caption to tokens becomes one ``tokenizer.json``: the cleaning that open_clip
 does before its tokenizer, the tokenizer, and the tokens around it. What ``tokenizers`` has no

@@ -1,4 +1,4 @@
-"""What a folder of transformers says about its model, in open_clip's words.
+"""Configs of transformers folders, translated to open_clip's.
 
 A folder with a ``config.json`` of model type siglip, siglip2 or clip describes towers that
 open_clip and timm can build: a ViT of timm with attention pooling and open_clip's text

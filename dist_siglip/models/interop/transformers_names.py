@@ -1,8 +1,8 @@
-"""Which tensor of a transformers checkpoint is which tensor of an open_clip network?
+"""Tensor names of transformers checkpoints and of open_clip networks, in both directions.
 
 ``SiglipModel``, ``Siglip2Model`` and ``CLIPModel`` store the same towers as open_clip, under other
 names and in other pieces: query, key and value apart or as one, projections transposed, patches
-flattened. One table serves both directions.
+flattened.
 """
 
 import math

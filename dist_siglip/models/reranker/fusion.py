@@ -1,13 +1,11 @@
-"""Do this picture and this text belong together, looked at side by side?
+"""A fusion head: cross-attention between the tokens of two towers, and a match logit for each pair.
 
 A dual encoder must put all it will ever be asked into one vector per side, before it has seen the
-other side. A fusion head sees both: the un-pooled tokens of one tower (``tokens``) query those of
-the other by cross-attention. It costs one pass per pair, so it judges candidates: the top-k of a
-dual encoder, and in training positives and hard negatives, never all pairs of a batch.
+other side. A fusion head sees both: the un-pooled tokens of one tower query those of the other. It
+costs one pass per pair, so it judges candidates: the top-k of a dual encoder, and in training
+positives and hard negatives, never all pairs of a batch.
 
-A fusion head as one safetensors file, which says whose tokens it reads.
-
-A head is worth nothing without the towers it was trained on: their digests stand in the file, and
+A head is written as one safetensors file with the fingerprints of the towers it was trained on;
 another model is refused.
 """
 

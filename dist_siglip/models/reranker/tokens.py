@@ -1,8 +1,6 @@
-"""What does a tower know of every patch and of every word, before it pools?
+"""Un-pooled tokens of both towers: one for each patch of a picture and each position of a text.
 
-A dual encoder compares one vector with one vector. What a tower computes on the way, one token for
-each patch of a picture and each position of a text, is thrown away by pooling; a fusion head
-(``fusion``) reads it. Features and tokens come from one pass of the tower.
+Features and tokens come from one pass of the tower.
 """
 
 from typing import Any, NamedTuple

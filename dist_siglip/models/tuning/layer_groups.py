@@ -1,4 +1,4 @@
-"""How deep in its tower does a parameter lie?
+"""Layer groups of the towers: head, blocks and stem, found by the names of parameters.
 
 A tower is a stem (embeddings), blocks one after another, and a head (last norm, pooling,
 projection). Names tell which is which, for open_clip's own towers, those of timm and those of

@@ -1,13 +1,11 @@
-"""How does a tower learn by low-rank updates of its matrices, and how are these folded in again?
+"""Low-rank adapters (LoRA): added to a tower, and merged into its weights again.
 
 W + (alpha / rank) * B A, where only A (rank, in) and B (out, rank) learn (Hu et al. 2021,
 arXiv:2106.09685, section 4.1). B starts at zero, so the model starts as it was. The adapters are
 those of peft.
 
-How can self-attention of torch be made of layers that an adapter can take?
-
 ``nn.MultiheadAttention`` keeps its input projection as a bare parameter and never calls its
-output layer, so nothing can be put around them. ``LinearAttention`` is the same function of the
+output layer, so no adapter can be put around them. ``LinearAttention`` is the same function of the
 same parameters, made of two linear layers.
 """
 

@@ -1,9 +1,8 @@
-"""What of each tower learns, and how fast?
+"""Locking, learning rates and weight decay of each tower.
 
-Locking stops gradients, and keeps what has none as an evaluation would have it: no dropout, no
-running statistics. A tower that is locked whole is not even asked for its graph. Weights that were
-never loaded are not worth keeping: a tower of them cannot be locked, and a new projection behind a
-locked tower trains.
+Locking stops gradients, and keeps what has none in evaluation mode: no dropout, no running
+statistics. A tower that is locked whole builds no graph. A tower of random weights cannot be
+locked, and a new projection behind a locked tower trains.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """The content of a weights file, read without running code from it.
 
 Accepted: safetensors, one file or several with an index; ``torch.save`` files and checkpoint
-folders that hold tensors and plain values only. Whatever is loaded as weights, from here or
+folders that hold tensors and plain values only. Everything loaded as weights, from here or
 elsewhere, goes through ``refuse_not_finite``.
 """
 

@@ -1,9 +1,4 @@
-"""The weights in a file, put into a network, or why they do not fit.
-
-Reading is the business of ``weights_file.py``, finding the towers in what was read that of
-``checkpoint_layout.py``.
-
-Position embeddings of weights for another image size or another context length.
+"""Weights of a file put into a network, position embeddings resampled where sizes differ.
 
 Image positions are resampled over the grid: of open_clip's weights as open_clip does, of those of
 transformers as ``interpolate_pos_encoding`` does. Text positions are stretched, all of them as

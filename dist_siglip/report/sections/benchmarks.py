@@ -1,4 +1,4 @@
-"""How does it do on data it was not made for?"""
+"""Results of benchmarks, and their course over the run."""
 
 from collections.abc import Sequence
 

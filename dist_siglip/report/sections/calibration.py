@@ -1,4 +1,4 @@
-"""Are the probabilities right: of the pairs the model calls a match at 30 %, do 30 % match?
+"""Predicted probability of a match against the observed share of matches.
 
 Under the sigmoid loss the model says for each pair of a batch whether it belongs together. With N
 pairs in a batch an image meets N - 1 others, so pairs of the evaluation count as often as they meet

@@ -1,4 +1,4 @@
-"""How many pairs fit into this space at the margin it has?"""
+"""The number of pairs that fit into the space at the margin it has."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

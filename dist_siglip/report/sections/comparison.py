@@ -1,4 +1,4 @@
-"""Which of several runs is the best, is that more than noise, and do they compare at all?"""
+"""The best of several runs, whether that is more than noise, and whether they compare at all."""
 
 import math
 from collections.abc import Mapping, Sequence

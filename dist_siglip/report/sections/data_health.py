@@ -1,4 +1,4 @@
-"""Was the data sound, and was every step taken?"""
+"""Replaced samples, skipped steps and duplicates."""
 
 from collections.abc import Sequence
 

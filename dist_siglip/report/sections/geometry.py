@@ -1,4 +1,4 @@
-"""How do the two modalities lie to each other, and how did that change over the run?"""
+"""Gap, margin, spread and directions of both modalities, and their course over the run."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How was each run made, and how do they differ?"""
+"""Settings that differ between runs, and the files each run was made with."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How well are pairs that belong together parted from all others, and how did that come about?"""
+"""Separation of positive from negative pairs, and its course over the run."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Does it find what belongs together, and where does it go wrong?"""
+"""Recall, hubs, and a gallery of right and wrong answers."""
 
 import math
 from collections.abc import Sequence

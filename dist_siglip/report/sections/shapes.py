@@ -1,4 +1,4 @@
-"""What does the space look like, and how did it get there?
+"""Drawings of the embedding space, step by step.
 
 Each picture shows the same few pairs. Three axes hold only a part of a space of many dimensions;
 the captions say how much.

@@ -1,4 +1,4 @@
-"""How many directions do the embeddings use?"""
+"""Variance over principal axes: the directions the embeddings use."""
 
 from collections.abc import Sequence
 

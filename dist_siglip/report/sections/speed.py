@@ -1,4 +1,4 @@
-"""How fast did the run go, and what held it back?"""
+"""Throughput, and the share of the time spent waiting for data."""
 
 from collections.abc import Sequence
 

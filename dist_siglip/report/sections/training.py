@@ -1,4 +1,4 @@
-"""Did the run learn, and has it finished learning?"""
+"""Loss, scale, bias and gradient over the run, and whether it has finished learning."""
 
 from collections.abc import Sequence
 
