@@ -52,11 +52,11 @@ def packages() -> dict[str, list[str]]:
 def reference_pages() -> Iterator[tuple[str, str]]:
     """Write the pages of the reference: path on the site and Markdown."""
     all_names = packages()
-    home = {name: package for package in reversed(all_names) for name in all_names[package]}
+    home = {name: p for p in reversed(all_names) if p != PACKAGE for name in all_names[p]}
     for package, names in all_names.items():
         lines = [f"# {package}", _PACKAGE.format(package)]
         for name in names:
-            if package == PACKAGE and home[name] != PACKAGE and (at := home[name]):
+            if package == PACKAGE and (at := home.get(name)):
                 lines.append(f"- [`{name}`]({at}.md#{at}.{name})")
             else:
                 lines.append(f"::: {package}.{name}\n    options:\n      heading_level: 2")
