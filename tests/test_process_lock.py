@@ -220,7 +220,7 @@ def test_the_wait_ends_when_the_holder_makes_no_progress(tmp_path):
         assert len(looks) > 3
         script = f"from dist_siglip.system.process_lock import *\nwith hold({path!r}, '', 0): pass"
         other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert f"process {os.getpid()} held the lock" in other.stderr
+        assert "another process held the lock" in other.stderr
 
 
 def test_a_lock_file_that_was_removed_is_made_again(tmp_path):

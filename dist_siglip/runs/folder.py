@@ -173,8 +173,8 @@ class RunFolder:
             lock = ProcessLock(str(self.lock_file))
         except LockHeldError as error:
             raise UserError(
-                f"run_dir ({self.path}) is in use by another process ({error}); wait for it, end "
-                "it, or choose another run_dir"
+                f"run_dir ({self.path}) is in use by {error}; wait for it, end it, or choose "
+                "another run_dir"
             ) from None
         except OSError as error:
             if error.errno == errno.ELOOP and self.lock_file.is_symlink():

@@ -24,8 +24,6 @@ import logging
 import os
 import platform
 import stat
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,7 +170,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -245,7 +242,7 @@ class ProcessLock:
             try:
                 fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._place)
             except BlockingIOError:
-                raise LockHeldError(_holder(self._descriptor, self._place)) from None
+                raise LockHeldError("another process") from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
@@ -396,21 +393,6 @@ def _open_once(process: _Process, file: str, mode: int) -> int:
         raise OSError(errno.EINVAL, "Not a regular file", file)
     process.descriptors[file] = descriptor
     return descriptor
-
-
-def _holder(descriptor: int, place: int) -> str:
-    """Name the process that holds a lock, where the system tells."""
-    if sys.platform != "linux":
-        return "another process"
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
-    try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
-    except OSError:
-        return "another process"
-    kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
-    if kind == fcntl.F_UNLCK:  # let go of this moment
-        return "another process"
-    return f"process {pid}" if pid > 0 else "a process of another container or machine"
 
 
 _TOLD: set[str] = set()

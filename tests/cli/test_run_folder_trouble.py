@@ -106,7 +106,7 @@ def test_a_killed_first_rank_leaves_no_claim_behind(settings, tmp_path):
     options = ["--run_dir", folder.path, *LONG, "--data.workers_per_rank=2"]
     run = start(["fit", "--config", settings, *options], tmp_path / "said.txt")
     assert run.wait_until(lambda: folder.newest_checkpoint() is not None), run.said()
-    with pytest.raises(UserError, match=f"in use by another process .process {run.ranks[0].pid}"):
+    with pytest.raises(UserError, match="in use by another process;"):
         folder.lock()
     first = run.ranks[0].pid
     worker = children_of(first)[0]

@@ -24,8 +24,6 @@ from pyarrow import parquet
 from dist_siglip.data import urls
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.index.read import read_index
-from dist_siglip.data.index.shard_index import build_index
-from dist_siglip.data.index.tar_scan import scan_tar
 from dist_siglip.data.inspect.shard_check import Inspector
 from dist_siglip.data.order.sequence import Slot
 from dist_siglip.data.packing.sample import SampleMaker
@@ -38,12 +36,11 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.errors import UserError
 from tests.support.broken_pictures import break_jpeg, break_png, break_webp
-from tests.support.hostile import EXTENSIONS, ChildError, good_members, in_child, tar_of
+from tests.support.hostile import EXTENSIONS, ChildError, in_child
 from tests.support.mutations import (
     break_blocks,
     break_bytes,
     break_header,
-    break_idx,
     break_side_car,
     make_json,
     make_location,
@@ -145,28 +142,6 @@ def of_side_cars(draw, folder):
     assert len(found.keys()) == found.num_samples
     outcome = through_dataset(draw, folder, None)
     return "made again" if is_same(found, wanted) else f"believed, {outcome}"
-
-
-def of_foreign_side_cars(draw, folder):
-    """A sound shard with a broken ``.idx`` and ``_stats.json``."""
-    shard = folder / "a.tar"
-    shard.write_bytes(
-        tar_of([(f"{i}{name}", data) for i in range(6) for name, data in good_members()])
-    )
-    members = scan_tar(str(shard)).members
-    wanted = build_index(str(shard), members)
-    pairs = zip(members[::2], members[1::2], strict=True)
-    lines = [f"v1.2 {len(members) // 2}"]
-    lines += [
-        " ".join(f"{m.name.split('.')[1]} {m.offset} {m.size} {m.name}" for m in pair)
-        for pair in pairs
-    ]
-    (folder / "a.idx").write_bytes(break_idx(draw, lines))
-    (folder / "a_stats.json").write_bytes(make_json(draw))
-    found = read_index(str(shard))
-    assert len(found.keys()) == found.num_samples
-    outcome = through_dataset(draw, folder, None)
-    return "not believed" if is_same(found, wanted) else f"believed, {outcome}"
 
 
 def is_same(found, wanted):
@@ -285,8 +260,7 @@ KINDS = {
     "members": (of_members, 600),
     "pictures": (of_pictures, 9000),
     "captions and JSON": (of_captions, 2500),
-    "side-cars": (of_side_cars, 1500),
-    "side-cars of other tools": (of_foreign_side_cars, 600),
+    "side-cars": (of_side_cars, 2100),
     "locations": (of_locations, 2000),
     "tables to pack": (of_tables, 1000),
 }

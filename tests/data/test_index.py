@@ -189,21 +189,14 @@ def test_an_old_side_car_of_a_usual_shard_is_believed(shard, scans):
     assert scans == [shard]
 
 
-@pytest.mark.parametrize("sign", ["side-car", "idx", "stats"])
-def test_a_shard_without_an_end_is_cut_if_anything_says_that_it_held_more(tmp_path, sign):
+def test_a_shard_without_an_end_is_cut_if_its_side_car_says_that_it_held_more(tmp_path):
     members = [(f"k{i}", {"jpg": b"j" * 900, "txt": b"t"}) for i in range(4)]
     shard = str(write_shard(tmp_path / "a.tar", members, mtime=0))
     end = load_index(shard).offsets[-2] - 512
-    if sign == "idx":
-        (tmp_path / "a.idx").write_text("v1.2 4\n")
-    elif sign == "stats":
-        (tmp_path / "a_stats.json").write_text('{"successes": 4}')
-    if sign != "side-car":
-        os.unlink(f"{shard}.idx.npz")
     os.truncate(shard, end)
     damage = read_index(shard).damage
-    assert "a.tar' is cut short: it h" in damage
-    assert str(end) in damage or "holds 3 samples" in damage
+    assert "a.tar' is cut short: it has" in damage
+    assert str(end) in damage
 
 
 def test_a_shard_without_an_end_is_remarked_upon_every_time(tmp_path, scans):

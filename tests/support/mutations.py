@@ -240,35 +240,3 @@ def make_location(draw, shard):
         place = draw.randrange(len(text) + 1)
         text = text[:place] + draw.choice(parts) + text[place + draw.randrange(2) :]
     return text
-
-
-def break_idx(draw, lines):
-    """Break the lines of a side-car of wds2idx, or some of its words."""
-    if draw.random() < 0.3:
-        return break_bytes(draw, "\n".join(lines).encode())
-    words = [line.split(" ") for line in lines]
-    for _ in range(draw.choice((1, 1, 2, 3))):
-        line = draw.choice(words)
-        kind = draw.randrange(6)
-        if kind < 3:
-            values = (
-                "0",
-                "-512",
-                "512",
-                "1",
-                "1e3",
-                "9" * 20,
-                "9" * 5000,
-                "x",
-                "",
-                "\0.png",
-                "../x",
-            )
-            line[draw.randrange(len(line))] = draw.choice(values)
-        elif kind == 3:
-            words.insert(draw.randrange(len(words)), list(draw.choice(words)))
-        elif kind == 4 and len(words) > 1:
-            words.remove(line)
-        else:
-            draw.shuffle(words)
-    return "\n".join(" ".join(line) for line in words).encode()

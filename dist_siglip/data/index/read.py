@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from dist_siglip.data.index.foreign import expected_samples, listed_samples, members_of_idx
 from dist_siglip.data.index.shard_index import ShardIndex, build_index
 from dist_siglip.data.index.side_car import (
     SIDE_CAR_VERSION,
@@ -56,7 +55,6 @@ def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
 def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Return the index of a shard from its side-car, or build it and leave a side-car.
 
-    The side-cars of wds2idx (``.idx``) and img2dataset (``_stats.json``) are taken into account.
     A remote shard is asked for its size and tag. Its side-car lies in the user's cache folder;
     where there is none, the side-car beside the remote shard is taken if it was made for a file of
     this name and size; else the shard is fetched and scanned.
@@ -84,16 +82,7 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
         index = read_side_car(side_car, path, identity)
         if index is not None:
             return index
-    members = None if rebuild else members_of_idx(path)
-    expected = expected_samples(path)
-    if members is not None:
-        index = build_index(path, members)
-    else:
-        index = _scan(path, path, lambda found: _sign_of_a_cut(path, found, identity))
-    if expected is not None and expected != index.num_samples:
-        _LOGGER.warning(
-            "shard %r holds %d samples; img2dataset counted %d", path, index.num_samples, expected
-        )
+    index = _scan(path, path, lambda: _sign_of_a_cut(path, identity))
     for side_car in () if index.damage else side_car_places(path):
         if write_side_car(side_car, index, identity):
             break
@@ -161,9 +150,7 @@ def _scan_copy(url: str, cache: ShardCache) -> ShardIndex:
         os.close(descriptor)
 
 
-def _scan(
-    path: str, name: str, doubt: Callable[[ShardIndex], str] = lambda found: ""
-) -> ShardIndex:
+def _scan(path: str, name: str, doubt: Callable[[], str] = lambda: "") -> ShardIndex:
     """Scan a local file; texts about it call it ``name``.
 
     Args:
@@ -176,16 +163,13 @@ def _scan(
     except DamagedTarError as error:
         return build_index(name, error.members, damage=str(error).replace(path, name))
     index = build_index(name, found.members, note=found.note)
-    reason = "" if found.has_end or index.damage else doubt(index)
+    reason = "" if found.has_end or index.damage else doubt()
     return replace(index, damage=f"shard {name!r} is cut short: {reason}") if reason else index
 
 
-def _sign_of_a_cut(path: str, index: ShardIndex, identity: dict[str, str | int]) -> str:
+def _sign_of_a_cut(path: str, identity: dict[str, str | int]) -> str:
     """Say what tells that a shard without an end marker held more once; empty if nothing does."""
     before = max(size_when_indexed(place, str(identity["name"])) for place in side_car_places(path))
     if before > int(identity["size"]):
         return f"it has {identity['size']} bytes, and had {before} when it was indexed before"
-    listed = max(expected_samples(path) or 0, listed_samples(path))
-    if listed > index.num_samples:
-        return f"it holds {index.num_samples} samples, and a side-car beside it lists {listed}"
     return ""

@@ -38,30 +38,6 @@ _STRETCH = 1 << 20  # bytes compared with zeros at a time
 _HARMLESS = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"})
 
 
-def read_header(header: bytes) -> tuple[str, int] | None:
-    """Read name and size of the member a plain header belongs to; None for any other block.
-
-    Args:
-        header: 512 bytes.
-    """
-    size = read_octal(header[124:136])
-    if len(header) < BLOCK or size is None or header[156:157] not in REGULAR:
-        return None
-    return (name_of(header), size) if is_sound(header) else None
-
-
-def extra_header_bytes(header: bytes) -> int:
-    """Return how many bytes a PAX header and its records take; 0 for any other block.
-
-    Args:
-        header: 512 bytes.
-    """
-    size = read_octal(header[124:136])
-    if len(header) < BLOCK or size is None or header[156:157] != PAX or not is_sound(header):
-        return 0
-    return BLOCK + -(-size // BLOCK) * BLOCK
-
-
 def next_archive(descriptor: int, position: int) -> int:
     """Return where another archive begins behind the zeros that end one; else the file's size.
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.index.foreign import expected_samples
 from dist_siglip.data.index.pairs import Span
 from dist_siglip.data.index.read import read_index
 from dist_siglip.data.index.shard_index import explain_dots, split_name
@@ -123,10 +122,6 @@ class Inspector:
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
         hidden = index.hidden_pairs(self.image_extensions, self.captions.members)
         findings += [Finding("unusual shard", shard, "", r) for r in (index.remark, hidden) if r]
-        expected = None if is_remote(shard) else expected_samples(shard)
-        if expected is not None and expected != index.num_samples:
-            reason = f"holds {index.num_samples} samples; img2dataset counted {expected}"
-            findings.append(Finding("damaged shard", shard, "", reason))
         findings += self._names(shard)
         keys = index.keys()
         members: list[dict[str, Span]] = [{} for _ in keys]

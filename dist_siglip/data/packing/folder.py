@@ -189,8 +189,7 @@ class PackFolder:
             self._held = ProcessLock(str(self.path / ".lock"))
         except LockHeldError as error:
             raise UserError(
-                f"out ({self.path}) is being written by another process ({error}); wait for it, "
-                "or end it"
+                f"out ({self.path}) is being written by {error}; wait for it, or end it"
             ) from error
 
     def _open_skip_list(self) -> BinaryIO:

@@ -16,16 +16,17 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_siglip.data.remote.connections import endpoint
 from dist_siglip.data.remote.locations import redact
-from dist_siglip.data.remote.node_lock import hold
 from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOutageError, pause
-from dist_siglip.data.remote.totals import CacheTotals, add_to_totals, read_totals
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
 from dist_siglip.errors import UserError
+from dist_siglip.system import process_lock
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.user_cache import user_cache_folder
 
@@ -34,6 +35,7 @@ _PATIENCE_SECONDS = 60.0  # for each attempt: above the time it may take without
 _COPY = re.compile(r"[0-9a-f]{32}\.tar")
 _OURS = re.compile(r"[0-9a-f]{32}\.(tar|want)")
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_LOCK_MODE = 0o600  # for this user alone, as the copies are
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -91,7 +93,6 @@ class ShardCache:
         self.folder = settings.folder or user_cache_folder("shards")
         self.max_bytes = int(settings.max_gib * 2**30)
         self._locks = os.path.join(self.folder, "locks")
-        self._totals = os.path.join(self.folder, "totals")
         self._patience_seconds = _PATIENCE_SECONDS * max(2, settings.attempts)
         self._patience_seconds += settings.patience_seconds
 
@@ -114,27 +115,23 @@ class ShardCache:
             RemoteError: if it cannot be fetched.
             UserError: if the folder is full or closed, or the shard larger than the cache.
         """
-        return self._open(url, is_read=True)
+        return self._open(url, self.settings.patience_seconds)
 
-    def _open(self, url: str, *, is_read: bool) -> int:
+    def _open(self, url: str, patience_seconds: float) -> int:
         path = self._path(url)
         try:
             if (present := self._open_fresh(path)) is not None:
-                if is_read:
-                    self._add(hits=1)
                 return present
             os.makedirs(self.folder, exist_ok=True)
-            with hold(self._locks, path, self._patience_seconds, lambda: _size(f"{path}.part")):
-                patience = self.settings.patience_seconds if is_read else 0.0
-                came = not self._is_fresh(path) and self._renew(url, path, patience)
+            with self._hold(path, self._patience_seconds, lambda: _size(f"{path}.part")):
+                if not self._is_fresh(path):
+                    self._renew(url, path, patience_seconds)
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 _touch(descriptor)
         except TimeoutError as error:
             raise RemoteOutageError(f"{redact(url)} cannot be fetched: {error}") from None
         except OSError as error:
             raise self._explain(error) from error
-        if is_read and not came:
-            self._add(hits=1)
         return descriptor
 
     def hold_ready(self, url: str) -> int:
@@ -144,7 +141,7 @@ class ShardCache:
             RemoteError: if it cannot be fetched.
             UserError: if the folder is full or closed, or the shard larger than the cache.
         """
-        descriptor = self._open(url, is_read=False)
+        descriptor = self._open(url, patience_seconds=0.0)
         try:
             return os.fstat(descriptor).st_size
         finally:
@@ -154,17 +151,18 @@ class ShardCache:
         """Describe what is kept in one line, for a log."""
         sizes = [size for _, size, name in self._entries() if _COPY.fullmatch(name)]
         held = sum(sizes) / 2**30
-        return (
-            f"{len(sizes)} shards, {held:.2f} of {self.settings.max_gib:g} GiB in {self.folder}; "
-            f"so far {self.totals().describe()}"
+        return f"{len(sizes)} shards, {held:.2f} of {self.settings.max_gib:g} GiB in {self.folder}"
+
+    def _hold(
+        self,
+        name: str,
+        patience_seconds: float,
+        progress: Callable[[], object] = lambda: None,
+    ) -> AbstractContextManager[None]:
+        """Hold the lock of a name; the wait of a thread that is told to stop ends."""
+        return process_lock.hold(
+            self._locks, name, patience_seconds, progress, pause=pause, mode=_LOCK_MODE
         )
-
-    def totals(self) -> CacheTotals:
-        """Return what was done since the folder was made, by all processes of the node."""
-        return read_totals(self._totals)
-
-    def _add(self, **events: int) -> None:
-        add_to_totals(self._totals, self._locks, CacheTotals(**events))
 
     def _path(self, url: str) -> str:
         server = endpoint(url)
@@ -194,15 +192,12 @@ class ShardCache:
         except FileNotFoundError:
             return False
 
-    def _renew(self, url: str, path: str, patience_seconds: float) -> bool:
+    def _renew(self, url: str, path: str, patience_seconds: float) -> None:
         """Ask the server; keep the copy if it is the same, else fetch. The lock is held.
 
         With a copy at hand, an outage is not waited for.
-
-        Returns:
-            Whether it was fetched.
         """
-        attempts, on_retry = self.settings.attempts, lambda: self._add(retries=1)
+        attempts = self.settings.attempts
         record = _read_record(path)
         has_copy = record.get("bytes", -2) == _size(path)
         try:
@@ -211,19 +206,18 @@ class ShardCache:
                 attempts=attempts,
                 patience_seconds=0.0 if has_copy else patience_seconds,
                 refresh=bool(record),
-                on_retry=on_retry,
             )
         except RemoteError as error:
             if error.is_missing or not has_copy:
                 raise
             _LOGGER.warning("%s; the copy of this node is used, though it may be old", error)
             os.utime(_record(path))
-            return False
+            return
         same = _said(remote) == {name: record.get(name) for name in ("size", "etag")}
         can_tell = remote.size >= 0 or remote.etag is not None
         if same and can_tell and has_copy:
             os.utime(_record(path))
-            return False
+            return
         if remote.size > self.max_bytes:
             raise UserError(
                 f"cache.max_gib ({self.settings.max_gib:g}) is smaller than shard "
@@ -240,25 +234,21 @@ class ShardCache:
                 patience_seconds=patience_seconds,
                 remote=remote,
                 max_bytes=self.max_bytes,
-                on_retry=on_retry,
             )
         finally:
             Path(want).unlink(missing_ok=True)
-        came = _size(path)
         if remote.size < 0:  # nobody could say how much room it takes
             self._make_room(want, 0)
             Path(want).unlink(missing_ok=True)
-        record = {**_said(remote), "bytes": came}
+        record = {**_said(remote), "bytes": _size(path)}
         write_atomically(Path(_record(path)), json.dumps(record), sync=False)
-        self._add(downloads=1, downloaded_bytes=came)
-        return True
 
     def _make_room(self, want: str, size: int) -> None:
         """Delete what was used longest ago until a shard fits, and hold its room."""
         since = time.monotonic()
         Path(want).unlink(missing_ok=True)  # of a process that was killed
         while True:
-            with hold(self._locks, "room", self._patience_seconds):
+            with self._hold("room", self._patience_seconds):
                 entries = sorted(self._entries())
                 total = sum(entry[1] for entry in entries)
                 for _, held, name in entries:
@@ -279,11 +269,9 @@ class ShardCache:
         """Delete a copy or the room of a dead process; False if a live process is at it."""
         copy = path.removesuffix(".want").removesuffix(".tar") + ".tar"
         try:
-            with hold(self._locks, copy, 0.0):
+            with self._hold(copy, 0.0):
                 for file in (path, _record(copy), f"{copy}.part"):
                     Path(file).unlink(missing_ok=True)
-            if path == copy:
-                self._add(evictions=1)
         except TimeoutError:
             return False
         return True

@@ -122,7 +122,6 @@ def attempt(
     url: str,
     attempts: int,
     call: Callable[[], _Result],
-    on_retry: Callable[[], object] = lambda: None,
     patience_seconds: float = 0.0,
 ) -> _Result:
     """Call until it works, or trying again cannot help.
@@ -131,7 +130,6 @@ def attempt(
         url: what is asked for, for the error text.
         attempts: calls, at least 1.
         call: raises anything if it fails.
-        on_retry: called before every call but the first.
         patience_seconds: how long an outage is waited for, however many calls that takes.
 
     Raises:
@@ -172,7 +170,6 @@ def attempt(
                 left,
             )
         pause(seconds)
-        on_retry()
     raise AssertionError("count has no end")
 
 

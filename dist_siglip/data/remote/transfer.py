@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 from dist_siglip.data.remote.connections import file_system, wait_for
@@ -66,7 +65,6 @@ def describe_remote(
     attempts: int = ATTEMPTS,
     patience_seconds: float = 0.0,
     refresh: bool = False,
-    on_retry: Callable[[], object] = lambda: None,
 ) -> RemoteFile:
     """Ask the server for size, tag and checksum of a file.
 
@@ -75,14 +73,13 @@ def describe_remote(
         attempts: tries, with a growing pause between them.
         patience_seconds: how long an outage is waited for, however many tries that takes.
         refresh: ask, even if this process listed the folder before (hf keeps its listings).
-        on_retry: called before every try but the first.
 
     Raises:
         RemoteError: if there is no such file, or no answer after all attempts.
         UserError: if it is not a URL of these schemes, or a package is missing.
     """
     _check(url)
-    return attempt(url, attempts, lambda: _describe(url, refresh), on_retry, patience_seconds)
+    return attempt(url, attempts, lambda: _describe(url, refresh), patience_seconds)
 
 
 def download(
@@ -93,7 +90,6 @@ def download(
     patience_seconds: float = 0.0,
     remote: RemoteFile | None = None,
     max_bytes: int = 1 << 40,
-    on_retry: Callable[[], object] = lambda: None,
 ) -> RemoteFile:
     """Fetch a whole file, verified, so that ``path`` is either complete or not there.
 
@@ -107,7 +103,6 @@ def download(
         patience_seconds: how long an outage is waited for, however many tries that takes.
         remote: what ``describe_remote`` answered, if it was asked just now.
         max_bytes: longest file that is taken if the server does not tell its size.
-        on_retry: called before every try but the first.
 
     Returns:
         What was fetched.
@@ -134,7 +129,7 @@ def download(
 
     try:
         _open_new(part).close()  # what is wrong on this side shows before any transfer
-        result = attempt(url, attempts, fetch, on_retry, patience_seconds)
+        result = attempt(url, attempts, fetch, patience_seconds)
         os.replace(part, path)
     except BaseException:
         if os.path.lexists(part):

@@ -103,7 +103,7 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path, pictures):
     packed(table, tmp_path / "out", pictures)
     with (
         ProcessLock(str(tmp_path / "out" / ".lock")),
-        pytest.raises(UserError, match="being written by another process"),
+        pytest.raises(UserError, match="being written by another thread"),
     ):
         packed(table, tmp_path / "out", pictures)
 

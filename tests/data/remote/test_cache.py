@@ -2,7 +2,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -65,7 +64,7 @@ def test_a_copy_is_named_by_a_hash_whatever_the_url_says(server, tmp_path):
         with contextlib.suppress(RemoteError):
             os.close(store.open(server.url + path))
     assert sorted(os.listdir(tmp_path)) == ["cache"]
-    names = [name for name in os.listdir(folder) if name not in ("locks", "totals")]
+    names = [name for name in os.listdir(folder) if name != "locks"]
     assert names
     assert all(len(name.split(".")[0]) == 32 for name in names)
 
@@ -147,7 +146,7 @@ def test_a_file_without_a_length_is_kept_within_the_bound(server, tmp_path):
     for i in range(4):
         assert content(store.open(f"{server.url}{i}.tar")) == body
     assert store.describe().startswith("2 shards, ")
-    assert store.totals()[1:4] == (4, 4 * len(body), 2)
+    assert set(server.gets()) == set(server.files)
 
 
 def test_readers_that_wait_take_a_shard_before_a_small_cache_evicts_it(server, tmp_path):
@@ -166,20 +165,7 @@ def test_readers_that_wait_take_a_shard_before_a_small_cache_evicts_it(server, t
     assert set(server.gets().values()) == {1}
 
 
-def test_what_the_cache_did_is_counted_over_processes(server, tmp_path):
-    server.files = {f"{i}.tar": BODY for i in range(3)}
-    server.faults["0.tar"] = ["500"]
-    store = make(tmp_path, max_bytes=2.5 * len(BODY))
-    for i in (0, 0, 1, 2):
-        os.close(store.open(f"{server.url}{i}.tar"))
-    again = make(tmp_path, max_bytes=2.5 * len(BODY))
-    again.hold_ready(f"{server.url}2.tar")  # nobody reads it: no hit
-    assert again.totals() == (1, 3, 3 * len(BODY), 1, 1)
-    assert again.describe().endswith("3 downloads (0.00 GiB), 1 hits, 1 evictions, 1 retries")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the system who holds a lock")
-def test_a_process_that_holds_a_lock_for_too_long_is_named(server, tmp_path, monkeypatch):
+def test_a_process_that_holds_a_lock_for_too_long_ends_the_wait(server, tmp_path, monkeypatch):
     server.files["a.tar"] = BODY
     server.faults["a.tar"] = ["stall"]
     store = make(tmp_path)
@@ -198,7 +184,7 @@ def test_a_process_that_holds_a_lock_for_too_long_is_named(server, tmp_path, mon
         os.kill(process.pid, signal.SIGSTOP)
         waiting = make(tmp_path)
         waiting._patience_seconds = 0.2
-        with pytest.raises(RemoteError, match=rf"process {process.pid} held the lock for 0 s"):
+        with pytest.raises(RemoteError, match="another process held the lock for 0 s"):
             waiting.open(url)
     finally:
         os.kill(process.pid, signal.SIGKILL)

@@ -43,7 +43,7 @@ def test_an_outage_is_waited_for_however_many_attempts_that_takes(server, tmp_pa
     server.answers["a.tar"] = [answer] * 8
     store = make(tmp_path, attempts=1, patience_seconds=200.0)
     os.close(store.open(server.url + "a.tar"))
-    assert store.totals().retries >= 2  # of up to four requests each
+    assert sum(server.counts.values()) > 9
 
 
 @pytest.mark.parametrize("answer", [503, 429, "drop"])
@@ -71,7 +71,7 @@ def test_one_answer_that_the_server_is_busy_costs_one_attempt(server, tmp_path):
     server.answers["a.tar"] = [429, 429]  # HEAD, then GET
     store = make(tmp_path, attempts=2, patience_seconds=0.0)
     os.close(store.open(server.url + "a.tar"))
-    assert store.totals().retries == 1
+    assert server.gets() == {"a.tar": 2}
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])

@@ -144,14 +144,13 @@ def test_a_disk_that_takes_no_more_bytes_is_not_tried_again(server, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_retries_are_counted_and_logged_without_the_signature(server, tmp_path, caplog):
+def test_retries_are_logged_without_the_signature(server, tmp_path, caplog):
     caplog.set_level("INFO", logger="dist_siglip")
     server.files["a.tar"] = BODY
     server.faults["a.tar"] = ["500", "cut"]
-    counted = []
     url = server.url.replace("//", "//me:PASSWORD@") + "a.tar?sig=SECRET"
-    download(url, str(tmp_path / "a"), on_retry=lambda: counted.append(1))
-    assert len(counted) == 2
+    download(url, str(tmp_path / "a"))
+    assert server.gets() == {"a.tar": 3}
     assert "a.tar?...: the server answered 500; attempt 2 follows" in caplog.text
     assert "SECRET" not in caplog.text
     assert "PASSWORD" not in caplog.text
