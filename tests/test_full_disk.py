@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dist_siglip.system.best_effort import LineLog, append_whole, going_on_without
+from dist_siglip.system.best_effort import LineLog, append_whole, best_effort
 from tests.support.processes import LIMIT_SECONDS
 from tests.support.small_disk import make_room, on_small_disk
 
@@ -133,10 +133,10 @@ def test_lines_of_many_processes_are_whole(tmp_path):
 
 
 def test_what_can_be_missing_is_a_warning_and_a_defect_is_not(caplog):
-    with caplog.at_level(logging.WARNING), going_on_without("the report"):
+    with caplog.at_level(logging.WARNING), best_effort("the report"):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     assert caplog.messages == [
         "the report cannot be written (Disk quota exceeded); the run goes on without"
     ]
-    with pytest.raises(ZeroDivisionError), going_on_without("the report"):
+    with pytest.raises(ZeroDivisionError), best_effort("the report"):
         raise ZeroDivisionError

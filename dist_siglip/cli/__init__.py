@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from dist_siglip.cli.help import asked_page, check_subject, for_parser
 from dist_siglip.cli.package_warnings import packages_kept_quiet
 from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMovedError, UserError
-from dist_siglip.system import signals as stop_request
+from dist_siglip.system import signals
 from dist_siglip.system.redaction import redact
 
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
@@ -54,7 +54,7 @@ _TRAINING = ("fit", "rerank", "quickstart")
 
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED, EXIT_COLLAPSED = 0, 1, 2, 3, 4
 EXIT_LOADER = LoaderError.exit_code
-EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, stop_request.EXIT_INTERRUPTED
+EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, signals.EXIT_INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,13 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if page is not None:
             sys.stdout.write(page)
             return EXIT_OK if rest else EXIT_USER_ERROR
-    listening = stop_request.listening() if verb in _TRAINING else nullcontext()
+    listening = signals.listening() if verb in _TRAINING else nullcontext()
     # Before the heavy imports: they warn, and a signal during them must not end the run.
     with packages_kept_quiet(), listening:
         code = _run(verb, for_parser(rest))
-        if code == EXIT_SAVED or (code != EXIT_OK and stop_request.rank_of_launcher()):
+        if code == EXIT_SAVED or (code != EXIT_OK and signals.rank_of_launcher()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.
-            stop_request.turn_deaf()
+            signals.ignore()
     return code
 
 
@@ -109,7 +109,7 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
         _complain(f"dist-siglip: failed: {_words_of(error)}")
         return EXIT_LOADER if isinstance(error, LoaderError) else EXIT_FAILED
     except RunMovedError as error:
-        if stop_request.is_first():  # it holds the folder, and knows where that is
+        if signals.is_first():  # it holds the folder, and knows where that is
             _complain(f"dist-siglip: moved: {error}")
         return EXIT_MOVED
     except OutageError as error:
@@ -123,7 +123,7 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
             raise
         return _tell_interrupt()
     except Exception as error:
-        if stop_request.is_interrupted():  # this rank fails because another one has left
+        if signals.is_interrupted():  # this rank fails because another one has left
             return _tell_interrupt(f"; while ending: {type(error).__name__}: {error}")
         from dist_siglip.data.samples.loader import loader_failure  # heavy
 
@@ -145,8 +145,8 @@ def _words_of(error: Exception) -> str:
 
 def _tell_interrupt(more: str = "") -> int:
     """Say where a run was interrupted, once for all ranks."""
-    if stop_request.is_first():
-        _complain(f"dist-siglip: interrupted{stop_request.where()}{more[:200]}")
+    if signals.is_first():
+        _complain(f"dist-siglip: interrupted{signals.where()}{more[:200]}")
     return EXIT_INTERRUPTED
 
 
@@ -160,7 +160,7 @@ def _module_of(verb: str) -> str:
 
 def _complain(message: str) -> None:
     """Write one line; a rank other than 0 says which one it is."""
-    rank = stop_request.rank_of_launcher()
+    rank = signals.rank_of_launcher()
     prefix = f"[rank {rank}] " if rank and rank != "0" else ""
     with suppress(OSError):  # a terminal that is gone
         sys.stderr.write(prefix + redact(" ".join(message.split())) + "\n")

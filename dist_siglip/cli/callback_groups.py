@@ -6,11 +6,11 @@ from dist_siglip.training.callbacks import (
     Benchmarks,
     CollapseAlarm,
     EvaluationRecord,
+    Preemption,
     ProgressReport,
     RunCheckpoint,
+    SkipBadSteps,
     StartEvaluation,
-    StepGuard,
-    StopTogether,
     Throughput,
     Watchdog,
 )
@@ -18,8 +18,8 @@ from dist_siglip.training.callbacks import (
 # Group of settings -> class; what has to come first stands first.
 CONFIGURED: dict[str, type[Callback]] = {
     "watchdog": Watchdog,
-    "stop": StopTogether,
-    "step_guard": StepGuard,
+    "stop": Preemption,
+    "step_guard": SkipBadSteps,
     "checkpoint": RunCheckpoint,
     "collapse_alarm": CollapseAlarm,
     "benchmarks": Benchmarks,

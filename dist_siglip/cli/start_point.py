@@ -17,7 +17,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.io import read_shapes
 from dist_siglip.runs.identity import flatten
-from dist_siglip.system.best_effort import going_on_without
+from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.regular_file import read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 from dist_siglip.training.optim import OptimConfig, describe_schedule_change
@@ -167,7 +167,7 @@ def set_aside_unreadable(folder: RunFolder) -> None:
     """Keep a configuration that cannot be read under another name: it is written anew."""
     if _problem_of_settings(folder) is not None:
         aside = folder.config.with_name(f"{folder.config.name}.unreadable")
-        with going_on_without(str(aside)):
+        with best_effort(str(aside)):
             folder.config.rename(aside)
 
 

@@ -57,13 +57,13 @@ from dist_siglip.errors import UserError
 from dist_siglip.health.callback import end_children
 from dist_siglip.health.start_check import describe_start
 from dist_siglip.runs import RunFolder, collect_provenance
-from dist_siglip.system import signals as stop_request
+from dist_siglip.system import signals
 from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.best_effort import going_on_without
+from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.process_lock import ProcessLock
 from dist_siglip.system.redaction import redact
-from dist_siglip.training.callbacks import CollapseAlarm, MetricsLog, StopTogether
-from dist_siglip.training.callbacks.early_end import reason_of_early_end
+from dist_siglip.training.callbacks import CollapseAlarm, MetricsLog, Preemption
+from dist_siglip.training.callbacks.preemption import reason_of_early_end
 from dist_siglip.training.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.module.locked_features import check_features
@@ -214,12 +214,12 @@ class TrainingCLI(LightningCLI):
             self._lock = self.folder.lock()
             set_up_logging(self.folder.log)
             set_aside_unreadable(self.folder)
-            with going_on_without(str(self.folder.config)):
+            with best_effort(str(self.folder.config)):
                 write_atomically(self.folder.config, resolved)
                 if redact(resolved) != resolved:  # a start from this file needs them
                     self.folder.config.chmod(0o600)
             provenance = collect_provenance(sys.argv, world_size=world_size)
-            with going_on_without(str(self.folder.provenance)):
+            with best_effort(str(self.folder.provenance)):
                 content = json.dumps(provenance, indent=1) + "\n"
                 write_atomically(self.folder.provenance, content)
             num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -231,7 +231,7 @@ class TrainingCLI(LightningCLI):
         """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
         start = self.start_checkpoint
         done = steps_behind(self.folder, start)
-        stop_request.describe_with(
+        signals.describe_with(
             lambda: describe_interrupt(self.folder, max(done, self.model.steps_done)),
             lambda: end_children(self.trainer),
         )
@@ -254,14 +254,14 @@ class TrainingCLI(LightningCLI):
         alarm: CollapseAlarm = self._get(self.config_init, "collapse_alarm")
         if not alarm.ends_run:
             self.trainer.fit(model, datamodule=self.datamodule, ckpt_path=start, weights_only=True)
-        stop: StopTogether = self._get(self.config_init, "stop")
+        stop: Preemption = self._get(self.config_init, "stop")
         stop.finish()
         if stop.has_stopped:
             stop.leave(self.trainer)
             code = EXIT_INTERRUPTED if stop.is_interrupt else EXIT_SAVED
             self.exit_code = code_for_launcher(self.trainer, code)
             if stop.is_interrupt and self.trainer.is_global_zero:
-                logger.warning("interrupted%s", stop_request.where())
+                logger.warning("interrupted%s", signals.where())
             return
         if is_dev_run:
             logger.info("fast_dev_run went through; nothing of it is kept")
@@ -288,7 +288,7 @@ class TrainingCLI(LightningCLI):
             # Plotting takes a while to import, and only this moment needs it.
             from dist_siglip.report import write_report
 
-            with going_on_without("the report", Exception):
+            with best_effort("the report", Exception):
                 write_report(self.folder.path)
 
     def _owes_end(self, step: int) -> bool:

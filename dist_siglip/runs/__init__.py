@@ -1,7 +1,12 @@
-"""The run folder: what a run leaves behind, where, and who may write it."""
+"""Run folder, its checkpoints, and the identity and provenance of a run."""
 
-from dist_siglip.runs.checkpoints.best import BestCheckpoint, Mode, read_best
-from dist_siglip.runs.checkpoints.newest import check_sound, newest_sound_checkpoint
+from dist_siglip.runs.checkpoints.selection import (
+    BestCheckpoint,
+    Mode,
+    check_sound,
+    newest_sound_checkpoint,
+    read_best,
+)
 from dist_siglip.runs.folder import RunFolder
 from dist_siglip.runs.identity import describe_differences
 from dist_siglip.runs.provenance import collect_provenance

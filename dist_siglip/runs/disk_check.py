@@ -1,7 +1,6 @@
-"""Can a run be kept in this folder: is there room, does it write, rename, sync and lock, how fast?
+"""Test of a folder for runs: free space, speed, and whether it writes, renames, syncs and locks.
 
-Everything is tried in a hidden file of its own, as checkpoints are written (``atomic``), and taken
-away again.
+Everything is tried in a hidden file of its own, as checkpoints are written, and removed.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Is this configuration a continuation of that run, or another experiment in the same folder?
+"""Identity of a run: the settings that must stay for a configuration to go on with it.
 
-What a run is, is decided by model, loss, data, order and optimizer. How fast or how long it runs,
-on how many ranks, and what it writes, may change from one start to the next.
+Model, loss, data, order and optimizer make a run. How fast or how long it runs, on how many ranks,
+and what it writes, may change from one start to the next.
 """
 
 from collections.abc import Iterator, Mapping

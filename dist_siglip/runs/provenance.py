@@ -1,4 +1,4 @@
-"""Which command, code and versions made a run."""
+"""Command, code and versions that made a run."""
 
 import importlib.metadata
 import platform

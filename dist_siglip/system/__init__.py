@@ -1,1 +1,1 @@
-"""The operating system: files that are whole or not there, locks, signals, safe readers."""
+"""Operating system: atomic files, locks, signals, safe readers."""

@@ -1,4 +1,4 @@
-"""Files that are either whole under their name or not there."""
+"""Files that are whole under their name or absent, and the user's cache folder."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,12 @@ from typing import BinaryIO
 from uuid import uuid4
 
 from dist_siglip.system.process_lock import check_place
+
+
+def user_cache_folder(name: str) -> str:
+    """Name a folder of ours in the user's cache: ``XDG_CACHE_HOME``, else ``~/.cache``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "dist_siglip", name)
 
 
 @contextmanager

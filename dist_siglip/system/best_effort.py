@@ -1,7 +1,6 @@
-"""What happens when something cannot be written that training can do without?
+"""Writes that training can do without: a failure is a warning, and the run goes on.
 
-Training goes on. The first failure of a log is a warning, what follows is kept in memory or
-counted, and writing goes on as soon as there is room. A file of lines never holds a part of one.
+A file of lines never holds a part of one.
 """
 
 import fcntl
@@ -148,7 +147,7 @@ def _can_go_on(descriptor: int) -> bool:
 
 
 @contextmanager
-def going_on_without(what: str, *consequences: type[Exception]) -> Iterator[None]:
+def best_effort(what: str, *consequences: type[Exception]) -> Iterator[None]:
     """Turn a failure to write inside the block into a warning.
 
     Args:
@@ -156,7 +155,7 @@ def going_on_without(what: str, *consequences: type[Exception]) -> Iterator[None
         consequences: errors that an earlier failure to write leads to here.
 
     Example:
-        >>> with going_on_without("the report"):
+        >>> with best_effort("the report"):
         ...     raise OSError(28, "No space left on device")
     """
     told: tuple[type[Exception], ...] = (OSError, *consequences)

@@ -1,4 +1,4 @@
-"""Locks that belong to one process, and end with it.
+"""Locks that belong to one process and end with it.
 
 POSIX record locks on a lock file, a byte for each name. The system drops them when a process ends,
 however it ends, and a forked process does not inherit them: a lock of ``flock`` would stay held by
@@ -7,13 +7,10 @@ the threads of a process apart, so each name has a lock of the process besides; 
 descriptor of the file would drop them all, so there is one descriptor per process and file, never
 closed. A lock file is never followed through a link, never cut, never read or written.
 
-Where the file system has no locks, a file beside the lock file takes their place (``owner_file``).
-
-A file that stands for a lock where the file system has none.
-
-It names the process that made it, and is taken over once that process is known to have ended: on
-the same machine the system tells; from another machine, a file that was not touched for an hour
-counts as left behind, and one of a job that SLURM has started anew as well.
+Where the file system has no locks, a file beside the lock file takes their place. It names the
+process that made it, and is taken over once that process is known to have ended: on the same
+machine the system tells; from another machine, a file that was not touched for an hour counts as
+left behind, and one of a job that SLURM has started anew as well.
 """
 
 import errno

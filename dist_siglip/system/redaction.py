@@ -1,4 +1,4 @@
-"""The secrets of a URL, and the one way they are cut out of texts.
+"""Redaction of the secrets of URLs.
 
 A URL may carry a user name, a password or a signature. Every text that a person, a log or a file
 gets goes through ``redact``. In doubt too much is cut: people write passwords with slashes,

@@ -1,8 +1,8 @@
-"""Open files, and nothing else that may stand under their name.
+"""Reading of regular files only: a pipe or a device under their name is refused.
 
-Opening a pipe waits for somebody to write into it, without end, and before anything watches; a
-device gives bytes without end. So what a user or a folder names is opened without waiting, and
-used only if it is a regular file. The failures are ``OSError``, as those of a missing file.
+Opening a pipe waits for a writer without end, before anything watches; a device gives bytes without
+end. So files are opened without waiting, and used only if they are regular. The failures are
+``OSError``, as those of a missing file.
 """
 
 import errno

@@ -1,10 +1,10 @@
-"""Requests to stop this process, which are remembered until the ranks can answer them together.
+"""Signals that ask this process to stop, remembered until the ranks can answer them together.
 
-A cluster asks by a signal: SIGUSR1 or SIGUSR2 some minutes ahead, SIGTERM at the end; a terminal
-that is closed by SIGHUP; a person by Ctrl-C, which is SIGINT. The handler only remembers it. Saving
-inside a handler deadlocks when another rank is in the middle of an exchange, so the ranks look at
-what was remembered between two steps, and agree. Where there is nothing to save, Ctrl-C ends at
-once, and so does a second one: a thread hears it even while the main one waits for a lost rank.
+A cluster sends SIGUSR1 or SIGUSR2 some minutes ahead and SIGTERM at the end, a closed terminal
+SIGHUP, Ctrl-C SIGINT. The handler only remembers it: saving inside a handler deadlocks when another
+rank is in the middle of an exchange, so the ranks agree between two steps. Where there is nothing
+to save, Ctrl-C ends at once, and so does a second one: a thread listens for it while the main one
+may wait for a lost rank.
 
 Imports nothing heavy: a signal during the seconds of importing torch must not end the process.
 """
@@ -58,9 +58,9 @@ def listening() -> Iterator[None]:
     Example:
         >>> with listening():
         ...     signal.raise_signal(signal.SIGUSR1)
-        ...     asked_by()
+        ...     received()
         'SIGUSR1'
-        >>> asked_by() is None
+        >>> received() is None
         True
     """
     if threading.current_thread() is not threading.main_thread():
@@ -72,7 +72,7 @@ def listening() -> Iterator[None]:
     for number in before.keys() - ignored:
         signal.signal(number, _remember)
     try:
-        with _ear():
+        with _second_ctrl_c():
             yield
     finally:
         end_saving()
@@ -84,12 +84,12 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def _ear() -> Iterator[None]:
+def _second_ctrl_c() -> Iterator[None]:
     """Hear a second Ctrl-C in a thread."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(reading,), name="stop-ear", daemon=True).start()
+    threading.Thread(target=_listen, args=(reading,), name="stop-listener", daemon=True).start()
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def _ear() -> Iterator[None]:
         os.close(writing)
 
 
-def _hear(reading: int) -> None:
+def _listen(reading: int) -> None:
     """Answer each Ctrl-C until the other end of the pipe is closed."""
     presses, last = 0, 0.0
     while numbers := os.read(reading, 64):
@@ -157,7 +157,7 @@ def end_saving() -> None:
     _Run.saves = False
 
 
-def asked_by() -> str | None:
+def received() -> str | None:
     """Name the first signal that asked; None if none did."""
     return signal.Signals(_asked[0]).name if _asked else None
 
@@ -184,7 +184,7 @@ def rank_of_launcher(environ: dict[str, str] | None = None) -> str | None:
     return next((found[name] for name in names if found.get(name)), None)
 
 
-def turn_deaf() -> None:
+def ignore() -> None:
     """Ignore the signals for good: this process has saved and is about to end by itself.
 
     A launcher that sees the first rank leave tells the others to; they must end with their own
@@ -194,10 +194,10 @@ def turn_deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _forget_ear() -> None:
+def _forget_pipe() -> None:
     """Keep a forked process from writing its signals into the pipe of its parent."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget_ear)
+os.register_at_fork(after_in_child=_forget_pipe)

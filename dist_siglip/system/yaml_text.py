@@ -1,8 +1,8 @@
-"""Read YAML that a person or a folder gives, within bounds, and without losing a key.
+"""Bounded reading of YAML, which refuses repeated keys.
 
-YAML lets a text of some hundred bytes stand for billions of values, by names for values that hold
-other names, and lets the second of two equal keys win unsaid. Both are refused in one pass over the
-events of the parser, before anything is made of them.
+YAML lets a text of some hundred bytes stand for billions of values, by aliases of values that hold
+other aliases, and lets the second of two equal keys win silently. Both are refused in one pass over
+the events of the parser.
 """
 
 from collections.abc import Hashable, Iterator

@@ -1,11 +1,8 @@
-"""How does a model that does not fit one device train on several?
+"""Fully sharded training (FSDP2) by Lightning's ``ModelParallelStrategy``.
 
-Parameters, gradients and optimizer state are sharded over ranks (FSDP2, ``fully_shard``); every
-rank still sees its own pairs. Lightning's ``ModelParallelStrategy`` does the work; here are its
-sizes, the mesh of hybrid sharding, and checkpoints that are whole under their name, that are the
-same as those of DDP, or are written by all ranks together.
-
-How a model is spread over ranks, beyond what Lightning's own strategies do.
+Parameters, gradients and optimizer state are sharded over ranks; every rank still sees its own
+pairs. Added here: the mesh of hybrid sharding, and checkpoints that are those of DDP or are
+written by all ranks together.
 """
 
 import os

@@ -7,7 +7,7 @@ import pytest
 
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
-from dist_siglip.training.callbacks import StepGuard, WeightAverage
+from dist_siglip.training.callbacks import SkipBadSteps, WeightAverage
 from tests.support.guard_ranks import are_same, train_all
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -157,18 +157,18 @@ def test_a_schedule_goes_on_through_skipped_steps_and_a_roll_back(model, tmp_pat
 )
 def test_settings_out_of_range_are_refused(settings, complaint):
     with pytest.raises(UserError, match=complaint):
-        StepGuard(**settings)
+        SkipBadSteps(**settings)
 
 
 def test_an_average_of_the_weights_cannot_be_sent_back():
     trainer = SimpleNamespace(callbacks=[WeightAverage()])
     with pytest.raises(UserError, match=r"roll_back_after \(2\) cannot send an average"):
-        StepGuard(roll_back_after=2).setup(trainer, SimpleNamespace(step_check=None), "fit")
+        SkipBadSteps(roll_back_after=2).setup(trainer, SimpleNamespace(step_check=None), "fit")
 
 
 def test_a_module_that_knows_of_no_check_is_refused():
     with pytest.raises(UserError, match="cannot skip steps of SimpleNamespace"):
-        StepGuard().setup(SimpleNamespace(callbacks=[]), SimpleNamespace(), "fit")
+        SkipBadSteps().setup(SimpleNamespace(callbacks=[]), SimpleNamespace(), "fit")
 
 
 def test_without_the_guard_a_loss_that_is_not_finite_ends_the_run(model, tmp_path):

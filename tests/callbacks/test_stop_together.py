@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.system import signals as stop_request
-from dist_siglip.training.callbacks import StopTogether
+from dist_siglip.system import signals
+from dist_siglip.training.callbacks import Preemption
 from dist_siglip.training.callbacks.preemption import requeue_job
 from tests.support.processes import run_ranks
 from tests.support.stop_ranks import train_alone, train_at_each_moment
@@ -57,47 +57,47 @@ def test_ranks_that_do_not_agree_lose_each_other(model, tmp_path):
 
 def test_a_signal_outside_of_a_run_keeps_its_effect():
     before = signal.getsignal(signal.SIGUSR1)
-    with stop_request.listening():
+    with signals.listening():
         assert signal.getsignal(signal.SIGUSR1) is not before
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_the_first_signal_is_the_one_that_is_named():
-    with stop_request.listening():
+    with signals.listening():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR1)
-        assert stop_request.asked_by() == "SIGTERM"
-    assert stop_request.asked_by() is None
+        assert signals.received() == "SIGTERM"
+    assert signals.received() is None
 
 
 def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save_and_waits_where_there_is():
-    with stop_request.listening():
+    with signals.listening():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        stop_request.end_saving()
-    with stop_request.listening():
-        stop_request.begin_saving()
+        signals.end_saving()
+    with signals.listening():
+        signals.begin_saving()
         signal.raise_signal(signal.SIGINT)
-        assert stop_request.is_interrupted()
+        assert signals.is_interrupted()
         signal.raise_signal(signal.SIGTERM)
-        assert not stop_request.is_interrupted()  # a cluster wants the run to go on
-    assert not stop_request.is_interrupted()
+        assert not signals.is_interrupted()  # a cluster wants the run to go on
+    assert not signals.is_interrupted()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_under_nohup_stays_deaf_to_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_request.listening():
+        with signals.listening():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             signal.raise_signal(signal.SIGHUP)
-            assert stop_request.asked_by() is None
+            assert signals.received() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_forked_process_does_not_write_into_the_ear_of_its_parent():
-    with stop_request.listening():
+    with signals.listening():
         pid = os.fork()
         if not pid:
             os._exit(signal.set_wakeup_fd(-1) != -1)
@@ -105,10 +105,10 @@ def test_a_forked_process_does_not_write_into_the_ear_of_its_parent():
 
 
 def test_a_deaf_process_stays_deaf():
-    before = {number: signal.getsignal(number) for number in stop_request.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     try:
-        with stop_request.listening():
-            stop_request.turn_deaf()
+        with signals.listening():
+            signals.ignore()
         signal.raise_signal(signal.SIGTERM)
     finally:
         for number, handler in before.items():
@@ -117,7 +117,7 @@ def test_a_deaf_process_stays_deaf():
 
 def test_agreeing_takes_at_least_one_step():
     with pytest.raises(UserError, match=r"agree_every_steps \(0\) must be at least 1"):
-        StopTogether(agree_every_steps=0)
+        Preemption(agree_every_steps=0)
 
 
 @pytest.fixture

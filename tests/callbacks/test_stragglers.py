@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from dist_siglip.health import step_timing as pace_module
 from dist_siglip.health.step_timing import Pace, RankPace
-from dist_siglip.training.callbacks import StopTogether, Throughput, throughput
+from dist_siglip.training.callbacks import Preemption, Throughput, throughput
 from dist_siglip.training.callbacks.throughput import Stragglers, is_straggler
 from tests.support.clock import CountedClock
 from tests.support.processes import run_ranks
@@ -138,7 +138,7 @@ def _logged(rank, world_size, model, folder):
             world_size,
             # Without the first, Lightning asks rank 0 between steps whether to stop.
             callbacks=[
-                StopTogether(agree_every_steps=100),
+                Preemption(agree_every_steps=100),
                 Throughput(),
                 _Late(rank, where, clock),
             ],

@@ -3,7 +3,8 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_siglip.training.callbacks import TensorBoardLog, tensorboard_log
+from dist_siglip.training.callbacks import TensorBoardLog
+from dist_siglip.training.callbacks import loggers as tensorboard_log
 from tests.support.hostile import in_child
 from tests.support.small_disk import room_for
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.training.callbacks import StepGuard, StopTogether, Throughput
+from dist_siglip.training.callbacks import Preemption, SkipBadSteps, Throughput
 from tests.support.processes import run_ranks
 from tests.support.sync_ranks import count_all
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -37,7 +37,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
             torch.cuda.set_sync_debug_mode("error" if 2 < batch_idx < 6 else "default")
 
     try:
-        callbacks = [StopTogether(agree_every_steps=100), StepGuard(), Throughput(), Strict()]
+        callbacks = [Preemption(agree_every_steps=100), SkipBadSteps(), Throughput(), Strict()]
         fit(
             module,
             tmp_path,

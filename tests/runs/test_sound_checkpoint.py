@@ -35,7 +35,7 @@ def test_the_newest_is_taken_when_it_is_whole(run):
 def test_a_damaged_one_is_passed_over_and_named(run, monkeypatch):
     said = []
     monkeypatch.setattr(
-        "dist_siglip.runs.checkpoints.newest.logger.warning",
+        "dist_siglip.runs.checkpoints.selection.logger.warning",
         lambda text, *of: said.append(text % of),
     )
     flip(run.checkpoint(30))
@@ -79,7 +79,7 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_checksum_unless_it_was_cut(ru
     """Written before there were checksums, or by a script of its own."""
     said = []
     monkeypatch.setattr(
-        "dist_siglip.runs.checkpoints.newest.logger.warning",
+        "dist_siglip.runs.checkpoints.selection.logger.warning",
         lambda text, *of: said.append(text % of),
     )
     newest = run.checkpoint(40)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.losses import SigLipLoss
 from dist_siglip.runs import RunFolder
-from dist_siglip.training.callbacks import StepGuard
+from dist_siglip.training.callbacks import SkipBadSteps
 from dist_siglip.training.optim import NormHistory, OptimConfig, StepCheck
 from dist_siglip.training.optim.step_check import skip_where
 from dist_siglip.training.strategies import FullyShardedStrategy
@@ -84,7 +84,7 @@ def train(rank, world_size, model, folder, case):
 
     Args:
         case: "bad" (step -> fault, on the last rank), "keep" (batches that are trained on at
-            all), "guard" (settings of StepGuard), "trainer", "optim" (see OPTIMS), "shard" (of
+            all), "guard" (settings of SkipBadSteps), "trainer", "optim" (see OPTIMS), "shard" (of
             FullyShardedStrategy), "every" (steps between checkpoints), "damage" (step of one that
             is cut), "start" (a checkpoint), "done" (steps behind it), "alone" (the broken
             variant), "init_scale" (of a GradScaler).
@@ -99,7 +99,7 @@ def train(rank, world_size, model, folder, case):
     module = locked_module(model, loss=loss, optim=OPTIMS[case.get("optim", "AdamW")])
     faults = Faults(case.get("bad", {}), rank == world_size - 1)
     loss.faults = faults
-    guard = StepGuard(**case.get("guard", {}))
+    guard = SkipBadSteps(**case.get("guard", {}))
     callbacks = [faults, guard]
     if case.get("alone"):
         callbacks.append(_Swap())

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dist_siglip.runs import RunFolder
-from dist_siglip.system import signals as stop_request
-from dist_siglip.training.callbacks import RunCheckpoint, StopTogether
+from dist_siglip.training.callbacks import Preemption, RunCheckpoint
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 NUM_STEPS = 12
@@ -49,7 +48,7 @@ class Signals(Callback):
         self._send("save")
 
 
-class EachForItself(StopTogether):
+class EachForItself(Preemption):
     """A wrong one: a rank that was asked stops alone."""
 
     def _agree(self, asked):
@@ -57,14 +56,14 @@ class EachForItself(StopTogether):
 
 
 def train(
-    rank, world_size, model, folder, moment, signalled, callback=StopTogether, done=0, **options
+    rank, world_size, model, folder, moment, signalled, callback=Preemption, done=0, **options
 ):
     """Train the steps after ``done`` while one rank gets signals; return what this rank did."""
     logging.getLogger("dist_siglip").setLevel(logging.ERROR)
     module = locked_module(model)
     signals = Signals(moment if rank == signalled else None)
     stop = callback(agree_every_steps=3)
-    with stop_request.listening():
+    with signals.listening():
         trainer = fit(
             module,
             folder,

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_siglip.training.callbacks import StepGuard, StopTogether, Throughput
+from dist_siglip.training.callbacks import Preemption, SkipBadSteps, Throughput
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 # Parts of the loss that a CPU alone takes, where a value is at hand; see their docstrings.
@@ -70,8 +70,8 @@ def count(rank, world_size, model, folder, mends=True, reads=False):
             return loss
 
         module.training_step = reading_step
-    stops = [StopTogether(agree_every_steps=100)] if mends else []
-    callbacks = [*stops, StepGuard(), Throughput(), watch]
+    stops = [Preemption(agree_every_steps=100)] if mends else []
+    callbacks = [*stops, SkipBadSteps(), Throughput(), watch]
     own = {name: getattr(dist, name) for name in COLLECTIVES}
     try:
         fit(

@@ -21,9 +21,8 @@ import numpy as np
 
 from dist_siglip.data.index.shard_index import ShardIndex
 from dist_siglip.data.remote.locations import redact
-from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.atomic import open_atomically, user_cache_folder
 from dist_siglip.system.regular_file import open_regular
-from dist_siglip.system.user_cache import user_cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1

@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.system.atomic import open_atomically
+from dist_siglip.system.atomic import open_atomically, user_cache_folder
 from dist_siglip.system.regular_file import open_regular
-from dist_siglip.system.user_cache import user_cache_folder
 
 _LOGGER = logging.getLogger(__name__)
 _MAGIC = b"dist_siglip table 2\n"

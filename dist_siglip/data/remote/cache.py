@@ -27,8 +27,7 @@ from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOu
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
 from dist_siglip.errors import UserError
 from dist_siglip.system import process_lock
-from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.user_cache import user_cache_folder
+from dist_siglip.system.atomic import user_cache_folder, write_atomically
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 60.0  # for each attempt: above the time it may take without a byte

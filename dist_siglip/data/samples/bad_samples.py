@@ -3,7 +3,7 @@
 Where is every bad sample written down?
 
 One JSON object a line, in a file that all loader processes of all ranks append to; a full disk or a
-lost folder does not stop the run (``full_disk``). Pictures that are used although their file ends
+lost folder does not stop the run (``best_effort``). Pictures that are used although their file ends
 too early are counted in the log alone.
 """
 

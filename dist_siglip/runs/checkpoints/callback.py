@@ -1,4 +1,4 @@
-"""When are checkpoints written, how many are kept, and what if one cannot be written?"""
+"""Callback that writes checkpoints, keeps the newest and the best, and bears failures."""
 
 import logging
 import shutil

@@ -1,10 +1,9 @@
-"""Are the bytes of a checkpoint those that were written?
+"""Checksums of checkpoints, verified before anything is read from them.
 
-A checkpoint file is a zip archive, and a zip archive may end in a comment: here the CRC-32 of all
-that is before it. torch, Lightning and ``unzip`` read the file as ever (``unzip -z`` shows the
-comment). A folder has one more file, which lists size and CRC-32 of the others. So a file cut
-short, a block of zeros and a flipped bit are found by one pass over the bytes, before anything is
-read from them.
+A checkpoint file is a zip archive, which may end in a comment: the CRC-32 of all that is before it
+(``unzip -z`` shows it; torch and Lightning read the file as ever). A folder has one more file with
+size and CRC-32 of the others. One pass over the bytes finds a file cut short, a block of zeros, a
+flipped bit.
 """
 
 import json

@@ -1,13 +1,9 @@
-"""Checkpoints that are whole under their name, and that execute nothing when read.
+"""Writing and reading of checkpoints: atomic, optionally in the background, without pickled code.
 
-Lightning's own writer builds the file in memory and moves it from the default temporary folder;
-across file systems that is a plain copy onto the final name, and a full disk then costs the
-previous good checkpoint too.
+Lightning's own writer moves the file from the default temporary folder; across file systems that is
+a plain copy onto the final name, and a full disk then costs the previous checkpoint too.
 
-How is a checkpoint written while training goes on?
-
-It is copied to the memory of the host, which training waits for; a thread writes the copy. There
-is one at a time: who starts the next one waits for the one before.
+In the background a copy in the memory of the host is written by a thread, one at a time.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""Under which key does the state of a parameter stand in a checkpoint?
+"""Optimizer state keyed by parameter name instead of number.
 
-Under its name: a run that shards its parameters knows no numbers, and one that does not can then
-go on from the other's checkpoint. ``torch.optim`` itself numbers parameters group by group.
+Sharded runs know names only, so a run with or without shards can go on from the other's checkpoint.
+``torch.optim`` itself numbers parameters group by group.
 """
 
 from typing import Any

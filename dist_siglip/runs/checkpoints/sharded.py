@@ -1,14 +1,10 @@
-"""How do ranks write one checkpoint together, each its own shards, and read it in any number?
+"""Sharded checkpoints: a folder that all ranks write together and any number of ranks reads.
 
-A folder of ``torch.distributed.checkpoint`` that holds tensors only, and beside them one file of
-plain values, and a list of checksums. It appears under its name when every rank has written its
-part; where one cannot, all of them hear of it. Nothing in it is executed when it is read: tensors
-and values load with ``weights_only=True``, and for the index see ``sharded_index``.
-
-What may the index of a sharded checkpoint name?
-
-torch keeps it as a pickle. Here it is read by an unpickler that knows the classes of an index and
-no other, and that refuses files outside of the folder.
+A folder of ``torch.distributed.checkpoint`` that holds tensors only, a file of plain values, and a
+list of checksums. It appears under its name when every rank has written its part; if one cannot,
+all raise. Nothing in it is executed when it is read: tensors and values load with
+``weights_only=True``, and torch's pickled index is read by an unpickler that knows the classes of
+an index alone and refuses files outside of the folder.
 """
 
 import os

@@ -1,12 +1,8 @@
-"""How does a model do on benchmarks while it trains, and when it is tested?
+"""Benchmarks beside the validations of ``fit``, and in ``test``.
 
-Each benchmark leaves RUN/benchmarks/NAME.json, and during ``fit`` a row in metrics.jsonl.
-
-How are results written so that they stand beside published ones? As CLIP_benchmark writes them.
-
-``clip_benchmark build RUN/benchmarks/*.json`` makes one table of them and of its own. What has no
-place there, such as the confusion matrix, goes into a second file, in a folder ``build`` does not
-look into.
+Each leaves RUN/benchmarks/NAME.json as CLIP_benchmark writes it, so that ``clip_benchmark build
+RUN/benchmarks/*.json`` makes one table of them and of its own. What has no place there, such as the
+confusion matrix, goes into details/NAME.json.
 """
 
 import json
@@ -25,7 +21,7 @@ from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, check_b
 from dist_siglip.health.callback import Watchdog
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.best_effort import going_on_without
+from dist_siglip.system.best_effort import best_effort
 
 
 def write_result(
@@ -165,7 +161,7 @@ class Benchmarks(Callback):
             shown = list(result.metrics.items())[:_SHOWN]
             text = ", ".join(f"{name} {value:.4g}" for name, value in shown)
             logger.info("benchmark %s: %s", task.name, text)
-            with going_on_without(f"the result of benchmark {task.name}"):
+            with best_effort(f"the result of benchmark {task.name}"):
                 write_result(
                     folder.benchmarks,
                     task,

@@ -1,4 +1,4 @@
-"""The alarm of a fine-tuned model that loses what it knew.
+"""Alarm for a fine-tuned model that loses what it knew.
 
 Three signs, looked for at every evaluation: logits of positives and negatives meet, embeddings
 spread over fewer directions, recall falls below that of the first evaluation.
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dist_siglip.errors import UserError
-from dist_siglip.training.callbacks.early_end import end_training
+from dist_siglip.training.callbacks.preemption import end_training
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,7 @@
-"""RUN/evaluation: the newest evaluation in files that the report, or anyone, can read.
+"""Files of the newest evaluation, RUN/evaluation, and samples of earlier ones.
 
-Of those before it a few pairs are kept (``evaluation_history``).
-
-Which of many evaluations are kept, and what of them, to see later how the space changed?
-
-The same few pairs of every evaluation, so that a point can be followed from one to the next, and
-coarse histograms of all pairs: some megabytes a run, however long it is.
-
-How good was the checkpoint before the first step?
+Of some evaluations the same few pairs are kept, so that a point can be followed from one to the
+next, and coarse histograms of all pairs: some megabytes a run, however long it is.
 """
 
 import base64
@@ -28,7 +22,7 @@ from dist_siglip.metrics import Evaluation
 from dist_siglip.metrics.evaluation import describe_gallery
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.best_effort import going_on_without
+from dist_siglip.system.best_effort import best_effort
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +65,7 @@ def keep_evaluation(folder: RunFolder, step: int, arrays: Mapping[str, np.ndarra
     """
     packed = io.BytesIO()
     np.savez_compressed(packed, **_excerpt(arrays))
-    with going_on_without(f"what is kept of the evaluation of step {step}"):
+    with best_effort(f"what is kept of the evaluation of step {step}"):
         write_atomically(folder.kept_evaluation(step), packed.getvalue())
     _drop(folder, surplus(list(folder.kept_evaluations()), MOST_KEPT))
 
@@ -182,7 +176,7 @@ class EvaluationRecord(Callback):
 
 def _replace(path: Path, content: str | bytes) -> None:
     """Write a file; without room for it, take away that of the evaluation before."""
-    with going_on_without(str(path)):
+    with best_effort(str(path)):
         try:
             write_atomically(path, content)
         except OSError:

@@ -1,35 +1,84 @@
-"""When one rank is asked to stop, how do all of them stop at the same step, with a checkpoint?
+"""Preemption: all ranks stop at the same step and save, and the job is requeued if asked.
 
-Each rank remembers signals on its own (``stop_request``). Every few steps they compare, over a
+Each rank remembers signals on its own (``system.signals``). Every few steps they compare, over a
 group of CPUs so that no GPU is waited for; if any was asked, all end the step loop, write a
 checkpoint and leave. The run goes on from there when it is started again.
 
 Lightning answers SIGTERM inside the handler, by a broadcast that deadlocks with an exchange under
-way, and asks the first rank in every step whether it was signalled, for which the host waits until
-the device has caught up. Both are taken out.
+way, and asks the first rank in every step whether it was signalled, for which the host waits for
+the device. Both are switched off.
 
-How does a job put itself back into SLURM's queue?
+SLURM ends the processes of a job as soon as it is requeued, so that comes last. A cancelled job
+would come back to life, so its state is asked for first.
 
-SLURM ends the processes of a job as soon as it is requeued, so this comes after everything that
-must not be lost. A job that was cancelled would come back to life, so it is asked about first.
+Lightning also ends a run quietly, after fewer steps than asked for (``EarlyStopping``,
+``max_time``); ``reason_of_early_end`` says why.
 """
 
 import logging
 import os
 import subprocess
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
-from dist_siglip.system import signals as stop_request
-from dist_siglip.training.callbacks.early_end import end_training, stop_again
+from dist_siglip.system import signals
+
+
+def end_training(trainer: Trainer) -> None:
+    """Have training end after the step under way; ``RunCheckpoint`` saves there.
+
+    Distributed contract: every rank calls it at the same step.
+    """
+    # Not should_stop, for which Lightning would evaluate first, and which min_steps overrules.
+    trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+
+
+def stop_again(trainer: Trainer) -> None:
+    """Stop a run that goes on from the checkpoint of a stop by ``EarlyStopping``.
+
+    Its patience is in the checkpoint and exhausted, but it looks only after the next evaluation.
+    """
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's
+    if any(_message(each) for each in callbacks if isinstance(each, EarlyStopping)):
+        trainer.should_stop = True
+
+
+def reason_of_early_end(trainer: Trainer) -> str:
+    """Say why ``fit`` returned before ``max_steps``, as the end of a sentence."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and (message := _message(callback)):
+            return f"EarlyStopping: {message}"
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            spent = timedelta(seconds=int(callback.time_elapsed()))  # type: ignore[attr-defined]
+            return f"its time (max_time) is over: {spent} were spent training"
+    if trainer.should_stop:
+        return "a callback set trainer.should_stop"
+    if not trainer.limit_train_batches:
+        return f"trainer.limit_train_batches is {trainer.limit_train_batches}"
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    epochs, most = progress.processed, trainer.max_epochs
+    if most is not None and 0 <= most <= epochs:
+        return f"trainer.max_epochs is {most}"
+    return "the training data ended"
+
+
+def _message(callback: EarlyStopping) -> str:
+    """Why it stopped, without Lightning's farewell; empty if it did not."""
+    message = callback.stopping_reason_message or ""
+    return message.replace(" Signaling Trainer to stop.", "").rstrip(". ")
+
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +137,11 @@ _QUESTION, _HANDLERS, _INSTALL = (
 )
 
 
-class StopTogether(Callback):
+class Preemption(Callback):
     """Ends training between two steps once any rank was asked to: by a cluster, or by Ctrl-C.
 
     The signals, SIGUSR1, SIGUSR2, SIGTERM, SIGHUP and SIGINT, are those that
-    ``stop_request.listening`` remembers; outside of it they keep their usual effect.
+    ``signals.listening`` remembers; outside of it they keep their usual effect.
     ``RunCheckpoint`` saves where training ends. An evaluation that is due at that step waits for
     the next start.
 
@@ -133,7 +182,7 @@ class StopTogether(Callback):
             setattr(loop, _QUESTION, _do_nothing)
         if trainer.world_size > 1 and self._group is None:
             self._group = new_cpu_group()
-        stop_request.begin_saving()
+        signals.begin_saving()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -155,7 +204,7 @@ class StopTogether(Callback):
         if trainer.is_global_zero and not self.is_interrupt:
             logger.warning(
                 "asked to stop (%s): saving after step %d; start again to go on",
-                stop_request.asked_by() or "another rank",
+                signals.received() or "another rank",
                 trainer.global_step,
             )
 
@@ -164,7 +213,7 @@ class StopTogether(Callback):
 
         Distributed contract: every rank calls it after ``fit``.
         """
-        stop_request.end_saving()
+        signals.end_saving()
         if not self.has_stopped and self._agree(_who_asks()) == _PERSON:
             self.has_stopped = self.is_interrupt = True
 
@@ -195,6 +244,6 @@ def _do_nothing() -> None:
 
 def _who_asks() -> int:
     """Say who has asked this rank to stop."""
-    if stop_request.asked_by() is None:
+    if signals.received() is None:
         return _NOBODY
-    return _PERSON if stop_request.is_interrupted() else _CLUSTER
+    return _PERSON if signals.is_interrupted() else _CLUSTER

@@ -1,4 +1,4 @@
-"""Where the run stands: a bar on a terminal, plain lines elsewhere."""
+"""Progress of the run: a bar on a terminal, plain lines elsewhere."""
 
 import logging
 import time

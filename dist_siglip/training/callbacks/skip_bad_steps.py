@@ -1,19 +1,13 @@
-"""What happens to a run when a loss, a gradient or its norm is not what it should be?
+"""Skipped steps: a step whose loss, gradient or gradient norm is bad is left out on all ranks.
 
-The step is skipped on all ranks (``StepCheck`` decides on the device), counted and written down;
-many in a row end the run, or send it back to an earlier checkpoint.
-
-Which step was skipped, why, and which samples were in it?
+``StepCheck`` decides on the device. Many bad steps in a row end the run, or send weights and
+moments back to an earlier checkpoint; the step, the learning rate and the position in the data stay
+where they are, so that other batches follow.
 
 A line of RUN/skipped_steps.jsonl is {"step": optimizer steps done with it, "time": Unix seconds,
 "reason": text, "loss": of the global batch, "grad_norm": before clipping, "not_finite": samples
 whose features were not, "samples": {shard: keys} of the global batch}. Without shards samples are
 numbers, those of ``sample_ids``.
-
-How do weights and moments go back to an earlier checkpoint while the run goes on?
-
-The step, the learning rate and the position in the data stay where they are, so what follows are
-other batches than those that led astray.
 
 Source: Chowdhery et al. 2022, arXiv:2204.02311, section 5.1: training restarted from a checkpoint
 before a spike of the loss, past the batches around it, did not spike again.
@@ -230,7 +224,7 @@ _STATE = "step_guard"
 _MOST_PENDING = 100  # steps whose findings wait on the device
 
 
-class StepGuard(Callback):
+class SkipBadSteps(Callback):
     """Skips steps that would spoil the weights, on all ranks together.
 
     A skipped step changes no parameter, no moment and no count of the optimizer; the step number,

@@ -1,7 +1,4 @@
-"""How fast the run is, how much of a step waits for data, and how many workers would mend that.
-
-Which rank do the others wait for, and does it stay the same one?
-"""
+"""Throughput, the share of time spent waiting for data, and slow ranks."""
 
 import logging
 import math
@@ -14,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.health.step_timing import Pace, RankPace
-from dist_siglip.training.callbacks.metrics_log import MetricsLog
+from dist_siglip.training.callbacks.loggers import MetricsLog
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
-"""How is an exponential moving average of the weights kept, evaluated and saved?
+"""Exponential moving average of the weights, by Lightning's ``EMAWeightAveraging``.
 
-By Lightning's ``EMAWeightAveraging``. Here is what a run that goes on needs besides: the last
-checkpoint holds the weights under training too, not only their average.
+The last checkpoint of a run holds the weights under training too, not only their average.
 """
 
 import warnings

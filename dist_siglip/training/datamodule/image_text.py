@@ -1,13 +1,6 @@
-"""How do shards become the batches of a Lightning run that can stop and go on at any sample?
+"""Data module over webdataset shards, resumable at any sample.
 
-``ImageTextDataModule`` wires the parts of ``dist_siglip.data`` to Lightning: it checks the data
-before anything starts, gives every rank its slice of each global batch, and resumes at any sample.
-
-Which numbers can a data module not work with?
-
-Train on the same few batches again and again: ``trainer.overfit_batches``.
-
-Can features that were written down stand in for what this data module would load?
+It checks the data before anything starts and gives every rank its slice of each global batch.
 """
 
 import logging

@@ -1,7 +1,4 @@
-"""Which shards does a mixture read, and how much of each source?
-
-Which pairs does each setting of the data module name?
-"""
+"""Shards of each setting of the data module, and the weights of a mixture's sources."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,18 +1,11 @@
-"""Where in the endless sequence of batches does training stand, and what does it take to go on?
+"""Position of training in the endless sequence of batches, and what a checkpoint keeps of it.
 
 One integer counts the batches that were trained on. Loaders run ahead of training, and Lightning's
 own epoch counter has moved on by the time a run stops early, so neither can say where training
-stands; a small callback (``position_counter``), first in line so that every checkpoint sees its
-count, does.
+stands; a small callback, first in line so that every checkpoint sees its count, does.
 
-How does the data module hear of every trained batch, before anything else does?
-
-A small callback, first in line, so that every checkpoint sees its count.
-
-Is this the sequence of batches that a checkpoint was written in, and if not, what changed?
-
-A checkpoint keeps what the sequence depends on, and one line for each shard. So a refusal can name
-the shards that came, went or changed, and data that grew can be accepted on purpose.
+A checkpoint keeps what the sequence depends on, and one line for each shard, so that a refusal can
+name the shards that came, went or changed, and data that grew can be accepted on purpose.
 """
 
 from collections.abc import Iterator, Mapping

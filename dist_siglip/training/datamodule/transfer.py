@@ -1,7 +1,4 @@
-"""Loading of batches, and what happens to one on its way to the device of the run.
-
-Does a run have remote shards to fetch ahead?
-"""
+"""Loading of batches, their transfer to the device, and prefetching of remote shards."""
 
 import logging
 from functools import cached_property

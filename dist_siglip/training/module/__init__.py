@@ -1,4 +1,4 @@
-"""The Lightning module: a dual encoder, its loss, its metrics and its optimizer, wired."""
+"""Lightning modules: a dual encoder with its loss, metrics and optimizer."""
 
 from dist_siglip.training.module.siglip import SigLipModule
 from dist_siglip.training.module.trained import load_trained

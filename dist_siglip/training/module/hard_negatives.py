@@ -1,9 +1,9 @@
-"""Which pairs does a fusion head look at: in training, and when it re-ranks?
+"""Pairs that a fusion head judges, in training and when it re-ranks.
 
 In training the positives of a batch, for each picture and each text the wrong partners that the
-dual encoder finds most alike, among the pairs of all ranks, and for each picture a few other texts:
-a head that sees hard ones alone is slow to find out what there is to look at. The ring finds the
-hard ones, and only their tokens are fetched. In an evaluation the candidates of every query.
+dual encoder finds most alike among the pairs of all ranks, and for each picture a few other texts:
+with hard negatives alone a head learns slowly. The ring finds the hard ones, and only their tokens
+are fetched. In an evaluation the candidates of every query.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""When may features that were written down stand in for a tower, and how does a step use them?"""
+"""Stored features in place of a locked tower: when they may stand in, and how a step uses them."""
 
 import logging
 

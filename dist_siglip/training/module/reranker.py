@@ -1,4 +1,4 @@
-"""How do a frozen dual encoder and a fusion head make a run? No formula is here."""
+"""Lightning module of a frozen dual encoder with a fusion head."""
 
 import logging
 import warnings
@@ -28,8 +28,7 @@ from dist_siglip.training.module.hard_negatives import (
     evaluate_reranking,
     judge_pairs,
 )
-from dist_siglip.training.module.optimizing import configure
-from dist_siglip.training.module.run_module import RunModule
+from dist_siglip.training.module.run_module import RunModule, configure
 from dist_siglip.training.module.trained import load_trained
 from dist_siglip.training.optim import OptimConfig
 

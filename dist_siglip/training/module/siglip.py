@@ -1,10 +1,7 @@
-"""How do towers, loss, scale and bias, metrics and optimizer make a run? No formula is here.
+"""Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer.
 
-Where is a dual encoder cut into shards? At its blocks, the rest as one, scale and bias apart.
-
-Every block is gathered when it is needed and given back after; at most a few are whole at once.
-
-Which scale and bias suit the training pairs before the first step?
+For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
+bias a third; a block is gathered when it is needed and freed after.
 """
 
 import logging
@@ -49,8 +46,7 @@ from dist_siglip.training.module.locked_features import (
     encode_beside_features,
     settle_identities,
 )
-from dist_siglip.training.module.optimizing import configure
-from dist_siglip.training.module.run_module import RunModule
+from dist_siglip.training.module.run_module import RunModule, configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
 
 

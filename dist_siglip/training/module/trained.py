@@ -1,4 +1,4 @@
-"""What did a run make of its model? Towers as they are used: trained, adapters folded in.
+"""Towers of a trained run as they are used: weights loaded, adapters folded in.
 
 A run folder says which model it trained; a checkpoint holds its weights. The weights the run
 started from are not needed, only the config and the tokenizer of the model.

@@ -1,17 +1,12 @@
-"""From settings to an optimizer and its schedule.
+"""Optimizer and learning-rate schedule from settings.
 
 The defaults are those of SigLIP (Zhai et al. 2023, arXiv:2303.15343): AdamW with beta2 = 0.95,
 since 0.999 let the gradient norm spike at large batches (their Figure 5), and no decay on scale,
 bias and norms. Gradient clipping is the Trainer's (``gradient_clip_val``).
 
-Two optimizers that look like one: one for the matrices of blocks, one for all other parameters.
-
-Muon orthogonalises the update of a matrix, which makes sense inside a network and nowhere else:
-embeddings, heads, norms, biases and the scale of the logits want another optimizer. A trainer knows
-one optimizer with groups, a schedule steps groups, a checkpoint numbers them; so both parts share
-the groups and the state of the pair.
-
-What a run that gets another length does to its learning rate.
+Muon orthogonalises the update of a matrix, which makes sense inside a network alone: embeddings,
+heads, norms, biases and the scale of the logits get another optimizer. A trainer knows one
+optimizer with groups, so the two are a pair that shares groups and state.
 
 A schedule that comes down to the end of the run is bound to its length: with another one, the rate
 of the step where the run goes on is another, too.
@@ -22,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -36,7 +31,61 @@ from dist_siglip.training.optim.groups import (
     decays,
     parameter_groups,
 )
-from dist_siglip.training.optim.schedule import Schedule, learning_rate_factor
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def learning_rate_factor(
+    step: int,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: Schedule = "cosine",
+    min_fraction: float = 0.0,
+    cooldown_steps: int = 0,
+) -> float:
+    """Share of the highest learning rate that a step uses.
+
+    With w warm-up steps, c cool-down steps, T steps in all, m = min_fraction,
+    p = (step - w) / (T - w) and q = (step - (T - c)) / c, kept in [0, 1]:
+
+        step < w:  (step + 1) / w
+        cosine:    m + (1 - m) * (1 + cos(pi * p)) / 2
+        linear:    m + (1 - m) * (1 - p)
+        constant:  1 up to step T - c, then m + (1 - m) * (1 - q)
+
+    Args:
+        step: number of optimizer steps already taken, from 0.
+        warmup_steps: w; if it is T or more, the run ends inside the warm-up.
+        total_steps: T; from step T on the value stays at its end.
+        schedule: one of "cosine", "linear", "constant".
+        min_fraction: m, in [0, 1].
+        cooldown_steps: c, of the constant schedule; 0 stays constant to the end.
+
+    Returns:
+        A number in [0, 1].
+
+    Example:
+        >>> steps = (0, 1, 2, 6, 10, 11)
+        >>> [round(learning_rate_factor(s, warmup_steps=2, total_steps=10), 3) for s in steps]
+        [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+        >>> cooled = dict(warmup_steps=0, total_steps=10, schedule="constant", cooldown_steps=4)
+        >>> [learning_rate_factor(step, **cooled) for step in (5, 6, 8, 10)]
+        [1.0, 1.0, 0.5, 0.0]
+
+    Source:
+        Warm-up, cosine and constant with cool-down as in open_clip's ``scheduler.py``
+        (``cosine_lr``, ``const_lr_cooldown`` with power 1), for m = 0.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        since = step - (total_steps - cooldown_steps)
+        remaining = 1 - min(since / cooldown_steps, 1.0) if cooldown_steps and since > 0 else 1.0
+    else:
+        progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+    return min_fraction + (1 - min_fraction) * remaining
 
 
 class PairedOptimizer(Optimizer):

@@ -1,7 +1,4 @@
-"""Which parameters move alike?
-
-A parameter belongs to a group by two numbers: its share of the learning rate and its weight decay.
-"""
+"""Parameter groups by learning rate and weight decay."""
 
 import re
 from collections.abc import Callable, Mapping

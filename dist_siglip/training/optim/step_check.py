@@ -1,14 +1,9 @@
-"""Should a step be taken? Decided on the device, the same on every rank, and waited for by nobody.
+"""Check of a step on the device, with the same result on every rank and without waiting.
 
 A loss that is not finite on one rank makes all gradients of that rank so; the reduction of the
-gradients, which there is anyway, carries that to every rank; so the norm of the reduced gradient,
-the same on all of them, says whether any loss or gradient was not finite. No rank asks another.
-
-Is the norm of a gradient a spike, next to those of the steps before?
-
-How does an optimizer leave a step out, as if it had never been asked?
-
-Parameters, moments and step counts stay as they are, to the bit.
+gradients carries that to every rank; so the norm of the reduced gradient says whether any loss or
+gradient was not finite. A skipped step leaves parameters, moments and step counts as they are, to
+the bit.
 """
 
 from collections.abc import Iterable
