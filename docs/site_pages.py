@@ -1,9 +1,9 @@
 """Pages of the site that no file of docs/ holds: the reference, and pages of other folders.
 
 A hook of mkdocs, and an extension of griffe, which reads the docstrings. The reference has a page
-for each package with an ``__all__`` and an entry for each of its names. Links are written for
-readers of the repository; here they lead to the page of the site, and those to files that are no
-page become plain text.
+for each package or module with an ``__all__`` and an entry for each of its names. Links are
+written for readers of the repository; here they lead to the page of the site, and those to files
+that are no page become plain text.
 """
 
 import ast
@@ -34,19 +34,21 @@ _PACKAGE = """::: {}
       show_root_toc_entry: false"""
 
 
-def public_names(package: Path) -> list[str]:
-    """Read the ``__all__`` of a package without importing it."""
-    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
+def public_names(file: Path) -> list[str]:
+    """Read the ``__all__`` of a module without importing it."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     return []
 
 
 def packages() -> dict[str, list[str]]:
-    """Find every package with public names, by dotted name, the root first."""
-    folders = sorted(path.parent for path in (ROOT / PACKAGE).rglob("__init__.py"))
-    found = {".".join(f.relative_to(ROOT).parts): public_names(f) for f in folders}
-    return {name: names for name, names in found.items() if names}
+    """Find every package and module with public names, by dotted name, the root first."""
+    found = {}
+    for file in (ROOT / PACKAGE).rglob("*.py"):
+        dotted = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        found[dotted.removesuffix(".__init__")] = public_names(file)
+    return {name: found[name] for name in sorted(found) if found[name]}
 
 
 def reference_pages() -> Iterator[tuple[str, str]]:
