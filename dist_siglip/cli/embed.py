@@ -19,8 +19,8 @@ from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.encoder import Precision, RowType, Towers
 from dist_siglip.evaluation.embed.layouts import Format
+from dist_siglip.evaluation.encoding import Precision, RowType, Towers
 from dist_siglip.training.module.trained import load_trained
 
 

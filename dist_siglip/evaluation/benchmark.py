@@ -74,12 +74,12 @@ class EvaluatedModel(NamedTuple):
         @torch.no_grad()
         def encode_image(pixels: Tensor) -> Tensor:
             with precision():
-                return encoder.encode_image(normalizer.pixels(pixels.to(device)))
+                return encoder.encode_image(normalizer.pixels(pixels.to(device, non_blocking=True)))
 
         @torch.no_grad()
         def encode_text(tokens: Tensor) -> Tensor:
             with precision():
-                return encoder.encode_text(tokens.to(device))
+                return encoder.encode_text(tokens.to(device, non_blocking=True))
 
         return cls(
             encode_image, encode_text, inputs.tokenizer, inputs, logit_scale, logit_bias, device

@@ -1,24 +1,39 @@
-"""How do texts and pictures become features on all ranks, each encoding its share?
+"""Features of texts, pictures and batches of shards.
 
-Rank r of R encodes the r-th contiguous part, in equally many batches on every rank: where the rows
-do not suffice, the last one is encoded again and dropped. So ranks whose towers are sharded never
-wait for each other, and the features do not depend on the number of ranks.
+Texts and pictures that every rank knows are shared out: rank r of R encodes the r-th contiguous
+part, in equally many batches on every rank: where the rows do not suffice, the last one is encoded
+again and dropped. So ranks whose towers are sharded never wait for each other, and the features do
+not depend on the number of ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.data.samples.picture import EncodedPicture
-from dist_siglip.data.samples.transforms import evaluation_transform
+from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
 from dist_siglip.distributed import gather_rows, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import EvaluatedModel
+from dist_siglip.evaluation.samples import ShardBatch
+from dist_siglip.models.build import BuiltModel
+
+Towers = Literal["both", "image", "text"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+RowType = Literal["float16", "float32"]
 
 DEFAULT_BATCH_ROWS = 256
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_ROW_TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def encode_texts(
@@ -114,3 +129,172 @@ def _encode(
         parts.append(encode_batch(rows))
     mine = torch.cat(parts)[: max(0, min(share, count - first))]
     return gather_rows(mine, group)
+
+
+class EncodedBatches:
+    """What has been encoded of batches of shards so far; rows stay on the device of the model.
+
+    A copy to the host after every batch would make the device wait for it.
+
+    Args:
+        model: what encodes.
+        dtype: of the rows.
+
+    Attributes:
+        sample_ids: of the rows.
+        texts: of the rows, those wanted.
+        problems: by sample id, why it has no row.
+        picture_ids: of the rows.
+        caption_ids: of the texts that were encoded.
+        image_parts: rows of the pictures of each batch.
+        text_parts: rows of the texts of each batch.
+    """
+
+    def __init__(self, model: EvaluatedModel, dtype: torch.dtype = torch.float32) -> None:
+        self.sample_ids: list[int] = []
+        self.texts: list[list[str]] = []
+        self.problems: dict[int, str] = {}
+        self.picture_ids: list[int] = []
+        self.caption_ids: list[int] = []
+        self.image_parts: list[Tensor] = []
+        self.text_parts: list[Tensor] = []
+        self._model = model
+        self._dtype = dtype
+
+    def add(self, batch: ShardBatch) -> None:
+        """Encode a batch: one call of each encoder that it has tensors for."""
+        self.sample_ids += batch.sample_ids
+        self.texts += batch.texts
+        self.problems |= batch.problems
+        self.picture_ids += batch.picture_ids
+        self.caption_ids += batch.caption_ids
+        if batch.images is not None:
+            rows = self._model.encode_image(batch.images)[: len(batch.sample_ids)]
+            self.image_parts.append(rows.to(self._dtype))
+        if batch.tokens is not None:
+            rows = self._model.encode_text(batch.tokens)[: sum(map(len, batch.texts))]
+            self.text_parts.append(rows.to(self._dtype))
+
+
+class EncodedRows(NamedTuple):
+    """Embeddings of the usable samples of one shard, on the host.
+
+    Attributes:
+        sample_ids: of the R rows, ascending.
+        image_features: (R, D), rows of length 1; None if that tower is not wanted.
+        text_features: likewise.
+        captions: of the R rows.
+        problems: by sample id, why it has no row.
+        ids: (R,) int64, of the pictures and of the captions, by tower; of wanted towers alone.
+    """
+
+    sample_ids: list[int]
+    image_features: NDArray[np.floating] | None
+    text_features: NDArray[np.floating] | None
+    captions: list[str]
+    problems: dict[int, str]
+    ids: Mapping[Tower, NDArray[np.int64]] = MappingProxyType({})
+
+
+class ShardEncoder:
+    """The towers of a model on a device, in evaluation mode, for whole data sets.
+
+    Args:
+        built: the model; its towers are moved.
+        towers: which features are wanted.
+        dtype: of the rows.
+        device: where the towers run.
+        precision: "32-true", or autocast to bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        built: BuiltModel,
+        *,
+        towers: Towers,
+        dtype: RowType,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self._model = EvaluatedModel.of(
+            built.encoder.to(device).eval(),
+            ModelInputs.of(built),
+            logit_scale=built.start_scale,
+            logit_bias=built.start_bias,
+            device=device,
+            precision=self._autocast,
+        )
+        self._wanted: list[Tower] = [each for each in TOWERS if towers in ("both", each)]
+        self._embed_dim = built.embed_dim
+        self._row_type = _ROW_TYPES[dtype]
+        self._precision = precision
+
+    @torch.inference_mode()
+    def encode(self, batches: Iterable[ShardBatch]) -> EncodedRows:
+        """Encode the batches of one shard, each of whose samples has one text.
+
+        Raises:
+            UserError: if a row is not finite.
+        """
+        encoded = EncodedBatches(self._model, self._row_type)
+        for batch in batches:
+            encoded.add(batch)
+        ids = {"image": encoded.picture_ids, "text": encoded.caption_ids}
+        return EncodedRows(
+            encoded.sample_ids,
+            self._to_host("image", encoded.image_parts),
+            self._to_host("text", encoded.text_parts),
+            [caption for (caption,) in encoded.texts],
+            encoded.problems,
+            {tower: np.array(ids[tower], dtype=np.int64) for tower in self._wanted},
+        )
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self._precision == "32-true":
+            return nullcontext()
+        return torch.autocast(self._model.device.type, dtype=_AUTOCAST[self._precision])
+
+    def _to_host(self, tower: Tower, parts: list[Tensor]) -> NDArray[np.floating] | None:
+        """Bring the rows of a tower to the host; None if it is not wanted."""
+        if tower not in self._wanted:
+            return None
+        if not parts:
+            return torch.empty(0, self._embed_dim, dtype=self._row_type).numpy()
+        rows = torch.cat(parts)
+        if not bool(rows.isfinite().all()):
+            raise UserError(
+                f"the {tower} tower gives numbers that are not finite at precision "
+                f"({self._precision}); use 32-true, or look at the weights"
+            )
+        return rows.cpu().numpy()
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """Return the device of a rank.
+
+    Args:
+        name: "auto" takes this rank's GPU, or the CPU where there is none; else what
+            ``torch.device`` takes, "cuda" meaning this rank's.
+        local_rank: of this process on its node.
+
+    Raises:
+        UserError: if there is no such device.
+
+    Example:
+        >>> choose_device("cpu", 3)
+        device(type='cpu')
+    """
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if num_gpus else "cpu"
+    try:
+        device = torch.device(name)
+        if device == torch.device("cuda") and num_gpus:
+            device = torch.device("cuda", local_rank % num_gpus)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(
+            f"device ({name}) cannot be used; give auto, cpu, cuda or cuda:NUMBER, of "
+            f"{num_gpus} GPUs here"
+        ) from error
+    return device

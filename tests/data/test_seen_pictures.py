@@ -21,7 +21,7 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings
-from dist_siglip.evaluation.embed.samples import EmbeddingDataset
+from dist_siglip.evaluation.samples import ShardDataset
 from dist_siglip.models.fingerprint import digest_tower
 from tests.support.embedding import build_tiny
 from tests.support.pngs import RGBA, halves, png_of
@@ -77,13 +77,13 @@ def test_training_and_evaluation_see_the_ground_of_the_policy(shard, transparenc
 def test_embedding_sees_what_an_evaluation_sees(shard):
     for transparency in ("#102030", "drop"):
         data = dataset(shard, transparency=transparency)
-        embedded = EmbeddingDataset(
+        embedded = ShardDataset(
             data.table,
             evaluation_transform(tiny_inputs()),
             captions=EmbedSettings().captions,
             pictures=PicturePolicy(transparency=transparency),
         )
-        assert torch.equal(embedded[0].image, data[Slot(0, 0, 0)].image)
+        assert torch.equal(embedded[Slot(0, 0, 0)].image, data[Slot(0, 0, 0)].image)
 
 
 def test_embedding_follows_the_run_unless_it_is_told_otherwise():

@@ -9,7 +9,7 @@ from pyarrow import parquet
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.shard_job import keys_of, parts_of
+from dist_siglip.evaluation.embed.shard_job import sample_keys, shard_jobs
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, load_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shard, write_shards
 
@@ -164,7 +164,7 @@ def test_a_shard_that_changed_meanwhile_is_an_error(tmp_path, built):
     table = table_of(shards)
     write_shards(tmp_path / "shards", (2,))
     with pytest.raises(UserError, match=r"changed since the start; start again"):
-        keys_of(table, parts_of(table)[0])
+        sample_keys(table, shard_jobs(table)[0])
 
 
 def test_a_shard_without_rows_has_no_files_and_is_finished(tmp_path, built):

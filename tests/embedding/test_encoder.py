@@ -4,8 +4,8 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.encoder import Encoder, choose_device
-from dist_siglip.evaluation.embed.samples import EmbeddingBatch
+from dist_siglip.evaluation.encoding import ShardEncoder, choose_device
+from dist_siglip.evaluation.samples import ShardBatch
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, load_rows, table_of
 from tests.support.shards import write_shards
 
@@ -17,12 +17,12 @@ def built(tmp_path_factory):
 
 def encode(built, precision="32-true", towers="both", dtype="float32", size=3):
     torch.manual_seed(1)
-    encoder = Encoder(
+    encoder = ShardEncoder(
         built, towers=towers, dtype=dtype, device=torch.device("cpu"), precision=precision
     )
     images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8)
     texts = built.tokenizer(["a hen"] * size)
-    batch = EmbeddingBatch(list(range(size)), images, texts, ["a hen"] * size, {})
+    batch = ShardBatch(list(range(size)), [["a hen"]] * size, images, texts, {})
     return encoder.encode([batch, batch])
 
 
@@ -47,14 +47,14 @@ def test_a_tower_that_is_not_wanted_gives_nothing(built):
 
 
 def test_no_batches_give_no_rows(built):
-    encoder = Encoder(
+    encoder = ShardEncoder(
         built,
         towers="both",
         dtype="float16",
         device=torch.device("cpu"),
         precision="32-true",
     )
-    rows = encoder.encode([EmbeddingBatch([], None, None, [], {4: "bad"})])
+    rows = encoder.encode([ShardBatch([], [], None, None, {4: "bad"})])
     assert rows.image_features.shape == rows.text_features.shape == (0, 8)
     assert rows.problems == {4: "bad"}
 

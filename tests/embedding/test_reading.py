@@ -9,10 +9,10 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.encoder import EncodedRows
 from dist_siglip.evaluation.embed.layouts import layout_of
 from dist_siglip.evaluation.embed.reading import Embeddings, match_rows, read_embeddings, towers_in
-from dist_siglip.evaluation.embed.shard_job import Part, PartRows
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
+from dist_siglip.evaluation.encoding import EncodedRows
 
 SHARDS = ("a.tar", "b.tar", "c.tar")
 
@@ -24,7 +24,7 @@ def rows_of(seed, count, width=4):
 def write(folder, layout, towers=("image", "text")):
     """Three shards of 3, 0 and 2 samples as embed writes them; shards repeat their keys."""
     parts = [
-        Part(number, str(number), shard, first, stop)
+        ShardJob(number, str(number), shard, first, stop)
         for number, (shard, first, stop) in enumerate(
             zip(SHARDS, (0, 3, 3), (3, 3, 5), strict=True)
         )
@@ -33,7 +33,7 @@ def write(folder, layout, towers=("image", "text")):
     for part in parts:
         count = part.num_samples
         written.write(
-            PartRows(
+            JobRows(
                 part,
                 EncodedRows(
                     sample_ids=list(range(part.first, part.stop)),

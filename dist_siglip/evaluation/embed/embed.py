@@ -22,6 +22,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.order.sequence import Slot
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.samples.captions import CaptionRule
@@ -34,60 +35,23 @@ from dist_siglip.data.samples.picture_policy import (
 from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
-from dist_siglip.evaluation.embed.encoder import Encoder, Precision, RowType, Towers, choose_device
 from dist_siglip.evaluation.embed.layouts import Format, Layout, layout_of, remove_partial
-from dist_siglip.evaluation.embed.progress import EmbedReport, Tally, left_out_file, write_left_out
-from dist_siglip.evaluation.embed.samples import (
-    EmbeddingBatch,
-    EmbeddingDataset,
-    EmbeddingSample,
-    embedding_loader,
+from dist_siglip.evaluation.embed.progress import EmbedReport, Progress, skipped_file, write_skipped
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob, sample_keys, shard_jobs
+from dist_siglip.evaluation.encoding import Precision, RowType, ShardEncoder, Towers, choose_device
+from dist_siglip.evaluation.samples import (
+    ShardBatch,
+    ShardCollator,
+    ShardDataset,
+    ShardSample,
+    shard_loader,
 )
-from dist_siglip.evaluation.embed.shard_job import Part, PartRows, keys_of, parts_of
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.fingerprint import digest_tower
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@contextmanager
-def fetching_ahead(
-    table: PairTable,
-    parts: Sequence[Part],
-    layout: Layout,
-    world: World,
-    current: Callable[[], int],
-) -> Iterator[None]:
-    """Fetch remote shards while the block runs; the first rank of a node does it for all of them.
-
-    Args:
-        table: the data set.
-        parts: all of the data set.
-        layout: knows which of them are finished.
-        world: of this process.
-        current: number of the part this rank is at; the others are thought to be as far.
-    """
-    cache = table.cache
-    is_needed = world.local_rank == 0 and any(is_remote(shard) for shard in table.shards)
-    if cache is None or not is_needed:
-        yield
-        return
-    _LOGGER.info("remote shards: %s", cache.describe())
-    ranks = range(world.rank, world.rank + world.local_world_size)  # of this node
-    of_node = [part for part in parts if part.number % world.world_size in ranks]
-    wanted = [part.number for part in of_node if layout.num_rows(part) is None]
-    prefetcher = Prefetcher(
-        cache, lambda: [table.shards[number] for number in wanted if number >= current()]
-    )
-    prefetcher.start()
-    try:
-        yield
-    finally:
-        prefetcher.stop()
-
-
 _NAME = "embed.json"
 
 
@@ -151,7 +115,7 @@ class EmbedSettings:
         transparency: see ``PicturePolicy``; "auto" is as the model was trained, or says.
         exif_orientation: likewise.
         truncated_pictures: likewise.
-        max_bad_fraction: share of the samples of each rank that may be left out.
+        max_bad_fraction: share of the samples of each rank that may be skipped.
 
     Raises:
         UserError: if a number is out of its range.
@@ -197,7 +161,7 @@ def embed_shards(
 ) -> EmbedReport:
     """Write the embeddings of a data set, or go on where an earlier call stopped.
 
-    Distributed contract: every rank passes the same table and model, takes the parts
+    Distributed contract: every rank passes the same table and model, takes the shards
     ``rank, rank + world_size, ...``, and waits for nobody.
 
     Args:
@@ -215,27 +179,27 @@ def embed_shards(
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
     built = replace(built, pictures=settings.pictures(built.pictures))
-    parts = parts_of(table)
-    layout = layout_of(settings.format, out, parts, table.shard_lines.split("\n"))
+    jobs = shard_jobs(table)
+    layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
-    tally = Tally(out, settings.max_bad_fraction)
+    progress = Progress(out, settings.max_bad_fraction)
     pending = []
-    for part in parts[world.rank :: world.world_size]:
-        num_rows = layout.num_rows(part)
+    for job in jobs[world.rank :: world.world_size]:
+        num_rows = layout.num_rows(job)
         if num_rows is None:
-            pending.append(part)
+            pending.append(job)
         else:
-            tally.keep(part, num_rows)
-    files = [file for part in pending for file in (*layout.files(part), left_out_file(out, part))]
+            progress.keep(job, num_rows)
+    files = [file for job in pending for file in (*layout.files(job), skipped_file(out, job))]
     remove_partial(files)
     _LOGGER.info(
         "embedding %d shards into %s on %s; %d are there already",
-        len(pending) + tally.kept,
+        len(pending) + progress.kept,
         out,
         device,
-        tally.kept,
+        progress.kept,
     )
-    encoder = Encoder(
+    encoder = ShardEncoder(
         built,
         towers=settings.towers,
         dtype=settings.dtype,
@@ -243,20 +207,56 @@ def embed_shards(
         precision=settings.precision,
     )
     batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
-    with fetching_ahead(table, parts, layout, world, lambda: tally.current):
-        for part in pending:
-            tally.current = part.number
-            count = part.num_batches(settings.local_batch_size)
-            rows = encoder.encode(_all_read(islice(batches, count), part))
-            done = PartRows(part, rows, keys_of(table, part))
+    with prefetch_shards(table, jobs, layout, world, lambda: progress.current):
+        for job in pending:
+            progress.current = job.number
+            count = job.num_batches(settings.local_batch_size)
+            rows = encoder.encode(_all_read(islice(batches, count), job))
+            done = JobRows(job, rows, sample_keys(table, job))
             with _told_in_one_line(out):
-                write_left_out(out, done)
+                write_skipped(out, done)
                 layout.write(done)
-            tally.add(done, len(pending))
-    tally.judge(is_end=True)
+            progress.add(done, len(pending))
+    progress.judge(is_end=True)
     with _told_in_one_line(out):
         layout.finish()
-    return tally.report()
+    return progress.report()
+
+
+@contextmanager
+def prefetch_shards(
+    table: PairTable,
+    jobs: Sequence[ShardJob],
+    layout: Layout,
+    world: World,
+    current: Callable[[], int],
+) -> Iterator[None]:
+    """Fetch remote shards while the block runs; the first rank of a node does it for all of them.
+
+    Args:
+        table: the data set.
+        jobs: all of the data set.
+        layout: knows which of them are finished.
+        world: of this process.
+        current: number of the shard this rank is at; the others are thought to be as far.
+    """
+    cache = table.cache
+    is_needed = world.local_rank == 0 and any(is_remote(shard) for shard in table.shards)
+    if cache is None or not is_needed:
+        yield
+        return
+    _LOGGER.info("remote shards: %s", cache.describe())
+    ranks = range(world.rank, world.rank + world.local_world_size)  # of this node
+    of_node = [job for job in jobs if job.number % world.world_size in ranks]
+    wanted = [job.number for job in of_node if layout.num_rows(job) is None]
+    prefetcher = Prefetcher(
+        cache, lambda: [table.shards[number] for number in wanted if number >= current()]
+    )
+    prefetcher.start()
+    try:
+        yield
+    finally:
+        prefetcher.stop()
 
 
 @contextmanager
@@ -275,35 +275,37 @@ def _loader(
     table: PairTable,
     built: BuiltModel,
     settings: EmbedSettings,
-    parts: Sequence[Part],
+    jobs: Sequence[ShardJob],
     *,
     pin_memory: bool,
-) -> DataLoader[EmbeddingSample]:
-    """Load all parts through the same processes: batch after batch, none across two parts."""
+) -> DataLoader[ShardSample]:
+    """Load all shards through the same processes: batch after batch, none across two shards."""
     inputs = ModelInputs.of(built)
-    dataset = EmbeddingDataset(
+    dataset = ShardDataset(
         table,
         None if settings.towers == "text" else evaluation_transform(inputs),
         captions=settings.captions,
         pictures=built.pictures,
         tokenizer=inputs.tokenizer,
-        with_ids=settings.format == "features",
+        identifies_pictures=settings.format == "features",
+        marks_lost=True,
     )
-    return embedding_loader(
+    batches = (batch for job in jobs for batch in job.batches(settings.local_batch_size))
+    return shard_loader(
         dataset,
-        (batch for part in parts for batch in part.batches(settings.local_batch_size)),
-        None if settings.towers == "image" else inputs.tokenizer,
-        workers=settings.workers if parts else 0,
+        ([Slot(0, sample_id, sample_id) for sample_id in batch] for batch in batches),
+        ShardCollator(None if settings.towers == "image" else inputs.tokenizer, most_texts=1),
+        workers=settings.workers if jobs else 0,
         pin_memory=pin_memory,
     )
 
 
-def _all_read(batches: Iterable[EmbeddingBatch], part: Part) -> Iterator[EmbeddingBatch]:
+def _all_read(batches: Iterable[ShardBatch], job: ShardJob) -> Iterator[ShardBatch]:
     """Pass batches on, as long as their shard can be read."""
     for batch in batches:
         if batch.lost:
             raise (OutageError if batch.is_outage else UserError)(
-                f"shard {part.shard!r} is out of reach: {batch.lost}; finished shards are kept: "
+                f"shard {job.shard!r} is out of reach: {batch.lost}; finished shards are kept: "
                 "start again when it is back"
             )
         yield batch

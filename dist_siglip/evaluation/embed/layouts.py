@@ -18,50 +18,50 @@ from dist_siglip.data.samples.cached_features import (
     write_features,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.shard_job import Part, PartRows
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
 
 Format = Literal["clip-retrieval", "parquet", "features"]
 
 
 class Layout(Protocol):
-    """Writes parts into a folder, each whole or not at all."""
+    """Writes shards into a folder, each whole or not at all."""
 
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part."""
+    def files(self, job: ShardJob) -> list[Path]:
+        """Name the files of a job."""
         ...
 
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
+    def num_rows(self, job: ShardJob) -> int | None:
+        """Count the rows of a finished shard; None if it is not finished."""
         ...
 
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
+    def write(self, done: JobRows) -> None:
+        """Write a job."""
         ...
 
     def finish(self) -> None:
-        """Do what is left when this rank has written its parts; others may still write."""
+        """Do what is left when this rank has written its shards; others may still write."""
         ...
 
 
 class FeaturesLayout:
-    """Writes parts as files of features.
+    """Writes shards as files of features.
 
     Args:
-        folder: of all parts.
-        shard_lines: of the table, one for each part.
+        folder: of all shards.
+        shard_lines: of the table, one for each job.
     """
 
     def __init__(self, folder: Path, shard_lines: Sequence[str]) -> None:
         self._folder = folder
         self._lines = shard_lines
 
-    def files(self, part: Part) -> list[Path]:
-        """Name the file of a part."""
-        return [feature_path(self._folder, self._lines[part.number])]
+    def files(self, job: ShardJob) -> list[Path]:
+        """Name the file of a job."""
+        return [feature_path(self._folder, self._lines[job.number])]
 
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        (path,) = self.files(part)
+    def num_rows(self, job: ShardJob) -> int | None:
+        """Count the rows of a finished shard; None if it is not finished."""
+        (path,) = self.files(job)
         if not path.exists():
             return None
         try:
@@ -69,9 +69,9 @@ class FeaturesLayout:
         except OSError as error:
             raise UserError(f"{error}; delete it and start again") from error
 
-    def write(self, done: PartRows) -> None:
-        """Write a part, one without any row too."""
-        rows = np.full(done.part.num_samples, -1, dtype=np.int32)
+    def write(self, done: JobRows) -> None:
+        """Write a shard, one without any row too."""
+        rows = np.full(done.job.num_samples, -1, dtype=np.int32)
         rows[done.places()] = np.arange(len(done.rows.sample_ids), dtype=np.int32)
         features: dict[Tower, NDArray[np.floating]] = {}
         if done.rows.image_features is not None:
@@ -79,21 +79,21 @@ class FeaturesLayout:
         if done.rows.text_features is not None:
             features["text"] = done.rows.text_features
         ids = {tower: done.rows.ids[tower] for tower in features if tower in done.rows.ids}
-        write_features(self.files(done.part)[0], features, rows, ids)
+        write_features(self.files(done.job)[0], features, rows, ids)
 
     def finish(self) -> None:
-        """Do nothing: the files of the parts are what is wanted."""
+        """Do nothing: the files of the shards are what is wanted."""
 
 
 def layout_of(
-    name: Format, folder: Path, parts: Sequence[Part], shard_lines: Sequence[str]
+    name: Format, folder: Path, jobs: Sequence[ShardJob], shard_lines: Sequence[str]
 ) -> Layout:
     """Return the layout of a format.
 
     Args:
         name: of the format.
         folder: to write into.
-        parts: all of the data set.
+        jobs: all of the data set.
         shard_lines: what tells the versions of their shards apart.
 
     Raises:
@@ -111,7 +111,7 @@ def layout_of(
             f'format ({name}) needs pyarrow ({error}); pip install "dist-siglip[pack]"'
         ) from error
     if name == "parquet":
-        return SingleFileLayout(folder, parts)
+        return SingleFileLayout(folder, jobs)
     return ClipRetrievalLayout(folder)
 
 

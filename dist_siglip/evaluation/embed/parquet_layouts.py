@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.progress import is_all_left_out
-from dist_siglip.evaluation.embed.shard_job import Part, PartRows
+from dist_siglip.evaluation.embed.progress import is_all_skipped
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
 from dist_siglip.system.atomic import open_atomically
 from dist_siglip.system.process_lock import hold
 from dist_siglip.system.regular_file import check_regular
@@ -38,19 +38,19 @@ _ROWS_OF_SHARDS = b"rows_of_shards"
 
 
 class ClipRetrievalLayout:
-    """Writes parts in clip-retrieval's layout.
+    """Writes shards in clip-retrieval's layout.
 
     Args:
-        folder: of all parts.
+        folder: of all shards.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part; the last one is written last."""
+    def files(self, job: ShardJob) -> list[Path]:
+        """Name the files of a shard; the last one is written last."""
         return [
-            self._folder / name / f"{name}_{part.label}{suffix}"
+            self._folder / name / f"{name}_{job.label}{suffix}"
             for name, suffix in (
                 ("img_emb", ".npy"),
                 ("text_emb", ".npy"),
@@ -58,16 +58,16 @@ class ClipRetrievalLayout:
             )
         ]
 
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        found = num_rows_of(self.files(part)[-1])
-        return 0 if found is None and is_all_left_out(self._folder, part) else found
+    def num_rows(self, job: ShardJob) -> int | None:
+        """Count the rows of a finished shard; None if it is not finished."""
+        found = num_rows_of(self.files(job)[-1])
+        return 0 if found is None and is_all_skipped(self._folder, job) else found
 
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
+    def write(self, done: JobRows) -> None:
+        """Write a job."""
         if not done.rows.sample_ids:
             return
-        image_file, text_file, metadata_file = self.files(done.part)
+        image_file, text_file, metadata_file = self.files(done.job)
         if done.rows.image_features is not None:
             _write_array(image_file, done.rows.image_features)
         if done.rows.text_features is not None:
@@ -75,46 +75,46 @@ class ClipRetrievalLayout:
         write_parquet(metadata_file, metadata_table(done))
 
     def finish(self) -> None:
-        """Do nothing: the files of the parts are what is wanted."""
+        """Do nothing: the files of the shards are what is wanted."""
 
 
 class SingleFileLayout:
-    """Writes parts as files of their own, then one file of all.
+    """Writes shards as files of their own, then one file of all.
 
     Args:
         folder: of the file.
-        parts: all of the data set.
+        jobs: all of the data set.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+    def __init__(self, folder: Path, jobs: Sequence[ShardJob]) -> None:
         self._folder = folder
-        self._parts = parts
+        self._jobs = jobs
         self._joined = folder / "embeddings.parquet"
         self._joined_rows: list[int] = []
 
-    def files(self, part: Part) -> list[Path]:
-        """Name the files of a part."""
-        return [self._folder / "parts" / f"part_{part.label}.parquet"]
+    def files(self, job: ShardJob) -> list[Path]:
+        """Name the files of a job."""
+        return [self._folder / "parts" / f"part_{job.label}.parquet"]
 
-    def num_rows(self, part: Part) -> int | None:
-        """Count the rows of a finished part; None if it is not finished."""
-        found = num_rows_of(self.files(part)[0])
+    def num_rows(self, job: ShardJob) -> int | None:
+        """Count the rows of a finished shard; None if it is not finished."""
+        found = num_rows_of(self.files(job)[0])
         if found is None and not self._joined_rows:
             footer = read_footer(self._joined)
             if footer is not None:
                 self._joined_rows = json.loads(footer.metadata[_ROWS_OF_SHARDS])
         if found is None and self._joined_rows:
-            return self._joined_rows[part.number]
+            return self._joined_rows[job.number]
         return found
 
-    def write(self, done: PartRows) -> None:
-        """Write a part."""
-        write_parquet(self.files(done.part)[0], full_table(done))
+    def write(self, done: JobRows) -> None:
+        """Write a job."""
+        write_parquet(self.files(done.job)[0], full_table(done))
 
     def finish(self) -> None:
-        """Join the parts, if all are there and nobody has done it."""
+        """Join the files, if all are there and nobody has done it."""
         with hold(str(self._folder / ".lock"), "", math.inf):
-            files = [file for part in self._parts for file in self.files(part)]
+            files = [file for job in self._jobs for file in self.files(job)]
             if not self._joined.exists():
                 if not all(file.exists() for file in files):
                     return
@@ -125,7 +125,7 @@ class SingleFileLayout:
                 (self._folder / "parts").rmdir()
 
     def _join(self, files: Sequence[Path]) -> None:
-        """Write one file, a row group for each part."""
+        """Write one file, a row group for each job."""
         for left in self._folder.glob(f".{self._joined.name}.*.tmp"):  # of a killed process
             left.unlink()
         rows = json.dumps([num_rows_of(file) for file in files])
@@ -138,8 +138,8 @@ class SingleFileLayout:
                 writer.write_table(parquet.ParquetFile(path).read().cast(schema))
 
 
-def metadata_table(done: PartRows) -> pyarrow.Table:
-    """Return the metadata of a part.
+def metadata_table(done: JobRows) -> pyarrow.Table:
+    """Return the metadata of a job.
 
     Columns: image_path (the key of the sample, as clip-retrieval has it), caption, shard (its base
     name) and place (of the sample among the complete ones of the shard, int64).
@@ -148,14 +148,14 @@ def metadata_table(done: PartRows) -> pyarrow.Table:
         {
             "image_path": pyarrow.array(done.row_keys(), pyarrow.string()),
             "caption": pyarrow.array(done.rows.captions, pyarrow.string()),
-            "shard": pyarrow.array([done.part.shard] * len(done.rows.captions), pyarrow.string()),
+            "shard": pyarrow.array([done.job.shard] * len(done.rows.captions), pyarrow.string()),
             "place": pyarrow.array(done.places()),
         }
     )
 
 
-def full_table(done: PartRows) -> pyarrow.Table:
-    """Return metadata and embeddings of a part.
+def full_table(done: JobRows) -> pyarrow.Table:
+    """Return metadata and embeddings of a job.
 
     Columns: those of ``metadata_table``, then image_embedding and text_embedding, lists of D
     numbers; a tower that is not wanted has no column.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.shard_job import Part, PartRows
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import open_text
 
@@ -20,47 +20,47 @@ _EARLY_SAMPLES = 1000  # before the share is judged for the first time
 _NAMED = 5  # of each shard, in the log
 
 
-def left_out_file(folder: Path, part: Part) -> Path:
-    """Name the file of a part's bad samples."""
-    return folder / "left_out" / f"left_out_{part.label}.jsonl"
+def skipped_file(folder: Path, job: ShardJob) -> Path:
+    """Name the file of a shard's bad samples."""
+    return folder / "left_out" / f"left_out_{job.label}.jsonl"
 
 
-def write_left_out(folder: Path, done: PartRows) -> None:
-    """Name the bad samples of a part, in its file and the first of them in the log."""
-    part, problems = done.part, done.rows.problems
+def write_skipped(folder: Path, done: JobRows) -> None:
+    """Name the bad samples of a shard, in its file and the first of them in the log."""
+    job, problems = done.job, done.rows.problems
     if not problems:
         return
     lines = []
     for number, (sample_id, reason) in enumerate(problems.items()):
-        place = sample_id - part.first
-        record = {"shard": part.shard, "key": done.keys[place], "place": place, "reason": reason}
+        place = sample_id - job.first
+        record = {"shard": job.shard, "key": done.keys[place], "place": place, "reason": reason}
         lines.append(json.dumps(record) + "\n")
         if number < _NAMED:
-            _LOGGER.warning("left out: %s: %s", ascii(f"{part.shard}/{done.keys[place]}"), reason)
-    write_atomically(left_out_file(folder, part), "".join(lines))
+            _LOGGER.warning("skipped %s: %s", ascii(f"{job.shard}/{done.keys[place]}"), reason)
+    write_atomically(skipped_file(folder, job), "".join(lines))
 
 
-def is_all_left_out(folder: Path, part: Part) -> bool:
-    """Tell whether a part is finished and has no row at all."""
+def is_all_skipped(folder: Path, job: ShardJob) -> bool:
+    """Tell whether a shard is finished and has no row at all."""
     try:
-        with open_text(left_out_file(folder, part)) as file:
-            return sum(1 for _ in file) == part.num_samples
+        with open_text(skipped_file(folder, job)) as file:
+            return sum(1 for _ in file) == job.num_samples
     except FileNotFoundError:
-        return part.num_samples == 0
+        return job.num_samples == 0
 
 
 def check_share(
-    folder: Path, left_out: int, samples: int, max_bad_fraction: float, *, is_end: bool
+    folder: Path, skipped: int, samples: int, max_bad_fraction: float, *, is_end: bool
 ) -> None:
-    """Stop if too many samples are left out; of the first thousand so many that it is certain.
+    """Stop if too many samples are skipped; of the first thousand so many that it is certain.
 
     Raises:
         UserError: naming the limit and where the samples are listed.
     """
     judged = samples if is_end else max(samples, _EARLY_SAMPLES)
-    if left_out > max_bad_fraction * judged:
+    if skipped > max_bad_fraction * judged:
         raise UserError(
-            f"max_bad_fraction ({max_bad_fraction}) is exceeded: {left_out} of {samples} samples "
+            f"max_bad_fraction ({max_bad_fraction}) is exceeded: {skipped} of {samples} samples "
             f"cannot be used, listed in {folder / 'left_out'}; repair the shards, or raise it"
         )
 
@@ -85,12 +85,12 @@ class EmbedReport(NamedTuple):
     pairs_per_second: float
 
 
-class Tally:
+class Progress:
     """What one rank has done.
 
     Args:
         folder: of the embeddings.
-        max_bad_fraction: share of the samples that may be left out.
+        max_bad_fraction: share of the samples that may be skipped.
     """
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:
@@ -98,27 +98,27 @@ class Tally:
         self.current = 0
         self._folder = folder
         self._max_bad_fraction = max_bad_fraction
-        self._done = self._samples = self._left_out = self._embedded = 0
+        self._done = self._samples = self._skipped = self._embedded = 0
         self._started = time.monotonic()
 
-    def keep(self, part: Part, num_rows: int) -> None:
-        """Count a part that is there."""
+    def keep(self, job: ShardJob, num_rows: int) -> None:
+        """Count a shard that is there."""
         self.kept += 1
-        self._samples += part.num_samples
-        self._left_out += part.num_samples - num_rows
+        self._samples += job.num_samples
+        self._skipped += job.num_samples - num_rows
 
-    def add(self, done: PartRows, num_pending: int) -> None:
-        """Count a part that was written, and say so."""
+    def add(self, done: JobRows, num_pending: int) -> None:
+        """Count a shard that was written, and say so."""
         num_rows, num_bad = len(done.rows.sample_ids), len(done.rows.problems)
         self._done += 1
-        self._samples += done.part.num_samples
-        self._left_out += num_bad
+        self._samples += done.job.num_samples
+        self._skipped += num_bad
         self._embedded += num_rows
         _LOGGER.info(
-            "shard %d of %d: %s, %d rows, %d left out; %.0f pairs/s",
+            "shard %d of %d: %s, %d rows, %d skipped; %.0f pairs/s",
             self._done,
             num_pending,
-            done.part.shard,
+            done.job.shard,
             num_rows,
             num_bad,
             self._rate(),
@@ -126,9 +126,9 @@ class Tally:
         self.judge(is_end=False)
 
     def judge(self, *, is_end: bool) -> None:
-        """Stop if too many samples are left out."""
+        """Stop if too many samples are skipped."""
         check_share(
-            self._folder, self._left_out, self._samples, self._max_bad_fraction, is_end=is_end
+            self._folder, self._skipped, self._samples, self._max_bad_fraction, is_end=is_end
         )
 
     def report(self) -> EmbedReport:
@@ -137,7 +137,7 @@ class Tally:
             shards=self.kept + self._done,
             kept=self.kept,
             samples=self._samples,
-            left_out=self._left_out,
+            left_out=self._skipped,
             seconds=time.monotonic() - self._started,
             pairs_per_second=self._rate(),
         )
