@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 
@@ -82,3 +83,44 @@ def rank_captions(
                 break
         exhibits.append(Exhibit(picture, captions[picture.row], list(answers.values())))
     return exhibits
+
+
+def render_gallery(heading: str, exhibits: Sequence[Exhibit], note: str) -> str:
+    """Show images with their answers, right and wrong by word and sign as well as colour.
+
+    Answers before the first right one are wrong; those behind it are other candidates.
+
+    Args:
+        heading: plain text.
+        exhibits: images and answers.
+        note: plain text below the heading; "" for none.
+    """
+    shown = "".join(_exhibit(exhibit) for exhibit in exhibits)
+    told = f'<p class="soft">{escape(note)}</p>' if note else ""
+    return f'<h3>{escape(heading)}</h3>{told}<div class="gallery">{shown}</div>'
+
+
+def _exhibit(exhibit: Exhibit) -> str:
+    answers = exhibit.answers
+    rights = [place for place, answer in enumerate(answers, 1) if answer.is_right]
+    decided = rights[0] if rights else len(answers)
+    listed = f"<ol>{''.join(map(_answer, answers[:decided]))}</ol>"
+    if answers[decided:]:
+        items = "".join(_answer(answer, mark_wrong=False) for answer in answers[decided:])
+        listed += f'<p class="soft">other candidates</p><ol start="{decided + 1}">{items}</ol>'
+    return (
+        f'<article class="card"><img src="{escape(exhibit.picture.data_uri)}" '
+        f'alt="{escape(exhibit.caption)}"><h4>{escape(exhibit.caption)}</h4>{listed}</article>'
+    )
+
+
+def _answer(answer: Answer, *, mark_wrong: bool = True) -> str:
+    kind, mark = "", ""
+    if answer.is_right:
+        kind, mark = ' class="right"', "<b>\N{CHECK MARK} right</b> "
+    elif mark_wrong:
+        kind, mark = ' class="wrong"', "<b>\N{MULTIPLICATION X} wrong</b> "
+    return (
+        f"<li{kind}>{mark}{escape(answer.caption)} "
+        f'<span class="soft">{answer.similarity:.2f}</span></li>'
+    )

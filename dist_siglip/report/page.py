@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Literal
 
-from dist_siglip.report.gallery import Answer, Exhibit
 from dist_siglip.report.records import RunRecord
 
 Tone = Literal["good", "note", "watch", "bad", "unknown"]
@@ -219,19 +218,6 @@ def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{heading}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def render_gallery(heading: str, exhibits: Sequence[Exhibit], note: str) -> str:
-    """Show images with their answers, right and wrong by word and sign as well as colour.
-
-    Args:
-        heading: plain text.
-        exhibits: images and answers.
-        note: plain text below the heading; "" for none.
-    """
-    shown = "".join(_exhibit(exhibit) for exhibit in exhibits)
-    told = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return f'<h3>{escape(heading)}</h3>{told}<div class="gallery">{shown}</div>'
-
-
 def render_details(summary: str, text: str) -> str:
     """Fold away a plain text."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
@@ -240,25 +226,6 @@ def render_details(summary: str, text: str) -> str:
 def _cell(text: str) -> str:
     first, _, rest = text.partition("\n")
     return escape(first) + (f"<small>{escape(rest)}</small>" if rest else "")
-
-
-def _exhibit(exhibit: Exhibit) -> str:
-    answers = "".join(_answer(answer) for answer in exhibit.answers)
-    return (
-        f'<article class="card"><img src="{escape(exhibit.picture.data_uri)}" '
-        f'alt="{escape(exhibit.caption)}"><h4>{escape(exhibit.caption)}</h4>'
-        f"<ol>{answers}</ol></article>"
-    )
-
-
-def _answer(answer: Answer) -> str:
-    kind, mark = ("right", "\N{CHECK MARK} right") if answer.is_right else (
-        "wrong", "\N{MULTIPLICATION X} wrong"
-    )  # fmt: skip
-    return (
-        f'<li class="{kind}"><b>{mark}</b> {escape(answer.caption)} '
-        f'<span class="soft">{answer.similarity:.2f}</span></li>'
-    )
 
 
 @dataclass(frozen=True)

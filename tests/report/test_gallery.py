@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dist_siglip.report.gallery import rank_captions
+from dist_siglip.report.gallery import rank_captions, render_gallery
 from dist_siglip.report.records import Picture
 
 
@@ -46,3 +46,18 @@ def test_another_caption_of_the_same_picture_is_right():
         ("three", False),
         ("one", True),
     ]
+
+
+def test_below_a_right_answer_stand_other_candidates_and_no_wrong_ones():
+    right = render_gallery("", [_rank(list("abc"), [0.9, 0.5, 0.1])], "")
+    assert right.count("wrong") == 0
+    assert right.index("right</b> a") < right.index("other candidates") < right.index("<li>b")
+    assert '<ol start="2">' in right
+
+
+def test_answers_above_the_right_one_are_wrong():
+    wrong = render_gallery("", [_rank(list("abc"), [0.5, 0.9, 0.1])], "")
+    assert wrong.index("wrong</b> b") < wrong.index("right</b> a") < wrong.index("<li>c")
+    nowhere = render_gallery("", [_rank(list("abc"), [0.1, 0.9, 0.5], top=2)], "")
+    assert nowhere.count("wrong</b>") == 2
+    assert "other candidates" not in nowhere

@@ -1,12 +1,11 @@
 """Every text that reaches the page is escaped where it is put in."""
 
-from dist_siglip.report.gallery import Answer, Exhibit
+from dist_siglip.report.gallery import Answer, Exhibit, render_gallery
 from dist_siglip.report.page import (
     Verdict,
     render_card,
     render_details,
     render_figure,
-    render_gallery,
     render_headline,
     render_missing,
     render_multiples,

@@ -15,7 +15,7 @@ from dist_siglip.report.canvas import (
     new_figure,
     to_svg,
 )
-from dist_siglip.report.gallery import Exhibit, rank_captions
+from dist_siglip.report.gallery import Exhibit, rank_captions, render_gallery
 from dist_siglip.report.measures import DIRECTIONS, HUB_MEASURES, known, show, table_of
 from dist_siglip.report.page import (
     Section,
@@ -24,7 +24,6 @@ from dist_siglip.report.page import (
     render_card,
     render_columns,
     render_figure,
-    render_gallery,
     render_missing,
     render_table_card,
 )
