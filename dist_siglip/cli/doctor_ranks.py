@@ -13,14 +13,15 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.cli.doctor_page import Finding
 from dist_siglip.distributed import World, leave_process_groups
-from dist_siglip.distributed.clock_skew import ClockReading, read_clocks
 from dist_siglip.distributed.link_check import (
+    ClockReading,
     ExchangeSpeed,
     TimedExchange,
     link_seconds,
     measure_exchange,
     measure_neighbours,
     measure_sum,
+    read_clocks,
 )
 from dist_siglip.health.rendezvous import Meeting
 from dist_siglip.health.start_check import describe_differences, list_ranks

@@ -1,4 +1,4 @@
-"""The world of a run, and how features reach other ranks. Imports torch only."""
+"""The ranks of a run, and the exchange of features between them. Imports torch only."""
 
 from dist_siglip.distributed.collectives import (
     copy_from_first_rank,

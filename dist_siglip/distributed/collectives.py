@@ -1,9 +1,7 @@
-"""The few plain collectives the metrics need, which also work in a world of one.
+"""Plain collectives of the metrics, which also work in a world of one.
 
-Which rank holds these rows, and how do they come here?
-
-A row's position is its number when the rows of all ranks stand in rank order, rank 0's first. A
-rank that knows positions asks their owners, and gets rows; nobody holds the rows of everybody.
+Fetching rows: a row's position is its number when the rows of all ranks stand in rank order. A rank
+that knows positions asks their owners and gets rows; nobody holds the rows of everybody.
 """
 
 from collections.abc import Iterable, Sequence

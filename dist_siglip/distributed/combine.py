@@ -1,7 +1,4 @@
-"""How what several ranks add to one accumulator meets: in place on the way, or all at once.
-
-Collectives under the name that the installed torch has for them.
-"""
+"""Combination of what several ranks add to one accumulator: in place, or by one collective."""
 
 from collections.abc import Callable
 from typing import Literal

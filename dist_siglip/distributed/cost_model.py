@@ -1,4 +1,4 @@
-"""What an exchange of the sigmoid loss costs on a given cluster, predicted from its schedule.
+"""Predicted cost of an exchange of the sigmoid loss on a given cluster.
 
 Bytes, steps and memory follow from the schedule exactly. Time is a model: every rank computes at
 one rate, a rank's transfers of a step share its NVLink port or its network card (both full duplex,
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from dist_siglip.distributed.ring_schedule import Lane, TravelName, lanes_of
+from dist_siglip.distributed.ring_schedule import RingName, RingPath, ring_paths
 from dist_siglip.errors import UserError
 
 PlanName = Literal[
@@ -134,7 +134,7 @@ class Prediction(NamedTuple):
 def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Prediction:
     """Predict one exchange.
 
-    With b, d, s, C as in ``Problem``, s_g its accumulator_bytes, L lanes of the schedule (2 for
+    With b, d, s, C as in ``Problem``, s_g its accumulator_bytes, L paths of the schedule (2 for
     two_way, else 1), bytes per rank:
 
         sent     ring, two_way, two_level: (W - 1) b d s + W b d s_g
@@ -155,7 +155,7 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
         [72, 72, 34304]
     """
     if exchange in ("ring", "two_way", "two_level"):
-        return _travelling(exchange, cluster, problem)
+        return _ring(exchange, cluster, problem)
     if exchange == "all_gather":
         return _gathering(cluster, problem)
     if exchange in get_args(PlanName):
@@ -163,22 +163,22 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
     raise UserError(f"exchange ({exchange!r}) must be one of {', '.join(get_args(PlanName))}")
 
 
-def _travelling(exchange: TravelName, cluster: Cluster, problem: Problem) -> Prediction:
-    lanes = _lanes_of_a_node(exchange, cluster)
-    steps = max(len(lane.stops) for lane in lanes[0])
+def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
+    paths = _paths_of_a_node(exchange, cluster)
+    steps = max(len(path.hops) for path in paths[0])
     visit_seconds = problem.visit_flops / (cluster.teraflops * 1e12)
     nic_bytes = [0] * cluster.local_world_size
     free = now = accumulators_done = 0.0  # of the transfers, of the compute, of the last batch
     for step in range(steps):
-        shards = _moves(lanes, step, problem.shard_bytes, lambda lane, s: s + 1 < len(lane.stops))
+        shards = _moves(paths, step, problem.shard_bytes, lambda path, s: s + 1 < len(path.hops))
         free = shards_done = max(now, free) + _duration(shards, cluster, nic_bytes)
-        visits = sum(lane.first_visit <= step < len(lane.stops) for lane in lanes[0])
+        visits = sum(path.first_visit <= step < len(path.hops) for path in paths[0])
         now = max(now + visits * visit_seconds, accumulators_done)
         sums = _moves(
-            lanes,
+            paths,
             step,
             problem.shard_accumulator_bytes,
-            lambda lane, s: lane.first_visit <= s < len(lane.stops),
+            lambda path, s: path.first_visit <= s < len(path.hops),
         )
         free = accumulators_done = max(now, free) + _duration(sums, cluster, nic_bytes)
         now = max(now, shards_done)
@@ -195,7 +195,7 @@ def _travelling(exchange: TravelName, cluster: Cluster, problem: Problem) -> Pre
         compute_seconds=world_size * visit_seconds,
         exposed_seconds=total - world_size * visit_seconds,
         memory_bytes=(
-            many * len(lanes[0]) * buffers
+            many * len(paths[0]) * buffers
             + (not many) * problem.shard_accumulator_bytes
             + 4 * rows
             + _tile_bytes(problem)
@@ -226,13 +226,13 @@ def _open_clip(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predic
         visits += 1  # its own block is computed twice
         exposed = 2 * _collective_seconds(problem.shard_bytes, cluster)
     else:
-        lanes = _lanes_of_a_node("two_way", cluster)
+        paths = _paths_of_a_node("two_way", cluster)
         nic_bytes = [0] * cluster.local_world_size
         durations = [
             _duration(moves, cluster, nic_bytes)
             for step in range(world_size // 2)
             for moves in [
-                _moves(lanes, step, problem.shard_bytes, lambda lane, s: s + 1 < len(lane.stops))
+                _moves(paths, step, problem.shard_bytes, lambda path, s: s + 1 < len(path.hops))
             ]
         ]
         # Blocking, and once more in backward.
@@ -250,25 +250,25 @@ def _open_clip(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predic
     )
 
 
-def _lanes_of_a_node(exchange: TravelName, cluster: Cluster) -> list[tuple[Lane, ...]]:
+def _paths_of_a_node(exchange: RingName, cluster: Cluster) -> list[tuple[RingPath, ...]]:
     """Lanes of the ranks of the first node; every other node does the same at the same step."""
     return [
-        lanes_of(exchange, rank, cluster.world_size, cluster.local_world_size)
+        ring_paths(exchange, rank, cluster.world_size, cluster.local_world_size)
         for rank in range(cluster.local_world_size)
     ]
 
 
 def _moves(
-    lanes: Sequence[tuple[Lane, ...]],
+    paths: Sequence[tuple[RingPath, ...]],
     step: int,
     size: int,
-    moves_at: Callable[[Lane, int], bool],
+    moves_at: Callable[[RingPath, int], bool],
 ) -> Iterator[tuple[int, int, int]]:
     """Yield (rank, destination, bytes) of one step."""
-    for rank, lanes_here in enumerate(lanes):
-        for lane in lanes_here:
-            if size and moves_at(lane, step) and lane.stops[step].goes_to != rank:
-                yield rank, lane.stops[step].goes_to, size
+    for rank, paths_here in enumerate(paths):
+        for path in paths_here:
+            if size and moves_at(path, step) and path.hops[step].goes_to != rank:
+                yield rank, path.hops[step].goes_to, size
 
 
 def _duration(

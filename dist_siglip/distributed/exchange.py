@@ -1,4 +1,4 @@
-"""Which shard is where at which step: the exchanges, which know nothing of formulas.
+"""Exchanges: how the shard of every rank passes this one. They know nothing of formulas.
 
 An exchange brings the columns of every rank past this rank once. What is done with a shard is
 the visitor's business; what a visitor adds to a shard's accumulators is combined over all ranks
@@ -13,7 +13,7 @@ and comes home to the rank that owns the shard.
                 chain of hops, but memory for the rows of all ranks
     auto        chosen from sizes and nodes, see ``_choose``; the reason is logged once
 
-``schedule`` says which way shards go, ``travel`` carries them, ``topology`` knows the nodes.
+``ring_schedule`` says which way shards go, ``ring`` carries them, ``world`` knows the nodes.
 All give the same numbers up to the order of the sums.
 """
 
@@ -29,12 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.all_gather import visit_gathered
-from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine
+from dist_siglip.distributed.collectives import gather_padded
+from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine, reduce_scatter
 from dist_siglip.distributed.groups import companions_of, resolve_group
 from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
-from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, travel
-from dist_siglip.distributed.ring_schedule import lanes_of
+from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, run_ring
+from dist_siglip.distributed.ring_schedule import ring_paths
 from dist_siglip.distributed.world import local_world_size_of
 from dist_siglip.errors import UserError
 
@@ -92,11 +92,40 @@ class Exchange:
             visit = companions.limit_visits(visit)
         arguments = (self._columns, visit, self._specs)
         if self.name == "all_gather":
-            return visit_gathered(*arguments, self._combine, self.row_counts, companions.transfer)
+            return _visit_all(*arguments, self._combine, self.row_counts, companions.transfer)
         assert self.name in ("ring", "two_way", "two_level")
-        lanes = lanes_of(self.name, self.rank, self.world_size, self._local_world_size)
+        paths = ring_paths(self.name, self.rank, self.world_size, self._local_world_size)
         add = COMBINE_IN_PLACE[self._combine]
-        return travel(*arguments, add, self.row_counts, lanes, companions.mail)
+        return run_ring(*arguments, add, self.row_counts, paths, companions.channel)
+
+
+def _visit_all(
+    columns: Shard,
+    visit: Visitor,
+    specs: Sequence[AccumulatorSpec],
+    combine: Combine,
+    row_counts: Sequence[int],
+    transfer: ProcessGroup,
+) -> Shard:
+    """Gather every shard, visit them, and reduce-scatter the accumulators; the own shard first."""
+    rank, world_size, longest = transfer.rank(), len(row_counts), max(row_counts)
+    gathered = [gather_padded(column, longest, transfer) for column in columns]
+    collected = [
+        # Zeros: the padding rows of short shards are reduced too.
+        columns[0].new_zeros((world_size, longest, *spec.row_shape), dtype=spec.dtype)
+        for spec in specs
+    ]
+    for step in range(world_size):
+        owner = (rank - step) % world_size
+        rows = row_counts[owner]
+        visit(
+            owner,
+            tuple(everyone[owner, :rows] for everyone in gathered),
+            tuple(everyone[owner, :rows] for everyone in collected),
+        )
+    return tuple(
+        reduce_scatter(everyone, combine, transfer)[: row_counts[rank]] for everyone in collected
+    )
 
 
 def prepare_exchange(

@@ -1,16 +1,14 @@
-"""The process groups behind a process group.
+"""Process groups of the exchanges: companions of a group, and how a process leaves them.
 
 Feature exchange must not queue behind DDP's gradient buckets, and agreeing on shapes must not
 wait for a GPU. So each group that exchanges features gets two companions over the same ranks,
 made on first use by those ranks alone: one of the same backend for the transfers, and one on
 the CPU (gloo) for the agreement.
 
-How does a process leave its groups, so that nothing of them runs while Python shuts down?
-
-gloo's threads hand tensors back under the interpreter lock. A thread that waits for the lock while
-Python shuts down is unwound by the interpreter, and takes the process with it: SIGABRT, "terminate
-called without an active exception", after all work was done. A group ends its threads when its last
-reference goes; a caught exception can hold that reference in a cycle, through its traceback.
+Leaving: gloo's threads hand tensors back under the interpreter lock. A thread that waits for it
+while Python shuts down is unwound and takes the process with it (SIGABRT, "terminate called without
+an active exception"). A group ends its threads when its last reference goes; a caught exception can
+hold that reference in a cycle, through its traceback.
 """
 
 import gc
@@ -23,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, name_missing
-from dist_siglip.distributed.p2p import Mail
+from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, missing_ranks
+from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.ring import Visitor
 from dist_siglip.distributed.waiting import waiting_for
 
@@ -46,14 +44,14 @@ class Companions:
 
     Attributes:
         transfer: same ranks and backend as the parent; carries features and accumulators.
-        mail: point-to-point transfers over ``transfer``.
+        channel: point-to-point transfers over ``transfer``.
         announce: carries a few bytes per call between CPUs, over gloo.
         limit_visits: wraps the visitor of every exchange; only a simulation has one.
         compared: uses whose shared numbers were read from a device, see ``read_numbers``.
     """
 
     transfer: ProcessGroup
-    mail: Mail
+    channel: P2PChannel
     announce: Announce
     limit_visits: Callable[[Visitor], Visitor] | None = None
     compared: set[str] = field(default_factory=set)
@@ -90,13 +88,13 @@ def companions_of(group: ProcessGroup) -> Companions:
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {group.rank()} of {group.size()} waited for all ranks to connect for their "
-                f"first exchange and {name_missing(group, 'first-exchange')}"
+                f"first exchange and {missing_ranks(group, 'first-exchange')}"
             ) from error
         if backend == "nccl":
             # The first point-to-point batch of a communicator needs every rank; one without
             # rows would post none.
             dist.all_reduce(torch.zeros(1, device="cuda"), group=transfer)
-        found = Companions(transfer, Mail(transfer), GroupAnnouncer(control))
+        found = Companions(transfer, P2PChannel(transfer), GroupAnnouncer(control))
         _companions[group] = found
     return found
 
@@ -115,7 +113,7 @@ def new_cpu_group() -> ProcessGroup | None:
 
 
 def set_companions(group: ProcessGroup, companions: Companions) -> None:
-    """Serve ``group`` by other companions than the usual ones (for ``simulation``)."""
+    """Serve ``group`` by other companions than the usual ones (for ``simulate``)."""
     _companions[group] = companions
 
 

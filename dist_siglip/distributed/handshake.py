@@ -1,11 +1,11 @@
-"""Every rank says what it is about to send, and all hear it, before anything is sent.
+"""Handshake before an exchange: all ranks compare what they are about to send.
 
 Point-to-point transfers trust the caller: a wrong shape or dtype hangs or delivers garbage. So
 each exchange begins with one all-gather of 512 bytes per rank over a CPU group: a readable
 signature, the number of rows, the ranks per node and up to two shared numbers. Rows and ranks per
 node may differ between ranks; the signature may not, the shared numbers hardly.
 
-Who is missing, asked after a collective has failed, so that it costs nothing before.
+After a failed collective ``missing_ranks`` finds who did not take part.
 """
 
 import math
@@ -27,8 +27,8 @@ from dist_siglip.errors import UserError
 _SECONDS = 1.0
 
 
-def name_missing(group: ProcessGroup, occasion: str) -> str:
-    """Write which ranks of ``group`` do not report the same failure within a second.
+def missing_ranks(group: ProcessGroup, occasion: str) -> str:
+    """Name the ranks of ``group`` that do not report the same failure within a second.
 
     Every rank whose call failed leaves a note in the group's store and looks for the notes of
     the others.
@@ -70,7 +70,7 @@ _SHARED_TOLERANCE = 1e-3
 
 
 class Agreement(NamedTuple):
-    """What every rank said, in rank order.
+    """Numbers of every rank, in rank order.
 
     Attributes:
         row_counts: rows of its shard.
@@ -217,13 +217,13 @@ class GroupAnnouncer:
             with waiting_for(lambda: self._describe(message)):
                 all_gather_single(everyone, mine, group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(self._complaint(message)) from error
+            raise RuntimeError(self._failure(message)) from error
         return [bytes(part.tolist()) for part in everyone.split(len(message))]
 
-    def _complaint(self, message: bytes) -> str:
+    def _failure(self, message: bytes) -> str:
         return (
             f"rank {self.group.rank()} of {self.group.size()} waited for "
-            f"{self._describe(message)} and " + name_missing(self.group, f"exchange-{self.calls}")
+            f"{self._describe(message)} and " + missing_ranks(self.group, f"exchange-{self.calls}")
         )
 
     def _describe(self, message: bytes) -> str:

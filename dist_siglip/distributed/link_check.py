@@ -1,9 +1,11 @@
-"""How fast, and how faithfully, do features travel between these ranks?
+"""Speed and correctness of the exchanges between these ranks, and the skew of their clocks.
 
-Every exchange of the loss runs here as it does in training, with numbers whose result is known:
-once with next to nothing, which gives the latency of a trip, and with as many bytes as training
-sends, which gives the bandwidth. Neighbours are timed by themselves, so that one slow link is
-found among many.
+Every exchange runs as it does in training, with numbers whose result is known: once with one row,
+which gives its latency, and with as many bytes as training sends, which gives the bandwidth.
+Neighbours are timed by themselves, so that one slow link is found among many.
+
+Clocks: the first rank asks every other one for its time, a few times; of the quickest answer the
+true moment is known best, to half its way there and back.
 """
 
 import time
@@ -22,15 +24,16 @@ from dist_siglip.distributed.ring import AccumulatorSpec, Shard
 
 TimedExchange = Literal["ring", "two_way", "two_level", "all_gather"]
 _ROUNDS = 5
+_QUESTIONS = 5
 
 
 class ExchangeSpeed(NamedTuple):
-    """One exchange, measured.
+    """Measured speed of one exchange.
 
     Attributes:
         exchange: its name.
-        latency_seconds: of a trip with one row a rank, median.
-        seconds: of a trip with all rows, median.
+        latency_seconds: of an exchange of one row a rank, median.
+        seconds: of an exchange of all rows, median.
         sent_bytes: bytes a rank sends in it.
         is_right: whether every rank got the sums it should.
     """
@@ -58,7 +61,7 @@ def measure_exchange(
 ) -> ExchangeSpeed:
     """Time one exchange of float32 rows and their accumulators.
 
-    Distributed contract: collective over ``group``; twelve trips.
+    Distributed contract: collective over ``group``; twelve exchanges.
 
     Args:
         exchange: "ring", "two_way", "two_level" or "all_gather".
@@ -72,25 +75,25 @@ def measure_exchange(
         RuntimeError: within the time limit of the group, if a rank does not take part.
     """
 
-    def trip(rows: int) -> tuple[float, bool]:
+    def measure(rows: int) -> tuple[float, bool]:
         mine = torch.full((rows, embed_dim), group.rank() + 1.0, device=device)
         got: list[Tensor] = []
 
         def run() -> None:
-            got[:] = travel_and_sum(mine, exchange, local_world_size, group)
+            got[:] = exchange_and_sum(mine, exchange, local_world_size, group)
 
         seconds = _median_seconds(run, device, group)
         return seconds, bool((got[0] == expected_sum(group.rank(), group.size())).all())
 
-    latency, short_is_right = trip(1)
-    seconds, long_is_right = trip(num_rows)
+    latency, short_is_right = measure(1)
+    seconds, long_is_right = measure(num_rows)
     cluster = Cluster(world_size=group.size(), local_world_size=local_world_size)
     problem = Problem(local_batch_size=num_rows, embed_dim=embed_dim, feature_bytes=4)
     sent = predict(exchange, cluster, problem).sent_bytes
     return ExchangeSpeed(exchange, latency, seconds, sent, short_is_right and long_is_right)
 
 
-def travel_and_sum(
+def exchange_and_sum(
     rows: Tensor, exchange: TimedExchange, local_world_size: int, group: ProcessGroup
 ) -> Shard:
     """Let every rank add its number, times the rows, to the rows of all; return the own sums."""
@@ -111,7 +114,7 @@ def travel_and_sum(
 
 
 def expected_sum(rank: int, world_size: int) -> float:
-    """Return what ``travel_and_sum`` makes of a row of ``rank + 1``.
+    """Return what ``exchange_and_sum`` makes of a row of ``rank + 1``.
 
     Example:
         >>> expected_sum(1, 3)
@@ -189,3 +192,47 @@ def _median_seconds(run: Callable[[], None], device: torch.device, group: Proces
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class ClockReading(NamedTuple):
+    """The clock of one rank beside that of the first.
+
+    Attributes:
+        ahead_seconds: of the first rank's clock.
+        uncertainty_seconds: half the time of the question and its answer.
+    """
+
+    ahead_seconds: float
+    uncertainty_seconds: float
+
+
+def read_clocks(group: ProcessGroup) -> list[ClockReading]:
+    """Compare the clocks of all ranks with that of the first.
+
+    Distributed contract: collective over ``group``, which must be on the CPU; a few bytes five
+    times to every rank and back, one rank after the other.
+
+    Returns:
+        In rank order, on the first rank; nothing on the others.
+
+    Raises:
+        RuntimeError: within the time limit of the group, if a rank does not answer.
+    """
+    stamp = torch.zeros(1, dtype=torch.float64)
+    if group.rank():
+        for _ in range(_QUESTIONS):
+            dist.recv(stamp, group=group, group_src=0)
+            stamp[0] = time.time()
+            dist.send(stamp, group=group, group_dst=0)
+        return []
+    readings = [ClockReading(0.0, 0.0)]
+    for rank in range(1, group.size()):
+        answers = []
+        for _ in range(_QUESTIONS):
+            asked = time.time()
+            dist.send(stamp, group=group, group_dst=rank)
+            dist.recv(stamp, group=group, group_src=rank)
+            half = (time.time() - asked) / 2
+            answers.append(ClockReading(float(stamp) - asked - half, half))
+        readings.append(min(answers, key=lambda answer: answer.uncertainty_seconds))
+    return readings

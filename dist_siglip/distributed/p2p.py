@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup, Work
 from dist_siglip.distributed.waiting import waiting_for
 
 
-class Parcel(NamedTuple):
-    """Tensors that go to, or come from, one rank.
+class Message(NamedTuple):
+    """Tensors for, or from, one rank.
 
     Attributes:
         peer: the other rank, counted inside the group.
@@ -33,43 +33,43 @@ class Parcel(NamedTuple):
     what: str
 
 
-class Posted(NamedTuple):
-    """Transfers under way."""
+class PendingBatch(NamedTuple):
+    """Transfers that were started and not yet waited for."""
 
     works: tuple[Work, ...] = ()
-    outgoing: tuple[Parcel, ...] = ()
-    arriving: tuple[Parcel, ...] = ()
+    outgoing: tuple[Message, ...] = ()
+    arriving: tuple[Message, ...] = ()
 
 
-class Mail:
-    """Sends and receives parcels within ``group``, which must serve nothing else."""
+class P2PChannel:
+    """Send and receive messages within ``group``, which must serve nothing else."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
 
-    def post(self, outgoing: Iterable[Parcel], arriving: Iterable[Parcel]) -> Posted:
+    def post(self, outgoing: Iterable[Message], arriving: Iterable[Message]) -> PendingBatch:
         """Start all transfers of a step as one batch.
 
         Raises:
             RuntimeError: if a peer is gone; names what was to be sent to and received from whom.
         """
-        posted = Posted((), tuple(outgoing), tuple(arriving))
+        batch = PendingBatch((), tuple(outgoing), tuple(arriving))
         operations = [
             # `group_peer`, not `peer`: ranks here count inside the group.
-            dist.P2POp(function, tensor, group=self.group, tag=parcel.tag, group_peer=parcel.peer)
-            for function, parcels in ((dist.isend, posted.outgoing), (dist.irecv, posted.arriving))
-            for parcel in parcels
-            for tensor in parcel.tensors
+            dist.P2POp(function, tensor, group=self.group, tag=message.tag, group_peer=message.peer)
+            for function, messages in ((dist.isend, batch.outgoing), (dist.irecv, batch.arriving))
+            for message in messages
+            for tensor in message.tensors
             if tensor.numel()
         ]
         if not operations:
-            return posted
+            return batch
         try:
-            return posted._replace(works=tuple(dist.batch_isend_irecv(operations)))
+            return batch._replace(works=tuple(dist.batch_isend_irecv(operations)))
         except RuntimeError as error:
-            raise RuntimeError(self._complaint(posted)) from error
+            raise RuntimeError(self._failure(batch)) from error
 
-    def wait(self, posted: Posted) -> None:
+    def wait(self, batch: PendingBatch) -> None:
         """Wait for a batch.
 
         Raises:
@@ -77,21 +77,21 @@ class Mail:
                 what this rank waited for.
         """
         try:
-            with waiting_for(lambda: self._describe(posted)):
-                for work in posted.works:
+            with waiting_for(lambda: self._describe(batch)):
+                for work in batch.works:
                     work.wait()
         except RuntimeError as error:
-            raise RuntimeError(self._complaint(posted)) from error
+            raise RuntimeError(self._failure(batch)) from error
 
-    def _complaint(self, posted: Posted) -> str:
+    def _failure(self, batch: PendingBatch) -> str:
         return (
-            f"rank {self.group.rank()} of {self.group.size()} waited for {self._describe(posted)}, "
+            f"rank {self.group.rank()} of {self.group.size()} waited for {self._describe(batch)}, "
             "and the transfer failed: one of these ranks ended, raised, or makes another call; "
             "look at its log"
         )
 
-    def _describe(self, posted: Posted) -> str:
-        def listed(parcels: Sequence[Parcel], preposition: str) -> str:
-            return ", ".join(f"{p.what} {preposition} rank {p.peer}" for p in parcels) or "nothing"
+    def _describe(self, batch: PendingBatch) -> str:
+        def listed(messages: Sequence[Message], preposition: str) -> str:
+            return ", ".join(f"{p.what} {preposition} rank {p.peer}" for p in messages) or "nothing"
 
-        return f"{listed(posted.arriving, 'from')} while sending {listed(posted.outgoing, 'to')}"
+        return f"{listed(batch.arriving, 'from')} while sending {listed(batch.outgoing, 'to')}"

@@ -1,9 +1,9 @@
-"""Carries shards and their accumulators as a schedule says.
+"""Transfers of shards and their accumulators along the paths of a ring schedule.
 
 A shard's next transfer is posted before its visit and waited for after it; the accumulator of
 the shard, sent one step ago, is waited for only when there is something to add. So transfers hide
-behind the visit. Buffers are owned and reused: two shards and three accumulators per lane of the
-schedule (one lane for ring and two_level, two for two_way), whatever the number of ranks. Three,
+behind the visit. Buffers are owned and reused: two shards and three accumulators per path
+(one for ring and two_level, two for two_way), whatever the number of ranks. Three,
 because while one accumulator is written by the visit another arrives and a third leaves.
 
 Bytes per rank: W - 1 shards and W accumulators sent; nothing more in a backward pass.
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.distributed.p2p import Mail, Parcel, Posted
-from dist_siglip.distributed.ring_schedule import Lane
+from dist_siglip.distributed.p2p import Message, P2PChannel, PendingBatch
+from dist_siglip.distributed.ring_schedule import RingPath
 
 Shard = tuple[Tensor, ...]
 Visitor = Callable[[int, Shard, Shard], None]
@@ -34,14 +34,14 @@ class AccumulatorSpec(NamedTuple):
     dtype: torch.dtype
 
 
-def travel(
+def run_ring(
     columns: Shard,
     visit: Visitor,
     specs: Sequence[AccumulatorSpec],
     add: Callable[[Tensor, Tensor], None],
     row_counts: Sequence[int],
-    lanes: Sequence[Lane],
-    mail: Mail,
+    paths: Sequence[RingPath],
+    channel: P2PChannel,
 ) -> Shard:
     """Run one rank's part of a schedule; see ``exchange.circulate``.
 
@@ -51,8 +51,8 @@ def travel(
         specs: the accumulators.
         add: ``add(mine, theirs)`` combines in place into ``mine``.
         row_counts: rows of every rank's shard.
-        lanes: what passes this rank, from ``schedule.lanes_of``; at least two ranks.
-        mail: of a group that serves only these transfers.
+        paths: hops of this rank, from ``ring_schedule.ring_paths``; at least two ranks.
+        channel: of a group that serves only these transfers.
 
     Returns:
         The finished accumulators of this rank's rows.
@@ -60,22 +60,22 @@ def travel(
     Raises:
         RuntimeError: within the time limit of the group, if a rank does not take part.
     """
-    carriers = [
-        _Carrier(number, lane, columns, specs, row_counts) for number, lane in enumerate(lanes)
+    buffers = [
+        RingBuffers(number, path, columns, specs, row_counts) for number, path in enumerate(paths)
     ]
-    accumulators = Posted()
-    for step in range(max(len(lane.stops) for lane in lanes)):
-        present = [carrier for carrier in carriers if step < len(carrier.lane.stops)]
-        shards = _post(mail, [carrier.move_shard(step) for carrier in present])
-        for carrier in present:
-            carrier.visit(step, visit)
-        mail.wait(accumulators)
-        for carrier in present:
-            carrier.add_arrived(step, add)
-        accumulators = _post(mail, [carrier.move_accumulators(step) for carrier in present])
-        mail.wait(shards)
-    mail.wait(accumulators)
-    finished, *others = (carrier.finished() for carrier in carriers)
+    accumulators = PendingBatch()
+    for step in range(max(len(path.hops) for path in paths)):
+        present = [buffer for buffer in buffers if step < len(buffer.path.hops)]
+        shards = _post(channel, [buffer.move_shard(step) for buffer in present])
+        for buffer in present:
+            buffer.visit(step, visit)
+        channel.wait(accumulators)
+        for buffer in present:
+            buffer.add_arrived(step, add)
+        accumulators = _post(channel, [buffer.move_accumulators(step) for buffer in present])
+        channel.wait(shards)
+    channel.wait(accumulators)
+    finished, *others = (buffer.finished() for buffer in buffers)
     for other in others:
         for mine, theirs in zip(finished, other, strict=True):
             add(mine, theirs)
@@ -83,34 +83,34 @@ def travel(
 
 
 class _Move(NamedTuple):
-    """The parcels of one lane at one step."""
+    """Messages of one path at one step."""
 
-    outgoing: tuple[Parcel, ...] = ()
-    arriving: tuple[Parcel, ...] = ()
+    outgoing: tuple[Message, ...] = ()
+    arriving: tuple[Message, ...] = ()
 
 
-def _post(mail: Mail, moves: Sequence[_Move]) -> Posted:
-    # Lane by lane: the same order on both ends, which is what NCCL matches by.
-    return mail.post(
-        [parcel for move in moves for parcel in move.outgoing],
-        [parcel for move in moves for parcel in move.arriving],
+def _post(channel: P2PChannel, moves: Sequence[_Move]) -> PendingBatch:
+    # Path by path: the same order on both ends, which is what NCCL matches by.
+    return channel.post(
+        [message for move in moves for message in move.outgoing],
+        [message for move in moves for message in move.arriving],
     )
 
 
-class _Carrier:
-    """The buffers of one lane, and what is in them."""
+class RingBuffers:
+    """Buffers of one path."""
 
     def __init__(
         self,
         number: int,
-        lane: Lane,
+        path: RingPath,
         columns: Shard,
         specs: Sequence[AccumulatorSpec],
         row_counts: Sequence[int],
     ) -> None:
-        self.lane, self.row_counts = lane, row_counts
+        self.path, self.row_counts = path, row_counts
         self.shard_tag, self.accumulator_tag = 2 * number, 2 * number + 1
-        self.rank = lane.stops[0].owner
+        self.rank = path.hops[0].owner
         longest = max(row_counts)
         self.received = [
             tuple(column.new_empty((longest, *column.shape[1:])) for column in columns)
@@ -126,45 +126,45 @@ class _Carrier:
         self.contributions: Shard = ()
 
     def move_shard(self, step: int) -> _Move:
-        """Say where the shard goes and where the next one comes from."""
+        """Return the messages that bring the shard on and the next one here."""
         self.shard = self.next_shard
-        if step + 1 == len(self.lane.stops):
+        if step + 1 == len(self.path.hops):
             return _Move()
-        stop, following = self.lane.stops[step : step + 2]
+        hop, following = self.path.hops[step : step + 2]
         self.next_shard = self._rows(self.received[step % 2], following.owner)
         return _Move(
-            (self._shard_parcel(stop.goes_to, self.shard, stop.owner),),
-            (self._shard_parcel(following.came_from, self.next_shard, following.owner),),
+            (self._shard_message(hop.goes_to, self.shard, hop.owner),),
+            (self._shard_message(following.came_from, self.next_shard, following.owner),),
         )
 
     def visit(self, step: int, visit: Visitor) -> None:
-        """Visit the shard that is here; its own shard only on the lane that says so."""
-        if step < self.lane.first_visit:
+        """Visit the shard that is here; its own shard only on the path that says so."""
+        if step < self.path.first_visit:
             return
-        owner = self.lane.stops[step].owner
+        owner = self.path.hops[step].owner
         self.contributions = self._rows(self.working, owner)
         visit(owner, self.shard, self.contributions)
 
     def add_arrived(self, step: int, add: Callable[[Tensor, Tensor], None]) -> None:
         """Add what the ranks before this one have collected for the shard just visited."""
-        if step <= self.lane.first_visit:
+        if step <= self.path.first_visit:
             return
-        arrived = self._rows(self.incoming, self.lane.stops[step].owner)
+        arrived = self._rows(self.incoming, self.path.hops[step].owner)
         for mine, theirs in zip(self.contributions, arrived, strict=True):
             add(mine, theirs)
 
     def move_accumulators(self, step: int) -> _Move:
         """Send on what was just added up; receive the next shard's, or the own one at last."""
-        if step < self.lane.first_visit:
+        if step < self.path.first_visit:
             return _Move()
-        stop = self.lane.stops[step]
-        outgoing = self._accumulator_parcel(stop.goes_to, self.contributions, stop.owner)
-        if step + 1 < len(self.lane.stops):
-            following = self.lane.stops[step + 1]
+        hop = self.path.hops[step]
+        outgoing = self._accumulator_message(hop.goes_to, self.contributions, hop.owner)
+        if step + 1 < len(self.path.hops):
+            following = self.path.hops[step + 1]
             sender, owner = following.came_from, following.owner
         else:
-            sender, owner = self.lane.home_from, self.rank
-        arriving = self._accumulator_parcel(sender, self._rows(self.incoming, owner), owner)
+            sender, owner = self.path.home_from, self.rank
+        arriving = self._accumulator_message(sender, self._rows(self.incoming, owner), owner)
         self.working, self.leaving = self.leaving, self.working
         return _Move((outgoing,), (arriving,))
 
@@ -175,8 +175,8 @@ class _Carrier:
     def _rows(self, buffers: Shard, owner: int) -> Shard:
         return tuple(buffer[: self.row_counts[owner]] for buffer in buffers)
 
-    def _shard_parcel(self, peer: int, tensors: Shard, owner: int) -> Parcel:
-        return Parcel(peer, tensors, self.shard_tag, f"shard {owner}")
+    def _shard_message(self, peer: int, tensors: Shard, owner: int) -> Message:
+        return Message(peer, tensors, self.shard_tag, f"shard {owner}")
 
-    def _accumulator_parcel(self, peer: int, tensors: Shard, owner: int) -> Parcel:
-        return Parcel(peer, tensors, self.accumulator_tag, f"accumulators of shard {owner}")
+    def _accumulator_message(self, peer: int, tensors: Shard, owner: int) -> Message:
+        return Message(peer, tensors, self.accumulator_tag, f"accumulators of shard {owner}")

@@ -1,4 +1,4 @@
-"""One rank of a world whose other ranks do not exist.
+"""Simulation of one rank of a large world whose other ranks do not exist.
 
 A step of a thousand ranks cannot be run here, but one rank's part of it can: its memory, its
 compute and the code that moves buffers are the real ones. PyTorch's fake process group stands for
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.groups import Companions, set_companions
-from dist_siglip.distributed.p2p import Mail, Parcel, Posted
+from dist_siglip.distributed.p2p import Message, P2PChannel, PendingBatch
 from dist_siglip.distributed.ring import Shard, Visitor
 from dist_siglip.distributed.world import set_local_world_size
 from dist_siglip.errors import UserError
@@ -66,7 +66,7 @@ def simulated_world(
             group,
             Companions(
                 transfer=group,
-                mail=_Loopback(group),
+                channel=_LoopbackChannel(group),
                 announce=lambda message: [message] * world_size,
                 limit_visits=None if max_visits is None else _first_visits(max_visits),
             ),
@@ -76,15 +76,15 @@ def simulated_world(
         dist.destroy_process_group()
 
 
-class _Loopback(Mail):
+class _LoopbackChannel(P2PChannel):
     """Posts to the fake group, then delivers what this rank sent as what it receives."""
 
-    def post(self, outgoing: Iterable[Parcel], arriving: Iterable[Parcel]) -> Posted:
-        posted = super().post(outgoing, arriving)
-        for sent, received in zip(posted.outgoing, posted.arriving, strict=True):
+    def post(self, outgoing: Iterable[Message], arriving: Iterable[Message]) -> PendingBatch:
+        batch = super().post(outgoing, arriving)
+        for sent, received in zip(batch.outgoing, batch.arriving, strict=True):
             for theirs, mine in zip(sent.tensors, received.tensors, strict=True):
                 mine.copy_(theirs)
-        return posted
+        return batch
 
 
 def _first_visits(count: int) -> Callable[[Visitor], Visitor]:

@@ -1,4 +1,4 @@
-"""What SLURM's variables say about nodes and GPUs of a job, where others misread them."""
+"""Nodes and GPUs of a job, read from SLURM's variables."""
 
 import re
 from collections.abc import Mapping

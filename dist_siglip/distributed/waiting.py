@@ -1,4 +1,4 @@
-"""What is the main thread doing, and does it wait for other ranks?
+"""Description of what the main thread does, and whether it waits for other ranks.
 
 Exchanges say what they wait for while they do; for the collectives of torch, DDP and Lightning the
 frames of the thread tell.
@@ -24,7 +24,7 @@ _waits: list[Callable[[], str]] = []
 
 
 class Doing(NamedTuple):
-    """What a thread does.
+    """Activity of a thread.
 
     Attributes:
         what: in words, with the line of code.

@@ -1,14 +1,12 @@
-"""Where this process stands among the ranks of a run.
+"""Rank and sizes of this process, and the ranks of each node.
 
 ``World`` is a plain value: everything that does arithmetic with ranks takes one, so 22 nodes
 of 8 ranks can be reasoned about in a single process. ``World.detect`` is the only place that
 asks torch and the environment.
 
-How many ranks of a group share a node, and how a user says so.
-
-Taken, in this order, from the call, from ``set_local_world_size`` or ``group_from_mesh``, and
-from the launcher (torchrun's LOCAL_WORLD_SIZE, srun's variables). Ranks of a node must follow one
-another, as torchrun and ``srun --distribution=block`` number them.
+The ranks of a node are taken, in this order, from the call, from ``set_local_world_size`` or
+``group_from_mesh``, and from the launcher (torchrun's LOCAL_WORLD_SIZE, srun's variables). They
+must follow one another, as torchrun and ``srun --distribution=block`` number them.
 """
 
 import os

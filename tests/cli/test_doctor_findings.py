@@ -33,7 +33,7 @@ from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
-from dist_siglip.distributed.clock_skew import ClockReading
+from dist_siglip.distributed.link_check import ClockReading
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard

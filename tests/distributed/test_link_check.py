@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 
 from dist_siglip.distributed import link_check
-from dist_siglip.distributed.clock_skew import read_clocks
-from dist_siglip.distributed.link_check import measure_exchange, measure_neighbours, measure_sum
+from dist_siglip.distributed.link_check import (
+    measure_exchange,
+    measure_neighbours,
+    measure_sum,
+    read_clocks,
+)
 from tests.support.processes import run_ranks
 
 EXCHANGES = ("ring", "two_way", "two_level", "all_gather")
@@ -31,8 +35,8 @@ def measure(rank, world_size):
     now = time.time
     if rank == 2:
         time.time = lambda: now() + AHEAD_SECONDS
-        right = link_check.travel_and_sum
-        link_check.travel_and_sum = lambda *given: right(given[0] * 2, *given[1:])
+        right = link_check.exchange_and_sum
+        link_check.exchange_and_sum = lambda *given: right(given[0] * 2, *given[1:])
     clocks = read_clocks(group)
     broken = exchange("ring")
     return sound, neighbours, sums, [tuple(clock) for clock in clocks], broken.is_right

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from dist_siglip.distributed.ring_schedule import Lane, Stop, lanes_of
+from dist_siglip.distributed.ring_schedule import Hop, RingPath, ring_paths
 from dist_siglip.errors import UserError
 
 CASES = [
@@ -20,8 +20,8 @@ CASES = [
 ]
 
 
-def all_lanes(exchange, world_size, local_world_size):
-    return [lanes_of(exchange, rank, world_size, local_world_size) for rank in range(world_size)]
+def all_paths(exchange, world_size, local_world_size):
+    return [ring_paths(exchange, rank, world_size, local_world_size) for rank in range(world_size)]
 
 
 def walk(by_rank):
@@ -30,27 +30,27 @@ def walk(by_rank):
     A shard is its owner's rank, an accumulator the list of (row rank, shard owner) it met.
     """
     visits, home = [], [[] for _ in by_rank]
-    for lane_index in range(len(by_rank[0])):
-        lanes = [lanes[lane_index] for lanes in by_rank]
-        last = len(lanes[0].stops) - 1
-        shards, accumulators = list(range(len(lanes))), [[] for _ in lanes]
+    for path_index in range(len(by_rank[0])):
+        paths = [paths[path_index] for paths in by_rank]
+        last = len(paths[0].hops) - 1
+        shards, accumulators = list(range(len(paths))), [[] for _ in paths]
         for step in range(last + 1):
             sent = {}
-            for rank, lane in enumerate(lanes):
-                assert lane.stops[step].owner == shards[rank]
-                if step >= lane.first_visit:
+            for rank, path in enumerate(paths):
+                assert path.hops[step].owner == shards[rank]
+                if step >= path.first_visit:
                     visits.append((rank, shards[rank]))
                     accumulators[rank].append((rank, shards[rank]))
                 parcel = (shards[rank], accumulators[rank])
-                assert sent.setdefault(lane.stops[step].goes_to, (rank, parcel))[0] == rank
+                assert sent.setdefault(path.hops[step].goes_to, (rank, parcel))[0] == rank
             if step < last:
-                for rank, lane in enumerate(lanes):
+                for rank, path in enumerate(paths):
                     sender, (shards[rank], accumulators[rank]) = sent.pop(rank)
-                    assert sender == lane.stops[step + 1].came_from
+                    assert sender == path.hops[step + 1].came_from
             else:
-                for rank, lane in enumerate(lanes):
+                for rank, path in enumerate(paths):
                     sender, (owner, finished) = sent.pop(rank)
-                    assert (sender, owner) == (lane.home_from, rank)
+                    assert (sender, owner) == (path.home_from, rank)
                     home[rank] += finished
             assert not sent
     return visits, home
@@ -58,7 +58,7 @@ def walk(by_rank):
 
 @pytest.mark.parametrize(("exchange", "world_size", "local_world_size"), CASES)
 def test_each_pair_meets_once_and_accumulators_come_home(exchange, world_size, local_world_size):
-    visits, home = walk(all_lanes(exchange, world_size, local_world_size))
+    visits, home = walk(all_paths(exchange, world_size, local_world_size))
     ranks = range(world_size)
     assert Counter(visits) == Counter((row, owner) for row in ranks for owner in ranks)
     for rank, finished in enumerate(home):
@@ -69,45 +69,45 @@ def test_each_pair_meets_once_and_accumulators_come_home(exchange, world_size, l
 def test_the_own_shard_comes_first_and_nobody_sends_to_itself(
     exchange, world_size, local_world_size
 ):
-    for rank, lanes in enumerate(all_lanes(exchange, world_size, local_world_size)):
-        assert [lane.visits_own for lane in lanes] == [True, False][: len(lanes)]
-        for lane in lanes:
-            assert lane.stops[0].owner == rank
+    for rank, paths in enumerate(all_paths(exchange, world_size, local_world_size)):
+        assert [path.visits_own for path in paths] == [True, False][: len(paths)]
+        for path in paths:
+            assert path.hops[0].owner == rank
             if world_size > 1:
-                assert all(stop.goes_to != rank for stop in lane.stops)
+                assert all(hop.goes_to != rank for hop in path.hops)
 
 
 def test_the_walk_rejects_a_broken_schedule():
-    by_rank = all_lanes("ring", 4, 1)
-    ((stops, visits_own, home_from),) = by_rank[1]
-    broken = (stops[0], Stop(stops[1].owner, stops[1].came_from, 3), *stops[2:])
-    by_rank[1] = (Lane(broken, visits_own, home_from),)
+    by_rank = all_paths("ring", 4, 1)
+    ((hops, visits_own, home_from),) = by_rank[1]
+    broken = (hops[0], Hop(hops[1].owner, hops[1].came_from, 3), *hops[2:])
+    by_rank[1] = (RingPath(broken, visits_own, home_from),)
     with pytest.raises((AssertionError, KeyError)):
         walk(by_rank)
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_two_way_takes_half_the_steps(world_size):
-    lanes = lanes_of("two_way", 0, world_size)
-    assert max(len(lane.stops) for lane in lanes) == world_size // 2 + 1
-    assert sum(len(lane.stops) - lane.first_visit for lane in lanes) == world_size
-    assert len(lanes) == (2 if world_size > 2 else 1)
+    paths = ring_paths("two_way", 0, world_size)
+    assert max(len(path.hops) for path in paths) == world_size // 2 + 1
+    assert sum(len(path.hops) - path.first_visit for path in paths) == world_size
+    assert len(paths) == (2 if world_size > 2 else 1)
 
 
 @pytest.mark.parametrize(("nodes", "local"), [(2, 2), (2, 3), (2, 4), (3, 2), (4, 8)])
 def test_two_level_crosses_nodes_rarely_and_with_every_rank_at_once(nodes, local):
     crossings = Counter()
     for rank in range(nodes * local):
-        (lane,) = lanes_of("two_level", rank, nodes * local, local)
-        for step, stop in enumerate(lane.stops[:-1]):
-            if stop.goes_to // local != rank // local:
-                assert stop.goes_to % local == rank % local
+        (path,) = ring_paths("two_level", rank, nodes * local, local)
+        for step, hop in enumerate(path.hops[:-1]):
+            if hop.goes_to // local != rank // local:
+                assert hop.goes_to % local == rank % local
                 crossings[step] += 1
     assert crossings == {step * local - 1: nodes * local for step in range(1, nodes)}
 
 
 def test_a_world_that_is_not_nodes_times_local_is_refused():
     with pytest.raises(UserError, match=r"local_world_size \(4\) must divide the 6 ranks"):
-        lanes_of("two_level", 0, 6, 4)
+        ring_paths("two_level", 0, 6, 4)
     with pytest.raises(UserError, match="must be one of ring, two_way, two_level"):
-        lanes_of("three_way", 0, 6)
+        ring_paths("three_way", 0, 6)

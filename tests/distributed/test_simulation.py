@@ -59,7 +59,7 @@ def _peak(world_size, exchange, *, width=32, num_pairs=64):
 
 @pytest.mark.parametrize("exchange", TRAVELLING)
 def test_memory_does_not_grow_with_the_number_of_ranks(exchange):
-    # two_way has its second lane from three ranks on.
+    # two_way has its second path from three ranks on.
     sizes = (2, 3, 4, 8, 64, 256) if exchange == "ring" else (4, 6, 8, 64, 256)
     peaks = [_peak(world_size, exchange) for world_size in sizes]
     assert max(peaks) <= 1.05 * min(peaks), peaks

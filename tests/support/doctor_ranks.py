@@ -73,8 +73,8 @@ def other_code() -> None:
 def wrong_sums() -> None:
     from dist_siglip.distributed import link_check
 
-    right = link_check.travel_and_sum
-    link_check.travel_and_sum = lambda *given: tuple(part + 1 for part in right(*given))
+    right = link_check.exchange_and_sum
+    link_check.exchange_and_sum = lambda *given: tuple(part + 1 for part in right(*given))
 
 
 def no_sync() -> None:
@@ -93,10 +93,10 @@ def hangs_looking() -> None:
 def dies_measuring() -> None:
     from dist_siglip.distributed import link_check
 
-    link_check.travel_and_sum = lambda *given: os._exit(9)
+    link_check.exchange_and_sum = lambda *given: os._exit(9)
 
 
 def hangs_measuring() -> None:
     from dist_siglip.distributed import link_check
 
-    link_check.travel_and_sum = lambda *given: time.sleep(1000)
+    link_check.exchange_and_sum = lambda *given: time.sleep(1000)
