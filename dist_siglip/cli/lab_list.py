@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.experiments import EXPERIMENTS
 
 
 def list(json: bool = False) -> int:  # noqa: A001 - the name of the subject

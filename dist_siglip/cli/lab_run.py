@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_siglip.cli.table import print_path
-from dist_siglip.lab.catalogue import EXPERIMENTS
+from dist_siglip.lab.experiments import EXPERIMENTS
 from dist_siglip.lab.running import Order, Record, cells_of, run_experiments, write_page
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dist_siglip.cli.table import read_evaluation
 from dist_siglip.cli.training import TrainingCLI, cli_settings
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.models.reranker.fusion import write_head
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import AtomicCheckpointIO
@@ -95,7 +95,7 @@ def print_reranking(folder: RunFolder) -> None:
     """Print recall of the newest evaluation, by the dual encoder alone and re-ranked."""
     metrics = read_evaluation(folder)
     table = Table(
-        title=f"step {int(metrics['step'])}, gallery of {describe_gallery(metrics)}, "
+        title=f"step {int(metrics['step'])}, gallery of {describe_num_pairs(metrics)}, "
         f"{int(metrics['rerank_candidates'])} candidates re-ranked"
     )
     for column in ("retrieval", "recall@1", "re-ranked", "recall@5", "re-ranked"):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.regular_file import read_json
 
@@ -52,7 +52,7 @@ def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) 
     """Print recall, gap, margin and relative bias of the newest evaluation, then ``extra``."""
     metrics = read_evaluation(folder)
     num_pairs, distinct = int(metrics["gallery_pairs"]), int(metrics["distinct_captions"])
-    table = Table(title=f"step {int(metrics['step'])}, gallery of {describe_gallery(metrics)}")
+    table = Table(title=f"step {int(metrics['step'])}, gallery of {describe_num_pairs(metrics)}")
     for column in ("retrieval", "recall@1", "recall@5", "recall@10", "median rank"):
         table.add_column(column, justify="left" if column == "retrieval" else "right")
     for label, key in _DIRECTIONS:

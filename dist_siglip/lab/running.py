@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS, check_names, function_of
 from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, LabSettings, Outcome, Row
+from dist_siglip.lab.experiments import EXPERIMENTS, PAPERS, check_names, function_of
 from dist_siglip.system.atomic import write_atomically
 
 if TYPE_CHECKING:

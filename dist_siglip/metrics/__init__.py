@@ -1,4 +1,4 @@
-"""What an embedding space is worth: retrieval, gap, margin and logits over all ranks.
+"""Metrics of an embedding space over all ranks: retrieval, gap, margin, logits.
 
 Every metric is a function of this rank's rows that also runs in one process without any process
 group; ``PairEvaluation`` is the one class, for validation epochs.
@@ -13,7 +13,12 @@ from dist_siglip.metrics.geometry.constellation import (
     quantile_constellation,
 )
 from dist_siglip.metrics.geometry.gap import ModalityGap, modality_gap
-from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss, logit_summary
+from dist_siglip.metrics.geometry.logits import (
+    RetrievalGuarantee,
+    expected_sigmoid_loss,
+    logit_summary,
+    retrieval_guarantee,
+)
 from dist_siglip.metrics.geometry.pair_statistics import (
     CosineSummary,
     PairStatistics,
@@ -70,7 +75,6 @@ from dist_siglip.metrics.theory.constructions import (
     simplex_code,
     subset_code,
 )
-from dist_siglip.metrics.theory.guarantees import RetrievalGuarantee, retrieval_guarantee
 
 __all__ = [
     "Constellation",

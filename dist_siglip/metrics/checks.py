@@ -1,4 +1,4 @@
-"""Refuse unusable features on every rank at once, so that no rank waits for one that raised."""
+"""Checks of features that raise on every rank at once, so that no rank waits for another."""
 
 from collections.abc import Mapping, Sequence
 

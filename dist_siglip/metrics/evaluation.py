@@ -2,8 +2,6 @@
 
 ``evaluate_pairs`` is the composition; ``PairEvaluation`` collects the rows of a validation epoch
 for it. A new metric is a pure function in its own file and one line in ``evaluate_pairs``.
-
-How many pairs an evaluation saw, in words.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,24 +26,25 @@ from dist_siglip.metrics.geometry.pair_statistics import (
     collect_pair_statistics,
     histogram_edges,
 )
-from dist_siglip.metrics.geometry.summary import cloud_metrics, threshold_metrics
-from dist_siglip.metrics.retrieval.belonging import DistinctItems
+from dist_siglip.metrics.geometry.separability import SEPARABILITY_PAIRS
+from dist_siglip.metrics.geometry.summary import modality_metrics, threshold_metrics
+from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 
-def describe_gallery(metrics: Mapping[str, Any], prefix: str = "") -> str:
-    """Say how many pairs an evaluation saw, and of how many where it did not see all.
+def describe_num_pairs(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """Name the number of pairs of an evaluation, and of how many where these are not all.
 
     Args:
         metrics: of an evaluation: ``gallery_pairs``, and ``available_pairs`` where it is known.
         prefix: of the names.
 
     Example:
-        >>> describe_gallery({"gallery_pairs": 16.0, "available_pairs": 37.0})
+        >>> describe_num_pairs({"gallery_pairs": 16.0, "available_pairs": 37.0})
         '16 of 37 pairs'
-        >>> describe_gallery({"gallery_pairs": 37.0, "available_pairs": 37.0})
+        >>> describe_num_pairs({"gallery_pairs": 37.0, "available_pairs": 37.0})
         '37 pairs'
     """
     seen, available = (metrics.get(f"{prefix}{kind}_pairs") for kind in ("gallery", "available"))
@@ -57,16 +56,16 @@ def describe_gallery(metrics: Mapping[str, Any], prefix: str = "") -> str:
 
 
 class Evaluation(NamedTuple):
-    """What is known about a validation set; equal on every rank.
+    """Metrics and arrays of a validation set; equal on every rank.
 
     Attributes:
         metrics: name to number, see ``evaluate_pairs``.
-        arrays: what pictures are drawn from, sorted by sample id: ``image_features`` and
+        arrays: data of the plots, sorted by sample id: ``image_features`` and
             ``text_features`` (n, D) float32, ``sample_ids``, ``caption_ids`` and ``picture_ids``
             (n,) of the first n pairs; ``image_to_text_ranks`` and ``text_to_image_ranks`` (N,) of
             all pairs; ``histogram_edges`` (K + 1,), ``positive_histogram`` and
             ``negative_histogram`` (K,) of the cosines of all pairs; and those of
-            ``cloud_metrics``.
+            ``modality_metrics``.
     """
 
     metrics: dict[str, float]
@@ -98,31 +97,31 @@ def evaluate_pairs(
     global_batch_size: int | None = None,
     top_k: Sequence[int] = (1, 5, 10),
     array_pairs: int = 2000,
-    separability_pairs: int = 5000,
+    separability_pairs: int = SEPARABILITY_PAIRS,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Evaluation:
-    """Evaluate the pairs of all ranks on one global gallery.
+    """Evaluate the pairs of all ranks together.
 
     The names, each defined where it is computed:
 
         retrieval     image_to_text_recall@K, image_to_text_median_rank, and text_to_image_...,
-                      means over all pairs. The gallery holds every different picture, or caption,
-                      once. A hit is a caption of the same picture, a picture of the same caption;
-                      ties count against the query
+                      means over all pairs. Every different picture, or caption, is ranked once. A
+                      hit is a caption of the same picture, a picture of the same caption; ties
+                      count against the query
         logits        loss (of a random batch of ``global_batch_size``), positive_logit_mean, _std,
                       _min, _max, negative_logit_...
         thresholds    margin, relative_bias, margin_5_95, margin_of_means, image_row_margin_min,
                       guaranteed_recall@1, cross_uniformity, ...; see ``threshold_metrics``
-        clouds        modality_gap (distance of centroids), alignment, image_uniformity,
+        modalities    modality_gap (distance of centroids), alignment, image_uniformity,
                       image_effective_rank, image_components_80, image_to_text_hubness,
-                      linear_separability, images_on_their_side, ...; see ``cloud_metrics``
-        gallery       gallery_pairs, distinct_captions, distinct_pictures
+                      linear_separability, images_on_their_side, ...; see ``modality_metrics``
+        counts        gallery_pairs, distinct_captions, distinct_pictures
 
     Distributed contract: every rank passes its own pairs, any number of them (0 too). Six or
-    seven trips of the shards without gradient, and small gathers. A sample that occurs twice, on
-    whatever ranks, counts once. The result does not depend on how pairs are distributed.
+    seven exchanges of the shards without gradient, and small gathers. A sample that occurs twice,
+    on whatever ranks, counts once. The result does not depend on how pairs are distributed.
 
     Args:
         image_features: (B, D), L2-normalised, on the CPU or a CUDA device.
@@ -133,8 +132,7 @@ def evaluate_pairs(
         logit_scale: multiplier of the model.
         logit_bias: bias of the model, added.
         picture_ids: (B,) int64; equal pictures have equal ids. None: no picture occurs twice.
-        global_batch_size: pairs per training step over all ranks; None means as many as there
-            are in the gallery.
+        global_batch_size: pairs per training step over all ranks; None means all pairs.
         top_k: the K of recall@K.
         array_pairs: most pairs whose features go into the arrays.
         separability_pairs: most pairs for ``linear_separability``.
@@ -172,7 +170,7 @@ def evaluate_pairs(
             _kept(rows.text_features, items.texts),
             items.image_ids[items.images],
             items.text_ids[items.texts],
-            belonging=items.belonging,
+            positives=items.positives,
             chunk_rows=chunk_rows,
             exchange=exchange,
             group=group,
@@ -184,7 +182,7 @@ def evaluate_pairs(
         rows.text_features,
         items.image_ids,
         items.text_ids,
-        belonging=items.belonging,
+        positives=items.positives,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         chunk_rows=chunk_rows,
@@ -208,7 +206,7 @@ def evaluate_pairs(
             )
         metrics[f"{direction}_median_rank"] = median_rank(all_ranks)
     metrics |= logit_summary(statistics) | threshold_metrics(statistics)
-    shape, spectra = cloud_metrics(
+    shape, spectra = modality_metrics(
         rows.image_features,
         rows.text_features,
         rows.sample_ids,
@@ -227,7 +225,7 @@ def evaluate_pairs(
 
 
 class PairEvaluation(Metric):
-    """Collect the pairs of a validation epoch on each rank, then ``evaluate_pairs``.
+    """Pairs of a validation epoch, collected on each rank for ``evaluate_pairs``.
 
     Rows stay on the rank that made them: torchmetrics neither synchronises nor gathers states,
     the exchanges inside ``evaluate_pairs`` do.
@@ -332,7 +330,7 @@ def _usable_rows(rows: _Rows, group: ProcessGroup | None) -> _Rows:
 
 
 def _kept(features: Tensor, mask: Tensor) -> Tensor:
-    """Return the rows that are wanted; all of them uncopied, as they may lie in a file."""
+    """Select rows by a mask; without a copy where it keeps all, as they may lie in a file."""
     return features if bool(mask.all()) else features[mask]
 
 

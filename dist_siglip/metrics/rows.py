@@ -1,4 +1,4 @@
-"""Which pairs of all ranks, and in which order, whatever rank they lie on.
+"""Selection and order of the pairs of all ranks, whatever rank they lie on.
 
 Sample ids name the pairs of a data set. What is chosen and sorted by them does not depend on
 the number of ranks or on how pairs were dealt out.

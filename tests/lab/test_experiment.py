@@ -6,7 +6,7 @@ import pytest
 
 from dist_siglip.errors import UserError
 from dist_siglip.lab import LabSettings, judge, judge_claim
-from dist_siglip.lab.catalogue import EXPERIMENTS, check_names, function_of
+from dist_siglip.lab.experiments import EXPERIMENTS, check_names, function_of
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from dist_siglip.cli import main
 from dist_siglip.errors import UserError
 from dist_siglip.lab import LabSettings, Row
-from dist_siglip.lab.catalogue import EXPERIMENTS, Entry
+from dist_siglip.lab.experiments import EXPERIMENTS, Entry
 from dist_siglip.lab.running import (
     Order,
     _finished,

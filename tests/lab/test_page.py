@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_siglip.lab.catalogue import EXPERIMENTS, PAPERS
+from dist_siglip.lab.experiments import EXPERIMENTS, PAPERS
 from dist_siglip.lab.running import page_of, read_records, write_page
 from tests.support.command import REPOSITORY
 

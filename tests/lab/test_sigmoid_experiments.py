@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.lab import LabSettings
-from dist_siglip.lab.catalogue import function_of
-from dist_siglip.lab.experiments import clamped_loss
+from dist_siglip.lab.experiments import clamped_loss, function_of
 
 
 def quick_rows(name):

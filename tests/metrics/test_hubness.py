@@ -1,4 +1,4 @@
-"""Hubs and orphans: hand-counted lists, scipy's skewness, and a hub that is one."""
+"""Hubs and antihubs: hand-counted lists, scipy's skewness, and a hub that is one."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_hand_counted_lists():
     found = hubness(scores, torch.eye(4), 2)
     assert found == hubness_of_counts(torch.tensor([4, 3, 1, 0]))
     assert found.top_share == 0.5
-    assert found.orphans == 0.25
+    assert found.antihubs == 0.25
 
 
 def test_skewness_is_that_of_scipy():
@@ -28,7 +28,7 @@ def test_everything_matches_the_plain_loop():
     counts = reference_geometry.occurrences(queries, keys, 5)
     found = hubness(queries, keys, 5, chunk_rows=7)
     assert found.skewness == pytest.approx(reference_geometry.skewness(counts))
-    assert found.orphans == counts.count(0) / 23
+    assert found.antihubs == counts.count(0) / 23
     assert found.top_share == max(counts) / sum(counts)
 
 
@@ -56,7 +56,7 @@ def test_a_key_in_the_middle_of_all_queries_is_a_hub():
 
 def test_own_rows_can_be_left_out():
     points, ids = torch.eye(3), torch.arange(3)
-    assert hubness(points, points, 1, query_ids=ids, key_ids=ids).orphans == pytest.approx(1 / 3)
+    assert hubness(points, points, 1, query_ids=ids, key_ids=ids).antihubs == pytest.approx(1 / 3)
 
 
 def test_nothing_to_find_is_nothing():

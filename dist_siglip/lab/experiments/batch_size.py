@@ -10,8 +10,16 @@ Source: Zhai et al. 2023, arXiv:2303.15343, Tables 5 and 8 (ImageNet zero-shot).
 import torch
 from torch import nn
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, judge
-from dist_siglip.lab.figures import COLOURS, LINES, MARKERS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    LabSettings,
+    Outcome,
+    judge,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.toy_towers import Toy, train_toy
 from dist_siglip.losses import ClipLoss, LogitScaleBias, SigLipLoss
 from dist_siglip.metrics import recall_at_k, retrieval_ranks

@@ -14,8 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import draw_loss, label, new_figure
+from dist_siglip.lab.experiment import (
+    LabSettings,
+    Outcome,
+    Row,
+    draw_loss,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
 from dist_siglip.lab.sigmoid_space import AUTHORS_SEED, Space, Start, margin_of, train_space
 

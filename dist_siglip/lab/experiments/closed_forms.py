@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, judge
-from dist_siglip.lab.figures import COLOURS, label, new_figure
+from dist_siglip.lab.experiment import COLOURS, LabSettings, Outcome, judge, label, new_figure
 from dist_siglip.lab.subset_retrieval import subset_relevance
 from dist_siglip.metrics import (
     PairStatistics,

@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    Row,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import margin_of
 from dist_siglip.losses import multimodal_sigmoid_loss, siglip_loss
 from dist_siglip.losses.research.adapter import SimplexAdapter

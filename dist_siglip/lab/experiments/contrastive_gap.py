@@ -14,8 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    Row,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.toy_towers import Toy, train_toy
 from dist_siglip.losses import ClipLoss, LogitScaleBias, SigLipLoss, WeightedLoss
 from dist_siglip.metrics import linear_separability, modality_gap, recall_at_k, retrieval_ranks

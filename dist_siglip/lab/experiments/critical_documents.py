@@ -21,8 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, compare, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    compare,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.subset_retrieval import critical_documents_found, subset_relevance
 from dist_siglip.metrics import relevance_margins
 from dist_siglip.metrics.theory.capacity import subset_dimension

@@ -8,8 +8,17 @@ Source: Bangachev et al. 2025, arXiv:2509.18552, appendix D.4, figures 15 to 18.
 
 from itertools import product
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, LINES, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LINES,
+    LabSettings,
+    Outcome,
+    Row,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 from dist_siglip.losses.logit_scale import BiasParameterization
 

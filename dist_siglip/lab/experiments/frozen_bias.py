@@ -10,8 +10,16 @@ committed result file, and Table 2.
 from itertools import pairwise
 from statistics import fmean
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, compare, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    compare,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 from dist_siglip.metrics import largest_margin
 

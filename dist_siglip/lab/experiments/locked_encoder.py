@@ -9,8 +9,16 @@ those of the authors' notebook (which starts the relative bias at -1, not at 0 a
 
 from dataclasses import replace
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import draw_loss, label, new_figure
+from dist_siglip.lab.experiment import (
+    LabSettings,
+    Outcome,
+    Row,
+    draw_loss,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 
 _LOCKED = Start(is_locked=True)

@@ -12,8 +12,16 @@ Source: Bangachev et al. 2026, arXiv:2605.23556, and its code's results (thresho
 import math
 from typing import NamedTuple
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    Row,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.subset_retrieval import Retrieval, SubsetLoss, fit_margin
 from dist_siglip.metrics import RelevanceMargins
 from dist_siglip.metrics.theory.capacity import subset_margin

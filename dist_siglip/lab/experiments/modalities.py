@@ -7,8 +7,16 @@ Source: Bangachev et al. 2025, arXiv:2509.18552, figure 8 and Table 1; losses, s
 are those of the authors' notebook.
 """
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import draw_loss, label, new_figure
+from dist_siglip.lab.experiment import (
+    LabSettings,
+    Outcome,
+    Row,
+    draw_loss,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import Space, Start, train_space
 
 _FULL_GAPS = {2: 0.471, 4: 0.428, 6: 0.473}  # Table 1

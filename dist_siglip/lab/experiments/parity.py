@@ -21,8 +21,16 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from dist_siglip.distributed import ExchangeName, gather_rows, leave_process_groups, sum_over_ranks
-from dist_siglip.lab.experiment import LabSettings, Outcome, judge
-from dist_siglip.lab.figures import COLOURS, LINES, MARKERS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    LabSettings,
+    Outcome,
+    judge,
+    label,
+    new_figure,
+)
 from dist_siglip.losses import LogitScaleBias, siglip_loss, softmax_loss
 from dist_siglip.losses.logit_scale import BiasParameterization
 

@@ -14,8 +14,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
-from dist_siglip.lab.figures import COLOURS, label, new_figure
+from dist_siglip.lab.experiment import (
+    COLOURS,
+    LabSettings,
+    Outcome,
+    Row,
+    judge,
+    judge_claim,
+    label,
+    new_figure,
+)
 from dist_siglip.lab.sigmoid_space import Space, Start, margin_of, train_space
 from dist_siglip.metrics import SeparatingDirection, modality_gap, separating_direction
 from dist_siglip.metrics.theory.constructions import simplex_code

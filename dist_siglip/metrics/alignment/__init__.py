@@ -1,4 +1,4 @@
-"""Do two sets of embeddings of the same things have the same structure?
+"""Alignment of two sets of embeddings of the same things: CKA, CKNNA, SVCCA, shared neighbours.
 
 Row i of both sides belongs to the same thing: two models, two modalities, two checkpoints. The
 sides may differ in width; no measure compares a coordinate of one with a coordinate of the other.

@@ -1,10 +1,8 @@
-"""How well do two sets of embeddings agree, by all measures at once?
-
-How sure is an alignment, and how much of it is chance?
+"""All measures of the alignment of two sets of embeddings, with deviation and chance level.
 
 All measures depend on the number of rows, so numbers are comparable only for equally many. The
 custom of the field is ten random parts of 1000 rows. The same parts with the rows of one side
-shuffled say what the measure gives for things that have nothing to do with each other.
+shuffled give the value by chance.
 """
 
 from typing import NamedTuple
@@ -17,14 +15,18 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.alignment.kernels import cka, svcca, unbiased_cka
-from dist_siglip.metrics.alignment.moments import center_normalize, collect_moments, mean_direction
+from dist_siglip.metrics.alignment.moments import (
+    center_normalize,
+    check_pairs,
+    collect_moments,
+    mean_direction,
+)
 from dist_siglip.metrics.alignment.neighborhoods import (
     cknna,
     cycle_knn,
     find_neighborhoods,
     mutual_knn,
 )
-from dist_siglip.metrics.alignment.pairs import check_pairs
 
 
 class RepresentationAlignment(NamedTuple):

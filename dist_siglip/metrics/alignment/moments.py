@@ -1,13 +1,8 @@
-"""Which sums of two sets of embeddings does everything linear need?
+"""Means and second moments of two sets of embeddings over the rows of all ranks.
 
-With the mean of all rows taken away, x_i in R^D and y_i in R^E: the second moments X'X, Y'Y and
-X'Y, and sums of products of squared lengths. No N x N matrix: one pass for the means, one for the
-rest, and memory of O((D + E)^2) whatever the number of rows.
-
-What is left of embeddings when what they all share is taken away?
-
-Embeddings of one model lie in a cone; its axis says which model it was and nothing about the
-things embedded. The mean is that of the whole data set, so it is computed before rows are chosen.
+All linear measures of alignment follow from the centred second moments X'X, Y'Y and X'Y and sums
+of products of squared lengths: one pass over the rows for the means, one for the rest, and memory
+of O((D + E)^2) whatever the number of rows.
 """
 
 from typing import NamedTuple
@@ -17,16 +12,76 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.metrics.alignment.pairs import check_pairs
-from dist_siglip.metrics.checks import check_features
+from dist_siglip.distributed import gather_rows, resolve_group, sum_over_ranks
+from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.tiles import row_slices
 
-_CHUNK_ROWS = 8192  # rows in float64 at a time
+# HSIC is not defined for fewer.
+LEAST_ROWS = 4
+
+
+class OwnRows(NamedTuple):
+    """Positions of this rank's rows among those of all ranks, in rank order.
+
+    Attributes:
+        start: position of the first.
+        stop: position behind the last.
+        num_rows: of all ranks.
+    """
+
+    start: int
+    stop: int
+    num_rows: int
+
+
+def check_pairs(
+    first_features: Tensor, second_features: Tensor, *, group: ProcessGroup | None = None
+) -> OwnRows:
+    """Raise for sides that cannot be compared; return the positions of this rank's rows.
+
+    Distributed contract: a few small gathers; every rank raises the same error or none does.
+
+    Args:
+        first_features: (B, D), to be finite.
+        second_features: (B, E), to be finite; row i belongs to row i of the first side.
+        group: process group.
+
+    Raises:
+        UserError: if features are not finite (names row and rank), the sides differ in length, or
+            no rank has any row.
+
+    Example:
+        >>> check_pairs(torch.ones(3, 2), torch.ones(3, 5))
+        OwnRows(start=0, stop=3, num_rows=3)
+    """
+    # Apart, since the sides may differ in width.
+    for name, side in (("first_features", first_features), ("second_features", second_features)):
+        check_features([(name, side)], unit_norm=False, group=group)
+    device = first_features.device
+    lengths = len(first_features), len(second_features)
+    problem = None
+    if lengths[0] != lengths[1]:
+        problem = (
+            f"first_features has {lengths[0]} rows and second_features {lengths[1]}; row i of both "
+            "must belong to the same thing"
+        )
+    raise_together(problem, device=device, group=group)
+    counts = gather_rows(torch.tensor([lengths[0]], device=device), group)
+    if not counts.any():
+        problem = f"there are no rows to compare; give at least {LEAST_ROWS}"
+    raise_together(problem, device=device, group=group)
+    resolved = resolve_group(group)
+    rank = 0 if resolved is None else resolved.rank()
+    start = int(counts[:rank].sum())
+    return OwnRows(start, start + lengths[0], int(counts.sum()))
 
 
 @torch.no_grad()
 def mean_direction(features: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
     """Mean of the L2-normalised rows of all ranks, which is not normalised itself.
+
+    Embeddings of one model lie in a cone; its axis says which model it was and nothing about the
+    things embedded.
 
     Distributed contract: every rank passes its own rows, any number of them; every rank gets the
     same mean. One all-reduce of D + 1 numbers.
@@ -47,8 +102,8 @@ def mean_direction(features: Tensor, *, group: ProcessGroup | None = None) -> Te
     """
     check_features([("features", features)], unit_norm=False, group=group)
     total = features.new_zeros(features.shape[1] + 1, dtype=torch.float64)
-    for rows in features.split(_CHUNK_ROWS):
-        total[:-1] += F.normalize(rows.double(), dim=1).sum(dim=0)
+    for rows in row_slices(len(features)):
+        total[:-1] += F.normalize(features[rows].double(), dim=1).sum(dim=0)
     total[-1] = len(features)
     total = sum_over_ranks(total, group)
     return total[:-1] / total[-1]
@@ -140,10 +195,10 @@ def collect_moments(
         for rows, columns in ((widths[0], widths[0]), (widths[1], widths[1]), widths)
     ]
     norms = torch.zeros(3, dtype=torch.float64, device=device)
-    for parts in zip(*(side.split(_CHUNK_ROWS) for side in sides), strict=True):
+    for rows in row_slices(len(first_features)):
         x, y = (
-            part.double() - mean
-            for part, mean in zip(parts, (first_mean, second_mean), strict=True)
+            side[rows].double() - mean
+            for side, mean in zip(sides, (first_mean, second_mean), strict=True)
         )
         for block, left, right in zip(blocks, (x, y, x), (x, y, y), strict=True):
             block.addmm_(left.T, right)
@@ -170,6 +225,6 @@ def collect_moments(
 
 def _sum_rows(features: Tensor) -> Tensor:
     total = features.new_zeros(features.shape[1], dtype=torch.float64)
-    for rows in features.split(_CHUNK_ROWS):
-        total += rows.double().sum(dim=0)
+    for rows in row_slices(len(features)):
+        total += features[rows].double().sum(dim=0)
     return total

@@ -1,8 +1,8 @@
-"""Does a thing have the same neighbours in two sets of embeddings?
+"""Nearest neighbours that two sets of embeddings of the same things share.
 
 Neighbours are the k rows with the largest inner product, the row itself left out; of equal ones the
-lowest row. The neighbours of a side are N * k edges from a row to a row. Every measure here is a
-question about two sets of edges, CKNNA too, so no N x N matrix is made.
+lowest row. The neighbours of a side are N * k edges from a row to a row. Every measure here
+compares two sets of edges, CKNNA too, so no N x N matrix is made.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.alignment.pairs import check_pairs
+from dist_siglip.metrics.alignment.moments import LEAST_ROWS, check_pairs
 from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
@@ -56,7 +56,7 @@ def find_neighborhoods(
     """Find the k nearest neighbours of every row on both sides.
 
     Distributed contract: every rank passes its own rows, any number of them (0 too); every rank
-    gets the neighbours of all rows. Two trips without gradient, and gathers of N * k numbers.
+    gets the neighbours of all rows. Two exchanges without gradient, and gathers of N * k numbers.
 
     Args:
         first_features: (B, D), finite; L2-normalised if cosines are meant.
@@ -76,7 +76,7 @@ def find_neighborhoods(
     """
     own = check_pairs(first_features, second_features, group=group)
     if own.num_rows < 2:
-        raise UserError("one row has no neighbours; give at least 4 rows to compare")
+        raise UserError(f"one row has no neighbours; give at least {LEAST_ROWS} rows to compare")
     if not 1 <= k < own.num_rows:
         raise UserError(
             f"k ({k}) must be from 1 to {own.num_rows - 1}, one less than the rows to compare"
@@ -142,7 +142,7 @@ def cycle_knn(neighborhoods: Neighborhoods) -> float:
     """
     num_rows, k = neighborhoods.second.positions.shape
     first, second = _edges(neighborhoods.first), _edges(neighborhoods.second)
-    back = _is_among(second.codes, _turned(first.codes, num_rows).sort().values)
+    back = _is_among(second.codes, _reversed(first.codes, num_rows).sort().values)
     return float(back.view(num_rows, k).any(dim=1).double().mean())
 
 
@@ -173,10 +173,10 @@ def cknna(neighborhoods: Neighborhoods) -> float:
         1e-6 to the root.
     """
     num_rows, k = neighborhoods.first.positions.shape
-    if k < 2 or num_rows < 4:
+    if k < 2 or num_rows < LEAST_ROWS:
         raise UserError(
-            f"CKNNA of {num_rows} rows with k ({k}) is not defined; give at least 4 rows and 2 "
-            "neighbours"
+            f"CKNNA of {num_rows} rows with k ({k}) is not defined; give at least {LEAST_ROWS} "
+            "rows and 2 neighbours"
         )
     sides = _edges(neighborhoods.first), _edges(neighborhoods.second)
     cross, first, second = (
@@ -196,8 +196,8 @@ def _edges(side: Neighbors) -> _Edges:
     return _Edges((rows * num_rows + columns).flatten(), weights.flatten())
 
 
-def _turned(codes: Tensor, num_rows: int) -> Tensor:
-    """Edges the other way round, in the order of ``codes``."""
+def _reversed(codes: Tensor, num_rows: int) -> Tensor:
+    """Reverse edges, in the order of ``codes``."""
     return codes % num_rows * num_rows + codes // num_rows
 
 
@@ -207,7 +207,7 @@ def _is_among(codes: Tensor, ascending: Tensor) -> Tensor:
 
 
 def _place_in(codes: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each code is in a sorted list, and whether it is there at all."""
+    """Position of each code in a sorted list, and whether it occurs in it."""
     place = torch.searchsorted(ascending, codes).clamp_max(max(len(ascending) - 1, 0))
     if not len(ascending):
         return place, torch.zeros_like(codes, dtype=torch.bool)
@@ -219,7 +219,7 @@ def _masked_hsic(left: _Edges, right: _Edges, num_rows: int) -> float:
     place, shared = _place_in(left.codes, right.codes)
     codes, kernel, other = left.codes[shared], left.weights[shared], right.weights[place[shared]]
     rows, columns = codes // num_rows, codes % num_rows
-    back, both_ways = _place_in(_turned(codes, num_rows), codes)
+    back, both_ways = _place_in(_reversed(codes, num_rows), codes)
     products = float((kernel[both_ways] * other[back[both_ways]]).sum())
     column_sums = kernel.new_zeros(num_rows).index_add_(0, columns, kernel)
     row_sums = kernel.new_zeros(num_rows).index_add_(0, rows, other)

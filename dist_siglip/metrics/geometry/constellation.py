@@ -1,4 +1,4 @@
-"""Does one threshold separate all positive from all negative pairs, and by how much?
+"""Margin and threshold between the positive and the negative pairs.
 
 With s the cosine of a pair, a configuration is a (d, margin, relative bias) constellation if
 s >= relative_bias + margin for every positive and s <= relative_bias - margin for every negative
@@ -13,7 +13,7 @@ from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 
 
 class Constellation(NamedTuple):
-    """Where the two kinds of pairs end, and the threshold between them.
+    """Ends of the positive and negative cosines, and the threshold between them.
 
     Attributes:
         margin: half the gap, (positive_end - negative_end) / 2; negative if the kinds overlap.
@@ -38,7 +38,7 @@ def constellation(statistics: PairStatistics) -> Constellation:
     there is no negative pair.
 
     Args:
-        statistics: of all pairs of the gallery.
+        statistics: of all pairs.
 
     Example:
         >>> import torch
@@ -47,8 +47,8 @@ def constellation(statistics: PairStatistics) -> Constellation:
         >>> statistics = collect_pair_statistics(
         ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
         ... )
-        >>> constellation(statistics)[:2]
-        (0.5, 0.5)
+        >>> constellation(statistics)[:2], mean_constellation(statistics)[:2]
+        ((0.5, 0.5), (0.5, 0.5))
 
     Source:
         Bangachev et al. 2025, arXiv:2509.18552, equation 2 and Theorem 3.2.
@@ -63,24 +63,14 @@ def quantile_constellation(statistics: PairStatistics, fraction: float = 0.05) -
         negative_end = quantile of the negative cosines at 1 - fraction
 
     Quantiles are those of ``numpy.quantile`` (linear between the two nearest): exact while a kind
-    has at most 65,536 pairs (256 pairs of a gallery have as many non-pairs), within 1e-4 beyond.
+    has at most 65,536 pairs (256 images and texts have as many), within 1e-4 beyond.
 
     Args:
-        statistics: of all pairs of the gallery.
+        statistics: of all pairs.
         fraction: share of each kind that may lie on the wrong side, in [0, 0.5].
 
     Raises:
         UserError: if ``fraction`` is outside [0, 0.5].
-
-    Example:
-        >>> import torch
-        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
-        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
-        >>> statistics = collect_pair_statistics(
-        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
-        ... )
-        >>> [round(end, 3) for end in quantile_constellation(statistics)[:2]]
-        [0.5, 0.5]
 
     Source:
         Bangachev et al. 2025, arXiv:2509.18552, Table 5 (5 % and 95 %).
@@ -99,17 +89,7 @@ def mean_constellation(statistics: PairStatistics) -> Constellation:
     are averages (``largest_margin``) hold for it too.
 
     Args:
-        statistics: of all pairs of the gallery.
-
-    Example:
-        >>> import torch
-        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
-        >>> features, ids = torch.eye(2), torch.tensor([0, 1])
-        >>> statistics = collect_pair_statistics(
-        ...     features, features, ids, ids, logit_scale=10.0, logit_bias=-10.0
-        ... )
-        >>> mean_constellation(statistics)[:2]
-        (0.5, 0.5)
+        statistics: of all pairs.
 
     Source:
         Bangachev et al. 2025, arXiv:2509.18552, Table 6.

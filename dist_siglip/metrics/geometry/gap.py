@@ -1,6 +1,6 @@
-"""How far apart do the two modalities lie? Everything that sums over rows can tell.
+"""Modality gap: distances between images and texts that follow from sums over rows.
 
-Pairs within one modality are not visited either: for N rows x of norm one,
+Pairs within one modality are not visited: for N rows x of norm one,
 
     sum_{i != j} <x_i, x_j> = |sum_i x_i|^2 - sum_i |x_i|^2
 

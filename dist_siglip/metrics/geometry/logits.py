@@ -1,25 +1,28 @@
-"""What the loss sees: the logits of positive and negative pairs, and the validation loss."""
+"""Logits of positive and negative pairs, the validation loss, and the recall that it guarantees."""
+
+import math
+from typing import NamedTuple
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.geometry.pair_statistics import CosineSummary, PairStatistics
 
 
 def expected_sigmoid_loss(statistics: PairStatistics, global_batch_size: int) -> float:
-    """Sigmoid loss a random batch of ``global_batch_size`` of the gallery's pairs has on average.
+    """Mean sigmoid loss of random batches of ``global_batch_size`` pairs.
 
         loss = mean_i softplus(-z[i, i]) + (G - 1) * mean_{i != j} softplus(z[i, j])
 
     The training loss sums over all negatives of a batch and divides by its pairs, so losses of
     batches of different size do not compare; this one does, with the training loss at G. It
-    is the plain loss of the whole gallery when G equals its number of pairs. As in training, an
+    is the plain loss of all pairs when G equals their number. As in training, an
     equal caption of another pair is a negative here.
 
     Args:
-        statistics: of all pairs of the gallery, with scale and bias of the model.
+        statistics: of all pairs, with scale and bias of the model.
         global_batch_size: G, pairs per training step over all ranks, at least 1.
 
     Raises:
-        UserError: if G < 1, or G > 1 and the gallery has one pair.
+        UserError: if G < 1, or G > 1 and there is one pair only.
 
     Example:
         >>> import torch
@@ -41,7 +44,7 @@ def expected_sigmoid_loss(statistics: PairStatistics, global_batch_size: int) ->
     if global_batch_size == 1:
         return own
     if num_pairs == 1:
-        raise UserError("a gallery of 1 pair has no negatives; evaluate at least 2 pairs")
+        raise UserError("1 pair has no negatives; evaluate at least 2 pairs")
     other = statistics.other_softplus_sum / (num_pairs * (num_pairs - 1))
     return own + (global_batch_size - 1) * other
 
@@ -50,7 +53,7 @@ def logit_summary(statistics: PairStatistics) -> dict[str, float]:
     """Mean, standard deviation and extremes of positive and negative logits.
 
     Args:
-        statistics: of all pairs of the gallery, with scale and bias of the model.
+        statistics: of all pairs, with scale and bias of the model.
 
     Returns:
         ``positive_logit_mean``, ``_std``, ``_min``, ``_max`` and the same for ``negative_logit``;
@@ -80,3 +83,62 @@ def logit_summary(statistics: PairStatistics) -> dict[str, float]:
         summary[f"{name}_min"] = scale * cosines.minimum + bias
         summary[f"{name}_max"] = scale * cosines.maximum + bias
     return summary
+
+
+class RetrievalGuarantee(NamedTuple):
+    """Retrieval that a loss guarantees.
+
+    Attributes:
+        recall: share of items found first, in either direction, that cannot be undercut; 0 if
+            nothing is guaranteed.
+        xi: loss of a batch in units of log 2.
+        is_vacuous: whether nothing is guaranteed.
+    """
+
+    recall: float
+    xi: float
+    is_vacuous: bool
+
+
+def retrieval_guarantee(loss: float, global_batch_size: int, num_pairs: int) -> RetrievalGuarantee:
+    """Bound recall@1 from below by the mean loss of random batches.
+
+        recall@1 >= 1 - N xi / (B (B - 1))      xi = B * loss / log 2
+
+    with the loss summed over the pairs of a batch and divided by B, as everywhere in this package.
+    It holds for any B up to N; the largest bound is that of B = N.
+
+    An item whose nearest neighbour is not its match lies in a pair that costs at least log 2: its
+    own, with a logit of at most 0, or one with another item, with a logit of at least 0. So wrong
+    items times log 2 cannot exceed the loss of all pairs. Nothing else is used, so the bound is
+    weak: it is 0 as soon as the loss is log 2 per pair.
+
+    Args:
+        loss: expected loss of a batch, of ``expected_sigmoid_loss``; in it every other pair
+            counts as negative, equal captions too.
+        global_batch_size: B, pairs of the batches, from 2 to N.
+        num_pairs: N, all pairs.
+
+    Raises:
+        UserError: if B is not from 2 to N, or the loss negative.
+
+    Example:
+        >>> round(retrieval_guarantee(0.01, 1000, 2000).recall, 3)
+        0.971
+        >>> retrieval_guarantee(3.0, 1000, 2000)[::2]
+        (0.0, True)
+
+    Source:
+        Bangachev et al. 2025, arXiv:2509.18552, Proposition 1, whose loss is the sum (not divided
+        by B) and which states it for sqrt(N) < B < N.
+    """
+    if not 2 <= global_batch_size <= num_pairs:
+        raise UserError(
+            f"global_batch_size ({global_batch_size}) must be from 2 to the number of pairs "
+            f"({num_pairs}); evaluate more pairs, or bound by the loss of all pairs"
+        )
+    if not loss >= 0:
+        raise UserError(f"loss ({loss}) must be at least 0")
+    xi = global_batch_size * loss / math.log(2)
+    recall = 1 - num_pairs * xi / (global_batch_size * (global_batch_size - 1))
+    return RetrievalGuarantee(max(0.0, recall), xi, recall <= 0)

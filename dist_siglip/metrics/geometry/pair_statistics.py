@@ -1,4 +1,4 @@
-"""Everything the pair metrics need to know about the N x N similarities, from one trip.
+"""Statistics of the N x N similarities of all ranks, from one exchange.
 
 A pair (image i, text j) is **positive** if they belong together and **negative** if not, so neither
 two equal captions nor two captions of one picture make a negative. The sums behind the loss are
@@ -7,14 +7,6 @@ i != j.
 
 ``constellation``, ``logits`` and ``cross_uniformity`` turn the result into numbers without any
 communication.
-
-By how much is each row's own match ahead, when every row may have a threshold of its own?
-
-    margin of row i = (min over its positives of s_ij - max over its negatives of s_ij) / 2
-
-Retrieval asks for no more: a row finds its match exactly if its margin is above 0. Softmax losses
-are content with that, while the sigmoid loss wants one threshold for all rows (``constellation``),
-so the smallest of these is never below the global margin.
 """
 
 import math
@@ -35,13 +27,24 @@ from dist_siglip.distributed import (
 )
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features, raise_together
-from dist_siglip.metrics.retrieval.belonging import Belonging
+from dist_siglip.metrics.retrieval.positives import PositivePairs
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, row_slices, similarity, tile_slices
+
+# Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
+NUM_BINS = 20_000
+# Up to so many pairs of a kind over all ranks, their cosines are kept and quantiles are exact.
+MOST_EXACT_PAIRS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowMargins:
-    """Margins of the rows of one modality, half gaps as in ``constellation``.
+    """Margins of the rows of one modality, each with a threshold of its own.
+
+        margin of row i = (min over its positives of s_ij - max over its negatives of s_ij) / 2
+
+    A row finds its match exactly if its margin is above 0. Softmax losses ask for no more; the
+    sigmoid loss asks for one threshold for all rows (``constellation``), so the smallest of these
+    margins is never below that of all pairs.
 
     Attributes:
         count: rows of all ranks that have a positive and a negative pair.
@@ -55,7 +58,7 @@ class RowMargins:
 
 
 def no_row_ends(num_rows: int, device: torch.device) -> Tensor:
-    """Ends of rows of which nothing was seen yet: (rows, 2) float64 of -inf.
+    """Row ends before any pair is visited: (rows, 2) float64 of -inf.
 
     Column 0 is the largest negative cosine, column 1 minus the smallest positive one.
 
@@ -69,7 +72,7 @@ def no_row_ends(num_rows: int, device: torch.device) -> Tensor:
 def widen_row_ends(
     cosines: Tensor, is_positive: Tensor | None, row_ends: Tensor, column_ends: Tensor
 ) -> None:
-    """Take a rectangle of cosines into the ends of its rows and of its columns, in place.
+    """Update the ends of the rows and columns of a tile of cosines, in place.
 
     Args:
         cosines: (R, C) float64.
@@ -117,12 +120,6 @@ def summarise_rows(row_ends: Tensor, group: ProcessGroup | None = None) -> RowMa
     return RowMargins(count=int(count), minimum=minimum, mean=total / count)
 
 
-# Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
-NUM_BINS = 20_000
-# Up to so many pairs of a kind over all ranks, their cosines are kept and quantiles are exact.
-MOST_EXACT_PAIRS = 65_536
-
-
 @dataclass(frozen=True, kw_only=True)
 class CosineSummary:
     """The cosines of one kind of pairs, as sums, extremes and a histogram.
@@ -160,8 +157,10 @@ class CosineSummary:
     def quantile(self, fraction: float) -> float:
         """Cosine at ``fraction`` of the pairs, as ``numpy.quantile`` has it by default ("linear").
 
-            h = fraction * (count - 1)        quantile = c[floor h] + (h - floor h) * (c[ceil h] -
-                c[floor h])        with c the cosines in ascending order
+            h = fraction * (count - 1)
+            quantile = c[floor h] + (h - floor h) * (c[ceil h] - c[floor h])
+
+        with c the cosines in ascending order.
 
         Exact for up to ``MOST_EXACT_PAIRS`` pairs, within a bin (1e-4) for more.
 
@@ -193,7 +192,7 @@ class CosineSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class PairStatistics:
-    """What is known about all pairs of a gallery; equal on every rank.
+    """Statistics of the pairs of all ranks; equal on every rank.
 
     Attributes:
         num_pairs: N, the rows of all ranks.
@@ -291,15 +290,15 @@ def collect_pair_statistics(
     *,
     logit_scale: float,
     logit_bias: float,
-    belonging: Belonging | None = None,
+    positives: PositivePairs | None = None,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> PairStatistics:
-    """Visit every pair of the gallery of all ranks once and keep sums.
+    """Visit every pair of all ranks once and keep sums.
 
-    Distributed contract: every rank passes its own pairs (0 too); one trip of the text shards
-    without gradient, on which two numbers for each text come home, then eight all-reduces, and a
+    Distributed contract: every rank passes its own pairs (0 too); one exchange of the text shards
+    without gradient, which brings two numbers for each text back, then eight all-reduces, and a
     gather of the cosines of a kind of few pairs. Every rank gets the same statistics.
 
     Args:
@@ -309,7 +308,7 @@ def collect_pair_statistics(
         text_ids: (B,) int64; belongs to ``image_ids`` row by row, since row i is a pair.
         logit_scale: multiplier > 0.
         logit_bias: added to every logit.
-        belonging: which ids belong together; None: those that are equal.
+        positives: which ids belong together; None: those that are equal.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the texts reach the other ranks.
         group: process group.
@@ -344,7 +343,7 @@ def collect_pair_statistics(
             f"({logit_bias}) finite"
         )
     raise_together(problem, device=image_features.device, group=group)
-    trip = prepare_exchange(
+    prepared = prepare_exchange(
         [text_features, text_ids],
         accumulators=[AccumulatorSpec((2,), torch.float64)],
         combine="max",
@@ -353,9 +352,9 @@ def collect_pair_statistics(
         purpose="pair statistics",
         shared={"logit_scale": logit_scale, "logit_bias": logit_bias},
     )
-    if trip.total_rows == 0:
+    if prepared.total_rows == 0:
         raise UserError("no rank has any pair to evaluate; check the validation data")
-    belonging = Belonging() if belonging is None else belonging
+    positives = PositivePairs() if positives is None else positives
     sums = _Sums(len(image_ids), image_features.device)
     image_squares = _squared_norms(image_features)
 
@@ -365,7 +364,7 @@ def collect_pair_statistics(
         contributions[0].fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
             cosines = similarity(image_features[rows], features[columns])
-            same = belonging.mask(image_ids[rows], ids[columns])
+            same = positives.mask(image_ids[rows], ids[columns])
             is_positive = same if bool(same.any()) else None
             sums.add_cosines(cosines, is_positive)
             widen_row_ends(cosines, is_positive, sums.row_ends[rows], contributions[0][columns])
@@ -375,14 +374,14 @@ def collect_pair_statistics(
             # -2 |x - y|^2 = 4 <x, y> - 2 |x|^2 - 2 |y|^2
             kernel = cosines.mul_(4).sub_(2 * image_squares[rows, None])
             kernel.sub_(2 * text_squares[None, columns]).clamp_(max=0).exp_()
-            if owner == trip.rank and rows == columns:
+            if owner == prepared.rank and rows == columns:
                 sums.softplus[0] += -F.logsigmoid(logits.diagonal()).sum()
                 losses.fill_diagonal_(0)
                 kernel.fill_diagonal_(0)
             sums.softplus[1] += losses.sum()
             sums.softplus[2] += kernel.sum()
 
-    (text_ends,) = trip.run(visit)
+    (text_ends,) = prepared.run(visit)
     moments = sum_over_ranks(sums.moments, group).cpu()
     own, other, kernel_sum = sum_over_ranks(sums.softplus, group).tolist()
     histogram = sum_over_ranks(sums.histogram, group).cpu()
@@ -394,7 +393,7 @@ def collect_pair_statistics(
         return _summarise(moments[kind], extremes[kind], bins, few)
 
     return PairStatistics(
-        num_pairs=trip.total_rows,
+        num_pairs=prepared.total_rows,
         positive=summarise(1),
         negative=summarise(0),
         image_rows=summarise_rows(sums.row_ends, group),

@@ -1,4 +1,4 @@
-"""Does a threshold tell answers from other documents: one for all queries, or one for each?
+"""Margins between answers and other documents, by one threshold for all queries or one for each.
 
 A sigmoid loss that reaches zero leaves one threshold for all; a softmax compares documents within
 a query only, so its queries may need different ones. Retrieval needs no more than the latter.
@@ -52,7 +52,7 @@ def relevance_margins(
     with s the inner product. Queries without answers count for the best other document only.
 
     Distributed contract: every rank passes its own queries and documents (0 of either too); two
-    trips of the documents without gradient and a few small gathers. Every rank gets the same.
+    exchanges of the documents without gradient and a few small gathers. Every rank gets the same.
 
     Args:
         query_features: (B, D), L2-normalised.
@@ -88,10 +88,10 @@ def relevance_margins(
         group=group,
     )
     require_tensor("relevance", relevance)
-    trip = prepare_exchange(
+    prepared = prepare_exchange(
         [document_features], exchange=exchange, group=group, purpose="relevance margins"
     )
-    shape = (len(query_features), trip.total_rows)
+    shape = (len(query_features), prepared.total_rows)
     problem = None
     if relevance.shape != shape or relevance.dtype != torch.bool:
         problem = (
@@ -99,7 +99,7 @@ def relevance_margins(
             "for each query of this rank, a column for each document of all ranks"
         )
     raise_together(problem, device=query_features.device, group=group)
-    starts = [0, *accumulate(trip.row_counts)]
+    starts = [0, *accumulate(prepared.row_counts)]
     worst_answer = query_features.new_full(shape[:1], torch.inf, dtype=torch.float64)
     best_other = -worst_answer
 
@@ -113,7 +113,7 @@ def relevance_margins(
             worst_answer[rows] = torch.minimum(worst_answer[rows], worst_here)
             best_other[rows] = torch.maximum(best_other[rows], best_here)
 
-    trip.run(visit)
+    prepared.run(visit)
     row_margins = (worst_answer - best_other) / 2
     nothing = worst_answer.new_full((1,), -torch.inf)
     extremes = torch.stack(

@@ -1,11 +1,7 @@
-"""How is the variance of a modality's embeddings spread over principal components?
+"""Spectrum of a modality's embeddings: effective rank and principal components.
 
-The second moments of a modality's embeddings, from which all spectra follow.
-
-One (D, D) sum over rows says how the embeddings spread in every direction, whatever their number;
-it is made in parts, so that the features may lie in a file.
-
-In how many directions do the embeddings of a modality spread?
+Both follow from one (D, D) sum over rows, whatever their number; it is made in parts, so that the
+features may lie in a file.
 """
 
 import math
@@ -19,6 +15,9 @@ from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.tiles import row_slices
+
+# Eigenvalues of sums of products are known up to this share of the largest.
+_ROUNDING = 1e-14
 
 
 class Moments(NamedTuple):
@@ -65,10 +64,6 @@ def collect_moments(features: Tensor, *, group: ProcessGroup | None = None) -> M
     return Moments(int(sums[width, width]), sums[width, :width], sums[:width, :width])
 
 
-# Eigenvalues of sums of products are known up to this share of the largest.
-_ROUNDING = 1e-14
-
-
 @torch.no_grad()
 def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> float:
     """Exponential of the entropy of the normalised singular values of all ranks' features.
@@ -100,7 +95,7 @@ def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> fl
 
 
 def rank_of_moments(moments: Moments) -> float:
-    """Effective rank of the rows whose moments these are; see ``effective_rank``.
+    """Effective rank of rows, from their moments; see ``effective_rank``.
 
     Args:
         moments: of all rows.
@@ -130,7 +125,6 @@ def explained_variance_ratios(moments: Moments) -> Tensor:
         (D,) float64, adding up to 1; NaN without any variance.
 
     Example:
-        >>> from dist_siglip.metrics.geometry.spectrum import collect_moments
         >>> rows = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         >>> explained_variance_ratios(collect_moments(rows)).tolist()
         [0.8, 0.2]

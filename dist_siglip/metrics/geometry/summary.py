@@ -1,7 +1,7 @@
-"""What shape do the embeddings of a validation set have? Every number of it, by name.
+"""All metrics of the geometry of a validation set, by name.
 
-``evaluate_pairs`` takes its geometry from here: thresholds from the sums over pairs, clouds from
-the rows themselves. Each number is defined where it is computed.
+``evaluate_pairs`` takes its geometry from here: thresholds from the sums over pairs, modalities
+from the rows themselves. Each number is defined where it is computed.
 """
 
 import math
@@ -17,9 +17,13 @@ from dist_siglip.metrics.geometry.constellation import (
     quantile_constellation,
 )
 from dist_siglip.metrics.geometry.gap import modality_gap
-from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss
+from dist_siglip.metrics.geometry.logits import expected_sigmoid_loss, retrieval_guarantee
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
-from dist_siglip.metrics.geometry.separability import linear_separability, separating_direction
+from dist_siglip.metrics.geometry.separability import (
+    SEPARABILITY_PAIRS,
+    linear_separability,
+    separating_direction,
+)
 from dist_siglip.metrics.geometry.spectrum import (
     collect_moments,
     components_for,
@@ -28,18 +32,17 @@ from dist_siglip.metrics.geometry.spectrum import (
 )
 from dist_siglip.metrics.geometry.uniformity import cross_uniformity, uniformity
 from dist_siglip.metrics.retrieval.hubness import hubness
-from dist_siglip.metrics.theory.guarantees import retrieval_guarantee
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
-# Length of the lists in which hubs are looked for, as in most of the literature.
+# The k of the k-occurrences, as in most of the literature.
 HUBNESS_K = 10
 
 
 def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
-    """Name what one threshold, or one per row, does with positive and negative pairs.
+    """Metrics of one threshold, or one per row, between positive and negative pairs.
 
     Args:
-        statistics: of all pairs of the gallery.
+        statistics: of all pairs.
 
     Returns:
         ``margin``, ``relative_bias`` and the same ending in ``_5_95`` and ``_of_means``;
@@ -71,28 +74,28 @@ def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
     metrics["cross_uniformity"] = cross_uniformity(statistics)
     metrics["guaranteed_recall@1"] = math.nan
     if statistics.num_pairs > 1:
-        # Of all batch sizes, that of the whole gallery gives the largest bound.
+        # Of all batch sizes, that of all pairs gives the largest bound.
         loss = expected_sigmoid_loss(statistics, statistics.num_pairs)
         bound = retrieval_guarantee(loss, statistics.num_pairs, statistics.num_pairs)
         metrics["guaranteed_recall@1"] = bound.recall
     return metrics
 
 
-def cloud_metrics(
+def modality_metrics(
     image_features: Tensor,
     text_features: Tensor,
     sample_ids: Tensor,
     *,
-    separability_pairs: int = 5000,
+    separability_pairs: int = SEPARABILITY_PAIRS,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Name how the two clouds lie to each other, and how each of them spreads.
+    """Metrics of the two modalities: how they lie to each other, and how each of them spreads.
 
     Distributed contract: every rank passes its own pairs, each sample once over all ranks; four
-    trips without gradient, small gathers and two all-reduces of (D + 1)^2 numbers. Every rank gets
-    the same result.
+    exchanges without gradient, small gathers and two all-reduces of (D + 1)^2 numbers. Every rank
+    gets the same result.
 
     Args:
         image_features: (B, D), L2-normalised.
@@ -114,7 +117,7 @@ def cloud_metrics(
 
     Example:
         >>> import torch
-        >>> metrics, arrays = cloud_metrics(torch.eye(3), -torch.eye(3), torch.arange(3))
+        >>> metrics, arrays = modality_metrics(torch.eye(3), -torch.eye(3), torch.arange(3))
         >>> metrics["alignment"], metrics["texts_on_their_side"], sorted(arrays)[-1]
         (4.0, 1.0, 'text_explained_variance')
     """
@@ -144,7 +147,7 @@ def cloud_metrics(
         for name, value in (
             ("hubness", found.skewness),
             ("top_hub_share", found.top_share),
-            ("orphans", found.orphans),
+            ("orphans", found.antihubs),
         ):
             metrics[f"{query}_to_{key}_{name}"] = value
     metrics["linear_separability"] = linear_separability(

@@ -1,4 +1,4 @@
-"""How evenly do features cover the sphere, within a modality and across?"""
+"""Uniformity of features on the sphere, within a modality and across."""
 
 import math
 
@@ -26,7 +26,7 @@ def uniformity(
 
     0 if all features are one point; -4 is reached in high dimension by rows that are orthogonal.
 
-    Distributed contract: every rank passes its own rows (0 too); one trip of the shards without
+    Distributed contract: every rank passes its own rows (0 too); one exchange of the shards without
     gradient and one all-reduce. Every rank gets the same result.
 
     Args:
@@ -50,26 +50,26 @@ def uniformity(
         ssnl/align_uniform.
     """
     check_features([("features", features)], unit_norm=True, group=group)
-    trip = prepare_exchange([features], exchange=exchange, group=group, purpose="uniformity")
+    prepared = prepare_exchange([features], exchange=exchange, group=group, purpose="uniformity")
     total = torch.zeros((), dtype=torch.float64, device=features.device)
 
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         (others,) = shard
         for rows, columns in tile_slices(len(features), len(others), chunk_rows):
-            if owner == trip.rank and columns.start < rows.start:
+            if owner == prepared.rank and columns.start < rows.start:
                 continue  # the mirror image of a rectangle that counts twice
             cosines = similarity(features[rows], others[columns])
             row_squares = features[rows].double().square().sum(dim=1)
             column_squares = others[columns].double().square().sum(dim=1)
             squared = row_squares[:, None] + column_squares[None, :] - 2 * cosines
             kernel = (-2 * squared.clamp_min_(0)).exp_()
-            if owner == trip.rank and rows == columns:
+            if owner == prepared.rank and rows == columns:
                 kernel.fill_diagonal_(0)
-            twice = owner == trip.rank and columns.start > rows.start
+            twice = owner == prepared.rank and columns.start > rows.start
             total.add_(kernel.sum(), alpha=2 if twice else 1)
 
-    trip.run(visit)
-    num_rows = trip.total_rows
+    prepared.run(visit)
+    num_rows = prepared.total_rows
     if num_rows < 2:
         return math.nan
     return math.log(float(sum_over_ranks(total, group)) / (num_rows * (num_rows - 1)))
@@ -84,7 +84,7 @@ def cross_uniformity(statistics: PairStatistics) -> float:
     any overlap of the modalities. Equal captions of other pairs count, as in training.
 
     Args:
-        statistics: of all pairs of the gallery.
+        statistics: of all pairs.
 
     Returns:
         Mean over ordered pairs i != j, in [-8, 0]; NaN for one pair.

@@ -1,1 +1,1 @@
-"""Retrieval on one gallery over all ranks."""
+"""Retrieval among the items of all ranks."""

@@ -1,8 +1,8 @@
-"""Are a few items found by everyone, and others by nobody?
+"""Hubness: how unevenly items are found as nearest neighbours.
 
 The k-occurrence of a key is the number of queries that have it among their k nearest keys; on
 average it is k * queries / keys. In high dimension its distribution is skewed: hubs crowd out what
-queries look for, and orphans cannot be found at all.
+queries look for, and antihubs are in no list at all.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ _HUB_FRACTION = 0.01
 
 
 class Hubness(NamedTuple):
-    """How unevenly keys are found.
+    """Hubness of the keys.
 
     Attributes:
         skewness: third standardised moment of the k-occurrences, over the keys; 0 if every key is
             found equally often.
         top_share: share of all places in the lists that is taken by the most found 1 % of the
             keys (at least one key); 0.01 if every key is found equally often.
-        orphans: share of keys in no list, in [0, 1).
+        antihubs: share of keys in no list, in [0, 1).
     """
 
     skewness: float
     top_share: float
-    orphans: float
+    antihubs: float
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def hubness(
     Example:
         >>> keys = torch.eye(4)
         >>> hubness(keys, keys, 1)
-        Hubness(skewness=0.0, top_share=0.25, orphans=0.0)
-        >>> hubness(keys[[0, 0, 0, 1]], keys, 1).orphans
+        Hubness(skewness=0.0, top_share=0.25, antihubs=0.0)
+        >>> hubness(keys[[0, 0, 0, 1]], keys, 1).antihubs
         0.5
 
     Source:
@@ -113,5 +113,5 @@ def hubness_of_counts(counts: Tensor) -> Hubness:
     return Hubness(
         skewness=float(deviations.pow(3).mean()) / spread**1.5 if spread else 0.0,
         top_share=float(counts.topk(num_hubs).values.sum()) / total,
-        orphans=float((counts == 0).double().mean()),
+        antihubs=float((counts == 0).double().mean()),
     )

@@ -1,4 +1,4 @@
-"""Which keys of all ranks lie nearest to each query, exactly?
+"""Exact nearest neighbours among the keys of all ranks.
 
 A key's **position** is its row number when the rows of all ranks stand in rank order, rank 0's
 first; with the same rows in the same order it does not depend on the number of ranks. Shards of
@@ -54,7 +54,7 @@ def nearest_neighbors(
     image's number to leave out all captions of an image.
 
     Distributed contract: every rank passes its own queries and keys, any number of them (0 too),
-    and gets the neighbours of its own queries. One trip of the key shards without gradient, and
+    and gets the neighbours of its own queries. One exchange of the key shards without gradient, and
     a few small gathers.
 
     Args:
@@ -93,11 +93,11 @@ def nearest_neighbors(
         unit_norm=False,
         group=group,
     )
-    travelling = [keys] if key_ids is None else [keys, key_ids]
-    trip = prepare_exchange(
-        travelling, exchange=exchange, group=group, purpose=f"{k} nearest neighbours"
+    shards = [keys] if key_ids is None else [keys, key_ids]
+    prepared = prepare_exchange(
+        shards, exchange=exchange, group=group, purpose=f"{k} nearest neighbours"
     )
-    first_positions = [0, *accumulate(trip.row_counts)]
+    first_positions = [0, *accumulate(prepared.row_counts)]
     best = Neighbors(
         queries.new_full((len(queries), k), -torch.inf, dtype=torch.float64),
         queries.new_full((len(queries), k), -1, dtype=torch.int64),
@@ -117,7 +117,7 @@ def nearest_neighbors(
             merged = _merge(mine, Neighbors(found.similarities, positions), k)
             best.similarities[rows], best.positions[rows] = merged
 
-    trip.run(visit)
+    prepared.run(visit)
     best.positions[best.similarities == -torch.inf] = -1
     return best
 

@@ -1,6 +1,6 @@
-"""At which rank does retrieval find what belongs to a query, on one gallery over all ranks?
+"""Rank of the best relevant item of each query, among the items of all ranks (the gallery).
 
-An item is relevant to a query if their ids are equal, or as ``belonging`` says; a query may have
+An item is relevant to a query if their ids are equal, or as ``positives`` says; a query may have
 any number of relevant items (five captions of an image, or the same caption under several
 images). With s the similarity and s* that of the best relevant item,
 
@@ -8,11 +8,11 @@ images). With s the similarity and s* that of the best relevant item,
 
 **Ties count against the query**: equal embeddings give the last rank, never recall 1. Relevant
 items never count against each other. "Equal" allows for rounding: s >= s* - 1e-9 * (1 + |s*|),
-with similarities in float64. A query without any relevant item gets rank gallery size + 1.
+with similarities in float64. A query without any relevant item has rank gallery size + 1.
 
-Both directions come from one trip: a shard of texts travels with its ids and the similarity of
+Both directions come from one exchange: a shard of texts travels with its ids and the similarity of
 its best relevant images; its counts travel home beside it. Where relevant pairs lie on different
-ranks, one trip before that finds the best ones.
+ranks, one exchange before that finds the best ones.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, World, circulate, gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.checks import check_features
-from dist_siglip.metrics.retrieval.belonging import Belonging
+from dist_siglip.metrics.retrieval.positives import PositivePairs
 from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
 
 TIE_TOLERANCE = 1e-9
@@ -77,7 +77,7 @@ def retrieval_ranks_both_ways(
     image_ids: Tensor,
     text_ids: Tensor,
     *,
-    belonging: Belonging | None = None,
+    positives: PositivePairs | None = None,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -85,11 +85,11 @@ def retrieval_ranks_both_ways(
     """Ranks of this rank's images among all texts, and of its texts among all images.
 
     The definition and the tie rule are in the module docstring. Image ``i`` and text ``j`` belong
-    together if ``image_ids[i] == text_ids[j]``, or as ``belonging`` says; the two sides may differ
+    together if ``image_ids[i] == text_ids[j]``, or as ``positives`` says; the two sides may differ
     in number.
 
     Distributed contract: every rank passes its own rows, any number of them (0 too), and gets
-    the ranks of its own rows on the gallery of all ranks. One or two trips of the text shards
+    the ranks of its own rows on the gallery of all ranks. One or two exchanges of the text shards
     without gradient, and a few small gathers. Live memory: one (chunk_rows, chunk_rows) float64
     rectangle and the shards of the exchange. The result does not depend on how rows are
     distributed.
@@ -99,7 +99,7 @@ def retrieval_ranks_both_ways(
         text_features: (C, D).
         image_ids: (B,) int64.
         text_ids: (C,) int64.
-        belonging: which ids belong together; None: those that are equal.
+        positives: which ids belong together; None: those that are equal.
         chunk_rows: longest side of a live rectangle of similarities.
         exchange: how the texts reach the other ranks.
         group: process group.
@@ -123,13 +123,13 @@ def retrieval_ranks_both_ways(
         unit_norm=False,
         group=group,
     )
-    belonging = Belonging() if belonging is None else belonging
+    positives = PositivePairs() if positives is None else positives
     image_best, text_best = _best_relevant(
         image_features,
         text_features,
         image_ids,
         text_ids,
-        belonging,
+        positives,
         chunk_rows=chunk_rows,
         exchange=exchange,
         group=group,
@@ -144,7 +144,7 @@ def retrieval_ranks_both_ways(
         text_count.zero_()
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
             scores = similarity(image_features[rows], features[columns])
-            other = ~belonging.mask(image_ids[rows], ids[columns])
+            other = ~positives.mask(image_ids[rows], ids[columns])
             image_count[rows] += (other & (scores >= image_threshold[rows, None])).sum(dim=1)
             text_count[columns] += (other & (scores >= threshold[None, columns])).sum(dim=0)
 
@@ -225,7 +225,7 @@ def _best_relevant(
     text_features: Tensor,
     image_ids: Tensor,
     text_ids: Tensor,
-    belonging: Belonging,
+    positives: PositivePairs,
     *,
     chunk_rows: int,
     exchange: ExchangeName,
@@ -239,7 +239,7 @@ def _best_relevant(
         (text_best,) = contributions
         text_best.fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            other = ~belonging.mask(image_ids[rows], ids[columns])
+            other = ~positives.mask(image_ids[rows], ids[columns])
             if bool(other.all()):
                 continue
             scores = similarity(image_features[rows], features[columns])
@@ -247,7 +247,7 @@ def _best_relevant(
             image_best[rows] = torch.maximum(image_best[rows], scores.amax(dim=1))
             text_best[columns] = torch.maximum(text_best[columns], scores.amax(dim=0))
 
-    if belonging.pairs is None and _relevant_pairs_are_local(image_ids, text_ids, group):
+    if positives.pairs is None and _relevant_pairs_are_local(image_ids, text_ids, group):
         text_best = image_best.new_empty(text_ids.shape)
         visit(0, (text_features, text_ids), (text_best,))
         return image_best, text_best

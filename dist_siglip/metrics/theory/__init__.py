@@ -1,1 +1,1 @@
-"""What theory says of an embedding space: bounds, constructions, guarantees."""
+"""Theory of embedding spaces: bounds and constructions."""

@@ -1,6 +1,6 @@
 """Configurations of unit vectors whose margin and relative bias are known exactly.
 
-They show that a margin can be reached, and give metrics and losses something to be tested on. A
+They show that a margin can be reached, and are known cases to test metrics and losses with. A
 **code** is a set of unit vectors with inner products of at most alpha; used for images and texts
 alike it is a constellation with m = (1 - alpha) / 2 and b = (1 + alpha) / 2.
 """

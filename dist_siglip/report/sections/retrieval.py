@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.report.canvas import (
     STYLES,
     Curve,
@@ -96,7 +96,7 @@ def judge_share(run: RunRecord) -> Verdict | None:
         return None
     return Verdict(
         "watch",
-        f"The newest evaluation saw {describe_gallery(run.metrics)}.",
+        f"The newest evaluation saw {describe_num_pairs(run.metrics)}.",
         "limit_val_batches or overfit_batches of the Trainer leaves the others out, or they cannot "
         "be read. Recall is higher in a smaller gallery.",
     )
@@ -146,7 +146,7 @@ def gallery_note(metrics: dict[str, float]) -> str:
     pictures = metrics.get("distinct_pictures")
     also = "" if pictures is None else f" and {pictures:.0f} distinct pictures"
     return (
-        f"Gallery of {describe_gallery(metrics)} with {found[1]:.0f} distinct captions{also}; "
+        f"Gallery of {describe_num_pairs(metrics)} with {found[1]:.0f} distinct captions{also}; "
         f"chance of recall@1 is about {1 / found[1]:.2g}. {note}"
     )
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dist_siglip.data import PairDataset
 from dist_siglip.metrics import Evaluation
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
@@ -45,7 +45,7 @@ class StartEvaluation(Callback):
             each.log_metrics(values, step=0)
         shown = ("image_to_text_recall@1", "text_to_image_recall@1", "loss", "modality_gap")
         parts = [f"{name} {values[f'val/{name}']:.4g}" for name in shown]
-        pairs = describe_gallery(evaluation.metrics)
+        pairs = describe_num_pairs(evaluation.metrics)
         logger.info("before the first step, on %s: %s", pairs, ", ".join(parts))
 
 

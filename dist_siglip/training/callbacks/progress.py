@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_siglip.metrics.evaluation import describe_gallery
+from dist_siglip.metrics.evaluation import describe_num_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class ProgressReport(Callback):
             logger.info(
                 "evaluation at step %d: %s, loss %.4f, image to text recall@1 %.3f",
                 getattr(pl_module, "last_evaluated_step", trainer.global_step),
-                describe_gallery(trainer.callback_metrics, "val/"),
+                describe_num_pairs(trainer.callback_metrics, "val/"),
                 float(loss),
                 float(recall),
             )

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from dist_siglip.distributed import World, fetch_rows, gather_rows
-from dist_siglip.metrics.retrieval.belonging import DistinctItems
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
+from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.retrieval.reranking import reranked_ranks
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
@@ -160,15 +160,15 @@ def evaluate_reranking(
     images, texts = _take(_take(images, keep), items.images), _take(_take(texts, keep), items.texts)
     ids = (items.image_ids[items.images], items.text_ids[items.texts])
     before = retrieval_ranks_both_ways(
-        images.features, texts.features, *ids, belonging=items.belonging, group=group
+        images.features, texts.features, *ids, positives=items.positives, group=group
     )
     found: dict[str, float] = {}
     after: list[Tensor] = []
     sides = (
-        (images, texts, *ids, items.belonging),
-        (texts, images, *ids[::-1], items.belonging.turned()),
+        (images, texts, *ids, items.positives),
+        (texts, images, *ids[::-1], items.positives.swapped()),
     )
-    for (queries, gallery, query_ids, gallery_ids, belonging), ranks in zip(
+    for (queries, gallery, query_ids, gallery_ids, positives), ranks in zip(
         sides, before, strict=True
     ):
 
@@ -193,7 +193,7 @@ def evaluate_reranking(
             ranks,
             judge,
             k=candidates,
-            belonging=belonging,
+            positives=positives,
             queries_per_call=max(1, pairs_per_pass // candidates),
             group=group,
         )

@@ -1,9 +1,9 @@
-"""Which pictures and captions of all ranks are different ones, and which of them belong together?
+"""Distinct pictures and captions of all ranks, and which of them are positive pairs.
 
 Rows are pairs, and what a row shows may occur again: a picture with five captions has five rows, a
-caption may stand under several pictures. A gallery holds every different picture and every
-different caption once, that of the lowest sample id; a picture and a caption belong together if
-any row has both. Every row asks; rows of one picture get one answer.
+caption may stand under several pictures. Retrieval ranks every distinct picture and caption once,
+that of the lowest sample id. A picture and a caption are a positive pair if any row has both.
+Every row is a query; rows of one picture have one rank.
 """
 
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import gather_rows
 
 
-class Belonging(NamedTuple):
-    """Which images and texts belong together, by their ids.
+class PositivePairs(NamedTuple):
+    """Positive pairs of images and texts, by their ids.
 
     Attributes:
-        pairs: (E, 2) int64, the image id and text id of everything that does, on every rank the
-            same, without repeats and in rising order; None: where the ids are equal.
+        pairs: (E, 2) int64, image id and text id of each, the same on every rank, without repeats
+            and in rising order; None: where the ids are equal.
     """
 
     pairs: Tensor | None = None
 
     def mask(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
-        """Return (R, C) bool for R images and C texts.
+        """Mark the positive pairs of R images and C texts, (R, C) bool.
 
         Example:
             >>> pairs = torch.tensor([[1, 7], [1, 8], [2, 8]])
-            >>> Belonging(pairs).mask(torch.tensor([1, 2]), torch.tensor([8, 7]))
+            >>> PositivePairs(pairs).mask(torch.tensor([1, 2]), torch.tensor([8, 7]))
             tensor([[ True,  True],
                     [ True, False]])
         """
@@ -45,8 +45,8 @@ class Belonging(NamedTuple):
         found[rows[places], columns] = True
         return found
 
-    def holds(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
-        """Tell of single images and texts whether they belong together.
+    def contains(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Mark single images and texts that are positive pairs.
 
         Args:
             image_ids: of any shape.
@@ -54,7 +54,7 @@ class Belonging(NamedTuple):
 
         Example:
             >>> pairs = torch.tensor([[1, 7], [1, 8], [2, 8]])
-            >>> Belonging(pairs).holds(torch.tensor([1, 2, 3]), torch.tensor([8, 7, 8]))
+            >>> PositivePairs(pairs).contains(torch.tensor([1, 2, 3]), torch.tensor([8, 7, 8]))
             tensor([ True, False, False])
         """
         if self.pairs is None:
@@ -66,21 +66,21 @@ class Belonging(NamedTuple):
         places = torch.searchsorted(codes, wanted).clamp(max=len(codes) - 1)
         return is_known & (codes[places] == wanted)
 
-    def turned(self) -> "Belonging":
-        """Return the same with texts in the place of images."""
-        return self if self.pairs is None else Belonging(self.pairs.flip(1).unique(dim=0))
+    def swapped(self) -> "PositivePairs":
+        """Exchange the roles of images and texts."""
+        return self if self.pairs is None else PositivePairs(self.pairs.flip(1).unique(dim=0))
 
 
 class DistinctItems(NamedTuple):
-    """The galleries that the rows of all ranks make.
+    """Distinct pictures and captions of all ranks, which retrieval ranks.
 
     Attributes:
-        images: (B,) bool, which of this rank's rows stand in the gallery of pictures.
-        texts: (B,) bool, likewise of captions.
+        images: (B,) bool, which of this rank's rows stand for a distinct picture.
+        texts: (B,) bool, likewise for captions.
         image_ids: (B,) int64, of the pictures of this rank's rows; where no picture of any rank
             occurs twice, those of their captions.
         text_ids: (B,) int64, of their captions.
-        belonging: of these ids.
+        positives: of these ids.
         num_images: different pictures of all ranks.
         num_texts: different captions of all ranks.
     """
@@ -89,7 +89,7 @@ class DistinctItems(NamedTuple):
     texts: Tensor
     image_ids: Tensor
     text_ids: Tensor
-    belonging: Belonging
+    positives: PositivePairs
     num_images: int
     num_texts: int
 
@@ -121,15 +121,15 @@ class DistinctItems(NamedTuple):
         rows = gather_rows(torch.stack([picture_ids, caption_ids, sample_ids], dim=1), group)
         rows = rows[rows[:, 2].argsort()]
         first_images, first_texts = (_first_of_each(rows[:, kind]) for kind in (0, 1))
-        belonging, image_ids = Belonging(), caption_ids
+        positives, image_ids = PositivePairs(), caption_ids
         if int(first_images.sum()) < len(rows):
-            belonging, image_ids = Belonging(rows[:, :2].unique(dim=0)), picture_ids
+            positives, image_ids = PositivePairs(rows[:, :2].unique(dim=0)), picture_ids
         return cls(
             torch.isin(sample_ids, rows[first_images, 2]),
             torch.isin(sample_ids, rows[first_texts, 2]),
             image_ids,
             caption_ids,
-            belonging,
+            positives,
             int(first_images.sum()),
             int(first_texts.sum()),
         )
@@ -137,16 +137,16 @@ class DistinctItems(NamedTuple):
     def of_all_rows(
         self, image_ranks: Tensor, text_ranks: Tensor, *, group: ProcessGroup | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Give each of this rank's rows what its picture, and its caption, got in the gallery.
+        """Expand ranks of distinct pictures and captions to this rank's rows.
 
         Distributed contract: one or two ``gather_rows`` of two numbers an item.
 
         Args:
-            image_ranks: of this rank's pictures in the gallery, in the order of its rows.
+            image_ranks: of this rank's distinct pictures, in the order of its rows.
             text_ranks: of its captions.
             group: process group.
         """
-        if self.belonging.pairs is not None:
+        if self.positives.pairs is not None:
             image_ranks = _spread(self.image_ids, self.images, image_ranks, group)
         return image_ranks, _spread(self.text_ids, self.texts, text_ranks, group)
 
