@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dist_siglip.cli.table import print_path
 from dist_siglip.lab.experiments import EXPERIMENTS
-from dist_siglip.lab.running import Order, Record, cells_of, run_experiments, write_page
+from dist_siglip.lab.running import LabRun, Record, cells_of, run_experiments, write_page
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def run(
         json: print JSON instead of tables.
     """
     chosen = [names] if isinstance(names, str) else names
-    return _run(Order(chosen, Path(out), quick, seed), workers, json)
+    return _run(LabRun(chosen, Path(out), quick, seed), workers, json)
 
 
 def all(  # noqa: A001 - the name of the subject
@@ -64,10 +64,10 @@ def all(  # noqa: A001 - the name of the subject
         workers: processes at a time, of one thread each.
         json: print JSON instead of tables.
     """
-    return _run(Order([*EXPERIMENTS], Path(out), quick, seed), workers, json)
+    return _run(LabRun([*EXPERIMENTS], Path(out), quick, seed), workers, json)
 
 
-def _run(order: Order, workers: int, as_json: bool) -> int:
+def _run(order: LabRun, workers: int, as_json: bool) -> int:
     records = []
     with _progress(len(order.names)) as show:
         for record in run_experiments(order, workers=workers, on_progress=show):

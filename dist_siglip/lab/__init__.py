@@ -1,4 +1,4 @@
-"""Do the published numbers come out of this library's own losses and metrics?"""
+"""Published experiments, repeated with this library's own losses and metrics."""
 
 from dist_siglip.lab.experiment import LabSettings, Outcome, Row, judge, judge_claim
 

@@ -1,96 +1,31 @@
-"""What is an experiment, and when does it count as reproduced?
+"""Experiments: settings, the table of published and measured numbers, and its drawing.
 
 An experiment is a module of ``lab.experiments`` with a function
 
     run(settings: LabSettings) -> Outcome
 
 that trains or computes with the library's own losses and metrics and puts each number beside the
-published one. Its module docstring says what is asked and where the numbers were published.
-
-How do the drawings of the experiments look?
-
-White ground, so that they read on light and dark pages; kinds differ in shape or line style as
-well as in colour.
+published one. Its module docstring names the question and where the numbers were published.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from dist_siglip.lab.free_embeddings import Training
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from dist_siglip.lab.free_embeddings import Training
+
+REPRODUCED, DIFFERS, UNPUBLISHED = "reproduced", "differs", "no published value"
+
+# Drawings have a white ground, to be read on light and dark pages; their kinds differ in shape or
+# line style as well as in colour.
 COLOURS = ("#2f6fb0", "#d9782d", "#2f9e6e", "#a04fb0", "#8a6d3b", "#555555")
 # One fewer than colours, so that 30 curves differ.
 LINES = ("-", "--", "-.", ":", (0, (5, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
-
-
-def new_figure(
-    num_panels: int = 1, *, panel_width: float = 4.2, height: float = 3.2
-) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with panels side by side, and their axes.
-
-    Args:
-        num_panels: how many.
-        panel_width: of one panel, in inches.
-        height: of the figure, in inches.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(panel_width * num_panels, height), dpi=120, layout="constrained")
-    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
-    for axes in panels:
-        axes.tick_params(which="both", labelsize=8)
-        axes.grid(alpha=0.2, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def draw_loss(axes: "Axes", number: int, training: Training, name: str) -> None:
-    """Draw the loss curve of a training, each number in a colour and line style of its own."""
-    axes.loglog(
-        training.recorded_steps,
-        training.recorded_losses,
-        linestyle=LINES[number % len(LINES)],
-        color=COLOURS[number % len(COLOURS)],
-        label=name,
-    )
-
-
-def label(axes: "Axes", title: str, x: str, y: str) -> None:
-    """Write title and axis labels of a panel, and its legend if anything is named."""
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
-
-
-def compare(
-    axes: "Axes", x: Sequence[float], published: Sequence[float | None], ours: Sequence[float]
-) -> None:
-    """Draw published values as open squares and ours as dots, over the same x."""
-    shown = [(a, b) for a, b in zip(x, published, strict=True) if b is not None]
-    if shown:
-        axes.plot(
-            *zip(*shown, strict=True),
-            "s",
-            markersize=9,
-            markerfacecolor="none",
-            color=COLOURS[1],
-            label="published",
-        )
-    axes.plot(x, ours, "o", markersize=4, color=COLOURS[0], label="ours")
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-REPRODUCED, DIFFERS, UNPUBLISHED = "reproduced", "differs", "no published value"
 
 
 class Row(NamedTuple):
@@ -113,17 +48,17 @@ class Row(NamedTuple):
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing is left to explain."""
+        """Whether the number is reproduced, or the difference is explained."""
         return self.verdict != DIFFERS
 
 
 class Outcome(NamedTuple):
-    """What an experiment gives.
+    """Result of an experiment.
 
     Attributes:
         rows: the table.
         figure: the drawing.
-        notes: what a reader must know to judge the table: steps, seeds, corrections.
+        notes: what the reader of the table must know: steps, seeds, corrections.
     """
 
     rows: tuple[Row, ...]
@@ -137,7 +72,7 @@ def _ignore(share_done: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LabSettings:
-    """What every experiment is told.
+    """Settings of every experiment.
 
     Args:
         quick: run fewer cases, each as long as in the full experiment, so that what is left
@@ -211,3 +146,65 @@ def _verdict(holds: bool, correction: str | None) -> str:
     if holds:
         return REPRODUCED
     return DIFFERS if correction is None else f"corrected: {correction}"
+
+
+def new_figure(
+    num_panels: int = 1, *, panel_width: float = 4.2, height: float = 3.2
+) -> tuple["Figure", list["Axes"]]:
+    """Return a figure with panels side by side, and their axes.
+
+    Args:
+        num_panels: how many.
+        panel_width: of one panel, in inches.
+        height: of the figure, in inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(panel_width * num_panels, height), dpi=120, layout="constrained")
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    for axes in panels:
+        axes.tick_params(which="both", labelsize=8)
+        axes.grid(alpha=0.2, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def draw_loss(axes: "Axes", number: int, training: "Training", name: str) -> None:
+    """Draw the loss curve of a training, each number in a colour and line style of its own."""
+    axes.loglog(
+        training.recorded_steps,
+        training.recorded_losses,
+        linestyle=LINES[number % len(LINES)],
+        color=COLOURS[number % len(COLOURS)],
+        label=name,
+    )
+
+
+def label(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Write title and axis labels of a panel, and its legend if anything is named."""
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def compare(
+    axes: "Axes", x: Sequence[float], published: Sequence[float | None], ours: Sequence[float]
+) -> None:
+    """Draw published values as open squares and ours as dots, over the same x."""
+    shown = [(a, b) for a, b in zip(x, published, strict=True) if b is not None]
+    if shown:
+        axes.plot(
+            *zip(*shown, strict=True),
+            "s",
+            markersize=9,
+            markerfacecolor="none",
+            color=COLOURS[1],
+            label="published",
+        )
+    axes.plot(x, ours, "o", markersize=4, color=COLOURS[0], label="ours")
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""Where do embeddings go that are free to move on the sphere, without any encoder behind them?
+"""Training of free embeddings: unit rows that are parameters themselves, without an encoder.
 
-The rows themselves are the parameters, and are put back on the sphere after every step. As in the
+The rows are put back on the sphere after every step. As in the
 authors' code the loss usually sees normalised rows, so that gradients are tangent to the sphere.
 Where a loss extends rows and normalises what is extended (their adapter), it gets them as they are:
 gradients then keep a part along the row, which the projection undoes but Adam's moments see.
@@ -21,7 +21,7 @@ _FIRST_RECORDS = (1, 2, 5, 10, 20)  # for logarithmic axes
 
 
 class Training(NamedTuple):
-    """What training leaves.
+    """Result of a training.
 
     Attributes:
         rows: unit rows after the last step, one (N, D) tensor for each matrix, without gradients.
@@ -74,7 +74,7 @@ def train_free_embeddings(
     """Minimise a loss of unit rows and scalars with Adam, in one process.
 
     The library's losses are not asked to look for rows that are not finite (``let_pass``), which
-    would be a tenth of the time; what is not a number stays one until the table.
+    would be a tenth of the time; NaN stays NaN until the table.
 
     Args:
         rows: (N, D) matrices; those that need no gradient are locked. Changed in place.

@@ -1,13 +1,9 @@
-"""Who runs which experiment, and how far is it?
+"""Run experiments in processes, and write their records and pages.
 
 Each experiment runs in a process with one thread, several at a time, the longest first: small
-matrices are several times faster on one thread than on two.
-
-How is the outcome of an experiment kept and shown?
-
-For each experiment NAME.json and NAME.svg in the folder of the lab, with a page for each paper,
-PAPER.md; beside the folder FOLDER.md, with a line for each experiment that lies there. What stands
-on that page above a line that says so is kept.
+matrices are several times faster on one thread than on two. The folder of the lab holds NAME.json
+and NAME.svg of each experiment and a page of each paper, PAPER.md; beside it lies FOLDER.md, with a
+line for each experiment. On that page the text above a marker line is kept.
 """
 
 import io
@@ -33,6 +29,8 @@ from dist_siglip.system.atomic import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_POLL_SECONDS = 0.2
+_LEAST_PROGRESS = 0.005  # between two messages of a worker
 _WRITTEN = "<!-- Written by dist-siglip lab from here on. -->"
 
 
@@ -43,7 +41,7 @@ class Record:
     Attributes:
         name: of the experiment.
         rows: its table.
-        notes: what one must know to judge it.
+        notes: what the reader of the table must know.
         quick: whether it was the quick subset.
         seed: added to the authors' seed.
         cpu_seconds: of the process that ran it and of the processes it started.
@@ -58,7 +56,7 @@ class Record:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows have each verdict, whatever its explanation."""
+        """Number of rows by verdict, whatever its explanation."""
         found = Counter(row.verdict.split(":")[0] for row in self.rows)
         return {name: found[name] for name in (REPRODUCED, "corrected", DIFFERS, UNPUBLISHED)}
 
@@ -68,7 +66,7 @@ class Record:
         return all(row.is_sound for row in self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what JSON can hold: nan and infinity are words there."""
+        """Return a dictionary for JSON, with NaN and infinity as words."""
         rows = [
             row._asdict() | {"ours": row.ours if math.isfinite(row.ours) else str(row.ours)}
             for row in self.rows
@@ -89,12 +87,12 @@ def write_record(
         cpu_seconds=round(cpu_seconds, 1),
     )
     write_atomically(folder / f"{name}.json", json.dumps(record.as_json(), indent=1) + "\n")
-    write_atomically(folder / f"{name}.svg", _drawn(outcome.figure, name))
+    write_atomically(folder / f"{name}.svg", _svg_of(outcome.figure, name))
     return record
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read what lies in the folder, in the order of the catalogue.
+    """Read the records of a folder, in the order of ``EXPERIMENTS``.
 
     Raises:
         UserError: if a file is no record.
@@ -114,7 +112,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def page_of(folder: Path) -> Path:
-    """Return where the page of a folder lies."""
+    """Return the path of the page of a folder."""
     return folder.with_name(f"{folder.name}.md")
 
 
@@ -185,8 +183,8 @@ def _row_from_json(content: dict[str, Any]) -> Row:
     return Row(**content | {"ours": float(content["ours"])})
 
 
-def _drawn(figure: "Figure", name: str) -> bytes:
-    """Draw; the same figure gives the same bytes."""
+def _svg_of(figure: "Figure", name: str) -> bytes:
+    """Render a figure as SVG; the same figure gives the same bytes."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -196,12 +194,8 @@ def _drawn(figure: "Figure", name: str) -> bytes:
     return buffer.getvalue()
 
 
-_LOOK_SECONDS = 0.2
-_LEAST_PROGRESS = 0.005  # what is worth a message
-
-
-class Order(NamedTuple):
-    """What to run.
+class LabRun(NamedTuple):
+    """Experiments to run, and how.
 
     Attributes:
         names: of the experiments.
@@ -217,50 +211,52 @@ class Order(NamedTuple):
 
 
 def run_experiments(
-    order: Order, *, workers: int = 2, on_progress: Callable[[str, float], None]
+    lab_run: LabRun, *, workers: int = 2, on_progress: Callable[[str, float], None]
 ) -> Iterator[Record]:
     """Run experiments and write their results; yield each when it is done.
 
     One that fails does not end the others; what it raised is raised last.
 
     Args:
-        order: what to run.
+        lab_run: what to run.
         workers: processes at a time; with 1 everything runs in this process.
         on_progress: called with a name and the share of that experiment that is done.
 
     Raises:
         UserError: if there is no such experiment, or ``workers`` is below 1.
     """
-    check_names(list(order.names))
+    check_names(list(lab_run.names))
     if workers < 1:
         raise UserError(f"workers ({workers}) must be at least 1")
-    longest_first = sorted(dict.fromkeys(order.names), key=lambda name: -EXPERIMENTS[name].minutes)
+    longest_first = sorted(
+        dict.fromkeys(lab_run.names), key=lambda name: -EXPERIMENTS[name].minutes
+    )
     if workers == 1:
         for name in longest_first:
-            yield _run_here(name, order, on_progress)
+            yield _run_here(name, lab_run, on_progress)
         return
     context = multiprocessing.get_context("spawn")
     messages: multiprocessing.Queue[tuple[str, float]] = context.Queue()
     with ProcessPoolExecutor(
         min(workers, len(longest_first)),
         mp_context=context,
-        initializer=_remember,
+        initializer=_set_queue,
         initargs=(messages,),
     ) as pool:
         try:
-            futures = {pool.submit(_run_there, name, order) for name in longest_first}
-            yield from _finished(futures, lambda: _pass_on(messages, on_progress))
+            futures = {pool.submit(_run_there, name, lab_run) for name in longest_first}
+            yield from _finished(futures, lambda: _forward(messages, on_progress))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _finished(waiting: set[Future[Record]], look: Callable[[], None]) -> Iterator[Record]:
-    """Yield what comes; raise what one raised after the others are done."""
+def _finished(waiting: set[Future[Record]], poll: Callable[[], None]) -> Iterator[Record]:
+    """Yield records as they come; raise the first failure after the others are done."""
     failures: list[Future[Record]] = []
     while waiting:
-        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
-        look()
+        done, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+        poll()
         failures += [future for future in done if future.exception() is not None]
         yield from (future.result() for future in done if future not in failures)
     for future in failures:
@@ -270,55 +266,55 @@ def _finished(waiting: set[Future[Record]], look: Callable[[], None]) -> Iterato
 _messages: Any = None  # the queue of this worker process
 
 
-def _remember(messages: Any) -> None:
-    """Start a worker process."""
+def _set_queue(messages: Any) -> None:
+    """Keep the queue of progress messages in a worker process."""
     global _messages
     _messages = messages
 
 
-def _run_there(name: str, order: Order) -> Record:
+def _run_there(name: str, lab_run: LabRun) -> Record:
     last = 0.0
 
-    def tell(_: str, done: float) -> None:
+    def report(_: str, done: float) -> None:
         nonlocal last
         if done - last >= _LEAST_PROGRESS or done >= 1:
             last = done
             _messages.put((name, done))
 
-    return _run_here(name, order, tell)
+    return _run_here(name, lab_run, report)
 
 
-def _run_here(name: str, order: Order, on_progress: Callable[[str, float], None]) -> Record:
+def _run_here(name: str, lab_run: LabRun, on_progress: Callable[[str, float], None]) -> Record:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = _cpu_seconds()
     try:
         outcome = function_of(name)(
             LabSettings(
-                quick=order.quick,
-                seed=order.seed,
+                quick=lab_run.quick,
+                seed=lab_run.seed,
                 progress=lambda done: on_progress(name, done),
             )
         )
     finally:
         torch.set_num_threads(threads)
     return write_record(
-        order.out,
+        lab_run.out,
         name,
         outcome,
-        quick=order.quick,
-        seed=order.seed,
+        quick=lab_run.quick,
+        seed=lab_run.seed,
         cpu_seconds=_cpu_seconds() - started,
     )
 
 
-def _pass_on(messages: Any, on_progress: Callable[[str, float], None]) -> None:
-    """Tell what the workers told since the last look."""
+def _forward(messages: Any, on_progress: Callable[[str, float], None]) -> None:
+    """Report the progress that workers have sent."""
     while not messages.empty():
         on_progress(*messages.get())
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those it started and waited for."""
+    """CPU seconds of this process and of those it started and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime

@@ -1,4 +1,4 @@
-"""Which space does the sigmoid loss end in, from a given start of scale and bias?
+"""Spaces that training with the sigmoid loss ends in, from a given start of scale and bias.
 
 The setting of all experiments of Bangachev et al. 2025: N free pairs (or k-tuples) in d
 dimensions, one scale and one relative bias, full batch, the loss divided by N^2.
@@ -63,7 +63,7 @@ class Start:
 
 
 class Space(NamedTuple):
-    """Where a run ended.
+    """Result of a run.
 
     Attributes:
         training: rows and loss curve.

@@ -1,12 +1,9 @@
-"""Which features are embeddings made of, if each holds only a few of many?
+"""Sparse features of embeddings, and how many of them two sets of embeddings share.
 
-A TopK sparse autoencoder writes an embedding as a sum of at most k of F directions, F above D. Its
-codes can be compared between models, direction by direction (``matched_features``).
-
-Do two dictionaries of features hold the same ones? Matched one to one, as well as possible.
-
-With codes Z (N, F) and Y (N, G) of the same N things, not centred, the affinity of feature f and
-feature g is sum_i Z[i, f] Y[i, g]. The Hungarian method finds the matching with the largest sum.
+A TopK sparse autoencoder writes an embedding as a sum of at most k of F directions, F above D. The
+codes of two autoencoders are compared feature by feature: with codes Z (N, F) and Y (N, G) of the
+same N things, not centred, the affinity of features f and g is sum_i Z[i, f] Y[i, g], and the
+Hungarian method finds the one-to-one matching with the largest sum.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,102 +19,11 @@ from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
 
-_LEAST_SHARE, _MOST_SHARE = 1e-5, 0.1  # of the rows a feature may be active in
-
-
-class MatchedFeatures(NamedTuple):
-    """How well the features of two dictionaries can be matched.
-
-    Attributes:
-        weighted: sum of the affinities of matched features / (|Z|_F |Y|_F).
-        binary: the same of codes that only say whether a feature is active.
-        first_features: features of the first side that were kept.
-        second_features: likewise.
-    """
-
-    weighted: float
-    binary: float
-    first_features: int
-    second_features: int
-
-
-@torch.no_grad()
-def match_features(
-    code_parts: Iterable[tuple[Tensor, Tensor]], *, keep_common: bool = False
-) -> MatchedFeatures:
-    """Match the features of two dictionaries by their codes of the same things.
-
-    Features that are active in 1e-5 of the rows or fewer, or in a tenth or more, are left out of
-    affinities and norms.
-
-    Args:
-        code_parts: pairs of (B, F) and (B, G) non-negative codes, part after part of the rows.
-        keep_common: keep all features that are ever active.
-
-    Returns:
-        Correlations in [0, 1]: 1 if the codes are equal up to the order of features and one
-        factor; NaN if a side keeps no feature.
-
-    Example:
-        >>> codes = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
-        >>> match_features([(codes, codes.flip(1))], keep_common=True).weighted
-        1.0
-
-    Source:
-        BangachevKiril/L2PRH, metrics/sparse_feature_correlations.py and
-        sae/sparse_feature_truncation.py.
-    """
-    sums: list[Tensor] = []
-    num_rows = 0
-    for first, second in code_parts:
-        first, second = first.double(), second.double()
-        active = (first > 0).double(), (second > 0).double()
-        found = [
-            first.T @ second,
-            active[0].T @ active[1],
-            first.square().sum(dim=0),
-            second.square().sum(dim=0),
-            active[0].sum(dim=0),
-            active[1].sum(dim=0),
-        ]
-        num_rows += len(first)
-        sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
-    weighted, binary, *squares, first_counts, second_counts = (each.cpu().numpy() for each in sums)
-    kept = [
-        (counts > 0) & (keep_common | _is_kept(counts / num_rows))
-        for counts in (first_counts, second_counts)
-    ]
-    return MatchedFeatures(
-        _correlation(weighted, squares[0], squares[1], kept),
-        _correlation(binary, first_counts, second_counts, kept),
-        int(kept[0].sum()),
-        int(kept[1].sum()),
-    )
-
-
-def _is_kept(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return (shares > _LEAST_SHARE) & (shares < _MOST_SHARE)
-
-
-def _correlation(
-    affinity: NDArray[np.float64],
-    first_squares: NDArray[np.float64],
-    second_squares: NDArray[np.float64],
-    kept: list[NDArray[np.bool_]],
-) -> float:
-    """Affinity of the best matching over the product of the norms."""
-    affinity = affinity[np.ix_(*kept)]
-    if not affinity.size:
-        return float("nan")
-    rows, columns = linear_sum_assignment(affinity, maximize=True)
-    norms = np.sqrt(first_squares[kept[0]].sum() * second_squares[kept[1]].sum())
-    return float(affinity[rows, columns].sum() / norms)
-
-
 _FINAL_LEARNING_RATE = 0.05  # share of the first
 _REVIVAL_ENDS_AT = 0.8  # of the steps
 _REVIVED_ENCODER_NORM = 0.1
 _CHUNK_ROWS = 4096
+_LEAST_ACTIVE, _MOST_ACTIVE = 1e-5, 0.1  # of the rows a feature may be active in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +50,7 @@ class SparseSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse numbers out of range.
+        """Raise for a number out of range.
 
         Raises:
             UserError: naming the setting.
@@ -228,10 +134,11 @@ def train_sparse_autoencoder(
     if not len(features):
         raise UserError("there are no rows to train a sparse autoencoder on")
     rows = features.float()
+    device = rows.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = SparseAutoencoder(rows.shape[1], settings.num_features, settings.num_active)
-    model.to(rows.device)
+    model.to(device)
     with torch.no_grad():
         model.center.copy_(rows.mean(dim=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -239,9 +146,9 @@ def train_sparse_autoencoder(
         optimizer, settings.steps, eta_min=_FINAL_LEARNING_RATE * settings.learning_rate
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    used = torch.zeros(settings.num_features, dtype=torch.bool, device=rows.device)
+    used = torch.zeros(settings.num_features, dtype=torch.bool, device=device)
     for step in range(1, settings.steps + 1):
-        batch = rows[_draw(len(rows), settings.batch_rows, generator, rows.device)]
+        batch = rows[_draw_rows(len(rows), settings.batch_rows, generator, device)]
         optimizer.zero_grad()
         codes = model.encode(batch)
         error = F.mse_loss(model.decode(codes), batch)
@@ -254,8 +161,8 @@ def train_sparse_autoencoder(
             if step % settings.revive_every == 0:
                 if step < _REVIVAL_ENDS_AT * settings.steps:
                     dead = (~used).nonzero()[:, 0]
-                    some = rows[_draw(len(rows), len(dead), generator, rows.device)]
-                    _revive(model, dead, some)
+                    chosen = _draw_rows(len(rows), len(dead), generator, device)
+                    _revive(model, dead, rows[chosen])
                 used.zero_()
         if on_step is not None:
             on_step(step, error.item())
@@ -287,8 +194,8 @@ def encode_in_parts(model: SparseAutoencoder, features: Tensor) -> Iterator[tupl
         yield part, model.encode(part)
 
 
-def _draw(count: int, number: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Draw row numbers on the CPU, so that every device has the same."""
+def _draw_rows(count: int, number: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random row numbers, drawn on the CPU so that every device has the same."""
     return torch.randint(count, (number,), generator=generator).to(device)
 
 
@@ -299,3 +206,92 @@ def _revive(model: SparseAutoencoder, dead: Tensor, rows: Tensor) -> None:
     model.directions[dead] = left
     model.encoder.weight[dead] = _REVIVED_ENCODER_NORM * left
     model.encoder.bias[dead] = 0
+
+
+class MatchedFeatures(NamedTuple):
+    """Correlation of the matched features of two dictionaries.
+
+    Attributes:
+        weighted: sum of the affinities of matched features / (|Z|_F |Y|_F).
+        binary: the same of codes that only say whether a feature is active.
+        first_features: features of the first side that were kept.
+        second_features: likewise.
+    """
+
+    weighted: float
+    binary: float
+    first_features: int
+    second_features: int
+
+
+@torch.no_grad()
+def match_features(
+    code_parts: Iterable[tuple[Tensor, Tensor]], *, keep_common: bool = False
+) -> MatchedFeatures:
+    """Match the features of two dictionaries by their codes of the same things.
+
+    Features that are active in 1e-5 of the rows or fewer, or in a tenth or more, are left out of
+    affinities and norms.
+
+    Args:
+        code_parts: pairs of (B, F) and (B, G) non-negative codes, part after part of the rows.
+        keep_common: keep all features that are ever active.
+
+    Returns:
+        Correlations in [0, 1]: 1 if the codes are equal up to the order of features and one
+        factor; NaN if a side keeps no feature.
+
+    Example:
+        >>> codes = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
+        >>> match_features([(codes, codes.flip(1))], keep_common=True).weighted
+        1.0
+
+    Source:
+        BangachevKiril/L2PRH, metrics/sparse_feature_correlations.py and
+        sae/sparse_feature_truncation.py.
+    """
+    sums: list[Tensor] = []
+    num_rows = 0
+    for first, second in code_parts:
+        first, second = first.double(), second.double()
+        active = (first > 0).double(), (second > 0).double()
+        found = [
+            first.T @ second,
+            active[0].T @ active[1],
+            first.square().sum(dim=0),
+            second.square().sum(dim=0),
+            active[0].sum(dim=0),
+            active[1].sum(dim=0),
+        ]
+        num_rows += len(first)
+        sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
+    weighted, binary, *squares, first_counts, second_counts = (each.cpu().numpy() for each in sums)
+    kept = [
+        (counts > 0) & (keep_common | _is_kept(counts / num_rows))
+        for counts in (first_counts, second_counts)
+    ]
+    return MatchedFeatures(
+        _correlation(weighted, squares[0], squares[1], kept),
+        _correlation(binary, first_counts, second_counts, kept),
+        int(kept[0].sum()),
+        int(kept[1].sum()),
+    )
+
+
+def _is_kept(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return (shares > _LEAST_ACTIVE) & (shares < _MOST_ACTIVE)
+
+
+def _correlation(
+    affinity: NDArray[np.float64],
+    first_squares: NDArray[np.float64],
+    second_squares: NDArray[np.float64],
+    kept: list[NDArray[np.bool_]],
+) -> float:
+    """Affinity of the best matching over the product of the norms."""
+    affinity = affinity[np.ix_(*kept)]
+    if not affinity.size:
+        return float("nan")
+    rows, columns = linear_sum_assignment(affinity, maximize=True)
+    norms = np.sqrt(first_squares[kept[0]].sum() * second_squares[kept[1]].sum())
+    return float(affinity[rows, columns].sum() / norms)

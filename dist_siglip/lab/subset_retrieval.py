@@ -1,4 +1,4 @@
-"""Can free embeddings answer every query for k of n documents, and with which loss?
+"""Free embeddings trained to answer every query for k of n documents.
 
 There is one query for each set of k documents. Queries and documents are free rows on the sphere;
 how the two published papers train them differs in loss, temperature and steps.
@@ -23,6 +23,8 @@ from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import RelevanceMargins, relevance_margins
 
 SubsetLoss = Literal["sigmoid", "softmax"]
+# The seed of Weller et al.
+CRITICAL_SEED = 42
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Retrieval:
 
 
 class Fitted(NamedTuple):
-    """Where a training ended.
+    """Result of a training.
 
     Attributes:
         margins: of the final rows.
@@ -144,7 +146,7 @@ def is_solvable(case: Retrieval, *, temperature: float = 0.1, steps: int = 100_0
 
 
 def critical_documents_found(
-    dimension: int, *, seed: int = 42, progress: Callable[[float], None] | None = None
+    dimension: int, *, seed: int = CRITICAL_SEED, progress: Callable[[float], None] | None = None
 ) -> int:
     """Return the most documents for which training solves every query for two of them.
 

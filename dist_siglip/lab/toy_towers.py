@@ -1,4 +1,4 @@
-"""What do two small encoders learn that look at the same thing?
+"""Training of two small encoders on noisy views of the same vectors.
 
 Every sample is a Gaussian vector. Each tower, a perceptron of its own, sees it through noise of
 its own; without noise both see exactly the same, and "image" and "text" are names only.
@@ -45,7 +45,7 @@ class Toy:
 
 
 class Trained(NamedTuple):
-    """What a training leaves.
+    """Result of a training.
 
     Attributes:
         image_features: (N, D), L2-normalised, of the samples asked for.
@@ -92,7 +92,7 @@ def train_toy(
         towers = [_tower(toy.dimension) for _ in range(2)]
     samples = torch.randn(toy.num_samples, _INPUT_WIDTH, generator=generator)
     unseen = torch.randn(num_unseen, _INPUT_WIDTH, generator=generator)
-    unseen_views = [_look(unseen, toy.noise, generator) for _ in towers]
+    unseen_views = [_add_noise(unseen, toy.noise, generator) for _ in towers]
     parameters = [parameter for tower in towers for parameter in tower.parameters()]
     parameters += [parameter for parameter in logits.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=toy.learning_rate)
@@ -107,7 +107,7 @@ def train_toy(
         else:
             batch = torch.randn(toy.batch_size, _INPUT_WIDTH, generator=generator)
         images, texts = (
-            F.normalize(tower(_look(batch, toy.noise, generator)), dim=-1) for tower in towers
+            F.normalize(tower(_add_noise(batch, toy.noise, generator)), dim=-1) for tower in towers
         )
         optimizer.zero_grad()
         value = loss(images, texts, *logits())
@@ -137,7 +137,7 @@ def _tower(dimension: int) -> nn.Sequential:
     )
 
 
-def _look(samples: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def _add_noise(samples: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     if not noise:
         return samples
     return samples + noise * torch.randn(samples.shape, generator=generator)

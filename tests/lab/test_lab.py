@@ -11,7 +11,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.lab import LabSettings, Row
 from dist_siglip.lab.experiments import EXPERIMENTS, Entry
 from dist_siglip.lab.running import (
-    Order,
+    LabRun,
     _finished,
     markdown_table,
     read_records,
@@ -108,7 +108,7 @@ def test_a_file_that_is_no_record_is_named(catalogue, tmp_path, content):
 def test_a_process_of_its_own_gives_the_same_numbers_and_tells_how_far_it_is(tmp_path):
     rows, told = [], []
     for workers in (1, 2):
-        order = Order(["constructions"], tmp_path / str(workers), quick=True)
+        order = LabRun(["constructions"], tmp_path / str(workers), quick=True)
         (record,) = run_experiments(
             order, workers=workers, on_progress=lambda *message: told.append(message)
         )
@@ -135,12 +135,12 @@ def test_an_experiment_that_fails_is_told_after_the_others():
 
 
 def test_a_name_given_twice_is_run_once(catalogue, tmp_path):
-    order = Order(["tiny", "tiny"], tmp_path)
+    order = LabRun(["tiny", "tiny"], tmp_path)
     assert len(list(run_experiments(order, workers=1, on_progress=lambda *message: None))) == 1
 
 
 def test_the_seed_reaches_the_experiment(catalogue, tmp_path):
-    order = Order(["tiny"], tmp_path, seed=7)
+    order = LabRun(["tiny"], tmp_path, seed=7)
     (record,) = run_experiments(order, workers=1, on_progress=lambda *message: None)
     assert record.rows[0].verdict == "reproduced"
     assert record.seed == 7

@@ -1,7 +1,4 @@
-"""One experiment per module: a function ``run`` from ``LabSettings`` to ``Outcome``.
-
-Which experiments are there?
-"""
+"""Experiments, one per module with a function ``run`` from ``LabSettings`` to ``Outcome``."""
 
 import importlib
 from collections.abc import Callable
@@ -152,7 +149,7 @@ def function_of(name: str) -> Callable[[LabSettings], Outcome]:
 
 
 def check_names(names: list[str]) -> None:
-    """Refuse names that no experiment has.
+    """Raise for a name that no experiment has.
 
     Raises:
         UserError: names the first one.

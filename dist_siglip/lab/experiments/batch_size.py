@@ -1,4 +1,4 @@
-"""Does the sigmoid loss win at small batches, and what does a larger batch bring?
+"""Sigmoid and softmax loss at small and large batches.
 
 Two small encoders see the same vectors through noise; every run sees as many examples, in batches
 of different size. Published, on images: the sigmoid is ahead by 3.8 % at a batch of 512 and the

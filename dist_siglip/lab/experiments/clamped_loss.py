@@ -1,4 +1,4 @@
-"""Does training with a large fixed scale fail, or does the logarithm of the published code?
+"""Large fixed scales, with the exact loss and with the clamped logarithm of the published code.
 
 The authors' code computes -log(sigmoid(z) + 1e-8) in float32. Where sigmoid(z) is far below 1e-8
 that is a constant: pairs that are very wrong have no gradient and stay wrong. The loss of this

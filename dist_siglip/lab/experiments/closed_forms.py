@@ -1,8 +1,8 @@
-"""Do the metrics give the values that follow on paper?
+"""Metrics of spaces whose values follow on paper.
 
-Spaces so simple that every metric of them is known: equal clouds, two opposite points, orthogonal
-rows, independent clouds in a high dimension, a regular simplex, rotations. Cases without chance
-are exact; those of random clouds are compared with their limit.
+Equal modalities, two opposite points, orthogonal rows, independent rows in a high dimension, a
+regular simplex, rotations. Cases without chance are exact; random ones are compared with their
+limit.
 
 Source: the definitions of Liang et al. 2022 (arXiv:2203.02053), Schrodi et al. 2025
 (arXiv:2404.07983), Wang and Isola 2020 (arXiv:2005.10242), Fahim et al. 2024 (arXiv:2405.18570),
@@ -47,7 +47,7 @@ class _Case(NamedTuple):
 
 
 def run(settings: LabSettings) -> Outcome:
-    """Compute all of them; when quick, without those of random clouds."""
+    """Compute all of them; when quick, without random rows."""
     cases = _exact_cases()
     if not settings.quick:
         cases += _limits(torch.Generator().manual_seed(settings.seed))
@@ -109,7 +109,7 @@ def _exact_cases() -> list[_Case]:
 
 
 def _limits(generator: torch.Generator) -> list[_Case]:
-    """Random clouds, with the limit for many rows or a high dimension."""
+    """Random rows, with the limit for many rows or a high dimension."""
     one, other = (
         F.normalize(torch.randn(_ROWS, _WIDTH, generator=generator), dim=1) for _ in range(2)
     )

@@ -1,4 +1,4 @@
-"""Do the constructions of the papers have the margin they promise, and the loss go to zero there?
+"""Margin and loss of the constructions of the papers.
 
 Nothing is trained: codes, Constructions 1 and 2, the adapter identity, the triplet loss and the
 bound of Theorem 3.4 are exact, so the tolerance is rounding.

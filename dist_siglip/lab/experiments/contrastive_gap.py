@@ -1,4 +1,4 @@
-"""Is there a gap without any modality, and do uniformity and alignment close it?
+"""Contrastive gap without modalities, and its closing by uniformity and alignment.
 
 Two small encoders see exactly the same 1024 vectors, so no modality can set them apart. Trained
 with a softmax at temperature 0.01 they leave a gap all the same; with uniformity and alignment

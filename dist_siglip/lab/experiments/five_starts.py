@@ -1,4 +1,4 @@
-"""Does it help to learn the relative bias in place of the bias, and from which start?
+"""Learned relative bias and learned bias, from five starts.
 
 Five starts of the bias, each learned as it is and as a relative bias: 100 pairs in 10 dimensions,
 10 000 steps. The margins are read off the authors' figure 15; they are half gaps.

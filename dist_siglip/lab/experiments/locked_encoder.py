@@ -1,4 +1,4 @@
-"""Which loss can a locked encoder be trained against, and does an explicit adapter help?
+"""Training against a locked encoder, with and without an explicit adapter.
 
 The first modality stays at random unit rows, the second learns: 100 pairs in 10 dimensions, 10 000
 steps.

@@ -1,4 +1,4 @@
-"""How many dimensions does retrieval of all pairs of documents need, by loss?
+"""Fewest dimensions for the retrieval of all pairs of documents, by loss.
 
 20 documents, a query for every two of them, free embeddings. Published, after 100 000 steps: the
 sigmoid loss reaches a positive margin in 6 dimensions and its largest one in 20; the softmax loss

@@ -1,4 +1,4 @@
-"""Do one scale and one relative bias serve more than two modalities?
+"""One scale and one relative bias for more than two modalities.
 
 2, 4 and 6 modalities of 100 samples in 10 dimensions, every two compared, 10 000 steps; and a
 star, where all are compared with the first one only.

@@ -1,4 +1,4 @@
-"""Is the loss of many ranks that of one, with all its gradients?
+"""Parity of the loss of many ranks and that of one, with all gradients.
 
 Two, three and four processes hold uneven parts of one batch, one of them none at all. Every
 exchange is compared with the full batch in one process, written in plain autograd: loss, and the

@@ -1,4 +1,4 @@
-"""Is the gap between modalities a defect of training, or does every good space have one?
+"""Separability of the modalities in trained spaces.
 
 If one threshold of 0 separates positive from negative pairs, a plane through the origin has all
 images on one side and all texts but D on the other (Theorem 3.6). Trained spaces with other
@@ -40,7 +40,7 @@ _DRAWN = (_FIGURE_5, "frozen 0", "learned")
 
 
 def run(settings: LabSettings) -> Outcome:
-    """Train and separate every space; when quick, only the 20 pairs of figure 5."""
+    """Train every space and fit a plane to it; when quick, only the 20 pairs of figure 5."""
     names = (_FIGURE_5,) if settings.quick else tuple(_STARTS)
     rows: list[Row] = []
     drawn: dict[str, tuple[Tensor, ...]] = {}

@@ -1,4 +1,4 @@
-"""Which start of scale and bias suits the sigmoid loss?
+"""Starts of scale and bias for the sigmoid loss.
 
 With nearly orthogonal features the loss of the first batch is known: log(1 + e^-b) + (B - 1)
 log(1 + e^b). SigLIP's start (scale 10, bias -10) costs 10 whatever the batch; without a bias it
