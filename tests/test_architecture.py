@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 import dist_siglip
-from dist_siglip.cli.training import train
+from dist_siglip.cli.run.training import train
 from tests.support.command import REPOSITORY, write_settings
 
 PACKAGE = Path(dist_siglip.__file__).parent

@@ -9,25 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_siglip.cli import (
-    align,
-    bench,
-    calibrate,
-    capacity,
-    data,
-    doctor_command,
-    embed,
-    export,
-    lab,
-    quickstart,
-    report,
-    rerank,
-    slurm,
-    testing,
-    training,
-)
-from dist_siglip.cli.subjects import parser_of
-from dist_siglip.cli.training import TrainingCLI
+from dist_siglip import bench
+from dist_siglip.cli import align, capacity, data, embed, lab, slurm
+from dist_siglip.cli.parsing.subjects import parser_of
+from dist_siglip.cli.run import calibrate, export, quickstart, report, rerank, testing, training
+from dist_siglip.cli.run.training import TrainingCLI
+from dist_siglip.doctor import command as doctor_command
 from tests.support.command import REPOSITORY, environment
 
 PACKAGE = REPOSITORY / "dist_siglip"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
-from dist_siglip.cli.help import asked_page, check_subject, for_parser
+from dist_siglip.cli.help.page import asked_page, check_subject, for_parser
 from dist_siglip.cli.package_warnings import packages_kept_quiet
 from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMovedError, UserError
 from dist_siglip.system import signals
@@ -20,31 +20,31 @@ from dist_siglip.system.redaction import redact
 # Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
 _VERBS = {
     "quickstart": (
-        "dist_siglip.cli.quickstart",
+        "dist_siglip.cli.run.quickstart",
         "write handwriting shards, train on 2 processes, evaluate, report",
     ),
-    "fit": ("dist_siglip.cli.training", "train, or go on with a run"),
-    "validate": ("dist_siglip.cli.training", "evaluate a checkpoint"),
-    "test": ("dist_siglip.cli.testing", "a checkpoint or a model by name on benchmarks"),
+    "fit": ("dist_siglip.cli.run.training", "train, or go on with a run"),
+    "validate": ("dist_siglip.cli.run.training", "evaluate a checkpoint"),
+    "test": ("dist_siglip.cli.run.testing", "a checkpoint or a model by name on benchmarks"),
     "rerank": (
-        "dist_siglip.cli.rerank",
+        "dist_siglip.cli.run.rerank",
         "fit or validate: train a head that re-ranks what a dual encoder finds",
     ),
     "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
     "embed": ("dist_siglip.cli.embed", "write the embeddings of shards, on any number of ranks"),
     "align": ("dist_siglip.cli.align", "how well two sets of embeddings agree"),
-    "bench": ("dist_siglip.cli.bench", "measure, predict or simulate what the loss costs"),
-    "report": ("dist_siglip.cli.report", "one page about a run, or several side by side"),
+    "bench": ("dist_siglip.bench", "measure, predict or simulate what the loss costs"),
+    "report": ("dist_siglip.cli.run.report", "one page about a run, or several side by side"),
     "capacity": (
         "dist_siglip.cli.capacity",
         "do so many pairs fit into so many dimensions at a margin",
     ),
     "slurm": ("dist_siglip.cli.slurm", "print or submit the batch script of a run"),
-    "doctor": ("dist_siglip.cli.doctor", "will a run work here: machines, ranks, folder, shards"),
-    "export": ("dist_siglip.cli.export", "a trained model as other libraries read it"),
+    "doctor": ("dist_siglip.doctor", "will a run work here: machines, ranks, folder, shards"),
+    "export": ("dist_siglip.cli.run.export", "a trained model as other libraries read it"),
     "lab": ("dist_siglip.cli.lab", "run published experiments and compare with what was published"),
     "calibrate": (
-        "dist_siglip.cli.calibrate",
+        "dist_siglip.cli.run.calibrate",
         "fit scale and bias to a model, its data and its global batch",
     ),
 }

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from dist_siglip.bench.loss import contestants
 from dist_siglip.cli import main
-from dist_siglip.cli.bench_contestants import contestants
 
 SMALL = ["--local_batch_size=96", "--embed_dim=16", "--rounds=1", "--device=cpu"]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_siglip.cli.bench_checkpoint import checkpoint
+from dist_siglip.bench.checkpoint import checkpoint
 from dist_siglip.errors import UserError
 
 

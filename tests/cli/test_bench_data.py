@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from dist_siglip.cli import bench_data, main
-from dist_siglip.cli.bench_data_contestants import CONTESTANTS, Streaming, batches
-from dist_siglip.cli.bench_data_shards import write_photo_shards
+from dist_siglip.bench import data as bench_data
+from dist_siglip.bench.data import CONTESTANTS, Streaming, batches
+from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.cli import main
 
 pytestmark = [
     pytest.mark.e2e,

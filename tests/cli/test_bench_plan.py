@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dist_siglip.cli.bench_plan import plan
-from dist_siglip.cli.bench_simulate import simulate, simulate_step
+from dist_siglip.bench.plan import plan
+from dist_siglip.bench.simulate import simulate, simulate_step
 from dist_siglip.distributed.cost_model import Cluster, Problem
 from dist_siglip.errors import UserError
 

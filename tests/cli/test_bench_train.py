@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from dist_siglip.cli import bench_train, main
-from dist_siglip.cli.bench_data_shards import write_photo_shards
-from dist_siglip.cli.bench_train_flops import gemm_rate, step_flops
-from dist_siglip.cli.bench_train_runs import TrainSpeed
+from dist_siglip.bench import train as bench_train
+from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.bench.train_clock import gemm_rate, step_flops
+from dist_siglip.bench.train_runs import TrainSpeed
+from dist_siglip.cli import main
 from dist_siglip.models import build_dual_encoder
 from tests.support.tiny_models import ARCHITECTURES, write_config
 

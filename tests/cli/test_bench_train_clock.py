@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from dist_siglip.cli import bench_train_clock
-from dist_siglip.cli.bench_train_clock import PHASES, PhaseLine, StepClock
+from dist_siglip.bench import train_clock as bench_train_clock
+from dist_siglip.bench.train_clock import PHASES, PhaseLine, StepClock
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss

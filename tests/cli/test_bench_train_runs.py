@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from dist_siglip.cli.bench_data_shards import write_photo_shards
-from dist_siglip.cli.bench_train_clock import PHASES
-from dist_siglip.cli.bench_train_runs import TrainCase, run_open_clip, run_ours
+from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.bench.train_clock import PHASES
+from dist_siglip.bench.train_runs import TrainCase, run_open_clip, run_ours
 from dist_siglip.errors import UserError
 from tests.support.command import REPOSITORY
 from tests.support.ports import next_port

@@ -106,8 +106,8 @@ def test_a_mistake_in_its_own_options_is_one_line(capsys):
 
 def test_shards_that_hang_are_told_in_bounded_time(folder, capsys, monkeypatch):
     answer, left = threading.Event(), []
-    monkeypatch.setattr("dist_siglip.cli.doctor_look.look_at_shards", lambda *_: answer.wait())
-    monkeypatch.setattr("dist_siglip.cli.doctor_command.os._exit", left.append)
+    monkeypatch.setattr("dist_siglip.doctor.machine.look_at_shards", lambda *_: answer.wait())
+    monkeypatch.setattr("dist_siglip.doctor.command.os._exit", left.append)
     _, page = alone(capsys, monkeypatch, "--shards", folder, "--timeout_seconds", 10)
     assert "FAIL  shards        did not come back within 10 s" in page
     assert left == [1]  # not held by the thread that still waits

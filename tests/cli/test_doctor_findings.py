@@ -8,34 +8,41 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_siglip.cli import doctor_machine, doctor_storage
-from dist_siglip.cli.doctor_bounds import BoundedChecks
-from dist_siglip.cli.doctor_config import RunNeeds, judge_needs
-from dist_siglip.cli.doctor_launch import detect_launch
-from dist_siglip.cli.doctor_machine import (
+from dist_siglip.data.index.read import read_index
+from dist_siglip.data.remote import CacheSettings
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.distributed import World
+from dist_siglip.doctor import machine as doctor_machine
+from dist_siglip.doctor import storage as doctor_storage
+from dist_siglip.doctor.bounds import BoundedChecks
+from dist_siglip.doctor.command import RunNeeds, judge_needs
+from dist_siglip.doctor.launch import detect_launch
+from dist_siglip.doctor.machine import (
     gpu_of,
     look_at_environment,
     look_at_limits,
     look_without_gpu,
     unfit_packages,
 )
-from dist_siglip.cli.doctor_page import Finding, merge, render
-from dist_siglip.cli.doctor_ranks import compare_ranks, judge_clocks, judge_links, look_at_layout
-from dist_siglip.cli.doctor_storage import (
+from dist_siglip.doctor.page import Finding, merge, render
+from dist_siglip.doctor.ranks import (
+    ClockReading,
+    compare_ranks,
+    judge_clocks,
+    judge_links,
+    look_at_layout,
+)
+from dist_siglip.doctor.storage import (
+    DiskFacts,
     ShardSet,
     judge_disk,
+    locked_file,
     look_at_folder,
     look_at_shards,
     look_for_file,
 )
-from dist_siglip.data.index.read import read_index
-from dist_siglip.data.remote import CacheSettings
-from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.distributed import World
-from dist_siglip.distributed.link_check import ClockReading
 from dist_siglip.runs import RunFolder
-from dist_siglip.runs.disk_check import DiskFacts, locked_file
 from tests.support.shards import encode, picture, write_shard
 from tests.support.small_disk import on_small_disk
 
@@ -68,7 +75,7 @@ def test_a_sound_folder_is_ok_and_left_as_it_was(tmp_path):
     ],
 )
 def test_a_folder_says_what_it_cannot_do(tmp_path, monkeypatch, broken, told):
-    monkeypatch.setattr(f"dist_siglip.runs.disk_check.{broken}", failing)
+    monkeypatch.setattr(f"dist_siglip.doctor.storage.{broken}", failing)
     (found,) = look_at_folder(tmp_path, 1000)
     assert found.status == "FAIL"
     assert f"{told}: Input/output error" in found.text
@@ -84,7 +91,7 @@ def test_a_folder_without_room_fails_and_keeps_nothing(tmp_path):
 
 def test_a_folder_that_changes_data_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "dist_siglip.runs.disk_check.os.fsync", lambda file: os.pwrite(file, b"other", 500)
+        "dist_siglip.doctor.storage.os.fsync", lambda file: os.pwrite(file, b"other", 500)
     )
     (found,) = look_at_folder(tmp_path, 1000)
     assert (found.status, "does not give back" in found.text) == ("FAIL", True)
@@ -126,7 +133,7 @@ def test_a_folder_that_is_not_shared_and_a_lock_that_does_not_hold_are_told(tmp_
 
 
 def test_a_folder_without_locks_is_told_and_not_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_siglip.runs.disk_check.has_locks", lambda path: False)
+    monkeypatch.setattr("dist_siglip.doctor.storage.has_locks", lambda path: False)
     found = look_at_folder(tmp_path, 1000)
     assert (found[-1].status, "no locks of files" in found[-1].text) == ("warn", True)
 

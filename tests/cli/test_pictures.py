@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from dist_siglip.cli.start_point import check_same_run
-from dist_siglip.cli.training import TrainingCLI, train
+from dist_siglip.cli.run.start_point import check_same_run
+from dist_siglip.cli.run.training import TrainingCLI, train
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.module import SigLipModule

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dist_siglip.cli import main
-from dist_siglip.cli.rerank import HEAD_NAME
+from dist_siglip.cli.run.rerank import HEAD_NAME
 from dist_siglip.models.reranker.fusion import read_head
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.module.trained import load_trained

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from dist_siglip.cli import start_point
-from dist_siglip.cli.start_point import (
+from dist_siglip.cli.run import start_point
+from dist_siglip.cli.run.start_point import (
     check_same_run,
     evaluated_step,
     folder_to_run_in,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dist_siglip.cli import main
-from dist_siglip.cli.start_point import evaluated_step
+from dist_siglip.cli.run.start_point import evaluated_step
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked

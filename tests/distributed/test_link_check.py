@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_siglip.distributed import link_check
-from dist_siglip.distributed.link_check import (
+from dist_siglip.doctor import links
+from dist_siglip.doctor.links import (
     measure_exchange,
     measure_neighbours,
     measure_sum,
@@ -35,8 +35,8 @@ def measure(rank, world_size):
     now = time.time
     if rank == 2:
         time.time = lambda: now() + AHEAD_SECONDS
-        right = link_check.exchange_and_sum
-        link_check.exchange_and_sum = lambda *given: right(given[0] * 2, *given[1:])
+        right = links.exchange_and_sum
+        links.exchange_and_sum = lambda *given: right(given[0] * 2, *given[1:])
     clocks = read_clocks(group)
     broken = exchange("ring")
     return sound, neighbours, sums, [tuple(clock) for clock in clocks], broken.is_right

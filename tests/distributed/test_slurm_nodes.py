@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_siglip.cli.trainer_parts import SlurmTasks, check_gpus
+from dist_siglip.cli.run.trainer_parts import SlurmTasks, check_gpus
 from dist_siglip.distributed.slurm_nodes import complain_about_gpus, first_node, main_address
 from dist_siglip.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from torch import nn
 
-from dist_siglip.cli.start_point import schedule_change
+from dist_siglip.cli.run.start_point import schedule_change
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.optim import (

@@ -177,7 +177,7 @@ def test_odd_names_of_folders_are_shown_harmlessly(whole, tmp_path, name):
 
 
 def test_half_characters_in_names_reach_neither_page_nor_terminal(tmp_path, capsys):
-    from dist_siglip.cli.report import report
+    from dist_siglip.cli.run.report import report
 
     folder = tmp_path / os.fsdecode(b"run\xff")
     write_run(folder, captions=("one", "two") * 10, num_images=1)

@@ -65,16 +65,16 @@ def clock_ahead() -> None:
 
 
 def other_code() -> None:
-    from dist_siglip.cli import doctor_machine
+    from dist_siglip.doctor import machine as doctor_machine
 
     doctor_machine.digest_of_sources = lambda: "0123456789ab"
 
 
 def wrong_sums() -> None:
-    from dist_siglip.distributed import link_check
+    from dist_siglip.doctor import links
 
-    right = link_check.exchange_and_sum
-    link_check.exchange_and_sum = lambda *given: tuple(part + 1 for part in right(*given))
+    right = links.exchange_and_sum
+    links.exchange_and_sum = lambda *given: tuple(part + 1 for part in right(*given))
 
 
 def no_sync() -> None:
@@ -85,18 +85,18 @@ def no_sync() -> None:
 
 
 def hangs_looking() -> None:
-    from dist_siglip.cli import doctor_look
+    from dist_siglip.doctor import machine as doctor_look
 
     doctor_look.look_at_shards = lambda *given: time.sleep(1000)
 
 
 def dies_measuring() -> None:
-    from dist_siglip.distributed import link_check
+    from dist_siglip.doctor import links
 
-    link_check.exchange_and_sum = lambda *given: os._exit(9)
+    links.exchange_and_sum = lambda *given: os._exit(9)
 
 
 def hangs_measuring() -> None:
-    from dist_siglip.distributed import link_check
+    from dist_siglip.doctor import links
 
-    link_check.exchange_and_sum = lambda *given: time.sleep(1000)
+    links.exchange_and_sum = lambda *given: time.sleep(1000)

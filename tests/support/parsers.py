@@ -7,9 +7,9 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dist_siglip.cli import _VERBS
-from dist_siglip.cli.declared_options import subjects_of
-from dist_siglip.cli.parser import VerbParser
-from dist_siglip.cli.training import TrainingCLI
+from dist_siglip.cli.help.declared_options import subjects_of
+from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.run.training import TrainingCLI
 
 
 class _Parser(BaseException):  # nothing on the way catches it

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-import dist_siglip.cli.training
+import dist_siglip.cli.run.training
 import dist_siglip.report
 import tests.support.torchrun
 

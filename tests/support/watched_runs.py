@@ -94,7 +94,7 @@ def fork(rank, port, folder, arguments):
 
 def run_all(scenarios):
     """Run scenarios one after another: name -> (port, folder, arguments of each rank)."""
-    import dist_siglip.cli.training  # noqa: F401 - once for all ranks
+    import dist_siglip.cli.run.training  # noqa: F401 - once for all ranks
 
     results = {}
     for name, (port, folder, arguments) in scenarios.items():

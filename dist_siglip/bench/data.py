@@ -1,0 +1,301 @@
+"""``bench data``: our loader beside the webdataset pipeline of open_clip, on the same shards.
+
+Contestants take turns within every round, so that a busy machine is busy for all of them; what is
+reported is the median round. All end with the same: float32 pictures, normalised, and token rows,
+in the process that would train. Ours normalise there, which is counted, in one thread: more would
+take the cores of the loader processes.
+
+Who takes part in ``bench data``: our loader, decoding as needed or exactly, and open_clip's.
+"""
+
+import json as json_text
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from open_clip import SimpleTokenizer
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dist_siglip.bench.pictures import PICTURE_SIZES, write_photo_shards
+from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
+from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.loader import build_loader
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.transforms import ModelInputs, training_transform
+from dist_siglip.data.urls import expand_shards
+from dist_siglip.errors import UserError
+
+OPEN_CLIP = "open_clip"
+_SCALED, _EXACT = "ours", "ours, exact pixels"
+CONTESTANTS = (OPEN_CLIP, _SCALED, _EXACT)
+
+_SHUFFLED = 100  # samples in open_clip's buffer; full before it begins, as in a long run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """What all contestants are given.
+
+    Args:
+        shards: local shards with .jpg and .txt.
+        image_size: side of the crops, in pixels.
+        crop_scale: share of the area that a crop keeps.
+        local_batch_size: pairs of a batch.
+        workers: loader processes.
+    """
+
+    shards: tuple[str, ...]
+    image_size: int
+    crop_scale: tuple[float, float]
+    local_batch_size: int
+    workers: int
+
+
+def batches(contestant: str, streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Stream (B, 3, H, W) float32 pictures, normalised, and (B, L) token rows, without end.
+
+    Args:
+        contestant: one of ``CONTESTANTS``.
+        streaming: what to read.
+    """
+    if contestant == OPEN_CLIP:
+        yield from _open_clip(streaming)
+    else:
+        yield from _ours(streaming, scaled_decode=contestant == _SCALED)
+
+
+def _ours(
+    streaming: Streaming, *, scaled_decode: bool
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    settings = PreprocessCfg(size=streaming.image_size)
+    inputs = ModelInputs(
+        image_size=streaming.image_size,
+        mean=_triple(settings.mean),
+        std=_triple(settings.std),
+        interpolation=settings.interpolation,
+        resize_mode=settings.resize_mode,
+        context_length=77,
+        tokenizer=SimpleTokenizer(),
+    )
+    table = build_pair_table(streaming.shards, image_extensions=("jpg",))
+    transform = training_transform(inputs, streaming.crop_scale, scaled_decode=scaled_decode)
+    plan = BatchPlan(
+        counts=table.counts,
+        fingerprint=table.fingerprint,
+        seed=0,
+        global_batch_size=streaming.local_batch_size,
+        block_shards=16,
+    )
+    loader = build_loader(
+        PairDataset(table, transform, seed=0, pictures=PicturePolicy()),
+        GlobalBatchSampler(plan, rank=0, world_size=1, progress=Progress()),
+        PairCollator(inputs.tokenizer),
+        workers_per_rank=streaming.workers,
+        prefetch_factor=2,
+        pin_memory=False,
+    )
+    normalize = ImageNormalizer(inputs.mean, inputs.std)
+    for batch in loader:
+        yield normalize.pixels(batch.images), batch.texts
+
+
+def _open_clip(streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Stream through the stages of open_clip 3.3's ``get_wds_dataset``, resampled variant."""
+    os.environ["WDS_SECURE"] = "1"  # read once, at webdataset's first import
+    import webdataset
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    preprocess = image_transform_v2(
+        PreprocessCfg(size=streaming.image_size),
+        is_train=True,
+        aug_cfg=AugmentationCfg(scale=streaming.crop_scale),
+    )
+    tokenizer = SimpleTokenizer()
+    pipeline = webdataset.DataPipeline(
+        webdataset.ResampledShards(list(streaming.shards)),
+        _open_local,  # the three stages of tarfile_to_samples, which opens no local file securely
+        tar_file_expander,
+        group_by_keys,
+        webdataset.shuffle(bufsize=_SHUFFLED, initial=_SHUFFLED),
+        webdataset.select(_is_whole),
+        webdataset.decode("pilrgb"),
+        webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
+        webdataset.map_dict(image=preprocess, text=lambda text: tokenizer(text)[0]),
+        webdataset.to_tuple("image", "text"),
+        webdataset.batched(streaming.local_batch_size, partial=False),
+    )
+    loader: DataLoader[Any] = DataLoader(
+        pipeline,
+        batch_size=None,
+        shuffle=False,
+        num_workers=streaming.workers,
+        persistent_workers=True,
+    )
+    yield from loader
+
+
+def _open_local(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with open(shard["url"], "rb") as stream:
+            yield {**shard, "stream": stream}
+
+
+def _is_whole(sample: dict[str, Any]) -> bool:
+    return "txt" in sample and any(kind in sample for kind in ("png", "jpg", "jpeg", "webp"))
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def data(
+    shards: str | list[str] | None = None,
+    image_size: int = 224,
+    crop_scale: tuple[float, float] = (0.9, 1.0),
+    local_batch_size: int = 32,
+    workers: Sequence[int] = (1, 2),
+    rounds: int = 3,
+    seconds: float = 2.0,
+    pictures: int = 384,
+    json: bool = False,
+) -> int:
+    """Count images/s of our training loader beside those of open_clip's pipeline.
+
+    Args:
+        shards: local webdataset shards with .jpg and .txt, at least one for each loader process.
+            Null writes some with photo-like JPEGs of 256 x 320, 512 x 640 and 1024 x 1280 pixels.
+        image_size: side of the crops, in pixels.
+        crop_scale: share of the area that a crop keeps, (least, most).
+        local_batch_size: pairs of a batch.
+        workers: numbers of loader processes, one thread each.
+        rounds: how often each contestant is timed; the median counts.
+        seconds: how long each time, after a warm-up.
+        pictures: of each size that are written.
+        json: print JSON instead of a table.
+    """
+    for name, value in (
+        ("image_size", image_size),
+        ("local_batch_size", local_batch_size),
+        ("rounds", rounds),
+        *(("workers", number) for number in workers),
+    ):
+        if value < 1:
+            raise UserError(f"{name} ({value}) must be at least 1")
+    if seconds <= 0:
+        raise UserError(f"seconds ({seconds}) must be above 0")
+    if pictures < 2 * local_batch_size:
+        raise UserError(f"pictures ({pictures}) must be at least two batches")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, _one_thread():
+        for name, paths in _cases(shards, Path(folder), pictures, max(workers)):
+            for number in workers:
+                streaming = Streaming(
+                    shards=tuple(paths),
+                    image_size=image_size,
+                    crop_scale=crop_scale,
+                    local_batch_size=local_batch_size,
+                    workers=number,
+                )
+                rows += _measure(name, streaming, rounds, seconds)
+    if json:
+        sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")
+        return 0
+    Console().print(_table(rows, rounds, seconds))
+    return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread of this process inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cases(
+    shards: str | list[str] | None, folder: Path, pictures: int, workers: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the shards to read, by a name for the table."""
+    if shards is not None:
+        paths = expand_shards(shards, allow_remote=False)
+        if len(paths) < workers:
+            raise UserError(
+                f"shards ({len(paths)}) must be at least one for each of {workers} loader processes"
+            )
+        yield "yours", paths
+        return
+    for width, height in PICTURE_SIZES:
+        name = f"{width} x {height}"
+        yield name, write_photo_shards(folder / name, (width, height), pictures, max(4, workers))
+
+
+def _measure(name: str, streaming: Streaming, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    for _ in range(rounds):
+        for contestant in CONTESTANTS:
+            rates[contestant].append(_images_per_second(contestant, streaming, seconds))
+    theirs = median(rates[OPEN_CLIP])
+    return [
+        {
+            "pictures": name,
+            "workers": streaming.workers,
+            "contestant": contestant,
+            "images_per_second": median(found),
+            "least": min(found),
+            "most": max(found),
+            "ratio": median(found) / theirs,
+        }
+        for contestant, found in rates.items()
+    ]
+
+
+def _images_per_second(contestant: str, streaming: Streaming, seconds: float) -> float:
+    """Read batches for a while; what loader processes had ready at the start does not count."""
+    stream = batches(contestant, streaming)
+    for _ in range(2 + 2 * streaming.workers):
+        next(stream)
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not count:
+        images, _ = next(stream)
+        count += len(images)
+    stream.close()
+    return count / elapsed
+
+
+def _table(rows: list[dict[str, Any]], rounds: int, seconds: float) -> Table:
+    table = Table(
+        title="images/s of training loaders, one thread per process",
+        caption=f"medians of {rounds} interleaved rounds of {seconds:g} s; ratio over open_clip's "
+        "pipeline in the same run",
+    )
+    for heading in ("pictures", "workers", "loader", "images/s", "least", "most", "ratio"):
+        table.add_column(heading, justify="left" if heading == "loader" else "right")
+    for row in rows:
+        table.add_row(
+            row["pictures"],
+            str(row["workers"]),
+            row["contestant"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['least']:,.0f}",
+            f"{row['most']:,.0f}",
+            f"{row['ratio']:.2f}",
+        )
+    return table

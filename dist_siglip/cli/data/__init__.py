@@ -1,0 +1,18 @@
+"""``data``: look at shards, index them, write them."""
+
+from collections.abc import Sequence
+
+from dist_siglip.cli.parsing.subjects import run_subject
+
+SUBJECTS = {
+    "index": ("dist_siglip.cli.data.index", "side-cars of shards, made ahead of training"),
+    "check": ("dist_siglip.cli.data.check", "everything that is wrong with shards"),
+    "stats": ("dist_siglip.cli.data.overview", "sizes, formats, caption lengths, duplicates"),
+    "plan": ("dist_siglip.cli.data.overview", "who reads what, for any number of ranks"),
+    "pack": ("dist_siglip.cli.data.pack", "a table and its pictures, or a folder, to shards"),
+}
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Parse ``data SUBJECT ...`` and run the subject."""
+    return run_subject(verb, SUBJECTS, arguments)

@@ -1,0 +1,1 @@
+"""Help pages, laid out from the source without importing it."""

@@ -1,0 +1,1 @@
+"""The parsers of the command line and the ranges of its numbers."""

@@ -1,0 +1,1 @@
+"""Commands that start from the configuration of a run, or from its folder."""

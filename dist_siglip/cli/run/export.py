@@ -1,0 +1,69 @@
+"""``export``: a trained model as other libraries read it."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_siglip.cli.logs import set_up_logging
+from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.subjects import introduction_of
+from dist_siglip.models.interop.export import Form, export_model
+from dist_siglip.training.module.trained import load_trained
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Parse the options of ``export`` and run it."""
+    set_up_logging()
+    return export(**parser(verb).parse_args(list(arguments)).as_dict())
+
+
+def parser(verb: str) -> VerbParser:
+    """Return the parser of the options: the signature of ``export``."""
+    made = VerbParser(prog=f"dist-siglip {verb}", description=introduction_of(export))
+    made.add_function_arguments(export, as_group=False, skip={"overwrite"})
+    # A flag, not a value.
+    made.add_argument(
+        "--overwrite", action="store_true", help="Replace an earlier export in this folder."
+    )
+    return made
+
+
+def export(
+    *,
+    to: Form,
+    out: str,
+    run_dir: str | None = None,
+    ckpt_path: str | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+    weights_average: bool | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a model for another library, read it back with it, and compare the features.
+
+    Args:
+        to: open_clip for open_clip.create_model_from_pretrained("local-dir:FOLDER"); hf for
+            transformers.AutoModel and AutoProcessor; onnx for onnxruntime, a graph for each tower;
+            safetensors for this package, whatever the image tower.
+        out: folder to write; it appears only when it is complete and its features are ours.
+        run_dir: folder of a run, whose newest checkpoint is exported.
+        ckpt_path: another checkpoint of that run.
+        model: in place of a run, as model.model of a configuration names it.
+        pretrained: weights of model, as model.pretrained names them.
+        weights_average: true takes the average that a checkpoint holds, false the weights it was
+            made of; null the average of a run, of other weights what they put first.
+        overwrite: replace an earlier export in this folder.
+    """
+    built = load_trained(
+        run_dir=run_dir,
+        ckpt_path=ckpt_path,
+        model=model,
+        pretrained=pretrained,
+        weights_average=weights_average,
+    )
+    done = export_model(built, Path(out), to=to, overwrite=overwrite)
+    sys.stdout.write(
+        f"wrote {done.folder}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "
+        f"read back, features differ by {done.largest_difference:.1e} at most\n"
+    )
+    return 0
