@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 
-from dist_siglip.data.order.epoch import epoch_order
+from dist_siglip.data.order.sequence import epoch_order
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
 from dist_siglip.training.datamodule import ImageTextDataModule, TrainSource

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.data import ModelInputs
+from dist_siglip.data import Preprocessing
 from dist_siglip.evaluation import EvaluatedModel
 from dist_siglip.models import FusionConfig, FusionHead, build_dual_encoder, token_shapes
 from dist_siglip.models.reranker.fusion import write_head
@@ -70,7 +70,7 @@ def test_an_example_of_the_pages_runs(page, code, given, capsys):
         built = given["built"]
         model = EvaluatedModel.of(
             built.encoder,
-            ModelInputs.of(built),
+            Preprocessing.of(built),
             logit_scale=1.0,
             logit_bias=0.0,
             device=torch.device("cpu"),

@@ -35,7 +35,7 @@ from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import build_loader
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.transforms import ModelInputs, training_transform
+from dist_siglip.data.samples.transforms import Preprocessing, training_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 
@@ -82,7 +82,7 @@ def _ours(
     streaming: Streaming, *, scaled_decode: bool
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     settings = PreprocessCfg(size=streaming.image_size)
-    inputs = ModelInputs(
+    inputs = Preprocessing(
         image_size=streaming.image_size,
         mean=_triple(settings.mean),
         std=_triple(settings.std),

@@ -5,19 +5,18 @@ them, which of them a rank takes, how their bytes arrive and what they become.
 """
 
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
-from dist_siglip.data.order.epoch import epoch_order
 from dist_siglip.data.order.position import (
     BatchPlan,
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Progress,
 )
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition, epoch_order
 from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
 from dist_siglip.data.samples.captions import caption_id
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.transforms import (
-    ModelInputs,
+    Preprocessing,
     evaluation_transform,
     training_transform,
 )
@@ -29,13 +28,13 @@ __all__ = [
     "GlobalBatchSampler",
     "ImageNormalizer",
     "ImageTextBatch",
-    "ModelInputs",
     "PairCollator",
     "PairDataset",
     "PairSample",
     "PairTable",
+    "Preprocessing",
     "Progress",
-    "Slot",
+    "StreamPosition",
     "build_pair_table",
     "caption_id",
     "epoch_order",

@@ -1,18 +1,10 @@
-"""Where do real pictures with captions come from when there is no network?
+"""Pictures with captions for tests and the quickstart, without a network.
 
-scikit-learn ships 1,797 digits written by hand (8 x 8 pixels, 17 grey levels). Four of them set in
-a row make the picture of a number, and English spells the number out: "four thousand seven hundred
-twelve". The pairs are many (9,000 numbers times the choice of handwriting, place, size and colour),
-the task is honest (reading handwriting never seen in training), and the writing takes seconds.
+scikit-learn ships 1,797 digits written by hand (8 x 8 pixels, 17 grey levels). Four of them in a
+row make the picture of a number, and English spells it out: "four thousand seven hundred twelve".
 
-Two splits keep the gallery honest: the handwriting samples of the validation pairs never occur in a
-training picture, and neither do the numbers of the validation captions. Pictures are a function of
-(seed, split, shard) alone, so equal arguments give equal bytes.
-
-What is a number called in English?
-
-Plain words, spaces only: no hyphen, no "and", so that every word is one token of a CLIP vocabulary
-and a caption of six digits stays below sixteen tokens.
+Neither the handwriting nor the numbers of the validation pairs occur in a training pair. Pictures
+are a function of (seed, split, shard) alone, so equal arguments give equal bytes.
 """
 
 import io

@@ -1,8 +1,8 @@
-"""The shards that a user means.
+"""Expansion of a shard specification to a list of locations.
 
-A shard specification is a path, a folder, a brace pattern, a URL, a text file of these or a list of
-them; the answer is the list of locations, in the order given (a folder in the order of its file
-names). Local files must exist; whether a remote one does is found when it is indexed.
+A specification is a path, a folder, a brace pattern, a URL, a text file of these or a list of them;
+locations come in the order given (a folder in the order of its file names). Local files must exist;
+whether a remote one does is found when it is indexed.
 """
 
 import logging

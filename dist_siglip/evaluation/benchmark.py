@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.data.samples.batch import ImageNormalizer
-from dist_siglip.data.samples.transforms import ModelInputs
+from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.errors import UserError
 from dist_siglip.models.dual_encoder import DualEncoder
 
@@ -43,7 +43,7 @@ class EvaluatedModel(NamedTuple):
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
-    inputs: ModelInputs
+    inputs: Preprocessing
     logit_scale: float
     logit_bias: float
     device: torch.device
@@ -52,7 +52,7 @@ class EvaluatedModel(NamedTuple):
     def of(
         cls,
         encoder: DualEncoder,
-        inputs: ModelInputs,
+        inputs: Preprocessing,
         *,
         logit_scale: float,
         logit_bias: float,

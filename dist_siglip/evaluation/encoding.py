@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.data.samples.picture import EncodedPicture
-from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
+from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import gather_rows, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import EvaluatedModel
@@ -218,7 +218,7 @@ class ShardEncoder:
     ) -> None:
         self._model = EvaluatedModel.of(
             built.encoder.to(device).eval(),
-            ModelInputs.of(built),
+            Preprocessing.of(built),
             logit_scale=built.start_scale,
             logit_bias=built.start_bias,
             device=device,

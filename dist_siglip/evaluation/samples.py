@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dist_siglip.data.index.pairs import PairTable, Span
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError, TruncatedCount
-from dist_siglip.data.samples.captions import CaptionRule, named_picture_id
+from dist_siglip.data.samples.captions import (
+    CaptionRule,
+    EmptyCaptions,
+    Tokenizer,
+    caption_ids_of,
+    named_picture_id,
+    picture_id,
+)
 from dist_siglip.data.samples.fetch import ShardReader
-from dist_siglip.data.samples.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
 from dist_siglip.data.samples.loader import prepare_worker
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
@@ -76,7 +82,7 @@ class ShardBatch(NamedTuple):
 
 
 class ShardDataset(Dataset[ShardSample]):
-    """Map-style data set, indexed by ``Slot``.
+    """Map-style data set, indexed by ``StreamPosition``.
 
     Args:
         table: where the members are.
@@ -117,9 +123,9 @@ class ShardDataset(Dataset[ShardSample]):
     def __len__(self) -> int:
         return self._table.num_samples
 
-    def __getitem__(self, slot: Slot) -> ShardSample:
+    def __getitem__(self, at: StreamPosition) -> ShardSample:
         """Read a sample; one that cannot be used says why."""
-        sample = ShardSample(slot.sample_id, slot.is_padding)
+        sample = ShardSample(at.sample_id, at.is_padding)
         try:
             return self._read(sample)
         except BadSampleError as error:
@@ -222,7 +228,7 @@ class ShardCollator:
 
 def shard_loader(
     dataset: ShardDataset,
-    batches: Iterable[list[Slot]],
+    batches: Iterable[list[StreamPosition]],
     collator: ShardCollator,
     *,
     workers: int,
@@ -231,7 +237,7 @@ def shard_loader(
     """Build a loader of ``ShardBatch``.
 
     Args:
-        dataset: samples by slot.
+        dataset: samples by position.
         batches: slots of every batch, in order.
         collator: makes the batches.
         workers: loader processes; 0 loads in this process.

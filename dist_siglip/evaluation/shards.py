@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.index.agreement import check_ranks_agree
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
+from dist_siglip.data.samples.dataset import check_ranks_agree
+from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
@@ -193,7 +193,7 @@ class BenchmarkShards:
         return _result(encoded, num_bad)
 
     def _loader(
-        self, inputs: ModelInputs, encoded_texts: int | None, rank: int, world_size: int
+        self, inputs: Preprocessing, encoded_texts: int | None, rank: int, world_size: int
     ) -> DataLoader[ShardSample]:
         loading, size = self._loading, inputs.image_size
         tokenizer = None if encoded_texts == 0 else inputs.tokenizer

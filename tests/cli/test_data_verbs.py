@@ -243,7 +243,7 @@ def test_plan_shows_the_slices_that_training_takes(capsys, tmp_path):
     assert code == 0
     assert (found["batches_per_epoch"], found["left_out_per_epoch"]) == (4, 5)
     assert found["local_batch_size"] == 4
-    from dist_siglip.data.order.epoch import epoch_order
+    from dist_siglip.data.order.sequence import epoch_order
 
     order = epoch_order(3, 0, UNEVEN, 2)
     assert found["ranks"][1]["first_sample_ids"] == [*order[4:8], *order[12:16]]

@@ -1,7 +1,7 @@
 import torch
 
-from dist_siglip.data.index.agreement import check_ranks_agree
 from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.samples.dataset import check_ranks_agree
 from tests.support.shards import write_shards
 
 

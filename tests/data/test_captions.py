@@ -8,11 +8,11 @@ from dist_siglip.data.samples.captions import (
     MAX_CAPTION_BYTES,
     MAX_CAPTION_CHARACTERS,
     CaptionRule,
+    EmptyCaptions,
     caption_id,
     field_of,
     read_json,
 )
-from dist_siglip.data.samples.identity import EmptyCaptions
 from dist_siglip.errors import UserError
 
 

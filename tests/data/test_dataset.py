@@ -11,11 +11,10 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule, picture_id
 from dist_siglip.data.samples.dataset import PairDataset
-from dist_siglip.data.samples.identity import picture_id
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
@@ -40,7 +39,7 @@ def write_bad(folder, bad):
 def test_sample_of_a_slot_is_the_stored_pair(tmp_path):
     data = dataset(write_shards(tmp_path), crop=None)
     for i in (0, 7, 20, 36):
-        sample = data[Slot(0, 99, i)]
+        sample = data[StreamPosition(0, 99, i)]
         assert torch.equal(sample.image, evaluation_transform(tiny_inputs())(picture(i)))
         assert (sample.caption, sample.sample_id) == (caption(i), i)
         assert (sample.is_valid, sample.is_substitute) == (True, False)
@@ -50,17 +49,21 @@ def test_sample_of_a_slot_is_the_stored_pair(tmp_path):
 def test_crop_is_a_function_of_seed_epoch_and_position(tmp_path):
     shards = write_shards(tmp_path)
     data = dataset(shards)
-    reference = data[Slot(2, 5, 9)].image
-    assert torch.equal(reference, data[Slot(2, 5, 9)].image)
-    assert torch.equal(reference, pickle.loads(pickle.dumps(data))[Slot(2, 5, 9)].image)
-    for other in (data[Slot(3, 5, 9)], data[Slot(2, 6, 9)], dataset(shards, seed=8)[Slot(2, 5, 9)]):
+    reference = data[StreamPosition(2, 5, 9)].image
+    assert torch.equal(reference, data[StreamPosition(2, 5, 9)].image)
+    assert torch.equal(reference, pickle.loads(pickle.dumps(data))[StreamPosition(2, 5, 9)].image)
+    for other in (
+        data[StreamPosition(3, 5, 9)],
+        data[StreamPosition(2, 6, 9)],
+        dataset(shards, seed=8)[StreamPosition(2, 5, 9)],
+    ):
         assert not torch.equal(reference, other.image)
 
 
 def test_loading_leaves_the_generators_of_the_process_alone(tmp_path):
     data = dataset(write_shards(tmp_path))
     states = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
-    data[Slot(0, 0, 0)]
+    data[StreamPosition(0, 0, 0)]
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == [random.getstate(), np.random.get_state()[1].tolist()]
 
@@ -79,38 +82,38 @@ def test_loading_leaves_the_generators_of_the_process_alone(tmp_path):
 def test_bad_sample_is_replaced_named_and_marked(tmp_path, caplog, parts, reason):
     shards = write_bad(tmp_path, {2: parts})
     data = dataset(shards)
-    sample = data[Slot(0, 4, 2)]
+    sample = data[StreamPosition(0, 4, 2)]
     assert sample.is_substitute
     assert sample.is_valid
     assert sample.sample_id != 2
     assert sample.caption == caption(sample.sample_id)
     assert f"{shards[0]}/key2" in caplog.text
     assert reason in caplog.text
-    assert data[Slot(0, 4, 2)].sample_id == sample.sample_id
+    assert data[StreamPosition(0, 4, 2)].sample_id == sample.sample_id
 
 
 def test_substitutes_differ_between_positions(tmp_path):
     data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}))
-    assert {data[Slot(0, place, 2)].sample_id for place in range(60)} == {0, 1, 3, 4, 5}
+    assert {data[StreamPosition(0, place, 2)].sample_id for place in range(60)} == {0, 1, 3, 4, 5}
 
 
 def test_evaluation_does_not_count_substitutes_or_padding(tmp_path):
     data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}), is_evaluation=True)
-    assert not data[Slot(0, 2, 2)].is_valid
-    assert not data[Slot(0, 6, 5, is_padding=True)].is_valid
-    assert data[Slot(0, 3, 3)].is_valid
+    assert not data[StreamPosition(0, 2, 2)].is_valid
+    assert not data[StreamPosition(0, 6, 5, is_padding=True)].is_valid
+    assert data[StreamPosition(0, 3, 3)].is_valid
 
 
 def test_all_bad_ends_with_an_error(tmp_path):
     data = dataset(write_bad(tmp_path, {i: {"png": b"junk"} for i in range(6)}))
     with pytest.raises(UserError, match=r"a\.tar/key2' and 20 substitutes are all bad"):
-        data[Slot(0, 0, 2)]
+        data[StreamPosition(0, 0, 2)]
 
 
 def test_warnings_are_rate_limited(tmp_path, caplog):
     data = dataset(write_bad(tmp_path, {2: {"png": b"junk"}}))
     for place in range(250):
-        data[Slot(0, place, 2)]
+        data[StreamPosition(0, place, 2)]
     assert 20 < len(caplog.records) < 30
 
 
@@ -118,7 +121,7 @@ def test_shard_cut_while_the_run_goes_on_gives_bad_samples(tmp_path, caplog):
     shards = write_shards(tmp_path, (3, 3))
     data = dataset(shards)
     os.truncate(shards[1], 1000)
-    sample = data[Slot(0, 0, 5)]
+    sample = data[StreamPosition(0, 0, 5)]
     assert sample.sample_id < 3
     assert "bytes early" in caplog.text
 
@@ -131,7 +134,7 @@ def test_pickles_in_a_shard_are_never_executed(tmp_path):
     bomb = pickle.dumps(Bomb())
     extra = dict.fromkeys(("pyd", "pkl", "pickle", "pth", "npy", "a.pyd", "png.pkl"), bomb)
     data = dataset(write_bad(tmp_path, {1: extra, 3: {"png": bomb}, 4: {"txt": bomb}}))
-    samples = [data[Slot(0, i, i)] for i in range(6)]
+    samples = [data[StreamPosition(0, i, i)] for i in range(6)]
     assert [sample.is_substitute for sample in samples] == [False, False, False, True, True, False]
     assert not (tmp_path / "executed").exists()
 
@@ -156,7 +159,7 @@ def test_programming_errors_in_a_transform_are_not_bad_samples(tmp_path):
 
     with pytest.raises(ValueError, match="a defect"):
         PairDataset(table, broken, seed=0, pictures=PicturePolicy(max_image_pixels=10_000))[
-            Slot(0, 0, 0)
+            StreamPosition(0, 0, 0)
         ]
 
 
@@ -190,17 +193,17 @@ def captioned(shards, rule, **options):
 def test_one_of_several_captions_is_drawn_by_the_place(tmp_path):
     rule = CaptionRule(members=("txt", "json"), pick="random", split_lines=True)
     data = captioned(several(tmp_path), rule)
-    seen = [data[Slot(0, place, 3)].caption for place in range(200)]
+    seen = [data[StreamPosition(0, place, 3)].caption for place in range(200)]
     assert set(seen) == {"a3", "b3", "c3", "d3"}
     again = pickle.loads(pickle.dumps(data))
-    assert seen == [again[Slot(0, place, 3)].caption for place in range(200)]
+    assert seen == [again[StreamPosition(0, place, 3)].caption for place in range(200)]
     assert data.raw(3)[2] in {"a3", "b3", "c3", "d3"}
 
 
 def test_an_evaluation_takes_the_first_caption(tmp_path):
     rule = CaptionRule(members=("json",), pick="random")
     data = captioned(several(tmp_path), rule, is_evaluation=True)
-    assert {data[Slot(0, place, 3)].caption for place in range(50)} == {"c3"}
+    assert {data[StreamPosition(0, place, 3)].caption for place in range(50)} == {"c3"}
 
 
 def pictured(folder, name="a.tar"):
@@ -225,16 +228,16 @@ def pictured(folder, name="a.tar"):
 
 
 def ids_of(data):
-    ids = [data[Slot(0, 0, i)].picture_id for i in range(len(data))]
+    ids = [data[StreamPosition(0, 0, i)].picture_id for i in range(len(data))]
     return [ids.index(each) for each in ids]
 
 
 def test_a_picture_is_its_bytes_whatever_the_crop(tmp_path):
     data = dataset(pictured(tmp_path), crop=(0.3, 0.5))
     assert ids_of(data) == [0, 1, 2, 0, 1, 2]
-    assert data[Slot(0, 0, 0)].picture_id == picture_id(encode(picture(0)))
+    assert data[StreamPosition(0, 0, 0)].picture_id == picture_id(encode(picture(0)))
     data.picture_id = None
-    assert {data[Slot(0, 0, i)].picture_id for i in range(6)} == {None}
+    assert {data[StreamPosition(0, 0, i)].picture_id for i in range(6)} == {None}
 
 
 def test_a_picture_is_what_a_field_says_or_its_bytes(tmp_path):
@@ -243,9 +246,10 @@ def test_a_picture_is_what_a_field_says_or_its_bytes(tmp_path):
     options = {"seed": 7, "pictures": PicturePolicy(), "picture_id": "coco.id"}
     data = PairDataset(table, training_transform(tiny_inputs(), None), **options)
     assert ids_of(data) == [0, 0, 2, 3, 4, 2]
-    assert [data[Slot(0, 0, i)].caption for i in (0, 5)] == [caption(0), caption(5)]
+    assert [data[StreamPosition(0, 0, i)].caption for i in (0, 5)] == [caption(0), caption(5)]
     assert (
-        pickle.loads(pickle.dumps(data))[Slot(0, 0, 1)].picture_id == data[Slot(0, 0, 0)].picture_id
+        pickle.loads(pickle.dumps(data))[StreamPosition(0, 0, 1)].picture_id
+        == data[StreamPosition(0, 0, 0)].picture_id
     )
 
 
@@ -259,12 +263,12 @@ def test_a_sample_with_a_json_alone_still_lacks_its_caption(tmp_path):
 def test_a_caption_without_a_token_is_a_bad_sample(tmp_path, caplog):
     shards = write_bad(tmp_path, {2: {"txt": b"..."}, 3: {"txt": b"-"}, 4: {"txt": b"\0\0"}})
     tokenizer = SimpleTokenizer(clean="canonicalize")
-    sample = dataset(shards, tokenizer=tokenizer)[Slot(0, 0, 2)]
+    sample = dataset(shards, tokenizer=tokenizer)[StreamPosition(0, 0, 2)]
     assert sample.is_substitute
     assert sample.sample_id in {0, 1, 5}
     assert "key2': caption is empty" in caplog.text
     clip = dataset(shards, tokenizer=SimpleTokenizer())
-    assert [clip[Slot(0, 0, i)].is_substitute for i in (2, 3, 4)] == [False, False, True]
+    assert [clip[StreamPosition(0, 0, i)].is_substitute for i in (2, 3, 4)] == [False, False, True]
 
 
 def test_stages_see_the_sample_and_draw_by_the_place(tmp_path):
@@ -278,10 +282,10 @@ def test_stages_see_the_sample_and_draw_by_the_place(tmp_path):
     rule = CaptionRule(members=("json",))
     shards = several(tmp_path)
     data = captioned(shards, rule, stages=[look])
-    first = data[Slot(0, 5, 2)].caption
+    first = data[StreamPosition(0, 5, 2)].caption
     assert first.startswith("c2 0.")
-    assert data[Slot(0, 5, 2)].caption == first
-    assert data[Slot(0, 6, 2)].caption != first
+    assert data[StreamPosition(0, 5, 2)].caption == first
+    assert data[StreamPosition(0, 6, 2)].caption != first
     assert seen[0]["__key__"] == "key2"
     assert seen[0]["__url__"] == str(shards[0])
     assert seen[0]["json"]["width"] == 7
@@ -293,13 +297,18 @@ def test_samples_that_a_stage_leaves_out_are_replaced_but_not_bad(tmp_path, capl
         yield from (s for s in samples if int(s["__key__"][-1]) % 2 == 0)
 
     data = captioned(several(tmp_path), CaptionRule(), stages=[even])
-    samples = [data[Slot(0, place, place % 6)] for place in range(60)]
+    samples = [data[StreamPosition(0, place, place % 6)] for place in range(60)]
     assert {sample.sample_id for sample in samples} == {0, 2, 4}
     assert not any(sample.is_substitute for sample in samples)
     assert all(sample.is_valid for sample in samples)
     assert caplog.text == ""
     evaluated = captioned(several(tmp_path), CaptionRule(), stages=[even], is_evaluation=True)
-    assert [evaluated[Slot(0, i, i)].is_valid for i in range(4)] == [True, False, True, False]
+    assert [evaluated[StreamPosition(0, i, i)].is_valid for i in range(4)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_stage_may_leave_out_by_lot(tmp_path):
@@ -307,13 +316,13 @@ def test_a_stage_may_leave_out_by_lot(tmp_path):
         yield from (sample for sample in samples if random.random() < 0.3)
 
     data = captioned(several(tmp_path), CaptionRule(), stages=[lucky])
-    assert all(data[Slot(0, place, place % 6)].caption for place in range(100))
+    assert all(data[StreamPosition(0, place, place % 6)].caption for place in range(100))
 
 
 def test_stages_that_leave_out_everything_end_the_run(tmp_path):
     data = captioned(several(tmp_path), CaptionRule(), stages=[lambda samples: iter(())])
     with pytest.raises(UserError, match="stages leave out 1000 samples in a row"):
-        data[Slot(0, 0, 0)]
+        data[StreamPosition(0, 0, 0)]
 
 
 def test_every_bad_sample_is_written_down(tmp_path):
@@ -321,7 +330,7 @@ def test_every_bad_sample_is_written_down(tmp_path):
     path = tmp_path / "bad.jsonl"
     data = dataset(shards, bad_sample_log=str(path))
     for place in range(200):
-        data[Slot(3, place, 2)]
+        data[StreamPosition(3, place, 2)]
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) > 200  # some substitutes are bad, too
     assert records[0] == {
@@ -342,5 +351,5 @@ def test_substitutes_stay_in_the_source(tmp_path):
     spoiled = Path(shards[0]).read_bytes().replace(b"PNG\r", b"JNK\r")
     Path(shards[0]).write_bytes(spoiled)
     data = dataset(shards, source_ranges=[(0, 6), (6, 12)])
-    ids = {data[Slot(0, place, 0)].sample_id for place in range(100)}
+    ids = {data[StreamPosition(0, place, 0)].sample_id for place in range(100)}
     assert ids == {2, 3, 4, 5}

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.flatten import flatten, to_rgba
-from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture import EncodedPicture, flatten, to_rgba
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from tests.support.hostile import chunk
 from tests.support.pngs import (

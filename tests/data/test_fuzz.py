@@ -25,8 +25,8 @@ from dist_siglip.data import urls
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.index.read import read_index
 from dist_siglip.data.inspect.shard_check import Inspector
-from dist_siglip.data.order.sequence import Slot
-from dist_siglip.data.packing.sample import SampleMaker
+from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.packing.pack import SampleMaker
 from dist_siglip.data.packing.table import Columns, read_rows
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import MAX_CAPTION_CHARACTERS, CaptionRule
@@ -241,7 +241,7 @@ def through_dataset(draw, folder, data):
     num_bad = 0
     try:
         for i in range(min(len(samples), 4)):
-            sample = samples[Slot(0, i, i)]
+            sample = samples[StreamPosition(0, i, i)]
             num_bad += sample.is_substitute
             check_caption(sample.caption)
             assert sample.image.shape == (3, 16, 16)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dist_siglip.data.index.read import load_index
 from dist_siglip.data.inspect.shard_check import Inspector
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
@@ -249,7 +249,7 @@ def test_damaged_shard_is_refused_or_skipped_and_named(root, caplog, name):
             table = open_table(shards, on_damage="skip", max_bad_fraction=1)
             data = dataset(table)
             for i in range(case.usable):
-                assert not data[Slot(0, i, i)].is_substitute
+                assert not data[StreamPosition(0, i, i)].is_substitute
             assert len(data) == case.usable
         else:
             with pytest.raises(UserError, match="holds no samples"):
@@ -271,7 +271,7 @@ def test_bad_sample_is_replaced_with_one_record(root, name):
     table = open_table(shards, caption_extensions=captions.members)
     data = dataset(table, captions, crop=(0.3, 1.0))
     place = load_index(shards[0]).keys().index("k1")
-    sample = data[Slot(2, 5, place)]
+    sample = data[StreamPosition(2, 5, place)]
     assert sample.is_substitute
     assert sample.sample_id != place
     (record,) = {json.dumps(record, sort_keys=True) for record in records()}
@@ -285,7 +285,7 @@ def test_bad_sample_is_replaced_with_one_record(root, name):
     }
     assert case.reason in json.loads(record)["reason"]
     for other in {0, 1, 2, 3} - {place}:
-        assert not data[Slot(2, 9, other)].is_substitute
+        assert not data[StreamPosition(2, 9, other)].is_substitute
     assert [key for kind, key in check(shards, captions) if kind.startswith("bad ")] == ["k1"]
     assert listing(root) <= ALLOWED
 
@@ -296,7 +296,7 @@ def test_odd_sample_is_used(root, name):
     shards = put(root, tar_of(replaced(**case.parts)))
     data = dataset(open_table(shards))
     place = load_index(shards[0]).keys().index("k1")
-    sample = data[Slot(0, 0, place)]
+    sample = data[StreamPosition(0, 0, place)]
     assert not sample.is_substitute
     assert sample.caption == case.says
     wanted = evaluation_transform(tiny_inputs())(case.shows().convert("RGB"))
@@ -312,7 +312,7 @@ def test_member_that_no_sample_needs_is_never_opened(root, name):
     shards = put(root, tar_of([*good_members(), member]))
     data = dataset(open_table(shards, on_damage="skip", max_bad_fraction=1))
     for i, key in enumerate(KEYS):
-        sample = data[Slot(0, i, i)]
+        sample = data[StreamPosition(0, i, i)]
         assert (sample.caption, sample.is_substitute) == (caption(i), False), key
     assert len(data) == 4
     assert [found for found, _ in check(shards)].count(kind) == 1
@@ -324,7 +324,7 @@ def test_sample_whose_name_leads_outside_is_read_and_never_written(root, key):
     members = [*good_members(), (f"{key}.png", encode(picture(7))), (f"{key}.txt", b"a hen")]
     shards = put(root, tar_of(members))
     data = dataset(open_table(shards))
-    assert data[Slot(0, 0, 4)].caption == "a hen"
+    assert data[StreamPosition(0, 0, 4)].caption == "a hen"
     assert {kind for kind, _ in check(shards)} == {"path outside"}
     assert listing(root) <= ALLOWED
 
@@ -348,7 +348,7 @@ def test_pickle_in_place_of_a_member_is_not_run(root, extension):
     captions = CaptionRule(members=("json", "txt"))
     data = dataset(open_table(shards, caption_extensions=captions.members), captions)
     for i in range(4):
-        data[Slot(0, i, i)]
+        data[StreamPosition(0, i, i)]
     if extension == "png":
         assert {record["key"] for record in records()} == {"k1"}
     assert listing(root) <= ALLOWED

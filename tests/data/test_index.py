@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_siglip.data.index import read as index_module
-from dist_siglip.data.index import side_car
+from dist_siglip.data.index import read as side_car
 from dist_siglip.data.index.read import load_index, read_index
 from dist_siglip.data.index.shard_index import build_index, split_name
 from dist_siglip.data.index.tar_scan import Member, scan_tar

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
@@ -70,7 +70,7 @@ def test_a_loader_process_does_not_grow_over_epochs(tmp_path):
             for i in range(SAMPLES)
         ]
         shards.append(str(write_shard(tmp_path / f"{number:03d}.tar", members, mtime=0)))
-    (outcome,) = spread(read_epochs, [shards], workers=1)
+    (outcome,) = map_isolated(read_epochs, [shards], workers=1)
     assert outcome.failure == ""
     after_two, *later = outcome.result[1:]
     assert max(later) - after_two < 4, outcome.result

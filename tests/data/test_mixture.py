@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dist_siglip.data.order.mixture import ROUND, Mixture, apportion
+from dist_siglip.data.order.sequence import ROUND, Mixture, apportion
 
 WEIGHTS = [(1,), (1, 1), (3, 1), (5, 2, 0.01), (1e-9, 1)]
 

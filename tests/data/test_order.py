@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dist_siglip.data.order.epoch import EpochOrder, epoch_order
+from dist_siglip.data.order.sequence import EpochOrder, epoch_order
 
 GRID = list(
     itertools.product(

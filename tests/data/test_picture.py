@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 
 from dist_siglip.data.samples import picture as module
 from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.dataset import seeded_generators
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.randomness import seeded_generators
 from dist_siglip.data.samples.transforms import training_transform
 from tests.support.shards import encode, jpeg, photo, picture, tiny_inputs
 

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 
-from dist_siglip.data.order.epoch import epoch_order
 from dist_siglip.data.order.position import (
     BatchPlan,
     EvaluationBatchSampler,
@@ -11,6 +10,7 @@ from dist_siglip.data.order.position import (
     Progress,
     check_divisible,
 )
+from dist_siglip.data.order.sequence import epoch_order
 from dist_siglip.errors import UserError
 from tests.support.shards import UNEVEN
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_siglip.data.samples.randomness import draw_one, seeded_generators
+from dist_siglip.data.order.sequence import draw_one
+from dist_siglip.data.samples.dataset import seeded_generators
 
 
 def draw():

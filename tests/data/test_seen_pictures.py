@@ -12,8 +12,8 @@ from PIL import Image
 
 from dist_siglip.cli import main
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.order.sequence import Slot
-from dist_siglip.data.packing.sample import SampleMaker
+from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.packing.pack import SampleMaker
 from dist_siglip.data.packing.table import Row
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture import EncodedPicture
@@ -69,7 +69,7 @@ def dataset(shard, stages=(), crop=None, **policy):
     [("#ffffff", (255, 255, 255)), ("#102030", (16, 32, 48)), ("drop", (255, 0, 0))],
 )
 def test_training_and_evaluation_see_the_ground_of_the_policy(shard, transparency, left, crop):
-    image = dataset(shard, crop=crop, transparency=transparency)[Slot(0, 0, 0)].image
+    image = dataset(shard, crop=crop, transparency=transparency)[StreamPosition(0, 0, 0)].image
     assert tuple(image[:, 8, 0].tolist()) == left
     assert image[:, 8, 15].tolist() == [0, 0, 255]
 
@@ -83,7 +83,9 @@ def test_embedding_sees_what_an_evaluation_sees(shard):
             captions=EmbedSettings().captions,
             pictures=PicturePolicy(transparency=transparency),
         )
-        assert torch.equal(embedded[Slot(0, 0, 0)].image, data[Slot(0, 0, 0)].image)
+        assert torch.equal(
+            embedded[StreamPosition(0, 0, 0)].image, data[StreamPosition(0, 0, 0)].image
+        )
 
 
 def test_embedding_follows_the_run_unless_it_is_told_otherwise():
@@ -114,13 +116,13 @@ class TakesAlpha:
 
 
 def test_a_stage_can_lay_pictures_on_a_ground_of_its_own(shard):
-    image = dataset(shard, stages=[TakesAlpha()])[Slot(0, 0, 0)].image
+    image = dataset(shard, stages=[TakesAlpha()])[StreamPosition(0, 0, 0)].image
     assert image[:, 8, 0].tolist() == [0, 128, 0]
 
 
 def test_a_turned_picture_is_upright_on_request(shard):
     plain, upright = (
-        dataset(shard, exif_orientation=choice)[Slot(0, 0, 1)].image
+        dataset(shard, exif_orientation=choice)[StreamPosition(0, 0, 1)].image
         for choice in ("ignore", "apply")
     )
     # Nearly so: the sides are resized by different factors.
@@ -131,13 +133,13 @@ def test_a_turned_picture_is_upright_on_request(shard):
 def test_a_cut_picture_is_used_counted_and_no_bad_sample(shard, caplog):
     data = dataset(shard, truncated_pictures="use")
     with caplog.at_level(logging.WARNING):
-        samples = [data[Slot(0, place, 2)] for place in range(2)]
+        samples = [data[StreamPosition(0, place, 2)] for place in range(2)]
     assert not any(sample.is_substitute for sample in samples)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert "truncated picture 2 in this process" in said[1]
     assert "000002" in said[1]
-    assert dataset(shard)[Slot(0, 0, 2)].is_substitute
+    assert dataset(shard)[StreamPosition(0, 0, 2)].is_substitute
 
 
 @pytest.mark.parametrize("policy", [{}, {"transparency": "drop"}, {"exif_orientation": "apply"}])

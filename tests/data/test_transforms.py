@@ -5,9 +5,9 @@ import torch
 from open_clip.transform import image_transform
 
 from dist_siglip.data.samples.batch import ImageNormalizer
+from dist_siglip.data.samples.dataset import seeded_generators
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.randomness import seeded_generators
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from tests.support.shards import jpeg, photo, picture, tiny_inputs
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -24,18 +24,18 @@ def work(item):
 
 def test_every_item_has_its_result_whatever_the_number_of_workers():
     for workers in (1, 3):
-        results = {o.item: o.result for o in spread(work, list(range(10)), workers=workers)}
+        results = {o.item: o.result for o in map_isolated(work, list(range(10)), workers=workers)}
         assert results == {i: 2 * i for i in range(10)}
 
 
 def test_a_large_result_comes_whole():
-    (outcome,) = spread(lambda item: b"x" * item, [5_000_000], workers=1)
+    (outcome,) = map_isolated(lambda item: b"x" * item, [5_000_000], workers=1)
     assert len(outcome.result) == 5_000_000
 
 
 def test_a_crash_or_a_hang_costs_one_item():
     items = ["a", "crash", "b", "exit", "hang", "c"]
-    found = {o.item: o for o in spread(work, items, workers=2, limit_seconds=2)}
+    found = {o.item: o for o in map_isolated(work, items, workers=2, limit_seconds=2)}
     assert {i: found[i].result for i in "abc"} == {"a": "aa", "b": "bb", "c": "cc"}
     assert found["crash"].failure == "its process ended with code -9"
     assert found["exit"].failure == "its process ended with code 3"
@@ -44,6 +44,6 @@ def test_a_crash_or_a_hang_costs_one_item():
 
 def test_mistakes_of_the_user_come_through():
     with pytest.raises(UserError, match="yours"):
-        list(spread(work, ["a", "mistake"], workers=1))
+        list(map_isolated(work, ["a", "mistake"], workers=1))
     with pytest.raises(UserError, match=r"workers \(0\) must be at least 1"):
-        list(spread(work, ["a"], workers=0))
+        list(map_isolated(work, ["a"], workers=0))

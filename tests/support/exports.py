@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_siglip.data import ImageNormalizer, ModelInputs, evaluation_transform
+from dist_siglip.data import ImageNormalizer, Preprocessing, evaluation_transform
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.tokenizer import ModelTokenizer
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -50,7 +50,7 @@ def picture(seed=0, size=(70, 50)):
 
 def pixels_of(built, image):
     """(1, 3, H, W), as the towers take them in an evaluation."""
-    inputs = ModelInputs.of(built)
+    inputs = Preprocessing.of(built)
     return ImageNormalizer(built.mean, built.std).pixels(evaluation_transform(inputs)(image)[None])
 
 

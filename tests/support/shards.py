@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from dist_siglip.data.samples.transforms import ModelInputs
+from dist_siglip.data.samples.transforms import Preprocessing
 
 UNEVEN = (7, 1, 12, 5, 9, 3)  # samples of each shard; 37 in all
 
@@ -72,9 +72,9 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor([row + [0] * (24 - len(row)) for row in codes])
 
 
-def tiny_inputs() -> ModelInputs:
+def tiny_inputs() -> Preprocessing:
     """Inputs of an imaginary model: 16 x 16 pixels, 24 characters."""
-    return ModelInputs(
+    return Preprocessing(
         image_size=16,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.cli import EXIT_SAVED
-from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.inspect.shard_check import (
     HARMLESS,
     KINDS,
@@ -76,7 +76,7 @@ def check(
     findings: list[Finding] = []
     hashes: dict[str, np.ndarray] = {}
     num_samples = num_transparent = 0
-    for done in spread(inspector, paths, workers=workers, limit_seconds=limit_seconds):
+    for done in map_isolated(inspector, paths, workers=workers, limit_seconds=limit_seconds):
         if done.result is None:
             findings.append(Finding("damaged shard", done.item, "", done.failure))
             continue

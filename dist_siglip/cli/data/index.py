@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dist_siglip.cli import EXIT_SAVED
 from dist_siglip.data.index.read import read_index
-from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import World
@@ -54,7 +54,7 @@ def index(
     damage: list[str] = []
     remarks: list[str] = []
     lost: list[str] = []
-    for done in spread(read, chunks, workers=workers):
+    for done in map_isolated(read, chunks, workers=workers):
         if done.result is None:
             damage.append(f"shards from {redact(done.item[0])!r} on: {done.failure}")
             continue

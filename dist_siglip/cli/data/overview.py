@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dist_siglip.data.index.damage import OnDamage
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
-from dist_siglip.data.inspect.process_pool import spread
+from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.inspect.statistics import QUANTILES, Gauge, choose_samples, summarize
 from dist_siglip.data.order.position import BatchPlan, check_divisible
 from dist_siglip.data.remote import CacheSettings, ShardCache
@@ -84,7 +84,7 @@ def stats(
     chosen = choose_samples(table.num_samples, sample, seed)
     chunks = [part.tolist() for part in np.array_split(chosen, -(-len(chosen) // _CHUNK))]
     parts = []
-    for done in spread(gauge, chunks, workers=workers):
+    for done in map_isolated(gauge, chunks, workers=workers):
         if done.result is None:
             raise RuntimeError(f"samples from {done.item[0]} on: {done.failure}")
         parts.append(done.result)
@@ -214,12 +214,12 @@ def rows(table: PairTable, plan: BatchPlan, world_size: int, steps: range) -> li
     sequence, local = plan.sequence(), plan.global_batch_size // world_size
     found = []
     for rank in range(world_size):
-        slots = [
-            slot
+        positions = [
+            at
             for step in steps
-            for slot in sequence.slots(step, rank * local, (rank + 1) * local)
+            for at in sequence.positions(step, rank * local, (rank + 1) * local)
         ]
-        ids = np.array([slot.sample_id for slot in slots])
+        ids = np.array([at.sample_id for at in positions])
         numbers = np.unique(np.searchsorted(table.starts, ids, side="right") - 1)
         found.append(
             {
@@ -227,7 +227,7 @@ def rows(table: PairTable, plan: BatchPlan, world_size: int, steps: range) -> li
                 "samples": len(ids),
                 "bytes": int(table.image_sizes[ids].sum() + table.caption_sizes[:, ids].sum()),
                 "shards": [shard_name(table.shards[number]) for number in numbers.tolist()],
-                "epochs": sorted({slot.epoch for slot in slots}),
+                "epochs": sorted({at.epoch for at in positions}),
                 "first_sample_ids": ids[:8].tolist(),
             }
         )

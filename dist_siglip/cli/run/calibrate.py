@@ -28,9 +28,9 @@ from dist_siglip.data import (
     evaluation_transform,
     training_transform,
 )
-from dist_siglip.data.index.agreement import check_ranks_agree
 from dist_siglip.data.samples.batch import picture_ids_of
-from dist_siglip.data.samples.calibration_subset import excerpt_loader
+from dist_siglip.data.samples.calibration_subset import subset_loader
+from dist_siglip.data.samples.dataset import check_ranks_agree
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration
 from dist_siglip.training.datamodule import ImageTextDataModule
@@ -88,11 +88,11 @@ class CalibrationModule(SigLipModule):
 
 
 class CalibrationData(ImageTextDataModule):
-    """An excerpt of the training or validation pairs, served where evaluation pairs are."""
+    """A subset of the training or validation pairs, served where evaluation pairs are."""
 
     split: Literal["train", "val"] = "train"
     num_pairs = 4096
-    excerpt: PairDataset | None = None
+    subset: PairDataset | None = None
 
     def prepare_data(self) -> None:
         """Index the shards, on the first rank of each node."""
@@ -110,13 +110,13 @@ class CalibrationData(ImageTextDataModule):
             transform = training_transform(
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
-        self.excerpt = self.dataset_of(name, transform, is_evaluation=not is_training)
+        self.subset = self.dataset_of(name, transform, is_evaluation=not is_training)
 
     def val_dataloader(self) -> DataLoader[PairSample]:
-        """Loader of this rank's share of the excerpt."""
-        if self.excerpt is None:
+        """Loader of this rank's share of the subset."""
+        if self.subset is None:
             raise RuntimeError("call setup before val_dataloader")
-        return excerpt_loader(self.excerpt, self.num_pairs, self, self._world())
+        return subset_loader(self.subset, self.num_pairs, self, self._world())
 
 
 class CalibrationCLI(TrainingCLI):

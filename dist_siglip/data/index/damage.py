@@ -1,4 +1,4 @@
-"""Shards that are damaged, or unusual, before training starts: what happens then.
+"""Policy for shards that are damaged or unusual, before training starts.
 
 Either the run is refused, with everything that is wrong counted and the first of it named; or the
 damage is skipped, named in the log, and bounded.

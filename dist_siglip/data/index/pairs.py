@@ -1,33 +1,35 @@
-"""The picture and the captions of sample number i: where they lie.
+"""The table of pairs: where the picture and the captions of each sample lie.
 
 A ``PairTable`` joins the indices of all shards of one data set into flat arrays, 32 bytes a sample,
 numbered shard after shard in the order given. Building it is the check before training: a shard
 that is damaged, or a sample that lacks its picture or every caption, is found here and nowhere
-later.
-
-The rows that one shard adds to a table of pairs.
-
-Of every sample the preferred picture and all captions are picked; what is missing is told.
+later. A sound table is kept in the user's cache folder and mapped into memory the next time; it can
+be deleted at any time.
 """
 
+import contextlib
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.data.index.damage import Damage, OnDamage, log_remarks
-from dist_siglip.data.index.read import read_index
+from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
-from dist_siglip.data.index.table_file import read_table, table_path, write_table
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.errors import UserError
+from dist_siglip.system.atomic import open_atomically, user_cache_folder, write_atomically
+from dist_siglip.system.regular_file import check_regular
 
 
 class ShardRows(NamedTuple):
@@ -108,16 +110,11 @@ def listed(extensions: Sequence[str]) -> str:
     return ", ".join(f".{extension}" for extension in extensions)
 
 
-_ARRAYS = (
-    "starts",
-    "image_offsets",
-    "image_sizes",
-    "caption_offsets",
-    "caption_sizes",
-    "dropped",
-)
-_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remarks")
 _READERS = 8  # threads that wait for a slow file system together
+_TABLE_VERSION = 3
+_KEPT_TABLES = 16
+_VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remarks")
+_LOGGER = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -173,7 +170,7 @@ class PairTable:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "starts" not in state:
-            found = _mapped(state["file"], state["cache"])
+            found = read_table(state["file"], state["cache"])
             if found is None:
                 raise UserError(f"table {state['file']!r} vanished; start the run again")
             state = found.__dict__
@@ -301,7 +298,7 @@ def build_pair_table(
             file = table_path(shards, settings)
         except OSError as error:
             raise UserError(f"{name}: shard cannot be read: {error}") from error
-        known = _mapped(file, cache)
+        known = read_table(file, cache)
         if known is not None:
             log_remarks(known.remarks, name)
             return known
@@ -346,30 +343,106 @@ def build_pair_table(
     log_remarks(table.remarks, name)
     # What is damaged is to be told every time, so it is not kept.
     is_sound = not damage.is_noted
-    if file is None or not is_sound or not _keep(file, table):
+    if file is None or not is_sound or not write_table(file, table):
         return table
-    return _mapped(file, cache) or table
+    return read_table(file, cache) or table
 
 
-def _keep(file: str, table: PairTable) -> bool:
-    """Write the file of a table."""
-    arrays = {name: getattr(table, name) for name in _ARRAYS}
-    values = {name: getattr(table, name) for name in _VALUES}
-    return write_table(file, arrays, values)
+def table_path(shards: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Name the file that the arrays of a table are kept in.
+
+    It belongs to exactly these shards (place, size, modification time) and settings.
+
+    Args:
+        shards: local files.
+        settings: everything else the table depends on, as plain values.
+
+    Raises:
+        OSError: if a shard is missing.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([_TABLE_VERSION, settings], sort_keys=True).encode() + b"\n")
+    for shard in shards:
+        status = os.stat(shard)
+        place = os.fsencode(os.path.abspath(shard))
+        digest.update(b"%s\0%d\0%d\n" % (place, status.st_size, status.st_mtime_ns))
+    return os.path.join(user_cache_folder("tables"), f"{digest.hexdigest()}.npy")
 
 
-def _mapped(file: str, cache: ShardCache | None) -> PairTable | None:
-    """Return the table of a file; None if there is none."""
-    found = read_table(file)
-    if found is None:
+def write_table(file: str, table: PairTable) -> bool:
+    """Keep a table: one array of a column for each sample, and a JSON of plain values beside it.
+
+    Returns:
+        False if the folder is closed or full.
+    """
+    spans = [table.image_offsets[None], table.image_sizes[None]]
+    columns = np.concatenate([*spans, table.caption_offsets, table.caption_sizes])
+    values: dict[str, Any] = {name: getattr(table, name) for name in _VALUES}
+    values |= {"starts": table.starts.tolist(), "dropped": table.dropped.tolist()}
+    try:
+        with open_atomically(Path(file)) as stream:
+            np.save(stream, columns)
+        write_atomically(Path(f"{file}.json"), json.dumps(values))
+    except OSError as error:
+        _LOGGER.debug("no table at %r: %s", file, error)
+        return False
+    with contextlib.suppress(OSError):
+        _forget_old_tables(Path(file).parent)
+    return True
+
+
+def read_table(file: str, cache: ShardCache | None = None) -> PairTable | None:
+    """Map a table into memory, whose pages all processes of a node share.
+
+    Args:
+        file: as ``table_path`` names it.
+        cache: copies of remote shards.
+
+    Returns:
+        The table; None if there is none, or it is damaged.
+    """
+    try:
+        check_regular(Path(f"{file}.json"))
+        values = json.loads(Path(f"{file}.json").read_bytes())
+        fields: dict[str, Any] = {name: values[name] for name in _VALUES}
+        for name in ("shards", "caption_extensions", "remarks"):
+            fields[name] = tuple(fields[name])
+        starts = np.array(values["starts"], dtype=np.int64)
+        dropped = np.array(values["dropped"], dtype=np.int64).reshape(-1, 2)
+        check_regular(Path(file))
+        columns = np.load(file, mmap_mode="r", allow_pickle=False)
+        kinds = len(fields["caption_extensions"])
+        if len(starts) != len(fields["shards"]) + 1 or columns.dtype != np.int64:
+            raise ValueError("its parts do not fit together")
+        if columns.shape != (2 + 2 * kinds, starts[-1]) or not columns.flags.c_contiguous:
+            raise ValueError("its parts do not fit together")
+    except FileNotFoundError:
         return None
-    arrays, values = found
-    if set(arrays) != set(_ARRAYS) or set(values) != set(_VALUES):
+    except DAMAGED_ARRAYS as error:
+        _LOGGER.warning("table %r is damaged (%s) and will be made again", file, error)
         return None
-    fields: dict[str, Any] = {**arrays, **values, "cache": cache, "file": file}
-    for name in ("shards", "caption_extensions", "remarks"):
-        fields[name] = tuple(values[name])
-    return PairTable(**fields)
+    with contextlib.suppress(OSError):
+        os.utime(file)
+    return PairTable(
+        **fields,
+        starts=starts,
+        dropped=dropped,
+        image_offsets=columns[0],
+        image_sizes=columns[1],
+        caption_offsets=columns[2 : 2 + kinds],
+        caption_sizes=columns[2 + kinds :],
+        cache=cache,
+        file=file,
+    )
+
+
+def _forget_old_tables(folder: Path) -> None:
+    """Delete the tables unused for longest, those of an earlier format among them."""
+    tables = [*folder.glob("*.npy"), *folder.glob("*.table")]
+    tables.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in tables[_KEPT_TABLES:]:
+        path.unlink()
+        Path(f"{path}.json").unlink(missing_ok=True)
 
 
 def _read(shard: str, cache: ShardCache | None) -> ShardIndex:

@@ -1,4 +1,4 @@
-"""The members of a tar file, and where their bytes are.
+"""Scan of a tar file: its members, and where their bytes are.
 
 Only headers are read, never extracted: one ``pread`` of a few kilobytes usually covers the header
 of an image, its caption and the next header. Plain ustar headers and the PAX headers that carry
@@ -9,12 +9,6 @@ library's ``tarfile``.
 A complete archive ends with blocks of zeros. What lies behind them is looked at, too: another
 archive (``cat a.tar b.tar``) is read on, anything else is damage. A file that ends without zeros
 behind the last block of a member is usable, and is remarked upon.
-
-The headers of a tar file: which bytes are one, and what it says.
-
-Only plain ustar headers, and those of PAX that carry nothing but times and owners, are read here;
-``tar_scan`` leaves the rest to the standard library. The end of an archive is a block of zeros,
-behind which another archive may begin.
 """
 
 import errno

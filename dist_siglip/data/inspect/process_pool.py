@@ -1,7 +1,7 @@
-"""How is work on many shards spread over processes, so that a crash or a hang costs one shard?
+"""Work on many shards in processes of their own, so that a crash or a hang costs one shard.
 
-One process per item: forked, so it starts in milliseconds, and ended when it takes too long. What a
-damaged file does to a decoder written in C stays in that process.
+One forked process for each item, ended when it takes too long. What a damaged file does to a
+decoder written in C stays in that process.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ class _Running(NamedTuple, Generic[_Item]):
     ends_at: float
 
 
-def spread(
+def map_isolated(
     function: Callable[[_Item], _Result],
     items: Sequence[_Item],
     *,

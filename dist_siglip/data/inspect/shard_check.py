@@ -1,11 +1,12 @@
-"""Everything that is wrong with a shard, for training and for anybody who opens it.
+"""Checks of shards: everything that is wrong, or one pair of each of the first ones.
 
-Every sample is read, its picture decoded and its captions parsed the way training does it; the
-member names are looked at besides. Nothing is extracted.
+Samples are read, pictures decoded and captions parsed the way training does it; member names are
+looked at besides. Nothing is extracted.
 """
 
 import os
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.index.pairs import Span
-from dist_siglip.data.index.read import read_index
+from dist_siglip.data.index.pairs import Span, build_pair_table
+from dist_siglip.data.index.read import read_index, side_car_places
 from dist_siglip.data.index.shard_index import explain_dots, split_name
 from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
-from dist_siglip.data.remote import ShardCache, is_remote
+from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import CaptionRule, caption_id
 from dist_siglip.data.samples.fetch import ShardReader
@@ -216,3 +218,64 @@ def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:
     hashes = np.concatenate([np.unique(h) for h in found.values()] or [np.zeros(0, np.int64)])
     _, counts = np.unique(hashes, return_counts=True)
     return int((counts > 1).sum())
+
+
+class FirstPair(NamedTuple):
+    """The first pair of a shard.
+
+    Attributes:
+        shard: its name, without secrets.
+        num_samples: samples of the shard; 0 if it cannot be read.
+        fingerprint: of its samples; "" if it cannot be read.
+        had_side_car: whether its index was there already; always for a remote shard.
+        seconds: to index the shard and read and decode the pair.
+        failure: what is wrong; "" if nothing is.
+    """
+
+    shard: str
+    num_samples: int
+    fingerprint: str
+    had_side_car: bool
+    seconds: float
+    failure: str
+
+
+def read_first_pair(
+    shard: str,
+    *,
+    captions: CaptionRule,
+    image_extensions: Sequence[str],
+    pictures: PicturePolicy,
+    cache: ShardCache | None = None,
+) -> FirstPair:
+    """Index one shard and decode its first pair.
+
+    Args:
+        shard: file or URL.
+        captions: where captions are.
+        image_extensions: members that are the picture of a sample, in order of preference.
+        pictures: what decides the pixels of an encoded picture.
+        cache: copies of remote shards.
+    """
+    had_side_car = is_remote(shard) or any(map(os.path.exists, side_car_places(shard)))
+    started = time.perf_counter()
+    name, num_samples, fingerprint, failure = redact(shard_name(shard)), 0, "", ""
+    reader = ShardReader(cache)
+    try:
+        table = build_pair_table(
+            [shard],
+            image_extensions=image_extensions,
+            caption_extensions=captions.members,
+            cache=cache,
+        )
+        num_samples, fingerprint = table.num_samples, table.fingerprint
+        data = reader.read(table.image_span(0))
+        EncodedPicture(data, pictures).decode()
+        captions.choose([(kind, reader.read(s)) for kind, s in table.caption_spans(0)], (0,))
+    except BadSampleError as error:
+        failure = f"its first sample: {error}"
+    except (UserError, RemoteError, OSError) as error:
+        failure = str(error)
+    reader.close()
+    seconds = time.perf_counter() - started
+    return FirstPair(name, num_samples, fingerprint, had_side_car, seconds, failure)

@@ -1,4 +1,4 @@
-"""What do the pictures and captions of a data set look like, in numbers?"""
+"""Statistics of the pictures and captions of a data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,16 @@ from numpy.typing import NDArray
 
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.captions import EMPTY_CAPTION, CaptionRule, caption_id
+from dist_siglip.data.samples.captions import (
+    EMPTY_CAPTION,
+    CaptionRule,
+    EmptyCaptions,
+    Tokenizer,
+    caption_id,
+    caption_ids_of,
+    picture_id,
+)
 from dist_siglip.data.samples.fetch import ShardReader
-from dist_siglip.data.samples.identity import EmptyCaptions, Tokenizer, caption_ids_of, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 

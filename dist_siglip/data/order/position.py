@@ -1,4 +1,4 @@
-"""Which samples make global batch b, and which of them are this rank's?
+"""The samples of a global batch, and the share of each rank.
 
 Positions run on without end, epoch after epoch. Global batch b of an epoch holds the positions
 [b * G, (b + 1) * G) of its order; rank r of R takes the r-th of R equal slices:
@@ -17,8 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from dist_siglip.data.order.mixture import ROUND, apportion
-from dist_siglip.data.order.sequence import MixtureSequence, SingleSequence, Slot, Source
+from dist_siglip.data.order.sequence import (
+    ROUND,
+    MixtureSequence,
+    SingleSequence,
+    Source,
+    StreamPosition,
+    apportion,
+)
 from dist_siglip.errors import UserError
 
 
@@ -86,7 +92,7 @@ class BatchPlan:
         return self.num_samples // self.global_batch_size
 
     def sequence(self) -> SingleSequence | MixtureSequence:
-        """Return what computes the slots of any batch."""
+        """Return what computes the positions of any batch."""
         if self.sources:
             return MixtureSequence(
                 self.sources,
@@ -170,20 +176,20 @@ class GlobalBatchSampler:
         self._progress = progress
         self._repeat = repeat
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[StreamPosition]]:
         sequence = self._plan.sequence()
         batch = self._progress.samples_consumed // self._plan.global_batch_size
         first = self._rank * self._local_batch_size
         while True:
             number = batch % self._repeat if self._repeat else batch
-            yield sequence.slots(number, first, first + self._local_batch_size)
+            yield sequence.positions(number, first, first + self._local_batch_size)
             batch += 1
 
 
 class EvaluationBatchSampler:
     """Every sample once, in data order, split into equally many batches on every rank.
 
-    Rank r takes the r-th contiguous part of ``ceil(samples / ranks)`` slots. Slots past the end
+    Rank r takes the r-th contiguous part of ``ceil(samples / ranks)`` positions. Those past the end
     repeat the last sample and are marked as padding, so that no rank waits for another.
 
     Args:
@@ -194,7 +200,7 @@ class EvaluationBatchSampler:
 
     Example:
         >>> sampler = EvaluationBatchSampler(5, rank=1, world_size=2, local_batch_size=2)
-        >>> [[(slot.sample_id, slot.is_padding) for slot in batch] for batch in sampler]
+        >>> [[(at.sample_id, at.is_padding) for at in batch] for batch in sampler]
         [[(3, False), (4, False)], [(4, True)]]
     """
 
@@ -209,14 +215,14 @@ class EvaluationBatchSampler:
     def __len__(self) -> int:
         return -(-self._length // self._local_batch_size)
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[StreamPosition]]:
         for start in range(0, self._length, self._local_batch_size):
             stop = min(start + self._local_batch_size, self._length)
-            yield [self._slot(self._first + place) for place in range(start, stop)]
+            yield [self._position(self._first + place) for place in range(start, stop)]
 
-    def _slot(self, position: int) -> Slot:
+    def _position(self, position: int) -> StreamPosition:
         last = self._num_samples - 1
-        return Slot(0, position, min(position, last), is_padding=position > last)
+        return StreamPosition(0, position, min(position, last), is_padding=position > last)
 
 
 def check_divisible(global_batch_size: int, world_size: int) -> None:

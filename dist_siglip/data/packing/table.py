@@ -1,15 +1,13 @@
-"""The pictures and captions that a table, or a folder, names.
+"""Rows of a table, or of a folder: pictures and their captions.
 
 A CSV, TSV, JSONL or Parquet file has one row for each picture; a folder has one picture for each
 row, and the caption in a ``.txt`` of the same name. Rows come one by one, in file order, so a table
 larger than memory is no trouble. A row that cannot be used says why instead of ending the reading.
 What is wrong with a table as a whole is found before the first row is used.
 
-The rows of a Parquet file, with paths of pictures or the pictures themselves.
-
-Data sets of the Hugging Face hub hold a picture as ``{bytes, path}``, others as plain bytes. Few
-rows are in memory at a time, and no more of the file than one row group; groups that were packed
-before are passed over unread.
+A Parquet file holds paths of pictures or the pictures themselves, as plain bytes or, as data sets
+of the Hugging Face hub do, as ``{bytes, path}``. Few rows are in memory at a time, and no more of
+the file than one row group; groups that were packed before are passed over unread.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""The remote shards that lie on this node, and which of them go first.
+"""Cache of remote shards on the disk of a node.
 
 Every shard is one file named by the hash of its URL, so nothing in a URL chooses a path. One
 process fetches it under the lock of its name while the others wait. Room is made before a transfer:

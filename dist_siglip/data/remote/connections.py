@@ -1,9 +1,8 @@
-"""Which connection of this process serves a URL, and how long may it take?
+"""Connections of this process to remote stores, with a time limit for every call.
 
 fsspec's asynchronous file systems run on an event loop in a thread, which a forked process does not
-have: its first call would wait for ever. So the loop and the file systems are ours, made new in
-every process, and every call has a time limit. What a fork brings along is kept, untouched: to
-close it would close the sockets of the parent.
+have: its first call would wait for ever. So loop and file systems are made new in every process.
+What a fork brings along is kept, untouched: to close it would close the sockets of the parent.
 
 Endpoints and credentials come from where each package looks for them, never from a setting:
 ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_PROFILE``, ``AWS_ENDPOINT_URL`` for s3 (any

@@ -1,8 +1,8 @@
-"""Locations of shards: which texts may be opened as one.
+"""Locations of shards: paths of this machine and URLs of five schemes.
 
-A location is a path of this machine or a URL of five schemes. Everything else that looks like a
-URL (``pipe:``, ``file:``, a chain of openers) is refused here, so nothing behind this file ever
-starts a command. A URL may carry a password or a signature, so texts show it through ``redact``.
+Everything else that looks like a URL (``pipe:``, ``file:``, a chain of openers) is refused, so
+nothing behind this file ever starts a command. A URL may carry a password or a signature, so texts
+show it through ``redact``.
 """
 
 import re

@@ -1,10 +1,9 @@
-"""Which remote shards should be here before they are needed?
+"""Prefetch of remote shards by a thread of one process per node.
 
-A thread of one process per node asks from time to time which shards come next, and fetches them in
-that order, as far ahead as half of the cache reaches: the other half stays for what is being read.
-Every round notes that all shards of the way ahead are wanted, from the one training is at, so the
-cache evicts what lies behind first. A shard that cannot be fetched is passed over, and tried again
-after a pause that doubles.
+It asks from time to time which shards come next, and fetches them in that order, as far ahead as
+half of the cache reaches: the other half stays for what is being read. Every round marks all these
+shards as used, so the cache evicts what lies behind first. A shard that cannot be fetched is passed
+over, and tried again after a pause that doubles.
 """
 
 import logging

@@ -1,15 +1,12 @@
-"""Failed transfers: when they are tried again, and what is said about them.
+"""Retries of failed transfers, and the errors that end them.
 
-They are tried again after a pause that doubles, and is drawn around that so that a thousand nodes
-do not come back together; except where trying again cannot help: the file is not there, or access
-is denied. A server that does not answer, or is overloaded, is waited for; a file that comes and is
-not the right one is tried only a few times.
+The pause between tries doubles, and is drawn around that so that a thousand nodes do not come back
+together. Nothing is tried again where that cannot help: the file is not there, or access is denied.
+A server that does not answer, or is overloaded, is waited for; a file that comes and is not the
+right one is tried only a few times.
 
-May this thread go on waiting?
-
-A thread that works ahead of training must end as soon as it is told to, also in the middle of a
-transfer. It gives an event to its own waits: each of them ends soon after the event is set. Other
-threads wait as usual.
+A thread that works ahead of training gives an event to its waits (``stoppable``): each of them
+ends soon after the event is set, also in the middle of a transfer.
 """
 
 import errno

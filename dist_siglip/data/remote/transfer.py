@@ -1,4 +1,4 @@
-"""The way of a whole remote file to this machine, verified.
+"""Verified transfer of a whole remote file to this machine.
 
 What the server says about a file (size, tag, checksum) is asked for first; the file is then
 fetched beside its final name, compared, and renamed. ``retries`` says when that is tried again.

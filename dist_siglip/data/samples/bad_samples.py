@@ -1,10 +1,8 @@
-"""What may be wrong with one sample, and how much of it may a run put up with?
+"""Samples that cannot be used: written down, counted, and bounded over all ranks.
 
-Where is every bad sample written down?
-
-One JSON object a line, in a file that all loader processes of all ranks append to; a full disk or a
-lost folder does not stop the run (``best_effort``). Pictures that are used although their file ends
-too early are counted in the log alone.
+The list has one JSON object a line, and all loader processes of all ranks append to it; a full disk
+or a lost folder does not stop the run. Pictures that are used although their file ends too early
+are counted in the log alone.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""What a training step receives, and how samples become it.
-
-How do bytes become the floats a model was trained on, wherever the batch is?
-"""
+"""The batch of a training step: collation of samples, and normalisation of pixels."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.data.samples.captions import caption_id
-from dist_siglip.data.samples.identity import caption_ids_of
+from dist_siglip.data.samples.captions import caption_id, caption_ids_of
 
 
 class ImageTextBatch(NamedTuple):

@@ -1,15 +1,13 @@
-"""Which features stand in for the pictures, or captions, of a data set?
+"""Features of a locked tower that stand in for the pictures, or captions, of a data set.
 
-A tower that is locked gives a picture the same features in every epoch. ``embed --format
-features`` writes them once; training then reads a row instead of decoding and encoding a picture.
-
-How do the embeddings of a shard lie in a file, so that each sample finds its row?
+``embed --format features`` writes them once; training then reads a row instead of decoding and
+encoding a picture.
 
 FOLDER/features/NAME.DIGEST.safetensors, one for every shard: ``rows`` (N,) int32, the row of each
 of the N complete samples of the shard, -1 for one that has none, and ``image_features`` and
 ``text_features``, (R, D) each, or one of them; beside them ``image_ids`` and ``text_ids``, (R,)
-int64, of pictures and captions (see ``identity``), which older files lack. The digest is that of
-the shard's members, so a shard that changed has no file.
+int64, of pictures and captions, which older files lack. The digest is that of the shard's members,
+so a shard that changed has no file.
 """
 
 from collections.abc import Mapping, Sequence

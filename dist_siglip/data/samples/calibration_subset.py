@@ -1,7 +1,6 @@
-"""Which few pairs stand for the whole data set?
+"""The pairs that calibration looks at: the first of the order of epoch 0.
 
-The first pairs of the order of epoch 0: drawn from a block of shards, the same whatever the number
-of ranks and loader processes.
+They are drawn from a block of shards, the same whatever the number of ranks and loader processes.
 """
 
 from collections.abc import Sequence
@@ -9,19 +8,18 @@ from typing import Protocol
 
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.order.epoch import epoch_order
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition, epoch_order
 from dist_siglip.data.samples.batch import PairCollator, PairSample
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import prepare_worker
-from dist_siglip.data.samples.transforms import ModelInputs
+from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 
 _LOCAL_BATCH_SIZE = 64
 
 
-def excerpt_slots(
+def subset_positions(
     counts: Sequence[int],
     num_pairs: int,
     *,
@@ -29,7 +27,7 @@ def excerpt_slots(
     block_shards: int,
     rank: int,
     world_size: int,
-) -> list[list[Slot]]:
+) -> list[list[StreamPosition]]:
     """Share the first ``num_pairs`` pairs of epoch 0 among the ranks, in small batches.
 
     Args:
@@ -44,8 +42,8 @@ def excerpt_slots(
         UserError: if num_pairs < 2, or a rank would have no pair.
 
     Example:
-        >>> slots = excerpt_slots([4, 4], 5, seed=0, block_shards=2, rank=1, world_size=2)
-        >>> [[slot.position for slot in batch] for batch in slots]
+        >>> positions = subset_positions([4, 4], 5, seed=0, block_shards=2, rank=1, world_size=2)
+        >>> [[at.position for at in batch] for batch in positions]
         [[1, 3]]
     """
     if num_pairs < 2:
@@ -55,8 +53,8 @@ def excerpt_slots(
         raise UserError(
             f"pairs to look at ({len(chosen)}) must be at least one for each of {world_size} ranks"
         )
-    slots = [Slot(0, position, sample) for position, sample in enumerate(chosen)]
-    mine = slots[rank::world_size]
+    positions = [StreamPosition(0, position, sample) for position, sample in enumerate(chosen)]
+    mine = positions[rank::world_size]
     return [mine[i : i + _LOCAL_BATCH_SIZE] for i in range(0, len(mine), _LOCAL_BATCH_SIZE)]
 
 
@@ -66,26 +64,26 @@ class LoaderSettings(Protocol):
     seed: int
     block_shards: int
     workers_per_rank: int
-    inputs: ModelInputs | None
+    inputs: Preprocessing | None
 
 
-def excerpt_loader(
+def subset_loader(
     dataset: PairDataset, num_pairs: int, settings: LoaderSettings, world: World
 ) -> DataLoader[PairSample]:
-    """Load this rank's share of the excerpt, ``ImageTextBatch`` by ``ImageTextBatch``.
+    """Load this rank's share of the subset, ``ImageTextBatch`` by ``ImageTextBatch``.
 
     Args:
-        dataset: pairs by slot.
-        num_pairs: see ``excerpt_slots``.
+        dataset: pairs by position.
+        num_pairs: see ``subset_positions``.
         settings: of the data module; the loader processes end with the iteration.
         world: rank and number of ranks.
 
     Raises:
-        UserError: as ``excerpt_slots``, or if ``inputs`` are missing.
+        UserError: as ``subset_positions``, or if ``inputs`` are missing.
     """
     if settings.inputs is None:
         raise UserError("inputs (null) must describe what the model wants to be fed")
-    slots = excerpt_slots(
+    positions = subset_positions(
         dataset.table.counts,
         num_pairs,
         seed=settings.seed,
@@ -95,7 +93,7 @@ def excerpt_loader(
     )
     return DataLoader(
         dataset,
-        batch_sampler=slots,
+        batch_sampler=positions,
         collate_fn=PairCollator(settings.inputs.tokenizer),
         num_workers=settings.workers_per_rank,
         worker_init_fn=prepare_worker,

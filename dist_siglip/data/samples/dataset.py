@@ -1,30 +1,40 @@
-"""What is the sample in a given slot?
+"""The data set: the sample at a position of the stream.
 
-``PairDataset[slot]`` is a function of the slot: which bytes, which caption, which crop, and which
-substitute if they are bad, whoever asks and in which process. So resumed, resharded and re-workered
-runs see the same pictures to the last bit.
+``PairDataset[position]`` is a function of the position: which bytes, which caption, which crop, and
+which substitute if they are bad, in whatever process. For that the global random generators are
+seeded for each sample and restored afterwards.
 """
 
 import io
 import logging
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
 from dist_siglip.data.index.pairs import PairTable
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError, BadSampleLog, TruncatedCount
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures, Tower
-from dist_siglip.data.samples.captions import CaptionRule, named_picture_id, read_json
+from dist_siglip.data.samples.captions import (
+    PICTURE_BYTES,
+    CaptionRule,
+    EmptyCaptions,
+    Tokenizer,
+    named_picture_id,
+    picture_id,
+    read_json,
+)
 from dist_siglip.data.samples.fetch import ShardReader
-from dist_siglip.data.samples.identity import PICTURE_BYTES, EmptyCaptions, Tokenizer, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.randomness import draw_one, seeded_generators
 from dist_siglip.data.samples.stages import (
     FilteredError,
     Stage,
@@ -33,28 +43,87 @@ from dist_siglip.data.samples.stages import (
     run_stages,
 )
 from dist_siglip.data.samples.transforms import ImageTransform
+from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 
+
+def check_ranks_agree(
+    table: PairTable, *, name: str, device: torch.device, group: ProcessGroup | None = None
+) -> None:
+    """Refuse to start if a rank (a node with its own copy, say) sees other shards than rank 0.
+
+    Every rank must call it; one small all-gather. Without a process group there is nothing to
+    compare.
+
+    Args:
+        table: what this rank sees.
+        name: the setting the shards came from, for the error text.
+        device: where the process group communicates.
+        group: ranks to compare.
+
+    Raises:
+        UserError: on every rank, naming the first rank that differs.
+    """
+    mine = torch.tensor([[table.num_samples, int(table.fingerprint, 16) >> 1]], device=device)
+    rows = gather_rows(mine, group).tolist()
+    for rank, row in enumerate(rows):
+        if row != rows[0]:
+            raise UserError(
+                f"{name} differ between ranks: rank 0 sees {rows[0][0]} samples, rank {rank} sees "
+                f"{row[0]} (or other bytes); give every node the same shards"
+            )
+
+
+@contextmanager
+def seeded_generators(*key: int) -> Iterator[None]:
+    """Seed the global CPU generators from a key, and restore them at the end.
+
+    Args:
+        key: integers >= 0; equal keys give equal draws, on every machine.
+
+    Example:
+        >>> with seeded_generators(1, 2, 3):
+        ...     first = random.random()
+        >>> with seeded_generators(1, 2, 3):
+        ...     print(first == random.random())
+        True
+    """
+    words = np.random.SeedSequence(key).generate_state(3)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    # Not torch.manual_seed: that would reseed the GPUs too.
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
 _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _LOGGER = logging.getLogger(__name__)
-_BAD_ATTEMPTS = 20  # bad samples in a row for one slot
+_BAD_ATTEMPTS = 20  # bad samples in a row for one position
 _FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
 _SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand
 _NAMED = 20  # bad samples named by each process; then every hundredth
 
 
 class PairDataset(Dataset[PairSample]):
-    """Map-style data set, indexed by ``Slot``.
+    """Map-style data set, indexed by ``StreamPosition``.
 
     A sample that cannot be read or decoded is named in the log, and a substitute is drawn from the
-    key of the slot and the attempt: ten times from the same shard, then from the same source. So
+    key of position and attempt: ten times from the same shard, then from the same source. So
     every other sample stays where it is. A sample that a stage leaves out is replaced likewise,
     but it is not bad.
 
     Args:
         table: where the members are.
-        transform: picture to (3, H, W) uint8; random draws are seeded by the key of the slot.
+        transform: picture to (3, H, W) uint8; random draws are seeded by the key of the position.
         seed: >= 0.
         pictures: what decides the pixels of an encoded picture.
         captions: which caption a sample gets.
@@ -109,44 +178,44 @@ class PairDataset(Dataset[PairSample]):
     def __len__(self) -> int:
         return self.table.num_samples
 
-    def __getitem__(self, slot: Slot) -> PairSample:
-        """Return the sample of a slot, or its substitute.
+    def __getitem__(self, at: StreamPosition) -> PairSample:
+        """Return the sample of a position, or its substitute.
 
         Raises:
             UserError: if a sample and 20 substitutes in a row are bad, or stages leave out a
                 thousand.
         """
-        sample_id, num_bad, num_filtered = slot.sample_id, 0, 0
+        sample_id, num_bad, num_filtered = at.sample_id, 0, 0
         while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
-                image, caption, picture = self._make(sample_id, slot, num_bad + num_filtered)
+                image, caption, picture = self._make(sample_id, at, num_bad + num_filtered)
                 features = self._rows(sample_id)
             except BadSampleError as error:
                 num_bad += 1
-                self._report(sample_id, slot, error)
+                self._report(sample_id, at, error)
             except FilteredError:
                 num_filtered += 1
             else:
-                is_due = sample_id == slot.sample_id
+                is_due = sample_id == at.sample_id
                 return PairSample(
                     image=image,
                     caption=caption,
                     sample_id=sample_id,
-                    is_valid=not slot.is_padding and (is_due or not self._is_evaluation),
+                    is_valid=not at.is_padding and (is_due or not self._is_evaluation),
                     is_substitute=num_bad > 0,
                     image_features=features.get("image"),
                     text_features=features.get("text"),
                     picture_id=picture,
                     caption_id=self._stored_id(sample_id, "text"),
                 )
-            sample_id = self._substitute(slot, num_bad + num_filtered)
+            sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
             raise UserError(
                 f"stages leave out {num_filtered} samples in a row, from "
-                f"{self.table.describe(slot.sample_id)} on; let more pass, or write shards of those"
+                f"{self.table.describe(at.sample_id)} on; let more pass, or write shards of those"
             )
         raise UserError(
-            f"sample {self.table.describe(slot.sample_id)} and {_BAD_ATTEMPTS} substitutes are all "
+            f"sample {self.table.describe(at.sample_id)} and {_BAD_ATTEMPTS} substitutes are all "
             "bad (see the warnings above); repair the shards"
         )
 
@@ -188,13 +257,15 @@ class PairDataset(Dataset[PairSample]):
         image.save(buffer, kind)
         return buffer.getvalue(), f"image/{kind.lower()}"
 
-    def _make(self, sample_id: int, slot: Slot, attempt: int) -> tuple[Tensor, str, int | None]:
-        """Read, decode and transform one sample with the randomness of a slot and an attempt.
+    def _make(
+        self, sample_id: int, at: StreamPosition, attempt: int
+    ) -> tuple[Tensor, str, int | None]:
+        """Read, decode and transform one sample with the randomness of a position and an attempt.
 
         Returns:
             Pixels, caption, and the id of the picture.
         """
-        key = slot.key(self._seed)
+        key = at.key(self._seed)
         if attempt:  # a stage that leaves out by lot would draw the same lot for ever
             key = (*key, attempt)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
@@ -252,15 +323,15 @@ class PairDataset(Dataset[PairSample]):
             if extension in self._caption_members:
                 yield extension, self._reader.read(span)
 
-    def _substitute(self, slot: Slot, attempt: int) -> int:
+    def _substitute(self, at: StreamPosition, attempt: int) -> int:
         """Draw a sample to stand in, of the same shard, later of the same source."""
         if attempt <= _SAME_SHARD:
-            first, stop = self.table.shard_range(slot.sample_id)
+            first, stop = self.table.shard_range(at.sample_id)
         else:
-            first, stop = self._source_ranges[slot.source]
-        return first + draw_one(stop - first, *slot.key(self._seed), attempt)
+            first, stop = self._source_ranges[at.source]
+        return first + draw_one(stop - first, *at.key(self._seed), attempt)
 
-    def _report(self, sample_id: int, slot: Slot, error: BadSampleError) -> None:
+    def _report(self, sample_id: int, at: StreamPosition, error: BadSampleError) -> None:
         """Count a bad sample, write it down and name it in the log, at first and now and then."""
         self._num_bad += 1
         is_named = self._num_bad <= _NAMED or self._num_bad % 100 == 0
@@ -271,9 +342,9 @@ class PairDataset(Dataset[PairSample]):
             shard=redact(shard),
             key=key,
             sample_id=sample_id,
-            epoch=slot.epoch,
-            position=slot.position,
-            source=slot.source,
+            epoch=at.epoch,
+            position=at.position,
+            source=at.source,
             reason=str(error),
         )
         if is_named:

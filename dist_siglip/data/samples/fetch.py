@@ -1,9 +1,9 @@
-"""The bytes of a member.
+"""Reader of the bytes of members.
 
-They are read by ``pread`` from a shard on a local disk: no shared file position, so threads and
-forked processes can use one descriptor. A remote shard is read from its copy in the cache of the
-node. A reader keeps a few shards open and reopens them in a process it is pickled to; a copy that
-was evicted is closed, so that its space on the disk is free.
+They are read by ``pread``: no shared file position, so threads and forked processes can use one
+descriptor. A remote shard is read from its copy in the cache of the node. A reader keeps a few
+shards open and reopens them in a process it is pickled to; a copy that was evicted is closed, so
+that its space on the disk is free.
 """
 
 import errno

@@ -1,7 +1,4 @@
-"""How are batches prepared ahead of the step that needs them?
-
-One line about a loader process that has died or failed: which, of what, and what mends it.
-"""
+"""Loader of batches, and the errors of its processes in one line."""
 
 import os
 import re
@@ -112,8 +109,8 @@ def build_loader(
     """Build a loader of ``ImageTextBatch`` whose processes outlive epochs and cluster signals.
 
     Args:
-        dataset: pairs by slot.
-        sampler: lists of slots, one list a batch.
+        dataset: pairs by position.
+        sampler: lists of positions, one list a batch.
         collate: samples to batch.
         workers_per_rank: loader processes, of one thread each; 0 loads in this process.
         prefetch_factor: batches each loader process prepares ahead.

@@ -1,9 +1,7 @@
 """The policy by which the bytes of a picture become pixels, wherever pictures are decoded.
 
-One frozen value that models, data, embeddings and benchmarks hand on: what shows through where a
-picture is transparent, whether a camera's orientation counts, what becomes of files that end too
-early, and how large a picture may be. The first two belong to a model as its mean and size do, and
-an export states them.
+Colour behind transparency and orientation belong to a model as its mean and size do, and an export
+states them.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
-"""How do steps of the user's own change a sample between decoding and transform?
+"""Stages: functions of the user that change a sample between decoding and transform.
 
 A stage is what a webdataset pipeline is made of: a function from an iterator of samples to an
 iterator of samples, a sample being a dict. ``webdataset.map``, ``webdataset.select`` and the like
 make stages of plain functions. Each sample goes through alone, with the random generators of
-Python, NumPy and torch seeded by its place in the stream, so what a stage draws is repeated when a
-run resumes.
+Python, NumPy and torch seeded by its position, so what a stage draws is repeated when a run
+resumes.
 
 A stage gets pictures in RGB, as a model would. One that has an attribute ``picture_mode`` says
 otherwise: "RGBA" for pictures with their alpha, "stored" for the mode of the file, such as "I;16"
-with all its bits. Such stages come first, since what is laid on a ground stays there.
+with all its bits. Such stages come first, since what is laid on a colour stays there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.flatten import flatten, to_rgba
+from dist_siglip.data.samples.picture import flatten, to_rgba
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 

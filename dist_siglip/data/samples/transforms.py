@@ -1,10 +1,8 @@
-"""How does a picture become the pixels a model expects?
+"""Transforms from a picture to the pixels that a model expects.
 
-The crops and sizes are open_clip's own, so that what is trained here sees the same pixels as in
-open_clip's trainer and evaluations. What is left of its transform, the conversion to floats and the
-normalisation, happens on the device (``ImageNormalizer``): a byte is a quarter of a float to move.
-
-What does a model want to be fed?
+The crops and sizes are open_clip's own. What is left of its transform, the conversion to floats and
+the normalisation, happens on the device (``ImageNormalizer``): a byte is a quarter of a float to
+move.
 """
 
 from collections.abc import Callable
@@ -18,13 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Normalize, RandomResizedCrop
 
-from dist_siglip.data.samples.flatten import flatten
-from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture
+from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture, flatten
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelInputs:
+class Preprocessing:
     """Preprocessing that belongs to a model, in plain values.
 
     Attributes:
@@ -49,7 +46,7 @@ class ModelInputs:
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
     @classmethod
-    def of(cls, model: Any) -> "ModelInputs":
+    def of(cls, model: Any) -> "Preprocessing":
         """Take the values from a built model, which has attributes of the same names."""
         return cls(**{each.name: getattr(model, each.name) for each in fields(cls)})
 
@@ -60,7 +57,7 @@ _RATIO = (3 / 4, 4 / 3)  # of the sides of a crop: torchvision's, which open_cli
 
 
 def training_transform(
-    inputs: ModelInputs,
+    preprocessing: Preprocessing,
     crop_scale: tuple[float, float] | None,
     *,
     scaled_decode: bool = True,
@@ -68,7 +65,7 @@ def training_transform(
     """Return the training transform: a random crop, resized.
 
     Args:
-        inputs: preprocessing of the model.
+        preprocessing: preprocessing of the model.
         crop_scale: share of the picture's area that a crop keeps, (least, most). None turns
             augmentation off: the evaluation transform.
         scaled_decode: decode a JPEG at the smallest fraction of its size at which the crop still
@@ -80,32 +77,32 @@ def training_transform(
         torch.
     """
     if crop_scale is None:
-        return evaluation_transform(inputs)
-    return _RandomCrop(inputs, crop_scale, scaled_decode)
+        return evaluation_transform(preprocessing)
+    return _RandomCrop(preprocessing, crop_scale, scaled_decode)
 
 
-def evaluation_transform(inputs: ModelInputs) -> ImageTransform:
+def evaluation_transform(preprocessing: Preprocessing) -> ImageTransform:
     """Return the evaluation transform: resized as the model asks, nothing random.
 
     Args:
-        inputs: preprocessing of the model.
+        preprocessing: preprocessing of the model.
 
     Returns:
         A function from a picture to (3, H, W) uint8: open_clip's pixels before normalisation.
     """
-    return _Evaluation(inputs)
+    return _Evaluation(preprocessing)
 
 
 class _RandomCrop:
     """open_clip's training transform, its crop drawn before anything is decoded."""
 
     def __init__(
-        self, inputs: ModelInputs, crop_scale: tuple[float, float], scaled_decode: bool
+        self, preprocessing: Preprocessing, crop_scale: tuple[float, float], scaled_decode: bool
     ) -> None:
-        size = inputs.image_size
+        size = preprocessing.image_size
         height, width = (size, size) if isinstance(size, int) else size
         self._target = (width, height)
-        self._transparency = inputs.pictures.transparency
+        self._transparency = preprocessing.pictures.transparency
         self._crop_scale = list(crop_scale)
         self._scaled_decode = scaled_decode
 
@@ -140,19 +137,19 @@ class _RandomCrop:
 class _Evaluation:
     """open_clip's evaluation transform without its last two steps."""
 
-    def __init__(self, inputs: ModelInputs) -> None:
+    def __init__(self, preprocessing: Preprocessing) -> None:
         settings = PreprocessCfg(
-            size=inputs.image_size,
-            mean=inputs.mean,
-            std=inputs.std,
-            interpolation=inputs.interpolation,
-            resize_mode=inputs.resize_mode,
+            size=preprocessing.image_size,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            interpolation=preprocessing.interpolation,
+            resize_mode=preprocessing.resize_mode,
         )
         *steps, to_floats, normalize = image_transform_v2(settings, is_train=False).transforms
         if type(to_floats).__name__ != "MaybeToTensor" or not isinstance(normalize, Normalize):
             raise RuntimeError("open_clip's transform no longer ends with ToTensor and Normalize")
         self._steps = steps
-        self._transparency = inputs.pictures.transparency
+        self._transparency = preprocessing.pictures.transparency
 
     def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
         if isinstance(picture, Image.Image):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.pairs import PairTable
-from dist_siglip.data.order.sequence import Slot
+from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.samples.captions import CaptionRule
@@ -32,7 +32,7 @@ from dist_siglip.data.samples.picture_policy import (
     PicturePolicy,
     TruncatedPictures,
 )
-from dist_siglip.data.samples.transforms import ModelInputs, evaluation_transform
+from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.evaluation.embed.layouts import Format, Layout, layout_of, remove_partial
@@ -280,7 +280,7 @@ def _loader(
     pin_memory: bool,
 ) -> DataLoader[ShardSample]:
     """Load all shards through the same processes: batch after batch, none across two shards."""
-    inputs = ModelInputs.of(built)
+    inputs = Preprocessing.of(built)
     dataset = ShardDataset(
         table,
         None if settings.towers == "text" else evaluation_transform(inputs),
@@ -293,7 +293,7 @@ def _loader(
     batches = (batch for job in jobs for batch in job.batches(settings.local_batch_size))
     return shard_loader(
         dataset,
-        ([Slot(0, sample_id, sample_id) for sample_id in batch] for batch in batches),
+        ([StreamPosition(0, sample_id, sample_id) for sample_id in batch] for batch in batches),
         ShardCollator(None if settings.towers == "image" else inputs.tokenizer, most_texts=1),
         workers=settings.workers if jobs else 0,
         pin_memory=pin_memory,

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.index.agreement import check_ranks_agree
 from dist_siglip.data.index.damage import OnDamage
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import (
@@ -25,14 +24,13 @@ from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
-from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.dataset import PairDataset
-from dist_siglip.data.samples.identity import PICTURE_BYTES
+from dist_siglip.data.samples.captions import PICTURE_BYTES, CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset, check_ranks_agree
 from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
 from dist_siglip.data.samples.stages import Stage, check_stages
 from dist_siglip.data.samples.transforms import (
     ImageTransform,
-    ModelInputs,
+    Preprocessing,
     evaluation_transform,
     training_transform,
 )
@@ -207,7 +205,7 @@ class ImageTextDataModule(BatchTransfer):
         self,
         train_shards: str | list[str] | None = None,
         val_shards: str | list[str] | None = None,
-        inputs: ModelInputs | None = None,
+        inputs: Preprocessing | None = None,
         global_batch_size: int = 256,
         val_local_batch_size: int = 256,
         workers_per_rank: int = 2,

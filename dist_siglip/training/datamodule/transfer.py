@@ -18,7 +18,7 @@ from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, Pair
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import build_loader
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.transforms import ModelInputs
+from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.distributed import World
 from dist_siglip.training.datamodule.training_position import TrainingPosition
 
@@ -69,7 +69,7 @@ def _remote_bytes(table: PairTable) -> list[int]:
 class BatchTransfer(LightningDataModule):
     """Loaders of this rank, and the hooks of Lightning around the transfer of a batch."""
 
-    inputs: ModelInputs | None
+    inputs: Preprocessing | None
     bad_samples: BadSampleLimit
     workers_per_rank: int
     prefetch_factor: int

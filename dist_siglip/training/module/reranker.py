@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
@@ -107,7 +107,7 @@ class RerankerModule(RunModule):
             dual_scale=built.start_scale,
             dual_bias=built.start_bias,
         )
-        self.inputs = ModelInputs.of(built)
+        self.inputs = Preprocessing.of(built)
         self.hard_negatives, self.easy_negatives = hard_negatives, easy_negatives
         self.candidates, self.pairs_per_pass = candidates, pairs_per_pass
         self.optim = optim

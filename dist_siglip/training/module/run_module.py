@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
@@ -143,7 +143,7 @@ class RunModule(LightningModule):
     """
 
     built: BuiltModel
-    inputs: ModelInputs
+    inputs: Preprocessing
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class RunModule(LightningModule):
     def use_pictures(self, policy: PicturePolicy) -> None:
         """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""
         self.built = replace(self.built, pictures=policy)
-        self.inputs = ModelInputs.of(self.built)
+        self.inputs = Preprocessing.of(self.built)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the optimizer's parameters."""

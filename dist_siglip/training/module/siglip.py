@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from dist_siglip.data import ImageTextBatch, ModelInputs
+from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
-from dist_siglip.data.samples.calibration_subset import excerpt_loader
+from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.distributed import World, copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
@@ -108,7 +108,7 @@ def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
             "without one, set it to null and use losses.calibration"
         )
     world = World(rank=trainer.global_rank, world_size=trainer.world_size)
-    loader = excerpt_loader(data.train_dataset, num_pairs, data, world)
+    loader = subset_loader(data.train_dataset, num_pairs, data, world)
     rows = []
     with evaluation_mode(module.towers), trainer.precision_plugin.forward_context():
         for loaded in loader:
@@ -203,7 +203,7 @@ class SigLipModule(RunModule):
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
-        self.inputs = ModelInputs.of(built)
+        self.inputs = Preprocessing.of(built)
         self.optim = optim
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

@@ -9,8 +9,8 @@ from PIL import Image
 from dist_siglip.data.index import tar_scan
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.index.read import load_index
-from dist_siglip.data.order.sequence import Slot
-from dist_siglip.data.packing.sample import encode_jpeg, shrink
+from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.packing.pack import encode_jpeg, shrink
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
@@ -210,7 +210,7 @@ def test_packed_shards_train_with_the_pictures_and_captions_of_the_table(tmp_pat
     )
     seen = set()
     for i in range(COUNT):
-        sample = data[Slot(0, i, i)]
+        sample = data[StreamPosition(0, i, i)]
         shown = Image.open(pictures / f"{i}.jpg").convert("RGB")
         assert torch.equal(sample.image, evaluation_transform(tiny_inputs())(shown))
         assert sample.caption in rows[i]["texts"]

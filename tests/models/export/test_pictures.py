@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_siglip.data import ImageNormalizer, ModelInputs, evaluation_transform
+from dist_siglip.data import ImageNormalizer, Preprocessing, evaluation_transform
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.models import build_dual_encoder
@@ -114,7 +114,7 @@ def read_by_transformers(built, tmp_path_factory):
 def off_by(built, data, transparency, pixels):
     """Largest difference of pixels from ours, of 255."""
     policy = PicturePolicy(transparency=transparency)
-    ours = evaluation_transform(ModelInputs.of(built))(EncodedPicture(data, policy))
+    ours = evaluation_transform(Preprocessing.of(built))(EncodedPicture(data, policy))
     ours = ImageNormalizer(built.mean, built.std).pixels(ours[None])
     scale = 255 * torch.tensor(built.std).reshape(1, 3, 1, 1)
     return float(((ours - pixels).abs() * scale).max())

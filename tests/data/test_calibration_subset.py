@@ -1,4 +1,4 @@
-"""The excerpt is the start of epoch 0, once each, whoever loads it."""
+"""The calibration subset is the start of epoch 0, once each, whoever loads it."""
 
 from itertools import chain
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_siglip.data import PairDataset, build_pair_table, epoch_order, evaluation_transform
-from dist_siglip.data.samples.calibration_subset import excerpt_loader, excerpt_slots
+from dist_siglip.data.samples.calibration_subset import subset_loader, subset_positions
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
@@ -15,7 +15,7 @@ from tests.support.shards import UNEVEN, tiny_inputs, write_shards
 
 def sample_ids(num_pairs, world_size, **settings):
     by_rank = [
-        excerpt_slots(UNEVEN, num_pairs, rank=rank, world_size=world_size, **settings)
+        subset_positions(UNEVEN, num_pairs, rank=rank, world_size=world_size, **settings)
         for rank in range(world_size)
     ]
     return [[slot.sample_id for batch in batches for slot in batch] for batches in by_rank]
@@ -34,7 +34,7 @@ def test_more_pairs_than_there_are_means_all():
 
 
 def test_batches_are_small():
-    batches = excerpt_slots([1000], 200, seed=0, block_shards=1, rank=0, world_size=1)
+    batches = subset_positions([1000], 200, seed=0, block_shards=1, rank=0, world_size=1)
     assert [len(batch) for batch in batches] == [64, 64, 64, 8]
 
 
@@ -61,7 +61,7 @@ def test_the_loader_brings_them(tmp_path, workers):
     )
     found = []
     for rank in range(2):
-        for batch in excerpt_loader(dataset, 9, settings, World(rank=rank, world_size=2)):
+        for batch in subset_loader(dataset, 9, settings, World(rank=rank, world_size=2)):
             assert batch.images.shape[1:] == (3, 16, 16)
             found += batch.sample_ids.tolist()
     assert sorted(found) == sorted(epoch_order(3, 0, UNEVEN, 2)[:9].tolist())
@@ -70,4 +70,4 @@ def test_the_loader_brings_them(tmp_path, workers):
 def test_a_loader_needs_to_know_the_inputs():
     settings = SimpleNamespace(seed=3, block_shards=2, workers_per_rank=0, inputs=None)
     with pytest.raises(UserError, match=r"inputs \(null\)"):
-        excerpt_loader(None, 9, settings, World())
+        subset_loader(None, 9, settings, World())
