@@ -66,11 +66,7 @@ def check_features(
 
 
 def require_tensor(name: str, given: object) -> None:
-    """Raise ``UserError`` for arrays and lists in place of a tensor.
-
-    Example:
-        >>> require_tensor("features", torch.eye(2))
-    """
+    """Raise ``UserError`` for arrays and lists in place of a tensor."""
     if not isinstance(given, Tensor):
         kind = f"{type(given).__module__}.{type(given).__name__}".removeprefix("builtins.")
         raise UserError(f"{name} ({kind}) must be a torch.Tensor: torch.as_tensor makes one of it")
@@ -87,9 +83,6 @@ def check_same_settings(
         settings: by name; equal settings are written equally.
         device: device of the message.
         group: process group.
-
-    Example:
-        >>> check_same_settings({"k": 10}, device=torch.device("cpu"))
     """
     text = "".join(f"{name}={value}\n" for name, value in settings.items())
     letters = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8, device=device)
@@ -107,12 +100,9 @@ def raise_together(
     Distributed contract: one ``gather_rows``; every rank must call it.
 
     Args:
-        problem: one line, or None if this rank is well.
+        problem: one line, or None if this rank has none.
         device: device of the message; a CUDA device for NCCL.
         group: process group.
-
-    Example:
-        >>> raise_together(None, device=torch.device("cpu"))
     """
     message = b"" if problem is None else f"{problem}\n".encode()
     letters = torch.tensor(list(message), dtype=torch.uint8, device=device)

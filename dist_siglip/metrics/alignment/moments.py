@@ -41,20 +41,11 @@ def check_pairs(
 
     Distributed contract: a few small gathers; every rank raises the same error or none does.
 
-    Args:
-        first_features: (B, D), to be finite.
-        second_features: (B, E), to be finite; row i belongs to row i of the first side.
-        group: process group.
-
     Raises:
         UserError: if features are not finite (names row and rank), the sides differ in length, or
             no rank has any row.
-
-    Example:
-        >>> check_pairs(torch.ones(3, 2), torch.ones(3, 5))
-        OwnRows(start=0, stop=3, num_rows=3)
     """
-    # Apart, since the sides may differ in width.
+    # One call each, since the sides may differ in width.
     for name, side in (("first_features", first_features), ("second_features", second_features)):
         check_features([(name, side)], unit_norm=False, group=group)
     device = first_features.device

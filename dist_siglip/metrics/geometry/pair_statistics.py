@@ -61,10 +61,6 @@ def no_row_ends(num_rows: int, device: torch.device) -> Tensor:
     """Row ends before any pair is visited: (rows, 2) float64 of -inf.
 
     Column 0 is the largest negative cosine, column 1 minus the smallest positive one.
-
-    Example:
-        >>> no_row_ends(1, torch.device("cpu"))
-        tensor([[-inf, -inf]], dtype=torch.float64)
     """
     return torch.full((num_rows, 2), -torch.inf, dtype=torch.float64, device=device)
 
@@ -79,12 +75,6 @@ def widen_row_ends(
         is_positive: (R, C) bool; None if no pair is.
         row_ends: (R, 2), as in ``no_row_ends``.
         column_ends: (C, 2).
-
-    Example:
-        >>> rows, columns = (no_row_ends(1, torch.device("cpu")) for _ in range(2))
-        >>> widen_row_ends(torch.tensor([[0.5]], dtype=torch.float64), None, rows, columns)
-        >>> rows.tolist(), columns.tolist()
-        ([[0.5, -inf]], [[0.5, -inf]])
     """
     negative = cosines if is_positive is None else cosines.masked_fill(is_positive, -torch.inf)
     for dim, ends in ((1, row_ends), (0, column_ends)):
@@ -104,10 +94,6 @@ def summarise_rows(row_ends: Tensor, group: ProcessGroup | None = None) -> RowMa
     Args:
         row_ends: (B, 2), as in ``no_row_ends``.
         group: process group.
-
-    Example:
-        >>> summarise_rows(torch.tensor([[0.2, -0.6], [0.4, -0.6]], dtype=torch.float64)).count
-        2
     """
     margins = -row_ends.sum(dim=1) / 2
     margins = margins[torch.isfinite(margins)]

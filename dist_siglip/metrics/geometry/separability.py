@@ -127,9 +127,9 @@ def separating_direction(
     Distributed contract: as ``linear_separability``, and one all-reduce of three counts.
 
     Args:
-        image_features: (B, D), L2-normalised.
-        text_features: (B, D), L2-normalised; row i belongs to image i.
-        sample_ids: (B,) int64, each once over all ranks.
+        image_features: as of ``linear_separability``.
+        text_features: likewise.
+        sample_ids: likewise.
         max_pairs: most pairs to fit, at least 1.
         seed: of the choice.
         group: process group.

@@ -95,15 +95,7 @@ def effective_rank(features: Tensor, *, group: ProcessGroup | None = None) -> fl
 
 
 def rank_of_moments(moments: Moments) -> float:
-    """Effective rank of rows, from their moments; see ``effective_rank``.
-
-    Args:
-        moments: of all rows.
-
-    Example:
-        >>> round(rank_of_moments(collect_moments(torch.eye(3))), 6)
-        3.0
-    """
+    """Effective rank of rows, from their moments; see ``effective_rank``."""
     # N rows have at most N singular values above 0; the root of what rounding makes of the others
     # would count, thousands of them by 1e-8 each.
     squares = torch.linalg.eigvalsh(moments.products)[-max(moments.num_rows, 1) :]

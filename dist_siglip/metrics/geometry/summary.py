@@ -48,17 +48,6 @@ def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
         ``margin``, ``relative_bias`` and the same ending in ``_5_95`` and ``_of_means``;
         ``image_row_margin_min``, ``_mean``, ``text_row_margin_...``; ``guaranteed_recall@1``;
         ``cross_uniformity``. NaN where there is nothing to measure.
-
-    Example:
-        >>> import torch
-        >>> from dist_siglip.metrics.geometry.pair_statistics import collect_pair_statistics
-        >>> features, ids = torch.eye(3), torch.arange(3)
-        >>> statistics = collect_pair_statistics(
-        ...     features, features, ids, ids, logit_scale=20.0, logit_bias=-10.0
-        ... )
-        >>> metrics = threshold_metrics(statistics)
-        >>> metrics["margin"], metrics["image_row_margin_mean"]
-        (0.5, 0.5)
     """
     metrics: dict[str, float] = {}
     for suffix, found in (
@@ -115,11 +104,6 @@ def modality_metrics(
         ``texts_on_their_side`` of a plane through the origin. Arrays: ``image_explained_variance``
         and ``text_explained_variance`` (D,), ``separating_direction`` (D,).
 
-    Example:
-        >>> import torch
-        >>> metrics, arrays = modality_metrics(torch.eye(3), -torch.eye(3), torch.arange(3))
-        >>> metrics["alignment"], metrics["texts_on_their_side"], sorted(arrays)[-1]
-        (4.0, 1.0, 'text_explained_variance')
     """
     sides = {"image": image_features, "text": text_features}
     gap = modality_gap(image_features, text_features, group=group)._asdict()
