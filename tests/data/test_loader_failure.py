@@ -139,7 +139,7 @@ def test_loader_processes_in_need_are_named_and_not_waited_for(tmp_path):
     In a child process: its limits must not outlive the test.
     """
     shards = write_shards(tmp_path)
-    (said,) = run_ranks(starve, 1, shards, limit_seconds=300)
+    (said,) = run_ranks(starve, 1, shards)
     assert (
         "a batch could not be handed over: RuntimeError: unable to open shared " in said["no files"]
     )
@@ -157,6 +157,6 @@ def test_both_ranks_end_with_one_code_when_a_loader_process_of_one_is_killed(tmp
     options = ["--data.workers_per_rank=1", "--trainer.devices=2"]
     options += [f"--data.stages=[{STAGES}.killed_on_rank_1]"]
     ranks = start(["fit", "--config", settings, *options], tmp_path / "said", world_size=2)
-    assert ranks.wait(150) == [LOADER, LOADER], ranks.said()
+    assert ranks.wait() == [LOADER, LOADER], ranks.said()
     assert "[rank 1] dist-siglip: failed: loader process" in ranks.said()
     assert "Traceback" not in ranks.said()

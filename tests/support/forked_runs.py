@@ -12,6 +12,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -42,6 +43,8 @@ class ForkedRun:
         """SIGKILL a rank, or all at once, with what they started."""
         for each in self.ranks if rank is None else [self.ranks[rank]]:
             _kill(each)
+        if rank is not None:
+            self._send_all(signal.SIGCONT)  # those that ``catch`` has stopped go on
 
     def signal(self, number: int, rank: int = 0) -> None:
         """Send a signal to a rank."""
@@ -67,6 +70,26 @@ class ForkedRun:
             assert time.monotonic() < deadline, f"the moment never came:\n{self.said()}"
             time.sleep(0.0002)
         return True
+
+    def catch(self, is_so: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
+        """Stop all ranks at a moment at which something is so, and stays so: nothing moves.
+
+        However busy the machine is: a moment that was over before they stood still is let go.
+        """
+        assert self.wait_until(is_so, seconds), self.said()
+        while not self._is_so_at_rest(is_so):
+            self._send_all(signal.SIGCONT)
+            assert self.wait_until(is_so, seconds), self.said()
+
+    def _is_so_at_rest(self, is_so: Callable[[], bool]) -> bool:
+        self._send_all(signal.SIGSTOP)
+        assert self.wait_until(lambda: all(_is_at_rest(rank.pid) for rank in self.ranks))
+        return is_so()
+
+    def _send_all(self, number: int) -> None:
+        for rank in self.ranks:
+            with suppress(ProcessLookupError):  # it has no session yet, or has ended
+                os.killpg(rank.pid, number)
 
     def said(self) -> str:
         """Standard output and error of all ranks."""
@@ -102,6 +125,15 @@ def run_forked(
         run = start(list(arguments), Path(folder) / "said.txt", world_size)
         codes = run.wait(timeout_seconds)
         return Ended(next((code for code in codes if code), 0), run.said())
+
+
+def _is_at_rest(pid: int) -> bool:
+    """Whether every thread of a process is stopped or gone, and none still writes."""
+    states = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            states.append(thread.read_text().rpartition(")")[2].split()[0])
+    return set(states) <= set("TZX")
 
 
 def _kill(process: BaseProcess) -> None:
