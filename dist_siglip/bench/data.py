@@ -34,7 +34,7 @@ from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progr
 from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import build_loader
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.samples.transforms import Preprocessing, training_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
@@ -155,7 +155,7 @@ def _open_local(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _is_whole(sample: dict[str, Any]) -> bool:
-    return "txt" in sample and any(kind in sample for kind in ("png", "jpg", "jpeg", "webp"))
+    return "txt" in sample and any(kind in sample for kind in PICTURE_EXTENSIONS)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -12,11 +12,17 @@ from rich.table import Table
 from dist_siglip.cli.parsing.parser import VerbParser
 from dist_siglip.cli.parsing.subjects import call, parser_of_function
 from dist_siglip.cli.table import print_path
-from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
+from dist_siglip.data.samples.picture_policy import (
+    AUTO,
+    MAX_IMAGE_PIXELS,
+    PICTURE_EXTENSIONS,
+    ExifOrientation,
+    TruncatedPictures,
+)
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
 from dist_siglip.evaluation.embed.layouts import Format
@@ -51,13 +57,13 @@ def embed(
     local_batch_size: int = 256,
     workers: int = 2,
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
-    max_image_pixels: int = 64_000_000,
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     transparency: str = AUTO,
     exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
     truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO,
     on_damage: OnDamage = "refuse",
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     json: bool = False,
 ) -> int:

@@ -20,7 +20,7 @@ from dist_siglip.cli.parsing.subjects import call, parser_of_function
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.doctor.launch import Launch, detect_launch
 from dist_siglip.doctor.machine import Plan
 from dist_siglip.doctor.page import Finding, render
@@ -156,7 +156,7 @@ def doctor(
     run_dir: str | None = None,
     shards: str | list[str] | None = None,
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     num_shards: int = 4,
     write_mib: int = 64,

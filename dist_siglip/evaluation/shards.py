@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import check_ranks_agree
+from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PICTURE_EXTENSIONS
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
@@ -50,9 +52,9 @@ class LoadSettings:
 
     local_batch_size: int = 256
     workers_per_rank: int = 2
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
-    max_image_pixels: int = 64_000_000
-    max_bad_fraction: float = 0.01
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_bad_fraction: float = MAX_BAD_FRACTION
     cache: CacheSettings = field(default_factory=CacheSettings)
     picture_field: str | None = None
 

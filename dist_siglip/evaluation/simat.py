@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture import EncodedPicture
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.arithmetic import check_strength, nearest_other_picture
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
@@ -28,7 +28,6 @@ from dist_siglip.metrics.checks import raise_together
 from dist_siglip.system.regular_file import check_regular, open_text, read_regular
 
 _RIGHT_FROM = 0.5  # of OSCAR's similarity, exclusive
-_MAX_PIXELS = 64_000_000
 
 
 class _Query(NamedTuple):
@@ -111,7 +110,7 @@ class Simat(Benchmark):
         regions = self._read_regions()
         queries = self._read_queries(regions)
         judgements = self._read_judgements(queries, len(regions))
-        policy = model.inputs.pictures.changed(max_image_pixels=_MAX_PIXELS)
+        policy = model.inputs.pictures.changed(max_image_pixels=MAX_IMAGE_PIXELS)
         pictures = _Pictures(self._find_pictures(regions), policy)
         images = encode_pictures(model, pictures, group=group)
         raise_together(pictures.problem, device=images.device, group=group)

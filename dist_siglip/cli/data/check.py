@@ -22,7 +22,12 @@ from dist_siglip.data.inspect.shard_check import (
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import PicturePolicy, TruncatedPictures
+from dist_siglip.data.samples.picture_policy import (
+    MAX_IMAGE_PIXELS,
+    PICTURE_EXTENSIONS,
+    PicturePolicy,
+    TruncatedPictures,
+)
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.system.atomic import open_atomically
 
@@ -33,8 +38,8 @@ _REASON = 400  # characters of a reason in the table
 def check(
     shards: str | list[str],
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
-    max_image_pixels: int = 64_000_000,
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     truncated_pictures: TruncatedPictures = "replace",
     decode: bool = True,
     workers: int = 2,

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.inspect.statistics import QUANTILES, Gauge, choose_samples, summarize
@@ -19,7 +19,11 @@ from dist_siglip.data.order.position import BatchPlan, check_divisible
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import (
+    MAX_IMAGE_PIXELS,
+    PICTURE_EXTENSIONS,
+    PicturePolicy,
+)
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
 
@@ -31,10 +35,10 @@ def stats(
     sample: int | None = None,
     seed: int = 0,
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
-    max_image_pixels: int = 64_000_000,
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     on_damage: OnDamage = "refuse",
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     workers: int = 2,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     json: bool = False,
@@ -142,9 +146,9 @@ def plan(
     seed: int = 0,
     block_shards: int = 16,
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
-    image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
+    image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
     on_damage: OnDamage = "refuse",
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     json: bool = False,
 ) -> int:

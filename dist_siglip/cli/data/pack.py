@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.cli.table import print_path
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.packing.pack import PackSettings
 from dist_siglip.data.packing.pack import pack as write_shards
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.samples.picture_policy import (
+    MAX_IMAGE_PIXELS,
     ExifOrientation,
     PicturePolicy,
     TruncatedPictures,
@@ -32,11 +34,11 @@ def pack(
     resize_short_side: int | None = None,
     jpeg_quality: int = 90,
     shuffle_seed: int | None = None,
-    max_image_pixels: int = 64_000_000,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     transparency: str = PicturePolicy.transparency,
     exif_orientation: ExifOrientation = "ignore",
     truncated_pictures: TruncatedPictures = "replace",
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     allow_outside: bool = False,
     workers: int = 2,
     json: bool = False,

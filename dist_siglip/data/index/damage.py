@@ -11,6 +11,7 @@ from typing import Literal
 from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
+MAX_BAD_FRACTION = 0.01  # of the samples, and of the shards
 _NAMED = 3  # problems in an error text
 _REMARKED = 5  # shards in the log
 

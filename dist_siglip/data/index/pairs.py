@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_siglip.data.index.damage import Damage, OnDamage, log_remarks
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
 from dist_siglip.data.remote import ShardCache, is_remote
@@ -261,7 +261,7 @@ def build_pair_table(
     caption_extensions: Sequence[str] = ("txt",),
     other_extensions: Sequence[str] = (),
     on_damage: OnDamage = "refuse",
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     cache: ShardCache | None = None,
     name: str = "shards",
 ) -> PairTable:

@@ -27,6 +27,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.packing.folder import PackFolder
 from dist_siglip.data.packing.table import (
     PARQUET,
@@ -253,7 +254,7 @@ def pack(
     *,
     images: Path | None = None,
     allow_outside: bool = False,
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     workers: int = 2,
 ) -> PackReport:
     """Write the pictures and captions of a table as shards, or go on where it stopped.

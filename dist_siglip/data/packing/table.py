@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import check_regular, open_regular, open_text
 
@@ -120,7 +121,6 @@ def _row_of_parquet(batch: Any) -> Mapping[str, Any] | str:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _PICTURE_ENDS = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
 _MOST_CLASSES = 1 << 31

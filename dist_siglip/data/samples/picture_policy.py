@@ -15,6 +15,8 @@ from dist_siglip.errors import UserError
 ExifOrientation = Literal["ignore", "apply"]
 TruncatedPictures = Literal["replace", "use"]
 
+MAX_IMAGE_PIXELS = 64_000_000
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members, in order of preference
 DROP = "drop"
 AUTO: Literal["auto"] = "auto"
 # What runs did before these settings had a name: a run of then goes on so.
@@ -50,7 +52,7 @@ class PicturePolicy:
     transparency: str = "#ffffff"
     exif_orientation: ExifOrientation = "ignore"
     truncated_pictures: TruncatedPictures = "replace"
-    max_image_pixels: int = 64_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transparency", _colour(self.transparency))

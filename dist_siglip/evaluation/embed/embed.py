@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.remote import is_remote
@@ -28,6 +29,7 @@ from dist_siglip.data.remote.prefetch import Prefetcher
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
+    MAX_IMAGE_PIXELS,
     ExifOrientation,
     PicturePolicy,
     TruncatedPictures,
@@ -129,11 +131,11 @@ class EmbedSettings:
     local_batch_size: int = 256
     workers: int = 2
     captions: CaptionRule = field(default_factory=CaptionRule)
-    max_image_pixels: int = 64_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     transparency: str = AUTO
     exif_orientation: ExifOrientation | Literal["auto"] = AUTO
     truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = MAX_BAD_FRACTION
 
     def __post_init__(self) -> None:
         for name, least in (("local_batch_size", 1), ("workers", 0)):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import (
     BatchPlan,
@@ -26,7 +26,13 @@ from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.captions import PICTURE_BYTES, CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset, check_ranks_agree
-from dist_siglip.data.samples.picture_policy import AUTO, ExifOrientation, TruncatedPictures
+from dist_siglip.data.samples.picture_policy import (
+    AUTO,
+    MAX_IMAGE_PIXELS,
+    PICTURE_EXTENSIONS,
+    ExifOrientation,
+    TruncatedPictures,
+)
 from dist_siglip.data.samples.stages import Stage, check_stages
 from dist_siglip.data.samples.transforms import (
     ImageTransform,
@@ -213,9 +219,9 @@ class ImageTextDataModule(BatchTransfer):
         seed: int = 0,
         block_shards: int = 16,
         train_crop_scale: tuple[float, float] | None = (0.9, 1.0),
-        image_extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp"),
-        max_image_pixels: int = 64_000_000,
-        max_bad_fraction: float = 0.01,
+        image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        max_bad_fraction: float = MAX_BAD_FRACTION,
         train_sources: list[TrainSource] | None = None,
         accept_changed_data: bool = False,
         scaled_decode: bool = True,

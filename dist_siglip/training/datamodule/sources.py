@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from dist_siglip.data.index.damage import OnDamage
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.order.position import BatchPlan
 from dist_siglip.data.order.sequence import Source
@@ -110,7 +110,7 @@ class ShardTables:
         caption_extensions: tuple[str, ...] = ("txt",),
         other_extensions: tuple[str, ...] = (),
         on_damage: OnDamage = "refuse",
-        max_bad_fraction: float = 0.01,
+        max_bad_fraction: float = MAX_BAD_FRACTION,
         cache: ShardCache | None = None,
     ) -> None:
         check_sources(train_sources, train_shards)
