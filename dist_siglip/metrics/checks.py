@@ -12,7 +12,7 @@ from dist_siglip.health.start_check import describe_differences
 from dist_siglip.metrics.tiles import row_slices
 
 # A unit vector rounded to a dtype, its norm included, is as long as that up to half a step of the
-# dtype, 0.4 % in bfloat16; twice as much is let pass. Rows of float32 are often float16 widened.
+# dtype, 0.4 % in bfloat16; twice as much is allowed. Rows of float32 are often float16 widened.
 _UNIT_NORM_TOLERANCE = {
     torch.float64: 1e-3,
     torch.float32: 1e-3,

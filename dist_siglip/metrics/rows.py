@@ -35,12 +35,22 @@ def first_occurrences(sample_ids: Tensor, *, group: ProcessGroup | None = None) 
     """
     rank = World.detect().rank
     placed = gather_rows(torch.stack([sample_ids, torch.full_like(sample_ids, rank)], 1), group)
-    ordered, position = placed[:, 0].sort(stable=True)
+    return mark_first(placed[:, 0])[placed[:, 1] == rank]
+
+
+def mark_first(ids: Tensor) -> Tensor:
+    """Mark the first occurrence of every id, (B,) bool.
+
+    Example:
+        >>> mark_first(torch.tensor([7, 4, 7]))
+        tensor([ True,  True, False])
+    """
+    ordered, order = ids.sort(stable=True)
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
-    keep = torch.empty_like(is_first)
-    keep[position] = is_first
-    return keep[placed[:, 1] == rank]
+    marked = torch.empty_like(is_first)
+    marked[order] = is_first
+    return marked
 
 
 def first_of_each(ids: Tensor, sample_ids: Tensor, *, group: ProcessGroup | None = None) -> Tensor:

@@ -142,7 +142,7 @@ def _train_clamped(bias: float, settings: LabSettings) -> _Clamped:
 
 
 def _clamped_loss(bias: float) -> Callable[[list[Tensor]], Tensor]:
-    """Return the published formula, as it is: this is what is put to the test."""
+    """The published formula, unchanged."""
     is_positive = torch.eye(_NUM_PAIRS, dtype=torch.bool)
 
     def loss(rows: list[Tensor]) -> Tensor:

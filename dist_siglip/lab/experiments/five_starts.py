@@ -102,7 +102,7 @@ def _rows(kind: BiasParameterization, start: float, space: Space) -> list[Row]:
 
 
 def _default_start(relative: Space, absolute: Space) -> Row:
-    """The published advice does not hold at the start that everybody uses."""
+    """Compare both biases from SigLIP's own start, where the published advice does not hold."""
     return judge_claim(
         "margin gained from start +1.0 (SigLIP's)",
         "above 0",

@@ -178,7 +178,7 @@ def _ours(case: _Case, exchange: ExchangeName) -> _Loss:
 
 
 def _plain(name: str) -> _Loss:
-    """The full batch, as a textbook has it."""
+    """Loss of the full batch by the textbook formula."""
 
     def sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         signs = 2 * torch.eye(len(images), dtype=images.dtype) - 1

@@ -124,7 +124,7 @@ def _train(start: _Start, steps: int, settings: LabSettings) -> _End:
 
 
 def _first_loss(start: _Start, end: _End) -> Row:
-    """Features at random are not quite orthogonal; scale 10 feels it."""
+    """Compare the first loss with that of orthogonal features, which random ones nearly are."""
     on_paper = math.log1p(math.exp(-start.bias)) + (_BATCH - 1) * math.log1p(math.exp(start.bias))
     return judge(
         f"{start.name}: first loss, orthogonal on paper", on_paper, end.first_loss, 0.1 * on_paper

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import gather_rows
+from dist_siglip.metrics.rows import mark_first
 
 
 class PositivePairs(NamedTuple):
@@ -120,7 +121,7 @@ class DistinctItems(NamedTuple):
         """
         rows = gather_rows(torch.stack([picture_ids, caption_ids, sample_ids], dim=1), group)
         rows = rows[rows[:, 2].argsort()]
-        first_images, first_texts = (_first_of_each(rows[:, kind]) for kind in (0, 1))
+        first_images, first_texts = (mark_first(rows[:, kind]) for kind in (0, 1))
         positives, image_ids = PositivePairs(), caption_ids
         if int(first_images.sum()) < len(rows):
             positives, image_ids = PositivePairs(rows[:, :2].unique(dim=0)), picture_ids
@@ -147,8 +148,8 @@ class DistinctItems(NamedTuple):
             group: process group.
         """
         if self.positives.pairs is not None:
-            image_ranks = _spread(self.image_ids, self.images, image_ranks, group)
-        return image_ranks, _spread(self.text_ids, self.texts, text_ranks, group)
+            image_ranks = _ranks_of(self.image_ids, self.images, image_ranks, group)
+        return image_ranks, _ranks_of(self.text_ids, self.texts, text_ranks, group)
 
 
 def _encode(known: list[Tensor], image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,17 +161,7 @@ def _encode(known: list[Tensor], image_ids: Tensor, text_ids: Tensor) -> tuple[T
     return rows * len(texts) + columns, is_known
 
 
-def _first_of_each(ids: Tensor) -> Tensor:
-    """Mark the first occurrence of every id."""
-    ordered, order = ids.sort(stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    marked = torch.empty_like(is_first)
-    marked[order] = is_first
-    return marked
-
-
-def _spread(ids: Tensor, kept: Tensor, ranks: Tensor, group: ProcessGroup | None) -> Tensor:
+def _ranks_of(ids: Tensor, kept: Tensor, ranks: Tensor, group: ProcessGroup | None) -> Tensor:
     """Look up the rank of every id among those kept on all ranks."""
     known = gather_rows(torch.stack([ids[kept], ranks], dim=1), group)
     ordered, order = known[:, 0].sort()

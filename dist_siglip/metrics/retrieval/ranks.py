@@ -10,9 +10,9 @@ images). With s the similarity and s* that of the best relevant item,
 items never count against each other. "Equal" allows for rounding: s >= s* - 1e-9 * (1 + |s*|),
 with similarities in float64. A query without any relevant item has rank gallery size + 1.
 
-Both directions come from one exchange: a shard of texts travels with its ids and the similarity of
-its best relevant images; its counts travel home beside it. Where relevant pairs lie on different
-ranks, one exchange before that finds the best ones.
+Both directions come from one exchange of the text shards with their ids and the similarities of
+their best relevant images; it returns the counts of each shard to its rank. Where relevant pairs
+lie on different ranks, an exchange before that finds the best ones.
 """
 
 import torch
