@@ -6,6 +6,8 @@ first used. Further public names are those in the ``__all__`` of a package.
 
 from typing import TYPE_CHECKING
 
+from dist_siglip.moved import install as _keep_old_paths
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "uniformity",
     "write_report",
 ]
+
+_keep_old_paths()
 
 # For those who read the code and do not run it: editors, mypy, the reference.
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import LoaderError, UserError
 from dist_siglip.health.hang_watchdog import Beat, Sentinel
+from dist_siglip.lightning_compat import collective_timeout
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,7 @@ class Watchdog(Callback):
 
     def _limit(self, trainer: Trainer, group: dist.ProcessGroup) -> None:
         """Give the group its time limit; have torch write its record of collectives beside ours."""
-        given = getattr(trainer.strategy, "_timeout", default_pg_timeout)
-        if given == default_pg_timeout:
+        if collective_timeout(trainer.strategy) in (None, default_pg_timeout):
             # torch before 2.15 had it under another name.
             name = "set_timeout" if hasattr(dist, "set_timeout") else "_set_pg_timeout"
             getattr(distributed_c10d, name)(timedelta(minutes=self.collective_minutes), group)

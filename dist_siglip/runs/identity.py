@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
+from dist_siglip.moved import new_path
 
 # Groups of the configuration that make a run what it is.
 IDENTITY_KEYS = ("seed_everything", "model", "data")
@@ -61,8 +62,17 @@ def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]
     return [
         f"{key} ({before[key]!r} in the folder, {after[key]!r} now)"
         for key in before
-        if key in after and key not in FREE_KEYS and before[key] != after[key]
+        if key in after and key not in FREE_KEYS and not _is_same(key, before[key], after[key])
     ]
+
+
+def _is_same(key: str, before: Any, after: Any) -> bool:
+    """Whether a setting is unchanged; a class of ours may be named by any of its paths."""
+    if before == after:
+        return True
+    paths = [new_path(str(path)) for path in (before, after)]
+    is_ours = key.endswith(".class_path") and all(p.startswith("dist_siglip.") for p in paths)
+    return is_ours and len({path.rpartition(".")[2] for path in paths}) == 1
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from dist_siglip.errors import UserError
+from dist_siglip.lightning_compat import (
+    set_device_mesh,
+    set_mesh_sizes,
+    writes_sharded_checkpoints,
+)
 from dist_siglip.runs.checkpoints.optimizer_names import by_name
 from dist_siglip.runs.checkpoints.sharded import is_sharded, read_into, read_values, write_sharded
 
@@ -77,12 +82,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Join the other ranks and lay out the mesh."""
         self.check_world()
-        self._tensor_parallel_size = 1
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        set_mesh_sizes(self, data=self.num_nodes * self.num_processes, tensor=1)
         super().setup_environment()
         # Lightning's mesh has an axis for tensor parallelism that nothing here uses.
         if self.lightning_module is not None:
-            self.lightning_module._device_mesh = self._mesh()
+            set_device_mesh(self.lightning_module, self._mesh())
 
     def _mesh(self) -> DeviceMesh:
         device = self.root_device.type
@@ -117,7 +121,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
         A thread may call it if ``checkpoint_group`` is a group of all ranks for it alone.
         """
-        if self._save_distributed_checkpoint:
+        if writes_sharded_checkpoints(self):
             write_sharded(checkpoint, Path(filepath), self.checkpoint_group)
         else:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -152,7 +156,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return values
 
     def _options(self) -> StateDictOptions:
-        is_full = not self._save_distributed_checkpoint
+        is_full = not writes_sharded_checkpoints(self)
         return StateDictOptions(full_state_dict=is_full, cpu_offload=True)
 
 

@@ -1,10 +1,9 @@
-"""TensorBoard on a full disk costs a warning, never the run, and goes on when there is room."""
+"""TensorBoard on a full disk costs a warning, never the run."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_siglip.training.callbacks import TensorBoardLog
-from dist_siglip.training.callbacks import loggers as tensorboard_log
 from tests.support.hostile import in_child
 from tests.support.small_disk import room_for
 
@@ -15,9 +14,7 @@ def _steps(tmp_path):
     return [event.step for event in accumulator.Scalars("x")]
 
 
-def test_a_full_disk_is_told_once_and_numbers_come_again_when_there_is_room(
-    tmp_path, monkeypatch, caplog
-):
+def test_a_full_disk_is_told_once_and_switches_it_off(tmp_path, caplog):
     def write():
         log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
         with room_for(2000):
@@ -25,21 +22,18 @@ def test_a_full_disk_is_told_once_and_numbers_come_again_when_there_is_room(
                 log.log_metrics({"x": 1.0}, step=step)
                 log.save()
             log.finalize("success")
-        monkeypatch.setattr(tensorboard_log, "_RETRY_SECONDS", 0.0)
-        for step in range(200, 210):
-            log.log_metrics({"x": 1.0}, step=step)
+        log.log_metrics({"x": 1.0}, step=200)
         log.finalize("success")
         return caplog.text
 
     said = in_child(write)
     assert said.count("TensorBoard cannot be written") == 1
-    assert said.count("TensorBoard is written to again") == 1
     steps = _steps(tmp_path)
     assert steps[0] == 0
-    assert steps[-10:] == list(range(200, 210))
+    assert steps[-1] < 199
 
 
-def test_a_disk_that_stays_full_is_not_tried_at_every_step(tmp_path, monkeypatch, caplog):
+def test_event_files_that_cannot_be_opened_are_tried_once(tmp_path, monkeypatch, caplog):
     def fail(*_, **__):
         tries.append(1)
         raise OSError(28, "No space left on device")
@@ -47,7 +41,7 @@ def test_a_disk_that_stays_full_is_not_tried_at_every_step(tmp_path, monkeypatch
     tries = []
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
     log = TensorBoardLog(str(tmp_path), name="", version="tensorboard")
-    assert not hasattr(log, "experiment")
+    assert not hasattr(log, "experiment")  # Lightning asks before the run starts
     for step in range(5):
         log.log_metrics({"x": 1.0}, step=step)
         log.save()

@@ -14,6 +14,10 @@ from tests.support.processes import LIMIT_SECONDS
 pytestmark = pytest.mark.faults
 
 ROOM = resource.RLIM_INFINITY
+SHARDED = (
+    "--trainer.strategy=dist_siglip.training.strategies.FullyShardedStrategy",
+    "--trainer.strategy.checkpoint=sharded",
+)
 NO_ROOM = 1 << 20  # bytes of a file; a checkpoint has six times as many
 
 
@@ -63,6 +67,20 @@ def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before_and_no_more(s
         assert torch.equal(weights(run, 8)[name], value), name
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2 to folders"])
+def test_two_ranks_go_on_from_the_checkpoint_before_and_one_of_them_verifies(
+    settings, tmp_path, sharded
+):
+    run, log = RunFolder(tmp_path / "run"), tmp_path / "log.txt"
+    more = SHARDED if sharded else ()
+    assert fit(settings, run, 8, log, *more, world_size=2).wait() == [0, 0]
+    flip(run.checkpoint(8) / "__1_0.distcp" if sharded else run.checkpoint(8))
+    again = fit(settings, run, 8, log, *more, world_size=2)
+    assert again.wait() == [0, 0], again.said()
+    assert again.said().count("step=00000008.ckpt is damaged") == 1, again.said()
+    assert f"going on from {run.checkpoint(4)}" in again.said()
+
+
 def test_damage_that_nothing_can_be_made_of_is_one_line(settings, tmp_path):
     run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
     assert fit(settings, run, 4, tmp_path / "0.txt").wait() == [0]
@@ -93,12 +111,6 @@ def wait_for(text, started, times=1, seconds=LIMIT_SECONDS):
 
 def limit(started, rank, num_bytes):
     resource.prlimit(started.ranks[rank].pid, resource.RLIMIT_FSIZE, (num_bytes, ROOM))
-
-
-SHARDED = (
-    "--trainer.strategy=dist_siglip.training.strategies.FullyShardedStrategy",
-    "--trainer.strategy.checkpoint=sharded",
-)
 
 
 @pytest.mark.parametrize(

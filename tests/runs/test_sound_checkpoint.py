@@ -1,13 +1,22 @@
 """A run goes on from the newest checkpoint that is whole, and says what is wrong with others."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
+from dist_siglip.cli.run import start_point
+from dist_siglip.cli.run.start_point import once_per_node
 from dist_siglip.errors import UserError
 from dist_siglip.models.weights.load import read_weights
 from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
+from dist_siglip.runs.checkpoints import selection
 from dist_siglip.runs.checkpoints.sharded import write_sharded
 from dist_siglip.training.callbacks import AtomicCheckpointIO
+from tests.support.processes import run_ranks
+from tests.support.torchrun import pretend_torchrun
 
 CONTENT = {"state_dict": {"w": torch.zeros(100)}, "optimizer_states": []}
 
@@ -90,3 +99,79 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_checksum_unless_it_was_cut(ru
     for length in (len(content) - 1, len(content) // 2, 10):
         newest.write_bytes(content[:length])
         assert newest_sound_checkpoint(run) != newest
+
+
+def count_reads(patch):
+    """Names of the checkpoints of which every byte is read from now on."""
+    reads, plain = [], selection.damage_of
+    patch.setattr(selection, "damage_of", lambda path: [reads.append(path.name), plain(path)][1])
+    return reads
+
+
+@pytest.mark.parametrize("step", [20, 30])
+def test_a_start_reads_a_checkpoint_once_before_it_loads_it(run, step, monkeypatch):
+    for later in range(step + 10, 40, 10):
+        run.checkpoint(later).unlink()
+    reads = count_reads(monkeypatch)
+    found = newest_sound_checkpoint(run)
+    AtomicCheckpointIO().load_checkpoint(found)
+    assert reads == [run.checkpoint(step).name]
+
+
+def test_one_that_was_replaced_since_is_read_again(run):
+    found = newest_sound_checkpoint(run)
+    flip(found)
+    os.utime(found, (1, 1))
+    with pytest.raises(UserError, match="is damaged"):
+        AtomicCheckpointIO().load_checkpoint(found)
+
+
+def choose_on_ranks(rank, world_size, folder):
+    """What a rank goes on from, or why not, and the checkpoints that it has read."""
+    pretend_torchrun(rank, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        reads = count_reads(patch)
+        trainer = Trainer(
+            devices=world_size, accelerator="cpu", strategy="ddp", logger=False, barebones=True
+        )
+        try:
+            found = once_per_node(
+                trainer, LightningModule(), lambda: newest_sound_checkpoint(RunFolder(folder))
+            )
+        except UserError as error:
+            return str(error), reads
+        AtomicCheckpointIO().load_checkpoint(found)
+        return found.name, reads
+
+
+def test_the_first_rank_of_a_node_reads_and_the_others_go_back_with_it(run):
+    newest, before = run.checkpoint(30).name, run.checkpoint(20).name
+    flip(run.checkpoint(30))
+    first, second = run_ranks(choose_on_ranks, 2, run.path)
+    assert first == (before, [newest, before])
+    assert second == (before, [])
+
+
+def test_ranks_refuse_together_what_the_first_one_cannot_use(run):
+    for step in (10, 30):
+        run.checkpoint(step).write_bytes(b"")
+    flip(run.checkpoint(20) / "values.pt")
+    first, second = run_ranks(choose_on_ranks, 2, run.path)
+    assert "all are damaged" in first[0]
+    assert second == (first[0], [])
+
+
+def test_a_process_that_lightning_starts_takes_over_what_its_parent_found(run, monkeypatch):
+    trainer = SimpleNamespace(num_devices=2, local_rank=1, strategy=None)
+    reads = count_reads(monkeypatch)
+    newest = run.checkpoint(30)
+    monkeypatch.setenv(start_point._CHOSEN, f"{os.getppid()} {newest}")
+
+    def choose():
+        return newest_sound_checkpoint(run)
+
+    assert once_per_node(trainer, None, choose) == newest
+    assert reads == []
+    monkeypatch.setenv(start_point._CHOSEN, f"1{os.getppid()} {newest}")  # of another start
+    assert once_per_node(trainer, None, choose) == newest
+    assert reads == [newest.name]

@@ -1,21 +1,28 @@
 """Where does a command begin: at which checkpoint, of which run, and does it fit the model?"""
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.data.samples.picture_policy import AUTO, BEFORE_THE_SETTINGS
-from dist_siglip.distributed import is_first_process
+from dist_siglip.distributed import is_first_process, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.io import read_shapes
+from dist_siglip.runs.checkpoints.selection import note_sound
 from dist_siglip.runs.identity import flatten
 from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.regular_file import read_json, read_regular
@@ -23,6 +30,11 @@ from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 from dist_siglip.training.optim import OptimConfig, describe_schedule_change
 
 logger = logging.getLogger(__name__)
+
+_CHOSEN = "DIST_SIGLIP_START_CHECKPOINT"  # "pid path", for processes that Lightning starts
+_LIMIT = timedelta(minutes=60)  # for a checkpoint to be read once
+_GOODBYE = timedelta(seconds=5)  # the first rank, which may hold the store, leaves after the others
+_occasions = count()
 
 
 def folder_to_run_in(run_dir: str, configs: Sequence[Path], *, is_given: bool) -> str:
@@ -69,23 +81,28 @@ def _is_of_run(config: Path, run_dir: str) -> bool:
     return isinstance(recorded, Mapping) and recorded.get("run_dir") == run_dir
 
 
-def checkpoint_to_start_from(folder: RunFolder, given: str | None) -> Path | None:
-    """Return the newest sound checkpoint of the run, or the one given to a run that has none.
+def checkpoint_to_start_from(
+    folder: RunFolder, given: str | None, model: torch.nn.Module
+) -> Path | None:
+    """Return the newest sound checkpoint of the run, else the one given; it fits the model.
 
     Raises:
-        UserError: if one is given and is damaged, or the run has its own; if all of the run are
-            damaged.
+        UserError: as ``check_fits``; if one is given and is damaged, or the run has its own; if
+            all of the run are damaged.
     """
     newest = newest_sound_checkpoint(folder)
-    if given is None:
-        return newest
-    if newest is not None:
+    if given is not None and newest is not None:
         raise UserError(
             f"ckpt_path ({given}) is given but run_dir ({folder.path}) has its own "
             f"{newest.name}; leave ckpt_path out to go on, or choose another run_dir"
         )
-    check_sound(Path(given))
-    return Path(given)
+    if given is not None:
+        check_sound(Path(given))
+        note_sound(Path(given))
+    chosen = newest if given is None else Path(given)
+    if chosen is not None:
+        check_fits(model, chosen)
+    return chosen
 
 
 def checkpoint_to_look_at(
@@ -98,10 +115,88 @@ def checkpoint_to_look_at(
     """
     if given:
         check_sound(Path(given))
+        note_sound(Path(given))
     chosen = Path(given) if given else newest_sound_checkpoint(folder)
     if chosen is not None:
         check_fits(model, chosen)
     return chosen
+
+
+def once_per_node(
+    trainer: Trainer, model: LightningModule, choose: Callable[[], Path | None]
+) -> Path | None:
+    """Choose a checkpoint on the first rank of each node alone: it reads every byte of it.
+
+    The other ranks of a node hear which one it is; processes that Lightning starts by their
+    environment, those of torchrun or srun by the store that brings the ranks together.
+
+    Distributed contract: every rank calls it, equally often.
+
+    Args:
+        trainer: of the run.
+        model: that it trains.
+        choose: returns a sound checkpoint, or None.
+
+    Raises:
+        UserError: what ``choose`` raised, on every rank of the node.
+        RuntimeError: if the first rank of the node failed otherwise or never answered.
+    """
+    if trainer.num_devices == 1:
+        return choose()
+    parent, _, handed = os.environ.get(_CHOSEN, "").partition(" ")
+    if trainer.local_rank and parent == str(os.getppid()):
+        return _noted(handed)
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or not environment.creates_processes_externally:
+        found = choose()
+        os.environ[_CHOSEN] = f"{os.getpid()} {found or ''}"
+        return found
+    trainer.strategy.connect(model)
+    trainer.strategy.setup_environment()
+    group = resolve_group(None)
+    if group is None:
+        return choose()
+    # A connection of its own, as for the comparison of starts.
+    store = PrefixStore(f"checkpoint-{next(_occasions)}", group.get_group_store().clone())
+    key = f"node-{trainer.node_rank}"
+    if trainer.local_rank:
+        return _hear(store, key, trainer)
+    try:
+        found = choose()
+    except Exception as error:
+        kind = "refused" if isinstance(error, UserError) else "failed"
+        store.set(key, json.dumps({kind: str(error)}))
+        with suppress(RuntimeError):
+            store.wait([f"{key}-read-{rank}" for rank in range(1, trainer.num_devices)], _GOODBYE)
+        raise
+    store.set(key, json.dumps({"found": str(found or "")}))
+    return found
+
+
+def _hear(store: PrefixStore, key: str, trainer: Trainer) -> Path | None:
+    """What the first rank of the node has chosen."""
+    try:
+        store.wait([key], _LIMIT)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {trainer.global_rank} waited for the first rank of its node to verify a "
+            "checkpoint, and it did not answer; look at its log"
+        ) from error
+    answer: dict[str, str] = json.loads(store.get(key))
+    store.set(f"{key}-read-{trainer.local_rank}", "")
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    if "failed" in answer:
+        raise RuntimeError(f"the first rank of the node found no checkpoint: {answer['failed']}")
+    return _noted(answer["found"])
+
+
+def _noted(found: str) -> Path | None:
+    """Take over a checkpoint that another rank of the node has verified."""
+    if not found:
+        return None
+    note_sound(Path(found))
+    return Path(found)
 
 
 def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:

@@ -107,7 +107,9 @@ class BenchmarkCLI(TrainingCLI):
             )
         self.benchmarks.check()
         given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
+        self.start_checkpoint = self._choose(
+            lambda: checkpoint_to_look_at(self.folder, given, self.model)
+        )
         self.benchmarks.weights_name = self._get(self.config, "model.pretrained")
         settings = yaml.safe_load(self._parser("test").dump(self._get_all(), skip_none=False))
         world_size = self.trainer.num_nodes * self.trainer.num_devices

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parsing.parser import TrainingParser
 from dist_siglip.cli.parsing.ranges import check_ranges
 from dist_siglip.cli.run.start_point import (
-    check_fits,
     check_same_run,
     checkpoint_to_look_at,
     checkpoint_to_start_from,
@@ -34,6 +33,7 @@ from dist_siglip.cli.run.start_point import (
     evaluated_step,
     folder_to_run_in,
     keep_pictures,
+    once_per_node,
     owes_evaluation,
     schedule_change,
     set_aside_unreadable,
@@ -202,9 +202,9 @@ class TrainingCLI(LightningCLI):
         check_features(self.datamodule, self.model.built, self.model.towers)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = checkpoint_to_start_from(self.folder, given)
-        if self.start_checkpoint is not None:
-            check_fits(self.model, self.start_checkpoint)
+        self.start_checkpoint = self._choose(
+            lambda: checkpoint_to_start_from(self.folder, given, self.model)
+        )
         resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
         settings = yaml.safe_load(resolved)
         check_same_run(self.folder, settings)
@@ -310,12 +310,20 @@ class TrainingCLI(LightningCLI):
         asked: bool | None = self._get(self.config, "evaluate_at_start")
         return self.model.built.weights_loaded if asked is None else asked
 
+    def _choose(self, choose: Callable[[], Path | None]) -> Path | None:
+        """Choose a checkpoint: once on each node, if there is any to be read."""
+        if self._get(self.config, "ckpt_path") is None and not self.folder.steps_with_checkpoint():
+            return choose()
+        return once_per_node(self.trainer, self.model, choose)
+
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
         self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
         self._get(self.config_init, "benchmarks").check()
         given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
+        self.start_checkpoint = self._choose(
+            lambda: checkpoint_to_look_at(self.folder, given, self.model)
+        )
 
     def validate(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Evaluate the given checkpoint, else the newest of the run, else the model as built."""

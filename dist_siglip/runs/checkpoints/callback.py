@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import Strategy
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError
+from dist_siglip.lightning_compat import dump_checkpoint
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
 from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
 from dist_siglip.system.atomic import sync_folder
@@ -153,7 +154,7 @@ class RunCheckpoint(Checkpoint):
         self._finish(trainer)
         step, strategy = trainer.global_step, trainer.strategy
         path = _folder(trainer).checkpoint(step)
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = dump_checkpoint(trainer)
         if self.asynchronous and not is_last:
             copied = snapshot(checkpoint) if _takes_part(strategy) else {}
             self._background.start(step, lambda: strategy.save_checkpoint(copied, path))

@@ -61,6 +61,9 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
 
 logger = logging.getLogger(__name__)
 
+# Checkpoints that were verified for this start: path -> inode, size and time of change.
+_verified: dict[Path, tuple[int, int, int]] = {}
+
 
 def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
     """Return the checkpoint of the largest step whose bytes are those that were written.
@@ -81,6 +84,7 @@ def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
         if damage is None:
             if path.is_file() and not has_checksum(path):
                 logger.warning("checkpoint %s has no checksum; only its end was looked at", path)
+            note_sound(path)
             return path
         logger.warning("checkpoint %s is damaged (%s); looking for an older one", path, damage)
     if steps:
@@ -91,14 +95,27 @@ def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
     return None
 
 
+def note_sound(path: Path) -> None:
+    """Have ``check_sound`` pass a checkpoint that was verified here, or by a rank of this node."""
+    _verified[path.absolute()] = _identity(path)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
 def check_sound(path: Path) -> None:
     """Refuse a checkpoint whose bytes are not those that were written.
 
-    A file of another program carries no checksum; whether it can be read decides.
+    A file of another program carries no checksum; whether it can be read decides. One that was
+    verified for this start, and has not been replaced since, is not read again.
 
     Raises:
         UserError: naming the damage.
     """
+    if _verified.get(path.absolute(), ()) == (_identity(path) if path.exists() else None):
+        return
     damage = damage_of(path) if path.is_dir() or has_checksum(path) else None
     if damage is not None:
         raise UserError(

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,26 +25,23 @@ from dist_siglip.system.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS = 60.0
-_LEAST_FREE_BYTES = 2**20
-
 
 class TensorBoardLog(TensorBoardLogger):
-    """A TensorBoardLogger whose failures to write are told once, and do not stop the run."""
+    """A TensorBoardLogger that the first failure to write switches off; the run goes on."""
 
-    _failed_at: float | None = None
+    _is_off = False
 
     @property
     def experiment(self) -> Any:
         """Writer of the event file.
 
         Raises:
-            AttributeError: while none can be opened; Lightning asks whether there is one.
+            AttributeError: if none can be opened; Lightning asks whether there is one.
         """
         try:
             return super().experiment
         except OSError as error:
-            self._give_up(error)
+            self._switch_off(error)
             raise AttributeError("no event file can be written") from error
 
     @rank_zero_only
@@ -74,51 +70,29 @@ class TensorBoardLog(TensorBoardLogger):
         self._try(lambda: super(TensorBoardLog, self).finalize(status))
 
     def _try(self, write: Callable[[], None]) -> None:
-        if self._failed_at is not None and not self._is_worth_a_try():
+        # A run whose folder was moved away ends for it, and says so.
+        if self._is_off or RunFolder(Path(self.save_dir)).is_moved():
             return
-        if RunFolder(Path(self.save_dir)).is_moved():
-            return  # the run ends for it, and says so
         try:
             write()
         except (OSError, ValueError, AttributeError) as error:
-            cause = _os_error_behind(error)
+            # Lightning makes a ValueError of what a write raises.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__
             if cause is None:
                 raise
-            self._give_up(cause)
-            return
-        if self._failed_at is not None:
-            logger.warning("TensorBoard is written to again")
-        self._failed_at = None
+            self._switch_off(cause)
 
-    def _is_worth_a_try(self) -> bool:
-        if self._failed_at is None or time.monotonic() - self._failed_at < _RETRY_SECONDS:
-            return False
-        try:
-            return shutil.disk_usage(self.save_dir).free >= _LEAST_FREE_BYTES
-        except OSError:
-            return False
-
-    def _give_up(self, error: OSError) -> None:
-        """Let go of the broken writer, so that the next try makes another."""
-        if self._failed_at is None:
+    def _switch_off(self, error: OSError) -> None:
+        if not self._is_off:
+            self._is_off = True
             logger.warning(
                 "TensorBoard cannot be written to %s (%s): the run goes on without; metrics.jsonl "
                 "has the same numbers",
                 self.log_dir,
                 error.strerror or error,
             )
-        self._failed_at = time.monotonic()
-        broken, self._experiment = self._experiment, None
-        if broken is not None:
-            with suppress(OSError):
-                broken.close()
-
-
-def _os_error_behind(error: BaseException | None) -> OSError | None:
-    """Find what failed; Lightning makes a ValueError of whatever add_scalar raises."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__
-    return error
 
 
 class MetricsLog(Logger):

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
+from dist_siglip.lightning_compat import broadcast_no_sigterm, install_no_handlers
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
 
@@ -129,12 +130,6 @@ def _ask(*command: str) -> str:
 # What the ranks may have to say; the largest wins: nobody has asked, a person, a cluster; the run
 # folder is gone.
 _NOBODY, _PERSON, _CLUSTER, _MOVED = range(4)
-# Of Lightning 2.6: what a step loop asks, and who installs handlers.
-_QUESTION, _HANDLERS, _INSTALL = (
-    "_broadcast_sigterm_tensor",
-    "_signal_connector",
-    "register_signal_handlers",
-)
 
 
 class Preemption(Callback):
@@ -170,16 +165,12 @@ class Preemption(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from installing handlers of its own."""
-        handlers: Any = getattr(trainer, _HANDLERS, None)
-        if hasattr(handlers, _INSTALL):
-            setattr(handlers, _INSTALL, _do_nothing)
+        install_no_handlers(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the question out of every step, and make the group; stop what had stopped."""
         stop_again(trainer)
-        loop: Any = trainer.fit_loop.epoch_loop
-        if hasattr(loop, _QUESTION):
-            setattr(loop, _QUESTION, _do_nothing)
+        broadcast_no_sigterm(trainer)
         if trainer.world_size > 1 and self._group is None:
             self._group = new_cpu_group()
         signals.begin_saving()
@@ -236,10 +227,6 @@ class Preemption(Callback):
         flag = torch.tensor([asked])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return int(flag.item())
-
-
-def _do_nothing() -> None:
-    """Stand in for a broadcast in every step, and for handlers."""
 
 
 def _who_asks() -> int:

@@ -1,0 +1,86 @@
+"""Old import paths of public names, which work with a DeprecationWarning in this version.
+
+A package that has moved is imported under its old name as a module that looks its names up in the
+new one. Nothing is imported before a name is used.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Old package -> new one; the names in it are those of the new one.
+PACKAGES = {
+    "dist_siglip.benchmarks": "dist_siglip.evaluation",
+    "dist_siglip.callbacks": "dist_siglip.training.callbacks",
+    "dist_siglip.datamodule": "dist_siglip.training.datamodule",
+    "dist_siglip.embedding": "dist_siglip.evaluation.embed",
+    "dist_siglip.metrics.representations": "dist_siglip.metrics.alignment",
+    "dist_siglip.models.export": "dist_siglip.models.interop.export",
+    "dist_siglip.module": "dist_siglip.training.module",
+    "dist_siglip.optim": "dist_siglip.training.optim",
+    "dist_siglip.strategies": "dist_siglip.training.strategies",
+}
+# Names that have changed, in their new package.
+NAMES = {
+    "dist_siglip.training.callbacks.StepGuard": "SkipBadSteps",
+    "dist_siglip.training.callbacks.StopTogether": "Preemption",
+}
+
+
+def new_path(path: str) -> str:
+    """Import path of today of a public name; one that has not moved is returned as it is.
+
+    Example:
+        >>> new_path("dist_siglip.callbacks.StepGuard")
+        'dist_siglip.training.callbacks.SkipBadSteps'
+    """
+    package, _, name = path.rpartition(".")
+    package = PACKAGES.get(package, package)
+    return f"{package}.{NAMES.get(f'{package}.{name}', name)}"
+
+
+class _OldPackages:
+    """Finder and loader of the old packages, asked when no other finder knows a name."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in PACKAGES:
+            return None
+        return ModuleSpec(name, _OldPackages, is_package=True)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        """Take Python's own kind of module."""
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """Let a module look names up where they are now."""
+        old = module.__name__
+
+        def find(name: str) -> object:
+            package, _, new_name = new_path(f"{old}.{name}").rpartition(".")
+            if name.startswith("__") and name != "__all__":
+                raise AttributeError(f"module {old!r} has no attribute {name!r}")
+            try:
+                found: object = getattr(import_module(package), new_name)
+            except AttributeError:
+                raise AttributeError(f"module {old!r} has no attribute {name!r}") from None
+            warnings.warn(
+                f"{old}.{name} is now {package}.{new_name}; the old path goes in the next version",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return found
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def install() -> None:
+    """Make the old packages importable."""
+    if not any(finder is _OldPackages for finder in sys.meta_path):
+        sys.meta_path.append(_OldPackages)
