@@ -36,6 +36,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_goes_on_until_it_is_cancell
     job = it.submit(cluster)
     it.wait_for_checkpoint_after(kept, job)
     before = it.newest()
+    it.wait_for_batch_after(before, job)
     job.cancel()
     job.wait_for("CANCELLED")
     wait_until(lambda: cluster.rank(job, 0) is None)

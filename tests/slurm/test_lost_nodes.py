@@ -35,11 +35,11 @@ def runs(cluster, tmp_path_factory):
     job.wait_for_restart(1)
     hit.wait_for_checkpoint_after(hit.preempted_at, job)
     cluster.kill_node("127.0.0.2")
-    hit.lost_at = hit.newest()
     wait_until(lambda: job.restarts == 2, lambda: job.output)
     lost = time.monotonic()
     cluster.start_node("127.0.0.2")
     wait_until(lambda: cluster.states_of_nodes() == {"idle"})
+    hit.lost_at = hit.newest()  # the first rank, on the other node, may have written one after it
 
     undisturbed = calm.submit(cluster, ranks_per_node=2)
     undisturbed.wait_for("COMPLETED", "FAILED")
@@ -80,7 +80,11 @@ def test_no_batch_is_lost_and_every_batch_is_the_one_of_the_calm_run(calm, hit):
 
 
 def test_the_loss_of_every_step_is_that_of_the_calm_run(calm, hit):
-    assert hit.losses() == calm.losses()
+    """All but the line of the checkpoint after which the node was lost, which may be missing."""
+    expected, logged = calm.losses(), hit.losses()
+    assert list(expected) == list(range(1, STEPS + 1))
+    assert expected.keys() - logged.keys() <= {hit.lost_at}
+    assert logged == {step: expected[step] for step in logged}
 
 
 def test_the_final_weights_and_moments_are_those_of_the_calm_run(calm, hit):

@@ -8,6 +8,7 @@ import yaml
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
+from tests.support.recording import global_batches
 from tests.support.slurm_cluster import Job, SlurmCluster, wait_until
 
 SMALL = ("--cpus-per-task=1", "--mem=500")
@@ -55,6 +56,10 @@ class ClusterRun:
             return self.newest() > step
 
         wait_until(is_there, lambda: job.output)
+
+    def wait_for_batch_after(self, step: int, job: Job) -> None:
+        """Wait until a step after this one is being made, and no stop at this one can be agreed."""
+        wait_until(lambda: max(global_batches(self.samples), default=0) > step, lambda: job.output)
 
     def starts(self) -> list[int]:
         """Steps the run went on from, in turn, as its log tells."""

@@ -22,9 +22,12 @@ from tests.support.command import REPOSITORY, environment
 from tests.support.processes import LIMIT_SECONDS
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
-# After TERM, seconds until KILL; after the last sign of a node, seconds until it counts as lost.
-KILL_WAIT_SECONDS, NODE_LOST_SECONDS = 5, 5
+# After TERM, seconds until KILL: SLURM's default, in which a run saves on a busy machine, too.
+# After the last sign of a node, seconds until it counts as lost: a busy machine delays a sign.
+KILL_WAIT_SECONDS, NODE_LOST_SECONDS = 30, 20
 
+# The record of a job that has ended is kept for as long as SLURM can (MinJobAge), however late a
+# test looks at it; by default for five minutes.
 _CONFIGURATION = """\
 ClusterName=sandbox
 SlurmctldHost=localhost(127.0.0.1)
@@ -46,9 +49,10 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 KillWait={kill_wait}
 SlurmdTimeout={node_lost}
-MessageTimeout=5
-TCPTimeout=1
-BatchStartTimeout=5
+MessageTimeout=60
+TCPTimeout=10
+BatchStartTimeout=60
+MinJobAge=65533
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -185,7 +189,7 @@ class SlurmCluster:
             check=False,
             cwd=self.folder,
         )
-        assert may_fail or done.returncode == 0, f"{command}: {done.stderr}"
+        assert may_fail or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def submit(self, script: str, *arguments: object, options=(), **variables: str) -> "Job":
@@ -294,12 +298,13 @@ class Job:
         wait_until(lambda: self.state in states, lambda: f"{self._show()}\n{self.output}")
 
     def wait_for_restart(self, restarts: int) -> None:
-        """Wait until it runs again after so many requeues, without the usual two minutes."""
+        """Wait until it runs or ran again after so many requeues, without the usual two minutes."""
 
         def runs_again() -> bool:
             job = self._show()
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
-                return job["Restarts"] == str(restarts) and job["JobState"] == "RUNNING"
+                has_begun = job["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
+                return job["Restarts"] == str(restarts) and has_begun
             # What is left of the last start is killed by the job's number: a new start with it.
             if not self.cluster.is_running(job["JobId"]):
                 self.cluster._call(
