@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dist_siglip.data import Preprocessing
 from dist_siglip.evaluation import EvaluatedModel
 from dist_siglip.models import FusionConfig, FusionHead, build_dual_encoder, token_shapes
-from dist_siglip.models.reranker.fusion import write_head
+from dist_siglip.models.reranker import write_head
 from tests.support.shards import write_shards
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 

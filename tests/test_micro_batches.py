@@ -13,7 +13,8 @@ from torch import nn
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.models import DualEncoder, encode_in_micro_batches, micro_batches
+from dist_siglip.models import DualEncoder, encode_in_micro_batches
+from dist_siglip.models import dual_encoder as micro_batches
 from dist_siglip.runs import describe_differences
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.optim import OptimConfig

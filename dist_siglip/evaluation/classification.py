@@ -41,6 +41,7 @@ from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 _CLASSES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 _PLACES = ("{c}", "{}")
+_CLASSES_AT_ONCE = 64  # whose prompts are in memory together
 
 
 def read_classes(given: str | list[str] | None, shards: Sequence[str]) -> list[str]:
@@ -150,9 +151,6 @@ def _beside(shards: Sequence[str], name: str) -> Path | None:
         return None
     folder = Path(os.path.abspath(shards[0])).parent
     return next((p / name for p in (folder, folder.parent) if (p / name).is_file()), None)
-
-
-_CLASSES_AT_ONCE = 64  # whose prompts are in memory together
 
 
 class Classification(Benchmark):

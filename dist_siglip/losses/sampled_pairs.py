@@ -1,6 +1,6 @@
 """The sigmoid loss of a few pairs out of all: positives and chosen negatives.
 
-A head that judges one pair at a time (``dist_siglip.models.reranker.fusion``) cannot be asked about
+A head that judges one pair at a time (``dist_siglip.models.reranker``) cannot be asked about
 all pairs of a batch. The sigmoid loss is a sum over pairs, so it can be taken over some of them;
 there is no normaliser that would need the others.
 """

@@ -1,19 +1,24 @@
 """Towers: open_clip architectures by name, with or without weights, as one dual encoder."""
 
 from dist_siglip.models.build import BuiltModel, build_dual_encoder
-from dist_siglip.models.dual_encoder import DualEncoder, compile_towers, evaluation_mode
-from dist_siglip.models.micro_batches import (
+from dist_siglip.models.dual_encoder import (
+    DualEncoder,
+    compile_towers,
     encode_in_micro_batches,
     encode_tower_in_micro_batches,
+    evaluation_mode,
     refuse_batch_norm,
 )
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
-from dist_siglip.models.reranker.tokens import (
+from dist_siglip.models.reranker import (
     Encoded,
+    FusionConfig,
+    FusionHead,
     TokenShape,
     encode_image_tokens,
     encode_text_tokens,
+    read_head,
     token_shapes,
+    write_head,
 )
 from dist_siglip.models.weights.load import recorded_global_batch
 

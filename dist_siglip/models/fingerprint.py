@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.text_tower import describe_config
-from dist_siglip.models.tuning.layer_groups import Tower
 
 # Of training only, or where a file lies.
 _IRRELEVANT = frozenset(
@@ -23,7 +23,7 @@ _IRRELEVANT = frozenset(
 )
 
 
-def digest_tower(built: BuiltModel, tower: Tower) -> str:
+def tower_fingerprint(built: BuiltModel, tower: Tower) -> str:
     """Hash the weights of one tower and everything else that decides its features.
 
     Towers with the same digest give the same features, but for rounding. Half precision, an

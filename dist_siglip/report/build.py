@@ -19,18 +19,15 @@ from dist_siglip.report.page import (
 )
 from dist_siglip.report.records import RunRecord, read_run
 from dist_siglip.report.sections import (
-    benchmarks,
     calibration,
     capacity,
     comparison,
     data_health,
     geometry,
-    origin,
     pairs,
     retrieval,
     shapes,
     spectra,
-    speed,
     training,
 )
 from dist_siglip.runs import RunFolder
@@ -39,21 +36,23 @@ from dist_siglip.system.atomic import write_atomically
 logger = logging.getLogger(__name__)
 
 MOST_RUNS = 8
-_MAKERS = (
-    comparison.make,
-    training.make,
-    speed.make,
-    data_health.make,
-    retrieval.make,
-    benchmarks.make,
-    pairs.make,
-    calibration.make,
-    geometry.make,
-    shapes.make,
-    spectra.make,
-    capacity.make,
-    origin.make,
-)
+_Maker = Callable[[Sequence[RunRecord]], Section | None]
+# Sections in the order of the page, by the names that a failed one is reported under.
+_SECTIONS: dict[str, _Maker] = {
+    "comparison": comparison.make,
+    "training": training.make,
+    "speed": training.make_speed,
+    "data_health": data_health.make,
+    "retrieval": retrieval.make,
+    "benchmarks": retrieval.make_benchmarks,
+    "pairs": pairs.make,
+    "calibration": calibration.make,
+    "geometry": geometry.make,
+    "shapes": shapes.make,
+    "spectra": spectra.make,
+    "capacity": capacity.make,
+    "origin": comparison.make_origin,
+}
 
 
 def write_report(*run_dirs: Path, out: Path | None = None) -> Path:
@@ -88,7 +87,8 @@ def write_report(*run_dirs: Path, out: Path | None = None) -> Path:
 
 
 def _render(runs: Sequence[RunRecord]) -> str:
-    sections = [section for make in _MAKERS if (section := _section(make, runs)) is not None]
+    made = (_section(name, make, runs) for name, make in _SECTIONS.items())
+    sections = [section for section in made if section is not None]
     names = ", ".join(run.name for run in runs)
     title = f"Run {names}" if len(runs) == 1 else f"Runs {names}"
     steps = ", ".join(f"{run.last_step:,}" for run in runs)
@@ -100,16 +100,13 @@ def _render(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _section(
-    make: Callable[[Sequence[RunRecord]], Section | None], runs: Sequence[RunRecord]
-) -> Section | None:
+def _section(key: str, make: _Maker, runs: Sequence[RunRecord]) -> Section | None:
     """Make a section; one that its records do not allow says so in its place."""
     try:
         section = make(runs)
         if section is not None:
             section.render()
     except Exception as error:  # noqa: BLE001 - damaged records fail wherever they are looked at
-        key = make.__module__.rpartition(".")[2]
         reason = printable(f"{type(error).__name__}: {error}")
         logger.warning("section %s of the report is left out (%s)", key, reason)
         told = f"This section is left out: its records cannot be used ({reason})."

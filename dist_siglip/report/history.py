@@ -20,6 +20,10 @@ from dist_siglip.runs import RunFolder
 _MOST_EXAMPLES = 5
 _MOST_LETTERS = 120
 _NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?")
+logger = logging.getLogger(__name__)
+_MOST_READ = 64
+_FEATURES = ("image_features", "text_features")
+_HISTOGRAMS = ("positive_histogram", "negative_histogram")
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,6 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name} cannot be read ({error.strerror or error}).")
     if damaged:
         notes.append(f"{path.name} has {damaged} unreadable line(s), which are left out.")
-
-
-logger = logging.getLogger(__name__)
-
-_MOST_READ = 64
-_FEATURES = ("image_features", "text_features")
-_HISTOGRAMS = ("positive_histogram", "negative_histogram")
 
 
 @dataclass(frozen=True)

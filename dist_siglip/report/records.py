@@ -35,6 +35,17 @@ from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 _MOST_BYTES = 16_000_000
 _MOST_FILES = 500
+logger = logging.getLogger(__name__)
+_MOST_LETTERS = 20
+_MOST_JSON = 2**28
+_MOST_TEXT = 2**20
+_MOST_NAMES = 2000
+_MOST_PICTURES = 1000
+_MAGIC = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/webp": b"RIFF",
+}
 
 
 @dataclass(frozen=True)
@@ -83,20 +94,6 @@ def _read(path: Path) -> BenchmarkFile | None:
         task=printable(str(content.get("task", ""))),
         metrics={name: n for name, n in found if n is not None and math.isfinite(n)},
     )
-
-
-logger = logging.getLogger(__name__)
-
-_MOST_LETTERS = 20
-_MOST_JSON = 2**28
-_MOST_TEXT = 2**20
-_MOST_NAMES = 2000
-_MOST_PICTURES = 1000
-_MAGIC = {
-    "image/png": b"\x89PNG\r\n\x1a\n",
-    "image/jpeg": b"\xff\xd8\xff",
-    "image/webp": b"RIFF",
-}
 
 
 @dataclass(frozen=True)

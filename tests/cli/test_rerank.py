@@ -9,7 +9,7 @@ import yaml
 
 from dist_siglip.cli import main
 from dist_siglip.cli.run.rerank import HEAD_NAME
-from dist_siglip.models.reranker.fusion import read_head
+from dist_siglip.models.reranker import read_head
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.module.trained import load_trained
 from tests.support.command import write_settings

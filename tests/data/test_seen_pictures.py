@@ -22,7 +22,7 @@ from dist_siglip.data.samples.transforms import evaluation_transform, training_t
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings
 from dist_siglip.evaluation.samples import ShardDataset
-from dist_siglip.models.fingerprint import digest_tower
+from dist_siglip.models.fingerprint import tower_fingerprint
 from tests.support.embedding import build_tiny
 from tests.support.pngs import RGBA, halves, png_of
 from tests.support.shards import caption, jpeg, photo, tiny_inputs, write_shard
@@ -101,8 +101,8 @@ def test_a_digest_knows_what_was_seen(tmp_path):
     built = build_tiny(tmp_path)
     grounds = ("white", "drop", "red")
     models = [replace(built, pictures=PicturePolicy(transparency=ground)) for ground in grounds]
-    assert len({digest_tower(model, "image") for model in models}) == 3
-    assert len({digest_tower(model, "text") for model in models}) == 1
+    assert len({tower_fingerprint(model, "image") for model in models}) == 3
+    assert len({tower_fingerprint(model, "text") for model in models}) == 1
 
 
 class TakesAlpha:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead
-from dist_siglip.models.reranker.tokens import Encoded, TokenShape
+from dist_siglip.models.reranker import Encoded, FusionConfig, FusionHead, TokenShape
 from tests.support import reference_fusion
 
 IMAGE, TEXT = TokenShape(3, 6), TokenShape(4, 5)

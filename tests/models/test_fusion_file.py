@@ -9,8 +9,15 @@ from safetensors.torch import save_file
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
-from dist_siglip.models.reranker.tokens import encode_image_tokens, encode_text_tokens, token_shapes
+from dist_siglip.models.reranker import (
+    FusionConfig,
+    FusionHead,
+    encode_image_tokens,
+    encode_text_tokens,
+    read_head,
+    token_shapes,
+    write_head,
+)
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 
 

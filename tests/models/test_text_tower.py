@@ -11,8 +11,8 @@ from open_clip.hf_model import HFTextEncoder
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.fingerprint import digest_tower
-from dist_siglip.models.reranker.tokens import encode_image_tokens, encode_text_tokens
+from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.reranker import encode_image_tokens, encode_text_tokens
 from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
 from tests.support.text_towers import (
     WORDS,
@@ -79,7 +79,7 @@ def test_a_folder_beside_the_config_is_found_from_anywhere(bert, tmp_path, monke
     )
     # The place is not what makes a tower, so features of one are those of the other.
     built.encoder.clip.text.proj = absolute.encoder.clip.text.proj
-    assert digest_tower(built, "text") == digest_tower(absolute, "text")
+    assert tower_fingerprint(built, "text") == tower_fingerprint(absolute, "text")
 
 
 def test_a_config_can_ask_for_random_weights(bert, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import DualEncoder, build_dual_encoder
-from dist_siglip.models.reranker.tokens import encode_image_tokens, encode_text_tokens, token_shapes
+from dist_siglip.models.reranker import encode_image_tokens, encode_text_tokens, token_shapes
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of, write_config
 
 # Tokens of the image tower, width of both towers.

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.tuning.layer_groups import places
+from dist_siglip.models.tuning.layer_groups import layer_groups
 from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of
 
@@ -31,7 +31,7 @@ def tune(encoder, image=None, text=None):
 def test_a_locked_tower_has_no_gradient_and_the_other_has_all_of_its_own(kind):
     encoder = encoder_of(kind)
     assert tune(encoder, image={"locked": True}) == {}
-    found = places(encoder)
+    found = layer_groups(encoder)
     assert trained(encoder) == {name for name in found if found[name].tower == "text"}
     images, texts = inputs_of(ARCHITECTURES[kind])
     image_features, text_features = encoder(images, texts)
@@ -68,7 +68,7 @@ def test_the_statistics_of_a_tower_that_trains_move():
 def test_the_last_groups_of_a_locked_tower_train(groups):
     encoder = encoder_of("siglip")  # head, six blocks, stem
     tune(encoder, image={"locked": True, "unlocked_groups": groups})
-    found = places(encoder)
+    found = layer_groups(encoder)
     expected = {n for n, p in found.items() if p.tower == "text" or p.groups_behind < groups}
     assert trained(encoder) == expected
     assert len(expected) < len(found) or groups == 8

@@ -11,8 +11,13 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, read_head, write_head
-from dist_siglip.models.reranker.tokens import token_shapes
+from dist_siglip.models.reranker import (
+    FusionConfig,
+    FusionHead,
+    read_head,
+    token_shapes,
+    write_head,
+)
 from dist_siglip.models.tuning.lora import LoraSettings
 from dist_siglip.models.tuning.settings import TowerConfig
 from dist_siglip.models.weights.file import refuse_not_finite

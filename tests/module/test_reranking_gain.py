@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.losses.sampled_pairs import match_loss
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead
-from dist_siglip.models.reranker.tokens import Encoded, TokenShape
+from dist_siglip.models.reranker import Encoded, FusionConfig, FusionHead, TokenShape
 from dist_siglip.training.module.hard_negatives import (
     choose_hard_pairs,
     evaluate_reranking,

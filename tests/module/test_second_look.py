@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_siglip.models.reranker.tokens import Encoded
+from dist_siglip.models.reranker import Encoded
 from dist_siglip.training.module.hard_negatives import judge_pairs
 from tests.support import fusion_ranks, reference_fusion
 from tests.support.fusion_ranks import (

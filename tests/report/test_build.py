@@ -9,7 +9,7 @@ import pytest
 from dist_siglip.errors import UserError
 from dist_siglip.report import build, write_report
 from dist_siglip.report.records import read_run
-from dist_siglip.report.sections import origin
+from dist_siglip.report.sections.comparison import make_origin
 from tests.support.run_folder import CAPTIONS, write_benchmark, write_run
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -72,7 +72,7 @@ def comparison(run_dir):
 
 
 def _origin(folder):
-    return _Page(origin.make([read_run(folder)]).render()).all_text()
+    return _Page(make_origin([read_run(folder)]).render()).all_text()
 
 
 def test_page_refers_to_nothing_outside_itself(run_dir, page):

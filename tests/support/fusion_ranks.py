@@ -4,8 +4,7 @@ import torch
 
 from dist_siglip.distributed.collectives import fetch_rows
 from dist_siglip.losses.sampled_pairs import match_loss
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead
-from dist_siglip.models.reranker.tokens import Encoded, TokenShape
+from dist_siglip.models.reranker import Encoded, FusionConfig, FusionHead, TokenShape
 from dist_siglip.training.module.hard_negatives import (
     choose_hard_pairs,
     evaluate_reranking,

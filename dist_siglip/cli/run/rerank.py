@@ -20,7 +20,7 @@ from dist_siglip.cli.table import read_evaluation
 from dist_siglip.distributed import leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.evaluation import describe_num_pairs
-from dist_siglip.models.reranker.fusion import write_head
+from dist_siglip.models.reranker import write_head
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 from dist_siglip.training.datamodule import ImageTextDataModule

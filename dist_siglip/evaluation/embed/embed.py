@@ -49,7 +49,7 @@ from dist_siglip.evaluation.samples import (
     shard_loader,
 )
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.fingerprint import digest_tower
+from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 
@@ -320,8 +320,8 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
     truncated = built.pictures.truncated_pictures
     return {
         "version": 1,
-        "image_tower": None if settings.towers == "text" else digest_tower(built, "image"),
-        "text_tower": None if settings.towers == "image" else digest_tower(built, "text"),
+        "image_tower": None if settings.towers == "text" else tower_fingerprint(built, "image"),
+        "text_tower": None if settings.towers == "image" else tower_fingerprint(built, "text"),
         "shards": table.fingerprint,
         "towers": settings.towers,
         "format": settings.format,

@@ -6,11 +6,11 @@ transformers.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
-Tower = Literal["image", "text"]
+from dist_siglip.data.samples.cached_features import Tower
 
 _IMAGE_PREFIX = "clip.visual."
 # A numbered block, in a numbered stage or not: "blocks.3.", "stages.1.blocks.0.", "layer2.0.".
@@ -25,8 +25,8 @@ _HEAD = re.compile(
 )
 
 
-class Place(NamedTuple):
-    """Where a parameter lies.
+class LayerGroup(NamedTuple):
+    """The layer group of a parameter.
 
     Attributes:
         tower: "image" or "text".
@@ -50,16 +50,16 @@ def lies_in_block(name: str) -> bool:
     return bool(_BLOCK.search(name))
 
 
-def places(encoder: nn.Module) -> dict[str, Place]:
-    """Say where each parameter of a dual encoder lies, by its name.
+def layer_groups(encoder: nn.Module) -> dict[str, LayerGroup]:
+    """Find the layer group of each parameter of a dual encoder, by its name.
 
     Args:
         encoder: a ``DualEncoder``.
 
     Returns:
-        A place for every name of ``encoder.named_parameters()``.
+        A group for every name of ``encoder.named_parameters()``.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, LayerGroup] = {}
     towers: dict[Tower, list[tuple[str, str]]] = {"image": [], "text": []}
     for name, _ in encoder.named_parameters():
         if name.startswith(_IMAGE_PREFIX):
@@ -75,7 +75,7 @@ def places(encoder: nn.Module) -> dict[str, Place]:
                 behind = len(blocks) - blocks[key]
             else:
                 behind = 0 if _HEAD.match(short) else len(blocks) + 1
-            found[name] = Place(tower, behind)
+            found[name] = LayerGroup(tower, behind)
     return found
 
 

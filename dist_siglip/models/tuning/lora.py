@@ -17,9 +17,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.tuning.layer_groups import Tower, block_names
+from dist_siglip.models.tuning.layer_groups import block_names
 
 
 class LinearAttention(nn.Module):

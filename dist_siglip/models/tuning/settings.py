@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.models.dual_encoder import DualEncoder
-from dist_siglip.models.tuning.layer_groups import Place, Tower, places
+from dist_siglip.models.tuning.layer_groups import LayerGroup, layer_groups
 from dist_siglip.models.tuning.lora import LoraSettings, add_adapters, is_adapter
 
 logger = logging.getLogger(__name__)
@@ -111,22 +112,22 @@ def tune_towers(
             tower without blocks has a layer decay, or all that is to be locked was never loaded.
     """
     configs: dict[Tower, TowerConfig] = {"image": image_tower, "text": text_tower}
-    found = places(encoder)
+    found = layer_groups(encoder)
     # Adapters change names, not parameters.
     random = {id(p) for name, p in encoder.named_parameters() if name in never_loaded}
     for tower, config in configs.items():
         check_tower(tower, config)
-        _check_groups(tower, config, [place for place in found.values() if place.tower == tower])
+        _check_groups(tower, config, [group for group in found.values() if group.tower == tower])
         if config.lora is not None:
             add_adapters(encoder, tower, config.lora)
     parameters = dict(encoder.named_parameters())
     tuned: dict[str, Tuning] = {}
-    found = places(encoder)
+    found = layer_groups(encoder)
     kept = {
         name
-        for name, place in found.items()
-        if configs[place.tower].is_locked
-        and place.groups_behind >= configs[place.tower].unlocked_groups
+        for name, group in found.items()
+        if configs[group.tower].is_locked
+        and group.groups_behind >= configs[group.tower].unlocked_groups
         and not is_adapter(name)
     }
     for tower in configs:
@@ -134,12 +135,12 @@ def tune_towers(
         unlocked = [name for name in of_tower if id(parameters[name]) in random]
         _check_loaded(tower, configs[tower], of_tower, unlocked)
         kept.difference_update(unlocked)
-    for name, place in found.items():
-        config = configs[place.tower]
+    for name, group in found.items():
+        config = configs[group.tower]
         if name in kept:
             parameters[name].requires_grad_(False)
             continue
-        factor = config.learning_rate_factor * config.layer_decay**place.groups_behind
+        factor = config.learning_rate_factor * config.layer_decay**group.groups_behind
         if factor != 1 or config.weight_decay is not None:
             tuned[name] = Tuning(factor, config.weight_decay)
     encoder.keep_in_evaluation(_locked_modules(encoder))
@@ -167,8 +168,8 @@ def _check_loaded(
     )
 
 
-def _check_groups(tower: Tower, config: TowerConfig, found: list[Place]) -> None:
-    deepest = max((place.groups_behind for place in found), default=0)
+def _check_groups(tower: Tower, config: TowerConfig, found: list[LayerGroup]) -> None:
+    deepest = max((group.groups_behind for group in found), default=0)
     if config.unlocked_groups > deepest + 1:
         raise UserError(
             f"{tower}_tower.unlocked_groups ({config.unlocked_groups}) must be at most "

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.interop.transformers_names import has_flat_patches, is_foreign, to_own_names
-from dist_siglip.models.weights.file import read_content, refuse_not_finite
-from dist_siglip.models.weights.layout import choose_towers
+from dist_siglip.models.weights.file import choose_towers, read_content, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.retrieval.reranking import reranked_ranks
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
-from dist_siglip.models.reranker.fusion import FusionHead
-from dist_siglip.models.reranker.tokens import Encoded
+from dist_siglip.models.reranker import Encoded, FusionHead
 
 # P images and P texts, row by row, to (P,) logits or scores.
 Judge = Callable[[Encoded, Encoded], Tensor]

@@ -8,8 +8,8 @@ from dist_siglip.data import ImageTextBatch, PairDataset
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
-from dist_siglip.models.fingerprint import digest_tower
-from dist_siglip.models.tuning.layer_groups import places
+from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.tuning.layer_groups import layer_groups
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None
     features: CachedFeatures | None = getattr(data, "features", None)
     if features is None:
         return
-    found = places(towers)
+    found = layer_groups(towers)
     for tower in features.towers:
         trained = [
             name
@@ -41,7 +41,7 @@ def check_features(data: object, built: BuiltModel, towers: DualEncoder) -> None
                 f"{len(trained)} in all); set {tower}_tower.locked: true without unlocked_groups "
                 "or lora, or leave train_features out"
             )
-        if digest_tower(built, tower) != features.digests[tower]:
+        if tower_fingerprint(built, tower) != features.digests[tower]:
             raise UserError(
                 f"train_features are not those of this {tower} tower: other weights or other "
                 "preprocessing, such as data.transparency; embed the shards again with the model "

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.losses.sampled_pairs import match_loss
 from dist_siglip.metrics import Evaluation, PairEvaluation
-from dist_siglip.models.reranker.fusion import FusionConfig, FusionHead, check_towers, digest_towers
-from dist_siglip.models.reranker.tokens import (
+from dist_siglip.models.reranker import (
     Encoded,
+    FusionConfig,
+    FusionHead,
+    check_towers,
     encode_image_tokens,
     encode_text_tokens,
     token_shapes,
+    tower_fingerprints,
 )
-from dist_siglip.models.tuning.layer_groups import Tower
 from dist_siglip.training.module.hard_negatives import (
     choose_hard_pairs,
     evaluate_reranking,
@@ -119,7 +122,7 @@ class RerankerModule(RunModule):
     def digests(self) -> Mapping[Tower, str]:
         """Of the towers and what they are fed: a head reads no other tokens."""
         if self._digests is None:
-            self._digests = digest_towers(self.built)
+            self._digests = tower_fingerprints(self.built)
         return self._digests
 
     def use_pictures(self, policy: PicturePolicy) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, build_dual_encoder
-from dist_siglip.models.tuning.layer_groups import Tower
 from dist_siglip.models.tuning.lora import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights.load import load_towers, read_weights
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint

@@ -8,7 +8,7 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.fingerprint import digest_tower
+from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.models.interop.export import export_model
 from tests.support.exports import features_of, prepared
 from tests.support.text_towers import write_architecture, write_bert
@@ -27,14 +27,14 @@ def test_it_comes_back_with_the_same_features_from_anywhere(built, tmp_path, to)
     assert export_model(built, tmp_path / "out", to=to).largest_difference <= 1e-6
     pixels = torch.randn(2, 3, 32, 32)
     expected = features_of(built, pixels)
-    digest = digest_tower(built, "text")
+    digest = tower_fingerprint(built, "text")
     shutil.rmtree(tmp_path / "bert")
     (tmp_path / "out").rename(tmp_path / "moved")
     back = build_dual_encoder(f"local-dir:{tmp_path / 'moved'}")
     assert back.weights_loaded
     for mine, theirs in zip(features_of(back, pixels), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
-    assert digest_tower(back, "text") == digest
+    assert tower_fingerprint(back, "text") == digest
 
 
 def test_open_clip_reads_it_where_it_was_written(built, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Settings that differ between runs, and those only."""
 
-from dist_siglip.report.sections.origin import differing_settings, make
+from dist_siglip.report.sections.comparison import differing_settings, make_origin
 from tests.support.report_records import record
 
 
@@ -13,7 +13,7 @@ def test_only_settings_that_differ_are_listed():
 
 
 def test_runs_with_the_same_settings_are_said_to_have_them():
-    parts = make([record("a"), record("b")]).parts
+    parts = make_origin([record("a"), record("b")]).parts
     assert "The settings of these runs are the same." in parts[0]
 
 

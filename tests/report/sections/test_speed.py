@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_siglip.report.sections.speed import judge, judge_change
+from dist_siglip.report.sections.training import judge_change, judge_speed
 from tests.support.report_records import record
 
 
@@ -12,13 +12,13 @@ from tests.support.report_records import record
 )
 def test_conclusion_about_waiting(percent, tone, words):
     logged = {"train/pairs_per_second": [1000] * 3, "train/data_wait_percent": [percent] * 3}
-    verdict = judge(record(series=logged))
+    verdict = judge_speed(record(series=logged))
     assert verdict.tone == tone
     assert words in verdict.text
 
 
 def test_a_run_without_speed_says_so():
-    assert judge(record()).tone == "unknown"
+    assert judge_speed(record()).tone == "unknown"
 
 
 def test_a_run_that_becomes_slow_is_told_and_noise_is_not():

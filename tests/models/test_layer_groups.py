@@ -4,14 +4,14 @@ import timm
 from torch import nn
 
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.tuning.layer_groups import places
+from dist_siglip.models.tuning.layer_groups import layer_groups
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 
 def groups_of(encoder, tower):
     """Parameter names by how many groups are behind them."""
     groups = {}
-    for name, place in places(encoder).items():
+    for name, place in layer_groups(encoder).items():
         if place.tower == tower:
             groups.setdefault(place.groups_behind, []).append(name)
     return dict(sorted(groups.items()))
@@ -20,7 +20,7 @@ def groups_of(encoder, tower):
 def test_every_parameter_has_a_place_and_towers_are_told_apart():
     for architecture in ARCHITECTURES.values():
         encoder = DualEncoder(network_of(architecture))
-        found = places(encoder)
+        found = layer_groups(encoder)
         assert list(found) == [
             *[n for n, _ in encoder.named_parameters() if n.startswith("clip.visual.")],
             *[n for n, _ in encoder.named_parameters() if not n.startswith("clip.visual.")],
@@ -73,7 +73,7 @@ def test_blocks_of_timm_are_those_of_its_own_groups(name):
     encoder = Wrapped(name)
     trunk = encoder.clip.visual.trunk
     theirs = timm.models.group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
-    found = places(encoder)
+    found = layer_groups(encoder)
     pairs = {}  # our number -> theirs, for the parameters inside blocks
     for parameter, group in theirs.items():
         place = found[f"clip.visual.trunk.{parameter}"]

@@ -1,1 +1,0 @@
-"""The fusion head that looks at a picture and a text side by side."""
