@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_siglip.losses.nonfinite import let_pass
-
 _RECORDS = 200  # points of the loss curve
 _FIRST_RECORDS = (1, 2, 5, 10, 20)  # for logarithmic axes
 
@@ -73,8 +71,8 @@ def train_free_embeddings(
 ) -> Training:
     """Minimise a loss of unit rows and scalars with Adam, in one process.
 
-    The library's losses are not asked to look for rows that are not finite (``let_pass``), which
-    would be a tenth of the time; NaN stays NaN until the table.
+    Give losses of this library ``nonfinite="propagate"``: looking for rows that are not finite
+    would be a tenth of the time.
 
     Args:
         rows: (N, D) matrices; those that need no gradient are locked. Changed in place.
@@ -113,8 +111,7 @@ def train_free_embeddings(
         if schedule is not None:
             optimizer.param_groups[0]["lr"] = learning_rate * schedule((step - 1) / steps)
         optimizer.zero_grad()
-        with let_pass():
-            value = loss([F.normalize(matrix, dim=-1) if normalize else matrix for matrix in rows])
+        value = loss([F.normalize(matrix, dim=-1) if normalize else matrix for matrix in rows])
         value.backward()
         optimizer.step()
         with torch.no_grad():

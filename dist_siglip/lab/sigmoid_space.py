@@ -113,7 +113,9 @@ def train_space(start: Start, progress: Callable[[float], None] | None = None) -
     def loss(features: list[Tensor]) -> Tensor:
         if adapter is not None:
             features = [F.normalize(extended, dim=-1) for extended in adapter(features)]
-        total = multimodal_sigmoid_loss(features, *logits(), graph=start.graph)
+        total = multimodal_sigmoid_loss(
+            features, *logits(), graph=start.graph, nonfinite="propagate"
+        )
         return total / start.num_pairs
 
     training = train_free_embeddings(

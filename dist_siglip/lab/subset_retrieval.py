@@ -19,7 +19,6 @@ from dist_siglip.lab.free_embeddings import (
     warm_up_and_cosine,
 )
 from dist_siglip.losses import relevance_sigmoid_loss, relevance_softmax_loss
-from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import RelevanceMargins, relevance_margins
 
 SubsetLoss = Literal["sigmoid", "softmax"]
@@ -93,23 +92,24 @@ def fit_margin(
 
     def sigmoid(unit_rows: list[Tensor]) -> Tensor:
         queries, documents = unit_rows
-        value = relevance_sigmoid_loss(queries, documents, relevance, number, threshold)
+        value = relevance_sigmoid_loss(
+            queries, documents, relevance, number, threshold, nonfinite="propagate"
+        )
         return value * len(relevance)  # the sum over queries
 
     def softmax(unit_rows: list[Tensor]) -> Tensor:
         queries, documents = unit_rows
         scale = 1 / number.clamp(1e-4, 1e2)
-        return relevance_softmax_loss(queries, documents, relevance, scale)
+        return relevance_softmax_loss(queries, documents, relevance, scale, nonfinite="propagate")
 
-    with let_pass():
-        training = train_free_embeddings(
-            rows,
-            sigmoid if loss == "sigmoid" else softmax,
-            [number],
-            steps=steps,
-            schedule=warm_up_and_cosine(),
-            progress=progress,
-        )
+    training = train_free_embeddings(
+        rows,
+        sigmoid if loss == "sigmoid" else softmax,
+        [number],
+        steps=steps,
+        schedule=warm_up_and_cosine(),
+        progress=progress,
+    )
     queries, documents = training.rows
     return Fitted(relevance_margins(queries, documents, relevance), training)
 
@@ -134,14 +134,15 @@ def is_solvable(case: Retrieval, *, temperature: float = 0.1, steps: int = 100_0
         best = min(best, value)
         return is_solved or waited >= 1000
 
-    with let_pass():
-        train_free_embeddings(
-            _start(case, relevance),
-            lambda rows: relevance_softmax_loss(rows[0], rows[1], relevance, scale),
-            steps=steps,
-            watch=watch,
-            watch_steps=50,
-        )
+    train_free_embeddings(
+        _start(case, relevance),
+        lambda rows: relevance_softmax_loss(
+            rows[0], rows[1], relevance, scale, nonfinite="propagate"
+        ),
+        steps=steps,
+        watch=watch,
+        watch_steps=50,
+    )
     return is_solved
 
 

@@ -2,6 +2,7 @@
 
 from dist_siglip.losses.composite import WeightedLoss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
+from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.logit_scale import BiasParameterization, LogitConfig, LogitScaleBias
 from dist_siglip.losses.modules import ClipLoss, SigLipLoss
 from dist_siglip.losses.research.adapter import SimplexAdapter
@@ -16,6 +17,7 @@ __all__ = [
     "ClipLoss",
     "LogitConfig",
     "LogitScaleBias",
+    "LossOutput",
     "ModalityGraph",
     "SigLipLoss",
     "SimplexAdapter",

@@ -8,6 +8,17 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
+from dist_siglip.losses.interface import (
+    LossOutput,
+    call_loss,
+    duplicates_of,
+    ids_for,
+    uses_caption_ids,
+    uses_logit_bias,
+    uses_picture_ids,
+)
+from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.nonfinite import Nonfinite
 
 
 class WeightedLoss(nn.Module):
@@ -74,22 +85,22 @@ class WeightedLoss(nn.Module):
     @property
     def uses_caption_ids(self) -> bool:
         """Whether the base takes caption ids."""
-        return bool(getattr(self.base, "uses_caption_ids", False))
+        return uses_caption_ids(self.base)
 
     @property
     def uses_picture_ids(self) -> bool:
         """Whether the base takes picture ids."""
-        return bool(getattr(self.base, "uses_picture_ids", False))
+        return uses_picture_ids(self.base)
 
     @property
     def uses_logit_bias(self) -> bool:
         """Whether the base depends on logit_bias."""
-        return bool(getattr(self.base, "uses_logit_bias", True))
+        return uses_logit_bias(self.base)
 
     @property
-    def last_duplicate_pairs(self) -> Tensor | None:
-        """What the base counted at its last call."""
-        return getattr(self.base, "last_duplicate_pairs", None)
+    def duplicates(self) -> Duplicates | None:
+        """How the base treats duplicates."""
+        return duplicates_of(self.base)
 
     def forward(
         self,
@@ -100,8 +111,12 @@ class WeightedLoss(nn.Module):
         *,
         caption_ids: Tensor | None = None,
         picture_ids: Tensor | None = None,
-    ) -> Tensor:
+        nonfinite: Nonfinite = "raise",
+        return_statistics: bool = False,
+    ) -> Tensor | LossOutput:
         """Return the weighted sum; ids go to a base that uses them.
+
+        ``return_statistics`` returns it with what the base counted, as ``LossOutput``.
 
         Raises:
             UserError: as the terms do, or if weights differ between ranks.
@@ -111,28 +126,38 @@ class WeightedLoss(nn.Module):
             f"cross_uniformity {self.cross_uniformity}",
             self.group,
         )
-        ids: dict[str, Tensor | None] = {}
-        if self.uses_caption_ids:
-            ids["caption_ids"] = caption_ids
-        if self.uses_picture_ids:
-            ids["picture_ids"] = picture_ids
-        loss: Tensor = self.base(image_features, text_features, logit_scale, logit_bias, **ids)
+        loss, duplicate_pairs = call_loss(
+            self.base,
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            ids=ids_for(self.base, caption_ids, picture_ids),
+            nonfinite=nonfinite,
+        )
         if self.alignment:
-            term = alignment_loss(image_features, text_features, group=self.group)
+            term = alignment_loss(
+                image_features, text_features, nonfinite=nonfinite, group=self.group
+            )
             loss = loss + self.alignment * term
         if self.uniformity:
             for features in (image_features, text_features):
                 term = uniformity_loss(
-                    features, exchange=self.exchange, group=self.group, chunk_rows=self.chunk_rows
+                    features,
+                    nonfinite=nonfinite,
+                    exchange=self.exchange,
+                    group=self.group,
+                    chunk_rows=self.chunk_rows,
                 )
                 loss = loss + 0.5 * self.uniformity * term
         if self.cross_uniformity:
             term = cross_uniformity_loss(
                 image_features,
                 text_features,
+                nonfinite=nonfinite,
                 exchange=self.exchange,
                 group=self.group,
                 chunk_rows=self.chunk_rows,
             )
             loss = loss + self.cross_uniformity * term
-        return loss
+        return LossOutput(loss, duplicate_pairs) if return_statistics else loss

@@ -23,7 +23,7 @@ from dist_siglip.distributed import (
 from dist_siglip.errors import UserError
 from dist_siglip.losses.kernels.geometry_tiles import kernel_tile
 from dist_siglip.losses.kernels.tiles import logits_dtype
-from dist_siglip.losses.nonfinite import refuse_not_finite
+from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
 from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
 from dist_siglip.losses.ring_pass import (
     check_chunk_rows,
@@ -37,7 +37,11 @@ from dist_siglip.losses.ring_pass import (
 
 
 def alignment_loss(
-    image_features: Tensor, text_features: Tensor, *, group: ProcessGroup | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    nonfinite: Nonfinite = "raise",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Mean squared distance of matching pairs; 0 where image and text coincide, 4 opposite.
 
@@ -51,6 +55,7 @@ def alignment_loss(
     Args:
         image_features: (B, D), L2-normalised.
         text_features: (B, D), L2-normalised, same dtype; row i belongs to image i.
+        nonfinite: "propagate" lets features pass that are not finite; the same on every rank.
         group: process group; the default group if None.
 
     Returns:
@@ -68,8 +73,9 @@ def alignment_loss(
         Wang and Isola 2020, arXiv:2005.10242, with alpha = 2.
     """
     check_pairs(image_features, text_features)
-    found = refuse_not_finite(
-        {"image_features": image_features.detach(), "text_features": text_features.detach()}
+    found = find_nonfinite(
+        {"image_features": image_features.detach(), "text_features": text_features.detach()},
+        nonfinite,
     )
     plan = prepare_exchange(
         [image_features], group=group, purpose=f"alignment loss; {found or 'finite'}"
@@ -85,6 +91,7 @@ def alignment_loss(
 def uniformity_loss(
     features: Tensor,
     *,
+    nonfinite: Nonfinite = "raise",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -103,6 +110,7 @@ def uniformity_loss(
 
     Args:
         features: (B, D), L2-normalised, of one modality. B may differ between ranks.
+        nonfinite: "propagate" lets features pass that are not finite; the same on every rank.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of distances that exists at a time. None is 1024 on
@@ -128,7 +136,7 @@ def uniformity_loss(
     chunk_rows = default_chunk_rows(features.device) if chunk_rows is None else chunk_rows
     check_chunk_rows(chunk_rows)
     is_wanted = wants_gradient(features)
-    found = refuse_not_finite({"features": features.detach()})
+    found = find_nonfinite({"features": features.detach()}, nonfinite)
     wanted = describe_wanted({"features": is_wanted})
     plan = prepare_exchange(
         [features],
@@ -153,6 +161,7 @@ def cross_uniformity_loss(
     image_features: Tensor,
     text_features: Tensor,
     *,
+    nonfinite: Nonfinite = "raise",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -171,6 +180,7 @@ def cross_uniformity_loss(
         image_features: (B, D), L2-normalised.
         text_features: (B, D), L2-normalised, same dtype; row i belongs to image i. B may differ
             between ranks.
+        nonfinite: "propagate" lets features pass that are not finite; the same on every rank.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of distances that exists at a time. None is 1024 on
@@ -201,8 +211,9 @@ def cross_uniformity_loss(
         sides.reverse()
     (row_name, rows), (column_name, columns) = sides
     dtype = logits_dtype(rows)
-    found = refuse_not_finite(
-        {"image_features": image_features.detach(), "text_features": text_features.detach()}
+    found = find_nonfinite(
+        {"image_features": image_features.detach(), "text_features": text_features.detach()},
+        nonfinite,
     )
     plan = prepare_exchange(
         [columns],

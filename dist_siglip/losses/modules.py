@@ -1,7 +1,4 @@
-"""The sigmoid loss as open_clip's trainer expects to find it: a module, nothing more.
-
-The softmax loss as open_clip's trainer expects to find it: a module, nothing more.
-"""
+"""Modules of the sigmoid and the softmax loss, with the interface of open_clip's losses."""
 
 from typing import get_args
 
@@ -10,9 +7,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, resolve_group
 from dist_siglip.errors import UserError
+from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.kernels.pair_terms import Duplicates
-from dist_siglip.losses.nonfinite import FiniteCheck
-from dist_siglip.losses.sigmoid import LossStatistics, siglip_loss
+from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite
+from dist_siglip.losses.sigmoid import siglip_loss_output
 from dist_siglip.losses.softmax import softmax_loss
 
 _EXCHANGE_OF_DIST_IMPL: dict[str, ExchangeName] = {
@@ -43,8 +41,6 @@ class SigLipLoss(nn.Module):
     Attributes:
         uses_caption_ids: whether a call must bring ``caption_ids``.
         uses_picture_ids: whether a call may bring ``picture_ids``, too.
-        last_duplicate_pairs: (), int64, ``LossStatistics.duplicate_pairs`` of the last call; None
-            without ids.
 
     Raises:
         UserError: if ``dist_impl`` is unknown or given together with ``exchange``; on the first
@@ -96,7 +92,6 @@ class SigLipLoss(nn.Module):
         self.chunk_rows = chunk_rows
         self.duplicates: Duplicates | None = duplicates
         self.uses_caption_ids = self.uses_picture_ids = duplicates is not None
-        self.last_duplicate_pairs: Tensor | None = None
         self._finite_check = FiniteCheck() if check_finite else None
 
     def forward(
@@ -109,8 +104,12 @@ class SigLipLoss(nn.Module):
         *,
         caption_ids: Tensor | None = None,
         picture_ids: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
+        nonfinite: Nonfinite = "raise",
+        return_statistics: bool = False,
+    ) -> Tensor | dict[str, Tensor] | LossOutput:
         """Return ``siglip_loss``, or {"contrastive_loss": it} if ``output_dict``.
+
+        ``return_statistics`` returns it with the number of duplicates instead, as ``LossOutput``.
 
         ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise;
         ``picture_ids``, (B,), is taken likewise but may be missing.
@@ -120,8 +119,7 @@ class SigLipLoss(nn.Module):
                 f"duplicates ({self.duplicates!r}) needs caption_ids: pass them, or set it to null"
             )
         check_world(self.rank, self.world_size, self.group)
-        statistics = LossStatistics()
-        loss = siglip_loss(
+        output = siglip_loss_output(
             image_features,
             text_features,
             logit_scale,
@@ -129,31 +127,15 @@ class SigLipLoss(nn.Module):
             caption_ids=caption_ids if self.uses_caption_ids else None,
             picture_ids=picture_ids if self.uses_picture_ids else None,
             duplicates=self.duplicates or "negative",
-            statistics=statistics,
+            nonfinite=nonfinite,
             finite_check=self._finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
         )
-        self.last_duplicate_pairs = statistics.duplicate_pairs
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-def ids_for(loss: nn.Module, caption_ids: Tensor, picture_ids: Tensor | None) -> dict[str, Tensor]:
-    """Choose the ids that a loss takes, as keywords of its call.
-
-    Args:
-        loss: says so by ``uses_caption_ids`` and ``uses_picture_ids``; a loss without them takes
-            none.
-        caption_ids: (B,).
-        picture_ids: (B,); None if they are not known.
-    """
-    given = {"caption_ids": caption_ids, "picture_ids": picture_ids}
-    return {
-        name: ids
-        for name, ids in given.items()
-        if ids is not None and getattr(loss, f"uses_{name}", False)
-    }
+        if return_statistics:
+            return output
+        return {"contrastive_loss": output.loss} if output_dict else output.loss
 
 
 def check_world(rank: int | None, world_size: int | None, group: ProcessGroup | None) -> None:
@@ -237,6 +219,8 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        nonfinite: Nonfinite = "raise",
     ) -> Tensor | dict[str, Tensor]:
         """Return ``softmax_loss``, or {"contrastive_loss": it} if ``output_dict``."""
         check_world(self.rank, self.world_size, self.group)
@@ -245,6 +229,7 @@ class ClipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias,
+            nonfinite=nonfinite,
             finite_check=self._finite_check,
             exchange=self.exchange,
             group=self.group,

@@ -1,4 +1,4 @@
-"""Which row is not a number, or is the scale not above 0: found on all ranks, without a wait.
+"""Search for values that are not finite, and for a scale that is not above 0.
 
 One row that is nan or infinite makes the loss and all gradients nan, on every rank. The error
 should name the row, and no rank should go on alone and wait for the others. So what a rank finds
@@ -10,50 +10,57 @@ the host wait, so a ``FiniteCheck`` reads what earlier calls found, once the dev
 the error arrives a step or two late, on all ranks, and names the row of the first bad step. Cost
 on a GPU: one pass over the features and a dozen small kernels; no wait.
 
-Where a step that is not finite will be skipped, nothing is looked for: ``let_pass``.
+``nonfinite="propagate"`` looks for nothing: for a training that skips such steps.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dist_siglip.errors import UserError
+
+Nonfinite = Literal["raise", "propagate"]
+
 # Findings that the device may fall behind by before the host waits for the oldest.
 _MOST_PENDING = 8
 _NOT_POSITIVE = -2
-_LETS_PASS = ContextVar("lets_pass", default=False)
 
 
-@contextmanager
-def let_pass() -> Iterator[None]:
-    """Let losses called in the block take what is not finite, and return it.
+def find_nonfinite(
+    named: Mapping[str, Tensor],
+    nonfinite: Nonfinite = "raise",
+    check: "FiniteCheck | None" = None,
+) -> str:
+    """Describe what is not finite in the inputs of a loss; "" if nothing is.
 
-    For a training that skips such steps. Every rank must enter it alike.
+    Args:
+        named: rows of features, (B, D), and scalars, ().
+        nonfinite: "propagate" looks for nothing; the same on every rank.
+        check: remembers earlier calls; None looks at tensors on a CPU only.
+
+    Raises:
+        UserError: if ``nonfinite`` is unknown.
 
     Example:
-        >>> with let_pass():
-        ...     refuse_not_finite({"text_features": torch.tensor([[torch.nan]])})
-        ''
+        >>> find_nonfinite({"text_features": torch.tensor([[1.0], [torch.nan]])})
+        'text_features row 1 is not finite'
     """
-    token = _LETS_PASS.set(True)
-    try:
-        yield
-    finally:
-        _LETS_PASS.reset(token)
-
-
-def refuse_not_finite(named: Mapping[str, Tensor]) -> str:
-    """Return what is not finite among tensors on a CPU; "" if nothing is or on another device."""
-    if _LETS_PASS.get() or any(tensor.device.type != "cpu" for tensor in named.values()):
+    if nonfinite not in get_args(Nonfinite):
+        raise UserError(
+            f"nonfinite ({nonfinite!r}) must be one of {', '.join(get_args(Nonfinite))}"
+        )
+    if check is not None:
+        return check.look(named, nonfinite)
+    if nonfinite == "propagate" or any(tensor.device.type != "cpu" for tensor in named.values()):
         return ""
     return _describe(named, _first_bad_rows(named).tolist())
 
 
 class FiniteCheck:
-    """Remembers, for one loss, what was not finite in its inputs and its value.
+    """Memory of one loss: what was not finite in its inputs and its value.
 
     Example:
         >>> check = FiniteCheck()
@@ -65,13 +72,13 @@ class FiniteCheck:
         self._pending: deque[tuple[tuple[str, ...], Tensor, torch.cuda.Event | None]] = deque()
         self._last_value: Tensor | None = None
 
-    def look(self, named: Mapping[str, Tensor]) -> str:
+    def look(self, named: Mapping[str, Tensor], nonfinite: Nonfinite = "raise") -> str:
         """Return what is not finite: now on a CPU, in earlier calls on a GPU; "" if nothing."""
-        if _LETS_PASS.get():
+        if nonfinite == "propagate":
             self._last_value = None
             return ""
         if all(tensor.device.type == "cpu" for tensor in named.values()):
-            found = refuse_not_finite(named)
+            found = find_nonfinite(named)
             if not found and self._last_value is not None and not self._last_value.isfinite():
                 found = f"the loss of the step before was {self._last_value.item()}"
             self._last_value = None

@@ -11,7 +11,6 @@ and no accumulator does. With frozen texts none does either. The numbers are the
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 import torch
@@ -20,9 +19,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
+from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.kernels.pair_terms import Duplicates
 from dist_siglip.losses.kernels.tiles import TileBuffers, logits_dtype, sigmoid_tile
-from dist_siglip.losses.nonfinite import FiniteCheck, refuse_not_finite
+from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
 from dist_siglip.losses.pair_ids import join_ids
 from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
 from dist_siglip.losses.ring_pass import (
@@ -38,19 +38,6 @@ from dist_siglip.losses.ring_pass import (
 )
 
 
-@dataclass
-class LossStatistics:
-    """What a loss counted on its way; given empty, filled by the loss.
-
-    Attributes:
-        duplicate_pairs: (), int64, on the features' device: pairs of an image of this rank and a
-            text of any other pair that share an id. The sum over ranks counts every two
-            duplicates twice, once from each side. None without ids.
-    """
-
-    duplicate_pairs: Tensor | None = None
-
-
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -60,7 +47,7 @@ def siglip_loss(
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
-    statistics: LossStatistics | None = None,
+    nonfinite: Nonfinite = "raise",
     finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -95,8 +82,9 @@ def siglip_loss(
             pass them or none does.
         picture_ids: (B,), integers, equal for equal pictures; likewise.
         duplicates: what duplicates are, see above; without effect if there are no ids.
-        statistics: filled with what was counted.
-        finite_check: finds rows that are not finite; None checks on a CPU only, see ``finite``.
+        nonfinite: "raise" refuses features, scale and bias that are not finite; "propagate" looks
+            for nothing. The same on every rank.
+        finite_check: memory of earlier calls, see ``nonfinite``; None checks on a CPU only.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
@@ -127,6 +115,38 @@ def siglip_loss(
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 and section 3.3 (chunked form); the bias
         is added to the logits as in the authors' big_vision code. Duplicates are ours.
     """
+    return siglip_loss_output(
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        caption_ids=caption_ids,
+        picture_ids=picture_ids,
+        duplicates=duplicates,
+        nonfinite=nonfinite,
+        finite_check=finite_check,
+        exchange=exchange,
+        group=group,
+        chunk_rows=chunk_rows,
+    ).loss
+
+
+def siglip_loss_output(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    caption_ids: Tensor | None = None,
+    picture_ids: Tensor | None = None,
+    duplicates: Duplicates = "positive",
+    nonfinite: Nonfinite = "raise",
+    finite_check: FiniteCheck | None = None,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> LossOutput:
+    """Return ``siglip_loss`` and the duplicates it met; the same contract."""
     check_pairs(image_features, text_features)
     chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
     check_scalar("logit_scale", logit_scale)
@@ -143,7 +163,7 @@ def siglip_loss(
         "logit_scale": scale.detach(),
         "logit_bias": bias.detach(),
     }
-    found = refuse_not_finite(named) if finite_check is None else finite_check.look(named)
+    found = find_nonfinite(named, nonfinite, finite_check)
     wanted = _Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
     sides = _Sides(wanted.text and not wanted.image, image_features, text_features)
     plan = prepare_exchange(
@@ -166,14 +186,12 @@ def siglip_loss(
     trip.use_ids(ids, duplicates)
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         gradients = trip.run(plan)
-    if statistics is not None:
-        statistics.duplicate_pairs = trip.duplicate_pairs
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
     factor = plan.world_size / max(plan.total_rows, 1)
     value = (trip.value * factor).to(dtype)
     if finite_check is not None:
         finite_check.remember(value)
-    return attach_gradients(
+    loss = attach_gradients(
         "siglip_loss",
         value,
         [
@@ -183,6 +201,7 @@ def siglip_loss(
             KnownGradient(bias, gradients.bias, factor),
         ],
     )
+    return LossOutput(loss, trip.duplicate_pairs)
 
 
 class _Wanted(NamedTuple):

@@ -23,7 +23,7 @@ from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_excha
 from dist_siglip.errors import UserError
 from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
 from dist_siglip.losses.kernels.tiles import logits_dtype
-from dist_siglip.losses.nonfinite import FiniteCheck, refuse_not_finite
+from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
 from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
 from dist_siglip.losses.ring_pass import (
     add_product,
@@ -45,6 +45,7 @@ def softmax_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
     *,
+    nonfinite: Nonfinite = "raise",
     finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
@@ -72,7 +73,9 @@ def softmax_loss(
         logit_bias: without effect, there so that the sigmoid loss can be called alike: a softmax
             does not see a shift. Its gradient is exactly zero, so DDP waits for no parameter
             (open_clip#1076).
-        finite_check: finds rows that are not finite; None checks on a CPU only, see ``finite``.
+        nonfinite: "raise" refuses features and scale that are not finite; "propagate" looks for
+            nothing. The same on every rank.
+        finite_check: memory of earlier calls, see ``nonfinite``; None checks on a CPU only.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
@@ -108,7 +111,7 @@ def softmax_loss(
         "text_features": text_features.detach(),
         "logit_scale": logit_scale.detach().reshape(()),
     }
-    found = refuse_not_finite(named) if finite_check is None else finite_check.look(named)
+    found = find_nonfinite(named, nonfinite, finite_check)
     wanted = {
         "image": wants_gradient(image_features),
         "text": wants_gradient(text_features),

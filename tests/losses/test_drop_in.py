@@ -8,7 +8,7 @@ from open_clip.loss import SigLipLoss as OpenClipLoss
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
-from dist_siglip.losses.modules import ids_for
+from dist_siglip.losses.interface import ids_for
 from tests.support.processes import run_ranks
 
 
@@ -172,12 +172,14 @@ def test_duplicates_are_counted_and_ids_asked_for():
     loss = SigLipLoss(duplicates="negative")
     assert loss.uses_caption_ids
     assert not SigLipLoss().uses_caption_ids
-    counted = loss(images, texts, scale, bias, caption_ids=ids)
-    assert torch.equal(counted, SigLipLoss()(images, texts, scale, bias))
-    assert loss.last_duplicate_pairs.item() == 6
+    counted = loss(images, texts, scale, bias, caption_ids=ids, return_statistics=True)
+    assert torch.equal(counted.loss, SigLipLoss()(images, texts, scale, bias))
+    assert torch.equal(counted.loss, loss(images, texts, scale, bias, caption_ids=ids))
+    assert counted.duplicate_pairs.item() == 6
     pictures = torch.tensor([1, 1, 2, 3, 3])
-    loss(images, texts, scale, bias, caption_ids=ids, picture_ids=pictures)
-    assert loss.last_duplicate_pairs.item() == 10
+    with_pictures = {"caption_ids": ids, "picture_ids": pictures, "return_statistics": True}
+    assert loss(images, texts, scale, bias, **with_pictures).duplicate_pairs.item() == 10
+    assert SigLipLoss()(images, texts, scale, bias, return_statistics=True).duplicate_pairs is None
     assert ids_for(loss, ids, pictures) == {"caption_ids": ids, "picture_ids": pictures}
     assert ids_for(SigLipLoss(), ids, pictures) == {}
     with pytest.raises(UserError, match=r"duplicates \('negative'\) needs caption_ids"):

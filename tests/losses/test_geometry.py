@@ -191,12 +191,15 @@ def test_caption_ids_reach_a_base_that_uses_them():
     assert loss.uses_caption_ids
     expected = siglip_loss(images, texts, *SCALARS, caption_ids=ids)
     assert torch.equal(loss(images, texts, *SCALARS, caption_ids=ids), expected)
-    assert loss.last_duplicate_pairs.item() == 2
+    counted = loss(images, texts, *SCALARS, caption_ids=ids, return_statistics=True)
+    assert torch.equal(counted.loss, expected)
+    assert counted.duplicate_pairs.item() == 2
     assert not WeightedLoss(ClipLoss()).uses_caption_ids
     pictures = torch.tensor([1, 2, 2, 3, 4, 5])
     assert loss.uses_picture_ids
-    loss(images, texts, *SCALARS, caption_ids=ids, picture_ids=pictures)
-    assert loss.last_duplicate_pairs.item() == 4
+    with_pictures = {"caption_ids": ids, "picture_ids": pictures, "return_statistics": True}
+    assert loss(images, texts, *SCALARS, **with_pictures).duplicate_pairs.item() == 4
+    assert loss.duplicates == "positive"
 
 
 def test_the_base_says_whether_it_uses_the_bias():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from dist_siglip.distributed import gather_rows, set_local_world_size, sum_over_ranks
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.sigmoid import LossStatistics
+from dist_siglip.losses.sigmoid import siglip_loss_output
 from tests.support.parity import (
     EXCHANGES,
     LAYOUT_CASES,
@@ -70,20 +70,22 @@ def with_duplicates(layout, rank, exchange, frozen, duplicates, with_pictures=Fa
     rows = slice(start, start + layout[rank])
     ids = caption_ids(sum(layout))[rows]
     pictures = picture_ids(sum(layout))[rows] if with_pictures else None
-    statistics = LossStatistics()
-    result = run_loss(
-        lambda *tensors: siglip_loss(
+    counted = []
+
+    def loss_fn(*tensors):
+        output = siglip_loss_output(
             *tensors,
             caption_ids=ids,
             picture_ids=pictures,
             duplicates=duplicates,
-            statistics=statistics,
             exchange=exchange,
             chunk_rows=2,
-        ),
-        local_arguments(layout, rank, torch.float64, frozen),
-    )
-    return result, sum_over_ranks(statistics.duplicate_pairs).item()
+        )
+        counted[:] = [output.duplicate_pairs]
+        return output.loss
+
+    result = run_loss(loss_fn, local_arguments(layout, rank, torch.float64, frozen))
+    return result, sum_over_ranks(counted[0]).item()
 
 
 def run_loss(loss_fn, arguments):

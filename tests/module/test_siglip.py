@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.errors import UserError
-from dist_siglip.losses import LogitConfig, SigLipLoss, siglip_loss
+from dist_siglip.losses import LogitConfig, LossOutput, SigLipLoss, siglip_loss
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.optim import OptimConfig
@@ -152,15 +152,15 @@ class Recorder(nn.Module):
     def __init__(self, *, uses_caption_ids=False, uses_logit_bias=True):
         super().__init__()
         self.uses_caption_ids, self.uses_logit_bias = uses_caption_ids, uses_logit_bias
-        self.last_duplicate_pairs = None
         self.calls = []
 
     def forward(self, images, texts, scale, bias, **ids):
         self.calls.append((bias, ids))
         if ids:
             equal = ids["caption_ids"][:, None] == ids["caption_ids"][None, :]
-            self.last_duplicate_pairs = equal.sum() - len(equal)
-        return siglip_loss(images, texts, scale, bias if self.uses_logit_bias else None)
+            duplicates = equal.sum() - len(equal)
+        loss = siglip_loss(images, texts, scale, bias if self.uses_logit_bias else None)
+        return LossOutput(loss, duplicates) if ids else loss
 
 
 def test_caption_ids_go_to_a_loss_that_uses_them_and_duplicates_are_logged(model, tmp_path):

@@ -11,7 +11,7 @@ from dist_siglip.training.callbacks import Preemption, SkipBadSteps, Throughput
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 # Parts of the loss that a CPU alone takes, where a value is at hand; see their docstrings.
-CPU_ONLY = ("look", "refuse_not_finite", "read_numbers", "_logits_and_scratch", "_sum_negatives_")
+CPU_ONLY = ("look", "find_nonfinite", "read_numbers", "_logits_and_scratch", "_sum_negatives_")
 COLLECTIVES = ("broadcast", "all_reduce", "all_gather", "all_gather_object", "barrier", "reduce")
 
 

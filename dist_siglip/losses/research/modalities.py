@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
+from dist_siglip.losses.nonfinite import Nonfinite
 from dist_siglip.losses.ring_pass import check_rows
 from dist_siglip.losses.sigmoid import siglip_loss
 
@@ -22,6 +23,7 @@ def multimodal_sigmoid_loss(
     logit_bias: Tensor | None,
     *,
     graph: ModalityGraph = "complete",
+    nonfinite: Nonfinite = "raise",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -42,6 +44,7 @@ def multimodal_sigmoid_loss(
         logit_scale: one element > 0, the multiplier, shared by all edges.
         logit_bias: one element, added to every logit, shared by all edges; None for none.
         graph: which modalities are compared.
+        nonfinite: as for ``siglip_loss``.
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
@@ -81,6 +84,7 @@ def multimodal_sigmoid_loss(
             features[b],
             logit_scale,
             logit_bias,
+            nonfinite=nonfinite,
             exchange=exchange,
             group=group,
             chunk_rows=chunk_rows,

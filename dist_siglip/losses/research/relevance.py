@@ -26,7 +26,7 @@ from dist_siglip.distributed import (
 from dist_siglip.errors import UserError
 from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
 from dist_siglip.losses.kernels.tiles import logits_dtype, similarity
-from dist_siglip.losses.nonfinite import refuse_not_finite
+from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
 from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
 from dist_siglip.losses.ring_pass import (
     add_product,
@@ -106,6 +106,7 @@ class RelevanceBatch:
         self,
         purpose: str,
         scalars: dict[str, Tensor],
+        nonfinite: Nonfinite,
         exchange: ExchangeName,
         group: ProcessGroup | None,
     ) -> tuple[Exchange, Totals]:
@@ -116,7 +117,7 @@ class RelevanceBatch:
             "logit_scale": self.scale,
             **{name: value.detach() for name, value in scalars.items()},
         }
-        found = refuse_not_finite(named)
+        found = find_nonfinite(named, nonfinite)
         shared = {"logit_scale": self.scale} | {n: v.detach() for n, v in scalars.items()}
         plan = self.prepare(purpose, found or "finite", exchange, group, shared)
         if found:
@@ -303,6 +304,7 @@ def relevance_sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
+    nonfinite: Nonfinite = "raise",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -328,6 +330,7 @@ def relevance_sigmoid_loss(
         relevance: (B, N), bool; columns are the documents of all ranks in rank order.
         logit_scale: one element > 0, the multiplier (not its logarithm).
         logit_bias: one element, added to every logit.
+        nonfinite: "propagate" lets pass what is not finite; the same on every rank.
         exchange: how documents reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
@@ -354,7 +357,7 @@ def relevance_sigmoid_loss(
     check_scalar("logit_bias", logit_bias)
     bias = logit_bias.reshape(())
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
-    plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, exchange, group)
+    plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, nonfinite, exchange, group)
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
         trip = SigmoidTrip(batch, plan, bias)
         gradients = batch.gradients(plan.run(trip.visit), trip.query_gradient)
@@ -375,6 +378,7 @@ def relevance_softmax_loss(
     relevance: Tensor,
     logit_scale: Tensor,
     *,
+    nonfinite: Nonfinite = "raise",
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -397,6 +401,7 @@ def relevance_softmax_loss(
         document_features: (C, D), L2-normalised, same dtype.
         relevance: (B, N), bool; columns are the documents of all ranks in rank order.
         logit_scale: one element > 0, the multiplier.
+        nonfinite: "propagate" lets pass what is not finite; the same on every rank.
         exchange: how documents reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
@@ -419,7 +424,7 @@ def relevance_softmax_loss(
         mean over relevant pairs, rows only.
     """
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
-    plan, totals = batch.agree("softmax, sums", {}, exchange, group)
+    plan, totals = batch.agree("softmax, sums", {}, nonfinite, exchange, group)
     if totals.positives == 0:
         raise UserError("relevance has no relevant pair on any rank; a softmax needs one")
     factor = plan.world_size / totals.positives

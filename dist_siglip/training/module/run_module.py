@@ -93,21 +93,21 @@ def log_training(
     loss: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
+    duplicates: Tensor | None,
     num_substituted: Tensor | int,
     pace: Pace,
 ) -> None:
     """Log global values; one small all-reduce, on logged steps only.
 
     Args:
-        module: under training; its ``loss``, if it has one, may count duplicate captions.
+        module: under training.
         loss: this rank's share, whose mean over ranks is the loss.
         logit_scale: of the step.
         logit_bias: of the step.
+        duplicates: of this rank's batch with those of all, as the loss counted them; or None.
         num_substituted: samples of this rank so far that stood in for bad ones.
         pace: of this rank; keeps that of all ranks.
     """
-    loss_module = getattr(module, "loss", None)
-    duplicates: Tensor | None = getattr(loss_module, "last_duplicate_pairs", None)
     counts = (num_substituted, 0 if duplicates is None else duplicates)
     sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
     row = pace.take_row(module.trainer.global_rank, module.trainer.world_size)
@@ -212,6 +212,8 @@ class RunModule(LightningModule):
         text_features: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
+        *,
+        duplicate_pairs: Tensor | None = None,
     ) -> Tensor:
         """Log a training step if it is due, and return the loss as the step check wants it.
 
@@ -222,10 +224,19 @@ class RunModule(LightningModule):
             text_features: (B, D), of the batch.
             logit_scale: of the step.
             logit_bias: of the step.
+            duplicate_pairs: of this rank, as the loss counted them; None if it did not.
         """
         self._num_substituted = self._num_substituted + batch.substituted.sum()
         if self._is_logged_step():
-            log_training(self, loss, logit_scale, logit_bias, self._num_substituted, self.pace)
+            log_training(
+                self,
+                loss,
+                logit_scale,
+                logit_bias,
+                duplicate_pairs,
+                self._num_substituted,
+                self.pace,
+            )
         if self.step_check is None:
             return loss
         return self.step_check.look(loss, image_features, text_features, batch.sample_ids)

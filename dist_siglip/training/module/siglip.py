@@ -6,7 +6,6 @@ bias a third; a block is gathered when it is needed and freed after.
 
 import logging
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +26,14 @@ from dist_siglip.losses.calibration import (
     describe_batch_change,
     set_logits,
 )
+from dist_siglip.losses.interface import (
+    call_loss,
+    duplicates_of,
+    ids_for,
+    uses_logit_bias,
+    uses_picture_ids,
+)
 from dist_siglip.losses.kernels.pair_terms import Duplicates
-from dist_siglip.losses.modules import ids_for
-from dist_siglip.losses.nonfinite import let_pass
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,
@@ -240,8 +244,7 @@ class SigLipModule(RunModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         check_features(data, self.built, self.towers)
-        ids_are_used = getattr(self.loss, "uses_picture_ids", False)
-        settle_identities(data, are_used=ids_are_used)
+        settle_identities(data, are_used=uses_picture_ids(self.loss))
 
     def on_fit_start(self) -> None:
         """Tell Lightning that locked parts are in evaluation mode on purpose."""
@@ -271,10 +274,24 @@ class SigLipModule(RunModule):
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
-        ids = ids_for(self.loss, batch.caption_ids, batch.picture_ids)
-        with nullcontext() if self.step_check is None else let_pass():
-            loss: Tensor = self.loss(image_features, text_features, logit_scale, logit_bias, **ids)
-        return self.finish_step(batch, loss, image_features, text_features, logit_scale, logit_bias)
+        loss, duplicate_pairs = call_loss(
+            self.loss,
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            ids=ids_for(self.loss, batch.caption_ids, batch.picture_ids),
+            nonfinite="raise" if self.step_check is None else "propagate",
+        )
+        return self.finish_step(
+            batch,
+            loss,
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            duplicate_pairs=duplicate_pairs,
+        )
 
     def check_can_calibrate(self) -> int:
         """Return the global batch to calibrate for.
@@ -369,13 +386,12 @@ class SigLipModule(RunModule):
 
     @property
     def _uses_bias(self) -> bool:
-        return bool(getattr(self.loss, "uses_logit_bias", True))
+        return uses_logit_bias(self.loss)
 
     @property
     def _duplicates(self) -> Duplicates:
-        """What the loss, or the loss it weighs, makes of equal captions; unheeded is negative."""
-        base = getattr(self.loss, "base", self.loss)
-        return getattr(base, "duplicates", None) or "negative"
+        """What the loss makes of equal captions; unheeded is negative."""
+        return duplicates_of(self.loss) or "negative"
 
     def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Encode a batch; features it brings along stand in for a locked tower."""
