@@ -26,7 +26,7 @@ PAGES = (
     "slurm/README.md",
     *(path.relative_to(REPOSITORY).as_posix() for path in sorted(REPOSITORY.glob("docs/**/*.md"))),
 )
-# Verbs that are one function each.
+# Commands that are one function each.
 FUNCTIONS = {
     "align": align,
     "capacity": capacity,
@@ -177,7 +177,7 @@ def test_documented_commands_parse(words, monkeypatch):
     words = ["configs/quickstart.yaml" if w == "runs/quickstart/config.yaml" else w for w in words]
     ran = []
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
-    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: ran.append(verb))
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, command: ran.append(command))
     if words[0] == "quickstart":
         assert quickstart.parser("quickstart").parse_args(words[1:]).out == "runs/quickstart"
     elif words[0] in FUNCTIONS:

@@ -51,7 +51,7 @@ def test_one_place_calls_what_torch_renamed():
 def command_says(*options, **variables):
     """Return the lines on stderr of a command that warns in each kind of process."""
     done = subprocess.run(
-        [sys.executable, *options, "-m", "tests.support.warning_verb"],
+        [sys.executable, *options, "-m", "tests.support.warning_command"],
         capture_output=True,
         text=True,
         env={**environment(), **variables},

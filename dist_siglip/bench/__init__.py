@@ -23,6 +23,6 @@ SUBJECTS = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse ``bench SUBJECT ...`` and run the subject."""
-    return run_subject(verb, SUBJECTS, arguments)
+    return run_subject(command, SUBJECTS, arguments)

@@ -41,14 +41,14 @@ from dist_siglip.errors import UserError
 
 OPEN_CLIP = "open_clip"
 _SCALED, _EXACT = "ours", "ours, exact pixels"
-CONTESTANTS = (OPEN_CLIP, _SCALED, _EXACT)
+BASELINES = (OPEN_CLIP, _SCALED, _EXACT)
 
 _SHUFFLED = 100  # samples in open_clip's buffer; full before it begins, as in a long run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Streaming:
-    """What all contestants are given.
+    """What all baselines are given.
 
     Args:
         shards: local shards with .jpg and .txt.
@@ -65,17 +65,17 @@ class Streaming:
     workers: int
 
 
-def batches(contestant: str, streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
+def batches(baseline: str, streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Stream (B, 3, H, W) float32 pictures, normalised, and (B, L) token rows, without end.
 
     Args:
-        contestant: one of ``CONTESTANTS``.
+        baseline: one of ``BASELINES``.
         streaming: what to read.
     """
-    if contestant == OPEN_CLIP:
+    if baseline == OPEN_CLIP:
         yield from _open_clip(streaming)
     else:
-        yield from _ours(streaming, scaled_decode=contestant == _SCALED)
+        yield from _ours(streaming, scaled_decode=baseline == _SCALED)
 
 
 def _ours(
@@ -183,7 +183,7 @@ def data(
         crop_scale: share of the area that a crop keeps, (least, most).
         local_batch_size: pairs of a batch.
         workers: numbers of loader processes, one thread each.
-        rounds: how often each contestant is timed; the median counts.
+        rounds: how often each baseline is timed; the median counts.
         seconds: how long each time, after a warm-up.
         pictures: of each size that are written.
         json: print JSON instead of a table.
@@ -248,28 +248,28 @@ def _cases(
 
 
 def _measure(name: str, streaming: Streaming, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    rates: dict[str, list[float]] = {baseline: [] for baseline in BASELINES}
     for _ in range(rounds):
-        for contestant in CONTESTANTS:
-            rates[contestant].append(_images_per_second(contestant, streaming, seconds))
+        for baseline in BASELINES:
+            rates[baseline].append(_images_per_second(baseline, streaming, seconds))
     theirs = median(rates[OPEN_CLIP])
     return [
         {
             "pictures": name,
             "workers": streaming.workers,
-            "contestant": contestant,
+            "contestant": baseline,
             "images_per_second": median(found),
             "least": min(found),
             "most": max(found),
             "ratio": median(found) / theirs,
         }
-        for contestant, found in rates.items()
+        for baseline, found in rates.items()
     ]
 
 
-def _images_per_second(contestant: str, streaming: Streaming, seconds: float) -> float:
+def _images_per_second(baseline: str, streaming: Streaming, seconds: float) -> float:
     """Read batches for a while; what loader processes had ready at the start does not count."""
-    stream = batches(contestant, streaming)
+    stream = batches(baseline, streaming)
     for _ in range(2 + 2 * streaming.workers):
         next(stream)
     count, start = 0, time.perf_counter()

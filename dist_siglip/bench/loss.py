@@ -6,7 +6,7 @@ own: the peak beside the inputs, forward and backward.
 
 The losses that ``bench loss`` times beside one another, and the matrix products that bound them.
 
-Each contestant is a function (image_features, text_features, logit_scale, logit_bias) -> loss of
+Each baseline is a function (image_features, text_features, logit_scale, logit_bias) -> loss of
 this rank; gradients come from ``backward``.
 """
 
@@ -45,7 +45,7 @@ Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 OPEN_CLIP = "open_clip bidir"
 
 
-def contestants(
+def baselines(
     rank: int, world_size: int, device: torch.device, exchanges: tuple[ExchangeName, ...]
 ) -> dict[str, Contestant]:
     """Return the losses that can run here, by name; ours first."""
@@ -139,7 +139,7 @@ BenchDtype = Literal["float32", "bfloat16"]
 
 
 class LossCase(NamedTuple):
-    """What all contestants are given."""
+    """What all baselines are given."""
 
     world_size: int
     local_batch_size: int
@@ -174,7 +174,7 @@ def loss(
         exchanges: of our loss; with one process they are all the same.
         logit_scale: multiplier of the similarities.
         logit_bias: number added to the logits.
-        rounds: how often each contestant is timed; the median counts.
+        rounds: how often each baseline is timed; the median counts.
         device: cpu, cuda (one process per GPU), or auto for cuda where there is one.
         json: print JSON instead of a table.
     """
@@ -213,7 +213,7 @@ def loss(
 
 
 def _measure(case: LossCase) -> list[dict[str, Any]]:
-    """Run one case on as many processes as it says; return a row per contestant."""
+    """Run one case on as many processes as it says; return a row per baseline."""
     if case.world_size == 1:
         return _compare(0, case)
     with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +253,7 @@ def _compare(rank: int, case: LossCase) -> list[dict[str, Any]]:
 def _rank_rows(rank: int, case: LossCase) -> list[dict[str, Any]]:
     device = torch.device(case.device)
     inputs = _inputs(rank, case, device)
-    named = contestants(rank, case.world_size, device, case.exchanges)
+    named = baselines(rank, case.world_size, device, case.exchanges)
     values: dict[str, float] = {}
 
     def step(name: str) -> Callable[[], None]:
@@ -292,7 +292,7 @@ def _rank_rows(rank: int, case: LossCase) -> list[dict[str, Any]]:
 
 
 def _inputs(rank: int, case: LossCase, device: torch.device) -> tuple[Tensor, ...]:
-    """Unit features, each text somewhat like its image; the leaves of every contestant."""
+    """Unit features, each text somewhat like its image; the leaves of every baseline."""
     generator = torch.Generator().manual_seed(rank)
     shape = (2, case.local_batch_size, case.embed_dim)
     image, noise = F.normalize(torch.randn(shape, generator=generator), dim=-1)

@@ -1,8 +1,8 @@
 """The command line: ``dist-siglip COMMAND ...``; the only place that parses.
 
-Each verb is a module that is imported when it runs. Help pages are read from the source, so that
-``--help`` answers at once; ``--help-all`` asks the parser of the verb. A ``UserError`` becomes one
-line on stderr and exit code 2; anything else keeps its traceback.
+The module of a command is imported when it runs. Help pages are read from the source, so that
+``--help`` answers at once; ``--help-all`` asks the parser of the command. A ``UserError`` becomes
+one line on stderr and exit code 2; anything else keeps its traceback.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMove
 from dist_siglip.system import signals
 from dist_siglip.system.redaction import redact
 
-# Verb -> module with ``run(verb, arguments) -> exit code``, one line of help.
-_VERBS = {
+# Command -> module with ``run(command, arguments) -> exit code``, one line of help.
+_COMMANDS = {
     "quickstart": (
         "dist_siglip.cli.run.quickstart",
         "write handwriting shards, train on 2 processes, evaluate, report",
@@ -49,7 +49,7 @@ _VERBS = {
     ),
 }
 
-# Verbs that train, and save when they are asked to stop.
+# Commands that train, and save when they are asked to stop.
 _TRAINING = ("fit", "rerank", "quickstart")
 
 EXIT_OK, EXIT_BELOW_FLOOR, EXIT_USER_ERROR, EXIT_FAILED, EXIT_COLLAPSED = 0, 1, 2, 3, 4
@@ -58,7 +58,7 @@ EXIT_MOVED, EXIT_SAVED, EXIT_INTERRUPTED = 73, 75, signals.EXIT_INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code.
+    """Run one command and return the exit code.
 
     Args:
         arguments: what follows the program's name; ``sys.argv[1:]`` by default.
@@ -75,33 +75,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return EXIT_OK if arguments else EXIT_USER_ERROR
-    verb, rest = arguments[0], arguments[1:]
-    if verb == "--version":
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
         from dist_siglip import __version__
 
         sys.stdout.write(f"dist-siglip {__version__}\n")
         return EXIT_OK
-    if verb in _VERBS:
-        page = asked_page(verb, *_VERBS[verb], rest)
+    if command in _COMMANDS:
+        page = asked_page(command, *_COMMANDS[command], rest)
         if page is not None:
             sys.stdout.write(page)
             return EXIT_OK if rest else EXIT_USER_ERROR
-    listening = signals.listening() if verb in _TRAINING else nullcontext()
+    listening = signals.listening() if command in _TRAINING else nullcontext()
     # Before the heavy imports: they warn, and a signal during them must not end the run.
     with packages_kept_quiet(), listening:
-        code = _run(verb, for_parser(rest))
+        code = _run(command, for_parser(rest))
         if code == EXIT_SAVED or (code != EXIT_OK and signals.rank_of_launcher()):
             # A launcher that sees one rank leave ends the others; each keeps its own exit code.
             signals.ignore()
     return code
 
 
-def _run(verb: str, arguments: Sequence[str]) -> int:
-    """Run a verb, and tell in one line what a person can mend."""
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command, and tell in one line what a person can mend."""
     try:
-        module = _module_of(verb)
-        check_subject(verb, module, arguments)
-        code: int = importlib.import_module(module).run(verb, arguments)
+        module = _module_of(command)
+        check_subject(command, module, arguments)
+        code: int = importlib.import_module(module).run(command, arguments)
     except UserError as error:
         _complain(f"dist-siglip: error: {_words_of(error)}")
         return EXIT_USER_ERROR
@@ -150,12 +150,12 @@ def _tell_interrupt(more: str = "") -> int:
     return EXIT_INTERRUPTED
 
 
-def _module_of(verb: str) -> str:
-    if verb not in _VERBS:
-        near = get_close_matches(verb, _VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_VERBS)}"
-        raise UserError(f"there is no command {verb!r}; {hint}")
-    return _VERBS[verb][0]
+def _module_of(command: str) -> str:
+    if command not in _COMMANDS:
+        near = get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_COMMANDS)}"
+        raise UserError(f"there is no command {command!r}; {hint}")
+    return _COMMANDS[command][0]
 
 
 def _complain(message: str) -> None:
@@ -167,8 +167,8 @@ def _complain(message: str) -> None:
 
 
 def _help() -> str:
-    width = max(map(len, _VERBS)) + 2
+    width = max(map(len, _COMMANDS)) + 2
     lines = ["usage: dist-siglip COMMAND [options]", ""]
-    lines += [f"  {verb:<{width}}{text}" for verb, (_, text) in _VERBS.items()]
+    lines += [f"  {command:<{width}}{text}" for command, (_, text) in _COMMANDS.items()]
     lines += ["", "COMMAND --help lists the options of a command; --version tells the version.", ""]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import call, introduction_of
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.samples.cached_features import Tower
@@ -98,14 +98,14 @@ def _codes(models: list[SparseAutoencoder], rows: list[Tensor]) -> Iterator[tupl
 _PREPARATIONS = (("raw", False), ("centered", True))
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``align`` and run it."""
-    return call(align, parser(verb), arguments)
+    return call(align, parser(command), arguments)
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``align``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=introduction_of(align))
+    made = CommandParser(prog=f"dist-siglip {command}", description=introduction_of(align))
     # Words, not a JSON list.
     made.add_argument(
         "embeddings",

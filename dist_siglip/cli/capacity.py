@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import call, parser_of_function
 from dist_siglip.cli.table import read_evaluation
 from dist_siglip.errors import UserError
@@ -48,14 +48,14 @@ _LABELS = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``capacity`` and run it."""
-    return call(capacity, parser(verb), arguments)
+    return call(capacity, parser(command), arguments)
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``capacity``."""
-    return parser_of_function(verb, capacity)
+    return parser_of_function(command, capacity)
 
 
 def capacity(

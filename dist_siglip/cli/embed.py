@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import call, parser_of_function
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
@@ -30,14 +30,14 @@ from dist_siglip.evaluation.encoding import Precision, RowType, Towers
 from dist_siglip.training.module.trained import load_trained
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``embed`` and run it."""
-    return call(embed, parser(verb), arguments)
+    return call(embed, parser(command), arguments)
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``embed``."""
-    return parser_of_function(verb, embed)
+    return parser_of_function(command, embed)
 
 
 def embed(

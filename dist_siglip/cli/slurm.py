@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import introduction_of
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_regular
@@ -244,7 +244,7 @@ SUBJECTS = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse ``slurm SUBJECT CONFIG --run_dir RUN ... [-- OPTIONS OF FIT]`` and do it.
 
     Raises:
@@ -252,7 +252,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """
     subject, *rest = arguments
     if subject not in SUBJECTS:
-        raise UserError(f"{verb} ({subject}) must be one of {', '.join(SUBJECTS)}")
+        raise UserError(f"{command} ({subject}) must be one of {', '.join(SUBJECTS)}")
     job, fit_options = parse(subject, rest)
     script = job.render(fit_options)
     sys.stdout.write(script)
@@ -266,7 +266,7 @@ def parse(subject: str, arguments: Sequence[str]) -> tuple[SlurmJob, list[str]]:
     """Return the job, and the options of ``fit`` that follow ``--``."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
-    made = VerbParser(prog=f"dist-siglip slurm {subject}", description=introduction_of(SlurmJob))
+    made = CommandParser(prog=f"dist-siglip slurm {subject}", description=introduction_of(SlurmJob))
     made.add_class_arguments(SlurmJob, as_group=False, as_positional=True)
     settings = made.parse_args(words[:end])
     return SlurmJob(**made.instantiate_classes(settings).as_dict()), words[end + 1 :]

@@ -13,12 +13,12 @@ _REMEDY = (
 )
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Run ``doctor``; a library that cannot be imported is a finding."""
     try:
-        from dist_siglip.doctor import command
+        from dist_siglip.doctor.command import run as run_checks
     except Exception as error:  # noqa: BLE001 - broken libraries raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         sys.stdout.write(f"FAIL  imports       {reason}\n{'':20}-> {_REMEDY}\n\n1 failed\n")
         return 1
-    return command.run(verb, arguments)
+    return run_checks(command, arguments)

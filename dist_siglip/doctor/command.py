@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import call, parser_of_function
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
@@ -141,14 +141,14 @@ def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Fi
     yield from problems or [Finding("ok", "configuration", text)]
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``doctor`` and run it."""
-    return call(doctor, parser(verb), arguments)
+    return call(doctor, parser(command), arguments)
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``doctor``."""
-    return parser_of_function(verb, doctor)
+    return parser_of_function(command, doctor)
 
 
 def doctor(

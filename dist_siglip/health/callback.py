@@ -1,4 +1,4 @@
-"""Does a run that gets nowhere end soon, and say which rank it is that gets nowhere?
+"""Callback that ends a stalled run and names the rank that stalls it.
 
 Two limits. A collective gives up by itself (``collective_minutes``), which ends ranks that wait for
 one that is gone. And a thread on every rank watches how long the main one takes for each part of a
@@ -21,7 +21,7 @@ from dist_siglip.data.samples.loader import loader_failure
 from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import LoaderError, UserError
-from dist_siglip.health.hang_watchdog import Beat, Sentinel
+from dist_siglip.health.hang_watchdog import HangWatchdog, Heartbeat
 from dist_siglip.lightning_compat import collective_timeout
 from dist_siglip.runs import RunFolder
 
@@ -54,7 +54,8 @@ class Watchdog(Callback):
     Args:
         collective_minutes: ranks wait for each other in a collective at most; more than the first
             one needs to write a checkpoint. A strategy with a time limit of its own keeps it.
-        stall_minutes: a step, or the wait for its batch, may take on a rank. Null: nobody watches.
+        stall_minutes: a step, or the wait for its batch, may take on a rank. null
+            disables the watchdog.
         slow_minutes: what is slow by nature may take: all up to the end of the first step, each
             batch of an evaluation, its metrics, a checkpoint.
 
@@ -84,8 +85,8 @@ class Watchdog(Callback):
         self.stall_minutes = stall_minutes
         self.slow_minutes = slow_minutes
         self._is_first_step = True
-        self._sentinel: Sentinel | None = None
-        self._beat = self._beat_of(_STARTING, 0)
+        self._watchdog: HangWatchdog | None = None
+        self._heartbeat = self._heartbeat_of(_STARTING, 0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Limit the collectives and begin to watch."""
@@ -96,13 +97,13 @@ class Watchdog(Callback):
             return
         self._is_first_step = True
         self._pass(_STARTING, trainer.global_step)
-        self._sentinel = Sentinel(
-            self._newest_beat,
+        self._watchdog = HangWatchdog(
+            self._newest_heartbeat,
             stacks=_stacks(trainer) / f"rank={trainer.global_rank:05d}.txt",
             group=group,
             end_children=lambda: end_children(trainer),
         )
-        self._sentinel.start()
+        self._watchdog.start()
 
     def _limit(self, trainer: Trainer, group: dist.ProcessGroup) -> None:
         """Give the group its time limit; have torch write its record of collectives beside ours."""
@@ -144,11 +145,11 @@ class Watchdog(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """It gets on."""
+        """A batch of the evaluation is done."""
         self._pass(_EVALUATION, trainer.global_step)
 
     def note_evaluation(self, trainer: Trainer) -> None:
-        """An evaluation of another kind gets on, or a test."""
+        """Note progress of an evaluation of another kind, or of a test."""
         self._pass(_EVALUATION, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,13 +164,13 @@ class Watchdog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Tell the others; say so if this rank fails only because another one did."""
-        if self._sentinel is None:
+        if self._watchdog is None:
             return
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
-            self._sentinel.stop()
+            self._watchdog.stop()
             return
-        blame = self._sentinel.explain(loader_failure(exception) or exception)
-        found = self._sentinel.blamed
+        blame = self._watchdog.explain(loader_failure(exception) or exception)
+        found = self._watchdog.blamed
         if found is not None and found.exit_code == LoaderError.exit_code:
             # The command line tells it, and ends with that code, on every rank.
             exception.__cause__ = exception.__cause__ or LoaderError(found.line)
@@ -178,25 +179,26 @@ class Watchdog(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch no longer."""
-        if self._sentinel is not None:
-            self._sentinel.stop()
-            self._sentinel = None
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
 
-    def _newest_beat(self) -> Beat:
-        """Nobody tells when a checkpoint is written; the frames of the main thread do."""
-        beat = self._beat
-        if beat.phase == _SAVING.name and not is_inside("save_checkpoint") and beat is self._beat:
-            self._pass(_DATA, beat.step + 1)
-        return self._beat
+    def _newest_heartbeat(self) -> Heartbeat:
+        """Return the newest heartbeat; frames of the main thread tell whether it still saves."""
+        newest = self._heartbeat
+        is_saving = newest.phase == _SAVING.name
+        if is_saving and not is_inside("save_checkpoint") and newest is self._heartbeat:
+            self._pass(_DATA, newest.step + 1)
+        return self._heartbeat
 
     def _pass(self, phase: _Phase, step: int) -> None:
-        self._beat = self._beat_of(phase, step)
+        self._heartbeat = self._heartbeat_of(phase, step)
 
-    def _beat_of(self, phase: _Phase, step: int) -> Beat:
+    def _heartbeat_of(self, phase: _Phase, step: int) -> Heartbeat:
         is_slow = phase.is_slow or self._is_first_step or self.stall_minutes is None
         minutes = self.slow_minutes if is_slow else self.stall_minutes
         assert minutes is not None
-        return Beat(step=step, phase=phase.name, order=phase.order, limit_seconds=60 * minutes)
+        return Heartbeat(step=step, phase=phase.name, order=phase.order, limit_seconds=60 * minutes)
 
 
 def _stacks(trainer: Trainer) -> Path:

@@ -1,7 +1,7 @@
-"""When a rank gets nowhere or has failed, how do all learn of it, and who is to blame?
+"""Collects the status of all ranks and finds the stalled ones.
 
 Ranks talk through the store that brought them together, never by a collective, which would hang
-where the others hang. One rank asks; all write down where they stand; the one that asked reads it
+where the others hang. One rank asks; all write down their status; the one that asked reads it
 and decides: the run ends, and why, or the others are only slow. A process that is stopped or gone
 writes nothing.
 """
@@ -21,8 +21,8 @@ _MOST_TOLD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """Where a rank stands.
+class RankStatus:
+    """Status of a rank.
 
     Attributes:
         step: training step it is at, counted from 1.
@@ -30,7 +30,7 @@ class Standing:
         order: of phases within a step; a smaller one comes first.
         doing: call it is in.
         waits: whether that call waits for other ranks.
-        seconds: since it last got on.
+        seconds: since its last progress.
         is_overdue: whether that is longer than the phase may take.
         error: what it failed with, if it did; empty for a call that failed for want of others.
         exit_code: with which all ranks are to end for that; 0 leaves it to each.
@@ -52,19 +52,19 @@ class Verdict(NamedTuple):
 
     Attributes:
         line: in words.
-        culprits: ranks to blame.
+        stalled: ranks that keep the others waiting.
         num_answers: ranks that have answered, and so can read this.
         exit_code: with which all ranks are to end; 0 leaves it to each.
     """
 
     line: str
-    culprits: list[int]
+    stalled: list[int]
     num_answers: int
     exit_code: int = 0
 
 
-class Alarm:
-    """What ranks ask and tell each other, through a store, in numbered rounds.
+class HangReport:
+    """A poll of all ranks through a store, in numbered rounds.
 
     Args:
         store: a connection that serves nothing else: another thread may hold the usual one.
@@ -82,12 +82,12 @@ class Alarm:
         return int(self.store.add("round", 0))
 
     def is_asked(self, number: int) -> bool:
-        """Whether a rank has asked all where they stand."""
+        """Whether a rank has asked for the status of all."""
         return bool(self.store.check([f"{number}/asked"]))
 
-    def answer(self, number: int, standing: Standing) -> None:
-        """Write down where this rank stands."""
-        self.store.set(f"{number}/rank-{self.rank}", json.dumps(asdict(standing)))
+    def answer(self, number: int, status: RankStatus) -> None:
+        """Write down the status of this rank."""
+        self.store.set(f"{number}/rank-{self.rank}", json.dumps(asdict(status)))
 
     def verdict(self) -> Verdict | None:
         """Return why the run ends, if it does."""
@@ -95,13 +95,13 @@ class Alarm:
             return None
         return Verdict(**json.loads(self.store.get("verdict")))
 
-    def confer(self, standing: Standing, seconds: float, *, has_failed: bool) -> Verdict | None:
-        """Ask all ranks where they stand, or answer the one that does; return what is decided.
+    def poll(self, status: RankStatus, seconds: float, *, has_failed: bool) -> Verdict | None:
+        """Ask for the status of all ranks, or answer the one that asks; return what is decided.
 
         Takes at most four times ``seconds``.
 
         Args:
-            standing: of this rank.
+            status: of this rank.
             seconds: to wait for answers.
             has_failed: whether this rank ends whatever the others say.
 
@@ -112,7 +112,7 @@ class Alarm:
             if (decided := self.verdict()) is not None:
                 return decided
             number = self.current_round()
-            self.answer(number, standing)
+            self.answer(number, status)
             if self.store.add(f"{number}/askers", 1) == 1:
                 return self._ask(number, seconds, has_failed=has_failed)
             deadline = time.monotonic() + 1.5 * seconds
@@ -125,13 +125,13 @@ class Alarm:
 
     def _ask(self, number: int, seconds: float, *, has_failed: bool) -> Verdict | None:
         self.store.set(f"{number}/asked", "")
-        standings = self._collect(number, time.monotonic() + seconds)
+        statuses = self._collect(number, time.monotonic() + seconds)
         verdict = None
-        if has_failed or must_end(standings, self.world_size):
-            culprits = name_culprits(standings, self.world_size)
-            line = tell(standings, self.world_size)
-            code = max(standing.exit_code for standing in standings.values())
-            verdict = Verdict(line, culprits, len(standings), code)
+        if has_failed or must_end(statuses, self.world_size):
+            stalled = stalled_ranks(statuses, self.world_size)
+            line = describe(statuses, self.world_size)
+            code = max(status.exit_code for status in statuses.values())
+            verdict = Verdict(line, stalled, len(statuses), code)
             self.store.set("verdict", json.dumps(verdict._asdict()))
         self.store.add("round", 1)
         return verdict
@@ -154,93 +154,92 @@ class Alarm:
         while self.store.add("left", 0) < num_answers - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _collect(self, number: int, deadline: float) -> dict[int, Standing]:
-        found: dict[int, Standing] = {}
+    def _collect(self, number: int, deadline: float) -> dict[int, RankStatus]:
+        found: dict[int, RankStatus] = {}
         while True:
             for rank in range(self.world_size):
                 if rank not in found and self.store.check([key := f"{number}/rank-{rank}"]):
-                    found[rank] = Standing(**json.loads(self.store.get(key)))
+                    found[rank] = RankStatus(**json.loads(self.store.get(key)))
             if len(found) == self.world_size or time.monotonic() > deadline:
                 return found
             time.sleep(0.05)
 
 
-def must_end(standings: Mapping[int, Standing], world_size: int) -> bool:
-    """Whether a run gets nowhere, or only waits for a rank that takes its time.
+def must_end(statuses: Mapping[int, RankStatus], world_size: int) -> bool:
+    """Whether a run is stalled, or only waits for a rank that takes its time.
 
     Example:
-        >>> waiting = Standing(step=3, waits=True, is_overdue=True)
-        >>> must_end({0: waiting, 1: Standing(step=2, phase="evaluation")}, 2)
+        >>> waiting = RankStatus(step=3, waits=True, is_overdue=True)
+        >>> must_end({0: waiting, 1: RankStatus(step=2, phase="evaluation")}, 2)
         False
-        >>> must_end({0: waiting, 1: Standing(step=2, is_overdue=True)}, 2)
+        >>> must_end({0: waiting, 1: RankStatus(step=2, is_overdue=True)}, 2)
         True
         >>> must_end({0: waiting}, 2)
         True
     """
-    culprits = name_culprits(standings, world_size)
-    found = [standings.get(rank) for rank in culprits]
+    stalled = stalled_ranks(statuses, world_size)
+    found = [statuses.get(rank) for rank in stalled]
     return not found or any(s is None or s.error or s.is_overdue for s in found)
 
 
-def name_culprits(standings: Mapping[int, Standing], world_size: int) -> list[int]:
+def stalled_ranks(statuses: Mapping[int, RankStatus], world_size: int) -> list[int]:
     """Return the ranks that keep the others waiting; empty if it cannot be told.
 
     Those that failed; else those that do not answer; else, of the ranks that do not wait for
     others, the ones furthest behind.
 
     Example:
-        >>> name_culprits({0: Standing(step=2, waits=True), 1: Standing(step=2)}, 2)
+        >>> stalled_ranks({0: RankStatus(step=2, waits=True), 1: RankStatus(step=2)}, 2)
         [1]
-        >>> name_culprits({0: Standing(step=2, waits=True)}, 2)
+        >>> stalled_ranks({0: RankStatus(step=2, waits=True)}, 2)
         [1]
     """
-    failed = [rank for rank, standing in sorted(standings.items()) if standing.error]
+    failed = [rank for rank, status in sorted(statuses.items()) if status.error]
     if failed:
         return failed
-    silent = [rank for rank in range(world_size) if rank not in standings]
+    silent = [rank for rank in range(world_size) if rank not in statuses]
     if silent:
         return silent
-    busy = {rank: (s.step, s.order) for rank, s in sorted(standings.items()) if not s.waits}
+    busy = {rank: (s.step, s.order) for rank, s in sorted(statuses.items()) if not s.waits}
     return [rank for rank, place in busy.items() if place == min(busy.values())]
 
 
-def tell(standings: Mapping[int, Standing], world_size: int) -> str:
+def describe(statuses: Mapping[int, RankStatus], world_size: int) -> str:
     """Write in one line which ranks keep the others waiting, and what for.
 
     Example:
-        >>> late = Standing(step=3, phase="waiting for data", doing="read (tar.py:4)", seconds=61)
-        >>> waiting = Standing(step=3, phase="step", doing="barrier (a.py:1)", waits=True)
-        >>> tell({0: waiting, 1: late}, 2)  # doctest: +NORMALIZE_WHITESPACE
+        >>> late = RankStatus(step=3, phase="waiting for data", doing="read (tar.py:4)", seconds=61)
+        >>> waiting = RankStatus(step=3, phase="step", doing="barrier (a.py:1)", waits=True)
+        >>> describe({0: waiting, 1: late}, 2)  # doctest: +NORMALIZE_WHITESPACE
         'rank 1 is behind: waiting for data, step 3, for 61 s, in read (tar.py:4); rank 0 waiting
         in barrier (a.py:1), step 3'
     """
-    culprits = name_culprits(standings, world_size)
-    lines = [_blame(rank, standings.get(rank)) for rank in culprits[:_MOST_TOLD]]
-    if len(culprits) > _MOST_TOLD:
-        lines.append(f"so with rank {list_ranks(culprits[_MOST_TOLD:])}")
-    if not culprits:
+    stalled = stalled_ranks(statuses, world_size)
+    lines = [_blame(rank, statuses.get(rank)) for rank in stalled[:_MOST_TOLD]]
+    if len(stalled) > _MOST_TOLD:
+        lines.append(f"so with rank {list_ranks(stalled[_MOST_TOLD:])}")
+    if not stalled:
         lines.append("every rank waits for others: a network or a device is stuck")
     calls: dict[str, list[int]] = {}
-    for rank, standing in sorted(standings.items()):
-        if rank not in culprits:
-            verb = "waiting in" if standing.waits else "in"
-            what = f"{verb} {standing.doing}, {_moment(standing)}"
+    for rank, status in sorted(statuses.items()):
+        if rank not in stalled:
+            how = "waiting in" if status.waits else "in"
+            what = f"{how} {status.doing}, {_moment(status)}"
             calls.setdefault(what, []).append(rank)
     lines += [f"rank {list_ranks(ranks)} {what}" for what, ranks in calls.items()]
     return "; ".join(lines)
 
 
-def _blame(rank: int, standing: Standing | None) -> str:
-    if standing is None:
+def _blame(rank: int, status: RankStatus | None) -> str:
+    if status is None:
         return f"rank {rank} does not answer: it was killed, is stopped, or its node is gone"
-    if standing.error:
-        return f"rank {rank} failed in {_moment(standing)}: {standing.error}"
+    if status.error:
+        return f"rank {rank} failed in {_moment(status)}: {status.error}"
     return (
-        f"rank {rank} is behind: {_moment(standing)}, for {standing.seconds:.0f} s, in "
-        f"{standing.doing}"
+        f"rank {rank} is behind: {_moment(status)}, for {status.seconds:.0f} s, in {status.doing}"
     )
 
 
-def _moment(standing: Standing) -> str:
-    at = f"step {standing.step}"
-    return at if standing.phase == "step" else f"{standing.phase}, {at}"
+def _moment(status: RankStatus) -> str:
+    at = f"step {status.step}"
+    return at if status.phase == "step" else f"{status.phase}, {at}"

@@ -1,4 +1,4 @@
-"""How long does each rank take for what it does alone?
+"""Times of each rank for what it does alone.
 
 In a step every rank waits for the slowest one, so wall time is the same on all. What differs is the
 time for the next batch and for the towers up to the first exchange. Each rank notes its own; one
@@ -14,7 +14,7 @@ from torch import Tensor
 _NUM_NUMBERS = 3
 
 
-class RankPace(NamedTuple):
+class RankTimes(NamedTuple):
     """What a rank did alone in the steps between two logged ones.
 
     Attributes:
@@ -33,7 +33,7 @@ class RankPace(NamedTuple):
         return self.data_seconds + self.encode_seconds
 
 
-class Pace:
+class StepTimer:
     """Notes seconds of this rank, without waiting for its device.
 
     On CUDA the towers are timed by events of the device, read once they have passed.
@@ -83,7 +83,7 @@ class Pace:
         """Keep the sum of all ranks' rows, where it lies, until it is read."""
         self._everyone = rows
 
-    def read(self) -> list[RankPace]:
+    def read(self) -> list[RankTimes]:
         """Return what every rank noted, in rank order; empty if there is nothing new.
 
         Waits for the device.
@@ -91,7 +91,7 @@ class Pace:
         rows, self._everyone = self._everyone, None
         if rows is None:
             return []
-        return [RankPace(*row) for row in rows.view(-1, _NUM_NUMBERS).tolist()]
+        return [RankTimes(*row) for row in rows.view(-1, _NUM_NUMBERS).tolist()]
 
 
 def _mark() -> torch.cuda.Event:

@@ -173,9 +173,9 @@ def test_weights_are_those_of_the_validation_even_if_an_average_takes_their_plac
 def test_every_batch_tells_the_watchdog_that_it_gets_on(world):
     watchdog = Watchdog()
     world.trainer.callbacks = [watchdog]
-    before = watchdog._newest_beat()
+    before = watchdog._newest_heartbeat()
     validate(Benchmarks([Mean("a")]), world)
-    beat = watchdog._newest_beat()
+    beat = watchdog._newest_heartbeat()
     assert beat is not before
     assert beat.phase == "evaluation"
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dist_siglip.health import step_timing as pace_module
-from dist_siglip.health.step_timing import Pace, RankPace
+from dist_siglip.health.step_timing import RankTimes, StepTimer
 from dist_siglip.training.callbacks import Preemption, Throughput, throughput
 from dist_siglip.training.callbacks.throughput import Stragglers, is_straggler
 from tests.support.clock import CountedClock
@@ -16,9 +16,9 @@ from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
-USUAL = RankPace(0.1, 3.0, 10.0)
-SLOW_DATA = RankPace(4.0, 3.0, 10.0)
-SLOW_TOWERS = RankPace(0.1, 6.5, 10.0)
+USUAL = RankTimes(0.1, 3.0, 10.0)
+SLOW_DATA = RankTimes(4.0, 3.0, 10.0)
+SLOW_TOWERS = RankTimes(0.1, 6.5, 10.0)
 
 
 def warnings_of(*intervals, tells=True):
@@ -29,8 +29,8 @@ def warnings_of(*intervals, tells=True):
     handler.emit = lambda record: heard.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        for paces in intervals:
-            stragglers.look(paces, tells=tells)
+        for times_by_rank in intervals:
+            stragglers.look(times_by_rank, tells=tells)
     finally:
         logger.removeHandler(handler)
     return heard
@@ -64,43 +64,43 @@ def test_one_rank_tells_and_rarely():
 
 
 def test_what_costs_the_others_little_does_not_matter():
-    quick, slower = RankPace(0.001, 0.01, 10.0), RankPace(0.01, 0.2, 10.0)
+    quick, slower = RankTimes(0.001, 0.01, 10.0), RankTimes(0.01, 0.2, 10.0)
     assert not is_straggler(1, [quick, slower, quick])
 
 
 def test_of_the_step_under_way_nothing_is_taken_yet(monkeypatch):
-    clock, pace = CountedClock(), Pace()
+    clock, timer = CountedClock(), StepTimer()
     monkeypatch.setattr("dist_siglip.health.step_timing.time", clock)
     for _ in range(2):
-        pace.begin_encoding(torch.device("cpu"))
-        pace.end_encoding()
-        pace.end_step(0.25, 1.0)
-    pace.begin_encoding(torch.device("cpu"))
+        timer.begin_encoding(torch.device("cpu"))
+        timer.end_encoding()
+        timer.end_step(0.25, 1.0)
+    timer.begin_encoding(torch.device("cpu"))
     clock.sleep(0.05)
-    pace.end_encoding()
-    data, encode, seconds = pace.take_row(1, 2)[3:].tolist()
+    timer.end_encoding()
+    data, encode, seconds = timer.take_row(1, 2)[3:].tolist()
     assert (data, seconds) == (0.5, 2.0)
     assert encode == pytest.approx(2 * clock.TICK)
-    pace.end_step(0.0, 0.1)
-    assert pace.take_row(0, 1)[1] == 0.0  # the next step's towers are not there yet
+    timer.end_step(0.0, 0.1)
+    assert timer.take_row(0, 1)[1] == 0.0  # the next step's towers are not there yet
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_device_the_towers_are_timed_without_waiting_for_it():
-    pace, device = Pace(), torch.device("cuda")
+    timer, device = StepTimer(), torch.device("cuda")
     matrix = torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(2):
-        pace.begin_encoding(device)
+        timer.begin_encoding(device)
         for _ in range(200):
             matrix = torch.nn.functional.normalize(matrix @ matrix)
-        pace.end_encoding()
+        timer.end_encoding()
     enqueued = time.perf_counter() - started
-    assert pace.take_row(0, 1)[1] == 0.0  # not there yet
+    assert timer.take_row(0, 1)[1] == 0.0  # not there yet
     torch.cuda.synchronize()
-    encode_seconds = float(pace.take_row(0, 1)[1])
+    encode_seconds = float(timer.take_row(0, 1)[1])
     assert encode_seconds > 0.01
     assert enqueued < time.perf_counter() - started
 

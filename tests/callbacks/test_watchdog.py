@@ -26,13 +26,13 @@ def test_limits_that_cannot_work_are_refused(settings, text):
 
 
 def beats_of_a_run(watchdog):
-    """What the sentinel sees after each hook of two steps, an evaluation and a checkpoint."""
+    """What the watchdog sees after each hook of two steps, an evaluation and a checkpoint."""
     trainer, seen = SimpleNamespace(global_step=0), []
 
     def call(hook, *arguments):
         getattr(watchdog, hook)(trainer, None, *arguments)
-        beat = watchdog._newest_beat()
-        seen.append((beat.phase, beat.step, beat.limit_seconds / MINUTE))
+        heartbeat = watchdog._newest_heartbeat()
+        seen.append((heartbeat.phase, heartbeat.step, heartbeat.limit_seconds / MINUTE))
 
     for _ in range(2):
         call("on_train_batch_start", None, 0)
@@ -64,9 +64,9 @@ def test_a_checkpoint_may_be_slow_until_it_is_written(monkeypatch):
     watchdog.on_train_batch_end(trainer, None, None, None, 0)
     monkeypatch.setattr("dist_siglip.health.callback.is_inside", lambda name: True)
     watchdog.on_save_checkpoint(trainer, None, {})
-    saving = watchdog._newest_beat()
+    saving = watchdog._newest_heartbeat()
     monkeypatch.setattr("dist_siglip.health.callback.is_inside", lambda name: False)
-    after = watchdog._newest_beat()
+    after = watchdog._newest_heartbeat()
     assert (saving.phase, saving.step, saving.limit_seconds) == ("saving a checkpoint", 4, 1200)
     assert (after.phase, after.step, after.limit_seconds) == ("waiting for data", 5, 120)
 
@@ -101,6 +101,6 @@ def test_the_group_gets_the_limit_unless_its_strategy_has_one_of_its_own(tmp_pat
 def test_it_may_be_turned_off(tmp_path):
     watchdog = Watchdog(stall_minutes=None)
     watchdog.setup(SimpleNamespace(default_root_dir=tmp_path), None, "fit")
-    assert watchdog._sentinel is None
+    assert watchdog._watchdog is None
     watchdog.on_exception(None, None, KeyError())
     watchdog.teardown(None, None, "fit")

@@ -1,4 +1,4 @@
-"""``bench`` names its subjects; ``bench loss`` measures every contestant on the same features."""
+"""``bench`` names its subjects; ``bench loss`` measures every baseline on the same features."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from dist_siglip.bench.loss import contestants
+from dist_siglip.bench.loss import baselines
 from dist_siglip.cli import main
 
 SMALL = ["--local_batch_size=96", "--embed_dim=16", "--rounds=1", "--device=cpu"]
@@ -51,7 +51,7 @@ def test_two_processes_with_every_exchange_named(capsys):
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
 
 
-def test_the_table_has_a_line_for_each_contestant(capsys, monkeypatch):
+def test_the_table_has_a_line_for_each_baseline(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["bench", "loss", *SMALL]) == 0
     printed = capsys.readouterr().out
@@ -93,4 +93,4 @@ def test_help_lists_the_subjects(capsys):
 
 
 def test_the_peer_for_gpus_is_left_out_on_a_cpu():
-    assert "siglip-kernel" not in contestants(0, 1, torch.device("cpu"), ("auto",))
+    assert "siglip-kernel" not in baselines(0, 1, torch.device("cpu"), ("auto",))

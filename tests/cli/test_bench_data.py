@@ -1,4 +1,4 @@
-"""``bench data``: every contestant delivers the same kind of batches, and the table adds up."""
+"""``bench data``: every baseline delivers the same kind of batches, and the table adds up."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.bench import data as bench_data
-from dist_siglip.bench.data import CONTESTANTS, Streaming, batches
+from dist_siglip.bench.data import BASELINES, Streaming, batches
 from dist_siglip.bench.pictures import write_photo_shards
 from dist_siglip.cli import main
 
@@ -22,12 +22,12 @@ def shards(tmp_path_factory):
     return write_photo_shards(tmp_path_factory.mktemp("photos") / "a b", (96, 80), 40, 2)
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_contestants_deliver_normalised_pictures_and_tokens(shards, contestant):
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_deliver_normalised_pictures_and_tokens(shards, baseline):
     streaming = Streaming(
         shards=tuple(shards), image_size=32, crop_scale=(0.9, 1.0), local_batch_size=8, workers=1
     )
-    stream = batches(contestant, streaming)
+    stream = batches(baseline, streaming)
     images, texts = next(stream)
     stream.close()
     assert images.shape == (8, 3, 32, 32)
@@ -50,7 +50,7 @@ def test_the_ratio_is_over_open_clip(shards, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["bench", "data", f"--shards={json.dumps(shards)}", "--json=true", *OPTIONS]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["contestant"] for row in rows] == list(CONTESTANTS)
+    assert [row["contestant"] for row in rows] == list(BASELINES)
     theirs = rows[0]["images_per_second"]
     assert theirs > 0
     for row in rows:

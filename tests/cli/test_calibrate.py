@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
 
 
 def calibrate(capsys, *arguments):
-    """Run the verb in this process and return what it prints as JSON."""
+    """Run the command in this process and return what it prints as JSON."""
     assert main(["calibrate", "--json", *map(str, arguments)]) == 0
     return json.loads(capsys.readouterr().out)
 

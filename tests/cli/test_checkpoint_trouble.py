@@ -28,10 +28,10 @@ def settings(tmp_path_factory):
     )
 
 
-def fit(settings, run, steps, log, *more, world_size=1, verb="fit"):
-    every = more if verb == "validate" else ("--checkpoint.every_steps=4", *more)
+def fit(settings, run, steps, log, *more, world_size=1, command="fit"):
+    every = more if command == "validate" else ("--checkpoint.every_steps=4", *more)
     arguments = [
-        verb,
+        command,
         f"--config={settings}",
         f"--run_dir={run.path}",
         f"--trainer.devices={world_size}",
@@ -85,7 +85,7 @@ def test_damage_that_nothing_can_be_made_of_is_one_line(settings, tmp_path):
     run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "other")
     assert fit(settings, run, 4, tmp_path / "0.txt").wait() == [0]
     flip(run.checkpoint(4))
-    for number, (folder, more, verb, text) in enumerate(
+    for number, (folder, more, command, text) in enumerate(
         (
             (run, (), "fit", "has 1 checkpoints and all are damaged"),
             (run, (), "validate", "has 1 checkpoints and all are damaged"),
@@ -94,7 +94,7 @@ def test_damage_that_nothing_can_be_made_of_is_one_line(settings, tmp_path):
         ),
         start=1,
     ):
-        started = fit(settings, folder, 8, tmp_path / f"{number}.txt", *more, verb=verb)
+        started = fit(settings, folder, 8, tmp_path / f"{number}.txt", *more, command=command)
         assert started.wait() == [2], started.said()
         assert text in started.said().splitlines()[-1]
         assert "Traceback" not in started.said()

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from jsonargparse import ActionConfigFile
 
-from dist_siglip.cli import _VERBS, main
+from dist_siglip.cli import _COMMANDS, main
 from dist_siglip.cli.help.declared_options import (
     REQUIRED,
     RUNS,
@@ -34,7 +34,7 @@ def declared(words):
     if words in RUNS:
         groups = options_of_run(words)
     else:
-        module = _VERBS[words[0]][0]
+        module = _COMMANDS[words[0]][0]
         place = _ELSEWHERE.get(words) or (module_of(module, words), words[-1])
         groups = options_of_function(find(*place))[1]
     return [option for group in groups for option in group.options]
@@ -124,13 +124,13 @@ def test_pages_and_mistyped_commands_import_nothing_heavy():
     """One process for all of them."""
     script = (
         "import sys\n"
-        "from dist_siglip.cli import _VERBS, main\n"
+        "from dist_siglip.cli import _COMMANDS, main\n"
         "from dist_siglip.cli.help.declared_options import subjects_of\n"
         "assert main(['--help']) == 0 and main(['--version']) == 0\n"
-        "for verb, (module, _) in _VERBS.items():\n"
-        "    assert main([verb, '--help']) == 0\n"
+        "for command, (module, _) in _COMMANDS.items():\n"
+        "    assert main([command, '--help']) == 0\n"
         "    for subject in subjects_of(module):\n"
-        "        assert main([verb, subject, '--help']) == 0\n"
+        "        assert main([command, subject, '--help']) == 0\n"
         "assert main(['fti']) == main(['data', 'chekc']) == main(['rerank', 'ftt']) == 2\n"
         "assert main(['slurm', 'rander']) == main(['bench']) == main([]) == 2\n"
         "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'open_clip', 'yaml', 'rich'}\n"
@@ -172,7 +172,7 @@ def test_the_page_of_a_subject_has_the_line_of_the_subject():
 
 
 def page(words):
-    return asked_page(words[0], *_VERBS[words[0]], [*words[1:], "--help"])
+    return asked_page(words[0], *_COMMANDS[words[0]], [*words[1:], "--help"])
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -195,12 +195,12 @@ def test_a_page_shows_texts_kinds_and_defaults(monkeypatch):
 
 
 def test_help_is_asked_for_anywhere_but_behind_two_dashes():
-    slurm = ("slurm", *_VERBS["slurm"])
+    slurm = ("slurm", *_COMMANDS["slurm"])
     assert "--sweep" in asked_page(*slurm, ["render", "x.yaml", "--nodes", "2", "-h"])
     assert asked_page(*slurm, ["render", "x.yaml", "--run_dir", "r", "--", "--help"]) is None
     assert asked_page(*slurm, ["--help"]) == _subject_page("slurm", subjects_of(slurm[1]))
-    assert asked_page("fit", *_VERBS["fit"], ["--model.model", "ViT-B-32"]) is None
-    assert asked_page("fit", *_VERBS["fit"], []) is None
+    assert asked_page("fit", *_COMMANDS["fit"], ["--model.model", "ViT-B-32"]) is None
+    assert asked_page("fit", *_COMMANDS["fit"], []) is None
 
 
 def test_the_parser_tells_what_no_page_can(monkeypatch, capsys):

@@ -73,7 +73,7 @@ def test_a_rank_that_hangs_in_its_data_is_named_after_a_slow_start_and_a_slow_ev
     assert [code for code, _ in results["data"]] == [HUNG, HUNG]
     log = log_of(root, "data")
     assert "evaluation at step 3" in log
-    assert "nothing gets on: rank 1 is behind: waiting for data, step " in log
+    assert "training stalled: rank 1 is behind: waiting for data, step " in log
     assert "in stand_still_in_the_data (watched_runs.py:" in log
     assert "; rank 0 waiting in " in log
     for rank in (0, 1):

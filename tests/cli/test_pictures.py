@@ -15,7 +15,7 @@ from tests.support.tiny_models import ARCHITECTURES, write_config
 @pytest.fixture
 def built_command(tmp_path, monkeypatch):
     """Builds what ``fit`` would run, and runs nothing."""
-    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, verb: None)
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, command: None)
     shards = write_shards(tmp_path / "shards", (4,))
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
     options = [f"--model.model={model}", f"--data.train_shards={shards[0]}"]

@@ -125,7 +125,10 @@ COMMANDS = {
     "list": ([*FIT, "--trainer.max_steps=[]"], "max_steps"),
     "digits": ([*FIT, "--config={digits}"], "4300 digits"),
     "nest": ([*FIT, "--config={nest}"], "nest"),
-    "verb": (["capacity", "--dimension=0", "--margin=.1"], r"dimension \(0\) must be at least 1"),
+    "command": (
+        ["capacity", "--dimension=0", "--margin=.1"],
+        r"dimension \(0\) must be at least 1",
+    ),
     "subject": (["bench", "plan", "--nic_gb_s=.nan"], r"nic_gb_s \(nan\) must be above 0"),
 }
 

@@ -1,4 +1,4 @@
-"""The verb ``report``: where the page goes, and what is refused in one line."""
+"""The command ``report``: where the page goes, and what is refused in one line."""
 
 import pytest
 

@@ -21,8 +21,8 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def render(capsys):
-    def render(*options, verb="render"):
-        assert main(["slurm", verb, "it.yaml", "--run_dir", "runs/it", *options]) == 0
+    def render(*options, command="render"):
+        assert main(["slurm", command, "it.yaml", "--run_dir", "runs/it", *options]) == 0
         return capsys.readouterr().out
 
     return render
@@ -117,7 +117,7 @@ def test_submit_gives_sbatch_exactly_what_it_prints(render, tmp_path, monkeypatc
     sbatch.write_text('#!/bin/bash\ncat > submitted\necho "Submitted batch job 7 ($#)"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    printed = render("--nodes=1", verb="submit")
+    printed = render("--nodes=1", command="submit")
     script = (tmp_path / "submitted").read_text()
     assert printed == f"{script}\nSubmitted batch job 7 (0)\n"
     assert script == render("--nodes=1")

@@ -141,8 +141,8 @@ def test_a_mistake_is_told_in_one_line_before_anything_starts(
     trained, tmp_path, capsys, words, message
 ):
     out = tmp_path / "new"
-    verb, *options = words
-    assert main([verb, "--config", str(trained.config), f"--run_dir={out}", *options]) == 2
+    command, *options = words
+    assert main([command, "--config", str(trained.config), f"--run_dir={out}", *options]) == 2
     said = capsys.readouterr().err
     assert message in said.splitlines()[-1]
     assert not out.exists()

@@ -6,7 +6,7 @@ import sys
 import pytest
 from torch import nn
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.errors import UserError
 
 LOSS = """
@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def _parse(*arguments):
-    parser = VerbParser()
+    parser = CommandParser()
     parser.add_argument("--config", action="config")
     parser.add_argument("--loss", type=nn.Module)
     return parser.instantiate_classes(parser.parse_args(list(arguments))).loss

@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 from jsonargparse import ArgumentParser
 
-from dist_siglip.cli import _VERBS
+from dist_siglip.cli import _COMMANDS
 from dist_siglip.cli.help.declared_options import subjects_of
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.run.training import TrainingCLI
 
 
@@ -17,11 +17,11 @@ class _Parser(BaseException):  # nothing on the way catches it
 
 
 def command_lines() -> list[tuple[str, ...]]:
-    """The words of every command: verb, or verb and subject."""
+    """The words of every command: its name, or name and subject."""
     return [
         words
-        for verb, (module, _) in _VERBS.items()
-        for words in [(verb, subject) for subject in subjects_of(module)] or [(verb,)]
+        for command, (module, _) in _COMMANDS.items()
+        for words in [(command, subject) for subject in subjects_of(module)] or [(command,)]
     ]
 
 
@@ -33,9 +33,9 @@ def parser_of_command(words: tuple[str, ...]) -> ArgumentParser:
         raise _Parser(parser)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VerbParser, "parse_args", carry)
+        patch.setattr(CommandParser, "parse_args", carry)
         patch.setattr(TrainingCLI, "parse_arguments", lambda _, parser, __: carry(parser))
-        run = importlib.import_module(_VERBS[words[0]][0]).run
+        run = importlib.import_module(_COMMANDS[words[0]][0]).run
         with pytest.raises(_Parser) as caught:
             run(words[0], words[1:])
     parser = caught.value.args[0]

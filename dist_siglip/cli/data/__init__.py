@@ -13,6 +13,6 @@ SUBJECTS = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse ``data SUBJECT ...`` and run the subject."""
-    return run_subject(verb, SUBJECTS, arguments)
+    return run_subject(command, SUBJECTS, arguments)

@@ -94,7 +94,7 @@ _CHECKPOINT = "Checkpoint to take; null takes the newest of run_dir."
 
 
 def subjects_of(module: str) -> dict[str, str]:
-    """Return the subjects of a verb and a line about each; none if it has none.
+    """Return the subjects of a command and a line about each; none if it has none.
 
     Example:
         >>> list(subjects_of("dist_siglip.cli.slurm"))
@@ -108,7 +108,7 @@ def subjects_of(module: str) -> dict[str, str]:
 
 
 def module_of(module: str, words: Sequence[str]) -> str:
-    """Return the module of a command: of its verb, unless its subject is in another."""
+    """Return the module of a command, or of its subject if that has another."""
     if len(words) == 1:
         return module
     module_of_subject, _ = value_of(*find(module, "SUBJECTS"))[words[1]]

@@ -54,11 +54,11 @@ _INDENT = 24  # of texts that stand beside options
 _COLUMN = 42  # of texts in a page with a line for each option
 
 
-def asked_page(verb: str, module: str, summary: str, arguments: Sequence[str]) -> str | None:
+def asked_page(command: str, module: str, summary: str, arguments: Sequence[str]) -> str | None:
     """Return the help page that a command line asks for.
 
     Args:
-        verb: a verb that there is.
+        command: one that there is.
         module: the module behind it.
         summary: one line about it.
         arguments: what follows it.
@@ -74,23 +74,23 @@ def asked_page(verb: str, module: str, summary: str, arguments: Sequence[str]) -
         if not arguments and not subjects:
             return None
         if subjects and (not own or own[0] not in subjects):
-            return _subject_page(verb, subjects)
+            return _subject_page(command, subjects)
         if subjects:
-            return _page((verb, own[0]), module, subjects[own[0]])
-        return _page((verb,), module, summary)
+            return _page((command, own[0]), module, subjects[own[0]])
+        return _page((command,), module, summary)
     except UnreadableError:
         return None
 
 
-def check_subject(verb: str, module: str, arguments: Sequence[str]) -> None:
-    """Refuse a word that is no subject of the verb, before anything heavy is imported.
+def check_subject(command: str, module: str, arguments: Sequence[str]) -> None:
+    """Refuse a word that is no subject of the command, before anything heavy is imported.
 
     Raises:
         UserError: with the subjects there are.
     """
     subjects = subjects_of(module)
     if subjects and arguments and not arguments[0].startswith("-") and arguments[0] not in subjects:
-        raise UserError(f"{verb} ({arguments[0]}) must be one of {', '.join(subjects)}")
+        raise UserError(f"{command} ({arguments[0]}) must be one of {', '.join(subjects)}")
 
 
 def for_parser(arguments: Sequence[str]) -> list[str]:
@@ -111,11 +111,11 @@ def _own_words(arguments: Sequence[str]) -> list[str]:
     return words[: words.index("--")] if "--" in words else words
 
 
-def _subject_page(verb: str, subjects: Mapping[str, str]) -> str:
-    """Lay out the subjects of a verb."""
-    lines = [f"usage: dist-siglip {verb} SUBJECT [options]", ""]
+def _subject_page(command: str, subjects: Mapping[str, str]) -> str:
+    """Lay out the subjects of a command."""
+    lines = [f"usage: dist-siglip {command} SUBJECT [options]", ""]
     lines += [f"  {name:<12}{text}" for name, text in subjects.items()]
-    lines += ["", f"dist-siglip {verb} SUBJECT --help lists the options of a subject.", ""]
+    lines += ["", f"dist-siglip {command} SUBJECT --help lists the options of a subject.", ""]
     return "\n".join(lines)
 
 

@@ -134,8 +134,8 @@ class _OneLineParser(ArgumentParser):
             raise UserError(f"config ({path}) is no text in UTF-8: {error.reason}") from error
 
 
-class VerbParser(_OneLineParser):
-    """Parser of a verb that is a function."""
+class CommandParser(_OneLineParser):
+    """Parser of a command that is a function."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parse, and refuse numbers that are out of range."""

@@ -174,8 +174,8 @@ _RUN: dict[str, Range] = {
     "trainer.reload_dataloaders_every_n_epochs": _FROM_0,
     "trainer.val_check_interval": Range(0, 10**12, "("),
 }
-# Options of the other verbs. A name that several share means the same in all of them.
-_VERBS: dict[str, Range] = {
+# Options of the other commands. A name that several share means the same in all of them.
+_COMMANDS: dict[str, Range] = {
     **{f"cache.{name}": allowed for name, allowed in _CACHE.items()},
     "accumulator_bytes": Range(1, 16),
     "at_once": _FROM_1,
@@ -255,7 +255,7 @@ _INIT_ARGUMENTS: dict[str, Range] = {
     "uniformity": _NOT_NEGATIVE,
     "world_size": _FROM_1,
 }
-RANGES = _RUN | _VERBS
+RANGES = _RUN | _COMMANDS
 
 _REMEDIES = {
     "trainer.gradient_clip_val": "0 or null turns clipping off",

@@ -37,21 +37,21 @@ from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``calibrate`` and run it."""
     set_up_logging()
     CalibrationCLI(
         CalibrationModule,
         CalibrationData,
         trainer_class=CalibrationTrainer,
-        args=[verb, *arguments],
+        args=[command, *arguments],
         **cli_settings(),
     )
     return 0
 
 
 class CalibrationTrainer(Trainer):
-    """A Trainer with the method that the verb is named after."""
+    """A Trainer with the method that the command is named after."""
 
     def calibrate(self, ckpt_path: str | None = None) -> None:
         """Fit scale and bias to a model, its data and its global batch.
@@ -127,7 +127,7 @@ class CalibrationCLI(TrainingCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """One verb."""
+        """One command."""
         return {"calibrate": set()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -5,21 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import introduction_of
 from dist_siglip.models.interop.export import Form, export_model
 from dist_siglip.training.module.trained import load_trained
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``export`` and run it."""
     set_up_logging()
-    return export(**parser(verb).parse_args(list(arguments)).as_dict())
+    return export(**parser(command).parse_args(list(arguments)).as_dict())
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``export``."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=introduction_of(export))
+    made = CommandParser(prog=f"dist-siglip {command}", description=introduction_of(export))
     made.add_function_arguments(export, as_group=False, skip={"overwrite"})
     # A flag, not a value.
     made.add_argument(

@@ -14,7 +14,7 @@ from statistics import median
 
 from dist_siglip import models
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.cli.parsing.subjects import parser_of_function
 from dist_siglip.cli.run.training import train
 from dist_siglip.cli.table import print_evaluation, print_path, read_evaluation
@@ -30,14 +30,14 @@ ARCHITECTURE = Path(models.__file__).with_name("handwriting.json")
 RECALL_FLOOR = 0.5
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``quickstart`` and run it."""
-    return quickstart(**parser(verb).parse_args(list(arguments)).as_dict())
+    return quickstart(**parser(command).parse_args(list(arguments)).as_dict())
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options: the signature of ``quickstart``."""
-    return parser_of_function(verb, quickstart)
+    return parser_of_function(command, quickstart)
 
 
 def quickstart(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.errors import UserError
 from dist_siglip.report import write_report
 from dist_siglip.report.damage import printable
@@ -13,16 +13,16 @@ from dist_siglip.report.damage import printable
 _SEVERAL = "report.html"
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``report`` and run it."""
     set_up_logging()
-    given = parser(verb).parse_args(list(arguments))
+    given = parser(command).parse_args(list(arguments))
     return report(given.runs, given.out)
 
 
-def parser(verb: str) -> VerbParser:
+def parser(command: str) -> CommandParser:
     """Return the parser of the options."""
-    made = VerbParser(prog=f"dist-siglip {verb}", description=report.__doc__)
+    made = CommandParser(prog=f"dist-siglip {command}", description=report.__doc__)
     # Words, not a JSON list: shells expand runs/*.
     made.add_argument(
         "runs",

@@ -36,13 +36,13 @@ SUBJECTS = {
 HEAD_NAME = "reranker.safetensors"
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Run ``rerank fit`` or ``rerank validate``."""
     set_up_logging()
-    settings = {**cli_settings(), "parser_kwargs": {"prog": f"dist-siglip {verb}"}}
-    command = RerankCLI(RerankerModule, ImageTextDataModule, args=list(arguments), **settings)
+    settings = {**cli_settings(), "parser_kwargs": {"prog": f"dist-siglip {command}"}}
+    cli = RerankCLI(RerankerModule, ImageTextDataModule, args=list(arguments), **settings)
     leave_process_groups()
-    return command.exit_code
+    return cli.exit_code
 
 
 class RerankCLI(TrainingCLI):

@@ -38,12 +38,12 @@ _DESCRIPTION = (
 )
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``test`` and run it."""
     set_up_logging()
     settings = cli_settings()
-    settings["parser_kwargs"][verb] = {"description": _DESCRIPTION}
-    BenchmarkCLI(BenchmarkedModule, ImageTextDataModule, args=[verb, *arguments], **settings)
+    settings["parser_kwargs"][command] = {"description": _DESCRIPTION}
+    BenchmarkCLI(BenchmarkedModule, ImageTextDataModule, args=[command, *arguments], **settings)
     leave_process_groups()
     return 0
 
@@ -72,7 +72,7 @@ class BenchmarkCLI(TrainingCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """One verb."""
+        """One command."""
         return {"test": {"model", "dataloaders", "datamodule", "verbose", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

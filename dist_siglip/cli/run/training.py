@@ -73,9 +73,9 @@ from dist_siglip.training.strategies import FullyShardedStrategy
 logger = logging.getLogger(__name__)
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str]) -> int:
     """Run ``fit`` or ``validate``."""
-    done = train([verb, *arguments])
+    done = train([command, *arguments])
     code = done.exit_code
     done.let_go()
     leave_process_groups()
@@ -83,7 +83,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def train(arguments: list[str]) -> "TrainingCLI":
-    """Parse, check and run; ``arguments`` begin with the verb."""
+    """Parse, check and run; ``arguments`` begin with the command."""
     set_up_logging()
     return TrainingCLI(SigLipModule, ImageTextDataModule, args=arguments, **cli_settings())
 
@@ -112,7 +112,7 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Verbs, and the arguments of the Trainer's method that are not options."""
+        """Commands, and the arguments of the Trainer's method that are not options."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
@@ -349,5 +349,5 @@ class TrainingCLI(LightningCLI):
             self._lock.release()
 
     def _get_all(self) -> Any:
-        """Return the resolved configuration of the verb."""
+        """Return the resolved configuration of the command."""
         return self.config[self.subcommand]

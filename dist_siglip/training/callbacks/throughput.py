@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dist_siglip.health.step_timing import Pace, RankPace
+from dist_siglip.health.step_timing import RankTimes, StepTimer
 from dist_siglip.training.callbacks.loggers import MetricsLog
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _TOLD = (1, 10, 100, 1000)  # at which such row it is said
 
 
 class Stragglers:
-    """Looks at the pace of all ranks at every logged step."""
+    """Looks at the times of all ranks at every logged step."""
 
     def __init__(self) -> None:
         self._num_intervals = 0
@@ -30,11 +30,11 @@ class Stragglers:
         self._num_in_a_row = 0
         self._num_rows = 0
 
-    def look(self, paces: Sequence[RankPace], *, tells: bool) -> dict[str, float]:
+    def look(self, times_by_rank: Sequence[RankTimes], *, tells: bool) -> dict[str, float]:
         """Return metrics of the slowest rank; warn if one stays slow.
 
         Args:
-            paces: of every rank, in rank order.
+            times_by_rank: of every rank, in rank order.
             tells: whether this is the rank that warns.
 
         Returns:
@@ -42,20 +42,20 @@ class Stragglers:
             train/slowest_rank_encode_percent.
         """
         self._num_intervals += 1
-        slowest = max(range(len(paces)), key=lambda rank: paces[rank].own_seconds)
-        pace = paces[slowest]
+        slowest = max(range(len(times_by_rank)), key=lambda rank: times_by_rank[rank].own_seconds)
+        times = times_by_rank[slowest]
         # The first interval starts the loaders, and translates towers.
         if self._num_intervals > 1:
-            self._judge(slowest, paces, tells=tells)
-        seconds = pace.seconds or 1.0  # no whole step yet
+            self._judge(slowest, times_by_rank, tells=tells)
+        seconds = times.seconds or 1.0  # no whole step yet
         return {
             "train/slowest_rank": float(slowest),
-            "train/slowest_rank_data_wait_percent": 100 * pace.data_seconds / seconds,
-            "train/slowest_rank_encode_percent": 100 * pace.encode_seconds / seconds,
+            "train/slowest_rank_data_wait_percent": 100 * times.data_seconds / seconds,
+            "train/slowest_rank_encode_percent": 100 * times.encode_seconds / seconds,
         }
 
-    def _judge(self, slowest: int, paces: Sequence[RankPace], *, tells: bool) -> None:
-        if not is_straggler(slowest, paces):
+    def _judge(self, slowest: int, times_by_rank: Sequence[RankTimes], *, tells: bool) -> None:
+        if not is_straggler(slowest, times_by_rank):
             self._suspect, self._num_in_a_row = None, 0
             return
         self._num_in_a_row = self._num_in_a_row + 1 if slowest == self._suspect else 1
@@ -64,31 +64,31 @@ class Stragglers:
             return
         self._num_rows += 1
         if self._num_rows in _TOLD and tells:
-            pace = paces[slowest]
+            times = times_by_rank[slowest]
             logger.warning(
                 "rank %d keeps the others waiting: %.0f %% of its time for data and %.0f %% in the "
                 "towers, the median of ranks %.0f %% and %.0f %%, over %d logged intervals; look "
                 "at its node",
                 slowest,
-                100 * pace.data_seconds / pace.seconds,
-                100 * pace.encode_seconds / pace.seconds,
-                100 * median_low(p.data_seconds for p in paces) / pace.seconds,
-                100 * median_low(p.encode_seconds for p in paces) / pace.seconds,
+                100 * times.data_seconds / times.seconds,
+                100 * times.encode_seconds / times.seconds,
+                100 * median_low(p.data_seconds for p in times_by_rank) / times.seconds,
+                100 * median_low(p.encode_seconds for p in times_by_rank) / times.seconds,
                 self._num_in_a_row,
             )
 
 
-def is_straggler(rank: int, paces: Sequence[RankPace]) -> bool:
+def is_straggler(rank: int, times_by_rank: Sequence[RankTimes]) -> bool:
     """Whether a rank takes much longer alone than the median of ranks, and it matters.
 
     Example:
-        >>> usual, slow = RankPace(0.1, 3.0, 10.0), RankPace(4.0, 3.0, 10.0)
+        >>> usual, slow = RankTimes(0.1, 3.0, 10.0), RankTimes(4.0, 3.0, 10.0)
         >>> is_straggler(1, [usual, slow, usual]), is_straggler(0, [usual, slow, usual])
         (True, False)
     """
-    own = paces[rank].own_seconds
-    usual = median_low(pace.own_seconds for pace in paces)
-    return own > _FACTOR * usual and own - usual > _LEAST_SHARE * paces[rank].seconds
+    own = times_by_rank[rank].own_seconds
+    usual = median_low(times.own_seconds for times in times_by_rank)
+    return own > _FACTOR * usual and own - usual > _LEAST_SHARE * times_by_rank[rank].seconds
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ class Throughput(Callback):
         waiting_seconds, self._step_waiting_seconds = self._step_waiting_seconds, 0.0
         self._busy_seconds += busy_seconds
         self._num_steps += 1
-        pace = _pace_of(pl_module)
-        pace.end_step(waiting_seconds, waiting_seconds + busy_seconds)
+        timer = _step_timer_of(pl_module)
+        timer.end_step(waiting_seconds, waiting_seconds + busy_seconds)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
         if every and trainer.global_step % every == 0:
             seconds = self._busy_seconds + self._waiting_seconds
@@ -162,9 +162,9 @@ class Throughput(Callback):
                     "train/data_wait_percent": 100 * self._waiting_seconds / seconds,
                 }
             )
-            paces = pace.read()
-            if len(paces) > 1:
-                pl_module.log_dict(self._stragglers.look(paces, tells=trainer.is_global_zero))
+            times = timer.read()
+            if len(times) > 1:
+                pl_module.log_dict(self._stragglers.look(times, tells=trainer.is_global_zero))
             self._judge(trainer, self._num_steps * len(batch.images))
             self._busy_seconds = self._waiting_seconds = 0.0
             self._num_steps = 0
@@ -226,10 +226,10 @@ def workers_needed(workers: int, busy_seconds: float, waiting_seconds: float) ->
     return math.ceil(workers * (busy_seconds + waiting_seconds) / busy_seconds)
 
 
-def _pace_of(module: LightningModule) -> Pace:
-    """Pace of our module; of another one there is nothing to read."""
-    pace = getattr(module, "pace", None)
-    return pace if isinstance(pace, Pace) else Pace()
+def _step_timer_of(module: LightningModule) -> StepTimer:
+    """StepTimer of our module; of another one there is nothing to read."""
+    timer = getattr(module, "step_timer", None)
+    return timer if isinstance(timer, StepTimer) else StepTimer()
 
 
 def _cores_of_a_rank(trainer: Trainer) -> int:

@@ -162,9 +162,9 @@ class RerankerModule(RunModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
-        self.pace.begin_encoding(self.device)
+        self.step_timer.begin_encoding(self.device)
         images, texts = self.encode(batch)
-        self.pace.end_encoding()
+        self.step_timer.end_encoding()
         ids = torch.stack([batch.caption_ids, picture_ids_of(batch)], dim=1)
         pairs = choose_hard_pairs(images, texts, ids, self.hard_negatives, self.easy_negatives)
         logits = judge_pairs(self._judge, pairs, self.pairs_per_pass)

@@ -14,7 +14,7 @@ from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.health.step_timing import Pace
+from dist_siglip.health.step_timing import StepTimer
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning.layer_groups import lies_in_block
@@ -95,7 +95,7 @@ def log_training(
     logit_bias: Tensor,
     duplicates: Tensor | None,
     num_substituted: Tensor | int,
-    pace: Pace,
+    timer: StepTimer,
 ) -> None:
     """Log global values; one small all-reduce, on logged steps only.
 
@@ -106,14 +106,14 @@ def log_training(
         logit_bias: of the step.
         duplicates: of this rank's batch with those of all, as the loss counted them; or None.
         num_substituted: samples of this rank so far that stood in for bad ones.
-        pace: of this rank; keeps that of all ranks.
+        timer: of this rank; keeps that of all ranks.
     """
     counts = (num_substituted, 0 if duplicates is None else duplicates)
     sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
-    row = pace.take_row(module.trainer.global_rank, module.trainer.world_size)
+    row = timer.take_row(module.trainer.global_rank, module.trainer.world_size)
     sums = sum_over_ranks(torch.cat([sums, row.to(sums)]))
     loss_sum, all_substituted, num_duplicates = sums[:3].unbind()
-    pace.keep_sum(sums[3:])
+    timer.keep_sum(sums[3:])
     if duplicates is not None:
         module.log("train/duplicate_captions", num_duplicates)
     groups = module.trainer.optimizers[0].param_groups
@@ -137,7 +137,7 @@ class RunModule(LightningModule):
         inputs: what they want to be fed.
         last_evaluation: newest evaluation of this process.
         last_evaluated_step: optimizer steps behind it.
-        pace: how this rank spends its time.
+        timer: how this rank spends its time.
         step_check: of the callback SkipBadSteps: skips a step that is not finite, which else is an
             error.
     """
@@ -149,7 +149,7 @@ class RunModule(LightningModule):
         super().__init__()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
-        self.pace = Pace()
+        self.step_timer = StepTimer()
         self.step_check: StepCheck | None = None
         self._loaded_steps = 0
         # Stays on the device of the batches: reading it each step would wait for the GPU.
@@ -235,7 +235,7 @@ class RunModule(LightningModule):
                 logit_bias,
                 duplicate_pairs,
                 self._num_substituted,
-                self.pace,
+                self.step_timer,
             )
         if self.step_check is None:
             return loss

@@ -262,9 +262,9 @@ class SigLipModule(RunModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
-        self.pace.begin_encoding(self.device)
+        self.step_timer.begin_encoding(self.device)
         image_features, text_features = self.encode(batch)
-        self.pace.end_encoding()
+        self.step_timer.end_encoding()
         # Under autocast the loss's products run in the precision of the towers, and so do the
         # exchanged features; logits and gradients stay float32 inside the loss.
         device_type = image_features.device.type

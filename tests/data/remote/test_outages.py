@@ -57,8 +57,8 @@ def test_an_outage_that_lasts_is_no_mistake_of_the_user(server, tmp_path, answer
     copy = pickle.loads(pickle.dumps(info.value))
     assert (type(copy), str(copy)) == (RemoteOutageError, str(info.value))
     settings = [f"--cache.folder={tmp_path}", "--cache.attempts=1", "--cache.patience_seconds=0"]
-    for verb in ("index", "check"):  # these look at the other shards, too
-        assert main(["data", verb, server.url + "a.tar", "--json=true", *settings]) == 75
+    for command in ("index", "check"):  # these look at the other shards, too
+        assert main(["data", command, server.url + "a.tar", "--json=true", *settings]) == 75
         assert "unreachable" in capsys.readouterr().out
     assert main(["data", "stats", server.url + "a.tar", *settings]) == 75
     said = capsys.readouterr().err.strip().splitlines()[-1]

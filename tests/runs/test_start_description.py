@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from dist_siglip.health import start_check as start_facts
+from dist_siglip.health import start_check
 from dist_siglip.health.start_check import describe_start, digest_of_sources
 
 
@@ -25,7 +25,7 @@ def test_the_digest_follows_every_source_of_the_package(tmp_path, monkeypatch):
     package = tmp_path / "dist_siglip"
     (package / "runs").mkdir(parents=True)
     (package / "losses.py").write_text("a = 1\n")
-    monkeypatch.setattr(start_facts, "__file__", str(package / "runs" / "start_facts.py"))
+    monkeypatch.setattr(start_check, "__file__", str(package / "runs" / "start_check.py"))
     digests = []
     for content in ("a = 1\n", "a = 2\n", "a = 1\n"):
         Path(package / "losses.py").write_text(content)

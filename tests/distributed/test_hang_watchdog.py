@@ -2,7 +2,7 @@
 
 Every scenario trains three ranks with steps of a batch and a collective; the store is rank 0's. The
 limit of a collective is half an hour, and who has not ended after two minutes is killed (code -9).
-So whoever ends by itself was ended by the sentinel, or by the connections of a process that is
+So whoever ends by itself was ended by the watchdog, or by the connections of a process that is
 gone.
 """
 
@@ -35,7 +35,7 @@ HUNG = 70
 def ended():
     """Exit code, stderr and stacks of every rank, by scenario."""
     ports = [next_port() for _ in SCENARIOS]
-    script = REPOSITORY / "tests" / "support" / "sentinel_ranks.py"
+    script = REPOSITORY / "tests" / "support" / "hang_watchdog_ranks.py"
     words = [word for pair in zip(map(str, ports), SCENARIOS, strict=True) for word in pair]
     done = subprocess.run(
         [sys.executable, str(script), *words],
@@ -53,7 +53,7 @@ def test_a_rank_that_sleeps_in_its_data_is_named_and_all_end():
         assert code == HUNG
         line = stacks.splitlines()[0]
         assert line.startswith("rank 1 is behind: waiting for data, step 3, for ")
-        assert "in sleep_in_the_data (sentinel_ranks.py:" in line
+        assert "in sleep_in_the_data (hang_watchdog_ranks.py:" in line
         assert "rank 0, 2 waiting in all_reduce (collectives.py:" in line
 
 

@@ -22,7 +22,7 @@ def warn(process: str) -> None:
     warnings.warn_explicit(f"odd picture in {process}", UserWarning, "/home/me/stages.py", 3)
 
 
-def run(verb: str, arguments: list[str]) -> int:
+def run(command: str, arguments: list[str]) -> int:
     """Warn here, in a forked process and in a spawned one."""
     warn("main")
     for kind, name in (("fork", "forked"), ("spawn", "spawned")):
@@ -33,5 +33,5 @@ def run(verb: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli._VERBS["warn"] = ("tests.support.warning_verb", "")
+    cli._COMMANDS["warn"] = ("tests.support.warning_command", "")
     sys.exit(cli.main(["warn"]))

@@ -1,4 +1,4 @@
-"""Ranks that hang, stop, die or fail under a sentinel: a script, because they end their process.
+"""Ranks that hang, stop, die or fail under a watchdog: a script, because they end their process.
 
 Prints a JSON object: scenario -> [[exit code, stderr, stacks] of each rank].
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.health.hang_watchdog import Beat, Sentinel
+from dist_siglip.health.hang_watchdog import HangWatchdog, Heartbeat
 
 WORLD_SIZE = 3
 STALL_SECONDS = 1.5
@@ -52,29 +52,33 @@ def read_batch(rank, scenario, step, folder):
 
 
 def train(rank, scenario, folder):
-    """Steps of a batch and a collective, under a sentinel."""
-    beats = [Beat(step=0, phase="getting ready", order=0, limit_seconds=60)]
-    sentinel = Sentinel(
-        lambda: beats[-1],
+    """Steps of a batch and a collective, under a watchdog."""
+    heartbeats = [Heartbeat(step=0, phase="getting ready", order=0, limit_seconds=60)]
+    watchdog = HangWatchdog(
+        lambda: heartbeats[-1],
         stacks=folder / f"rank={rank}.txt",
         group=dist.group.WORLD,
         end_children=lambda: None,
     )
-    sentinel.start()
+
+    def note(**progress):
+        heartbeats.append(Heartbeat(**progress))
+
+    watchdog.start()
     limit = SUSPENDED_LIMIT_SECONDS if scenario == "suspended" else STALL_SECONDS
     try:
         for step in range(1, 6):
-            beats.append(Beat(step=step, phase="waiting for data", order=1, limit_seconds=limit))
+            note(step=step, phase="waiting for data", order=1, limit_seconds=limit)
             read_batch(rank, scenario, step, folder)
-            beats.append(Beat(step=step, phase="step", order=2, limit_seconds=limit))
+            note(step=step, phase="step", order=2, limit_seconds=limit)
             sum_over_ranks(torch.ones(2))
             if scenario == "slow evaluation":
-                beats.append(Beat(step=step, phase="evaluation", order=4, limit_seconds=60))
+                note(step=step, phase="evaluation", order=4, limit_seconds=60)
                 time.sleep(SLOW_SECONDS if step == 3 and rank == 1 else 0.0)
     except (RuntimeError, KeyError) as error:
-        sys.stderr.write(f"explained: {sentinel.explain(error)}\n")
+        sys.stderr.write(f"explained: {watchdog.explain(error)}\n")
         raise
-    sentinel.stop()
+    watchdog.stop()
 
 
 def enter(rank, scenario, port, folder):
@@ -132,7 +136,7 @@ def main(*words):
     while ranks:
         seconds = time.monotonic() - started
         if suspended and not going_on and all(path.exists() for path in ready):
-            time.sleep(1.3)  # for the sentinels to see how far the ranks are
+            time.sleep(1.3)  # for the watchdogs to see how far the ranks are
             send(suspended, signal.SIGSTOP)
             going_on = seconds + 1.3 + SLOW_SECONDS
         elif going_on and seconds > going_on:
