@@ -247,7 +247,7 @@ class HangWatchdog:
         )
 
     def _write(self, line: str, code: int, speaks: bool, is_stalled: bool) -> None:
-        """Log the line if this rank speaks; write its stacks to a file, and to stderr if stalled."""
+        """Log the line if this rank speaks; write stacks to a file, and to stderr if stalled."""
         if speaks:
             logger.error("training stalled: %s; ending with code %d", line, code)
         if is_stalled and sys.__stderr__ is not None:
