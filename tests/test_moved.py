@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from dist_siglip.cli.parsing.parser import VerbParser
+from dist_siglip.cli.parsing.parser import CommandParser
 from dist_siglip.moved import NAMES, PACKAGES, new_path
 from dist_siglip.runs import describe_differences
 from dist_siglip.training.callbacks import SkipBadSteps
@@ -41,7 +41,7 @@ def test_a_name_that_never_was_is_missing(package):
 
 
 def test_old_class_paths_work_in_yaml():
-    parser = VerbParser()
+    parser = CommandParser()
     parser.add_argument("--callback", type=SkipBadSteps)
     with pytest.warns(DeprecationWarning, match="is now"):
         found = parser.parse_args(["--callback=dist_siglip.callbacks.StepGuard"])
