@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 EXIT_HUNG = 70
 
 _LISTEN_SECONDS = 1.0  # between two looks at what others ask
-_ANSWER_SECONDS = 3.0  # for the others to notice a question, and to answer
+_ANSWER_SECONDS = 3.0  # for the others to notice a question of a failed rank, and to answer
+_PATIENCE_SECONDS = 20.0  # the same where none has failed: one on a busy node may be slow to answer
 _AGAIN_SECONDS = 60.0  # until a rank that waits for a slow one asks again
 _GRACE_SECONDS = 3.0  # for a main thread to fail by itself, with a better message
 _LEAVE_SECONDS = 5.0  # the first rank, which may hold the store, stays for the others
@@ -225,10 +226,10 @@ class HangWatchdog:
         Raises:
             TimeoutError: if the store does not answer.
         """
-        answer = _within(
-            5 * _ANSWER_SECONDS,
-            lambda: report.poll(status, _ANSWER_SECONDS, has_failed=has_failed),
-        )
+        seconds = _ANSWER_SECONDS if has_failed else _PATIENCE_SECONDS
+        if not _within(5 * _ANSWER_SECONDS, report.current_round):
+            raise TimeoutError
+        answer = _within(5 * seconds, lambda: report.poll(status, seconds, has_failed=has_failed))
         if not answer:
             raise TimeoutError
         return answer[0]

@@ -1,12 +1,13 @@
 """A rank that hangs, is stopped, dies or fails: all end, in time, and the line names it.
 
 Every scenario trains three ranks with steps of a batch and a collective; the store is rank 0's. The
-limit of a collective is half an hour, and who has not ended after two minutes is killed (code -9).
+limit of a collective is half an hour, and who has not ended after 400 s is killed (code -9).
 So whoever ends by itself was ended by the watchdog, or by the connections of a process that is
 gone.
 """
 
 import json
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -42,7 +43,7 @@ def ended():
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=400,
+        timeout=800,
         check=True,
     )
     return json.loads(done.stdout)
@@ -82,7 +83,8 @@ def test_all_end_when_the_rank_that_keeps_the_store_is_stopped():
 
 def test_a_rank_that_is_killed_is_named_by_one_whose_collective_failed():
     first, _, last = ended()["killed"]
-    assert "explained: rank 1 does not answer: it was killed" in first[1] + last[1]
+    # On a busy machine another one may answer too late.
+    assert re.search(r"explained: .*rank 1 does not answer: it was killed", first[1] + last[1])
     assert [first[0], last[0]] == [1, 1]
 
 

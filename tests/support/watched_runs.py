@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch import Callback
 
 WORLD_SIZE = 2
-LIMIT_SECONDS = 120.0  # of a scenario; well below ``slow_minutes``, well above ``stall_minutes``
+LIMIT_SECONDS = 240.0  # of a scenario; below ``slow_minutes``, well above ``stall_minutes``
 _samples = itertools.count()
 
 
