@@ -1,13 +1,16 @@
 import io
+import re
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+import dist_siglip
 from dist_siglip.data.samples import picture as module
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.dataset import seeded_generators
@@ -383,3 +386,11 @@ def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg():
     data = buffer.getvalue()
     assert sniff_media_type(data) == "image/jpeg"
     assert decode_image(data, 10**6).size == (40, 20)
+
+
+def test_the_defaults_of_all_readers_stand_once():
+    package = Path(dist_siglip.__file__).parent
+    source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    assert source.count("64_000_000") == 1
+    assert source.count('"jpg", "jpeg", "png", "webp"') == 1
+    assert set(re.findall(r"max_bad_fraction: float = ([\w.]+)", source)) == {"MAX_BAD_FRACTION"}
