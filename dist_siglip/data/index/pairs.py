@@ -341,7 +341,7 @@ def build_pair_table(
         cache=cache,
     )
     log_remarks(table.remarks, name)
-    # What is damaged is to be told every time, so it is not kept.
+    # Damage is reported every time, so such a table is not kept.
     is_sound = not damage.is_noted
     if file is None or not is_sound or not write_table(file, table):
         return table

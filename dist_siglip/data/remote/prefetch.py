@@ -80,7 +80,7 @@ class Prefetcher:
         return ahead
 
     def _fetch(self, shard: str) -> int:
-        """Return the bytes of a shard that is here now; 0 if it cannot be had for the moment."""
+        """Return the bytes of a shard that is here now; 0 if it is unavailable for now."""
         failures, not_before = self._failures.get(shard, (0, 0.0))
         if time.monotonic() < not_before:
             return 0

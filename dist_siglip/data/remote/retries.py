@@ -89,7 +89,7 @@ _REFUSALS = {
 
 
 class RemoteError(Exception):
-    """A remote file cannot be had; one line with the URL, the attempts and the last reason.
+    """Remote file unavailable; one line with the URL, the attempts and the last reason.
 
     Attributes:
         is_missing: whether the server says that there is no such file.

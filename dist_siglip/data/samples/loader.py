@@ -157,7 +157,7 @@ def _deliver(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from map(_handed_over, batches)
     except Exception as error:
-        # Deaf to SIGTERM, one that is stuck would be waited for at the end of this process.
+        # It ignores SIGTERM: one that is stuck would be waited for at the end of this process.
         util.Finalize(None, _end_processes, exitpriority=100)
         text = f"{type(error).__name__}: {error}"
         raise (loader_failure(error) or failed_to_deliver(text)) from error
@@ -185,7 +185,7 @@ def _hand_over_reason(queue: Any, error: Exception, item: Any) -> None:
 
 
 def prepare_worker(worker: int) -> None:
-    """Make a loader process deaf to the signals meant for the training process.
+    """Let a loader process ignore the signals meant for the training process.
 
     SLURM signals every process of a step, a terminal every process of its foreground, and the
     default action is death. Once the training process ends, its loader processes do, too.
