@@ -25,23 +25,18 @@ class LineLog:
     """Appends whole lines to a file, and outlives a disk that is full, gone or closed.
 
     Lines there is no room for wait in memory and are written ahead of the next one that fits, so
-    that a file has no gap unless more than ``most_waiting`` waited; then the oldest are lost, and
-    counted. Several processes may append to one file.
+    that a file has no gap unless more than 10,000 waited; then the oldest are lost. Several
+    processes may append to one file.
 
     Args:
         path: the file; its folder must exist when a line is written.
         name: what the lines are, for the warning.
-        most_waiting: lines kept in memory.
-
-    Attributes:
-        num_lost: lines that waited and were given up.
     """
 
-    def __init__(self, path: Path, name: str, most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(self, path: Path, name: str) -> None:
         self.path = path
         self.name = name
-        self.num_lost = 0
-        self._waiting: deque[str] = deque(maxlen=most_waiting)
+        self._waiting: deque[str] = deque(maxlen=_MOST_WAITING)
         self._is_failing = False
         self._process = os.getpid()
 
@@ -55,8 +50,7 @@ class LineLog:
         if self._process != os.getpid():
             # In a forked process: what waits is the parent's, which will write it.
             self._waiting.clear()
-            self.num_lost, self._process = 0, os.getpid()
-        self.num_lost += len(self._waiting) == self._waiting.maxlen
+            self._process = os.getpid()
         self._waiting.append(line)
         self.flush()
 
@@ -86,12 +80,7 @@ class LineLog:
         self._waiting.clear()
         was_failing, self._is_failing = self._is_failing, False
         if was_failing:
-            logger.warning(
-                "%s can be written again: %d lines waited for it, %d were lost",
-                self.name,
-                count,
-                self.num_lost,
-            )
+            logger.warning("%s can be written again: %d lines waited for it", self.name, count)
 
 
 def append_whole(path: Path, lines: bytes) -> None:
