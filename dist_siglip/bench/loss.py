@@ -38,7 +38,7 @@ from dist_siglip.bench.plan import mebibytes
 from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.kernels.products import product, uses_onednn
+from dist_siglip.losses.kernels.tile_math import product, uses_onednn
 
 Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

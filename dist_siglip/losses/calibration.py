@@ -1,13 +1,12 @@
-"""Which scale and bias suit similarities as they are, in the run's global batch?
+"""Calibration of scale and bias to given similarities and the global batch of a run.
 
 Under a sigmoid loss the best bias depends on the number of negatives (it moves by about -log N),
 and a checkpoint trained with a softmax loss has none at all: with its scale of 100 and a bias of 0
 each negative of typical CLIP features costs 15, each image 490,000 in a batch of 32,768. Two
 numbers repair that, and finding them is a convex problem: a logistic regression on the
 similarities of a few thousand pairs, in which each non-pair counts as often as it occurs in a
-global batch. ``pair_similarities`` collects them over ranks; here nothing communicates.
-
-The similarities of the pairs and non-pairs of all ranks, as calibration wants them.
+global batch. ``collect_similarities`` collects them over ranks; the fit itself
+communicates nothing.
 """
 
 import logging
@@ -294,7 +293,7 @@ def calibrate_on_features(
 ) -> Calibration:
     """Fit scale and bias to the pairs of all ranks; see ``calibrate_scale_bias``.
 
-    Distributed contract: every rank passes its own pairs, any number of them (0 too); one trip
+    Distributed contract: every rank passes its own pairs, any number of them (0 too); one pass
     of the texts without gradient, then small sums. Every rank gets the same numbers to the bit,
     and up to rounding they are the same however the pairs are distributed.
 
@@ -375,14 +374,14 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
     ids = None if duplicates == "negative" else join_ids(caption_ids, picture_ids)
     if ids is not None:
         columns.append(ids.to(text_features.device))
-    trip = prepare_exchange(
+    plan = prepare_exchange(
         columns,
         exchange=exchange,
         group=group,
         purpose=f"calibration; batch of {global_batch_size}; duplicates: {duplicates}",
     )
-    if trip.total_rows < 2:
-        raise UserError(f"pairs to calibrate on ({trip.total_rows}) must be at least 2")
+    if plan.total_rows < 2:
+        raise UserError(f"pairs to calibrate on ({plan.total_rows}) must be at least 2")
     # Kinds: equal captions, others. For each bin, how many and the sum of their similarities.
     bins = torch.zeros(2, 2, _NUM_BINS, dtype=torch.float64)
 
@@ -395,17 +394,17 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
             if len(shard) > 1:
                 is_equal = share_an_id(columns[1][rows], shard[1]).cpu()
             is_other = torch.ones_like(is_equal)
-            if owner == trip.rank:
+            if owner == plan.rank:
                 is_other.diagonal(row).fill_(False)
             for kind, mask in enumerate((is_other & is_equal, is_other & ~is_equal)):
                 _count(bins[kind], similarities[mask])
 
-    trip.run(visit)
+    plan.run(visit)
     bins = sum_over_ranks(bins.to(image_features.device), group).cpu()
     own = gather_rows((image_features * text_features).sum(dim=1), group).cpu()
     pairs = WeightedSimilarities(own, torch.full_like(own, 1 / len(own)))
     # What one of all ordered couples of different pairs weighs.
-    share = (global_batch_size - 1) / (trip.total_rows * (trip.total_rows - 1))
+    share = (global_batch_size - 1) / (plan.total_rows * (plan.total_rows - 1))
     equal, others = (_summarise(kind, share) for kind in bins)
     if duplicates == "positive":
         pairs = WeightedSimilarities(

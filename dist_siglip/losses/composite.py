@@ -27,7 +27,7 @@ class WeightedLoss(nn.Module):
         loss = base + alignment * A + uniformity * (U_image + U_text) / 2 + cross_uniformity * X
 
     With weights 1, 1, 0 (the defaults) this is CUA, with 1, 1, 1 CUAXU. A term of weight 0 is not
-    computed. Alignment needs no trip, uniformity one per modality, cross-uniformity one.
+    computed. Alignment needs no pass, uniformity one per modality, cross-uniformity one.
 
     Distributed contract: that of ``siglip_loss``, for towers, scale and bias.
 

@@ -1,7 +1,7 @@
 """Alignment, uniformity and cross-uniformity over the global batch.
 
 Uniformity is the logarithm of a mean over all pairs, so its gradient is that of the sum divided by
-the sum. The sum's gradient is collected in a single trip around the ranks, unscaled, and divided
+the sum. The sum's gradient is collected in a single pass around the ranks, unscaled, and divided
 once one all-reduce of one number has told the sum. Within a modality a pair of rows counts from
 both sides, so every rank finds the whole gradient of its rows by itself: features travel, no
 gradient does.
@@ -21,18 +21,20 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.kernels.geometry_tiles import kernel_tile
-from dist_siglip.losses.kernels.tiles import logits_dtype
+from dist_siglip.losses.kernels.tile_math import sum_dtype, tile_slices
+from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype
 from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
-from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.precomputed_gradients import (
+    PrecomputedGradient,
+    attach_gradients,
+    wants_gradient,
+)
 from dist_siglip.losses.ring_pass import (
     check_chunk_rows,
     check_pairs,
     check_rows,
     default_chunk_rows,
     describe_wanted,
-    sum_dtype,
-    tile_slices,
 )
 
 
@@ -104,7 +106,7 @@ def uniformity_loss(
 
     Distributed contract: every rank passes its own rows and gets the same value, the loss of the
     global batch of N rows; the mean over ranks of the gradients is its gradient, for even and
-    uneven local batches. One small all-gather on the CPU, one trip of the features without
+    uneven local batches. One small all-gather on the CPU, one pass of the features without
     accumulators, one all-reduce of one number; backward communicates nothing. First-order
     gradients only.
 
@@ -148,12 +150,12 @@ def uniformity_loss(
         raise UserError(f"rank {plan.rank}: {found}")
     rows = features.detach()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        trip = _KernelTrip(rows, plan.rank, chunk_rows, row_pull=is_wanted)
-        plan.run(trip.visit)
-        total, value = _log_mean("uniformity_loss", trip.value, plan, group)
+        ring_pass = _KernelPass(rows, plan.rank, chunk_rows, row_pull=is_wanted)
+        plan.run(ring_pass.visit)
+        total, value = _log_mean("uniformity_loss", ring_pass.value, plan, group)
     # Twice: as row i of the sum and as row j.
     factor = -8 * plan.world_size / total
-    gradient = KnownGradient(features, trip.row_pull, factor)
+    gradient = PrecomputedGradient(features, ring_pass.row_pull, factor)
     return attach_gradients("uniformity_loss", value.to(logits_dtype(rows)), [gradient])
 
 
@@ -172,7 +174,7 @@ def cross_uniformity_loss(
 
     Distributed contract: every rank passes its own rows and gets the same value, the loss of the
     global batch of N pairs; the mean over ranks of the gradients is its gradient, for even and
-    uneven local batches. One small all-gather on the CPU, one trip, one all-reduce of one number;
+    uneven local batches. One small all-gather on the CPU, one pass, one all-reduce of one number;
     backward communicates nothing. If only the texts learn, the images travel. First-order
     gradients only.
 
@@ -225,13 +227,13 @@ def cross_uniformity_loss(
     if found:
         raise UserError(f"rank {plan.rank}: {found}")
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        trip = _KernelTrip(rows.detach(), plan.rank, chunk_rows, row_pull=wanted[row_name])
-        home = plan.run(trip.visit)
-        total, value = _log_mean("cross_uniformity_loss", trip.value, plan, group)
+        ring_pass = _KernelPass(rows.detach(), plan.rank, chunk_rows, row_pull=wanted[row_name])
+        home = plan.run(ring_pass.visit)
+        total, value = _log_mean("cross_uniformity_loss", ring_pass.value, plan, group)
     factor = -4 * plan.world_size / total
     gradients = [
-        KnownGradient(rows, trip.row_pull, factor),
-        KnownGradient(columns, home[0] if home else None, factor),
+        PrecomputedGradient(rows, ring_pass.row_pull, factor),
+        PrecomputedGradient(columns, home[0] if home else None, factor),
     ]
     return attach_gradients("cross_uniformity_loss", value.to(dtype), gradients)
 
@@ -250,7 +252,7 @@ def _log_mean(
     return total, (total / (num_rows * (num_rows - 1))).log()
 
 
-class _KernelTrip:
+class _KernelPass:
     """Visits shards with this rank's rows; sums the kernel, and the pulls where wanted."""
 
     def __init__(self, rows: Tensor, rank: int, chunk_rows: int, *, row_pull: bool) -> None:

@@ -1,4 +1,4 @@
-"""The learnable scale and bias of the logits.
+"""Learnable scale and bias of the logits.
 
 Two parameterisations of the same function. Absolute: logits = scale * similarity + bias.
 Relative: logits = scale * (similarity - relative_bias); then a step of the scale does not move

@@ -2,7 +2,7 @@
 
 One row that is nan or infinite makes the loss and all gradients nan, on every rank. The error
 should name the row, and no rank should go on alone and wait for the others. So what a rank finds
-goes into the small message with which the ranks agree before each trip (``purpose``), and all
+goes into the small message with which the ranks agree before each pass (``purpose``), and all
 raise together.
 
 On a CPU a call looks at its own features: one pass over them. On a GPU reading a result would make

@@ -1,6 +1,6 @@
-"""A value whose gradients are already there: how a finished trip enters autograd.
+"""Entry of a loss into autograd whose gradients were computed in forward.
 
-A trip around the ranks gives the loss and all its gradients in forward. Here they are kept
+A pass around the ranks gives the loss and all its gradients in forward. Here they are kept
 unscaled, in float32 or float64, and multiplied by the incoming gradient in backward before they
 are cast: so a fp16 GradScaler reaches them in time, backward communicates nothing, and a second
 backward (retain_graph) finds them unchanged.
@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_siglip.losses.ring_pass import refuse_second_order
 
 
-class KnownGradient(NamedTuple):
+class PrecomputedGradient(NamedTuple):
     """The gradient of a value with respect to one tensor is factor * unscaled.
 
     Attributes:
@@ -34,7 +34,7 @@ def wants_gradient(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and tensor.requires_grad
 
 
-def attach_gradients(name: str, value: Tensor, gradients: Sequence[KnownGradient]) -> Tensor:
+def attach_gradients(name: str, value: Tensor, gradients: Sequence[PrecomputedGradient]) -> Tensor:
     """Return ``value`` as a function of the tensors whose gradients are given.
 
     Args:
@@ -50,7 +50,8 @@ def attach_gradients(name: str, value: Tensor, gradients: Sequence[KnownGradient
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> y = attach_gradients("square", x.detach() ** 2, [KnownGradient(x, 2 * x.detach())])
+        >>> by_x = PrecomputedGradient(x, 2 * x.detach())
+        >>> y = attach_gradients("square", x.detach() ** 2, [by_x])
         >>> y.backward()
         >>> x.grad
         tensor(6.)

@@ -1,13 +1,11 @@
-"""What every trip around the ranks needs: checked arguments, wide sums, products of tiles."""
+"""Arguments of a loss that passes shards around the ranks: checks and descriptions."""
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses.kernels.products import product, uses_onednn
 
 DEFAULT_CHUNK_ROWS = 1024
 _GPU_CHUNK_ROWS = 4096
@@ -84,70 +82,6 @@ def refuse_second_order(name: str) -> None:
             f"{name} has first-order gradients only; call backward or "
             "torch.autograd.grad without create_graph=True"
         )
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``total``, accumulating in its dtype."""
-    if uses_onednn(left) and total.dtype == left.dtype:
-        total += product(left, right.T)
-    elif left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.device.type == "cuda" and total.dtype == torch.float32:
-        # Tensor cores sum in float32: the product is not rounded before it is added.
-        if _adds_half_products(left.dtype, left.device):
-            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-        else:
-            total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
-
-
-@lru_cache
-def _adds_half_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this PyTorch adds a product of half-precision matrices to a float32 matrix."""
-    half = torch.zeros(8, 8, dtype=dtype, device=device)
-    wide = torch.zeros(8, 8, device=device)
-    try:
-        torch.addmm(wide, half, half, out_dtype=wide.dtype, out=wide)
-    except (RuntimeError, TypeError):  # older ones want the sum in the factors' dtype
-        return False
-    return True
-
-
-def inner_product(features: Tensor, gradient: Tensor) -> Tensor:
-    """Return the sum over all elements of features * gradient, in ``sum_dtype``."""
-    total = gradient.new_zeros((), dtype=sum_dtype(features.device))
-    # In pieces: the products of all rows would be as large as the gradient, and leave the caches.
-    step = 256 if features.device.type == "cpu" else 4096
-    for rows in range(0, features.shape[0], step):
-        some = slice(rows, rows + step)
-        total += (features[some] * gradient[some]).sum(dim=1).sum(dtype=total.dtype)
-    return total
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest dtype for sums over many tiles; Apple's GPUs have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def product_dtype(features: Tensor) -> torch.dtype:
-    """Return the dtype in which a tile's derivative meets the features.
-
-    Derivatives of negatives can be below the smallest fp16 number.
-    """
-    return torch.float32 if features.dtype == torch.float16 else features.dtype
-
-
-def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a rectangle into tiles of at most chunk_rows on a side, column by column.
-
-    Example:
-        >>> [(rows.start, columns.start) for rows, columns in tile_slices(3, 4, 2)]
-        [(0, 0), (2, 0), (0, 2), (2, 2)]
-    """
-    for column in range(0, num_columns, chunk_rows):
-        for row in range(0, num_rows, chunk_rows):
-            yield slice(row, row + chunk_rows), slice(column, column + chunk_rows)
 
 
 def describe_wanted(wanted: Mapping[str, bool]) -> str:

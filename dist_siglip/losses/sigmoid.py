@@ -1,7 +1,7 @@
-"""The sigmoid loss over the global batch, in a single trip around the ranks.
+"""Sigmoid loss over the global batch, in a single pass of the shards around the ranks.
 
 Because a tile gives its loss and all gradients at once (``tiles``), the shards of one side and
-their gradient accumulators visit every rank together, once. After the trip the loss is known and
+their gradient accumulators visit every rank together, once. After the pass the loss is known and
 every gradient is at home; backward only multiplies by the incoming scalar and communicates
 nothing.
 
@@ -21,20 +21,21 @@ from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, pre
 from dist_siglip.errors import UserError
 from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.kernels.tile_math import add_product, inner_product, sum_dtype, tile_slices
 from dist_siglip.losses.kernels.tiles import TileBuffers, logits_dtype, sigmoid_tile
 from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
 from dist_siglip.losses.pair_ids import join_ids
-from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.precomputed_gradients import (
+    PrecomputedGradient,
+    attach_gradients,
+    wants_gradient,
+)
 from dist_siglip.losses.ring_pass import (
-    add_product,
     check_chunk_rows,
     check_pairs,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
-    inner_product,
-    sum_dtype,
-    tile_slices,
 )
 
 
@@ -69,7 +70,7 @@ def siglip_loss(
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
     FSDP compute) is its gradient: for both towers, scale and bias, for even and uneven local
-    batches (W/N, not 1/B). One small all-gather on the CPU, then one trip of the exchange;
+    batches (W/N, not 1/B). One small all-gather on the CPU, then one pass of the exchange;
     backward communicates nothing. First-order gradients only: create_graph=True raises.
 
     Args:
@@ -182,26 +183,26 @@ def siglip_loss_output(
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")
-    trip = _Trip(sides, scale.detach(), bias.detach(), plan, wanted, chunk_rows)
-    trip.use_ids(ids, duplicates)
+    ring_pass = _SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, chunk_rows)
+    ring_pass.use_ids(ids, duplicates)
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
-        gradients = trip.run(plan)
+        gradients = ring_pass.run(plan)
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
     factor = plan.world_size / max(plan.total_rows, 1)
-    value = (trip.value * factor).to(dtype)
+    value = (ring_pass.value * factor).to(dtype)
     if finite_check is not None:
         finite_check.remember(value)
     loss = attach_gradients(
         "siglip_loss",
         value,
         [
-            KnownGradient(image_features, gradients.image, scale.detach() * factor),
-            KnownGradient(text_features, gradients.text, scale.detach() * factor),
-            KnownGradient(scale, gradients.scale, factor),
-            KnownGradient(bias, gradients.bias, factor),
+            PrecomputedGradient(image_features, gradients.image, scale.detach() * factor),
+            PrecomputedGradient(text_features, gradients.text, scale.detach() * factor),
+            PrecomputedGradient(scale, gradients.scale, factor),
+            PrecomputedGradient(bias, gradients.bias, factor),
         ],
     )
-    return LossOutput(loss, trip.duplicate_pairs)
+    return LossOutput(loss, ring_pass.duplicate_pairs)
 
 
 class _Wanted(NamedTuple):
@@ -239,7 +240,7 @@ class _Sides:
         return wanted.text and not self.images_travel
 
 
-class _Trip:
+class _SigmoidPass:
     """Visits the shards that travel with the rows at home, one square tile at a time."""
 
     def __init__(
@@ -276,7 +277,7 @@ class _Trip:
             self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=ids.device)
 
     def run(self, plan: Exchange) -> _Gradients:
-        """Make the trip; return the gradients that are wanted."""
+        """Make the pass; return the gradients that are wanted."""
         brought = plan.run(self._visit)
         self.buffers = None
         travelled = brought[0] if brought else None

@@ -1,13 +1,13 @@
-"""The softmax (CLIP) loss over the global batch, in two trips around the ranks.
+"""Softmax (CLIP) loss over the global batch, in two passes of the shards around the ranks.
 
 A softmax is normalised over all texts of an image and all images of a text, so no tile knows its
 derivative before the sums are complete:
 
-    trip 1   text features travel; the log-sum-exp of every text's column collects what each rank's
+    pass 1   text features travel; the log-sum-exp of every text's column collects what each rank's
              images add and comes home (4 bytes per row); the loss is known
-    trip 2   text features travel again with their column sums and collect their gradient
+    pass 2   text features travel again with their column sums and collect their gradient
 
-Without gradients there is no second trip. The loss is symmetric in its two sides; if only the
+Without gradients there is no second pass. The loss is symmetric in its two sides; if only the
 texts learn, the images travel instead and no gradient does. Backward communicates nothing.
 
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
@@ -22,20 +22,26 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
+from dist_siglip.losses.kernels.tile_math import (
+    add_product,
+    inner_product,
+    product_dtype,
+    sum_dtype,
+    tile_slices,
+)
 from dist_siglip.losses.kernels.tiles import logits_dtype
 from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
-from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.precomputed_gradients import (
+    PrecomputedGradient,
+    attach_gradients,
+    wants_gradient,
+)
 from dist_siglip.losses.ring_pass import (
-    add_product,
     check_chunk_rows,
     check_pairs,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
-    inner_product,
-    product_dtype,
-    sum_dtype,
-    tile_slices,
 )
 
 
@@ -61,7 +67,7 @@ def softmax_loss(
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
     FSDP compute) is its gradient: for both towers and the scale, for even and uneven local
-    batches. Two trips of the exchange with gradients, one without, each with one small all-gather
+    batches. Two passes of the exchange with gradients, one without, each with one small all-gather
     on the CPU; backward communicates nothing. First-order gradients only: create_graph=True
     raises.
 
@@ -98,7 +104,7 @@ def softmax_loss(
     Source:
         Radford et al. 2021, arXiv:2103.00020, figure 3; the sums over the global batch travel as
         in Inf-CL (Cheng et al. 2024, arXiv:2410.17243), but with the text gradient of the second
-        trip.
+        pass.
     """
     check_pairs(image_features, text_features)
     chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
@@ -123,7 +129,7 @@ def softmax_loss(
     rows, columns = reversed(sides) if swapped else sides
     scale = logit_scale.detach().reshape(()).to(dtype)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        result = _run_trips(
+        result = _run_passes(
             _Sides(rows.detach(), columns.detach(), scale, chunk_rows),
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
@@ -137,18 +143,20 @@ def softmax_loss(
         finite_check.remember(result.value)
     feature_factor = scale * result.factor
     gradients = [
-        KnownGradient(rows, result.row_gradient, feature_factor),
-        KnownGradient(columns, result.column_gradient, feature_factor),
-        KnownGradient(logit_scale, _shaped(result.scale_gradient, logit_scale), result.factor),
+        PrecomputedGradient(rows, result.row_gradient, feature_factor),
+        PrecomputedGradient(columns, result.column_gradient, feature_factor),
+        PrecomputedGradient(
+            logit_scale, _shaped(result.scale_gradient, logit_scale), result.factor
+        ),
     ]
     if logit_bias is not None:
-        gradients.append(KnownGradient(logit_bias, torch.zeros_like(logit_bias)))
+        gradients.append(PrecomputedGradient(logit_bias, torch.zeros_like(logit_bias)))
     return attach_gradients("softmax_loss", result.value, gradients)
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """What both trips work on: this rank's rows stay, its columns travel."""
+    """Inputs of both passes: this rank's rows stay, its columns travel."""
 
     rows: Tensor
     columns: Tensor
@@ -167,7 +175,7 @@ class _Result:
     scale_gradient: Tensor | None
 
 
-def _run_trips(
+def _run_passes(
     sides: _Sides,
     *,
     row_gradient: bool,
@@ -190,7 +198,7 @@ def _run_trips(
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")
-    first = _SumTrip(sides, plan.rank)
+    first = _SumPass(sides, plan.rank)
     (column_negatives,) = plan.run(first.visit)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.
     factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
@@ -211,7 +219,7 @@ def _run_trips(
         group=group,
         purpose=purpose,
     )
-    second = _GradientTrip(
+    second = _GradientPass(
         sides,
         plan.rank,
         row_sums,
@@ -230,8 +238,8 @@ def _run_trips(
     return _Result(value, factor, second.row_gradient, finished, by_scale)
 
 
-class _SumTrip:
-    """First trip: log-sum-exp over the negatives of every row here and every column there."""
+class _SumPass:
+    """First pass: log-sum-exp over the negatives of every row here and every column there."""
 
     def __init__(self, sides: _Sides, rank: int) -> None:
         self.sides, self.rank = sides, rank
@@ -261,8 +269,8 @@ class _SumTrip:
                 self.positives[rows] = tile.positives
 
 
-class _GradientTrip:
-    """Second trip: everything it sums is unscaled, and feature gradients lack logit_scale."""
+class _GradientPass:
+    """Second pass: everything it sums is unscaled, and feature gradients lack logit_scale."""
 
     def __init__(
         self,

@@ -7,12 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dist_siglip.doctor import links
-from dist_siglip.doctor.links import (
-    measure_exchange,
-    measure_neighbours,
-    measure_sum,
-    read_clocks,
-)
+from dist_siglip.doctor.links import measure_exchange, measure_neighbours, measure_sum, read_clocks
 from tests.support.processes import run_ranks
 
 EXCHANGES = ("ring", "two_way", "two_level", "all_gather")

@@ -1,4 +1,4 @@
-"""From the logits of a tile to its value and derivative, in few passes over memory.
+"""Value and derivative of a tile from its logits, in few passes over memory.
 
 With the logit of every positive negated, value and derivative are softplus and sigmoid of the same
 number; the derivative of a positive changes sign afterwards. Neither cancels for large logits.

@@ -1,4 +1,4 @@
-"""Pure formulas of the softmax loss on one rectangle (tile) of logits; no ranks, no autograd.
+"""Formulas of the softmax loss on one rectangle (tile) of logits; no ranks, no autograd.
 
 A softmax needs the sum over a whole row (and column), so it takes two visits: the first adds up
 the negatives, the second knows the sums and gives derivatives. The positive is kept out of the
@@ -20,7 +20,7 @@ from dist_siglip.losses.kernels.tiles import similarity
 
 
 class NegativeSums(NamedTuple):
-    """What the first visit of a tile says.
+    """Sums of a tile in the first pass.
 
     Attributes:
         rows: (rows,), log-sum-exp over the negatives of each row; -inf without any.
@@ -34,7 +34,7 @@ class NegativeSums(NamedTuple):
 
 
 class SoftmaxTile(NamedTuple):
-    """What the second visit of a tile says.
+    """Derivative of a tile in the second pass.
 
     Attributes:
         derivative: (rows, columns), d (sum of both directions' losses) / d logit.

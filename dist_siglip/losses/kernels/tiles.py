@@ -1,4 +1,4 @@
-"""Pure formulas on one rectangle (tile) of the logit matrix; no ranks, no autograd.
+"""Formulas on one rectangle (tile) of the logit matrix; no ranks, no autograd.
 
 A sigmoid tile needs nothing from any other tile: its value and its derivative with respect to
 every logit depend on one pair each. So one visit gives the loss of the tile and all gradients.
@@ -6,12 +6,9 @@ every logit depend on one pair each. So one visit gives the loss of the tile and
 Numbers: the product of features runs in their dtype; logits, values and derivatives are float32
 (float64 for float64 features). A positive's value is softplus(-z), never softplus(z) - z, which
 cancels for large z, and its derivative is -sigmoid(-z), never sigmoid(z) - 1; ``pair_terms`` says
-how sums keep their digits.
-
-Products of features as a softmax and a distance need them: never rounded to half precision.
-
-At a scale of 100 the bfloat16 rounding of a cosine of 0.6 moves its logit by up to 0.2 and its
-softmax by a fifth; the rounding of the features themselves averages out over their width.
+how sums keep their digits. ``similarity``, which a softmax and a distance use, never rounds a
+product to half precision: at a scale of 100 the bfloat16 rounding of a cosine of 0.6 moves its
+logit by up to 0.2 and its softmax by a fifth; that of the features averages out over their width.
 """
 
 from typing import NamedTuple
@@ -25,14 +22,13 @@ from dist_siglip.losses.kernels.pair_terms import (
     fused_pair_terms,
     pair_terms_in_place,
 )
-from dist_siglip.losses.kernels.products import product, uses_onednn
-from dist_siglip.losses.ring_pass import product_dtype
+from dist_siglip.losses.kernels.tile_math import product, product_dtype, uses_onednn
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 class SigmoidTile(NamedTuple):
-    """What one tile says.
+    """Sums and derivative of one tile.
 
     Attributes:
         value: (), sum over the pairs of the tile of softplus(-y * logit).
@@ -48,7 +44,7 @@ class SigmoidTile(NamedTuple):
 
 
 class TileBuffers:
-    """Memory for the tiles of one trip, allocated once and overwritten by every tile.
+    """Memory for the tiles of one pass, allocated once and overwritten by every tile.
 
     Args:
         rows: most rows of a tile.
@@ -214,3 +210,71 @@ def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
         # Tensor cores sum in float32; leave it so.
         return torch.mm(row_features, column_features.T, out_dtype=dtype)
     return row_features.to(dtype) @ column_features.to(dtype).T
+
+
+class KernelTile(NamedTuple):
+    """Sum and gradients of the Gaussian kernel over one tile.
+
+    Attributes:
+        value: (), sum of the kernel over the pairs of the tile.
+        row_pull: (rows, D), sum_j kernel[i, j] * (row i - column j); None if not asked for.
+            Times -4 it is the gradient of ``value`` by row i.
+        column_pull: (columns, D), the same for columns; None if not asked for.
+    """
+
+    value: Tensor
+    row_pull: Tensor | None
+    column_pull: Tensor | None
+
+
+def kernel_tile(
+    row_features: Tensor,
+    column_features: Tensor,
+    *,
+    without_diagonal: bool,
+    with_row_pull: bool,
+    with_column_pull: bool,
+) -> KernelTile:
+    """Sum exp(-2 |row - column|^2) over the pairs of one tile.
+
+    Args:
+        row_features: (rows, D).
+        column_features: (columns, D).
+        without_diagonal: whether pairs (i, i) of this tile are left out.
+        with_row_pull: whether the gradient by the rows is wanted.
+        with_column_pull: whether the gradient by the columns is wanted.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> tile = kernel_tile(eye, eye, without_diagonal=True, with_row_pull=True,
+        ...                    with_column_pull=False)
+        >>> bool(torch.isclose(tile.value, torch.tensor(2.0) * torch.exp(torch.tensor(-4.0))))
+        True
+
+    Source:
+        Wang and Isola 2020, arXiv:2005.10242, with t = 2.
+    """
+    dtype = logits_dtype(row_features)
+    rows, columns = row_features.to(dtype), column_features.to(dtype)
+    # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>, below zero only by rounding.
+    squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
+    kernel = (
+        squares.sub_(similarity(row_features, column_features), alpha=2)
+        .clamp_min_(0)
+        .mul_(-2)
+        .exp_()
+    )
+    if without_diagonal:
+        kernel.fill_diagonal_(0)
+    value = kernel.sum()
+    # One rounding for both terms of the difference, which cancel for near points.
+    kernel = kernel.to(product_dtype(row_features))
+    row_pull = column_pull = None
+    if with_row_pull:
+        row_pull = kernel.sum(dim=1, dtype=dtype)[:, None] * rows
+        row_pull -= kernel @ column_features.to(kernel.dtype)
+    if with_column_pull:
+        column_pull = kernel.sum(dim=0, dtype=dtype)[:, None] * columns
+        column_pull -= kernel.T @ row_features.to(kernel.dtype)
+    return KernelTile(value, row_pull, column_pull)

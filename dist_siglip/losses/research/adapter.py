@@ -1,4 +1,4 @@
-"""How much does a gap between modalities help encoders that cannot move, and can it be removed?
+"""Simplex adapter: a constant part of each embedding that says of which modality it is.
 
 An adapter appends to every embedding a constant part that says of which modality it is. A locked
 encoder can so be judged at any relative bias. Scale and relative bias absorb it: the same loss

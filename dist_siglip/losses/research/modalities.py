@@ -36,7 +36,7 @@ def multimodal_sigmoid_loss(
     hub, with each other one, k - 1 edges. With two modalities both are ``siglip_loss``.
 
     Distributed contract: that of ``siglip_loss``, for the features of every modality, scale and
-    bias. One trip per edge, one after the other; backward communicates nothing.
+    bias. One pass per edge, one after the other; backward communicates nothing.
 
     Args:
         features: k >= 2 tensors (B, D), L2-normalised, of one dtype; row i of each belongs to

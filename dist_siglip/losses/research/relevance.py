@@ -1,12 +1,10 @@
-"""Losses where any query may have several answers: a relevance matrix in place of the diagonal.
+"""Losses of queries with several answers: a relevance matrix in place of the diagonal.
 
 Queries stay at home with their rows of the matrix; documents travel with their gradient. The
-sigmoid loss needs one trip, because its pairs do not know each other. The softmax loss needs two:
+sigmoid loss needs one pass, because its pairs do not know each other. The softmax loss needs two:
 the sum over all documents of a query is known after the first. Backward communicates nothing.
 
 Memory per rank: O(B * D + C * D + chunk_rows^2) beside the matrix itself, which is (B, N).
-
-The trips of documents past queries, for ``relevance``: what is summed, and which gradients.
 """
 
 from collections.abc import Mapping
@@ -25,19 +23,20 @@ from dist_siglip.distributed import (
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
+from dist_siglip.losses.kernels.tile_math import add_product, inner_product, sum_dtype, tile_slices
 from dist_siglip.losses.kernels.tiles import logits_dtype, similarity
 from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
-from dist_siglip.losses.precomputed_gradients import KnownGradient, attach_gradients, wants_gradient
+from dist_siglip.losses.precomputed_gradients import (
+    PrecomputedGradient,
+    attach_gradients,
+    wants_gradient,
+)
 from dist_siglip.losses.ring_pass import (
-    add_product,
     check_chunk_rows,
     check_rows,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
-    inner_product,
-    sum_dtype,
-    tile_slices,
 )
 
 
@@ -110,7 +109,7 @@ class RelevanceBatch:
         exchange: ExchangeName,
         group: ProcessGroup | None,
     ) -> tuple[Exchange, Totals]:
-        """Check the batch with all ranks; return the first trip and the totals over ranks."""
+        """Check the batch with all ranks; return the first pass and the totals over ranks."""
         named = {
             "query_features": self.queries,
             "document_features": self.documents,
@@ -139,7 +138,7 @@ class RelevanceBatch:
         group: ProcessGroup | None,
         shared: Mapping[str, Tensor] | None = None,
     ) -> Exchange:
-        """Plan a trip of the documents; what all ranks must agree on is in its purpose."""
+        """Plan a pass of the documents; what all ranks must agree on is in its purpose."""
         brings_back = self.wanted["documents"] and purpose != "softmax, sums"
         spec = AccumulatorSpec(self.documents.shape[1:], self.scale.dtype)
         return prepare_exchange(
@@ -157,7 +156,7 @@ class RelevanceBatch:
     def gradients(
         self, brought: tuple[Tensor, ...], query_gradient: Tensor | None
     ) -> FeatureGradients:
-        """Sort what a trip collected; the derivative by the scale follows from either side."""
+        """Sort what a pass collected; the derivative by the scale follows from either side."""
         document_gradient = brought[0] if brought else None
         by_scale = None
         if self.wanted["scale"] and query_gradient is not None:
@@ -167,19 +166,19 @@ class RelevanceBatch:
 
     def known(
         self, gradients: FeatureGradients, logit_scale: Tensor, factor: float
-    ) -> list[KnownGradient]:
+    ) -> list[PrecomputedGradient]:
         """Say what belongs to which argument; ``factor`` is the loss's own."""
         by_scale = gradients.scale
         if by_scale is not None:
             by_scale = by_scale.reshape(logit_scale.shape)
         return [
-            KnownGradient(self.leaves[0], gradients.query, self.scale * factor),
-            KnownGradient(self.leaves[1], gradients.document, self.scale * factor),
-            KnownGradient(logit_scale, by_scale, factor),
+            PrecomputedGradient(self.leaves[0], gradients.query, self.scale * factor),
+            PrecomputedGradient(self.leaves[1], gradients.document, self.scale * factor),
+            PrecomputedGradient(logit_scale, by_scale, factor),
         ]
 
 
-class _Trip:
+class _RelevancePass:
     """Visits the documents of every rank with the queries at home, one square tile at a time."""
 
     def __init__(self, batch: RelevanceBatch, plan: Exchange, *, with_gradients: bool) -> None:
@@ -214,8 +213,8 @@ class _Trip:
         raise NotImplementedError
 
 
-class SigmoidTrip(_Trip):
-    """The only trip of the sigmoid loss; ``bias`` is ()."""
+class SigmoidPass(_RelevancePass):
+    """The only pass of the sigmoid loss; ``bias`` is ()."""
 
     def __init__(self, batch: RelevanceBatch, plan: Exchange, bias: Tensor) -> None:
         wanted = any(batch.wanted.values()) or bias.requires_grad
@@ -245,8 +244,8 @@ class SigmoidTrip(_Trip):
         return terms.derivative
 
 
-class SumTrip(_Trip):
-    """The first trip of the softmax: what a query sums over all documents."""
+class SumPass(_RelevancePass):
+    """The first pass of the softmax: what a query sums over all documents."""
 
     def __init__(self, batch: RelevanceBatch, plan: Exchange) -> None:
         super().__init__(batch, plan, with_gradients=False)
@@ -263,8 +262,8 @@ class SumTrip(_Trip):
         return None
 
 
-class SoftmaxTrip(_Trip):
-    """The second trip of the softmax: the gradients."""
+class SoftmaxPass(_RelevancePass):
+    """The second pass of the softmax: the gradients."""
 
     def __init__(
         self, batch: RelevanceBatch, plan: Exchange, log_sums: Tensor, counts: Tensor
@@ -322,7 +321,7 @@ def relevance_sigmoid_loss(
     Distributed contract: every rank passes its own queries and documents, any numbers of both;
     the mean over ranks of the returned value is the loss of the global batch, and the mean over
     ranks of the gradients is its gradient. One all-reduce of two numbers, one small all-gather on
-    the CPU, one trip; backward communicates nothing. First-order gradients only.
+    the CPU, one pass; backward communicates nothing. First-order gradients only.
 
     Args:
         query_features: (B, D), L2-normalised.
@@ -359,15 +358,15 @@ def relevance_sigmoid_loss(
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
     plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, nonfinite, exchange, group)
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
-        trip = SigmoidTrip(batch, plan, bias)
-        gradients = batch.gradients(plan.run(trip.visit), trip.query_gradient)
+        ring_pass = SigmoidPass(batch, plan, bias)
+        gradients = batch.gradients(plan.run(ring_pass.visit), ring_pass.query_gradient)
     factor = plan.world_size / max(totals.queries, 1)
     return attach_gradients(
         "relevance_sigmoid_loss",
-        (trip.value * factor).to(batch.scale.dtype),
+        (ring_pass.value * factor).to(batch.scale.dtype),
         [
             *batch.known(gradients, logit_scale, factor),
-            KnownGradient(bias, trip.bias_gradient, factor),
+            PrecomputedGradient(bias, ring_pass.bias_gradient, factor),
         ],
     )
 
@@ -393,7 +392,7 @@ def relevance_softmax_loss(
 
     A query with k answers cannot cost less than k log k. Queries without any cost nothing.
 
-    Distributed contract: that of ``relevance_sigmoid_loss``, with two trips and two small
+    Distributed contract: that of ``relevance_sigmoid_loss``, with two passes and two small
     all-gathers.
 
     Args:
@@ -429,7 +428,7 @@ def relevance_softmax_loss(
         raise UserError("relevance has no relevant pair on any rank; a softmax needs one")
     factor = plan.world_size / totals.positives
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
-        sums = SumTrip(batch, plan)
+        sums = SumPass(batch, plan)
         plan.run(sums.visit)
         counts = relevance.sum(dim=1)
         value = (counts * sums.log_sums).sum(dtype=sums.positives.dtype) - sums.positives
@@ -437,8 +436,8 @@ def relevance_softmax_loss(
         if not any(batch.wanted.values()):
             return value
         plan = batch.prepare("softmax, gradients", "finite", exchange, group)
-        trip = SoftmaxTrip(batch, plan, sums.log_sums, counts)
-        gradients = batch.gradients(plan.run(trip.visit), trip.query_gradient)
+        ring_pass = SoftmaxPass(batch, plan, sums.log_sums, counts)
+        gradients = batch.gradients(plan.run(ring_pass.visit), ring_pass.query_gradient)
     return attach_gradients(
         "relevance_softmax_loss", value, batch.known(gradients, logit_scale, factor)
     )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.kernels import products
+from dist_siglip.losses.kernels import tile_math as products
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
