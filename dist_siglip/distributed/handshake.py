@@ -10,16 +10,18 @@ After a failed collective ``missing_ranks`` finds who did not take part.
 
 import math
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed.combine import all_gather_single
+from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
 
@@ -41,19 +43,13 @@ def missing_ranks(group: ProcessGroup, occasion: str) -> str:
         The subject and verb of a sentence: who did not take part.
     """
     missing: list[int] = []
-    key = f"dist_siglip/{occasion}/rank-"
-    try:
-        store = group.get_group_store()
-        store.set(f"{key}{group.rank()}", "here")
-        deadline = time.monotonic() + _SECONDS
-        while time.monotonic() < deadline:
-            missing = [r for r in range(group.size()) if not store.check([f"{key}{r}"])]
-            if not missing:
-                break
-            time.sleep(0.05)
-    except (RuntimeError, AttributeError):
-        # The store went down with its rank, or this version of torch keeps it to itself.
-        missing = []
+    # The store went down with its rank, or this version of torch keeps it to itself.
+    with suppress(RuntimeError, AttributeError):
+        store = PrefixStore(f"dist_siglip/{occasion}", group.get_group_store())
+        channel = StoreChannel(store, group.rank(), group.size())
+        channel.publish("failed", True)
+        told = channel.gather("failed", _SECONDS)
+        missing = [rank for rank, failed in enumerate(told) if failed is None]
     who = f"rank {', '.join(map(str, missing))}" if missing else "a rank"
     return f"{who} did not take part: it ended, raised, or makes another call; look at its log"
 

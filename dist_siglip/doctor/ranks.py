@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed import World, leave_process_groups
+from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.doctor.links import (
     ClockReading,
     ExchangeSpeed,
@@ -23,7 +24,6 @@ from dist_siglip.doctor.links import (
     read_clocks,
 )
 from dist_siglip.doctor.page import Finding
-from dist_siglip.health.rendezvous import Meeting
 from dist_siglip.health.start_check import describe_differences, list_ranks
 
 _MOST_NODES = 8  # shown by name
@@ -55,7 +55,7 @@ class GroupFacts(NamedTuple):
 
 
 def measure_group(
-    meeting: Meeting,
+    channel: StoreChannel,
     world: World,
     *,
     backend: str,
@@ -67,7 +67,7 @@ def measure_group(
     """Join a process group, as training does, and measure; every rank calls it.
 
     Args:
-        meeting: where the ranks met.
+        channel: of all ranks.
         world: this rank.
         backend: "nccl", where every rank has a GPU of its own, or "gloo".
         local_world_size: ranks of each node; 1 if it is not one number.
@@ -87,7 +87,7 @@ def measure_group(
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     dist.init_process_group(
         backend,
-        store=PrefixStore("group", meeting.store),
+        store=PrefixStore("group", channel.store),
         rank=world.rank,
         world_size=world.world_size,
         timeout=limit,

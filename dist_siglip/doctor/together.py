@@ -1,8 +1,8 @@
-"""How do ranks examine themselves and each other, so that none is waited for without end?
+"""Examination of all ranks together, in which every wait has a limit.
 
-They meet, look around each for itself, measure what is between them, and the first one tells the
-page. Between these stages the first rank hears all others within the limit; a stage that not all
-have reached is left out, and those that are missing are named.
+Ranks meet in a store, look around each for itself, measure what is between them, and the first one
+shows the page. Between these stages it hears all others within the limit; a stage that not all have
+reached is left out, and those that are missing are named.
 """
 
 import time
@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import torch
 
+from dist_siglip.distributed.store_channel import StoreChannel, rendezvous
 from dist_siglip.doctor.bounds import BoundedChecks
 from dist_siglip.doctor.launch import Launch, restart_count
 from dist_siglip.doctor.machine import Look, Plan, look_around, unpack_look
@@ -27,7 +28,6 @@ from dist_siglip.doctor.ranks import (
     unpack_group,
 )
 from dist_siglip.doctor.storage import locked_file
-from dist_siglip.health.rendezvous import Meeting, meet
 from dist_siglip.health.start_check import list_ranks
 
 _SHARE = 0.8  # of the time limit of a stage for what a rank does by itself in it
@@ -80,7 +80,7 @@ def examine_together(
     world = launch.world
     place = f"{launch.address}:{launch.port}"
     try:
-        meeting = meet(
+        channel = rendezvous(
             world.rank,
             world.world_size,
             address=launch.address,
@@ -90,8 +90,8 @@ def examine_together(
             name=f"doctor-{restart_count()}",
         )
         if world.is_first:
-            return _examine_as_first(launch, plan, features, meeting, limit_seconds)
-        return _examine_as_other(launch, plan, features, meeting, limit_seconds)
+            return _examine_as_first(launch, plan, features, channel, limit_seconds)
+        return _examine_as_other(launch, plan, features, channel, limit_seconds)
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:200]
         text = f"rank 0 cannot be met at {place}, or went away: {reason}"
@@ -100,19 +100,19 @@ def examine_together(
 
 
 def _examine_as_first(
-    launch: Launch, plan: Plan, features: Features, meeting: Meeting, limit_seconds: float
+    launch: Launch, plan: Plan, features: Features, channel: StoreChannel, limit_seconds: float
 ) -> Outcome:
-    meeting.tell("here", launch.host)
-    hosts = meeting.hear_all("here", limit_seconds)
+    channel.publish("here", launch.host)
+    hosts = channel.gather("here", limit_seconds)
     present = [rank for rank, host in enumerate(hosts) if host is not None]
     with ExitStack() as stack:
         opening_checks = BoundedChecks(_SHARE * limit_seconds)
         kept_file = opening_checks.run("run folder", lambda: _keep_file(stack, plan.run_dir))
-        meeting.answer("opening", {"kept_file": kept_file})
+        channel.broadcast("opening", {"kept_file": kept_file})
         stage_ends = time.monotonic() + limit_seconds
         checks = BoundedChecks(_SHARE * limit_seconds)
-        meeting.tell("look", look_around(launch.world, plan, kept_file, checks)._asdict())
-        told = meeting.hear_all("look", stage_ends - time.monotonic(), present)
+        channel.publish("look", look_around(launch.world, plan, kept_file, checks)._asdict())
+        told = channel.gather("look", stage_ends - time.monotonic(), present)
         looks = [None if value is None else unpack_look(value) for value in told]
         findings = _missing(hosts, told, limit_seconds, f"{launch.address}:{launch.port}")
         per_node = 1
@@ -126,42 +126,42 @@ def _examine_as_first(
             "backend": "nccl" if _can_use_nccl(looks, hosts) else "gloo",
             "local_world_size": per_node,
         }
-        meeting.answer("decision", decision)
+        channel.broadcast("decision", decision)
         has_hung = opening_checks.has_hung or checks.has_hung
         if decision["goes_on"]:
             stage_ends = time.monotonic() + limit_seconds
-            has_hung |= _measure(launch, features, meeting, decision, limit_seconds)
-            ends = meeting.hear_all("end", stage_ends - time.monotonic())
+            has_hung |= _measure(launch, features, channel, decision, limit_seconds)
+            ends = channel.gather("end", stage_ends - time.monotonic())
             findings += _judge_ends(ends, hosts, features)
             told = ends
-        meeting.answer("verdict", _has_failed(findings))
-        meeting.leave(sum(value is not None for value in told))
+        channel.broadcast("verdict", _has_failed(findings))
+        channel.leave(sum(value is not None for value in told))
     num_nodes = len(set(hosts)) if all(hosts) else 0
     return Outcome(findings, num_nodes, True, _has_failed(findings), has_hung)
 
 
 def _examine_as_other(
-    launch: Launch, plan: Plan, features: Features, meeting: Meeting, limit_seconds: float
+    launch: Launch, plan: Plan, features: Features, channel: StoreChannel, limit_seconds: float
 ) -> Outcome:
     patience = limit_seconds + _GRACE_SECONDS
-    meeting.tell("here", launch.host)
-    opening = _hear(meeting, "opening", patience + _SHARE * limit_seconds)
+    channel.publish("here", launch.host)
+    opening = _receive(channel, "opening", patience + _SHARE * limit_seconds)
     stage_ends = time.monotonic() + patience
     checks = BoundedChecks(_SHARE * limit_seconds)
     look = look_around(launch.world, plan, opening["kept_file"], checks)
-    meeting.tell("look", look._asdict())
-    decision = _hear(meeting, "decision", stage_ends - time.monotonic())
+    channel.publish("look", look._asdict())
+    decision = _receive(channel, "decision", stage_ends - time.monotonic())
     stage_ends = time.monotonic() + patience
     has_hung = checks.has_hung
     if decision["goes_on"]:
-        has_hung |= _measure(launch, features, meeting, decision, limit_seconds)
-    has_failed = _hear(meeting, "verdict", stage_ends - time.monotonic())
-    meeting.leave(0)
+        has_hung |= _measure(launch, features, channel, decision, limit_seconds)
+    has_failed = _receive(channel, "verdict", stage_ends - time.monotonic())
+    channel.leave(0)
     return Outcome([], 0, False, has_failed, has_hung)
 
 
-def _hear(meeting: Meeting, occasion: str, limit_seconds: float) -> Any:
-    answer = meeting.hear_answer(occasion, limit_seconds)
+def _receive(channel: StoreChannel, occasion: str, limit_seconds: float) -> Any:
+    answer = channel.receive(occasion, limit_seconds)
     if answer is None:
         raise RuntimeError(f"it said nothing for {limit_seconds:.0f} s")
     return answer
@@ -170,7 +170,7 @@ def _hear(meeting: Meeting, occasion: str, limit_seconds: float) -> Any:
 def _measure(
     launch: Launch,
     features: Features,
-    meeting: Meeting,
+    channel: StoreChannel,
     decision: dict[str, Any],
     limit_seconds: float,
 ) -> bool:
@@ -179,7 +179,7 @@ def _measure(
     facts = checks.run(
         "group",
         lambda: measure_group(
-            meeting,
+            channel,
             launch.world,
             backend=decision["backend"],
             local_world_size=decision["local_world_size"],
@@ -190,7 +190,7 @@ def _measure(
         ),
         remedy="look at the log of the rank that is named; check firewall and interfaces",
     )
-    meeting.tell("end", {"facts": facts, "findings": checks.findings})
+    channel.publish("end", {"facts": facts, "findings": checks.findings})
     return checks.has_hung
 
 

@@ -6,12 +6,12 @@ and decides: the run ends, and why, or the others are only slow. A process that 
 writes nothing.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.health.start_check import list_ranks
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class HangReport:
 
     def __init__(self, store: "Store", rank: int, world_size: int) -> None:
         self.store = store
-        self.rank = rank
         self.world_size = world_size
+        self._channel = StoreChannel(store, rank, world_size)
 
     def current_round(self) -> int:
         """Return the number of the round that is not yet decided."""
@@ -87,13 +87,12 @@ class HangReport:
 
     def answer(self, number: int, status: RankStatus) -> None:
         """Write down the status of this rank."""
-        self.store.set(f"{number}/rank-{self.rank}", json.dumps(asdict(status)))
+        self._channel.publish(str(number), asdict(status))
 
     def verdict(self) -> Verdict | None:
         """Return why the run ends, if it does."""
-        if not self.store.check(["verdict"]):
-            return None
-        return Verdict(**json.loads(self.store.get("verdict")))
+        found = self._channel.receive_now("verdict")
+        return None if found is None else Verdict(**found)
 
     def poll(self, status: RankStatus, seconds: float, *, has_failed: bool) -> Verdict | None:
         """Ask for the status of all ranks, or answer the one that asks; return what is decided.
@@ -125,14 +124,15 @@ class HangReport:
 
     def _ask(self, number: int, seconds: float, *, has_failed: bool) -> Verdict | None:
         self.store.set(f"{number}/asked", "")
-        statuses = self._collect(number, time.monotonic() + seconds)
+        told = enumerate(self._channel.gather(str(number), seconds))
+        statuses = {rank: RankStatus(**status) for rank, status in told if status is not None}
         verdict = None
         if has_failed or must_end(statuses, self.world_size):
             stalled = stalled_ranks(statuses, self.world_size)
             line = describe(statuses, self.world_size)
             code = max(status.exit_code for status in statuses.values())
             verdict = Verdict(line, stalled, len(statuses), code)
-            self.store.set("verdict", json.dumps(verdict._asdict()))
+            self._channel.broadcast("verdict", verdict._asdict())
         self.store.add("round", 1)
         return verdict
 
@@ -147,22 +147,7 @@ class HangReport:
             num_answers: ranks that will note it.
             seconds: to wait for them at most.
         """
-        if self.rank != 0:
-            self.store.add("left", 1)
-            return
-        deadline = time.monotonic() + seconds
-        while self.store.add("left", 0) < num_answers - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def _collect(self, number: int, deadline: float) -> dict[int, RankStatus]:
-        found: dict[int, RankStatus] = {}
-        while True:
-            for rank in range(self.world_size):
-                if rank not in found and self.store.check([key := f"{number}/rank-{rank}"]):
-                    found[rank] = RankStatus(**json.loads(self.store.get(key)))
-            if len(found) == self.world_size or time.monotonic() > deadline:
-                return found
-            time.sleep(0.05)
+        self._channel.leave(num_answers, seconds)
 
 
 def must_end(statuses: Mapping[int, RankStatus], world_size: int) -> bool:

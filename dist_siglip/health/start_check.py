@@ -1,20 +1,16 @@
-"""Were all ranks started alike?
+"""Comparison of what all ranks were started with.
 
 Ranks with different settings, code or libraries hang in the first collective they do not share, or
 train something nobody asked for. So every rank writes down what it was started with, in the store
 that brought the ranks together, and the first one compares. No collective runs: a rank that
 would never answer one is named all the same.
 
-What must all ranks of a start have in common?
-
-Their settings, the code of this package, and the libraries it stands on. What a setting points at
-is compared elsewhere: shards by the fingerprint of their content.
+Settings, the code of this package and its libraries are compared. What a setting points at is
+compared elsewhere: shards by the fingerprint of their content.
 """
 
 import hashlib
-import json
 import platform
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -24,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.errors import UserError
 from dist_siglip.runs.identity import flatten
 from dist_siglip.runs.provenance import installed_versions
@@ -88,7 +85,7 @@ def digest_of_sources() -> str:
 
 _MOST_TOLD = 4  # differences of one message
 _LONGEST_VALUE = 80
-_GOODBYE_SECONDS = 5.0  # the first rank, which may hold the store, leaves after the others
+_ANSWER_SECONDS = 5.0  # others wait so much longer for the first rank than it does for them
 _occasions = count()
 
 
@@ -117,24 +114,24 @@ def check_ranks_started_alike(
     if group is None or group.size() == 1:
         return
     # A connection of its own: the waits below hold nobody else up.
-    store = PrefixStore(f"same-start-{next(_occasions)}", group.get_group_store().clone())
-    store.set(f"rank-{group.rank()}", json.dumps(dict(facts)))
+    store = PrefixStore(f"start-check-{next(_occasions)}", group.get_group_store().clone())
+    channel = StoreChannel(store, group.rank(), group.size())
+    channel.publish("facts", dict(facts))
     if group.rank() == 0:
-        missing, everyone = _collect(store, group.size(), limit)
-        answer: dict[str, Any] = {"missing": missing, "differences": describe_differences(everyone)}
-        store.set("answer", json.dumps(answer))
+        everyone = channel.gather("facts", limit.total_seconds())
+        missing = [rank for rank, facts in enumerate(everyone) if facts is None]
+        answer: Any = {"missing": missing, "differences": describe_differences(everyone)}
+        channel.broadcast("facts", answer)
         if missing or answer["differences"]:
-            _wait_until_read(store, group.size() - 1 - len(missing))
+            channel.leave(group.size() - len(missing))
     else:
-        try:
-            store.wait(["answer"], limit + timedelta(seconds=_GOODBYE_SECONDS))
-        except RuntimeError as error:
+        answer = channel.receive("facts", limit.total_seconds() + _ANSWER_SECONDS)
+        if answer is None:
             raise RuntimeError(
                 f"rank {group.rank()} of {group.size()} waited for rank 0 to compare how the "
                 "ranks were started, and it did not answer; look at its log"
-            ) from error
-        answer = json.loads(store.get("answer"))
-        store.add("read", 1)
+            )
+        channel.leave(0)
     if answer["missing"]:
         raise RuntimeError(
             f"rank {list_ranks(answer['missing'])} of {group.size()} did not say within "
@@ -147,30 +144,6 @@ def check_ranks_started_alike(
             f"ranks were not started alike: {told}{f' and {more} more' if more > 0 else ''}; start "
             "every rank with the same command, code and libraries"
         )
-
-
-def _collect(
-    store: Store, world_size: int, limit: timedelta
-) -> tuple[list[int], list[dict[str, str] | None]]:
-    """Wait for all ranks; return those that never came, and the facts of each, in rank order."""
-    deadline = time.monotonic() + limit.total_seconds()
-    everyone = [_read(store, f"rank-{rank}", deadline) for rank in range(world_size)]
-    return [rank for rank, facts in enumerate(everyone) if facts is None], everyone
-
-
-def _read(store: Store, key: str, deadline: float) -> dict[str, str] | None:
-    try:
-        store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-    except RuntimeError:
-        return None
-    facts: dict[str, str] = json.loads(store.get(key))
-    return facts
-
-
-def _wait_until_read(store: Store, num_readers: int) -> None:
-    deadline = time.monotonic() + _GOODBYE_SECONDS
-    while store.add("read", 0) < num_readers and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def describe_differences(everyone: Sequence[Mapping[str, str] | None]) -> list[str]:

@@ -1,8 +1,6 @@
-"""Which ranks are there, and what does each of them say, before any process group exists?
+"""Messages between ranks through a store, without a collective, which would hang with them.
 
-A process group whose ranks do not all come ends in a time limit that names nobody. So the ranks
-meet in a store first: every rank says what it has to say, the first one hears them all and answers.
-Every wait has a limit, after which it is known who did not speak.
+Every wait has a limit, after which it is known which ranks did not speak.
 """
 
 import json
@@ -17,11 +15,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 _GOODBYE_SECONDS = 5.0  # the first rank holds the store and leaves last
 
 
-class Meeting:
-    """Ranks that talk through a store.
+class StoreChannel:
+    """Ranks that exchange JSON values through a store.
 
     Args:
-        store: reached by all ranks, with nothing of an earlier meeting in it.
+        store: reached by all ranks, with nothing of an earlier channel in it.
         rank: this process.
         world_size: ranks that are expected.
     """
@@ -31,47 +29,53 @@ class Meeting:
         self.rank = rank
         self.world_size = world_size
 
-    def tell(self, occasion: str, value: Any) -> None:
-        """Say something to the first rank, in plain JSON values."""
+    def publish(self, occasion: str, value: Any) -> None:
+        """Write down a value of this rank, of plain JSON."""
         self.store.set(f"{occasion}/{self.rank}", json.dumps(value))
 
-    def hear_all(
+    def gather(
         self, occasion: str, limit_seconds: float, ranks: Collection[int] | None = None
     ) -> list[Any]:
-        """Return what every rank has told, in rank order; None for one that did not in time.
+        """Return what every rank has published, in rank order; None for one that did not in time.
 
         Args:
-            occasion: when they told it.
+            occasion: the name under which they published it.
             limit_seconds: longest wait for all of them together.
-            ranks: the only ones that are waited for; all by default.
+            ranks: those to wait for; all if None.
         """
         wanted = range(self.world_size) if ranks is None else ranks
         self._wait([f"{occasion}/{rank}" for rank in wanted], limit_seconds)
         keys = [f"{occasion}/{rank}" for rank in range(self.world_size)]
         return [self._read(key) if self.store.check([key]) else None for key in keys]
 
-    def answer(self, occasion: str, value: Any) -> None:
-        """Say something to all ranks; only the first one does."""
+    def broadcast(self, occasion: str, value: Any) -> None:
+        """Write down a value for all ranks; one rank does."""
         self.store.set(f"{occasion}/answer", json.dumps(value))
 
-    def hear_answer(self, occasion: str, limit_seconds: float) -> Any:
-        """Return what the first rank answers; None if it does not in time, or is gone."""
+    def receive(self, occasion: str, limit_seconds: float) -> Any:
+        """Return the value for all ranks; None if it does not come in time, or its rank is gone."""
         key = f"{occasion}/answer"
         return self._read(key) if self._wait([key], limit_seconds) else None
 
-    def leave(self, num_present: int) -> None:
-        """Go; the first rank waits for the others, for a moment.
+    def receive_now(self, occasion: str) -> Any:
+        """Return the value for all ranks; None if there is none yet."""
+        key = f"{occasion}/answer"
+        return self._read(key) if self.store.check([key]) else None
+
+    def leave(self, num_present: int, limit_seconds: float = _GOODBYE_SECONDS) -> None:
+        """Note that this rank is done; the first, which may hold the store, waits for the others.
 
         Args:
-            num_present: ranks that are known to be there.
+            num_present: ranks that are known to be there, the first one included.
+            limit_seconds: longest wait.
         """
         try:
-            self.store.add("gone", 1)
-            deadline = time.monotonic() + _GOODBYE_SECONDS
-            while self.rank == 0 and self.store.add("gone", 0) < num_present:
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.01)
+            if self.rank:
+                self.store.add("gone", 1)
+                return
+            deadline = time.monotonic() + limit_seconds
+            while self.store.add("gone", 0) < num_present - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
         except RuntimeError:
             return  # the store is gone, and with it everybody who could wait
 
@@ -86,7 +90,7 @@ class Meeting:
         return json.loads(self.store.get(key))
 
 
-def meet(
+def rendezvous(
     rank: int,
     world_size: int,
     *,
@@ -94,18 +98,18 @@ def meet(
     port: int,
     limit_seconds: float,
     is_served: bool = False,
-    name: str = "meeting",
-) -> Meeting:
-    """Go to where the ranks meet.
+    name: str,
+) -> StoreChannel:
+    """Join the ranks in a store, before any process group exists.
 
     Args:
-        rank: this process; rank 0 opens the place unless it ``is_served``.
+        rank: this process; rank 0 serves the store unless it ``is_served``.
         world_size: ranks that are expected.
         address: host of rank 0.
         port: free on that host.
         limit_seconds: longest wait for rank 0.
         is_served: whether the launcher holds a store at this address, as torchrun does.
-        name: tells meetings of one store apart.
+        name: tells channels of one store apart.
 
     Raises:
         RuntimeError: if rank 0 cannot be reached, or the port is taken.
@@ -118,4 +122,4 @@ def meet(
         timeout=timedelta(seconds=limit_seconds),
         wait_for_workers=False,
     )
-    return Meeting(PrefixStore(name, store), rank, world_size)
+    return StoreChannel(PrefixStore(name, store), rank, world_size)
