@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from dist_siglip.errors import UserError
+from dist_siglip.losses.kernels import tile_math
 
 DEFAULT_CHUNK_ROWS = 1024
 # Rows that sums over rows make wide at once: 75 MB at D = 1152.
@@ -37,12 +38,9 @@ def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tu
     """
     if chunk_rows < 1:
         raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1; try {DEFAULT_CHUNK_ROWS}")
-    for row in range(0, num_rows, chunk_rows):
-        for column in range(0, num_columns, chunk_rows):
-            yield (
-                slice(row, min(row + chunk_rows, num_rows)),
-                slice(column, min(column + chunk_rows, num_columns)),
-            )
+    # Those of the transposed matrix, whose columns come first.
+    for columns, rows in tile_math.tile_slices(num_columns, num_rows, chunk_rows):
+        yield rows, columns
 
 
 def row_slices(num_rows: int) -> Iterator[slice]:

@@ -105,4 +105,7 @@ def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tu
     """
     for column in range(0, num_columns, chunk_rows):
         for row in range(0, num_rows, chunk_rows):
-            yield slice(row, row + chunk_rows), slice(column, column + chunk_rows)
+            yield (
+                slice(row, min(row + chunk_rows, num_rows)),
+                slice(column, min(column + chunk_rows, num_columns)),
+            )
