@@ -6,7 +6,7 @@ new one. Nothing is imported before a name is used.
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -25,6 +25,8 @@ PACKAGES = {
 }
 # Names that have changed, in their new package.
 NAMES = {
+    "dist_siglip.data.ModelInputs": "Preprocessing",
+    "dist_siglip.data.Slot": "StreamPosition",
     "dist_siglip.training.callbacks.StepGuard": "SkipBadSteps",
     "dist_siglip.training.callbacks.StopTogether": "Preemption",
 }
@@ -40,6 +42,29 @@ def new_path(path: str) -> str:
     package, _, name = path.rpartition(".")
     package = PACKAGES.get(package, package)
     return f"{package}.{NAMES.get(f'{package}.{name}', name)}"
+
+
+def look_up_in(package: str) -> Callable[[str], object]:
+    """Make the ``__getattr__`` of a package that finds its old names where they are now."""
+
+    def find(name: str) -> object:
+        old = f"{package}.{name}"
+        new_package, _, new_name = new_path(old).rpartition(".")
+        missing = AttributeError(f"module {package!r} has no attribute {name!r}")
+        if old == f"{new_package}.{new_name}" or (name.startswith("__") and name != "__all__"):
+            raise missing
+        try:
+            found: object = getattr(import_module(new_package), new_name)
+        except AttributeError:
+            raise missing from None
+        warnings.warn(
+            f"{old} is now {new_package}.{new_name}; the old path goes in the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return found
+
+    return find
 
 
 class _OldPackages:
@@ -60,24 +85,7 @@ class _OldPackages:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         """Let a module look names up where they are now."""
-        old = module.__name__
-
-        def find(name: str) -> object:
-            package, _, new_name = new_path(f"{old}.{name}").rpartition(".")
-            if name.startswith("__") and name != "__all__":
-                raise AttributeError(f"module {old!r} has no attribute {name!r}")
-            try:
-                found: object = getattr(import_module(package), new_name)
-            except AttributeError:
-                raise AttributeError(f"module {old!r} has no attribute {name!r}") from None
-            warnings.warn(
-                f"{old}.{name} is now {package}.{new_name}; the old path goes in the next version",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            return found
-
-        module.__getattr__ = find  # type: ignore[method-assign]
+        module.__getattr__ = look_up_in(module.__name__)  # type: ignore[method-assign]
 
 
 def install() -> None:

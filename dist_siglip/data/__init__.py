@@ -21,6 +21,7 @@ from dist_siglip.data.samples.transforms import (
     training_transform,
 )
 from dist_siglip.data.urls import expand_shards
+from dist_siglip.moved import look_up_in
 
 __all__ = [
     "BatchPlan",
@@ -42,3 +43,5 @@ __all__ = [
     "expand_shards",
     "training_transform",
 ]
+
+__getattr__ = look_up_in(__name__)
