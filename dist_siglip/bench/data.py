@@ -1,11 +1,9 @@
 """``bench data``: our loader beside the webdataset pipeline of open_clip, on the same shards.
 
-Contestants take turns within every round, so that a busy machine is busy for all of them; what is
+Loaders take turns within every round, so that a busy machine is busy for all of them; what is
 reported is the median round. All end with the same: float32 pictures, normalised, and token rows,
 in the process that would train. Ours normalise there, which is counted, in one thread: more would
-take the cores of the loader processes.
-
-Who takes part in ``bench data``: our loader, decoding as needed or exactly, and open_clip's.
+take the cores of the loader processes. Ours runs decoding as needed, and decoding exactly.
 """
 
 import json as json_text

@@ -1,10 +1,8 @@
 """``bench loss``: our loss beside others on the same features, in one run.
 
-Contestants take turns within every round, so that a busy machine is busy for all of them; what is
-reported is the median round, and of its ranks the slowest. Memory is measured in a step of its
-own: the peak beside the inputs, forward and backward.
-
-The losses that ``bench loss`` times beside one another, and the matrix products that bound them.
+Losses take turns within every round, so that a busy machine is busy for all of them; what is
+reported is the median round, and of its ranks the slowest. Matrix products alone are a bound.
+Memory is measured in a step of its own: the peak beside the inputs, forward and backward.
 
 Each baseline is a function (image_features, text_features, logit_scale, logit_bias) -> loss of
 this rank; gradients come from ``backward``.

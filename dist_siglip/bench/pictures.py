@@ -1,4 +1,4 @@
-"""Which pictures stand in for photographs in a benchmark?
+"""Pictures that stand in for photographs in a benchmark.
 
 Smooth shapes with the noise of a camera, as JPEGs of quality 90: about as many bytes per pixel, and
 so as much work for a decoder, as scaled-down photographs have.

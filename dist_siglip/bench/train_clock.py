@@ -1,10 +1,8 @@
-"""Where does the time of a training step go? A callback that watches a real run of ``fit``.
+"""Callback that measures the phases of training steps in a run of ``fit``, and their arithmetic.
 
 The time is one line that is cut where one phase ends and the next begins, so that nothing counts
 twice and the shares add up to one. On a GPU the cuts are events of its stream, read when the run
 is over: nothing waits for the device on their account.
-
-How much arithmetic is a training step, and how much could this machine do?
 
 Model FLOPs are those of the matrix products and convolutions, forward and backward, without any
 recomputation; the limit is the fastest plain matrix product in the same precision, measured here

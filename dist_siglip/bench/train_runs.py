@@ -1,4 +1,4 @@
-"""How is a training run started and timed, ours and open_clip's?
+"""Training runs for ``bench train``, ours and open_clip's: how they are started and timed.
 
 Both are what a user would start: ``dist-siglip fit`` with its run folder, logs and callbacks, and
 ``open_clip_train`` under torchrun. Same architecture, shards, batch, precision, loader processes,

@@ -1,7 +1,4 @@
-"""``align``: two sets of embeddings in, how well they agree out.
-
-The sparse option of ``align``: features of both sides, and how well they can be matched.
-"""
+"""``align``: how well two sets of embeddings agree, as they are or by their sparse features."""
 
 import json as json_text
 import sys

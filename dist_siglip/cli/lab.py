@@ -1,7 +1,4 @@
-"""``lab``: published experiments on this library's own losses and metrics.
-
-``lab list``: which experiments there are, and what each asks.
-"""
+"""``lab``: published experiments on this library's own losses and metrics, and their list."""
 
 import json as json_text
 import sys

@@ -1,7 +1,5 @@
 """``slurm``: a batch script for a run, printed, or printed and submitted.
 
-What does a batch script look like for this cluster and this run?
-
 The scripts in ``slurm/`` are complete; a job replaces their resources, adds lines for the site, and
 puts the run in the place of the arguments. Nothing else is changed: what is printed is submitted.
 """

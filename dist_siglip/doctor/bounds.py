@@ -1,7 +1,7 @@
-"""How is something looked at that may never come back: a dead file system, a rank that is gone?
+"""Checks with a time limit: of a file system that may be dead, of a rank that may be gone.
 
-In a thread of its own, which is left behind when its time is over. What fails or hangs becomes a
-line of the page.
+Each runs in a thread of its own, which is left behind when its time is over. What fails or hangs
+becomes a line of the page.
 """
 
 import threading

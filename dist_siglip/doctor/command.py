@@ -1,9 +1,7 @@
-"""What ``doctor`` looks at, and the page it shows.
+"""Checks of ``doctor``, those of a configuration among them, and the page it shows.
 
 Alone it looks at this machine; started as training is, by srun or torchrun, at every rank and at
 what is between them. Every wait has a limit, so that a rank or a file system that hangs is named.
-
-What would a run of this configuration need, and does it fit these ranks?
 """
 
 import os

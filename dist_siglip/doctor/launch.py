@@ -1,7 +1,7 @@
-"""Who started this process, as one of how many, and where do the ranks meet?
+"""The launcher of this process: its rank, the number of ranks, and the address of their store.
 
-The answers are those that ``fit`` will find: torchrun's variables, else srun's as Lightning reads
-them. A job that ``fit`` would misread is told here.
+It is read as ``fit`` reads it: from torchrun's variables, else from srun's as Lightning reads them.
+A job that ``fit`` would misread is reported.
 """
 
 import os

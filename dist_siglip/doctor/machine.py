@@ -1,7 +1,4 @@
-"""Is this machine fit for a rank: versions, devices, memory, limits, environment?
-
-What does one rank find on its own node?
-"""
+"""Checks of one rank: versions, devices, memory, limits, environment, and its view of the files."""
 
 import importlib.metadata
 import os

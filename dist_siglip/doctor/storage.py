@@ -1,9 +1,6 @@
-"""Are run folder and shards where a rank needs them, whole, and quick enough?
+"""Checks of run folder and shards: that they are there, whole and fast enough, and can be written.
 
-Can a run be kept in this folder: is there room, does it write, rename, sync and lock, how fast?
-
-Everything is tried in a hidden file of its own, as checkpoints are written (``atomic``), and taken
-away again.
+The folder of a run is tested with a hidden file, written as checkpoints are, and removed.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""``data plan``: who reads what, for any number of ranks, without training.
-
-``data stats``: sizes, formats, caption lengths and duplicates of a data set.
-"""
+"""``data plan``: who reads what, for any number of ranks; ``data stats``: what the data are like."""
 
 import json as json_text
 import sys

@@ -1,11 +1,10 @@
 """Parsers whose complaints are one line, and that read YAML within bounds.
 
-Class paths of files in the working directory, whatever way the program was started.
-
-``python -m`` has the working directory on ``sys.path``, the ``dist-siglip`` command does not. So a
-module that a command line or its files name is looked for there too, after everything installed:
-no file in the directory can stand in for a package, and none is imported that was not named. Once
-one is found, the directory stays at the end of ``sys.path``, for the processes of loaders.
+Class paths may name files of the working directory, however the program was started. ``python -m``
+has it on ``sys.path``, the ``dist-siglip`` command does not. So a module that a command line or its
+files name is looked for there too, after everything installed: no file in the directory can stand
+in for a package, and none is imported that was not named. Once one is found, the directory stays
+at the end of ``sys.path``, for the processes of loaders.
 """
 
 import os

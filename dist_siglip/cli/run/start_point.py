@@ -1,4 +1,4 @@
-"""Where does a command begin: at which checkpoint, of which run, and does it fit the model?"""
+"""Start of a command: the checkpoint, its run, and whether it fits the model."""
 
 import json
 import logging

@@ -1,7 +1,4 @@
-"""Parts of a Trainer: ours beside what the user asks for, whose choice wins.
-
-Which callbacks does every run have, and which of them have settings on the command line?
-"""
+"""Parts of a Trainer: ours beside what the user asks for, whose choice wins; its callbacks."""
 
 import atexit
 import os
