@@ -1,4 +1,4 @@
-"""``data plan``: who reads what, for any number of ranks; ``data stats``: what the data are like."""
+"""``data plan``: who reads what, on any number of ranks; ``data stats``: their content."""
 
 import json as json_text
 import sys
