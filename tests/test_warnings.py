@@ -45,7 +45,7 @@ def test_one_place_calls_what_torch_renamed():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in RENAMED
     }
-    assert callers == {"renamed.py"}
+    assert callers == {"combine.py"}
 
 
 def command_says(*options, **variables):

@@ -9,7 +9,7 @@ from pathlib import Path
 from dist_siglip import cli
 
 PACKAGE = str(Path(sysconfig.get_path("purelib")) / "torch" / "distributed.py")
-OURS = str(Path(cli.__file__).parents[1] / "distributed" / "renamed.py")
+OURS = str(Path(cli.__file__).parents[1] / "distributed" / "combine.py")
 
 
 def warn(process: str) -> None:
