@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dist_siglip.cli import main
-from tests.module.test_trained import run_of
 from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.embedding import COUNTS, load_rows
 from tests.support.forked_runs import run_forked
 from tests.support.processes import LIMIT_SECONDS
 from tests.support.shards import write_shards
+from tests.training.module.test_trained import run_of
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SRUN = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")

@@ -19,7 +19,7 @@ from tests.support.command import write_settings
 from tests.support.forked_runs import start
 from tests.support.processes import run_ranks
 from tests.support.shards import write_shards
-from tests.test_datamodule import make_data
+from tests.training.datamodule.test_datamodule import make_data
 
 LOADER = 71
 STAGES = "tests.support.starved_loaders"

@@ -11,7 +11,7 @@ from dist_siglip.data.remote import CacheSettings, ShardCache, retries
 from dist_siglip.errors import OutageError, UserError
 from tests.support.servers import serve
 from tests.support.shards import UNEVEN, write_shards
-from tests.test_datamodule import make_data, pytestmark, run_to  # noqa: F401 - its warnings too
+from tests.training.datamodule.test_datamodule import make_data, pytestmark, run_to  # noqa: F401 - its warnings too
 
 
 @pytest.fixture

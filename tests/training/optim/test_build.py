@@ -11,7 +11,7 @@ from dist_siglip.training.optim import (
     build_optimizer,
     learning_rate_factor,
 )
-from tests.optim.test_groups import Trained, names_of
+from tests.training.optim.test_groups import Trained, names_of
 
 
 def test_decay_moves_only_what_decays():

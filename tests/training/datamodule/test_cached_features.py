@@ -22,7 +22,7 @@ from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import worst_error
 from tests.support.shards import caption, encode, picture, write_shard
 from tests.support.tiny_models import ARCHITECTURES, write_config
-from tests.test_datamodule import pytestmark  # noqa: F401 - its warnings are ours
+from tests.training.datamodule.test_datamodule import pytestmark  # noqa: F401 - its warnings are ours
 
 BAD = 11  # the sample whose picture is damaged
 

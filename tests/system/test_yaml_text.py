@@ -9,7 +9,7 @@ import yaml
 from dist_siglip.system import yaml_text
 from dist_siglip.system.yaml_text import RefusedYamlError, check_yaml, load_yaml
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 
 
 def bomb(levels, width=9):
