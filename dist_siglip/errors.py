@@ -1,4 +1,4 @@
-"""The ends of a command that are told in one line.
+"""Errors that the command line prints as one line, and their exit codes.
 
 Everything below the command line raises ``UserError`` for a wrong value, a missing file or a
 setting that cannot work, ``RunFailedError`` for a run that cannot go on although its settings are

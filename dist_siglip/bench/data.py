@@ -4,8 +4,12 @@ Loaders take turns within every round, so that a busy machine is busy for all of
 reported is the median round. All end with the same: float32 pictures, normalised, and token rows,
 in the process that would train. Ours normalise there, which is counted, in one thread: more would
 take the cores of the loader processes. Ours runs decoding as needed, and decoding exactly.
+
+The pictures are smooth shapes with the noise of a camera, as JPEGs of quality 90: about as many
+bytes per pixel, and so as much work for a decoder, as scaled-down photographs have.
 """
 
+import io
 import json as json_text
 import os
 import sys
@@ -18,15 +22,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip import SimpleTokenizer
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_siglip.bench.pictures import PICTURE_SIZES, write_photo_shards
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
@@ -36,6 +41,57 @@ from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PictureP
 from dist_siglip.data.samples.transforms import Preprocessing, training_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
+
+PICTURE_SIZES = ((256, 320), (512, 640), (1024, 1280))
+_GRAIN = 16  # pixels between two random colours
+_NOISE = 5.0  # standard deviation, of 255
+
+
+def write_photo_shards(
+    folder: Path, size: tuple[int, int], count: int, num_shards: int
+) -> list[str]:
+    """Write shards of photo-like JPEGs with captions.
+
+    Args:
+        folder: made if missing.
+        size: (width, height) in pixels.
+        count: pictures over all shards.
+        num_shards: shards of about equal size.
+
+    Returns:
+        The paths.
+    """
+    os.environ["WDS_SECURE"] = "1"  # read once, at webdataset's first import
+    from webdataset import TarWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    paths = []
+    for number, ids in enumerate(np.array_split(np.arange(count), num_shards)):
+        path = str(folder / f"{number:05d}.tar")
+        with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+            for sample in ids.tolist():
+                writer.write(
+                    {
+                        "__key__": f"{sample:06d}",
+                        "jpg": _photo(generator, size),
+                        "txt": f"a photo of subject number {sample}".encode(),
+                    }
+                )
+        paths.append(path)
+    return paths
+
+
+def _photo(generator: np.random.Generator, size: tuple[int, int]) -> bytes:
+    width, height = size
+    shape = (height // _GRAIN + 2, width // _GRAIN + 2, 3)
+    colours = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+    smooth = np.asarray(colours.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    noise = generator.standard_normal(smooth.shape, dtype=np.float32) * _NOISE
+    buffer = io.BytesIO()
+    Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
 
 OPEN_CLIP = "open_clip"
 _SCALED, _EXACT = "ours", "ours, exact pixels"

@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-from dist_siglip.bench.live_bytes import LiveBytes
 from dist_siglip.bench.plan import mebibytes
+from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.bench.pictures import PICTURE_SIZES, write_photo_shards
+from dist_siglip.bench.data import PICTURE_SIZES, write_photo_shards
 from dist_siglip.bench.plan import mebibytes
 from dist_siglip.bench.train_clock import PHASES, step_flops
 from dist_siglip.bench.train_runs import (

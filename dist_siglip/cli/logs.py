@@ -1,4 +1,4 @@
-"""What is said, and where: one plain line a message, on stderr and in the run's log."""
+"""Logging: one plain line a message, on stderr and in the run's log."""
 
 import logging
 import sys

@@ -139,15 +139,31 @@ def prepare_exchange(
     shared: Mapping[str, Tensor | float] | None = None,
     local_world_size: int | None = None,
 ) -> Exchange:
-    """Agree with the other ranks on what will travel; see ``circulate`` for the arguments.
+    """Agree with the other ranks on an exchange, whose ``run`` then calls a visitor.
 
-    Distributed contract: one small all-gather on the CPU if the group has several ranks.
-    ``purpose`` says in readable words whatever else must be equal on all ranks (which loss, which
-    gradients), its name before the first semicolon; a difference is reported like one of shapes.
-    ``shared`` are at most two numbers that must be equal up to rounding; those on a device are
-    read at the first exchange of that name only. ``local_world_size`` is the number of
-    consecutive ranks of the group that share a node; None takes what ``set_local_world_size`` or
-    the launcher said.
+    Distributed contract: one small all-gather on the CPU if the group has several ranks. Numbers of
+    rows may differ (0 too); dtypes, row shapes, accumulators and exchange must agree.
+
+    Args:
+        columns: this rank's shard: tensors with the same number of rows.
+        accumulators: what each shard collects on its way; none by default.
+        combine: how contributions of several ranks meet: their sum, their maximum, or the
+            logarithm of the sum of their exponentials.
+        exchange: see the module docstring.
+        group: process group; the default group if None, a world of one without any.
+        purpose: in readable words whatever else must be equal on all ranks (which loss, which
+            gradients), its name before the first semicolon; differences are reported.
+        shared: at most two numbers that must be equal up to rounding; those on a device are read
+            at the first exchange of that name only.
+        local_world_size: consecutive ranks of the group that share a node; None takes what
+            ``set_local_world_size`` or the launcher said.
+
+    Raises:
+        UserError: if the tensors of the shard differ in rows, the exchange is unknown or
+            "local" in a group of several ranks, "two_level" over nodes of different sizes, or
+            ranks disagree (names the rank).
+        RuntimeError: within the time limit of the group, if a rank does not take part; names
+            what was waited for.
     """
     shard = tuple(column.detach().contiguous() for column in columns)
     num_rows = _rows_of(shard)
@@ -205,29 +221,20 @@ def circulate(
     shape (rows of the shard, *row_shape), with what this rank adds to the shard's accumulator k.
 
     Distributed contract: collective over ``group``; every rank passes its own shard and gets the
-    combined accumulators of its own rows. Numbers of rows may differ (0 too); dtypes, row shapes,
-    accumulators and exchange must agree. No autograd.
+    combined accumulators of its own rows. No autograd. The other arguments, and what is raised, are
+    those of ``prepare_exchange``.
 
     Args:
         columns: this rank's shard: tensors with the same number of rows.
         visit: see above.
         accumulators: what travels home; none by default.
-        combine: how contributions of several ranks meet: their sum, their maximum, or the
-            logarithm of the sum of their exponentials.
+        combine: how contributions of several ranks meet.
         exchange: see the module docstring.
         group: process group; the default group if None, a world of one without any.
-        local_world_size: consecutive ranks of the group that share a node; None takes what
-            ``set_local_world_size`` or the launcher said.
+        local_world_size: consecutive ranks of the group that share a node.
 
     Returns:
         One tensor per accumulator, (rows of this rank, *row_shape).
-
-    Raises:
-        UserError: if the tensors of the shard differ in rows, the exchange is unknown or
-            "local" in a group of several ranks, "two_level" over nodes of different sizes, or
-            ranks disagree (names the rank).
-        RuntimeError: within the time limit of the group, if a rank does not take part; names
-            what was waited for.
 
     Example:
         >>> def visit(owner, shard, contributions):

@@ -19,11 +19,17 @@ from dist_siglip.cli.run.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
-from dist_siglip.doctor.launch import Launch, detect_launch
 from dist_siglip.doctor.machine import Plan
 from dist_siglip.doctor.page import Finding, render
 from dist_siglip.doctor.storage import ShardSet
-from dist_siglip.doctor.together import Features, Outcome, examine_alone, examine_together
+from dist_siglip.doctor.together import (
+    Features,
+    Launch,
+    Outcome,
+    detect_launch,
+    examine_alone,
+    examine_together,
+)
 from dist_siglip.errors import UserError
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule

@@ -3,9 +3,15 @@
 Ranks meet in a store, look around each for itself, measure what is between them, and the first one
 shows the page. Between these stages it hears all others within the limit; a stage that not all have
 reached is left out, and those that are missing are named.
+
+Rank, number of ranks and address of the store are read as ``fit`` reads them: from torchrun's
+variables, else from srun's as Lightning reads them. A job that ``fit`` would misread is reported.
 """
 
+import os
+import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +20,11 @@ from uuid import uuid4
 
 import torch
 
+from dist_siglip.cli.run.trainer_parts import SlurmTasks
+from dist_siglip.distributed import World
+from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
 from dist_siglip.distributed.store_channel import StoreChannel, rendezvous
 from dist_siglip.doctor.bounds import BoundedChecks
-from dist_siglip.doctor.launch import Launch, restart_count
 from dist_siglip.doctor.machine import Look, Plan, look_around, unpack_look
 from dist_siglip.doctor.page import Finding, merge
 from dist_siglip.doctor.ranks import (
@@ -28,7 +36,84 @@ from dist_siglip.doctor.ranks import (
     unpack_group,
 )
 from dist_siglip.doctor.storage import locked_file
+from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import list_ranks
+
+
+class Launch(NamedTuple):
+    """How this process was started.
+
+    Attributes:
+        world: this rank; a world of one where only this machine can be looked at.
+        host: name of the node.
+        address: host of rank 0; "" in a world of one.
+        port: on that host.
+        is_served: whether the launcher keeps a store there.
+        complaint: what is wrong with the way it was started, if anything.
+        is_silent: whether another process of a world of one speaks for all.
+    """
+
+    world: World
+    host: str
+    address: str = ""
+    port: int = 0
+    is_served: bool = False
+    complaint: Finding | None = None
+    is_silent: bool = False
+
+
+def detect_launch(environ: Mapping[str, str]) -> Launch:
+    """Read the launcher's variables.
+
+    Args:
+        environ: of this process.
+    """
+    # Nodes of a test cluster may share a host, and containers a name.
+    host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return Launch(
+            World.detect(environ),
+            host,
+            address=environ.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environ.get("MASTER_PORT", "29500")),
+            is_served=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    if int(environ.get("SLURM_NTASKS") or 1) == 1:
+        return Launch(World(), host)
+    complaint = _complaint_about_srun(environ)
+    if complaint is not None:
+        is_silent = int(environ.get("SLURM_PROCID") or 0) > 0
+        return Launch(World(), host, complaint=complaint, is_silent=is_silent)
+    address, port = main_address(environ), SlurmTasks().main_port
+    return Launch(World.detect(environ), host, address=address, port=port)
+
+
+def _complaint_about_srun(environ: Mapping[str, str]) -> Finding | None:
+    """Say what keeps ``fit`` from seeing the ranks of a SLURM job."""
+    tasks = environ["SLURM_NTASKS"]
+    if not {"SLURM_STEP_ID", "SLURM_STEPID"} & environ.keys():
+        text = f"started without srun in a job of {tasks} tasks: only this machine is looked at"
+        return Finding("warn", "ranks", text, "srun dist-siglip doctor ...")
+    if environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        text = f"the job is named {environ['SLURM_JOB_NAME']}: Lightning takes each task for a run"
+        return Finding("FAIL", "ranks", text, "srun --job-name=train ...")
+    if "SLURM_NTASKS_PER_NODE" not in environ:
+        text = f"{tasks} tasks without --ntasks-per-node: Lightning refuses them"
+        return Finding("FAIL", "ranks", text, "ask for --nodes and --ntasks-per-node")
+    complaint = complain_about_gpus(environ)
+    try:
+        main_address(environ)
+    except UserError as error:
+        complaint = str(error)
+    text, _, remedy = complaint.partition("; ")
+    return Finding("FAIL", "ranks", text, remedy) if complaint else None
+
+
+def restart_count() -> str:
+    """Which start of a job this is, so that one start never reads what another has said."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    return "-".join(os.environ.get(name, "0") for name in names)
+
 
 _SHARE = 0.8  # of the time limit of a stage for what a rank does by itself in it
 _GRACE_SECONDS = 5.0  # others wait so much longer for the first rank than it does for them

@@ -26,10 +26,9 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.arguments import check_pairs
+from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids, share_an_id
 from dist_siglip.losses.logit_scale import LogitScaleBias
-from dist_siglip.losses.pair_ids import join_ids, share_an_id
-from dist_siglip.losses.ring_pass import check_pairs
 
 logger = logging.getLogger(__name__)
 

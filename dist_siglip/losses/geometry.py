@@ -21,6 +21,13 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import (
+    check_chunk_rows,
+    check_pairs,
+    check_rows,
+    default_chunk_rows,
+    describe_wanted,
+)
 from dist_siglip.losses.kernels.tile_math import sum_dtype, tile_slices
 from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype
 from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
@@ -28,13 +35,6 @@ from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,
     wants_gradient,
-)
-from dist_siglip.losses.ring_pass import (
-    check_chunk_rows,
-    check_pairs,
-    check_rows,
-    default_chunk_rows,
-    describe_wanted,
 )
 
 

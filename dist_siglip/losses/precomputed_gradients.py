@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.losses.ring_pass import refuse_second_order
+from dist_siglip.losses.arguments import refuse_second_order
 
 
 class PrecomputedGradient(NamedTuple):

@@ -21,6 +21,13 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import (
+    check_chunk_rows,
+    check_pairs,
+    check_scalar,
+    default_chunk_rows,
+    describe_wanted,
+)
 from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
 from dist_siglip.losses.kernels.tile_math import (
     add_product,
@@ -35,13 +42,6 @@ from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,
     wants_gradient,
-)
-from dist_siglip.losses.ring_pass import (
-    check_chunk_rows,
-    check_pairs,
-    check_scalar,
-    default_chunk_rows,
-    describe_wanted,
 )
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.bench import data as bench_data
-from dist_siglip.bench.data import BASELINES, Streaming, batches
-from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.bench.data import BASELINES, Streaming, batches, write_photo_shards
 from dist_siglip.cli import main
 
 pytestmark = [

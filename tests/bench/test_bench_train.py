@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.bench import train as bench_train
-from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.bench.data import write_photo_shards
 from dist_siglip.bench.train_clock import gemm_rate, step_flops
 from dist_siglip.bench.train_runs import TrainSpeed
 from dist_siglip.cli import main

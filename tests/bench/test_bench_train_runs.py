@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dist_siglip.bench.pictures import write_photo_shards
+from dist_siglip.bench.data import write_photo_shards
 from dist_siglip.bench.train_clock import PHASES
 from dist_siglip.bench.train_runs import TrainCase, run_open_clip, run_ours
 from dist_siglip.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.bench.live_bytes import LiveBytes
+from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange
 from dist_siglip.distributed.exchange import _log_choice
 from dist_siglip.distributed.simulate import simulated_world

@@ -17,7 +17,6 @@ from dist_siglip.doctor import machine as doctor_machine
 from dist_siglip.doctor import storage as doctor_storage
 from dist_siglip.doctor.bounds import BoundedChecks
 from dist_siglip.doctor.command import RunNeeds, judge_needs
-from dist_siglip.doctor.launch import detect_launch
 from dist_siglip.doctor.machine import (
     gpu_of,
     look_at_environment,
@@ -42,6 +41,7 @@ from dist_siglip.doctor.storage import (
     look_at_shards,
     look_for_file,
 )
+from dist_siglip.doctor.together import detect_launch
 from dist_siglip.runs import RunFolder
 from tests.support.shards import encode, picture, write_shard
 from tests.support.small_disk import on_small_disk

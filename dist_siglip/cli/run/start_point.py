@@ -1,4 +1,4 @@
-"""Start of a command: the checkpoint, its run, and whether it fits the model."""
+"""The checkpoint that a command starts from, its run, and whether it fits the model."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The samples of a shard.
+"""The index of one shard: its samples, and where their bytes lie.
 
 A sample is what webdataset calls one: the members whose names agree up to the first dot of the base
 name.

@@ -1,4 +1,4 @@
-"""Formulas on one rectangle (tile) of the logit matrix; no ranks, no autograd.
+"""Sigmoid loss and Gaussian kernel on one tile of pairs, with gradients; no ranks, no autograd.
 
 A sigmoid tile needs nothing from any other tile: its value and its derivative with respect to
 every logit depend on one pair each. So one visit gives the loss of the tile and all gradients.

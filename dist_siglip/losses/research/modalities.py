@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import check_rows
 from dist_siglip.losses.nonfinite import Nonfinite
-from dist_siglip.losses.ring_pass import check_rows
 from dist_siglip.losses.sigmoid import siglip_loss
 
 ModalityGraph = Literal["complete", "star"]

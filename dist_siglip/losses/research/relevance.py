@@ -22,6 +22,13 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import (
+    check_chunk_rows,
+    check_rows,
+    check_scalar,
+    default_chunk_rows,
+    describe_wanted,
+)
 from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
 from dist_siglip.losses.kernels.tile_math import add_product, inner_product, sum_dtype, tile_slices
 from dist_siglip.losses.kernels.tiles import logits_dtype, similarity
@@ -30,13 +37,6 @@ from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,
     wants_gradient,
-)
-from dist_siglip.losses.ring_pass import (
-    check_chunk_rows,
-    check_rows,
-    check_scalar,
-    default_chunk_rows,
-    describe_wanted,
 )
 
 

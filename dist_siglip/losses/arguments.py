@@ -1,4 +1,4 @@
-"""Arguments of a loss that passes shards around the ranks: checks and descriptions."""
+"""Arguments of a loss: checks, the default size of a tile, and the description ranks compare."""
 
 from collections.abc import Mapping
 
