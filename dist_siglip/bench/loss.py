@@ -37,6 +37,7 @@ from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.kernels.tile_math import product, uses_onednn
+from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 
 Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -156,8 +157,8 @@ def loss(
     embed_dim: int = 512,
     dtypes: Sequence[BenchDtype] = ("float32",),
     exchanges: Sequence[ExchangeName] = ("auto",),
-    logit_scale: float = 10.0,
-    logit_bias: float = -10.0,
+    logit_scale: float = START_SCALE,
+    logit_bias: float = START_BIAS,
     rounds: int = 9,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: bool = False,

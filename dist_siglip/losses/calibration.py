@@ -28,7 +28,7 @@ from dist_siglip.distributed import (
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import check_pairs
 from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids, share_an_id
-from dist_siglip.losses.logit_scale import LogitScaleBias
+from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE, LogitScaleBias
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def calibrate_scale_bias(
     negatives: Tensor | WeightedSimilarities,
     global_batch_size: int,
     *,
-    scale_before: float = 10.0,
-    bias_before: float = -10.0,
+    scale_before: float = START_SCALE,
+    bias_before: float = START_BIAS,
     max_scale: float = MAX_SCALE,
 ) -> Calibration:
     """Fit scale t and bias b to the expected sigmoid loss of a random batch of N pairs.
@@ -282,8 +282,8 @@ def calibrate_on_features(
     text_features: Tensor,
     global_batch_size: int,
     *,
-    scale_before: float = 10.0,
-    bias_before: float = -10.0,
+    scale_before: float = START_SCALE,
+    bias_before: float = START_BIAS,
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "negative",

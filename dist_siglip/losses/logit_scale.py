@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 
 BiasParameterization = Literal["absolute", "relative"]
+# Of SigLIP (Zhai et al., section 3.2).
+START_SCALE = 10.0
+START_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,8 @@ class LogitScaleBias(nn.Module):
 
     def __init__(
         self,
-        start_scale: float = 10.0,
-        start_bias: float = -10.0,
+        start_scale: float = START_SCALE,
+        start_bias: float = START_BIAS,
         *,
         bias_parameterization: BiasParameterization = "absolute",
         train_scale: bool = True,

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import (
     check_features,
     check_same_settings,
@@ -31,7 +32,6 @@ from dist_siglip.metrics.geometry.summary import modality_metrics, threshold_met
 from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 
 def describe_num_pairs(metrics: Mapping[str, Any], prefix: str = "") -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.losses.kernels import tile_math
 
-DEFAULT_CHUNK_ROWS = 1024
 # Rows that sums over rows make wide at once: 75 MB at D = 1152.
 _SUMMED_ROWS = 8192
 

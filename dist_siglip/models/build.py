@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
+from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 from dist_siglip.models.architecture import (
     DEFAULT_CONTEXT_LENGTH,
     check_architecture,
@@ -37,9 +38,6 @@ from dist_siglip.models.weights.file import refuse_not_finite
 from dist_siglip.models.weights.load import NETWORK_PREFIX, Weights, load_towers, read_weights
 
 logger = logging.getLogger(__name__)
-
-START_SCALE = 10.0
-START_BIAS = -10.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
+from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
 from dist_siglip.models.fingerprint import tower_fingerprint
@@ -248,8 +249,8 @@ class FusionHead(nn.Module):
         text: TokenShape,
         config: FusionConfig,
         *,
-        dual_scale: float = 10.0,
-        dual_bias: float = -10.0,
+        dual_scale: float = START_SCALE,
+        dual_bias: float = START_BIAS,
     ) -> None:
         super().__init__()
         config.check()

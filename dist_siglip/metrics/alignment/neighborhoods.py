@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.alignment.moments import LEAST_ROWS, check_pairs
 from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 
 class Neighborhoods(NamedTuple):

@@ -26,9 +26,10 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, row_slices, similarity, tile_slices
+from dist_siglip.metrics.tiles import row_slices, similarity, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
 NUM_BINS = 20_000

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.metrics.tiles import similarity, tile_slices
 
 
 class RelevanceMargins(NamedTuple):

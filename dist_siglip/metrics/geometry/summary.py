@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.geometry.constellation import (
     constellation,
     mean_constellation,
@@ -32,7 +33,6 @@ from dist_siglip.metrics.geometry.spectrum import (
 )
 from dist_siglip.metrics.geometry.uniformity import cross_uniformity, uniformity
 from dist_siglip.metrics.retrieval.hubness import hubness
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 # The k of the k-occurrences, as in most of the literature.
 HUBNESS_K = 10

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.metrics.tiles import similarity, tile_slices
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, sum_over_ranks
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 _HUB_FRACTION = 0.01
 

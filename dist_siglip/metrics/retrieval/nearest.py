@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.losses.kernels.pair_terms import share_an_id
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.metrics.tiles import similarity, tile_slices
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
 # it is one number, so that equal keys are ties wherever they lie.

@@ -21,9 +21,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, World, circulate, gather_rows
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS, similarity, tile_slices
+from dist_siglip.metrics.tiles import similarity, tile_slices
 
 TIE_TOLERANCE = 1e-9
 

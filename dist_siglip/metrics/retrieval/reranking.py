@@ -16,10 +16,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows, max_over_ranks
 from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval.positives import PositivePairs
 from dist_siglip.metrics.retrieval.ranks import TIE_TOLERANCE
-from dist_siglip.metrics.tiles import DEFAULT_CHUNK_ROWS
 
 # The score of a pair differs by the rounding of float32 between batches.
 SCORE_TOLERANCE = 1e-5
