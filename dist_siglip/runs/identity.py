@@ -7,7 +7,6 @@ and what it writes, may change from one start to the next.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.moved import new_path
 
 # Groups of the configuration that make a run what it is.
@@ -55,6 +54,8 @@ def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]
         >>> describe_differences({"trainer": {"max_steps": 1}}, {"trainer": {"max_steps": 2}})
         []
     """
+    from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS  # heavy
+
     before = dict(flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
     if "data" in recorded:  # what runs of before did is known
         before = {f"data.{key}": old for key, old in BEFORE_THE_SETTINGS.items()} | before

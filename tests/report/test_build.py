@@ -136,7 +136,7 @@ def test_page_shows_the_numbers_of_the_evaluation(page):
 
 def test_right_and_wrong_answers_are_told_by_word_and_sign(page):
     items = [attributes["class"] for tag, attributes in page.tags if tag == "li" and attributes]
-    assert len(items) == 8 * 5
+    assert 8 <= len(items) < 8 * 5  # behind the first right answer stand other candidates
     assert 0 < items.count("right") <= 8
     text = page.all_text()
     assert text.count("✓ right") == items.count("right")

@@ -1,7 +1,6 @@
 """The run folder names its files, finds its newest checkpoint, has one owner, may be damaged."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -27,22 +26,25 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
-    script = (
-        "import sys, pathlib; from dist_siglip.runs import RunFolder\n"
-        "try: RunFolder(pathlib.Path(sys.argv[1])).lock()\n"
-        "except ValueError as error: print(error)\n"
-        "else: print('locked')"
-    )
-
     def other_process():
-        command = [sys.executable, "-c", script, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        reading, writing = os.pipe()
+        if not (child := os.fork()):
+            try:
+                RunFolder(tmp_path).lock()
+                os.write(writing, b"locked")
+            except UserError as error:
+                os.write(writing, str(error).encode())
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(child, 0)
+        with open(reading, encoding="utf-8") as said:
+            return said.read()
 
     with RunFolder(tmp_path).lock():
         assert "is in use by another process" in other_process()
         with pytest.raises(UserError, match="is in use"):
             RunFolder(tmp_path).lock()
-    assert other_process() == "locked\n"
+    assert other_process() == "locked"
 
 
 BASE = {

@@ -63,8 +63,10 @@ class FaultyLoss(nn.Module):
         super().__init__()
         self.base, self.faults = SigLipLoss(), None
 
-    def forward(self, *args):
-        return self.base(*args) + (torch.inf if self.faults.now == "loss" else 0.0)
+    def forward(self, *args, nonfinite="raise"):
+        return self.base(*args, nonfinite=nonfinite) + (
+            torch.inf if self.faults.now == "loss" else 0.0
+        )
 
 
 class Alone(StepCheck):

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dist_siglip.runs import RunFolder
+from dist_siglip.system import signals
 from dist_siglip.training.callbacks import Preemption, RunCheckpoint
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
@@ -61,7 +62,7 @@ def train(
     """Train the steps after ``done`` while one rank gets signals; return what this rank did."""
     logging.getLogger("dist_siglip").setLevel(logging.ERROR)
     module = locked_module(model)
-    signals = Signals(moment if rank == signalled else None)
+    sender = Signals(moment if rank == signalled else None)
     stop = callback(agree_every_steps=3)
     with signals.listening():
         trainer = fit(
@@ -71,7 +72,7 @@ def train(
             rank,
             world_size,
             val_batches=batches_of(1),
-            callbacks=[stop, signals, RunCheckpoint(every_steps=5)],
+            callbacks=[stop, sender, RunCheckpoint(every_steps=5)],
             val_check_interval=6,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -87,7 +88,7 @@ def train(
     return {
         "step": trainer.global_step,
         "has_stopped": stop.has_stopped,
-        "evaluated": signals.evaluated,
+        "evaluated": sender.evaluated,
         "checkpoints": RunFolder(Path(folder)).steps_with_checkpoint(),
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
     }
