@@ -36,7 +36,7 @@ from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.kernels.tile_math import product, uses_onednn
+from dist_siglip.losses.kernels.tiles import product, uses_onednn
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 
 Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses.kernels.tile_math import product, uses_onednn
+from dist_siglip.losses.kernels.tiles import product, uses_onednn
 from dist_siglip.models import BuiltModel
 from dist_siglip.system.atomic import write_atomically
 

@@ -1,8 +1,8 @@
 """Losses over the global batch, their tiles, and the scale and bias of the logits."""
 
+from dist_siglip.losses.arguments import LossOutput
 from dist_siglip.losses.composite import WeightedLoss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
-from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.logit_scale import BiasParameterization, LogitConfig, LogitScaleBias
 from dist_siglip.losses.modules import ClipLoss, SigLipLoss
 from dist_siglip.losses.research.adapter import SimplexAdapter

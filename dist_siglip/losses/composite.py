@@ -7,9 +7,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
-from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
-from dist_siglip.losses.interface import (
+from dist_siglip.losses.arguments import (
     LossOutput,
+    Nonfinite,
     call_loss,
     duplicates_of,
     ids_for,
@@ -17,8 +17,8 @@ from dist_siglip.losses.interface import (
     uses_logit_bias,
     uses_picture_ids,
 )
+from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.kernels.pair_terms import Duplicates
-from dist_siglip.losses.nonfinite import Nonfinite
 
 
 class WeightedLoss(nn.Module):

@@ -22,15 +22,15 @@ from dist_siglip.distributed import (
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
+    Nonfinite,
     check_chunk_rows,
     check_pairs,
     check_rows,
     default_chunk_rows,
     describe_wanted,
+    find_nonfinite,
 )
-from dist_siglip.losses.kernels.tile_math import sum_dtype, tile_slices
-from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype
-from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
+from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype, sum_dtype, tile_slices
 from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,

@@ -7,9 +7,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses.interface import LossOutput
+from dist_siglip.losses.arguments import FiniteCheck, LossOutput, Nonfinite
 from dist_siglip.losses.kernels.pair_terms import Duplicates
-from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite
 from dist_siglip.losses.sigmoid import siglip_loss_output
 from dist_siglip.losses.softmax import softmax_loss
 

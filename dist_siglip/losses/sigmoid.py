@@ -20,17 +20,26 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
+    FiniteCheck,
+    LossOutput,
+    Nonfinite,
     check_chunk_rows,
     check_pairs,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
+    find_nonfinite,
 )
-from dist_siglip.losses.interface import LossOutput
 from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids
-from dist_siglip.losses.kernels.tile_math import add_product, inner_product, sum_dtype, tile_slices
-from dist_siglip.losses.kernels.tiles import TileBuffers, logits_dtype, sigmoid_tile
-from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
+from dist_siglip.losses.kernels.tiles import (
+    TileBuffers,
+    add_product,
+    inner_product,
+    logits_dtype,
+    sigmoid_tile,
+    sum_dtype,
+    tile_slices,
+)
 from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,

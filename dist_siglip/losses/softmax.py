@@ -22,22 +22,24 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
+    FiniteCheck,
+    Nonfinite,
     check_chunk_rows,
     check_pairs,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
+    find_nonfinite,
 )
 from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
-from dist_siglip.losses.kernels.tile_math import (
+from dist_siglip.losses.kernels.tiles import (
     add_product,
     inner_product,
+    logits_dtype,
     product_dtype,
     sum_dtype,
     tile_slices,
 )
-from dist_siglip.losses.kernels.tiles import logits_dtype
-from dist_siglip.losses.nonfinite import FiniteCheck, Nonfinite, find_nonfinite
 from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
-from dist_siglip.losses.kernels import tile_math
+from dist_siglip.losses.kernels import tiles as kernel_tiles
 
 # Rows that sums over rows make wide at once: 75 MB at D = 1152.
 _SUMMED_ROWS = 8192
@@ -39,7 +39,7 @@ def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tu
     if chunk_rows < 1:
         raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1; try {DEFAULT_CHUNK_ROWS}")
     # Those of the transposed matrix, whose columns come first.
-    for columns, rows in tile_math.tile_slices(num_columns, num_rows, chunk_rows):
+    for columns, rows in kernel_tiles.tile_slices(num_columns, num_rows, chunk_rows):
         yield rows, columns
 
 

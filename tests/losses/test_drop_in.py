@@ -8,7 +8,7 @@ from open_clip.loss import SigLipLoss as OpenClipLoss
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
-from dist_siglip.losses.interface import ids_for
+from dist_siglip.losses.arguments import ids_for
 from tests.support.processes import run_ranks
 
 

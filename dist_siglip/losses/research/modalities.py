@@ -10,8 +10,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import check_rows
-from dist_siglip.losses.nonfinite import Nonfinite
+from dist_siglip.losses.arguments import Nonfinite, check_rows
 from dist_siglip.losses.sigmoid import siglip_loss
 
 ModalityGraph = Literal["complete", "star"]

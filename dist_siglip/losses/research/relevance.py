@@ -23,16 +23,23 @@ from dist_siglip.distributed import (
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
+    Nonfinite,
     check_chunk_rows,
     check_rows,
     check_scalar,
     default_chunk_rows,
     describe_wanted,
+    find_nonfinite,
 )
 from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
-from dist_siglip.losses.kernels.tile_math import add_product, inner_product, sum_dtype, tile_slices
-from dist_siglip.losses.kernels.tiles import logits_dtype, similarity
-from dist_siglip.losses.nonfinite import Nonfinite, find_nonfinite
+from dist_siglip.losses.kernels.tiles import (
+    add_product,
+    inner_product,
+    logits_dtype,
+    similarity,
+    sum_dtype,
+    tile_slices,
+)
 from dist_siglip.losses.precomputed_gradients import (
     PrecomputedGradient,
     attach_gradients,

@@ -20,18 +20,18 @@ from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.distributed import World, copy_from_first_rank
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
-from dist_siglip.losses.calibration import (
-    Calibration,
-    calibrate_on_features,
-    describe_batch_change,
-    set_logits,
-)
-from dist_siglip.losses.interface import (
+from dist_siglip.losses.arguments import (
     call_loss,
     duplicates_of,
     ids_for,
     uses_logit_bias,
     uses_picture_ids,
+)
+from dist_siglip.losses.calibration import (
+    Calibration,
+    calibrate_on_features,
+    describe_batch_change,
+    set_logits,
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates
 from dist_siglip.metrics import Evaluation, PairEvaluation

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_siglip.losses import siglip_loss
-from dist_siglip.losses.kernels import tile_math
+from dist_siglip.losses.kernels import tiles
 
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -17,7 +17,7 @@ def test_onednn_products_are_products(transposed):
     left = torch.randn(33, 17) if not transposed else torch.randn(17, 33).T
     right = torch.randn(9, 17) if transposed else torch.randn(17, 9).T
     exact = left.double() @ right.double().T
-    assert torch.allclose(tile_math.product(left, right).double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(tiles.product(left, right).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_onednn_products_are_products(transposed):
     ],
 )
 def test_the_loss_is_the_same_by_either_library(onednn, monkeypatch):
-    monkeypatch.setattr(tile_math, "_onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(tiles, "_onednn_is_faster", lambda: onednn)
     generator = torch.Generator().manual_seed(0)
     sides = F.normalize(torch.randn(2, 70, 12, generator=generator), dim=-1)
     results = {}
