@@ -1,4 +1,4 @@
-"""``doctor``: will a run work here? One page, before the job.
+"""``doctor``: one page that says whether a run will work here, before the job.
 
 The first thing that can fail is the import of the libraries below: of torch and torchvision that do
 not belong together, of a driver's library that is missing. So nothing of them is imported here.
