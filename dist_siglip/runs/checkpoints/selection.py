@@ -96,8 +96,12 @@ def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
 
 
 def note_sound(path: Path) -> None:
-    """Have ``check_sound`` pass a checkpoint that was verified here, or by a rank of this node."""
-    _verified[path.absolute()] = _identity(path)
+    """Have ``check_sound`` pass a checkpoint that was verified here, or by a rank of this node.
+
+    Nothing is noted of one that is not there: who reads it says so.
+    """
+    if path.exists():
+        _verified[path.absolute()] = _identity(path)
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
