@@ -124,4 +124,4 @@ def test_bad_samples_show_in_the_report(words, tmp_path, capsys):
     assert main([*words, "--max_bad_fraction=0.5", "--json=true"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["left_out"] == 1
-    assert "skipped: '00002.tar/000008': picture cannot be decoded" in captured.err
+    assert "skipped '00002.tar/000008': picture cannot be decoded" in captured.err
