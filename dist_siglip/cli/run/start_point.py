@@ -1,12 +1,10 @@
 """The checkpoint that a command starts from, its run, and whether it fits the model."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.data.samples.picture_policy import AUTO, BEFORE_THE_SETTINGS
 from dist_siglip.distributed import is_first_process, resolve_group
+from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.io import read_shapes
@@ -32,8 +31,7 @@ from dist_siglip.training.optim import OptimConfig, describe_schedule_change
 logger = logging.getLogger(__name__)
 
 _CHOSEN = "DIST_SIGLIP_START_CHECKPOINT"  # "pid path", for processes that Lightning starts
-_LIMIT = timedelta(minutes=60)  # for a checkpoint to be read once
-_GOODBYE = timedelta(seconds=5)  # the first rank, which may hold the store, leaves after the others
+_LIMIT_SECONDS = 3600.0  # for a checkpoint to be read once
 _occasions = count()
 
 
@@ -157,33 +155,31 @@ def once_per_node(
     if group is None:
         return choose()
     # A connection of its own, as for the comparison of starts.
-    store = PrefixStore(f"checkpoint-{next(_occasions)}", group.get_group_store().clone())
-    key = f"node-{trainer.node_rank}"
+    name = f"checkpoint-{next(_occasions)}-node-{trainer.node_rank}"
+    store = PrefixStore(name, group.get_group_store().clone())
+    channel = StoreChannel(store, trainer.local_rank, trainer.num_devices)
     if trainer.local_rank:
-        return _hear(store, key, trainer)
+        return _hear(channel, trainer.global_rank)
     try:
         found = choose()
     except Exception as error:
         kind = "refused" if isinstance(error, UserError) else "failed"
-        store.set(key, json.dumps({kind: str(error)}))
-        with suppress(RuntimeError):
-            store.wait([f"{key}-read-{rank}" for rank in range(1, trainer.num_devices)], _GOODBYE)
+        channel.broadcast("choice", {kind: str(error)})
+        channel.leave(trainer.num_devices)
         raise
-    store.set(key, json.dumps({"found": str(found or "")}))
+    channel.broadcast("choice", {"found": str(found or "")})
     return found
 
 
-def _hear(store: PrefixStore, key: str, trainer: Trainer) -> Path | None:
+def _hear(channel: StoreChannel, global_rank: int) -> Path | None:
     """What the first rank of the node has chosen."""
-    try:
-        store.wait([key], _LIMIT)
-    except RuntimeError as error:
+    answer: dict[str, str] | None = channel.receive("choice", _LIMIT_SECONDS)
+    if answer is None:
         raise RuntimeError(
-            f"rank {trainer.global_rank} waited for the first rank of its node to verify a "
+            f"rank {global_rank} waited for the first rank of its node to verify a "
             "checkpoint, and it did not answer; look at its log"
-        ) from error
-    answer: dict[str, str] = json.loads(store.get(key))
-    store.set(f"{key}-read-{trainer.local_rank}", "")
+        )
+    channel.leave(channel.world_size)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if "failed" in answer:
