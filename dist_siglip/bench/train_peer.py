@@ -5,7 +5,7 @@ open_clip's; changed is what a comparison needs: the model may be a JSON config,
 is full before the first batch, as it is in a long run, and on a CPU DistributedDataParallel
 is not given a device, which torch refuses there. At the end the first rank prints its peak memory.
 
-    python bench_train_peer.py FILE    # JSON: {"model_config": path or null, "arguments": [...]}
+    python train_peer.py FILE    # JSON: {"model_config": path or null, "arguments": [...]}
 
 torchrun takes ``--logs`` for an option of its own, hence the file.
 """

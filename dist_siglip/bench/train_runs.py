@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dist_siglip.bench import train_peer as bench_train_peer
+from dist_siglip.bench import train_peer
 from dist_siglip.errors import UserError
 
 Precision = Literal["32-true", "bf16-mixed"]
@@ -160,7 +160,7 @@ def run_open_clip(case: TrainCase, folder: Path, python: str) -> TrainSpeed:
     given = {"model_config": case.model if is_json else None, "arguments": arguments}
     settings = folder / "arguments.json"
     settings.write_text(json.dumps(given))
-    script = str(shutil.copy(bench_train_peer.__file__, folder))
+    script = str(shutil.copy(train_peer.__file__, folder))
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -180,7 +180,7 @@ def _read_peer(lines: Sequence[tuple[float, str]], first_samples: int) -> TrainS
         for moment, match in found
         if match is not None and int(match[1]) >= first_samples
     ]
-    peaks = [line for _, line in lines if line.startswith(bench_train_peer.PEAK)]
+    peaks = [line for _, line in lines if line.startswith(train_peer.PEAK)]
     if len(counted) < 2 or not peaks:
         raise UserError(
             "open_clip_train wrote no log as version 3.3 does; install "
@@ -191,7 +191,7 @@ def _read_peer(lines: Sequence[tuple[float, str]], first_samples: int) -> TrainS
     return TrainSpeed(
         samples_per_second=(last - first) / (end - start),
         shares={"data": waits / batches},
-        peak_bytes=int(peaks[-1].removeprefix(bench_train_peer.PEAK)),
+        peak_bytes=int(peaks[-1].removeprefix(train_peer.PEAK)),
     )
 
 

@@ -22,6 +22,8 @@ from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 
+_LOGGER = logging.getLogger(__name__)
+
 MOST_DIGITS = 6
 
 _UNITS = (
@@ -108,8 +110,6 @@ def _words_below_thousand(value: int) -> list[str]:
         return words + [_UNITS[rest]] * (rest > 0)
     return [*words, _TENS[rest // 10], *[_UNITS[rest % 10]] * (rest % 10 > 0)]
 
-
-_LOGGER = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1  # raised whenever equal arguments give other bytes
 _MANIFEST = "manifest.json"

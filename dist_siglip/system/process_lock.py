@@ -30,6 +30,8 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+logger = logging.getLogger(__name__)
+
 _SILENT_SECONDS = 3600.0
 _TOUCH_SECONDS = 60.0
 _SETTLE_SECONDS = 0.2
@@ -162,8 +164,6 @@ def _read(path: str) -> bytes:
     finally:
         os.close(descriptor)
 
-
-logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

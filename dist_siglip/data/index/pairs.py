@@ -31,6 +31,8 @@ from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import open_atomically, user_cache_folder, write_atomically
 from dist_siglip.system.regular_file import check_regular
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class ShardRows(NamedTuple):
     """The rows one shard adds to a table."""
@@ -114,7 +116,6 @@ _READERS = 8  # threads that wait for a slow file system together
 _TABLE_VERSION = 3
 _KEPT_TABLES = 16
 _VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remarks")
-_LOGGER = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):

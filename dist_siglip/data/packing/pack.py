@@ -44,6 +44,8 @@ from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 from dist_siglip.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
+
 _EXTENSIONS = {
     "image/jpeg": "jpg",
     "image/png": "png",
@@ -192,7 +194,6 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-_LOGGER = logging.getLogger(__name__)
 _AHEAD = 8  # samples prepared ahead by each worker; bounds memory
 _EARLY_ROWS = 1000  # rows before the share of bad ones is judged for the first time
 _MEBIBYTE = 1 << 20

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.errors import OutageError, UserError
 
+_LOGGER = logging.getLogger(__name__)
+
 _STEP_SECONDS = 0.1
 _THREAD = threading.local()
 
@@ -67,7 +69,6 @@ def pause(seconds: float) -> None:
         time.sleep(longest_wait(left))
 
 
-_LOGGER = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 ATTEMPTS = 5  # by default
 PATIENCE_SECONDS = 300.0

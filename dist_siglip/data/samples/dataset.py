@@ -47,6 +47,8 @@ from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def check_ranks_agree(
     table: PairTable, *, name: str, device: torch.device, group: ProcessGroup | None = None
@@ -106,7 +108,6 @@ def seeded_generators(*key: int) -> Iterator[None]:
 
 
 _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
-_LOGGER = logging.getLogger(__name__)
 _BAD_ATTEMPTS = 20  # bad samples in a row for one position
 _FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
 _SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand

@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 def join_ids(caption_ids: Tensor | None, picture_ids: Tensor | None) -> Tensor | None:
     """Put the ids of rows side by side, so that they travel as one.
@@ -77,8 +79,6 @@ def share_an_id(row_ids: Tensor, column_ids: Tensor) -> Tensor:
         same = same | (rows[kind, :, None] == columns[kind, None, :])
     return same
 
-
-logger = logging.getLogger(__name__)
 
 Duplicates = Literal["positive", "masked", "negative"]
 

@@ -18,6 +18,8 @@ from dist_siglip.runs.folder import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 
+logger = logging.getLogger(__name__)
+
 Mode = Literal["min", "max"]
 
 
@@ -58,8 +60,6 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
         return nothing
     return found if is_of_use else nothing
 
-
-logger = logging.getLogger(__name__)
 
 # Checkpoints that were verified for this start: path -> inode, size and time of change.
 _verified: dict[Path, tuple[int, int, int]] = {}

@@ -23,6 +23,8 @@ from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
 
+logger = logging.getLogger(__name__)
+
 
 def write_result(
     folder: Path,
@@ -63,8 +65,6 @@ def write_result(
     details = json.dumps(result.details, allow_nan=False) + "\n"
     write_atomically(folder / "details" / f"{benchmark.name}.json", details)
 
-
-logger = logging.getLogger(__name__)
 
 _SHOWN = 4  # metrics of a benchmark in its log line
 

@@ -34,6 +34,8 @@ from dist_siglip.lightning_compat import broadcast_no_sigterm, install_no_handle
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
 
+logger = logging.getLogger(__name__)
+
 
 def end_training(trainer: Trainer) -> None:
     """Have training end after the step under way; ``RunCheckpoint`` saves there.
@@ -80,8 +82,6 @@ def _message(callback: EarlyStopping) -> str:
     message = callback.stopping_reason_message or ""
     return message.replace(" Signaling Trainer to stop.", "").rstrip(". ")
 
-
-logger = logging.getLogger(__name__)
 
 _SECONDS = 30
 

@@ -91,7 +91,6 @@ def is_straggler(rank: int, times_by_rank: Sequence[RankTimes]) -> bool:
     return own > _FACTOR * usual and own - usual > _LEAST_SHARE * times_by_rank[rank].seconds
 
 
-_LOGGER = logging.getLogger(__name__)
 _BOUND = 1 / 3  # share of the time spent waiting above which a run is bound by its data
 
 
@@ -184,7 +183,7 @@ class Throughput(Callback):
             return
         self._num_bound += 1
         if self._num_bound in _TOLD and trainer.is_global_zero:
-            _LOGGER.warning(
+            logger.warning(
                 "data-bound: %.0f %% of the time waits for pictures; %d workers a rank deliver "
                 "%.0f pairs/s, the model could take %.0f; about %d workers_per_rank would keep up "
                 "(this rank may use %d cores)",

@@ -50,6 +50,8 @@ from dist_siglip.training.datamodule.training_position import (
 )
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
 
+_LOGGER = logging.getLogger(__name__)
+
 
 def load_features(
     folders: str | list[str] | None,
@@ -144,9 +146,6 @@ def check_shares(max_bad_fraction: float, train_crop_scale: tuple[float, float] 
         raise UserError(
             f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
         )
-
-
-_LOGGER = logging.getLogger(__name__)
 
 
 class ImageTextDataModule(BatchTransfer):

@@ -6,7 +6,7 @@ bias a third; a block is gathered when it is needed and freed after.
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -53,6 +53,8 @@ from dist_siglip.training.module.locked_features import (
 from dist_siglip.training.module.run_module import RunModule, configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
 
+logger = logging.getLogger(__name__)
+
 
 def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
@@ -84,12 +86,6 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
         register_fsdp_forward_method(towers, method)
     # Apart, so that the loss can ask for them outside of the towers.
     fully_shard(module.get_submodule("logits"), mesh=mesh)
-
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()

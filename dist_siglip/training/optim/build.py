@@ -32,6 +32,8 @@ from dist_siglip.training.optim.groups import (
     parameter_groups,
 )
 
+logger = logging.getLogger(__name__)
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -132,8 +134,6 @@ class PairedOptimizer(Optimizer):
         outer.param_groups = self.param_groups[self._num_inner :]
         inner.state = outer.state = self.state
 
-
-logger = logging.getLogger(__name__)
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
