@@ -1,10 +1,12 @@
 """Transfers of shards and their accumulators along the paths of a ring schedule.
 
-A shard's next transfer is posted before its visit and waited for after it; the accumulator of
-the shard, sent one step ago, is waited for only when there is something to add. So transfers hide
-behind the visit. Buffers are owned and reused: two shards and three accumulators per path
-(one for ring and two_level, two for two_way), whatever the number of ranks. Three,
-because while one accumulator is written by the visit another arrives and a third leaves.
+While a shard is visited one batch of transfers is under way: this shard goes on to the next rank,
+the one after it arrives, the accumulators of the shard visited before leave, and those of the
+shard that is visited arrive, to which its contributions are added afterwards. So transfers hide
+behind the visit, and a hop posts and waits once. Buffers are owned and reused: two shards and
+three accumulators per path (one for ring and two_level, two for two_way), whatever the number of
+ranks. Three, because while one accumulator is written by the visit another arrives and a third
+leaves.
 
 Bytes per rank: W - 1 shards and W accumulators sent; nothing more in a backward pass.
 """
@@ -63,18 +65,24 @@ def run_ring(
     buffers = [
         RingBuffers(number, path, columns, specs, row_counts) for number, path in enumerate(paths)
     ]
-    accumulators = PendingBatch()
+    pending = _post(channel, [buffer.move_shard(0) for buffer in buffers])
     for step in range(max(len(path.hops) for path in paths)):
         present = [buffer for buffer in buffers if step < len(buffer.path.hops)]
-        shards = _post(channel, [buffer.move_shard(step) for buffer in present])
         for buffer in present:
             buffer.visit(step, visit)
-        channel.wait(accumulators)
+        channel.wait(pending)
         for buffer in present:
             buffer.add_arrived(step, add)
-        accumulators = _post(channel, [buffer.move_accumulators(step) for buffer in present])
-        channel.wait(shards)
-    channel.wait(accumulators)
+        # The same order on both ends, which is what NCCL matches by.
+        pending = _post(
+            channel,
+            [
+                move
+                for buffer in present
+                for move in (buffer.move_accumulators(step), buffer.move_shard(step + 1))
+            ],
+        )
+    channel.wait(pending)
     finished, *others = (buffer.finished() for buffer in buffers)
     for other in others:
         for mine, theirs in zip(finished, other, strict=True):
@@ -83,17 +91,15 @@ def run_ring(
 
 
 class _Move(NamedTuple):
-    """Messages of one path at one step."""
+    """Messages of one path: nothing where there are no tensors to move."""
 
-    outgoing: tuple[Message, ...] = ()
-    arriving: tuple[Message, ...] = ()
+    outgoing: Message
+    arriving: Message
 
 
-def _post(channel: P2PChannel, moves: Sequence[_Move]) -> PendingBatch:
-    # Path by path: the same order on both ends, which is what NCCL matches by.
+def _post(channel: P2PChannel, moves: Sequence[_Move | None]) -> PendingBatch:
     return channel.post(
-        [message for move in moves for message in move.outgoing],
-        [message for move in moves for message in move.arriving],
+        [move.outgoing for move in moves if move], [move.arriving for move in moves if move]
     )
 
 
@@ -111,7 +117,7 @@ class RingBuffers:
         self.path, self.row_counts = path, row_counts
         self.shard_tag, self.accumulator_tag = 2 * number, 2 * number + 1
         self.rank = path.hops[0].owner
-        longest = max(row_counts)
+        longest = self.longest = max(row_counts)
         self.received = [
             tuple(column.new_empty((longest, *column.shape[1:])) for column in columns)
             for _ in range(2)
@@ -125,16 +131,16 @@ class RingBuffers:
         self.shard = self.next_shard = columns
         self.contributions: Shard = ()
 
-    def move_shard(self, step: int) -> _Move:
-        """Return the messages that bring the shard on and the next one here."""
+    def move_shard(self, step: int) -> _Move | None:
+        """Take the shard of this step; return the messages that bring it on and the next here."""
         self.shard = self.next_shard
-        if step + 1 == len(self.path.hops):
-            return _Move()
+        if step + 1 >= len(self.path.hops):
+            return None
         hop, following = self.path.hops[step : step + 2]
         self.next_shard = self._rows(self.received[step % 2], following.owner)
         return _Move(
-            (self._shard_message(hop.goes_to, self.shard, hop.owner),),
-            (self._shard_message(following.came_from, self.next_shard, following.owner),),
+            Message(hop.goes_to, self.shard, self.shard_tag, "shard", hop.owner),
+            Message(following.came_from, self.next_shard, self.shard_tag, "shard", following.owner),
         )
 
     def visit(self, step: int, visit: Visitor) -> None:
@@ -153,30 +159,27 @@ class RingBuffers:
         for mine, theirs in zip(self.contributions, arrived, strict=True):
             add(mine, theirs)
 
-    def move_accumulators(self, step: int) -> _Move:
+    def move_accumulators(self, step: int) -> _Move | None:
         """Send on what was just added up; receive the next shard's, or the own one at last."""
-        if step < self.path.first_visit:
-            return _Move()
+        if step < self.path.first_visit or not self.contributions:
+            return None
         hop = self.path.hops[step]
-        outgoing = self._accumulator_message(hop.goes_to, self.contributions, hop.owner)
         if step + 1 < len(self.path.hops):
             following = self.path.hops[step + 1]
             sender, owner = following.came_from, following.owner
         else:
             sender, owner = self.path.home_from, self.rank
-        arriving = self._accumulator_message(sender, self._rows(self.incoming, owner), owner)
+        tag, what = self.accumulator_tag, "accumulators of shard"
         self.working, self.leaving = self.leaving, self.working
-        return _Move((outgoing,), (arriving,))
+        return _Move(
+            Message(hop.goes_to, self.contributions, tag, what, hop.owner),
+            Message(sender, self._rows(self.incoming, owner), tag, what, owner),
+        )
 
     def finished(self) -> Shard:
         """Return the own accumulators, once the last transfer has been waited for."""
         return self._rows(self.incoming, self.rank)
 
     def _rows(self, buffers: Shard, owner: int) -> Shard:
-        return tuple(buffer[: self.row_counts[owner]] for buffer in buffers)
-
-    def _shard_message(self, peer: int, tensors: Shard, owner: int) -> Message:
-        return Message(peer, tensors, self.shard_tag, f"shard {owner}")
-
-    def _accumulator_message(self, peer: int, tensors: Shard, owner: int) -> Message:
-        return Message(peer, tensors, self.accumulator_tag, f"accumulators of shard {owner}")
+        rows = self.row_counts[owner]
+        return buffers if rows == self.longest else tuple(buffer[:rows] for buffer in buffers)

@@ -7,7 +7,7 @@ rank sends at the same step. So numbers are those of a global batch of W equal l
 can be checked too (all but the accumulators of all_gather, whose fake reduce-scatter adds nothing).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -79,7 +79,7 @@ def simulated_world(
 class _LoopbackChannel(P2PChannel):
     """Posts to the fake group, then delivers what this rank sent as what it receives."""
 
-    def post(self, outgoing: Iterable[Message], arriving: Iterable[Message]) -> PendingBatch:
+    def post(self, outgoing: Sequence[Message], arriving: Sequence[Message]) -> PendingBatch:
         batch = super().post(outgoing, arriving)
         for sent, received in zip(batch.outgoing, batch.arriving, strict=True):
             for theirs, mine in zip(sent.tensors, received.tensors, strict=True):

@@ -17,6 +17,7 @@ from dist_siglip.distributed import (
     set_local_world_size,
     sum_over_ranks,
 )
+from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from tests.support.processes import run_ranks
@@ -86,6 +87,11 @@ def _everything(rank, world_size):
         (layout, exchange, combine, local): _travel(rank, layout, exchange, combine, local)
         for layout, exchange, combine, local in _cases(world_size)
     }
+    with pytest.MonkeyPatch.context() as patch:  # the path of NCCL, over gloo
+        patch.setattr(P2PChannel, "_launches_batches", lambda *_: True)
+        results["as one"] = {
+            name: _travel(rank, LAYOUTS[world_size][0], name, "sum") for name in ("ring", "two_way")
+        }
     if world_size == 3:
         results["mismatches"] = _mismatches(rank)
         results["subgroup"] = _in_a_subgroup(rank)
@@ -151,6 +157,15 @@ def test_every_shard_is_visited_once_and_accumulators_come_home(world_size):
                 expected, number = everyones.amax(0), numbers.amax(0)
             assert torch.allclose(floats, expected, rtol=1e-14, atol=0), case
             assert torch.allclose(wholes.double(), number.expand(len(features)), rtol=1e-14), case
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_transfers_of_a_batch_may_be_launched_as_one(world_size):
+    for results in results_of(world_size):
+        for name, (visits, home) in results["as one"].items():
+            expected_visits, expected = results[LAYOUTS[world_size][0], name, "sum", None]
+            assert visits == expected_visits
+            assert all(torch.equal(*pair) for pair in zip(home, expected, strict=True))
 
 
 @pytest.mark.parametrize(("exchange", "local"), [*EXCHANGES, ("local", None)])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange
 from dist_siglip.distributed.exchange import _log_choice
+from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
@@ -46,6 +47,23 @@ def test_numbers_are_those_of_equal_ranks(exchange):
     assert torch.allclose(found["scale"], truth["scale"], rtol=1e-12)
     for side in ("image", "text"):  # the loss of a rank is W times its part of the global one
         assert torch.allclose(found[side], 6 * truth[side][:4], rtol=1e-12, atol=1e-14)
+
+
+def test_a_hop_posts_one_batch_of_transfers(monkeypatch):
+    """Accumulators leave together with the shard that was visited after theirs."""
+    posted = []
+    post = P2PChannel.post
+
+    def record(channel, outgoing, arriving):
+        posted.append(len(outgoing))
+        return post(channel, outgoing, arriving)
+
+    monkeypatch.setattr(P2PChannel, "post", record)
+    images, texts = _features(4, 5)
+    with simulated_world(6):
+        _step(images, texts, exchange="ring")
+    # The first shard, then accumulators beside a shard, at last accumulators that come home.
+    assert posted == [1, 2, 2, 2, 2, 1, 1]
 
 
 def _peak(world_size, exchange, *, width=32, num_pairs=64):
