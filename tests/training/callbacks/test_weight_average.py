@@ -1,9 +1,11 @@
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from dist_siglip.errors import UserError
 from dist_siglip.training.callbacks import WeightAverage
+from tests.support.meta_device import MetaStrategy
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
@@ -64,6 +66,77 @@ def test_a_run_goes_on_from_its_weights_and_its_average(model, tmp_path):
     for state in ("state_dict", "current_model_state"):
         for name, value in whole.saved[state].items():
             assert torch.allclose(rest.saved[state][name], value, atol=1e-6), (state, name)
+
+
+class Mixed(LightningModule):
+    """Weights of two dtypes, and a buffer of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2).bfloat16()
+        self.register_buffer("positions", torch.arange(50))
+
+    def training_step(self, batch, batch_idx):
+        return self.second(self.first(batch).bfloat16()).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Devices(Callback):
+    """Keeps the devices of the average and of the weights after every step."""
+
+    def __init__(self, averager):
+        self.averager, self.found = averager, []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        average = self.averager._average_model.module
+        self.found.append(
+            [{p.device.type for p in each.parameters()} for each in (average, module)]
+        )
+
+
+def train_mixed(averager, *others, **settings):
+    torch.manual_seed(0)
+    module = Mixed()
+    trainer = Trainer(
+        **{"accelerator": "cpu", "max_steps": 3, **settings},
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[averager, *others],
+    )
+    batches = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, torch.utils.data.DataLoader(list(batches), batch_size=None))
+    return module
+
+
+def test_the_average_is_updated_on_the_device_of_the_weights():
+    """A copy to the host or a read would raise: the device of this run holds no values."""
+    ours = WeightAverage()
+    devices = Devices(ours)
+    train_mixed(ours, devices, strategy=MetaStrategy(), accelerator="auto")
+    assert devices.found == [[{"meta"}, {"meta"}]] * 3
+    theirs = EMAWeightAveraging()
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called"):
+        train_mixed(theirs, Devices(theirs), strategy=MetaStrategy(), accelerator="auto")
+
+
+@pytest.mark.parametrize(("start_step", "every_steps"), [(0, 1), (1, 1), (0, 2)])
+def test_the_average_is_that_of_lightning(start_step, every_steps):
+    ours = train_mixed(WeightAverage(0.6, start_step, every_steps))
+    theirs = train_mixed(
+        EMAWeightAveraging(
+            decay=0.6, update_starting_at_step=start_step, update_every_n_steps=every_steps
+        )
+    )
+    expected = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        tolerance = 1e-2 if value.dtype == torch.bfloat16 else 1e-6
+        assert torch.allclose(value.float(), expected[name].float(), atol=tolerance), name
+    # Lightning averages whole numbers, too, and cuts off what is behind the point.
+    assert torch.equal(ours.positions, torch.arange(50))
 
 
 @pytest.mark.parametrize("settings", [{"decay": 1.0}, {"start_step": -1}, {"every_steps": 0}])
