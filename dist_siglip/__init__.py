@@ -6,7 +6,7 @@ first used. Further public names are those in the ``__all__`` of a package.
 
 from typing import TYPE_CHECKING
 
-from dist_siglip.moved import install as _keep_old_paths
+from dist_siglip.system.moved import install as _keep_old_paths
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ import yaml
 
 from dist_siglip import bench
 from dist_siglip.cli import align, capacity, data, embed, lab, slurm
-from dist_siglip.cli.parsing.subjects import parser_of
+from dist_siglip.cli.parser import parser_of
 from dist_siglip.cli.run import calibrate, export, quickstart, report, rerank, testing, training
 from dist_siglip.cli.run.training import TrainingCLI
 from dist_siglip.doctor import command as doctor_command

@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.moved import NAMES, PACKAGES, new_path
+from dist_siglip.cli.parser import CommandParser
 from dist_siglip.runs import describe_differences
+from dist_siglip.system.moved import NAMES, PACKAGES, new_path
 from dist_siglip.training.callbacks import SkipBadSteps
 from tests.support.command import REPOSITORY, environment
 from tests.support.old_names import PUBLIC

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.cli.parsing.subjects import run_subject
+from dist_siglip.cli.parser import run_subject
 
 SUBJECTS = {
     "loss": ("dist_siglip.bench.loss", "time and memory beside other losses, on this machine"),

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs.checkpoints.checksum import damage_of
 from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
+from dist_siglip.runs.checkpoints.selection import damage_of
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
-from dist_siglip.cli.help.page import asked_page, check_subject, for_parser
-from dist_siglip.cli.package_warnings import packages_kept_quiet
+from dist_siglip.cli.help import asked_page, check_subject, for_parser
+from dist_siglip.cli.logs import packages_kept_quiet
 from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMovedError, UserError
 from dist_siglip.system import signals
 from dist_siglip.system.redaction import redact

@@ -13,8 +13,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import call, introduction_of
+from dist_siglip.cli.parser import CommandParser, call, introduction_of
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError

@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import call, parser_of_function
+from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.table import read_evaluation
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import (

@@ -9,8 +9,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import call, parser_of_function
+from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import build_pair_table

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parsing.subjects import run_subject
+from dist_siglip.cli.parser import run_subject
 from dist_siglip.lab.experiments import EXPERIMENTS
 
 

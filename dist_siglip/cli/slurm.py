@@ -15,8 +15,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import introduction_of
+from dist_siglip.cli.parser import CommandParser, introduction_of
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml

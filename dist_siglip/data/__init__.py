@@ -21,7 +21,7 @@ from dist_siglip.data.samples.transforms import (
     training_transform,
 )
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.moved import look_up_in
+from dist_siglip.system.moved import look_up_in
 
 __all__ = [
     "BatchPlan",

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import call, parser_of_function
+from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from dist_siglip.data.inspect.shard_check import FirstPair, read_first_pair
+from dist_siglip.data.inspect import FirstPair, read_first_pair
 from dist_siglip.data.remote import CacheSettings, RemoteError, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import PicturePolicy

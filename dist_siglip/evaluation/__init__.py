@@ -1,10 +1,9 @@
 """Benchmarks: what a model is worth on data it was not trained on."""
 
-from dist_siglip.evaluation.arithmetic import HandwritingArithmetic
+from dist_siglip.evaluation.arithmetic import HandwritingArithmetic, Simat
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.classification import Classification
 from dist_siglip.evaluation.retrieval import PairMetrics, Retrieval
-from dist_siglip.evaluation.simat import Simat
 
 __all__ = [
     "Benchmark",

@@ -22,8 +22,8 @@ from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import LoaderError, UserError
 from dist_siglip.health.hang_watchdog import HangWatchdog, Heartbeat
-from dist_siglip.lightning_compat import collective_timeout
 from dist_siglip.runs import RunFolder
+from dist_siglip.system.lightning_compat import collective_timeout
 
 logger = logging.getLogger(__name__)
 

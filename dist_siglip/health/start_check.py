@@ -25,8 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from dist_siglip.distributed.groups import resolve_group
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.errors import UserError
-from dist_siglip.runs.identity import flatten
-from dist_siglip.runs.provenance import installed_versions
+from dist_siglip.runs.provenance import flatten, installed_versions
 
 # A node may have its own copy, at its own path: only whether there is one is compared.
 _PLACES = frozenset(

@@ -4,52 +4,7 @@ Every metric is a function of this rank's rows that also runs in one process wit
 group; ``PairEvaluation`` is the one class, for validation epochs.
 """
 
-from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
-from dist_siglip.metrics.geometry.constellation import (
-    Constellation,
-    constellation,
-    joint_constellation,
-    mean_constellation,
-    quantile_constellation,
-)
-from dist_siglip.metrics.geometry.gap import ModalityGap, modality_gap
-from dist_siglip.metrics.geometry.logits import (
-    RetrievalGuarantee,
-    expected_sigmoid_loss,
-    logit_summary,
-    retrieval_guarantee,
-)
-from dist_siglip.metrics.geometry.pair_statistics import (
-    CosineSummary,
-    PairStatistics,
-    RowMargins,
-    collect_pair_statistics,
-    histogram_edges,
-)
-from dist_siglip.metrics.geometry.relevance import RelevanceMargins, relevance_margins
-from dist_siglip.metrics.geometry.separability import (
-    SeparatingDirection,
-    linear_separability,
-    separating_direction,
-)
-from dist_siglip.metrics.geometry.spectrum import (
-    Moments,
-    collect_moments,
-    components_for,
-    effective_rank,
-    explained_variance_ratios,
-)
-from dist_siglip.metrics.geometry.uniformity import cross_uniformity, uniformity
-from dist_siglip.metrics.retrieval.hubness import Hubness, hubness
-from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
-from dist_siglip.metrics.retrieval.ranks import (
-    median_rank,
-    recall_at_k,
-    retrieval_ranks,
-    retrieval_ranks_both_ways,
-)
-from dist_siglip.metrics.retrieval.reranking import reranked_ranks
-from dist_siglip.metrics.theory.capacity import (
+from dist_siglip.metrics.capacity import (
     Exponents,
     LargestPairs,
     RequiredDimension,
@@ -66,7 +21,7 @@ from dist_siglip.metrics.theory.capacity import (
     subset_inner_products,
     subset_margin,
 )
-from dist_siglip.metrics.theory.constructions import (
+from dist_siglip.metrics.constructions import (
     code_alpha,
     constellation_from_code,
     construction_one,
@@ -74,6 +29,53 @@ from dist_siglip.metrics.theory.constructions import (
     random_code,
     simplex_code,
     subset_code,
+)
+from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
+from dist_siglip.metrics.geometry.gap import (
+    ModalityGap,
+    SeparatingDirection,
+    linear_separability,
+    modality_gap,
+    separating_direction,
+)
+from dist_siglip.metrics.geometry.logits import (
+    RetrievalGuarantee,
+    expected_sigmoid_loss,
+    logit_summary,
+    retrieval_guarantee,
+)
+from dist_siglip.metrics.geometry.margins import (
+    Constellation,
+    RelevanceMargins,
+    constellation,
+    joint_constellation,
+    mean_constellation,
+    quantile_constellation,
+    relevance_margins,
+)
+from dist_siglip.metrics.geometry.pair_statistics import (
+    CosineSummary,
+    PairStatistics,
+    RowMargins,
+    collect_pair_statistics,
+    histogram_edges,
+)
+from dist_siglip.metrics.geometry.spread import (
+    Moments,
+    collect_moments,
+    components_for,
+    cross_uniformity,
+    effective_rank,
+    explained_variance_ratios,
+    uniformity,
+)
+from dist_siglip.metrics.retrieval.nearest import Hubness, Neighbors, hubness, nearest_neighbors
+from dist_siglip.metrics.retrieval.ranks import (
+    median_rank,
+    recall_at_k,
+    reranked_ranks,
+    retrieval_ranks,
+    retrieval_ranks_both_ways,
 )
 
 __all__ = [

@@ -20,7 +20,7 @@ from dist_siglip.models.reranker import (
     token_shapes,
     write_head,
 )
-from dist_siglip.models.weights.load import recorded_global_batch
+from dist_siglip.models.weights import recorded_global_batch
 
 __all__ = [
     "BuiltModel",

@@ -34,8 +34,8 @@ from dist_siglip.models.text_tower import (
 )
 from dist_siglip.models.tokenizer import ModelTokenizer
 from dist_siglip.models.weight_source import ModelSource, resolve_model
-from dist_siglip.models.weights.file import refuse_not_finite
-from dist_siglip.models.weights.load import NETWORK_PREFIX, Weights, load_towers, read_weights
+from dist_siglip.models.weights import NETWORK_PREFIX, Weights, load_towers, read_weights
+from dist_siglip.models.weights_file import refuse_not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
 from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.models.text_tower import encode_with_tokens
-from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import check_regular
 

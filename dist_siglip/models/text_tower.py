@@ -20,7 +20,7 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.models.weights_file import refuse_not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.architecture import refuse_captioning
-from dist_siglip.models.interop.transformers_config import CONFIG_NAME as HUGGING_FACE_CONFIG
-from dist_siglip.models.interop.transformers_config import (
+from dist_siglip.models.interop.transformers_format import CONFIG_NAME as HUGGING_FACE_CONFIG
+from dist_siglip.models.interop.transformers_format import (
     complete_preprocessing,
     fetch_folder,
     read_folder,

@@ -19,15 +19,12 @@ from dist_siglip.report.page import (
 )
 from dist_siglip.report.records import RunRecord, read_run
 from dist_siglip.report.sections import (
-    calibration,
     capacity,
     comparison,
-    data_health,
     geometry,
     pairs,
     retrieval,
     shapes,
-    spectra,
     training,
 )
 from dist_siglip.runs import RunFolder
@@ -42,14 +39,14 @@ _SECTIONS: dict[str, _Maker] = {
     "comparison": comparison.make,
     "training": training.make,
     "speed": training.make_speed,
-    "data_health": data_health.make,
+    "data_health": training.make_data,
     "retrieval": retrieval.make,
     "benchmarks": retrieval.make_benchmarks,
     "pairs": pairs.make,
-    "calibration": calibration.make,
+    "calibration": pairs.make_calibration,
     "geometry": geometry.make,
     "shapes": shapes.make,
-    "spectra": spectra.make,
+    "spectra": geometry.make_spectra,
     "capacity": capacity.make,
     "origin": comparison.make_origin,
 }

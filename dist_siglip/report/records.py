@@ -29,7 +29,7 @@ from dist_siglip.report.damage import (
 )
 from dist_siglip.report.history import Incidents, KeptEvaluation, read_history, read_incidents
 from dist_siglip.runs import RunFolder
-from dist_siglip.runs.identity import flatten
+from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.regular_file import open_regular, read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 

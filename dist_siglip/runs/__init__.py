@@ -8,8 +8,7 @@ from dist_siglip.runs.checkpoints.selection import (
     read_best,
 )
 from dist_siglip.runs.folder import RunFolder
-from dist_siglip.runs.identity import describe_differences
-from dist_siglip.runs.provenance import collect_provenance
+from dist_siglip.runs.provenance import collect_provenance, describe_differences
 
 __all__ = [
     "BestCheckpoint",

@@ -1,14 +1,20 @@
-"""Command, code and versions that made a run."""
+"""Identity of a run, and the command, code and versions that made it.
+
+Model, loss, data, order and optimizer make a run: they must stay for a configuration to go on with
+it. How fast or how long it runs, on how many ranks, and what it writes, may change from one start
+to the next.
+"""
 
 import importlib.metadata
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_siglip.system.moved import new_path
 from dist_siglip.system.redaction import redact
 
 _PACKAGES = (
@@ -21,6 +27,35 @@ _PACKAGES = (
     "torchmetrics",
     "numpy",
     "pillow",
+)
+# Groups of the configuration that make a run what it is.
+IDENTITY_KEYS = ("seed_everything", "model", "data")
+# ... except what only changes speed or place.
+FREE_KEYS = frozenset(
+    {
+        "model.compile_towers",
+        "model.gradient_checkpointing",
+        "model.micro_batch_size",
+        "model.calibration_pairs",  # only of a new run
+        "model.optim.schedule_start_step",  # with max_steps; a jump of the rate is refused
+        "model.optim.accept_rate_jump",
+        "data.train_shards",  # the fingerprint in the checkpoint watches their content
+        "data.train_sources",  # so it does theirs; their weights are in the checkpoint too
+        "data.val_shards",
+        "data.val_local_batch_size",
+        "data.workers_per_rank",
+        "data.prefetch_factor",
+        "data.max_bad_fraction",
+        "data.accept_changed_data",
+        "data.on_damage",  # the fingerprint watches what is left
+        "data.bad_sample_log",
+        "data.train_features",  # those of the locked tower, or refused
+        "data.cache.folder",
+        "data.cache.max_gib",
+        "data.cache.attempts",
+        "data.cache.patience_seconds",
+        "data.cache.recheck_hours",
+    }
 )
 
 
@@ -85,3 +120,53 @@ def _git(folder: Path, *arguments: str) -> str:
         timeout=5,
     )
     return answer.stdout.strip()
+
+
+def describe_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """List what makes ``current`` another run than the one ``recorded``.
+
+    Keys that only one side has are ignored: a newer version may have more settings.
+
+    Returns:
+        Lines such as ``data.seed (0 in the folder, 1 now)``; empty for the same run.
+
+    Example:
+        >>> describe_differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
+        ['data.seed (0 in the folder, 1 now)']
+        >>> describe_differences({"trainer": {"max_steps": 1}}, {"trainer": {"max_steps": 2}})
+        []
+    """
+    from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS  # heavy
+
+    before = dict(flatten({key: recorded.get(key) for key in IDENTITY_KEYS if key in recorded}))
+    if "data" in recorded:  # what runs of before did is known
+        before = {f"data.{key}": old for key, old in BEFORE_THE_SETTINGS.items()} | before
+    after = dict(flatten({key: current.get(key) for key in IDENTITY_KEYS if key in current}))
+    return [
+        f"{key} ({before[key]!r} in the folder, {after[key]!r} now)"
+        for key in before
+        if key in after and key not in FREE_KEYS and not _is_same(key, before[key], after[key])
+    ]
+
+
+def _is_same(key: str, before: Any, after: Any) -> bool:
+    """Whether a setting is unchanged; a class of ours may be named by any of its paths."""
+    if before == after:
+        return True
+    paths = [new_path(str(path)) for path in (before, after)]
+    is_ours = key.endswith(".class_path") and all(p.startswith("dist_siglip.") for p in paths)
+    return is_ours and len({path.rpartition(".")[2] for path in paths}) == 1
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through the leaves of nested settings, with the path of each.
+
+    Example:
+        >>> list(flatten({"data": {"seed": 0}, "run_dir": "a"}))
+        [('data.seed', 0), ('run_dir', 'a')]
+    """
+    if not isinstance(tree, Mapping):
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))

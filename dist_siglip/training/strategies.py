@@ -23,9 +23,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from dist_siglip.errors import UserError
-from dist_siglip.lightning_compat import set_device_mesh, set_mesh_sizes, writes_sharded_checkpoints
-from dist_siglip.runs.checkpoints.optimizer_names import by_name
-from dist_siglip.runs.checkpoints.sharded import is_sharded, read_into, read_values, write_sharded
+from dist_siglip.runs.checkpoints.sharded import (
+    by_name,
+    is_sharded,
+    read_into,
+    read_values,
+    write_sharded,
+)
+from dist_siglip.system.lightning_compat import (
+    set_device_mesh,
+    set_mesh_sizes,
+    writes_sharded_checkpoints,
+)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):

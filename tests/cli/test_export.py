@@ -9,7 +9,7 @@ import yaml
 
 from dist_siglip.cli import main
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.tuning.lora import LoraSettings, add_adapters
+from dist_siglip.models.tuning import LoraSettings, add_adapters
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.module.trained import load_trained
 from tests.support.command import write_settings

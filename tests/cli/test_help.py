@@ -11,17 +11,20 @@ import pytest
 from jsonargparse import ActionConfigFile
 
 from dist_siglip.cli import _COMMANDS, main
-from dist_siglip.cli.help.declared_options import (
+from dist_siglip.cli.help import (
+    _ELSEWHERE,
+    COMMON_TRAINER_OPTIONS,
     REQUIRED,
     RUNS,
     Option,
+    _subject_page,
+    asked_page,
     module_of,
     options_of_function,
     options_of_run,
     subjects_of,
 )
-from dist_siglip.cli.help.page import _ELSEWHERE, COMMON_TRAINER_OPTIONS, _subject_page, asked_page
-from dist_siglip.cli.help.source_reading import UnreadableError, find, kind_of, value_of
+from dist_siglip.cli.help_source import UnreadableError, find, kind_of, value_of
 from tests.support.command import environment, run_command
 from tests.support.parsers import command_lines, parser_of_command
 
@@ -125,7 +128,7 @@ def test_pages_and_mistyped_commands_import_nothing_heavy():
     script = (
         "import sys\n"
         "from dist_siglip.cli import _COMMANDS, main\n"
-        "from dist_siglip.cli.help.declared_options import subjects_of\n"
+        "from dist_siglip.cli.help import subjects_of\n"
         "assert main(['--help']) == 0 and main(['--version']) == 0\n"
         "for command, (module, _) in _COMMANDS.items():\n"
         "    assert main([command, '--help']) == 0\n"
@@ -212,7 +215,7 @@ def test_the_parser_tells_what_no_page_can(monkeypatch, capsys):
     def refuse(*_):
         raise UnreadableError("packed away")
 
-    monkeypatch.setattr("dist_siglip.cli.help.page.find", refuse)
+    monkeypatch.setattr("dist_siglip.cli.help.find", refuse)
     assert page(("capacity",)) is None
     with pytest.raises(SystemExit):
         main(["capacity", "--help"])
@@ -230,13 +233,13 @@ def test_the_installed_command_shows_its_pages():
 )
 def test_what_is_no_constant_is_refused(text):
     with pytest.raises(UnreadableError):
-        value_of("dist_siglip.cli.help.page", ast.parse(text, mode="eval").body)
+        value_of("dist_siglip.cli.help", ast.parse(text, mode="eval").body)
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("dist_siglip.cli.help.page", "no_such"),
+        ("dist_siglip.cli.help", "no_such"),
         ("dist_siglip.no_such", "a"),
         ("no_such_package", "a"),
     ],
@@ -258,4 +261,4 @@ def test_what_is_not_there_is_refused(module, name):
 )
 def test_types_are_told_in_a_word(annotation, kind):
     node = ast.parse(annotation, mode="eval").body
-    assert kind_of("dist_siglip.cli.help.page", node) == kind
+    assert kind_of("dist_siglip.cli.help", node) == kind

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_siglip.runs import RunFolder
-from dist_siglip.runs.checkpoints.checksum import damage_of
+from dist_siglip.runs.checkpoints.selection import damage_of
 from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole
 from tests.support.command import write_settings
 from tests.support.forked_runs import start

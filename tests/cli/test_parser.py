@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dist_siglip.cli import EXIT_USER_ERROR, main
-from dist_siglip.cli.parsing.parser import CommandParser
+from dist_siglip.cli.parser import CommandParser
 from dist_siglip.errors import UserError
 
 BOMB = "a0: &a0 [1, 1]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from dist_siglip import evaluation as benchmarks
 from dist_siglip import losses
 from dist_siglip.cli import main
-from dist_siglip.cli.parsing.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
+from dist_siglip.cli.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
 from dist_siglip.errors import UserError
 from dist_siglip.training import callbacks, strategies
 from tests.support.parsers import command_lines, parser_of_command

@@ -6,7 +6,7 @@ import sys
 import pytest
 from torch import nn
 
-from dist_siglip.cli.parsing.parser import CommandParser
+from dist_siglip.cli.parser import CommandParser
 from dist_siglip.errors import UserError
 
 LOSS = """

@@ -24,7 +24,7 @@ from pyarrow import parquet
 from dist_siglip.data import urls
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.index.read import read_index
-from dist_siglip.data.inspect.shard_check import Inspector
+from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.packing.pack import SampleMaker
 from dist_siglip.data.packing.table import Columns, read_rows

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dist_siglip.data.index.read import load_index
-from dist_siglip.data.inspect.shard_check import Inspector
+from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset

@@ -6,12 +6,12 @@ import os
 import pytest
 
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import training_transform
+from dist_siglip.system.process_pool import map_isolated
 from tests.support.shards import jpeg, photo, tiny_inputs, write_shard
 
 SHARDS, SAMPLES, EPOCHS = 70, 12, 7  # more shards than a reader keeps open

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_siglip.runs.checkpoints.checksum import damage_of
+from dist_siglip.runs.checkpoints.selection import damage_of
 from dist_siglip.runs.checkpoints.sharded import read_whole, write_sharded
 from tests.support.faults import Disk
 from tests.support.processes import run_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.lab.sigmoid_space import AUTHORS_SEED, Start, margin_of, train_space
+from dist_siglip.lab.free_embeddings import AUTHORS_SEED, Start, margin_of, train_space
 from tests.support.parity import make_rows
 from tests.support.reference_lab import margin_and_bias, multimodal_loss
 

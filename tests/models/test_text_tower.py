@@ -13,7 +13,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.models.reranker import encode_image_tokens, encode_text_tokens
-from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
+from dist_siglip.models.tuning import TowerConfig, tune_towers
 from tests.support.text_towers import (
     WORDS,
     architecture_with,
@@ -194,7 +194,7 @@ def test_locked_it_keeps_what_was_loaded_and_trains_the_new_projection(bert, tmp
 @pytest.mark.parametrize("how", ["locked", "lora"])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_tower_that_was_never_loaded_cannot_be_locked(tmp_path, tower, how):
-    from dist_siglip.models.tuning.lora import LoraSettings
+    from dist_siglip.models.tuning import LoraSettings
 
     built = build_dual_encoder(write_config(tmp_path / "a.json", ARCHITECTURES["clip"]))
     towers = {"image_tower": TowerConfig(), "text_tower": TowerConfig()}

@@ -96,7 +96,7 @@ def test_folder_without_prefix_is_pointed_out(tmp_path):
 def test_unreachable_tag_and_hub_are_refused(monkeypatch):
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     monkeypatch.setattr("dist_siglip.models.weight_source.download_pretrained_from_hf", no_network)
-    of_transformers = "dist_siglip.models.interop.transformers_config"
+    of_transformers = "dist_siglip.models.interop.transformers_format"
     monkeypatch.setattr(f"{of_transformers}.snapshot_download", no_network)
     for model, pretrained in (("ViT-B-32", "openai"), ("hf-hub:org/name", None)):
         with pytest.raises(UserError, match=r"cannot be fetched .*\(offline\)") as caught:

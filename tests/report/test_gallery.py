@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dist_siglip.report.gallery import rank_captions, render_gallery
 from dist_siglip.report.records import Picture
+from dist_siglip.report.sections.retrieval import rank_captions, render_gallery
 
 
 def _rank(captions, similarities, row=0, top=5):

@@ -1,6 +1,5 @@
 """Every text that reaches the page is escaped where it is put in."""
 
-from dist_siglip.report.gallery import Answer, Exhibit, render_gallery
 from dist_siglip.report.page import (
     Verdict,
     render_card,
@@ -16,6 +15,7 @@ from dist_siglip.report.page import (
     render_verdict,
 )
 from dist_siglip.report.records import Picture
+from dist_siglip.report.sections.retrieval import Answer, Exhibit, render_gallery
 
 RAW = "<i>\"'&"
 ESCAPED = "&lt;i&gt;&quot;&#x27;&amp;"

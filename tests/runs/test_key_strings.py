@@ -3,12 +3,12 @@
 import pytest
 
 from dist_siglip.health import start_check
-from dist_siglip.runs import identity
+from dist_siglip.runs import provenance
 from tests.support.parsers import parser_of_command
 
 NAMED = {
-    "FREE_KEYS": identity.FREE_KEYS,
-    "IDENTITY_KEYS": frozenset(identity.IDENTITY_KEYS),
+    "FREE_KEYS": provenance.FREE_KEYS,
+    "IDENTITY_KEYS": frozenset(provenance.IDENTITY_KEYS),
     "start_check._PLACES": start_check._PLACES,
     "start_check._FREE": start_check._FREE,
 }

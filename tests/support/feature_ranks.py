@@ -5,7 +5,7 @@ import warnings
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.training.datamodule import ImageTextDataModule
 from tests.support.torchrun import pretend_torchrun
 from tests.support.tuning_ranks import locked_module

@@ -7,8 +7,8 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dist_siglip.cli import _COMMANDS
-from dist_siglip.cli.help.declared_options import subjects_of
-from dist_siglip.cli.parsing.parser import CommandParser
+from dist_siglip.cli.help import subjects_of
+from dist_siglip.cli.parser import CommandParser
 from dist_siglip.cli.run.training import TrainingCLI
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.optim import OptimConfig

@@ -7,8 +7,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.tuning.lora import LoraSettings
-from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.tuning import LoraSettings, TowerConfig
 from dist_siglip.training.module.siglip import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from dist_siglip import lightning_compat
+from dist_siglip.system import lightning_compat
 from tests.support.command import REPOSITORY
 
 NAMES = {name for _, name, _ in lightning_compat.PRIVATE if name.startswith("_")}

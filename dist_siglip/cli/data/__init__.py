@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.cli.parsing.subjects import run_subject
+from dist_siglip.cli.parser import run_subject
 
 SUBJECTS = {
-    "index": ("dist_siglip.cli.data.index", "side-cars of shards, made ahead of training"),
-    "check": ("dist_siglip.cli.data.check", "everything that is wrong with shards"),
+    "index": ("dist_siglip.cli.data.shards", "side-cars of shards, made ahead of training"),
+    "check": ("dist_siglip.cli.data.shards", "everything that is wrong with shards"),
     "stats": ("dist_siglip.cli.data.overview", "sizes, formats, caption lengths, duplicates"),
     "plan": ("dist_siglip.cli.data.overview", "who reads what, for any number of ranks"),
     "pack": ("dist_siglip.cli.data.pack", "a table and its pictures, or a folder, to shards"),

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
-from dist_siglip.data.inspect.process_pool import map_isolated
-from dist_siglip.data.inspect.statistics import QUANTILES, Gauge, choose_samples, summarize
+from dist_siglip.data.inspect import QUANTILES, Gauge, choose_samples, summarize
 from dist_siglip.data.order.position import BatchPlan, check_divisible
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
@@ -23,6 +22,7 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
+from dist_siglip.system.process_pool import map_isolated
 
 _CHUNK = 2000  # samples measured by one process
 

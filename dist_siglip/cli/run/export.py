@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import introduction_of
+from dist_siglip.cli.parser import CommandParser, introduction_of
 from dist_siglip.models.interop.export import Form, export_model
 from dist_siglip.training.module.trained import load_trained
 

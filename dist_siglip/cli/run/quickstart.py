@@ -14,8 +14,7 @@ from statistics import median
 
 from dist_siglip import models
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import CommandParser
-from dist_siglip.cli.parsing.subjects import parser_of_function
+from dist_siglip.cli.parser import CommandParser, parser_of_function
 from dist_siglip.cli.run.training import train
 from dist_siglip.cli.table import print_evaluation, print_path, read_evaluation
 from dist_siglip.data.handwriting import write_handwriting_shards

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import CommandParser
+from dist_siglip.cli.parser import CommandParser
 from dist_siglip.errors import UserError
 from dist_siglip.report import write_report
 from dist_siglip.report.damage import printable

@@ -22,7 +22,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder, check_sound, describe_differences, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.io import read_shapes
 from dist_siglip.runs.checkpoints.selection import note_sound
-from dist_siglip.runs.identity import flatten
+from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.regular_file import read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml

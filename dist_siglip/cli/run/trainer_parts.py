@@ -50,7 +50,6 @@ UNCONFIGURED: tuple[type[Callback], ...] = (
     StartEvaluation,
 )
 
-
 TRAINER_DEFAULTS = {
     # The training loader has no end; the run's length is max_steps.
     "max_epochs": -1,

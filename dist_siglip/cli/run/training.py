@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.parsing.parser import TrainingParser
-from dist_siglip.cli.parsing.ranges import check_ranges
+from dist_siglip.cli.parser import TrainingParser
+from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.cli.run.start_point import (
     check_same_run,
     checkpoint_to_look_at,

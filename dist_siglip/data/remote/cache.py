@@ -21,9 +21,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_siglip.data.remote.connections import endpoint
+from dist_siglip.data.remote.connections import (
+    ATTEMPTS,
+    PATIENCE_SECONDS,
+    RemoteOutageError,
+    endpoint,
+    pause,
+)
 from dist_siglip.data.remote.locations import redact
-from dist_siglip.data.remote.retries import ATTEMPTS, PATIENCE_SECONDS, RemoteOutageError, pause
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
 from dist_siglip.errors import UserError
 from dist_siglip.system import process_lock

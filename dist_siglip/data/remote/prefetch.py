@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from dist_siglip.data.remote.cache import ShardCache
+from dist_siglip.data.remote.connections import RemoteError, StoppedError, stoppable
 from dist_siglip.data.remote.locations import is_remote
-from dist_siglip.data.remote.retries import RemoteError, StoppedError, stoppable
 
 _LOGGER = logging.getLogger(__name__)
 _MOST_AHEAD = 256  # shards, however small

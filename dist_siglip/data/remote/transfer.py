@@ -15,15 +15,16 @@ import os
 import re
 from typing import Any, BinaryIO, NamedTuple
 
-from dist_siglip.data.remote.connections import file_system, wait_for
-from dist_siglip.data.remote.locations import check_location, is_remote, redact
-from dist_siglip.data.remote.retries import (
+from dist_siglip.data.remote.connections import (
     ATTEMPTS,
     PATIENCE_SECONDS,
     RemoteError,
     WrongContentError,
     attempt,
+    file_system,
+    wait_for,
 )
+from dist_siglip.data.remote.locations import check_location, is_remote, redact
 from dist_siglip.errors import UserError
 
 __all__ = [

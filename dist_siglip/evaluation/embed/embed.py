@@ -38,8 +38,16 @@ from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transf
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.evaluation.embed.layouts import Format, Layout, layout_of, remove_partial
-from dist_siglip.evaluation.embed.progress import EmbedReport, Progress, skipped_file, write_skipped
-from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob, sample_keys, shard_jobs
+from dist_siglip.evaluation.embed.shard_job import (
+    EmbedReport,
+    JobRows,
+    Progress,
+    ShardJob,
+    sample_keys,
+    shard_jobs,
+    skipped_file,
+    write_skipped,
+)
 from dist_siglip.evaluation.encoding import Precision, RowType, ShardEncoder, Towers, choose_device
 from dist_siglip.evaluation.samples import (
     ShardBatch,

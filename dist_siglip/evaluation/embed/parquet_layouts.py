@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.progress import is_all_skipped
-from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob, is_all_skipped
 from dist_siglip.system.atomic import open_atomically
 from dist_siglip.system.process_lock import hold
 from dist_siglip.system.regular_file import check_regular

@@ -24,8 +24,16 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.free_embeddings import Training, random_rows, train_free_embeddings
-from dist_siglip.lab.sigmoid_space import AUTHORS_SEED, Space, Start, margin_of, train_space
+from dist_siglip.lab.free_embeddings import (
+    AUTHORS_SEED,
+    Space,
+    Start,
+    Training,
+    margin_of,
+    random_rows,
+    train_free_embeddings,
+    train_space,
+)
 
 _SCALE, _NUM_PAIRS, _DIMENSION, _STEPS = 100.0, 100, 10, 10_000
 # Frozen relative bias -> published loss at fixed scale 100; loss and scale when it learns from 10.

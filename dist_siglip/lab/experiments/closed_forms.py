@@ -33,7 +33,7 @@ from dist_siglip.metrics import (
     uniformity,
 )
 from dist_siglip.metrics.alignment import measure_alignment
-from dist_siglip.metrics.geometry.spectrum import effective_rank
+from dist_siglip.metrics.geometry.spread import effective_rank
 
 _ROWS, _WIDTH, _NEIGHBOURS = 1000, 256, 10
 _EXACT = 1e-6

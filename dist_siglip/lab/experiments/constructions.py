@@ -23,12 +23,12 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import margin_of
+from dist_siglip.lab.free_embeddings import margin_of
 from dist_siglip.losses import multimodal_sigmoid_loss, siglip_loss
 from dist_siglip.losses.research.adapter import SimplexAdapter
 from dist_siglip.metrics import recall_at_k, retrieval_ranks_both_ways
-from dist_siglip.metrics.theory.capacity import capacity_alpha, largest_margin
-from dist_siglip.metrics.theory.constructions import (
+from dist_siglip.metrics.capacity import capacity_alpha, largest_margin
+from dist_siglip.metrics.constructions import (
     code_alpha,
     constellation_from_code,
     construction_one,

@@ -37,7 +37,7 @@ from dist_siglip.lab.subset_retrieval import (
     subset_relevance,
 )
 from dist_siglip.metrics import relevance_margins
-from dist_siglip.metrics.theory.capacity import subset_dimension
+from dist_siglip.metrics.capacity import subset_dimension
 
 _PUBLISHED = {4: 10, 5: 14, 6: 19, 8: 28}
 _ON_THE_CURVE = 100

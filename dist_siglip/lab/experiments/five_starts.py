@@ -19,7 +19,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import Space, Start, train_space
+from dist_siglip.lab.free_embeddings import Space, Start, train_space
 from dist_siglip.losses.logit_scale import BiasParameterization
 
 _STARTS = (-1.0, -0.5, 0.0, 0.5, 1.0)

@@ -20,7 +20,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import Space, Start, train_space
+from dist_siglip.lab.free_embeddings import Space, Start, train_space
 from dist_siglip.metrics import largest_margin
 
 # Frozen relative bias -> published (margin, best relative bias).

@@ -19,7 +19,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import Space, Start, train_space
+from dist_siglip.lab.free_embeddings import Space, Start, train_space
 
 _LOCKED = Start(is_locked=True)
 _FIXED = replace(_LOCKED, train_scale=False, train_bias=False)

@@ -24,7 +24,7 @@ from dist_siglip.lab.experiment import (
 )
 from dist_siglip.lab.subset_retrieval import Retrieval, SubsetLoss, fit_margin
 from dist_siglip.metrics import RelevanceMargins
-from dist_siglip.metrics.theory.capacity import subset_margin
+from dist_siglip.metrics.capacity import subset_margin
 
 _DOCUMENTS = 20
 _SHARED_THRESHOLD = (

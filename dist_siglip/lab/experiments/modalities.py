@@ -17,7 +17,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import Space, Start, train_space
+from dist_siglip.lab.free_embeddings import Space, Start, train_space
 
 _FULL_GAPS = {2: 0.471, 4: 0.428, 6: 0.473}  # Table 1
 # The notebook's cell draws two matrices for each modality of 4, 6, ... and uses the first; 6 goes

@@ -24,9 +24,9 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.sigmoid_space import Space, Start, margin_of, train_space
+from dist_siglip.lab.free_embeddings import Space, Start, margin_of, train_space
 from dist_siglip.metrics import SeparatingDirection, modality_gap, separating_direction
-from dist_siglip.metrics.theory.constructions import simplex_code
+from dist_siglip.metrics.constructions import simplex_code
 
 _FIGURE_5 = "20 pairs, 3 dimensions, frozen 0"
 _STARTS = {

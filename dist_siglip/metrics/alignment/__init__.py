@@ -4,7 +4,6 @@ Row i of both sides belongs to the same thing: two models, two modalities, two c
 sides may differ in width; no measure compares a coordinate of one with a coordinate of the other.
 """
 
-from dist_siglip.metrics.alignment.kernels import cka, svcca, unbiased_cka
 from dist_siglip.metrics.alignment.measure import (
     AlignmentEstimate,
     RepresentationAlignment,
@@ -14,8 +13,11 @@ from dist_siglip.metrics.alignment.measure import (
 from dist_siglip.metrics.alignment.moments import (
     PairedMoments,
     center_normalize,
+    cka,
     collect_moments,
     mean_direction,
+    svcca,
+    unbiased_cka,
 )
 from dist_siglip.metrics.alignment.neighborhoods import (
     Neighborhoods,

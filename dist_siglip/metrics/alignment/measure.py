@@ -14,12 +14,14 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.alignment.kernels import cka, svcca, unbiased_cka
 from dist_siglip.metrics.alignment.moments import (
     center_normalize,
     check_pairs,
+    cka,
     collect_moments,
     mean_direction,
+    svcca,
+    unbiased_cka,
 )
 from dist_siglip.metrics.alignment.neighborhoods import (
     cknna,

@@ -29,7 +29,7 @@ from dist_siglip.models.interop.to_open_clip import (
     write_safetensors,
 )
 from dist_siglip.models.interop.to_transformers import read_hugging_face, write_hugging_face
-from dist_siglip.models.weights.file import refuse_not_finite
+from dist_siglip.models.weights_file import refuse_not_finite
 
 # The file by which an export is known.
 MARK = "export.json"

@@ -27,8 +27,12 @@ from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.interop.comparison import Reader
 from dist_siglip.models.interop.tokenizer_files import write_for_transformers
-from dist_siglip.models.interop.transformers_config import CONFIG_NAME, activation_name
-from dist_siglip.models.interop.transformers_names import Family, to_foreign_names
+from dist_siglip.models.interop.transformers_format import (
+    CONFIG_NAME,
+    Family,
+    activation_name,
+    to_foreign_names,
+)
 from dist_siglip.models.text_tower import quiet_transformers
 
 

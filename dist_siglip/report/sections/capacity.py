@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.theory.capacity import (
+from dist_siglip.metrics.capacity import (
     LargestPairs,
     RequiredDimension,
     find_capacity_problem,

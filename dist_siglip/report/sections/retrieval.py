@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 
@@ -15,7 +17,6 @@ from dist_siglip.report.canvas import (
     new_figure,
     to_svg,
 )
-from dist_siglip.report.gallery import Exhibit, rank_captions, render_gallery
 from dist_siglip.report.measures import DIRECTIONS, HUB_MEASURES, known, show, table_of
 from dist_siglip.report.page import (
     Section,
@@ -28,11 +29,131 @@ from dist_siglip.report.page import (
     render_missing,
     render_table_card,
 )
-from dist_siglip.report.records import RunRecord
+from dist_siglip.report.records import Picture, RunRecord
 
 _MOST_METRICS = 12
 _MOST_CURVES = 3
 _MOST_TOLD = 4
+_MOST_PICTURES, _MOST_BESIDE = 24, 8  # of a single run, of each of several
+_MOST_RANK = 100
+_MANY_ORPHANS = 0.2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One caption the model proposes for an image.
+
+    Attributes:
+        caption: its text.
+        similarity: cosine with the image.
+        is_right: whether it is a caption of the image.
+    """
+
+    caption: str
+    similarity: float
+    is_right: bool
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """An image, its caption, and what the model answers, best first.
+
+    Attributes:
+        picture: the image.
+        caption: the true one.
+        answers: at most five different captions.
+    """
+
+    picture: Picture
+    caption: str
+    answers: list[Answer]
+
+
+def rank_captions(
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    image_features: np.ndarray,
+    text_features: np.ndarray,
+    *,
+    ids: Sequence[np.ndarray] = (),
+    top: int = 5,
+) -> list[Exhibit]:
+    """Find the ``top`` captions of each picture among all ``captions``.
+
+    Captions with the same text are one answer, with the similarity of the best of them; an answer
+    is right if its text is the image's own, or that of a pair with which the image shares an id. Of
+    two equally similar captions the one that comes first in the gallery is shown first.
+
+    Args:
+        pictures: images to show; ``row`` points into the other arguments.
+        captions: n captions.
+        image_features: (n, D).
+        text_features: (n, D), row-aligned with ``captions``.
+        ids: (n,) each, of captions and of pictures, as far as they are known.
+        top: most answers per picture.
+
+    Example:
+        >>> features = np.eye(2)
+        >>> exhibits = rank_captions([Picture(1, "")], ["one", "two"], features, features)
+        >>> [(answer.caption, answer.is_right) for answer in exhibits[0].answers]
+        [('two', True), ('one', False)]
+    """
+    exhibits = []
+    for picture in pictures:
+        similarities = text_features.astype(np.float64) @ image_features[picture.row]
+        answers: dict[str, Answer] = {}
+        right = {captions[picture.row]}
+        for kind in ids:
+            right |= {captions[row] for row in np.flatnonzero(kind == kind[picture.row]).tolist()}
+        for row in np.argsort(-similarities, kind="stable"):
+            caption = captions[row]
+            answer = Answer(caption, float(similarities[row]), caption in right)
+            answers.setdefault(caption, answer)
+            if len(answers) == top:
+                break
+        exhibits.append(Exhibit(picture, captions[picture.row], list(answers.values())))
+    return exhibits
+
+
+def render_gallery(heading: str, exhibits: Sequence[Exhibit], note: str) -> str:
+    """Show images with their answers, right and wrong by word and sign as well as colour.
+
+    Answers before the first right one are wrong; those behind it are other candidates.
+
+    Args:
+        heading: plain text.
+        exhibits: images and answers.
+        note: plain text below the heading; "" for none.
+    """
+    shown = "".join(_exhibit(exhibit) for exhibit in exhibits)
+    told = f'<p class="soft">{escape(note)}</p>' if note else ""
+    return f'<h3>{escape(heading)}</h3>{told}<div class="gallery">{shown}</div>'
+
+
+def _exhibit(exhibit: Exhibit) -> str:
+    answers = exhibit.answers
+    rights = [place for place, answer in enumerate(answers, 1) if answer.is_right]
+    decided = rights[0] if rights else len(answers)
+    listed = f"<ol>{''.join(map(_answer, answers[:decided]))}</ol>"
+    if answers[decided:]:
+        items = "".join(_answer(answer, mark_wrong=False) for answer in answers[decided:])
+        listed += f'<p class="soft">other candidates</p><ol start="{decided + 1}">{items}</ol>'
+    return (
+        f'<article class="card"><img src="{escape(exhibit.picture.data_uri)}" '
+        f'alt="{escape(exhibit.caption)}"><h4>{escape(exhibit.caption)}</h4>{listed}</article>'
+    )
+
+
+def _answer(answer: Answer, *, mark_wrong: bool = True) -> str:
+    kind, mark = "", ""
+    if answer.is_right:
+        kind, mark = ' class="right"', "<b>\N{CHECK MARK} right</b> "
+    elif mark_wrong:
+        kind, mark = ' class="wrong"', "<b>\N{MULTIPLICATION X} wrong</b> "
+    return (
+        f"<li{kind}>{mark}{escape(answer.caption)} "
+        f'<span class="soft">{answer.similarity:.2f}</span></li>'
+    )
 
 
 def make_benchmarks(runs: Sequence[RunRecord]) -> Section | None:
@@ -92,11 +213,6 @@ def draw_over_steps(runs: Sequence[RunRecord], dataset: str, *, name: str) -> st
             colour = colour_of(place if len(runs) == 1 else index)
             curves.append(Curve(label, series, colour, STYLES[place], "s"))
     return draw_curves(name, "Results of a benchmark over steps", [("", curves)])
-
-
-_MOST_PICTURES, _MOST_BESIDE = 24, 8  # of a single run, of each of several
-_MOST_RANK = 100
-_MANY_ORPHANS = 0.2
 
 
 def make(runs: Sequence[RunRecord]) -> Section:

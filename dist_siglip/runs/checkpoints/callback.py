@@ -11,10 +11,10 @@ from lightning.pytorch.strategies import Strategy
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError
-from dist_siglip.lightning_compat import dump_checkpoint
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
 from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
 from dist_siglip.system.atomic import sync_folder
+from dist_siglip.system.lightning_compat import dump_checkpoint
 
 logger = logging.getLogger(__name__)
 

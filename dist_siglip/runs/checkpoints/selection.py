@@ -1,24 +1,173 @@
-"""Selection of a checkpoint: the newest sound one, and the best one.
+"""Checksums of checkpoints, and selection of the newest sound and of the best one.
 
 A checkpoint gets its name when it is complete, but a disk can still lose or change bytes. So they
 are compared with their checksum before use, and a corrupt checkpoint is passed over for the one
 before it.
+
+A checkpoint file is a zip archive, which may end in a comment: the CRC-32 of all that is before it
+(``unzip -z`` shows it; torch and Lightning read the file as ever). A folder has one more file with
+size and CRC-32 of the others. One pass over the bytes finds a file cut short, a block of zeros, a
+flipped bit.
 """
 
 import json
 import logging
 import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, BinaryIO, Literal, cast
+
+import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs.checkpoints.checksum import damage_of, has_checksum
 from dist_siglip.runs.folder import RunFolder
 from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.regular_file import read_json
+from dist_siglip.system.regular_file import open_regular, read_json
 
+_MARK = b"dist_siglip CRC-32 "
+_COMMENT_BYTES = len(_MARK) + 8
+_COMMENT = re.compile(re.escape(struct.pack("<H", _COMMENT_BYTES) + _MARK) + b"([0-9a-f]{8})")
+_CHUNK_BYTES = 1 << 20
+_LIST = "checksums.json"
+_END_BYTES = 22  # of an archive without a comment
 logger = logging.getLogger(__name__)
+
+
+class _Summed:
+    """Passes bytes on to a file and sums them up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.checksum = 0
+
+    def write(self, data: bytes) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_sealed(content: Any, file: BinaryIO) -> None:
+    """Write what ``torch.load`` reads, and the checksum of it, into an empty file.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    summed = _Summed(file)
+    try:
+        torch.save(content, cast(IO[bytes], summed))
+    except RuntimeError as error:
+        raise cause_of(error) from None
+    # The last field of an archive is the length of its comment; it was summed up as zero.
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _COMMENT_BYTES) + _MARK + b"%08x" % summed.checksum)
+
+
+def cause_of(error: Exception) -> Exception:
+    """The failure to write behind a complaint of torch, else the complaint itself.
+
+    torch's archive writer trips over its own position when a write has failed.
+    """
+    return error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether a file ends in a checksum; others may be sound files of other programs."""
+    try:
+        with open_regular(path) as file:
+            return _read_comment(file) is not None
+    except OSError:
+        return False
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, a file or a folder, in a few words; None if it is sound.
+
+    Every byte is read once. Of a file that was written without a checksum only the end is looked
+    at: it was not cut short.
+    """
+    try:
+        return _damage_of_folder(path) if path.is_dir() else _damage_of_file(path)
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+
+
+def list_checksums(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Size and checksum of files, by their name."""
+    return {path.name: (path.stat().st_size, _sum(path, path.stat().st_size)) for path in paths}
+
+
+def seal_folder(folder: Path, listed: Mapping[str, tuple[int, int]]) -> None:
+    """Write the list of all other files of a folder."""
+    write_atomically(folder / _LIST, json.dumps(dict(listed), indent=1) + "\n")
+
+
+def _damage_of_folder(path: Path) -> str | None:
+    try:
+        listed = read_json(path / _LIST)
+        expected = {str(name): (int(size), int(sum_)) for name, (size, sum_) in listed.items()}
+    except (ValueError, AttributeError, TypeError):
+        return f"{_LIST} is damaged"
+    for name, (size, checksum) in expected.items():
+        if (path / name).stat().st_size != size:
+            return f"{name} has another size than when it was written"
+        if _sum(path / name, size) != checksum:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _damage_of_file(path: Path) -> str | None:
+    with open_regular(path) as file:
+        expected = _read_comment(file)
+        body = file.seek(0, os.SEEK_END) - _COMMENT_BYTES - 2
+        if expected is None and _ends_without_comment(file):
+            return None
+    if expected is None:
+        return "it does not end in its checksum: it is cut short, or not written by dist_siglip"
+    found = zlib.crc32(b"\0\0", _sum(path, body))
+    return None if found == expected else "its bytes have another checksum than when it was written"
+
+
+def _read_comment(file: BinaryIO) -> int | None:
+    """The checksum a file ends in."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _COMMENT_BYTES + 2:
+        return None
+    file.seek(-_COMMENT_BYTES - 2, os.SEEK_END)
+    end = file.read()
+    written = _COMMENT.fullmatch(end)
+    return int(written.group(1), 16) if written else None
+
+
+def _ends_without_comment(file: BinaryIO) -> bool:
+    """Whether a file ends as an archive does that nobody sealed."""
+    if file.seek(0, os.SEEK_END) < _END_BYTES:
+        return False
+    file.seek(-_END_BYTES, os.SEEK_END)
+    end = file.read()
+    return end.startswith(b"PK\x05\x06") and end.endswith(b"\0\0")
+
+
+def _sum(path: Path, num_bytes: int) -> int:
+    """CRC-32 of the first bytes of a file."""
+    checksum, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
+    with open_regular(path) as file:
+        while num_bytes > 0:
+            count = file.readinto(buffer[: min(_CHUNK_BYTES, num_bytes)])
+            if not count:
+                break
+            checksum = zlib.crc32(buffer[:count], checksum)
+            num_bytes -= count
+    return checksum
+
 
 Mode = Literal["min", "max"]
 

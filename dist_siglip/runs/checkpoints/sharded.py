@@ -5,6 +5,9 @@ list of checksums. It appears under its name when every rank has written its par
 all raise. Nothing in it is executed when it is read: tensors and values load with
 ``weights_only=True``, and torch's pickled index is read by an unpickler that knows the classes of
 an index alone and refuses files outside of the folder.
+
+Optimizer state is keyed by parameter name instead of number (``torch.optim`` numbers parameters
+group by group), so a run with or without shards can go on from the other's checkpoint.
 """
 
 import os
@@ -19,15 +22,21 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs.checkpoints.checksum import cause_of, list_checksums, save_sealed, seal_folder
+from dist_siglip.runs.checkpoints.selection import (
+    cause_of,
+    list_checksums,
+    save_sealed,
+    seal_folder,
+)
 from dist_siglip.system.atomic import sync_folder
 from dist_siglip.system.process_lock import check_place
 from dist_siglip.system.regular_file import check_regular, open_regular
@@ -52,6 +61,60 @@ _ALLOWED = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
 }
+_VALUES = "values.pt"
+_MODEL = "model/"
+_OPTIMIZER = "optimizer/"
+_T = TypeVar("_T")
+
+
+def by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Rename the numbers of ``optimizer.state_dict()`` to names of parameters.
+
+    Args:
+        state: with numbers or, then returned as it is, with names.
+        optimizer: whose state it is.
+        module: that has the parameters.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> by_name(optimizer.state_dict(), optimizer, layer)["param_groups"][0]["params"]
+        ['weight', 'bias']
+    """
+    if not _has_numbers(state):
+        return state
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return _rename(state, dict(enumerate(ordered)))
+
+
+def by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """Number the names of a state again, group by group, as ``torch.optim`` expects.
+
+    Example:
+        >>> by_number({"state": {"b": 1}, "param_groups": [{"params": ["a", "b"]}]})
+        {'state': {1: 1}, 'param_groups': [{'params': [0, 1]}]}
+    """
+    if _has_numbers(state):
+        return state
+    ordered = [name for group in state["param_groups"] for name in group["params"]]
+    return _rename(state, {name: number for number, name in enumerate(ordered)})
+
+
+def _has_numbers(state: dict[str, Any]) -> bool:
+    return any(isinstance(key, int) for group in state["param_groups"] for key in group["params"])
+
+
+def _rename(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    return {
+        **state,
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[key] for key in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
 
 
 class IndexedReader(FileSystemReader):
@@ -112,12 +175,6 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-_VALUES = "values.pt"
-_MODEL = "model/"
-_OPTIMIZER = "optimizer/"
-_T = TypeVar("_T")
 
 
 def is_sharded(path: Path) -> bool:

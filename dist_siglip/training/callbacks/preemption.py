@@ -30,9 +30,9 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import UserError
-from dist_siglip.lightning_compat import broadcast_no_sigterm, install_no_handlers
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
+from dist_siglip.system.lightning_compat import broadcast_no_sigterm, install_no_handlers
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,6 @@ _SHOWN = (
     ("train/substituted_samples", "bad samples", "{:.0f}"),
     ("train/skipped_steps", "skipped steps", "{:.0f}"),
 )
-
-
 # What the bar has room for on a terminal of 80 columns.
 _ON_BAR = frozenset({"train/pairs_per_second", "train/loss"})
 

@@ -33,8 +33,8 @@ from dist_siglip.data.remote.locations import redact
 from dist_siglip.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import RunFolder
-from dist_siglip.runs.checkpoints.checksum import damage_of
-from dist_siglip.runs.checkpoints.optimizer_names import by_number
+from dist_siglip.runs.checkpoints.selection import damage_of
+from dist_siglip.runs.checkpoints.sharded import by_number
 from dist_siglip.system.best_effort import LineLog
 from dist_siglip.training.optim import NormHistory, StepCheck, StepFinding
 

@@ -17,8 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from dist_siglip.distributed import World, fetch_rows, gather_rows
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval.positives import DistinctItems
-from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
-from dist_siglip.metrics.retrieval.reranking import reranked_ranks
+from dist_siglip.metrics.retrieval.ranks import (
+    median_rank,
+    recall_at_k,
+    reranked_ranks,
+    retrieval_ranks_both_ways,
+)
 from dist_siglip.metrics.rows import first_occurrences, gather_in_order
 from dist_siglip.models.reranker import Encoded, FusionHead
 

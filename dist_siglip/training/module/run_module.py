@@ -17,9 +17,9 @@ from dist_siglip.errors import UserError
 from dist_siglip.health.step_timing import StepTimer
 from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
-from dist_siglip.models.tuning.layer_groups import lies_in_block
-from dist_siglip.models.weights.file import refuse_not_finite
-from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
+from dist_siglip.models.tuning import lies_in_block
+from dist_siglip.models.weights_file import refuse_not_finite
+from dist_siglip.runs.checkpoints.sharded import by_name, by_number
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
 
 

@@ -43,8 +43,7 @@ from dist_siglip.models import (
     refuse_batch_norm,
 )
 from dist_siglip.models import compile_towers as translate_towers
-from dist_siglip.models.tuning.layer_groups import block_names
-from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
+from dist_siglip.models.tuning import TowerConfig, block_names, tune_towers
 from dist_siglip.training.module.locked_features import (
     check_features,
     encode_beside_features,

@@ -15,8 +15,8 @@ import yaml
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, build_dual_encoder
-from dist_siglip.models.tuning.lora import LoraSettings, add_adapters, merge_adapters
-from dist_siglip.models.weights.load import load_towers, read_weights
+from dist_siglip.models.tuning import LoraSettings, add_adapters, merge_adapters
+from dist_siglip.models.weights import load_towers, read_weights
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 from dist_siglip.system.regular_file import read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml

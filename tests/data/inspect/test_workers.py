@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from dist_siglip.data.inspect.process_pool import map_isolated
 from dist_siglip.errors import UserError
+from dist_siglip.system.process_pool import map_isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 

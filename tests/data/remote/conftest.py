@@ -1,6 +1,6 @@
 import pytest
 
-from dist_siglip.data.remote import retries
+from dist_siglip.data.remote import connections
 from tests.support.servers import serve
 
 
@@ -10,6 +10,6 @@ def server(monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(connections, "_FIRST_PAUSE_SECONDS", 0.01)
     with serve() as running:
         yield running

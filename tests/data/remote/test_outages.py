@@ -9,8 +9,14 @@ import pytest
 from dist_siglip.cli import _words_of, main
 from dist_siglip.data.index import read as index
 from dist_siglip.data.index.read import load_index
-from dist_siglip.data.remote import CacheSettings, RemoteOutageError, ShardCache, retries, transfer
-from dist_siglip.data.remote.retries import RemoteRefusalError, attempt
+from dist_siglip.data.remote import (
+    CacheSettings,
+    RemoteOutageError,
+    ShardCache,
+    connections,
+    transfer,
+)
+from dist_siglip.data.remote.connections import RemoteRefusalError, attempt
 from dist_siglip.errors import OutageError, UserError
 from tests.support.shards import write_shard
 
@@ -105,8 +111,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(retries.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(retries, "pause", self.pass_by)
+        monkeypatch.setattr(connections.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(connections, "pause", self.pass_by)
 
     def pass_by(self, seconds):
         assert 0 < seconds <= 45
@@ -176,7 +182,8 @@ def test_side_cars_of_a_folder_that_never_answers_are_asked_for_three_times(serv
 def test_what_a_loader_process_raises_is_told_without_its_traceback():
     text = (
         "Caught RemoteOutageError in DataLoader worker process 0.\nOriginal Traceback (most recent "
-        'call last):\n  File "x.py", line 1\ndist_siglip.data.remote.retries.RemoteOutageError: '
+        'call last):\n  File "x.py", line 1\n'
+        "dist_siglip.data.remote.connections.RemoteOutageError: "
         "https://h/a.tar cannot be fetched (5 attempts): the server answered 503\n"
     )
     wanted = "https://h/a.tar cannot be fetched (5 attempts): the server answered 503"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_siglip.data.index.read import read_index
-from dist_siglip.data.remote import CacheSettings, ShardCache, retries
+from dist_siglip.data.remote import CacheSettings, ShardCache, connections
 from dist_siglip.errors import OutageError, UserError
 from tests.support.servers import serve
 from tests.support.shards import UNEVEN, write_shards
@@ -18,7 +18,7 @@ from tests.training.datamodule.test_datamodule import make_data, pytestmark, run
 def served(tmp_path, monkeypatch):
     """Shards on the disk, the same on a server, and an empty home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(connections, "_FIRST_PAUSE_SECONDS", 0.01)
     shards = write_shards(tmp_path / "shards")
     with serve() as server:
         server.files = {os.path.basename(path): Path(path).read_bytes() for path in shards}

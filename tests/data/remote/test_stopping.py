@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from dist_siglip.data.remote.retries import StoppedError, longest_wait, pause, stoppable
+from dist_siglip.data.remote.connections import StoppedError, longest_wait, pause, stoppable
 
 
 def test_a_thread_waits_as_long_as_it_likes():

@@ -9,7 +9,7 @@ import pytest
 from fsspec.registry import _registry
 
 from dist_siglip.data.remote import connections, transfer
-from dist_siglip.data.remote.retries import RemoteError
+from dist_siglip.data.remote.connections import RemoteError
 from dist_siglip.data.remote.transfer import describe_remote, download, read_small
 from dist_siglip.errors import UserError
 from tests.support.small_disk import on_small_disk

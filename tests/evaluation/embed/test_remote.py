@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.remote import CacheSettings, ShardCache, retries
+from dist_siglip.data.remote import CacheSettings, ShardCache, connections
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
@@ -20,7 +20,7 @@ FP32 = EmbedSettings(dtype="float32", workers=0, device="cpu")
 def served(tmp_path, monkeypatch):
     """Shards on the disk, the same on a server, and an empty home."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(retries, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(connections, "_FIRST_PAUSE_SECONDS", 0.01)
     shards = write_shards(tmp_path / "shards", COUNTS)
     with serve() as server:
         server.files = {os.path.basename(path): Path(path).read_bytes() for path in shards}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.geometry.spectrum import effective_rank
+from dist_siglip.metrics.geometry.spread import effective_rank
 from tests.support.processes import run_ranks
 
 

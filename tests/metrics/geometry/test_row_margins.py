@@ -13,7 +13,7 @@ from dist_siglip.metrics import (
     joint_constellation,
     mean_constellation,
 )
-from dist_siglip.metrics.theory.constructions import construction_two, simplex_code
+from dist_siglip.metrics.constructions import construction_two, simplex_code
 from tests.support import metric_reference, reference_geometry
 
 

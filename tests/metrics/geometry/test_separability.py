@@ -45,7 +45,7 @@ def test_order_of_rows_does_not_matter():
 
 
 def test_number_of_pairs_is_capped(monkeypatch):
-    from dist_siglip.metrics.geometry import separability
+    from dist_siglip.metrics.geometry import gap as separability
 
     shapes = []
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import linear_separability, separating_direction
-from dist_siglip.metrics.theory.constructions import constellation_from_code, random_code
+from dist_siglip.metrics.constructions import constellation_from_code, random_code
 
 
 def _find(images, texts, **settings):

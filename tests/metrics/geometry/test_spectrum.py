@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.geometry.spectrum import (
+from dist_siglip.metrics.geometry.spread import (
     collect_moments,
     components_for,
     explained_variance_ratios,

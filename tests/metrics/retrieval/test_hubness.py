@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import skew
 
-from dist_siglip.metrics.retrieval.hubness import hubness, hubness_of_counts
+from dist_siglip.metrics.retrieval.nearest import hubness, hubness_of_counts
 from tests.support import reference_geometry
 
 

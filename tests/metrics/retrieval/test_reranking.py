@@ -5,7 +5,7 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import retrieval_ranks
-from dist_siglip.metrics.retrieval.reranking import reranked_ranks
+from dist_siglip.metrics.retrieval.ranks import reranked_ranks
 
 QUERY = torch.tensor([[1.0, 0.0]])
 # Similarities 0.9, 0.8, 0.6, 0.

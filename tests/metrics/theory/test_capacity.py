@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.theory.capacity import (
+from dist_siglip.metrics.capacity import (
     capacity_alpha,
     capacity_exponents,
     find_capacity_problem,

@@ -7,8 +7,8 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import collect_pair_statistics, constellation
-from dist_siglip.metrics.theory.capacity import capacity_alpha, largest_margin, subset_margin
-from dist_siglip.metrics.theory.constructions import (
+from dist_siglip.metrics.capacity import capacity_alpha, largest_margin, subset_margin
+from dist_siglip.metrics.constructions import (
     code_alpha,
     constellation_from_code,
     construction_one,

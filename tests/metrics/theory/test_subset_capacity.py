@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.theory.capacity import (
+from dist_siglip.metrics.capacity import (
     critical_documents,
     subset_dimension,
     subset_dimension_scale,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.interop.transformers_names import to_foreign_names
+from dist_siglip.models.interop.transformers_format import to_foreign_names
 from tests.support.hugging_face import write_folder
 
 pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ import timm
 from torch import nn
 
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.tuning.layer_groups import layer_groups
+from dist_siglip.models.tuning import layer_groups
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
 

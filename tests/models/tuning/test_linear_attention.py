@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_siglip.models.tuning.lora import LinearAttention, can_split
+from dist_siglip.models.tuning import LinearAttention, can_split
 
 
 def attention_of(batch_first, bias=True):

@@ -3,8 +3,14 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.tuning.lora import LoraSettings, add_adapters, is_adapter, merge_adapters
-from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
+from dist_siglip.models.tuning import (
+    LoraSettings,
+    TowerConfig,
+    add_adapters,
+    is_adapter,
+    merge_adapters,
+    tune_towers,
+)
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of
 
 KINDS = ("siglip", "clip", "custom_text")

@@ -6,8 +6,7 @@ from torch import nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import DualEncoder
-from dist_siglip.models.tuning.layer_groups import layer_groups
-from dist_siglip.models.tuning.settings import TowerConfig, tune_towers
+from dist_siglip.models.tuning import TowerConfig, layer_groups, tune_towers
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.weights.load import stretch_positions
+from dist_siglip.models.weights import stretch_positions
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 

@@ -18,10 +18,9 @@ from dist_siglip.models.reranker import (
     token_shapes,
     write_head,
 )
-from dist_siglip.models.tuning.lora import LoraSettings
-from dist_siglip.models.tuning.settings import TowerConfig
-from dist_siglip.models.weights.file import refuse_not_finite
-from dist_siglip.models.weights.load import read_weights
+from dist_siglip.models.tuning import LoraSettings, TowerConfig
+from dist_siglip.models.weights import read_weights
+from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import write_sharded
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 from dist_siglip.training.module import SigLipModule

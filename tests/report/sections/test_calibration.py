@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dist_siglip.report.sections.calibration import judge, reliability
+from dist_siglip.report.sections.pairs import judge_calibration, reliability
 from tests.support.report_records import histograms, record
 
 EDGES = np.linspace(-1, 1, 201)
@@ -80,16 +80,16 @@ def test_probabilities_that_are_right_lie_on_the_diagonal():
     )
     found = reliability(run)
     assert np.allclose(found.predicted, found.observed, atol=0.002)
-    assert judge(run).tone == "good"
+    assert judge_calibration(run).tone == "good"
 
 
 def test_a_bias_that_is_too_high_is_found():
     cosines, own = _cosines(), np.eye(12, dtype=bool)
-    verdict = judge(_run(cosines, own, 1000, bias=2.0))
+    verdict = judge_calibration(_run(cosines, own, 1000, bias=2.0))
     assert verdict.tone == "watch"
     assert "more matches than there are" in verdict.text
     assert "too high" in verdict.reason
-    assert "fewer matches" in judge(_run(cosines, own, 12, bias=-15.0)).text
+    assert "fewer matches" in judge_calibration(_run(cosines, own, 12, bias=-15.0)).text
 
 
 def test_a_scale_that_is_too_small_is_found():
@@ -98,7 +98,7 @@ def test_a_scale_that_is_too_small_is_found():
     biases = np.linspace(-10, 0, 2001)
     sums = [_expected_by_loops(cosines, own, 12, 4.0, bias)[0] for bias in biases[::20]]
     bias = float(biases[::20][np.argmin(np.abs(np.array(sums) - 1))])
-    verdict = judge(_run(cosines, own, 12, scale=4.0, bias=bias))
+    verdict = judge_calibration(_run(cosines, own, 12, scale=4.0, bias=bias))
     assert verdict.tone == "note"
     assert "less sure" in verdict.text
 
@@ -107,7 +107,7 @@ def test_a_scale_that_is_too_small_is_found():
 def test_without_its_numbers_nothing_is_said(missing):
     run = _run(_cosines(), np.eye(12, dtype=bool), 12)
     del run.metrics[missing]
-    assert judge(run).tone == "unknown"
+    assert judge_calibration(run).tone == "unknown"
 
 
 def test_without_a_global_batch_nothing_is_said():

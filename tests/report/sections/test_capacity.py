@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_siglip.metrics.theory.capacity import largest_pairs, required_dimension
+from dist_siglip.metrics.capacity import largest_pairs, required_dimension
 from dist_siglip.report.sections.capacity import judge, room
 from tests.support.report_records import record
 

@@ -1,7 +1,7 @@
 """What is said about bad samples, skipped steps and equal captions."""
 
 from dist_siglip.report.history import Incidents, Reasons
-from dist_siglip.report.sections.data_health import judge_captions, judge_samples, judge_steps
+from dist_siglip.report.sections.training import judge_captions, judge_samples, judge_steps
 from tests.support.report_records import record
 
 BATCH = {"data.global_batch_size": 100}

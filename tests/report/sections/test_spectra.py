@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_siglip.report.sections.spectra import components, judge, spectra, variance_ratios
+from dist_siglip.report.sections.geometry import components, judge_spectra, spectra, variance_ratios
 from tests.support.report_records import record
 
 
@@ -32,7 +32,7 @@ def test_components_are_the_fewest_that_suffice():
 
 @pytest.mark.parametrize(("used", "tone"), [(1, "watch"), (6, "note"), (20, "good")])
 def test_conclusion_about_the_dimensions_in_use(used, tone):
-    assert judge(_run(used)).tone == tone
+    assert judge_spectra(_run(used)).tone == tone
 
 
 def test_spectra_of_all_pairs_come_before_those_of_the_kept_ones():
@@ -44,4 +44,4 @@ def test_spectra_of_all_pairs_come_before_those_of_the_kept_ones():
 
 
 def test_without_features_nothing_is_said():
-    assert judge(record()).tone == "unknown"
+    assert judge_spectra(record()).tone == "unknown"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_siglip.runs.checkpoints.checksum import damage_of, has_checksum, save_sealed
+from dist_siglip.runs.checkpoints.selection import damage_of, has_checksum, save_sealed
 from dist_siglip.runs.checkpoints.sharded import write_sharded
 
 CONTENT = {"state_dict": {"w": torch.arange(3.0), "v": torch.ones(5)}, "step": 7}

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from dist_siglip.cli.run import start_point
 from dist_siglip.cli.run.start_point import once_per_node
 from dist_siglip.errors import UserError
-from dist_siglip.models.weights.load import read_weights
+from dist_siglip.models.weights import read_weights
 from dist_siglip.runs import RunFolder, check_sound, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints import selection
 from dist_siglip.runs.checkpoints.sharded import write_sharded

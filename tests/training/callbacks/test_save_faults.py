@@ -8,8 +8,8 @@ import torch
 
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 from dist_siglip.runs.checkpoints.callback import _remove_unfinished
-from dist_siglip.runs.checkpoints.checksum import damage_of, save_sealed
 from dist_siglip.runs.checkpoints.io import read_checkpoint
+from dist_siglip.runs.checkpoints.selection import damage_of, save_sealed
 from dist_siglip.runs.checkpoints.sharded import write_sharded
 from dist_siglip.system.atomic import open_atomically, sync_folder
 from dist_siglip.training.callbacks import AtomicCheckpointIO, RunCheckpoint

@@ -4,8 +4,7 @@ import yaml
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
-from dist_siglip.models.tuning.lora import LoraSettings, is_adapter
-from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.tuning import LoraSettings, TowerConfig, is_adapter
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.module.trained import load_trained

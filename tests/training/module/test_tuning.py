@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.tuning.settings import TowerConfig
+from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.optim import OptimConfig
 from tests.support.processes import run_ranks

@@ -8,8 +8,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.tuning.layer_groups import lies_in_block
-from dist_siglip.runs.checkpoints.optimizer_names import by_name, by_number
+from dist_siglip.models.tuning import lies_in_block
+from dist_siglip.runs.checkpoints.sharded import by_name, by_number
 from dist_siglip.training.optim import OptimConfig, ParameterRule, build_optimizer
 from dist_siglip.training.optim.build import PairedOptimizer
 from dist_siglip.training.optim.step_check import skip_where

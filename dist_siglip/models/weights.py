@@ -23,14 +23,23 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.interop.transformers_names import has_flat_patches, is_foreign, to_own_names
-from dist_siglip.models.weights.file import choose_towers, read_content, refuse_not_finite
+from dist_siglip.models.interop.transformers_format import (
+    has_flat_patches,
+    is_foreign,
+    to_own_names,
+)
+from dist_siglip.models.weights_file import choose_towers, read_content, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
 _IMAGE_GRID = "visual.positional_embedding"
 _TIMM_GRID = "visual.trunk.pos_embed"
 _TEXTS = ("positional_embedding", "text.positional_embedding")
+# Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
+TOWERS_PREFIX = "towers."
+NETWORK_PREFIX = "clip."
+SHOWN_KEYS = 3
+_LARGEST_LOG_SCALE = 20.0  # a scale of 5e8
 
 
 class ImageResampling(NamedTuple):
@@ -157,11 +166,6 @@ def _is_square(number: int) -> bool:
     return number > 0 and math.isqrt(number) ** 2 == number
 
 
-# Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
-TOWERS_PREFIX = "towers."
-NETWORK_PREFIX = "clip."
-SHOWN_KEYS = 3
-_LARGEST_LOG_SCALE = 20.0  # a scale of 5e8
 _OF_OPEN_CLIP = ImageResampling("bicubic", antialias=True)
 
 

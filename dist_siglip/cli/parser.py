@@ -1,4 +1,8 @@
-"""Parsers whose complaints are one line, and that read YAML within bounds.
+"""Parsers with one-line complaints and bounded YAML, and functions as commands.
+
+A command is one function, or has subjects, ``dist-siglip COMMAND SUBJECT [options]``: each is a
+function whose signature is the schema and whose docstring is the help. Its module is imported when
+it is asked for.
 
 Class paths may name files of the working directory, however the program was started. ``python -m``
 has it on ``sys.path``, the ``dist-siglip`` command does not. So a module that a command line or its
@@ -7,10 +11,11 @@ in for a package, and none is imported that was not named. Once one is found, th
 at the end of ``sys.path``, for the processes of loaders.
 """
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.abc import MetaPathFinder
@@ -23,7 +28,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dist_siglip.cli.parsing.ranges import check_ranges
+from dist_siglip.cli.logs import set_up_logging
+from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import check_regular
 from dist_siglip.system.yaml_text import RefusedYamlError, check_yaml, naming_values
@@ -31,6 +37,11 @@ from dist_siglip.system.yaml_text import RefusedYamlError, check_yaml, naming_va
 _DOTTED = re.compile(r"\b([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+")
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 2**20
+_UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
+_UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")
+_NOT_ACCEPTED = re.compile(r"does not accept (?:option|nested key) '([\w.]+)'")
+# A shell hands over what a command prints, as in --config <(...), under such a name.
+_SHELL_PIPES = ("/dev/fd/", "/proc/self/fd/")
 
 
 @contextmanager
@@ -78,13 +89,6 @@ def _first_names(arguments: Sequence[str]) -> set[str]:
     return {found.group(1) for text in texts for found in _DOTTED.finditer(text)}
 
 
-_UNKNOWN_KEY = re.compile(r"(?:Key|Group key) '?\"?([\w.]+)\"?'? (?:is not expected|not found)")
-_UNRECOGNIZED = re.compile(r"(?i)unrecognized arguments: --?([\w.]+)")
-_NOT_ACCEPTED = re.compile(r"does not accept (?:option|nested key) '([\w.]+)'")
-
-
-# A shell hands over what a command prints, as in --config <(...), under such a name.
-_SHELL_PIPES = ("/dev/fd/", "/proc/self/fd/")
 _load_as_ever = get_loader("yaml")
 
 
@@ -192,3 +196,57 @@ def known_keys(parser: ArgumentParser) -> list[str]:
         elif action.dest not in ("help", "config", "==SUPPRESS=="):
             keys.append(action.dest)
     return keys
+
+
+# Subject -> module that holds a function of this name, one line of help.
+Subjects = Mapping[str, tuple[str, str]]
+
+
+def run_subject(command: str, subjects: Subjects, arguments: Sequence[str]) -> int:
+    """Parse ``COMMAND SUBJECT ...``, run the subject and return its exit code.
+
+    Raises:
+        UserError: if there is no such subject, or its arguments cannot be parsed.
+    """
+    function, parser = parser_of(command, subjects, arguments[0])
+    return call(function, parser, arguments[1:])
+
+
+def parser_of(
+    command: str, subjects: Subjects, subject: str
+) -> tuple[Callable[..., int], CommandParser]:
+    """Return the function of a subject and the parser of its signature.
+
+    Required arguments are positional.
+
+    Raises:
+        UserError: if there is no such subject.
+    """
+    if subject not in subjects:
+        raise UserError(f"{command} ({subject}) must be one of {', '.join(subjects)}")
+    function: Callable[..., int] = getattr(importlib.import_module(subjects[subject][0]), subject)
+    return function, parser_of_function(f"{command} {subject}", function)
+
+
+def parser_of_function(words: str, function: Callable[..., int]) -> CommandParser:
+    """Return the parser of a function's signature.
+
+    Args:
+        words: what the command line says after ``dist-siglip``.
+        function: returns an exit code.
+    """
+    parser = CommandParser(prog=f"dist-siglip {words}", description=introduction_of(function))
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    return parser
+
+
+def introduction_of(function: Callable[..., object]) -> str:
+    """Return what a docstring says before its sections."""
+    return str(function.__doc__).partition("Args:")[0]
+
+
+def call(function: Callable[..., int], parser: CommandParser, arguments: Sequence[str]) -> int:
+    """Parse the arguments of a function, call it and return its exit code."""
+    set_up_logging()
+    settings = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    return function(**settings.as_dict())

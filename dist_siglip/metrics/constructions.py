@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.theory.capacity import subset_inner_products
+from dist_siglip.metrics.capacity import subset_inner_products
 
 # Squared lengths may be off by rounding of what went into them.
 _TOLERANCE = 1e-9

@@ -1,4 +1,4 @@
-"""Work on many shards in processes of their own, so that a crash or a hang costs one shard.
+"""Work on many items in processes of their own, so that a crash or a hang costs one item.
 
 One forked process for each item, ended when it takes too long. What a damaged file does to a
 decoder written in C stays in that process.

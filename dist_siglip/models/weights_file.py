@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs.checkpoints.checksum import damage_of, has_checksum
+from dist_siglip.runs.checkpoints.selection import damage_of, has_checksum
 from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole
 from dist_siglip.system.regular_file import check_regular, read_json
 

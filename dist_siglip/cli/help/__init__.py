@@ -1,1 +1,0 @@
-"""Help pages, laid out from the source without importing it."""

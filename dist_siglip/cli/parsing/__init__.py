@@ -1,1 +1,0 @@
-"""The parsers of the command line and the ranges of its numbers."""

@@ -1,1 +1,0 @@
-"""Shards examined before training: what is wrong, and what they hold."""

@@ -1,1 +1,0 @@
-"""Theory of embedding spaces: bounds and constructions."""

@@ -1,1 +1,0 @@
-"""What of each tower trains, how fast, and by which low-rank updates."""

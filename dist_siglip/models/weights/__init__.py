@@ -1,1 +1,0 @@
-"""Weights of files, read safely and put into a network."""
