@@ -299,14 +299,21 @@ class Job:
 
     def wait_for_restart(self, restarts: int) -> None:
         """Wait until it runs or ran again after so many requeues, without the usual two minutes."""
+        ended_at: float | None = None
 
         def runs_again() -> bool:
+            nonlocal ended_at
             job = self._show()
             if job["Restarts"] != str(restarts) or job["JobState"] != "PENDING":
                 has_begun = job["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
                 return job["Restarts"] == str(restarts) and has_begun
-            # What is left of the last start is killed by the job's number: a new start with it.
-            if not self.cluster.is_running(job["JobId"]):
+            # What is left of the last start is killed by the job's number: a new start with it. The
+            # last credential is revoked by the whole second: one issued in it would be refused.
+            if self.cluster.is_running(job["JobId"]):
+                ended_at = None
+            elif ended_at is None:
+                ended_at = time.monotonic()
+            elif time.monotonic() > ended_at + 2:
                 self.cluster._call(
                     "scontrol", "update", f"jobid={self.number}", "starttime=now", may_fail=True
                 )
