@@ -186,8 +186,8 @@ def test_documented_commands_parse(words, monkeypatch):
         job, fit_options = slurm.parse(words[1], words[2:])
         assert job.render(fit_options).startswith("#!/bin/bash")
     elif words[0] in ("bench", "data", "lab"):
-        subjects = {"bench": bench, "data": data, "lab": lab}[words[0]].SUBJECTS
-        parser_of(words[0], subjects, words[1])[1].parse_args(words[2:])
+        subcommands = {"bench": bench, "data": data, "lab": lab}[words[0]].SUBCOMMANDS
+        parser_of(words[0], subcommands, words[1])[1].parse_args(words[2:])
     elif words[0] == "rerank":
         rerank.run(words[0], words[1:])
         assert ran == [words[1]]

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.cli.parser import run_subject
+from dist_siglip.cli.parser import run_subcommand
 
-SUBJECTS = {
+SUBCOMMANDS = {
     "loss": ("dist_siglip.bench.loss", "time and memory beside other losses, on this machine"),
     "data": ("dist_siglip.bench.data", "images/s of our loader beside open_clip's"),
     "train": (
@@ -24,5 +24,5 @@ SUBJECTS = {
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Parse ``bench SUBJECT ...`` and run the subject."""
-    return run_subject(command, SUBJECTS, arguments)
+    """Parse ``bench SUBCOMMAND ...`` and run the subcommand."""
+    return run_subcommand(command, SUBCOMMANDS, arguments)

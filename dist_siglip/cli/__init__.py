@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 
-from dist_siglip.cli.help import asked_page, check_subject, for_parser
+from dist_siglip.cli.help import asked_page, check_subcommand, for_parser
 from dist_siglip.cli.logs import packages_kept_quiet
 from dist_siglip.errors import LoaderError, OutageError, RunFailedError, RunMovedError, UserError
 from dist_siglip.system import signals
@@ -100,7 +100,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     """Run a command, and tell in one line what a person can mend."""
     try:
         module = _module_of(command)
-        check_subject(command, module, arguments)
+        check_subcommand(command, module, arguments)
         code: int = importlib.import_module(module).run(command, arguments)
     except UserError as error:
         _complain(f"dist-siglip: error: {_words_of(error)}")

@@ -9,11 +9,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from dist_siglip.cli.data.overview import read_table
 from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
-from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.remote import CacheSettings, ShardCache
+from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -22,7 +22,6 @@ from dist_siglip.data.samples.picture_policy import (
     ExifOrientation,
     TruncatedPictures,
 )
-from dist_siglip.data.urls import expand_shards
 from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
 from dist_siglip.evaluation.embed.layouts import Format
 from dist_siglip.evaluation.encoding import Precision, RowType, Towers
@@ -106,7 +105,6 @@ def embed(
         cache: copies of remote shards.
         json: print JSON instead of a table.
     """
-    cache.check()
     settings = EmbedSettings(
         towers=towers,
         format=format,
@@ -122,14 +120,7 @@ def embed(
         truncated_pictures=truncated_pictures,
         max_bad_fraction=max_bad_fraction,
     )
-    table = build_pair_table(
-        expand_shards(shards),
-        image_extensions=image_extensions,
-        caption_extensions=captions.members,
-        on_damage=on_damage,
-        max_bad_fraction=max_bad_fraction,
-        cache=ShardCache(cache),
-    )
+    table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     built = load_trained(
         run_dir=run_dir,
         ckpt_path=ckpt_path,

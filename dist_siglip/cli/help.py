@@ -130,26 +130,26 @@ RUNS: Mapping[tuple[str, ...], Run] = {
 }
 
 
-def subjects_of(module: str) -> dict[str, str]:
-    """Return the subjects of a command and a line about each; none if it has none.
+def subcommands_of(module: str) -> dict[str, str]:
+    """Return the subcommands of a command and a line about each; none if it has none.
 
     Example:
-        >>> list(subjects_of("dist_siglip.cli.slurm"))
+        >>> list(subcommands_of("dist_siglip.cli.slurm"))
         ['render', 'submit']
     """
     try:
-        subjects = value_of(*find(module, "SUBJECTS"))
+        subcommands = value_of(*find(module, "SUBCOMMANDS"))
     except UnreadableError:
         return {}
-    return {name: each if isinstance(each, str) else each[1] for name, each in subjects.items()}
+    return {name: each if isinstance(each, str) else each[1] for name, each in subcommands.items()}
 
 
 def module_of(module: str, words: Sequence[str]) -> str:
-    """Return the module of a command, or of its subject if that has another."""
+    """Return the module of a command, or of its subcommand if that has another."""
     if len(words) == 1:
         return module
-    module_of_subject, _ = value_of(*find(module, "SUBJECTS"))[words[1]]
-    return str(module_of_subject)
+    module_of_subcommand, _ = value_of(*find(module, "SUBCOMMANDS"))[words[1]]
+    return str(module_of_subcommand)
 
 
 def options_of_function(found: Found) -> tuple[str, list[Group]]:
@@ -283,27 +283,32 @@ def asked_page(command: str, module: str, summary: str, arguments: Sequence[str]
     if arguments and "-h" not in own and "--help" not in own:
         return None
     try:
-        subjects = subjects_of(module)
-        if not arguments and not subjects:
+        subcommands = subcommands_of(module)
+        if not arguments and not subcommands:
             return None
-        if subjects and (not own or own[0] not in subjects):
-            return _subject_page(command, subjects)
-        if subjects:
-            return _page((command, own[0]), module, subjects[own[0]])
+        if subcommands and (not own or own[0] not in subcommands):
+            return _subcommand_page(command, subcommands)
+        if subcommands:
+            return _page((command, own[0]), module, subcommands[own[0]])
         return _page((command,), module, summary)
     except UnreadableError:
         return None
 
 
-def check_subject(command: str, module: str, arguments: Sequence[str]) -> None:
-    """Refuse a word that is no subject of the command, before anything heavy is imported.
+def check_subcommand(command: str, module: str, arguments: Sequence[str]) -> None:
+    """Refuse a word that is no subcommand of the command, before anything heavy is imported.
 
     Raises:
-        UserError: with the subjects there are.
+        UserError: with the subcommands there are.
     """
-    subjects = subjects_of(module)
-    if subjects and arguments and not arguments[0].startswith("-") and arguments[0] not in subjects:
-        raise UserError(f"{command} ({arguments[0]}) must be one of {', '.join(subjects)}")
+    subcommands = subcommands_of(module)
+    if (
+        subcommands
+        and arguments
+        and not arguments[0].startswith("-")
+        and arguments[0] not in subcommands
+    ):
+        raise UserError(f"{command} ({arguments[0]}) must be one of {', '.join(subcommands)}")
 
 
 def for_parser(arguments: Sequence[str]) -> list[str]:
@@ -324,11 +329,11 @@ def _own_words(arguments: Sequence[str]) -> list[str]:
     return words[: words.index("--")] if "--" in words else words
 
 
-def _subject_page(command: str, subjects: Mapping[str, str]) -> str:
-    """Lay out the subjects of a command."""
-    lines = [f"usage: dist-siglip {command} SUBJECT [options]", ""]
-    lines += [f"  {name:<12}{text}" for name, text in subjects.items()]
-    lines += ["", f"dist-siglip {command} SUBJECT --help lists the options of a subject.", ""]
+def _subcommand_page(command: str, subcommands: Mapping[str, str]) -> str:
+    """Lay out the subcommands of a command."""
+    lines = [f"usage: dist-siglip {command} SUBCOMMAND [options]", ""]
+    lines += [f"  {name:<12}{text}" for name, text in subcommands.items()]
+    lines += ["", f"dist-siglip {command} SUBCOMMAND --help lists the options of a subcommand.", ""]
     return "\n".join(lines)
 
 

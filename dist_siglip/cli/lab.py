@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dist_siglip.cli.parser import run_subject
+from dist_siglip.cli.parser import run_subcommand
 from dist_siglip.lab.experiments import EXPERIMENTS
 
 
-def list(json: bool = False) -> int:  # noqa: A001 - the name of the subject
+def list(json: bool = False) -> int:  # noqa: A001 - the name of the subcommand
     """Show the experiments and how long each takes.
 
     Args:
@@ -29,7 +29,7 @@ def list(json: bool = False) -> int:  # noqa: A001 - the name of the subject
     return 0
 
 
-SUBJECTS = {
+SUBCOMMANDS = {
     "list": ("dist_siglip.cli.lab", "which experiments there are"),
     "run": ("dist_siglip.cli.lab_run", "some of them"),
     "all": ("dist_siglip.cli.lab_run", "all of them, within 30 minutes on two cores"),
@@ -37,5 +37,5 @@ SUBJECTS = {
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Parse ``lab SUBJECT ...`` and run the subject."""
-    return run_subject(command, SUBJECTS, arguments)
+    """Parse ``lab SUBCOMMAND ...`` and run the subcommand."""
+    return run_subcommand(command, SUBCOMMANDS, arguments)

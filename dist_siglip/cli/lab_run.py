@@ -47,7 +47,7 @@ def run(
     return _run(LabRun(chosen, Path(out), quick, seed), workers, json)
 
 
-def all(  # noqa: A001 - the name of the subject
+def all(  # noqa: A001 - the name of the subcommand
     out: str = "runs/lab",
     quick: bool = False,
     seed: int = 0,

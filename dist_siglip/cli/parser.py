@@ -1,8 +1,8 @@
 """Parsers with one-line complaints and bounded YAML, and functions as commands.
 
-A command is one function, or has subjects, ``dist-siglip COMMAND SUBJECT [options]``: each is a
-function whose signature is the schema and whose docstring is the help. Its module is imported when
-it is asked for.
+A command is one function, or has subcommands, ``dist-siglip COMMAND SUBCOMMAND [options]``: each is
+a function whose signature is the schema and whose docstring is the help. Its module is imported
+when it is asked for.
 
 Class paths may name files of the working directory, however the program was started. ``python -m``
 has it on ``sys.path``, the ``dist-siglip`` command does not. So a module that a command line or its
@@ -199,33 +199,35 @@ def known_keys(parser: ArgumentParser) -> list[str]:
 
 
 # Subject -> module that holds a function of this name, one line of help.
-Subjects = Mapping[str, tuple[str, str]]
+Subcommands = Mapping[str, tuple[str, str]]
 
 
-def run_subject(command: str, subjects: Subjects, arguments: Sequence[str]) -> int:
-    """Parse ``COMMAND SUBJECT ...``, run the subject and return its exit code.
+def run_subcommand(command: str, subcommands: Subcommands, arguments: Sequence[str]) -> int:
+    """Parse ``COMMAND SUBCOMMAND ...``, run the subcommand and return its exit code.
 
     Raises:
-        UserError: if there is no such subject, or its arguments cannot be parsed.
+        UserError: if there is no such subcommand, or its arguments cannot be parsed.
     """
-    function, parser = parser_of(command, subjects, arguments[0])
+    function, parser = parser_of(command, subcommands, arguments[0])
     return call(function, parser, arguments[1:])
 
 
 def parser_of(
-    command: str, subjects: Subjects, subject: str
+    command: str, subcommands: Subcommands, subcommand: str
 ) -> tuple[Callable[..., int], CommandParser]:
-    """Return the function of a subject and the parser of its signature.
+    """Return the function of a subcommand and the parser of its signature.
 
     Required arguments are positional.
 
     Raises:
-        UserError: if there is no such subject.
+        UserError: if there is no such subcommand.
     """
-    if subject not in subjects:
-        raise UserError(f"{command} ({subject}) must be one of {', '.join(subjects)}")
-    function: Callable[..., int] = getattr(importlib.import_module(subjects[subject][0]), subject)
-    return function, parser_of_function(f"{command} {subject}", function)
+    if subcommand not in subcommands:
+        raise UserError(f"{command} ({subcommand}) must be one of {', '.join(subcommands)}")
+    function: Callable[..., int] = getattr(
+        importlib.import_module(subcommands[subcommand][0]), subcommand
+    )
+    return function, parser_of_function(f"{command} {subcommand}", function)
 
 
 def parser_of_function(words: str, function: Callable[..., int]) -> CommandParser:

@@ -235,35 +235,37 @@ def _count_lines(sweep: Path) -> int:
     return len(lines)
 
 
-SUBJECTS = {
+SUBCOMMANDS = {
     "render": "print the batch script of a run",
     "submit": "print it, and submit exactly that",
 }
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Parse ``slurm SUBJECT CONFIG --run_dir RUN ... [-- OPTIONS OF FIT]`` and do it.
+    """Parse ``slurm SUBCOMMAND CONFIG --run_dir RUN ... [-- OPTIONS OF FIT]`` and do it.
 
     Raises:
-        UserError: if there is no such subject, a value is refused, or sbatch refuses the job.
+        UserError: if there is no such subcommand, a value is refused, or sbatch refuses the job.
     """
-    subject, *rest = arguments
-    if subject not in SUBJECTS:
-        raise UserError(f"{command} ({subject}) must be one of {', '.join(SUBJECTS)}")
-    job, fit_options = parse(subject, rest)
+    subcommand, *rest = arguments
+    if subcommand not in SUBCOMMANDS:
+        raise UserError(f"{command} ({subcommand}) must be one of {', '.join(SUBCOMMANDS)}")
+    job, fit_options = parse(subcommand, rest)
     script = job.render(fit_options)
     sys.stdout.write(script)
     sys.stdout.flush()
-    if subject == "submit":
+    if subcommand == "submit":
         sys.stdout.write(f"\n{submit(script)}\n")
     return 0
 
 
-def parse(subject: str, arguments: Sequence[str]) -> tuple[SlurmJob, list[str]]:
+def parse(subcommand: str, arguments: Sequence[str]) -> tuple[SlurmJob, list[str]]:
     """Return the job, and the options of ``fit`` that follow ``--``."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
-    made = CommandParser(prog=f"dist-siglip slurm {subject}", description=introduction_of(SlurmJob))
+    made = CommandParser(
+        prog=f"dist-siglip slurm {subcommand}", description=introduction_of(SlurmJob)
+    )
     made.add_class_arguments(SlurmJob, as_group=False, as_positional=True)
     settings = made.parse_args(words[:end])
     return SlurmJob(**made.instantiate_classes(settings).as_dict()), words[end + 1 :]

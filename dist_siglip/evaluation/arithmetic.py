@@ -65,7 +65,7 @@ def nearest_other_picture(
     """Find the picture with the largest inner product with each point.
 
     Distributed contract: every rank passes the same rows and gets all answers; each takes a part of
-    the points and a part of the pictures. One trip without gradient and a few small gathers.
+    the points and a part of the pictures. One exchange without gradient and a few small gathers.
 
     Args:
         points: (Q, D), finite, of any length.

@@ -1,4 +1,4 @@
-"""``bench`` names its subjects; ``bench loss`` measures every baseline on the same features."""
+"""``bench`` names its subcommands; ``bench loss`` measures every baseline on the same features."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
     assert re.search(message, lines[0])
 
 
-def test_help_lists_the_subjects(capsys):
+def test_help_lists_the_subcommands(capsys):
     assert main(["bench", "--help"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:8]] == [
         "loss",

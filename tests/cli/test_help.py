@@ -17,12 +17,12 @@ from dist_siglip.cli.help import (
     REQUIRED,
     RUNS,
     Option,
-    _subject_page,
+    _subcommand_page,
     asked_page,
     module_of,
     options_of_function,
     options_of_run,
-    subjects_of,
+    subcommands_of,
 )
 from dist_siglip.cli.help_source import UnreadableError, find, kind_of, value_of
 from tests.support.command import environment, run_command
@@ -128,12 +128,12 @@ def test_pages_and_mistyped_commands_import_nothing_heavy():
     script = (
         "import sys\n"
         "from dist_siglip.cli import _COMMANDS, main\n"
-        "from dist_siglip.cli.help import subjects_of\n"
+        "from dist_siglip.cli.help import subcommands_of\n"
         "assert main(['--help']) == 0 and main(['--version']) == 0\n"
         "for command, (module, _) in _COMMANDS.items():\n"
         "    assert main([command, '--help']) == 0\n"
-        "    for subject in subjects_of(module):\n"
-        "        assert main([command, subject, '--help']) == 0\n"
+        "    for subcommand in subcommands_of(module):\n"
+        "        assert main([command, subcommand, '--help']) == 0\n"
         "assert main(['fti']) == main(['data', 'chekc']) == main(['rerank', 'ftt']) == 2\n"
         "assert main(['slurm', 'rander']) == main(['bench']) == main([]) == 2\n"
         "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'open_clip', 'yaml', 'rich'}\n"
@@ -201,7 +201,7 @@ def test_help_is_asked_for_anywhere_but_behind_two_dashes():
     slurm = ("slurm", *_COMMANDS["slurm"])
     assert "--sweep" in asked_page(*slurm, ["render", "x.yaml", "--nodes", "2", "-h"])
     assert asked_page(*slurm, ["render", "x.yaml", "--run_dir", "r", "--", "--help"]) is None
-    assert asked_page(*slurm, ["--help"]) == _subject_page("slurm", subjects_of(slurm[1]))
+    assert asked_page(*slurm, ["--help"]) == _subcommand_page("slurm", subcommands_of(slurm[1]))
     assert asked_page("fit", *_COMMANDS["fit"], ["--model.model", "ViT-B-32"]) is None
     assert asked_page("fit", *_COMMANDS["fit"], []) is None
 

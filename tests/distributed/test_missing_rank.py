@@ -27,7 +27,7 @@ def _fill(owner, shard, contributions):
 
 
 def _ends(owner, shard, contributions):
-    raise KeyError("this rank fails in the middle of a trip")
+    raise KeyError("this rank fails in the middle of an exchange")
 
 
 def _complaint(call):

@@ -250,10 +250,10 @@ def test_a_loss_that_overflows_is_named_at_the_next_call():
     ],
 )
 def test_the_side_without_accumulator_travels(monkeypatch, image, text, travels, accumulators):
-    trips = []
+    passes = []
 
     def record(columns, *, accumulators, **settings):
-        trips.append((columns, accumulators))
+        passes.append((columns, accumulators))
         return prepare_exchange(columns, accumulators=accumulators, **settings)
 
     monkeypatch.setattr("dist_siglip.losses.sigmoid.prepare_exchange", record)
@@ -262,7 +262,7 @@ def test_the_side_without_accumulator_travels(monkeypatch, image, text, travels,
         for side, wanted in zip(_features(), (image, text), strict=True)
     )
     siglip_loss(images, texts, *_scalars())
-    ((columns, specs),) = trips
+    ((columns, specs),) = passes
     assert torch.equal(columns[0], images if travels == "image" else texts)
     assert (len(columns), len(specs)) == (1, accumulators)
 

@@ -7,7 +7,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from dist_siglip.cli import _COMMANDS
-from dist_siglip.cli.help import subjects_of
+from dist_siglip.cli.help import subcommands_of
 from dist_siglip.cli.parser import CommandParser
 from dist_siglip.cli.run.training import TrainingCLI
 
@@ -17,11 +17,11 @@ class _Parser(BaseException):  # nothing on the way catches it
 
 
 def command_lines() -> list[tuple[str, ...]]:
-    """The words of every command: its name, or name and subject."""
+    """The words of every command: its name, or name and subcommand."""
     return [
         words
         for command, (module, _) in _COMMANDS.items()
-        for words in [(command, subject) for subject in subjects_of(module)] or [(command,)]
+        for words in [(command, each) for each in subcommands_of(module)] or [(command,)]
     ]
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dist_siglip.cli.parser import run_subject
+from dist_siglip.cli.parser import run_subcommand
 
-SUBJECTS = {
+SUBCOMMANDS = {
     "index": ("dist_siglip.cli.data.shards", "side-cars of shards, made ahead of training"),
     "check": ("dist_siglip.cli.data.shards", "everything that is wrong with shards"),
     "stats": ("dist_siglip.cli.data.overview", "sizes, formats, caption lengths, duplicates"),
@@ -14,5 +14,5 @@ SUBJECTS = {
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Parse ``data SUBJECT ...`` and run the subject."""
-    return run_subject(command, SUBJECTS, arguments)
+    """Parse ``data SUBCOMMAND ...`` and run the subcommand."""
+    return run_subcommand(command, SUBCOMMANDS, arguments)

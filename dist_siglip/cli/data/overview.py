@@ -2,6 +2,7 @@
 
 import json as json_text
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,32 @@ from dist_siglip.errors import UserError
 from dist_siglip.system.process_pool import map_isolated
 
 _CHUNK = 2000  # samples measured by one process
+_SHOWN = 6  # names of shards in a row of the table
+
+
+def read_table(
+    shards: str | list[str],
+    captions: CaptionRule,
+    image_extensions: Sequence[str],
+    on_damage: OnDamage,
+    max_bad_fraction: float,
+    cache: CacheSettings,
+) -> PairTable:
+    """Check the options by which commands read shards, and index the shards.
+
+    Raises:
+        UserError: if an option is out of range, or shards are missing or damaged.
+    """
+    captions.check()
+    cache.check()
+    return build_pair_table(
+        expand_shards(shards),
+        image_extensions=image_extensions,
+        caption_extensions=captions.members,
+        on_damage=on_damage,
+        max_bad_fraction=max_bad_fraction,
+        cache=ShardCache(cache),
+    )
 
 
 def stats(
@@ -63,16 +90,7 @@ def stats(
     """
     if sample is not None and sample < 1:
         raise UserError(f"sample ({sample}) must be at least 1, or null for all")
-    captions.check()
-    cache.check()
-    table = build_pair_table(
-        expand_shards(shards),
-        image_extensions=image_extensions,
-        caption_extensions=captions.members,
-        on_damage=on_damage,
-        max_bad_fraction=max_bad_fraction,
-        cache=ShardCache(cache),
-    )
+    table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     tokenizer = None
     if model is not None:
         from dist_siglip.models.build import load_tokenizer
@@ -131,9 +149,6 @@ def _counts(summary: dict[str, Any]) -> Table:
     return table
 
 
-_SHOWN = 6  # names of shards in a row of the table
-
-
 def plan(
     shards: str | list[str],
     world_size: int = 1,
@@ -177,16 +192,7 @@ def plan(
         if value < least:
             raise UserError(f"{name} ({value}) must be at least {least}")
     check_divisible(global_batch_size, world_size)
-    captions.check()
-    cache.check()
-    table = build_pair_table(
-        expand_shards(shards),
-        image_extensions=image_extensions,
-        caption_extensions=captions.members,
-        on_damage=on_damage,
-        max_bad_fraction=max_bad_fraction,
-        cache=ShardCache(cache),
-    )
+    table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     batches = BatchPlan(
         counts=table.counts,
         fingerprint=table.fingerprint,

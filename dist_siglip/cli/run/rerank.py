@@ -29,7 +29,7 @@ from dist_siglip.training.strategies import FullyShardedStrategy
 
 logger = logging.getLogger(__name__)
 
-SUBJECTS = {
+SUBCOMMANDS = {
     "fit": "train a head that re-ranks, or go on with a run",
     "validate": "evaluate a checkpoint of a head",
 }

@@ -126,7 +126,7 @@ def explain_dots(key: str, extensions: Iterable[str], wanted: Collection[str]) -
         wanted: extensions one of which it should have.
 
     Returns:
-        Cause, example and remedy; empty if dots are not to blame.
+        Cause, example and remedy; empty if dots are not the cause.
     """
     for extension in extensions:
         last = extension.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Margins of single rows, and the other sums of the trip over all pairs, against plain loops."""
+"""Margins of single rows and the other sums over all pairs, against plain loops."""
 
 import math
 
