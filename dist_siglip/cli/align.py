@@ -32,6 +32,9 @@ from dist_siglip.metrics.alignment import (
     estimate_alignment,
     mean_direction,
 )
+from dist_siglip.metrics.alignment.measure import SUBSET_ROWS, SUBSETS
+from dist_siglip.metrics.alignment.moments import SVCCA_DIMENSIONS
+from dist_siglip.metrics.alignment.neighborhoods import NEIGHBORS
 
 
 def compare_sparse(
@@ -118,10 +121,10 @@ def align(
     embeddings: list[str],
     *,
     towers: list[Tower] | None = None,
-    num_rows: int = 1000,
-    num_parts: int = 10,
-    k: int = 10,
-    svcca_dimensions: int = 10,
+    num_rows: int = SUBSET_ROWS,
+    num_parts: int = SUBSETS,
+    k: int = NEIGHBORS,
+    svcca_dimensions: int = SVCCA_DIMENSIONS,
     seed: int = 0,
     sparse: SparseSettings | None = None,
     device: str = "cpu",

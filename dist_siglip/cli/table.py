@@ -9,10 +9,10 @@ from rich.table import Table
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.evaluation import describe_num_pairs
+from dist_siglip.report.measures import DIRECTIONS
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.regular_file import read_json
 
-_DIRECTIONS = (("image to text", "image_to_text"), ("text to image", "text_to_image"))
 _SINGLES = (
     ("validation loss", "loss", "{:.4f}"),
     ("modality gap (centroid distance)", "modality_gap", "{:.3f}"),
@@ -55,7 +55,7 @@ def print_evaluation(folder: RunFolder, extra: Mapping[str, Any] | None = None) 
     table = Table(title=f"step {int(metrics['step'])}, gallery of {describe_num_pairs(metrics)}")
     for column in ("retrieval", "recall@1", "recall@5", "recall@10", "median rank"):
         table.add_column(column, justify="left" if column == "retrieval" else "right")
-    for label, key in _DIRECTIONS:
+    for label, key in DIRECTIONS:
         recalls = [f"{metrics[f'{key}_recall@{k}']:.3f}" for k in (1, 5, 10)]
         table.add_row(label, *recalls, f"{metrics[f'{key}_median_rank']:.0f}")
     pictures = int(metrics.get("distinct_pictures", num_pairs))

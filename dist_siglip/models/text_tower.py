@@ -20,12 +20,12 @@ from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.interop.transformers_format import CONFIG_NAME
 from dist_siglip.models.weights_file import refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
 # The config of a text tower, beside the config of the dual encoder that has it.
-CONFIG_NAME = "config.json"
 # open_clip has a fourth, max_pooler, which cannot run: its mask is of numbers.
 _POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 _PROJECTIONS = ("linear", "mlp", None)

@@ -12,7 +12,7 @@ from rich.table import Table
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.inspect import QUANTILES, Gauge, choose_samples, summarize
-from dist_siglip.data.order.position import BatchPlan, check_divisible
+from dist_siglip.data.order.position import BLOCK_SHARDS, BatchPlan, check_divisible
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
 from dist_siglip.data.samples.captions import CaptionRule
@@ -156,7 +156,7 @@ def plan(
     steps: int = 1,
     from_step: int = 0,
     seed: int = 0,
-    block_shards: int = 16,
+    block_shards: int = BLOCK_SHARDS,
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
     image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
     on_damage: OnDamage = "refuse",

@@ -10,7 +10,12 @@ from rich.table import Table
 
 from dist_siglip.cli.table import print_path
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION
-from dist_siglip.data.packing.pack import PackSettings
+from dist_siglip.data.packing.pack import (
+    JPEG_QUALITY,
+    MAX_SHARD_MIB,
+    SAMPLES_PER_SHARD,
+    PackSettings,
+)
 from dist_siglip.data.packing.pack import pack as write_shards
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.samples.picture_policy import (
@@ -29,10 +34,10 @@ def pack(
     caption_column: str | list[str] | None = "caption",
     class_column: str | None = None,
     keep_columns: bool = False,
-    samples_per_shard: int = 10_000,
-    max_shard_mib: int = 1024,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    max_shard_mib: int = MAX_SHARD_MIB,
     resize_short_side: int | None = None,
-    jpeg_quality: int = 90,
+    jpeg_quality: int = JPEG_QUALITY,
     shuffle_seed: int | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     transparency: str = PicturePolicy.transparency,

@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dist_siglip.data.index.shard_index import ShardIndex, build_index
-from dist_siglip.data.index.tar_scan import DamagedTarError, scan_tar
+from dist_siglip.data.index.tar_scan import BLOCK, DamagedTarError, scan_tar
 from dist_siglip.data.remote import RemoteError, RemoteOutageError, ShardCache, is_remote
 from dist_siglip.data.remote.connections import RemoteRefusalError
 from dist_siglip.data.remote.locations import redact, shard_name
@@ -37,8 +37,7 @@ from dist_siglip.system.regular_file import open_regular
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1
-_BLOCK = 512
-_LONGEST_END = _BLOCK + 1024 + 10_240  # bytes that tar writers leave behind the last member
+_LONGEST_END = BLOCK + 1024 + 10_240  # bytes that tar writers leave behind the last member
 _LONGEST_NOTE = 1000
 # What reading damaged arrays raises: no archive, a broken one, entries missing or misshapen.
 DAMAGED_ARRAYS = (
@@ -150,7 +149,7 @@ def _has_long_end(index: ShardIndex, size: int) -> bool:
     Earlier versions did not look at what is behind the first block of zeros.
     """
     last = int((index.offsets + index.sizes).max()) if index.offsets.size else 0
-    return size % _BLOCK != 0 or size - last > _LONGEST_END
+    return size % BLOCK != 0 or size - last > _LONGEST_END
 
 
 def _check(index: ShardIndex, size: int) -> None:

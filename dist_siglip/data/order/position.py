@@ -27,6 +27,8 @@ from dist_siglip.data.order.sequence import (
 )
 from dist_siglip.errors import UserError
 
+BLOCK_SHARDS = 16
+
 
 @dataclass
 class Progress:

@@ -46,6 +46,9 @@ from dist_siglip.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
 
+SAMPLES_PER_SHARD = 10_000
+MAX_SHARD_MIB = 1024
+JPEG_QUALITY = 90
 _EXTENSIONS = {
     "image/jpeg": "jpg",
     "image/png": "png",
@@ -70,7 +73,7 @@ class SampleMaker:
     images: str
     allow_outside: bool = False
     resize_short_side: int | None = None
-    jpeg_quality: int = 90
+    jpeg_quality: int = JPEG_QUALITY
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     keep_others: bool = False
 
@@ -217,10 +220,10 @@ class PackSettings:
     """
 
     columns: Columns = field(default_factory=Columns)
-    samples_per_shard: int = 10_000
-    max_shard_mib: int = 1024
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    max_shard_mib: int = MAX_SHARD_MIB
     resize_short_side: int | None = None
-    jpeg_quality: int = 90
+    jpeg_quality: int = JPEG_QUALITY
     shuffle_seed: int | None = None
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
 

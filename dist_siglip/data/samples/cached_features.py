@@ -122,7 +122,7 @@ class FeatureFile:
         return int(self._ids[tower][row]) if row >= 0 and tower in self._ids else None
 
 
-_MANIFEST = "embed.json"
+MANIFEST = "embed.json"
 _MOST_OPEN = 64  # files at once; a block of shards is read together
 
 
@@ -226,11 +226,11 @@ class CachedFeatures:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = read_json(folder / _MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         kind = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"train_features ({folder}) is no folder of embeddings ({_MANIFEST}: "
+            f"train_features ({folder}) is no folder of embeddings ({MANIFEST}: "
             f"{' '.join(str(error).split())[:80]}); make one: dist-siglip embed --format features"
         ) from error
     if kind != "features":

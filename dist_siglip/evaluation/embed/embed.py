@@ -26,6 +26,7 @@ from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher
+from dist_siglip.data.samples.cached_features import MANIFEST
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -62,7 +63,6 @@ from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
-_NAME = "embed.json"
 
 
 def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         UserError: if the folder holds something else, or cannot be written.
     """
-    manifest = folder / _NAME
+    manifest = folder / MANIFEST
     now = json.loads(json.dumps(identity))
     try:
         if not manifest.exists():
@@ -104,8 +104,8 @@ def _check_empty(folder: Path) -> None:
     """Refuse a folder that holds anything but what another rank has begun this moment."""
     found = sorted(os.listdir(folder)) if folder.exists() else []
     visible = [name for name in found if not name.startswith(".")]
-    if visible and not (folder / _NAME).exists():
-        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {_NAME}; give a new folder")
+    if visible and not (folder / MANIFEST).exists():
+        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {MANIFEST}; give a new folder")
 
 
 @dataclass(frozen=True, kw_only=True)

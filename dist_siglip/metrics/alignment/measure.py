@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.alignment.moments import (
+    SVCCA_DIMENSIONS,
     center_normalize,
     check_pairs,
     cka,
@@ -24,11 +25,15 @@ from dist_siglip.metrics.alignment.moments import (
     unbiased_cka,
 )
 from dist_siglip.metrics.alignment.neighborhoods import (
+    NEIGHBORS,
     cknna,
     cycle_knn,
     find_neighborhoods,
     mutual_knn,
 )
+
+SUBSETS = 10
+SUBSET_ROWS = 1000
 
 
 class RepresentationAlignment(NamedTuple):
@@ -56,8 +61,8 @@ def measure_alignment(
     first_features: Tensor,
     second_features: Tensor,
     *,
-    k: int = 10,
-    svcca_dimensions: int = 10,
+    k: int = NEIGHBORS,
+    svcca_dimensions: int = SVCCA_DIMENSIONS,
     group: ProcessGroup | None = None,
 ) -> RepresentationAlignment:
     """Compare two sets of embeddings of the same things by all measures.
@@ -120,10 +125,10 @@ def estimate_alignment(
     second_features: Tensor,
     *,
     center: bool = False,
-    num_rows: int = 1000,
-    num_parts: int = 10,
-    k: int = 10,
-    svcca_dimensions: int = 10,
+    num_rows: int = SUBSET_ROWS,
+    num_parts: int = SUBSETS,
+    k: int = NEIGHBORS,
+    svcca_dimensions: int = SVCCA_DIMENSIONS,
     seed: int = 0,
     group: ProcessGroup | None = None,
 ) -> AlignmentEstimate:

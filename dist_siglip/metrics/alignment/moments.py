@@ -30,6 +30,7 @@ from dist_siglip.metrics.tiles import row_slices
 
 # HSIC is not defined for fewer.
 LEAST_ROWS = 4
+SVCCA_DIMENSIONS = 10
 _ROUNDING = 1e-12  # share of the largest eigenvalue below which there is only rounding
 
 
@@ -322,7 +323,9 @@ def _ratio(cross: float, first: float, second: float) -> float:
     return cross / math.sqrt(product) if product > 0 else math.nan
 
 
-def svcca(moments: PairedMoments, dimensions: int = 10, *, standardize: bool = True) -> float:
+def svcca(
+    moments: PairedMoments, dimensions: int = SVCCA_DIMENSIONS, *, standardize: bool = True
+) -> float:
     """Mean canonical correlation of the ``dimensions`` strongest directions of both sides.
 
     Args:

@@ -18,6 +18,8 @@ from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.alignment.moments import LEAST_ROWS, check_pairs
 from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
 
+NEIGHBORS = 10
+
 
 class Neighborhoods(NamedTuple):
     """Neighbours of the rows of all ranks, in rank order, on both sides.
@@ -47,7 +49,7 @@ class _Edges(NamedTuple):
 def find_neighborhoods(
     first_features: Tensor,
     second_features: Tensor,
-    k: int = 10,
+    k: int = NEIGHBORS,
     *,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
     exchange: ExchangeName = "auto",

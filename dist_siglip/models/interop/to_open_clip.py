@@ -31,8 +31,8 @@ from dist_siglip.models.build import BuiltModel, build_dual_encoder
 from dist_siglip.models.dual_encoder import unit_rows
 from dist_siglip.models.interop.comparison import Reader
 from dist_siglip.models.interop.tokenizer_files import tokenizer_of
+from dist_siglip.models.interop.transformers_format import CONFIG_NAME as TEXT_CONFIG_NAME
 from dist_siglip.models.interop.transformers_format import activation_name
-from dist_siglip.models.text_tower import CONFIG_NAME as TEXT_CONFIG_NAME
 from dist_siglip.models.text_tower import describe_config
 from dist_siglip.models.weight_source import CONFIG_NAME, LOCAL_DIR, WEIGHT_NAMES
 

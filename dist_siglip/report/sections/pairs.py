@@ -14,7 +14,9 @@ import torch
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration, WeightedSimilarities, calibrate_scale_bias
 from dist_siglip.report.canvas import (
+    IMAGE_COLOUR,
     INK,
+    TEXT_COLOUR,
     add_legend,
     colour_of,
     new_figure,
@@ -43,7 +45,7 @@ _MANY, _FEW = 1.25, 0.8  # predicted over true matches
 _UNSURE = "less sure of its answers than it could be"
 _BETTER = 0.9  # of the loss, below which another scale and bias are worth having
 _BARS = 60
-_POSITIVE, _NEGATIVE = "#3987d1", "#d9782d"
+_POSITIVE, _NEGATIVE = IMAGE_COLOUR, TEXT_COLOUR
 _NO_EVALUATION = "No evaluation with arrays is in this run folder; validate the run first."
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import (
+    BLOCK_SHARDS,
     BatchPlan,
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -216,7 +217,7 @@ class ImageTextDataModule(BatchTransfer):
         workers_per_rank: int = 2,
         prefetch_factor: int = 2,
         seed: int = 0,
-        block_shards: int = 16,
+        block_shards: int = BLOCK_SHARDS,
         train_crop_scale: tuple[float, float] | None = (0.9, 1.0),
         image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
