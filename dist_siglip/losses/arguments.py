@@ -261,9 +261,25 @@ _GPU_CHUNK_ROWS = 4096
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def default_chunk_rows(device: torch.device) -> int:
-    """Side of a tile that keeps a device busy and stays near its caches."""
-    return DEFAULT_CHUNK_ROWS if device.type == "cpu" else _GPU_CHUNK_ROWS
+def tile_shape_of(chunk_rows: int | None, device: torch.device) -> tuple[int, int]:
+    """Return rows and columns of the largest tile: what keeps a device busy and its caches warm.
+
+    Args:
+        chunk_rows: side of a tile; None for the usual one.
+        device: of the features.
+
+    Raises:
+        UserError: if a tile would have no row.
+
+    Example:
+        >>> tile_shape_of(None, torch.device("cpu")), tile_shape_of(7, torch.device("cpu"))
+        ((1024, 1024), (7, 7))
+    """
+    if chunk_rows is None:
+        chunk_rows = DEFAULT_CHUNK_ROWS if device.type == "cpu" else _GPU_CHUNK_ROWS
+    if chunk_rows < 1:
+        raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1")
+    return chunk_rows, chunk_rows
 
 
 def check_rows(**features: Tensor) -> None:
@@ -313,12 +329,6 @@ def check_scalar(name: str, value: Tensor | None) -> None:
         raise UserError(f"{name} {tuple(value.shape)} must have one element")
     if value.is_complex() or value.dtype == torch.bool:
         raise UserError(f"{name} ({value.dtype}) must be a real number")
-
-
-def check_chunk_rows(chunk_rows: int) -> None:
-    """Raise ``UserError`` unless a tile has at least one row."""
-    if chunk_rows < 1:
-        raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1")
 
 
 def refuse_second_order(name: str) -> None:

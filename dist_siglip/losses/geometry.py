@@ -17,23 +17,24 @@ from dist_siglip.distributed import (
     AccumulatorSpec,
     Exchange,
     ExchangeName,
-    prepare_exchange,
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     Nonfinite,
-    check_chunk_rows,
     check_pairs,
     check_rows,
-    default_chunk_rows,
     describe_wanted,
-    find_nonfinite,
+    tile_shape_of,
 )
-from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype, sum_dtype, tile_slices
-from dist_siglip.losses.precomputed_gradients import (
+from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype, sum_dtype
+from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
+    RingPass,
+    Shard,
+    Tile,
     attach_gradients,
+    prepare_pass,
     wants_gradient,
 )
 
@@ -75,15 +76,13 @@ def alignment_loss(
         Wang and Isola 2020, arXiv:2005.10242, with alpha = 2.
     """
     check_pairs(image_features, text_features)
-    found = find_nonfinite(
-        {"image_features": image_features.detach(), "text_features": text_features.detach()},
-        nonfinite,
+    plan = prepare_pass(
+        [image_features],
+        named={"image_features": image_features.detach(), "text_features": text_features.detach()},
+        nonfinite=nonfinite,
+        group=group,
+        purpose="alignment loss",
     )
-    plan = prepare_exchange(
-        [image_features], group=group, purpose=f"alignment loss; {found or 'finite'}"
-    )
-    if found:
-        raise UserError(f"rank {plan.rank}: {found}")
     dtype = logits_dtype(image_features)
     with torch.autocast(image_features.device.type, enabled=False):
         distances = (image_features.to(dtype) - text_features.to(dtype)).square().sum(dim=1)
@@ -135,27 +134,25 @@ def uniformity_loss(
         that of Fahim et al. 2024, arXiv:2405.18570.
     """
     check_rows(features=features)
-    chunk_rows = default_chunk_rows(features.device) if chunk_rows is None else chunk_rows
-    check_chunk_rows(chunk_rows)
+    tile_shape = tile_shape_of(chunk_rows, features.device)
     is_wanted = wants_gradient(features)
-    found = find_nonfinite({"features": features.detach()}, nonfinite)
     wanted = describe_wanted({"features": is_wanted})
-    plan = prepare_exchange(
+    plan = prepare_pass(
         [features],
+        named={"features": features.detach()},
+        nonfinite=nonfinite,
         exchange=exchange,
         group=group,
-        purpose=f"uniformity loss; gradients: {wanted}; {found or 'finite'}",
+        purpose=f"uniformity loss; gradients: {wanted}",
     )
-    if found:
-        raise UserError(f"rank {plan.rank}: {found}")
     rows = features.detach()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        ring_pass = _KernelPass(rows, plan.rank, chunk_rows, row_pull=is_wanted)
-        plan.run(ring_pass.visit)
+        ring_pass = _KernelPass(rows, plan, tile_shape, row_pull=is_wanted)
+        ring_pass.run(plan)
         total, value = _log_mean("uniformity_loss", ring_pass.value, plan, group)
     # Twice: as row i of the sum and as row j.
     factor = -8 * plan.world_size / total
-    gradient = PrecomputedGradient(features, ring_pass.row_pull, factor)
+    gradient = PrecomputedGradient(features, ring_pass.row_pull(), factor)
     return attach_gradients("uniformity_loss", value.to(logits_dtype(rows)), [gradient])
 
 
@@ -204,8 +201,7 @@ def cross_uniformity_loss(
         Fahim et al. 2024, arXiv:2405.18570, as in their code (pairs off the diagonal only).
     """
     check_pairs(image_features, text_features)
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
-    check_chunk_rows(chunk_rows)
+    tile_shape = tile_shape_of(chunk_rows, image_features.device)
     wanted = {"image": wants_gradient(image_features), "text": wants_gradient(text_features)}
     # The side that travels should be the one that needs no gradient.
     sides = [("image", image_features), ("text", text_features)]
@@ -213,26 +209,22 @@ def cross_uniformity_loss(
         sides.reverse()
     (row_name, rows), (column_name, columns) = sides
     dtype = logits_dtype(rows)
-    found = find_nonfinite(
-        {"image_features": image_features.detach(), "text_features": text_features.detach()},
-        nonfinite,
-    )
-    plan = prepare_exchange(
+    plan = prepare_pass(
         [columns],
+        named={"image_features": image_features.detach(), "text_features": text_features.detach()},
+        nonfinite=nonfinite,
         accumulators=[AccumulatorSpec(columns.shape[1:], dtype)] * wanted[column_name],
         exchange=exchange,
         group=group,
-        purpose=f"cross-uniformity; gradients: {describe_wanted(wanted)}; {found or 'finite'}",
+        purpose=f"cross-uniformity; gradients: {describe_wanted(wanted)}",
     )
-    if found:
-        raise UserError(f"rank {plan.rank}: {found}")
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        ring_pass = _KernelPass(rows.detach(), plan.rank, chunk_rows, row_pull=wanted[row_name])
-        home = plan.run(ring_pass.visit)
+        ring_pass = _KernelPass(rows.detach(), plan, tile_shape, row_pull=wanted[row_name])
+        home = ring_pass.run(plan)
         total, value = _log_mean("cross_uniformity_loss", ring_pass.value, plan, group)
     factor = -4 * plan.world_size / total
     gradients = [
-        PrecomputedGradient(rows, ring_pass.row_pull, factor),
+        PrecomputedGradient(rows, ring_pass.row_pull(), factor),
         PrecomputedGradient(columns, home[0] if home else None, factor),
     ]
     return attach_gradients("cross_uniformity_loss", value.to(dtype), gradients)
@@ -252,33 +244,51 @@ def _log_mean(
     return total, (total / (num_rows * (num_rows - 1))).log()
 
 
-class _KernelPass:
-    """Visits shards with this rank's rows; sums the kernel, and the pulls where wanted."""
+class _KernelPass(RingPass):
+    """Sums the kernel, and the pull of all others on each row where wanted.
 
-    def __init__(self, rows: Tensor, rank: int, chunk_rows: int, *, row_pull: bool) -> None:
-        self.rows, self.rank, self.chunk_rows = rows, rank, chunk_rows
-        self.value = torch.zeros((), dtype=sum_dtype(rows.device), device=rows.device)
-        self.row_pull: Tensor | None = None
-        if row_pull:
-            self.row_pull = torch.zeros_like(rows, dtype=logits_dtype(rows))
+    The pull on row i is sum_j kernel[i, j] * (row i - row j); times -4 it is the gradient of the
+    sum. The products that ``RingPass`` collects are its second term.
+    """
 
-    def visit(
-        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
+    def __init__(
+        self, rows: Tensor, plan: Exchange, tile_shape: tuple[int, int], *, row_pull: bool
     ) -> None:
-        """Add the tiles of one shard; overwrite the pull on its columns."""
-        (travelling,) = shard
-        for contribution in contributions:
-            contribution.zero_()
-        for rows, columns in tile_slices(len(self.rows), len(travelling), self.chunk_rows):
-            tile = kernel_tile(
-                self.rows[rows],
-                travelling[columns],
-                without_diagonal=owner == self.rank and rows == columns,
-                with_row_pull=self.row_pull is not None,
-                with_column_pull=bool(contributions),
-            )
-            self.value += tile.value
-            if self.row_pull is not None and tile.row_pull is not None:
-                self.row_pull[rows] += tile.row_pull
-            if contributions and tile.column_pull is not None:
-                contributions[0][columns] += tile.column_pull
+        super().__init__(rows, plan, tile_shape, with_home_gradient=row_pull)
+        self.value = torch.zeros((), dtype=sum_dtype(rows.device), device=rows.device)
+        self.row_sums = rows.new_zeros(len(rows), dtype=logits_dtype(rows))
+        self.column_sums = self.row_sums
+
+    def visit(self, owner: int, shard: Shard, contributions: Shard) -> None:
+        """Take the tiles of one shard; overwrite the pull on its columns."""
+        self.column_sums = self.row_sums.new_zeros(len(shard[0]))
+        super().visit(owner, shard, contributions)
+        for products in contributions:
+            _pull_(products, shard[0], self.column_sums)
+
+    def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
+        """Add one tile to the sums; return its kernel."""
+        tile = kernel_tile(
+            home,
+            shard[0],
+            diagonal=place.diagonal,
+            with_row_sums=self.home_gradient is not None,
+            with_column_sums=bool(added),
+        )
+        self.value += tile.value
+        if tile.row_sums is not None:
+            self.row_sums[place.rows] += tile.row_sums
+        if tile.column_sums is not None:
+            self.column_sums[place.columns] += tile.column_sums
+        return tile.kernel
+
+    def row_pull(self) -> Tensor | None:
+        """Return the pull on the rows at home, after the pass."""
+        if self.home_gradient is not None:
+            _pull_(self.home_gradient, self.home, self.row_sums)
+        return self.home_gradient
+
+
+def _pull_(products: Tensor, rows: Tensor, sums: Tensor) -> None:
+    """Turn sum_j kernel[i, j] * row j into the pull on row i."""
+    products.neg_().addcmul_(rows.to(products.dtype), sums[:, None])

@@ -17,32 +17,32 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     LossOutput,
     Nonfinite,
-    check_chunk_rows,
     check_pairs,
     check_scalar,
-    default_chunk_rows,
     describe_wanted,
-    find_nonfinite,
+    tile_shape_of,
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids
 from dist_siglip.losses.kernels.tiles import (
     TileBuffers,
-    add_product,
     inner_product,
     logits_dtype,
     sigmoid_tile,
     sum_dtype,
-    tile_slices,
 )
-from dist_siglip.losses.precomputed_gradients import (
+from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
+    RingPass,
+    Shard,
+    Tile,
     attach_gradients,
+    prepare_pass,
     wants_gradient,
 )
 
@@ -157,10 +157,9 @@ def siglip_loss_output(
 ) -> LossOutput:
     """Return ``siglip_loss`` and the duplicates it met; the same contract."""
     check_pairs(image_features, text_features)
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
+    tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
-    check_chunk_rows(chunk_rows)
     _check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
     ids = join_ids(caption_ids, picture_ids)
     dtype = logits_dtype(image_features)
@@ -172,11 +171,13 @@ def siglip_loss_output(
         "logit_scale": scale.detach(),
         "logit_bias": bias.detach(),
     }
-    found = find_nonfinite(named, nonfinite, finite_check)
     wanted = _Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
     sides = _Sides(wanted.text and not wanted.image, image_features, text_features)
-    plan = prepare_exchange(
+    plan = prepare_pass(
         [sides.travelling] if ids is None else [sides.travelling, ids],
+        named=named,
+        nonfinite=nonfinite,
+        finite_check=finite_check,
         accumulators=[AccumulatorSpec(image_features.shape[1:], dtype)] * sides.brings_back(wanted),
         exchange=exchange,
         group=group,
@@ -185,16 +186,14 @@ def siglip_loss_output(
             f"{describe_wanted(wanted._asdict())}; "
             f"{'no bias' if logit_bias is None else 'bias'}; "
             f"duplicates: {'no ids' if ids is None else duplicates}"
-            f"{'' if picture_ids is None else ', with picture ids'}; {found or 'finite'}"
+            f"{'' if picture_ids is None else ', with picture ids'}"
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
     )
-    if found:
-        raise UserError(f"rank {plan.rank}: {found}")
-    ring_pass = _SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, chunk_rows)
+    ring_pass = _SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, tile_shape)
     ring_pass.use_ids(ids, duplicates)
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
-        gradients = ring_pass.run(plan)
+        gradients = ring_pass.gradients(ring_pass.run(plan))
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
     factor = plan.world_size / max(plan.total_rows, 1)
     value = (ring_pass.value * factor).to(dtype)
@@ -248,8 +247,8 @@ class _Sides:
         return wanted.text and not self.images_travel
 
 
-class _SigmoidPass:
-    """Visits the shards that travel with the rows at home, one square tile at a time."""
+class _SigmoidPass(RingPass):
+    """The only pass of the loss."""
 
     def __init__(
         self,
@@ -258,22 +257,21 @@ class _SigmoidPass:
         bias: Tensor,
         plan: Exchange,
         wanted: _Wanted,
-        chunk_rows: int,
+        tile_shape: tuple[int, int],
     ) -> None:
-        self.sides, self.scale, self.bias = sides, scale, bias
-        self.rank, self.wanted, self.chunk_rows = plan.rank, wanted, chunk_rows
         home = sides.home
-        longest = min(chunk_rows, max(plan.row_counts))
-        self.buffers: TileBuffers | None = TileBuffers(
-            min(chunk_rows, home.shape[0]), longest, home
+        self.home_wanted = wanted.text if sides.images_travel else wanted.image
+        # The derivative by the scale follows from either side's gradient.
+        by_scale = wanted.scale and not sides.brings_back(wanted)
+        super().__init__(home, plan, tile_shape, with_home_gradient=self.home_wanted or by_scale)
+        self.sides, self.scale, self.bias, self.wanted = sides, scale, bias, wanted
+        self.with_derivative = any(wanted)
+        rows, columns = tile_shape
+        self.buffers = TileBuffers(
+            min(rows, home.shape[0]), min(columns, max(plan.row_counts)), home
         )
         self.value = torch.zeros((), dtype=sum_dtype(home.device), device=home.device)
         self.bias_gradient = torch.zeros_like(self.value)
-        self.home_wanted = wanted.text if sides.images_travel else wanted.image
-        # The derivative by the scale follows from either side's gradient.
-        self.home_gradient: Tensor | None = None
-        if self.home_wanted or (wanted.scale and not sides.brings_back(wanted)):
-            self.home_gradient = torch.zeros_like(home, dtype=scale.dtype)
         self.home_ids: Tensor | None = None
         self.duplicates: Duplicates = "negative"
         self.duplicate_pairs: Tensor | None = None
@@ -284,10 +282,8 @@ class _SigmoidPass:
             self.home_ids, self.duplicates = ids, duplicates
             self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=ids.device)
 
-    def run(self, plan: Exchange) -> _Gradients:
-        """Make the pass; return the gradients that are wanted."""
-        brought = plan.run(self._visit)
-        self.buffers = None
+    def gradients(self, brought: Shard) -> _Gradients:
+        """Return the gradients that are wanted; ``brought`` came home with the own shard."""
         travelled = brought[0] if brought else None
         scale_gradient = None
         if self.wanted.scale and self.home_gradient is not None:
@@ -302,37 +298,16 @@ class _SigmoidPass:
             self.bias_gradient if self.wanted.bias else None,
         )
 
-    def _visit(
-        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
-    ) -> None:
-        """Add the tiles of one shard; overwrite its gradient contribution."""
-        for contribution in contributions:
-            contribution.zero_()
-        for rows, columns in tile_slices(len(self.sides.home), len(shard[0]), self.chunk_rows):
-            self._tile(
-                rows,
-                tuple(column[columns] for column in shard),
-                contributions[0][columns] if contributions else None,
-                on_diagonal=owner == self.rank and rows.start == columns.start,
-            )
-
-    def _tile(
-        self,
-        rows: slice,
-        shard: tuple[Tensor, ...],
-        contribution: Tensor | None,
-        *,
-        on_diagonal: bool,
-    ) -> None:
-        home, travelling = self.sides.home[rows], shard[0]
+    def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
+        """Add one tile to the sums; return its derivative."""
         tile = sigmoid_tile(
             home,
-            travelling,
+            shard[0],
             self.scale,
             self.bias,
-            on_diagonal=on_diagonal,
-            with_derivative=any(self.wanted),
-            row_ids=None if self.home_ids is None else self.home_ids[rows],
+            diagonal=place.diagonal,
+            with_derivative=self.with_derivative,
+            row_ids=None if self.home_ids is None else self.home_ids[place.rows],
             column_ids=None if self.home_ids is None else shard[1],
             duplicates=self.duplicates,
             buffers=self.buffers,
@@ -340,14 +315,9 @@ class _SigmoidPass:
         self.value += tile.value
         if self.duplicate_pairs is not None and tile.duplicate_pairs is not None:
             self.duplicate_pairs += tile.duplicate_pairs
-        if tile.derivative is None or tile.derivative_sum is None:
-            return
-        self.bias_gradient += tile.derivative_sum
-        dtype = tile.derivative.dtype
-        if self.home_gradient is not None:
-            add_product(self.home_gradient[rows], tile.derivative, travelling.to(dtype))
-        if contribution is not None:
-            add_product(contribution, tile.derivative.T, home.to(dtype))
+        if tile.derivative_sum is not None:
+            self.bias_gradient += tile.derivative_sum
+        return tile.derivative
 
 
 def _check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:

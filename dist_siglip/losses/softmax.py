@@ -13,36 +13,36 @@ texts learn, the images travel instead and no gradient does. Backward communicat
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import AccumulatorSpec, ExchangeName, prepare_exchange
-from dist_siglip.errors import UserError
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     Nonfinite,
-    check_chunk_rows,
     check_pairs,
     check_scalar,
-    default_chunk_rows,
     describe_wanted,
-    find_nonfinite,
+    tile_shape_of,
 )
 from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
 from dist_siglip.losses.kernels.tiles import (
-    add_product,
     inner_product,
     logits_dtype,
     product_dtype,
     sum_dtype,
-    tile_slices,
 )
-from dist_siglip.losses.precomputed_gradients import (
+from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
+    RingPass,
+    Shard,
+    Tile,
     attach_gradients,
+    prepare_pass,
     wants_gradient,
 )
 
@@ -109,17 +109,15 @@ def softmax_loss(
         pass.
     """
     check_pairs(image_features, text_features)
-    chunk_rows = default_chunk_rows(image_features.device) if chunk_rows is None else chunk_rows
+    tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
-    check_chunk_rows(chunk_rows)
     dtype = logits_dtype(image_features)
     named = {
         "image_features": image_features.detach(),
         "text_features": text_features.detach(),
         "logit_scale": logit_scale.detach().reshape(()),
     }
-    found = find_nonfinite(named, nonfinite, finite_check)
     wanted = {
         "image": wants_gradient(image_features),
         "text": wants_gradient(text_features),
@@ -132,12 +130,14 @@ def softmax_loss(
     scale = logit_scale.detach().reshape(()).to(dtype)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         result = _run_passes(
-            _Sides(rows.detach(), columns.detach(), scale, chunk_rows),
+            _Sides(rows.detach(), columns.detach(), scale, tile_shape),
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
             scale_gradient=wanted["scale"],
-            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}; {found or 'finite'}",
-            found=found,
+            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}",
+            named=named,
+            nonfinite=nonfinite,
+            finite_check=finite_check,
             exchange=exchange,
             group=group,
         )
@@ -163,7 +163,7 @@ class _Sides:
     rows: Tensor
     columns: Tensor
     scale: Tensor
-    chunk_rows: int
+    tile_shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,18 @@ def _run_passes(
     column_gradient: bool,
     scale_gradient: bool,
     purpose: str,
-    found: str,
+    named: Mapping[str, Tensor],
+    nonfinite: Nonfinite,
+    finite_check: FiniteCheck | None,
     exchange: ExchangeName,
     group: ProcessGroup | None,
 ) -> _Result:
     dtype = sides.scale.dtype
-    plan = prepare_exchange(
+    plan = prepare_pass(
         [sides.columns],
+        named=named,
+        nonfinite=nonfinite,
+        finite_check=finite_check,
         accumulators=[AccumulatorSpec((), dtype)],
         combine="logaddexp",
         exchange=exchange,
@@ -198,10 +203,8 @@ def _run_passes(
         purpose=purpose,
         shared={"logit_scale": sides.scale},
     )
-    if found:
-        raise UserError(f"rank {plan.rank}: {found}")
-    first = _SumPass(sides, plan.rank)
-    (column_negatives,) = plan.run(first.visit)
+    first = _SumPass(sides, plan)
+    (column_negatives,) = first.run(plan)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.
     factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
     negatives = torch.stack([first.row_negatives, column_negatives])
@@ -214,8 +217,10 @@ def _run_passes(
 
     row_sums, column_sums = torch.logaddexp(negatives, first.positives).unbind()
     positive_derivative = -torch.sigmoid(excess).sum(dim=0)
-    plan = prepare_exchange(
+    plan = prepare_pass(
         [sides.columns, column_sums],
+        named={},
+        nonfinite="propagate",
         accumulators=[AccumulatorSpec(sides.columns.shape[1:], dtype)] * column_gradient,
         exchange=exchange,
         group=group,
@@ -223,105 +228,81 @@ def _run_passes(
     )
     second = _GradientPass(
         sides,
-        plan.rank,
+        plan,
         row_sums,
         positive_derivative,
         row_gradient=row_gradient,
         scale_gradient=scale_gradient and not (row_gradient or column_gradient),
     )
-    home = plan.run(second.visit)
+    home = second.run(plan)
     finished = home[0] if column_gradient else None
     by_scale = second.scale_gradient
     # sum_ij derivative_ij * similarity_ij, from what is already there.
-    if scale_gradient and second.row_gradient is not None:
-        by_scale = inner_product(sides.rows, second.row_gradient)
+    if scale_gradient and second.home_gradient is not None:
+        by_scale = inner_product(sides.rows, second.home_gradient)
     elif scale_gradient and finished is not None:
         by_scale = inner_product(sides.columns, finished)
-    return _Result(value, factor, second.row_gradient, finished, by_scale)
+    return _Result(value, factor, second.home_gradient, finished, by_scale)
 
 
-class _SumPass:
+class _SumPass(RingPass):
     """First pass: log-sum-exp over the negatives of every row here and every column there."""
 
-    def __init__(self, sides: _Sides, rank: int) -> None:
-        self.sides, self.rank = sides, rank
+    def __init__(self, sides: _Sides, plan: Exchange) -> None:
+        super().__init__(sides.rows, plan, sides.tile_shape, with_home_gradient=False)
+        self.scale = sides.scale
         self.positives = sides.scale.new_zeros(sides.rows.shape[0])
         self.row_negatives = torch.full_like(self.positives, -torch.inf)
 
-    def visit(
-        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
-    ) -> None:
-        """Add the tiles of one shard; overwrite the sums of its columns."""
-        (travelling,), (column_negatives,) = shard, contributions
-        column_negatives.fill_(-torch.inf)
-        all_rows, chunk_rows = self.sides.rows, self.sides.chunk_rows
-        for rows, columns in tile_slices(len(all_rows), len(travelling), chunk_rows):
-            tile = negative_sums_tile(
-                all_rows[rows],
-                travelling[columns],
-                self.sides.scale,
-                on_diagonal=owner == self.rank and rows == columns,
-            )
-            for total, part in (
-                (self.row_negatives[rows], tile.rows),
-                (column_negatives[columns], tile.columns),
-            ):
-                torch.logaddexp(total, part, out=total)
-            if tile.positives is not None:
-                self.positives[rows] = tile.positives
+    def begin(self, contributions: Shard) -> None:
+        """Start the sums of the columns."""
+        contributions[0].fill_(-torch.inf)
+
+    def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> None:
+        """Add one tile to the sums."""
+        tile = negative_sums_tile(home, shard[0], self.scale, diagonal=place.diagonal)
+        for total, part in ((self.row_negatives[place.rows], tile.rows), (added[0], tile.columns)):
+            torch.logaddexp(total, part, out=total)
+        if tile.positives is not None:
+            self.positives[place.matching] = tile.positives
 
 
-class _GradientPass:
+class _GradientPass(RingPass):
     """Second pass: everything it sums is unscaled, and feature gradients lack logit_scale."""
 
     def __init__(
         self,
         sides: _Sides,
-        rank: int,
+        plan: Exchange,
         row_sums: Tensor,
         positive_derivative: Tensor,
         *,
         row_gradient: bool,
         scale_gradient: bool,
     ) -> None:
-        self.sides, self.rank = sides, rank
+        super().__init__(sides.rows, plan, sides.tile_shape, with_home_gradient=row_gradient)
+        self.scale = sides.scale
         self.row_sums, self.positive_derivative = row_sums, positive_derivative
         self.product_dtype = product_dtype(sides.rows)
-        self.row_gradient: Tensor | None = None
-        if row_gradient:
-            self.row_gradient = torch.zeros_like(sides.rows, dtype=sides.scale.dtype)
         self.scale_gradient: Tensor | None = None
         if scale_gradient:
             device = sides.rows.device
             self.scale_gradient = torch.zeros((), dtype=sum_dtype(device), device=device)
 
-    def visit(
-        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
-    ) -> None:
-        """Add the tiles of one shard; overwrite the gradient of its columns."""
-        travelling, column_sums = shard
-        for contribution in contributions:
-            contribution.zero_()
-        all_rows, chunk_rows = self.sides.rows, self.sides.chunk_rows
-        for rows, columns in tile_slices(len(all_rows), len(travelling), chunk_rows):
-            on_diagonal = owner == self.rank and rows == columns
-            tile = softmax_tile(
-                all_rows[rows],
-                travelling[columns],
-                self.sides.scale,
-                self.row_sums[rows],
-                column_sums[columns],
-                self.positive_derivative[rows] if on_diagonal else None,
-            )
-            if self.scale_gradient is not None:
-                self.scale_gradient += (tile.derivative * tile.similarity).sum()
-            derivative = tile.derivative.to(self.product_dtype)
-            if self.row_gradient is not None:
-                others = travelling[columns].to(self.product_dtype)
-                add_product(self.row_gradient[rows], derivative, others)
-            for contribution in contributions:
-                mine = all_rows[rows].to(self.product_dtype)
-                add_product(contribution[columns], derivative.T, mine)
+    def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor:
+        """Return the derivative of one tile; ``shard`` is features and the sums of columns."""
+        tile = softmax_tile(
+            home,
+            shard[0],
+            self.scale,
+            self.row_sums[place.rows],
+            shard[1],
+            None if place.diagonal is None else self.positive_derivative[place.matching],
+            place.diagonal,
+        )
+        if self.scale_gradient is not None:
+            self.scale_gradient += (tile.derivative * tile.similarity).sum()
+        return tile.derivative.to(self.product_dtype)
 
 
 def _shaped(gradient: Tensor | None, like: Tensor) -> Tensor | None:

@@ -39,7 +39,7 @@ def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tu
     if chunk_rows < 1:
         raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1; try {DEFAULT_CHUNK_ROWS}")
     # Those of the transposed matrix, whose columns come first.
-    for columns, rows in kernel_tiles.tile_slices(num_columns, num_rows, chunk_rows):
+    for columns, rows in kernel_tiles.tile_slices(num_columns, num_rows, (chunk_rows,) * 2):
         yield rows, columns
 
 
@@ -62,7 +62,7 @@ def row_slices(num_rows: int) -> Iterator[slice]:
         yield slice(row, min(row + _SUMMED_ROWS, num_rows))
 
 
-def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
+def exact_similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
     """Inner products of all rows of one matrix with all rows of another, in float64.
 
     Args:
@@ -74,7 +74,7 @@ def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> similarity(torch.eye(2), torch.tensor([[0.6, 0.8]])).shape
+        >>> exact_similarity(torch.eye(2), torch.tensor([[0.6, 0.8]])).shape
         torch.Size([2, 1])
     """
     return row_features.double() @ column_features.double().T

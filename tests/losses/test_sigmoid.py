@@ -114,7 +114,7 @@ def test_no_bias_means_bias_zero():
 def test_a_tile_off_the_diagonal_has_only_negatives():
     images, texts = (side.detach() for side in _features(3))
     scale, bias = (value.detach() for value in _scalars())
-    tile = sigmoid_tile(images, texts, scale, bias, on_diagonal=False, with_derivative=True)
+    tile = sigmoid_tile(images, texts, scale, bias, diagonal=None, with_derivative=True)
     logits = 5.0 * images @ texts.T - 2.0
     assert tile.value.item() == pytest.approx(sum(softplus(z) for z in logits.flatten().tolist()))
     assert torch.allclose(tile.derivative, torch.sigmoid(logits))
@@ -256,7 +256,7 @@ def test_the_side_without_accumulator_travels(monkeypatch, image, text, travels,
         passes.append((columns, accumulators))
         return prepare_exchange(columns, accumulators=accumulators, **settings)
 
-    monkeypatch.setattr("dist_siglip.losses.sigmoid.prepare_exchange", record)
+    monkeypatch.setattr("dist_siglip.losses.ring_pass.prepare_exchange", record)
     images, texts = (
         side.detach().requires_grad_(wanted)
         for side, wanted in zip(_features(), (image, text), strict=True)

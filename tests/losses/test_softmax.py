@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses import ClipLoss, softmax, softmax_loss
+from dist_siglip.losses import ClipLoss, ring_pass, softmax_loss
 from tests.support.processes import run_ranks
 from tests.support.reference_pairwise import softmax_loss_and_gradients
 
@@ -167,13 +167,13 @@ def test_the_side_that_needs_no_gradient_travels(monkeypatch, frozen, travels, b
     if frozen != "none":
         sides[frozen].requires_grad_(False)
     calls = []
-    prepare = softmax.prepare_exchange
+    prepare = ring_pass.prepare_exchange
 
     def spy(columns, **options):
         calls.append((columns, options["accumulators"]))
         return prepare(columns, **options)
 
-    monkeypatch.setattr(softmax, "prepare_exchange", spy)
+    monkeypatch.setattr(ring_pass, "prepare_exchange", spy)
     softmax_loss(images, texts, _scale())
     (first, _), (second, gradients) = calls
     assert torch.equal(first[0], sides[travels])
@@ -183,13 +183,13 @@ def test_the_side_that_needs_no_gradient_travels(monkeypatch, frozen, travels, b
 
 def test_without_gradients_there_is_one_trip(monkeypatch):
     calls = []
-    prepare = softmax.prepare_exchange
+    prepare = ring_pass.prepare_exchange
 
     def spy(columns, **options):
         calls.append(columns)
         return prepare(columns, **options)
 
-    monkeypatch.setattr(softmax, "prepare_exchange", spy)
+    monkeypatch.setattr(ring_pass, "prepare_exchange", spy)
     with torch.no_grad():
         softmax_loss(*_features(), _scale())
     assert len(calls) == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_siglip.metrics.tiles import similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_slices
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 4), (4, 0), (1, 1), (5, 7), (6, 6)])
@@ -22,6 +22,6 @@ def test_every_cell_is_covered_once(rows, columns, chunk_rows):
 def test_similarity_is_wide_even_under_autocast(dtype):
     rows = torch.randn(4, 33).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = similarity(rows, rows)
+        result = exact_similarity(rows, rows)
     assert result.dtype == torch.float64
     assert torch.equal(result, rows.double() @ rows.double().T)

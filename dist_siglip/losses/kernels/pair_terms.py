@@ -110,7 +110,7 @@ def pair_terms_in_place(
     row_ids: Tensor | None,
     column_ids: Tensor | None,
     *,
-    on_diagonal: bool,
+    diagonal: int | None,
     duplicates: Duplicates,
     with_derivative: bool,
 ) -> Terms:
@@ -121,22 +121,22 @@ def pair_terms_in_place(
         scratch: like ``logits``; overwritten.
         row_ids: (rows,), or (rows, kinds), see ``pair_ids``; None for none.
         column_ids: likewise of the columns.
-        on_diagonal: whether pair (i, i) is a positive.
+        diagonal: pairs (i, i + diagonal) are positives; None for none.
         duplicates: what pairs that share an id off the diagonal are.
         with_derivative: whether the derivative is wanted.
     """
     equal, num_equal = None, None
     if row_ids is not None and column_ids is not None:
         equal = share_an_id(row_ids, column_ids)
-        if on_diagonal:
-            equal.fill_diagonal_(False)
+        if diagonal is not None:
+            equal.diagonal(diagonal).fill_(False)
         num_equal = equal.sum()
         if duplicates == "negative" or not num_equal:
             equal = None
     apart: list[Tensor] = []  # logits of the positives, which the passes below do not see
-    if on_diagonal:
-        apart.append(logits.diagonal().clone())
-        logits.fill_diagonal_(-torch.inf)
+    if diagonal is not None:
+        apart.append(logits.diagonal(diagonal).clone())
+        logits.diagonal(diagonal).fill_(-torch.inf)
     if equal is not None:
         if duplicates == "positive":
             apart.append(logits[equal])
@@ -148,8 +148,8 @@ def pair_terms_in_place(
         derivative_sum += pull.sum(dtype=torch.float64)
     if not with_derivative:
         return Terms(value, None, None, num_equal)
-    if on_diagonal:
-        logits.diagonal().copy_(pulls[0])
+    if diagonal is not None:
+        logits.diagonal(diagonal).copy_(pulls[0])
     if equal is not None and duplicates == "positive":
         logits.masked_scatter_(equal, pulls[-1])
     return Terms(value, logits, derivative_sum, num_equal)
@@ -180,7 +180,7 @@ def pair_terms(
     logit_bias: Tensor,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
-    on_diagonal: bool,
+    diagonal: int | None,
     duplicates: Duplicates,
     derivative_dtype: torch.dtype | None,
     relevant: Tensor | None = None,
@@ -193,17 +193,17 @@ def pair_terms(
         logit_bias: (), added.
         row_ids: (rows,), or (rows, kinds), see ``pair_ids``; None for none.
         column_ids: likewise of the columns.
-        on_diagonal: whether pair (i, i) is a positive.
+        diagonal: pairs (i, i + diagonal) are positives; None for none.
         duplicates: what pairs that share an id off the diagonal are.
         derivative_dtype: dtype of the derivative; None leaves it out.
         relevant: (rows, columns), bool, further positives; or None.
     """
     logits = similarity * logit_scale + logit_bias
     positive, num_equal = None, None
-    if on_diagonal:
+    if diagonal is not None:
         rows, columns = similarity.shape
         positive = (
-            torch.arange(rows, device=similarity.device)[:, None]
+            torch.arange(diagonal, diagonal + rows, device=similarity.device)[:, None]
             == torch.arange(columns, device=similarity.device)[None, :]
         )
     if row_ids is not None and column_ids is not None:

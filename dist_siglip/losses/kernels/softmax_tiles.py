@@ -25,7 +25,7 @@ class NegativeSums(NamedTuple):
     Attributes:
         rows: (rows,), log-sum-exp over the negatives of each row; -inf without any.
         columns: (columns,), the same for each column.
-        positives: (min(rows, columns),), logits of the positives; None off the diagonal.
+        positives: logits of the positives in the order of their rows; None if there are none.
     """
 
     rows: Tensor
@@ -46,7 +46,7 @@ class SoftmaxTile(NamedTuple):
 
 
 def negative_sums_tile(
-    row_features: Tensor, column_features: Tensor, logit_scale: Tensor, *, on_diagonal: bool
+    row_features: Tensor, column_features: Tensor, logit_scale: Tensor, *, diagonal: int | None
 ) -> NegativeSums:
     """Add up the negatives of one tile, stably: log sum exp(logits).
 
@@ -54,18 +54,18 @@ def negative_sums_tile(
         row_features: (rows, D).
         column_features: (columns, D).
         logit_scale: () in the logits' dtype, the multiplier.
-        on_diagonal: whether pair (i, i) of this tile is a positive.
+        diagonal: pairs (i, i + diagonal) are positives; None for none.
 
     Example:
         >>> one = torch.ones(2, 1)
-        >>> negative_sums_tile(one, one, torch.tensor(3.0), on_diagonal=True)
+        >>> negative_sums_tile(one, one, torch.tensor(3.0), diagonal=0)
         NegativeSums(rows=tensor([3., 3.]), columns=tensor([3., 3.]), positives=tensor([3., 3.]))
     """
     logits, _ = _logits(row_features, column_features, logit_scale)
     positives = None
-    if on_diagonal:
-        positives = logits.diagonal().clone()
-        logits.fill_diagonal_(-torch.inf)
+    if diagonal is not None:
+        positives = logits.diagonal(diagonal).clone()
+        logits.diagonal(diagonal).fill_(-torch.inf)
     return NegativeSums(logits.logsumexp(dim=1), logits.logsumexp(dim=0), positives)
 
 
@@ -76,6 +76,7 @@ def softmax_tile(
     row_sums: Tensor,
     column_sums: Tensor,
     positive_derivative: Tensor | None,
+    diagonal: int | None,
 ) -> SoftmaxTile:
     """Derive the sum of both directions' losses by every logit of one tile.
 
@@ -87,19 +88,19 @@ def softmax_tile(
         logit_scale: () in the logits' dtype, the multiplier.
         row_sums: (rows,), log-sum-exp over the whole row, positive included.
         column_sums: (columns,), the same over columns.
-        positive_derivative: (min(rows, columns),), the derivative by the logits of the positives,
-            written on the diagonal; None off the diagonal.
+        positive_derivative: the derivative by the logits of the positives, one each.
+        diagonal: pairs (i, i + diagonal) are positives; None for none.
 
     Example:
         >>> one, zero = torch.ones(1, 1), torch.zeros(1)
-        >>> softmax_tile(one, one, torch.tensor(0.0), zero, zero, None).derivative
+        >>> softmax_tile(one, one, torch.tensor(0.0), zero, zero, None, None).derivative
         tensor([[2.]])
     """
     logits, products = _logits(row_features, column_features, logit_scale)
     derivative = (logits - row_sums[:, None]).exp_()
     derivative += logits.sub_(column_sums).exp_()
-    if positive_derivative is not None:
-        derivative.diagonal().copy_(positive_derivative)
+    if diagonal is not None and positive_derivative is not None:
+        derivative.diagonal(diagonal).copy_(positive_derivative)
     return SoftmaxTile(derivative, products)
 
 

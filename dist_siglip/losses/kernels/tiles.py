@@ -6,8 +6,8 @@ every logit depend on one pair each. So one visit gives the loss of the tile and
 Numbers: the product of features runs in their dtype; logits, values and derivatives are float32
 (float64 for float64 features). A positive's value is softplus(-z), never softplus(z) - z, which
 cancels for large z, and its derivative is -sigmoid(-z), never sigmoid(z) - 1; ``pair_terms`` says
-how sums keep their digits. ``similarity``, which a softmax and a distance use, never rounds a
-product to half precision: at a scale of 100 the bfloat16 rounding of a cosine of 0.6 moves its
+how sums keep their digits. ``similarity`` never rounds a product to half precision, which a
+softmax and a distance need: at a scale of 100 the bfloat16 rounding of a cosine of 0.6 moves its
 logit by up to 0.2 and its softmax by a fifth; that of the features averages out over their width.
 
 Products of float32 on a CPU take the faster of PyTorch's two libraries:
@@ -62,20 +62,31 @@ def _onednn_is_faster() -> bool:
     return "AuthenticAMD" in _CPU_INFO.read_text(encoding="utf-8", errors="replace")
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to ``total``, accumulating in its dtype."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
+    """Add left @ right to ``total``, accumulating in its dtype.
+
+    Args:
+        total: (M, N).
+        left: (M, K).
+        right: (K, N).
+        overwrite: write the product in place of the sum; what ``total`` holds does not count.
+    """
     if uses_onednn(left) and total.dtype == left.dtype:
-        total += product(left, right.T)
+        added = product(left, right.T)
+        total.copy_(added) if overwrite else total.add_(added)
     elif left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.mm(left, right, out=total) if overwrite else total.addmm_(left, right)
     elif left.device.type == "cuda" and total.dtype == torch.float32:
         # Tensor cores sum in float32: the product is not rounded before it is added.
-        if _adds_half_products(left.dtype, left.device):
+        if overwrite:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        elif _adds_half_products(left.dtype, left.device):
             torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         else:
             total += torch.mm(left, right, out_dtype=total.dtype)
     else:
-        total += left @ right
+        added = left @ right
+        total.copy_(added) if overwrite else total.add_(added)
 
 
 @lru_cache
@@ -114,18 +125,21 @@ def product_dtype(features: Tensor) -> torch.dtype:
     return torch.float32 if features.dtype == torch.float16 else features.dtype
 
 
-def tile_slices(num_rows: int, num_columns: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a rectangle into tiles of at most chunk_rows on a side, column by column.
+def tile_slices(
+    num_rows: int, num_columns: int, tile_shape: tuple[int, int]
+) -> Iterator[tuple[slice, slice]]:
+    """Cut a rectangle into tiles of at most ``tile_shape`` rows and columns, column by column.
 
     Example:
-        >>> [(rows.start, columns.start) for rows, columns in tile_slices(3, 4, 2)]
-        [(0, 0), (2, 0), (0, 2), (2, 2)]
+        >>> [(rows.start, columns.start) for rows, columns in tile_slices(3, 4, (2, 3))]
+        [(0, 0), (2, 0), (0, 3), (2, 3)]
     """
-    for column in range(0, num_columns, chunk_rows):
-        for row in range(0, num_rows, chunk_rows):
+    tile_rows, tile_columns = tile_shape
+    for column in range(0, num_columns, tile_columns):
+        for row in range(0, num_rows, tile_rows):
             yield (
-                slice(row, min(row + chunk_rows, num_rows)),
-                slice(column, min(column + chunk_rows, num_columns)),
+                slice(row, min(row + tile_rows, num_rows)),
+                slice(column, min(column + tile_columns, num_columns)),
             )
 
 
@@ -192,7 +206,7 @@ def sigmoid_tile(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    on_diagonal: bool,
+    diagonal: int | None,
     with_derivative: bool,
     row_ids: Tensor | None = None,
     column_ids: Tensor | None = None,
@@ -206,15 +220,15 @@ def sigmoid_tile(
         value = sum_ij w[i, j] * softplus(-y[i, j] * logits[i, j])
         logits = logit_scale * row_features @ column_features.T + logit_bias
 
-    Pair (i, i) of a tile on the diagonal is a positive. Other pairs are negatives, unless they
-    share an id: then ``duplicates`` says whether they are positives, masked or negatives.
+    Pair (i, i + diagonal) of a tile is a positive. Other pairs are negatives, unless they share
+    an id: then ``duplicates`` says whether they are positives, masked or negatives.
 
     Args:
         row_features: (rows, D).
         column_features: (columns, D).
         logit_scale: () in the logits' dtype, the multiplier.
         logit_bias: () in the logits' dtype, added.
-        on_diagonal: whether pair (i, i) of this tile is a positive.
+        diagonal: see above; None for a tile of negatives.
         with_derivative: whether the derivative is wanted.
         row_ids: (rows,) or (rows, kinds), integers; None for no ids.
         column_ids: likewise of the columns.
@@ -227,7 +241,7 @@ def sigmoid_tile(
     Example:
         >>> one = torch.ones(1, 1)
         >>> tile = sigmoid_tile(one, one, torch.tensor(2.0), torch.tensor(-2.0),
-        ...                     on_diagonal=True, with_derivative=True)
+        ...                     diagonal=0, with_derivative=True)
         >>> round(tile.value.item(), 4), tile.derivative
         (0.6931, tensor([[-0.5000]]))
 
@@ -240,12 +254,12 @@ def sigmoid_tile(
     narrow_dtype = product_dtype(row_features)
     if row_features.device.type != "cpu":
         terms: Terms = fused_pair_terms()(
-            _similarity(row_features, column_features, buffers.logits(*shape)),
+            similarity(row_features, column_features, out=buffers.logits(*shape)),
             logit_scale,
             logit_bias,
             row_ids,
             column_ids,
-            on_diagonal,
+            diagonal,
             duplicates,
             narrow_dtype if with_derivative else None,
         )
@@ -254,7 +268,7 @@ def sigmoid_tile(
         *_logits_and_scratch(row_features, column_features, logit_scale, logit_bias, buffers),
         row_ids,
         column_ids,
-        on_diagonal=on_diagonal,
+        diagonal=diagonal,
         duplicates=duplicates,
         with_derivative=with_derivative,
     )
@@ -288,22 +302,15 @@ def _logits_and_scratch(
     return logits, scratch
 
 
-def _similarity(row_features: Tensor, column_features: Tensor, out: Tensor) -> Tensor:
-    """Product of features in the logits' dtype, on a GPU."""
-    if row_features.dtype == out.dtype:
-        return torch.mm(row_features, column_features.T, out=out)
-    if row_features.device.type == "cuda":
-        # The tensor cores sum in float32; leave it so.
-        return torch.mm(row_features, column_features.T, out_dtype=out.dtype, out=out)
-    return out.copy_(row_features @ column_features.T)
-
-
-def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
+def similarity(
+    row_features: Tensor, column_features: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Return row_features @ column_features.T in the logits' dtype, summed and kept in it.
 
     Args:
         row_features: (rows, D).
         column_features: (columns, D), same dtype.
+        out: (rows, columns) in the logits' dtype, to overwrite; None for new memory.
 
     Example:
         >>> half = torch.full((1, 3), 1 / 3, dtype=torch.bfloat16)
@@ -313,47 +320,50 @@ def similarity(row_features: Tensor, column_features: Tensor) -> Tensor:
     dtype = logits_dtype(row_features)
     if row_features.dtype != dtype and row_features.device.type == "cuda":
         # Tensor cores sum in float32; leave it so.
-        return torch.mm(row_features, column_features.T, out_dtype=dtype)
-    return row_features.to(dtype) @ column_features.to(dtype).T
+        return torch.mm(row_features, column_features.T, out_dtype=dtype, out=out)
+    return torch.mm(row_features.to(dtype), column_features.to(dtype).T, out=out)
 
 
 class KernelTile(NamedTuple):
-    """Sum and gradients of the Gaussian kernel over one tile.
+    """Gaussian kernel of one tile.
 
     Attributes:
-        value: (), sum of the kernel over the pairs of the tile.
-        row_pull: (rows, D), sum_j kernel[i, j] * (row i - column j); None if not asked for.
-            Times -4 it is the gradient of ``value`` by row i.
-        column_pull: (columns, D), the same for columns; None if not asked for.
+        value: (), its sum over the pairs of the tile.
+        kernel: (rows, columns), in ``product_dtype``.
+        row_sums: (rows,), sums of ``kernel`` as it is, rounded; None if not asked for.
+        column_sums: (columns,), likewise.
     """
 
     value: Tensor
-    row_pull: Tensor | None
-    column_pull: Tensor | None
+    kernel: Tensor
+    row_sums: Tensor | None
+    column_sums: Tensor | None
 
 
 def kernel_tile(
     row_features: Tensor,
     column_features: Tensor,
     *,
-    without_diagonal: bool,
-    with_row_pull: bool,
-    with_column_pull: bool,
+    diagonal: int | None,
+    with_row_sums: bool,
+    with_column_sums: bool,
 ) -> KernelTile:
-    """Sum exp(-2 |row - column|^2) over the pairs of one tile.
+    """Return exp(-2 |row - column|^2) of the pairs of one tile.
+
+    Its gradient by row i is -4 sum_j kernel[i, j] (row i - column j), the difference of a sum of
+    the kernel times the row and a product of the kernel with the columns.
 
     Args:
         row_features: (rows, D).
         column_features: (columns, D).
-        without_diagonal: whether pairs (i, i) of this tile are left out.
-        with_row_pull: whether the gradient by the rows is wanted.
-        with_column_pull: whether the gradient by the columns is wanted.
+        diagonal: pairs (i, i + diagonal) are left out, as 0; None for none.
+        with_row_sums: whether sums over the columns are wanted.
+        with_column_sums: whether sums over the rows are wanted.
 
     Example:
         >>> import torch
         >>> eye = torch.eye(2)
-        >>> tile = kernel_tile(eye, eye, without_diagonal=True, with_row_pull=True,
-        ...                    with_column_pull=False)
+        >>> tile = kernel_tile(eye, eye, diagonal=0, with_row_sums=True, with_column_sums=False)
         >>> bool(torch.isclose(tile.value, torch.tensor(2.0) * torch.exp(torch.tensor(-4.0))))
         True
 
@@ -370,16 +380,14 @@ def kernel_tile(
         .mul_(-2)
         .exp_()
     )
-    if without_diagonal:
-        kernel.fill_diagonal_(0)
+    if diagonal is not None:
+        kernel.diagonal(diagonal).zero_()
     value = kernel.sum()
     # One rounding for both terms of the difference, which cancel for near points.
     kernel = kernel.to(product_dtype(row_features))
-    row_pull = column_pull = None
-    if with_row_pull:
-        row_pull = kernel.sum(dim=1, dtype=dtype)[:, None] * rows
-        row_pull -= kernel @ column_features.to(kernel.dtype)
-    if with_column_pull:
-        column_pull = kernel.sum(dim=0, dtype=dtype)[:, None] * columns
-        column_pull -= kernel.T @ row_features.to(kernel.dtype)
-    return KernelTile(value, row_pull, column_pull)
+    return KernelTile(
+        value,
+        kernel,
+        kernel.sum(dim=1, dtype=dtype) if with_row_sums else None,
+        kernel.sum(dim=0, dtype=dtype) if with_column_sums else None,
+    )

@@ -18,31 +18,30 @@ from dist_siglip.distributed import (
     AccumulatorSpec,
     Exchange,
     ExchangeName,
-    prepare_exchange,
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     Nonfinite,
-    check_chunk_rows,
     check_rows,
     check_scalar,
-    default_chunk_rows,
     describe_wanted,
-    find_nonfinite,
+    tile_shape_of,
 )
 from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
 from dist_siglip.losses.kernels.tiles import (
-    add_product,
     inner_product,
     logits_dtype,
     similarity,
     sum_dtype,
-    tile_slices,
 )
-from dist_siglip.losses.precomputed_gradients import (
+from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
+    RingPass,
+    Shard,
+    Tile,
     attach_gradients,
+    prepare_pass,
     wants_gradient,
 )
 
@@ -74,7 +73,7 @@ class RelevanceBatch:
     scale: Tensor
     wanted: dict[str, bool]
     leaves: tuple[Tensor, Tensor]
-    chunk_rows: int
+    tile_shape: tuple[int, int]
 
     @classmethod
     def of(
@@ -92,8 +91,6 @@ class RelevanceBatch:
         """
         _check(query_features, document_features, relevance)
         check_scalar("logit_scale", logit_scale)
-        chunk_rows = default_chunk_rows(query_features.device) if chunk_rows is None else chunk_rows
-        check_chunk_rows(chunk_rows)
         return cls(
             query_features.detach(),
             document_features.detach(),
@@ -105,7 +102,7 @@ class RelevanceBatch:
                 "scale": wants_gradient(logit_scale),
             },
             (query_features, document_features),
-            chunk_rows,
+            tile_shape_of(chunk_rows, query_features.device),
         )
 
     def agree(
@@ -123,11 +120,8 @@ class RelevanceBatch:
             "logit_scale": self.scale,
             **{name: value.detach() for name, value in scalars.items()},
         }
-        found = find_nonfinite(named, nonfinite)
         shared = {"logit_scale": self.scale} | {n: v.detach() for n, v in scalars.items()}
-        plan = self.prepare(purpose, found or "finite", exchange, group, shared)
-        if found:
-            raise UserError(f"rank {plan.rank}: {found}")
+        plan = self.prepare(purpose, exchange, group, named, nonfinite, shared)
         if plan.total_rows != self.relevance.shape[1]:
             raise UserError(
                 f"relevance has {self.relevance.shape[1]} columns, but the ranks hold "
@@ -140,22 +134,25 @@ class RelevanceBatch:
     def prepare(
         self,
         purpose: str,
-        state: str,
         exchange: ExchangeName,
         group: ProcessGroup | None,
+        named: Mapping[str, Tensor],
+        nonfinite: Nonfinite,
         shared: Mapping[str, Tensor] | None = None,
     ) -> Exchange:
         """Plan a pass of the documents; what all ranks must agree on is in its purpose."""
         brings_back = self.wanted["documents"] and purpose != "softmax, sums"
         spec = AccumulatorSpec(self.documents.shape[1:], self.scale.dtype)
-        return prepare_exchange(
+        return prepare_pass(
             [self.documents],
+            named=named,
+            nonfinite=nonfinite,
             accumulators=[spec] * brings_back,
             exchange=exchange,
             group=group,
             purpose=(
                 f"relevance {purpose}; {self.relevance.shape[1]} documents; gradients: "
-                f"{describe_wanted(self.wanted)}; {state}"
+                f"{describe_wanted(self.wanted)}"
             ),
             shared=shared,
         )
@@ -185,38 +182,25 @@ class RelevanceBatch:
         ]
 
 
-class _RelevancePass:
-    """Visits the documents of every rank with the queries at home, one square tile at a time."""
+class _RelevancePass(RingPass):
+    """Visits the documents of every rank with the queries at home."""
 
     def __init__(self, batch: RelevanceBatch, plan: Exchange, *, with_gradients: bool) -> None:
+        wanted = with_gradients and (batch.wanted["queries"] or batch.wanted["scale"])
+        super().__init__(batch.queries, plan, batch.tile_shape, with_home_gradient=wanted)
         self.batch = batch
         counts = plan.row_counts
         self.starts = [sum(counts[:rank]) for rank in range(len(counts))]
-        self.query_gradient: Tensor | None = None
-        if with_gradients and (batch.wanted["queries"] or batch.wanted["scale"]):
-            self.query_gradient = torch.zeros_like(batch.queries, dtype=batch.scale.dtype)
 
-    def visit(
-        self, owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]
-    ) -> None:
-        """Add the tiles of one shard; overwrite its gradient contribution."""
-        (documents,), batch = shard, self.batch
-        for contribution in contributions:
-            contribution.zero_()
-        start = self.starts[owner]
-        for rows, columns in tile_slices(len(batch.queries), len(documents), batch.chunk_rows):
-            queries, others = batch.queries[rows], documents[columns]
-            relevant = batch.relevance[rows, start : start + len(documents)][:, columns]
-            derivative = self.tile(rows, similarity(queries, others), relevant)
-            if derivative is None:
-                continue
-            if self.query_gradient is not None:
-                add_product(self.query_gradient[rows], derivative, others.to(derivative.dtype))
-            for contribution in contributions:
-                add_product(contribution[columns], derivative.T, queries.to(derivative.dtype))
+    def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
+        """Take one tile; return the derivative by the logits, if wanted."""
+        start = self.starts[place.owner]
+        documents = slice(start + place.columns.start, start + place.columns.stop)
+        relevant = self.batch.relevance[place.rows, documents]
+        return self.derivative(place.rows, similarity(home, shard[0]), relevant)
 
-    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
-        """Take one tile of similarities; return the derivative by the logits, if wanted."""
+    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+        """Add one tile of similarities to the sums; return the derivative, if wanted."""
         raise NotImplementedError
 
 
@@ -232,7 +216,7 @@ class SigmoidPass(_RelevancePass):
         self.value = torch.zeros((), dtype=sum_dtype(bias.device), device=bias.device)
         self.bias_gradient = torch.zeros_like(self.value)
 
-    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
         """Add the loss of a tile; return its derivative."""
         terms = self.terms(
             similarity,
@@ -240,7 +224,7 @@ class SigmoidPass(_RelevancePass):
             self.bias,
             row_ids=None,
             column_ids=None,
-            on_diagonal=False,
+            diagonal=None,
             duplicates="negative",
             derivative_dtype=self.derivative_dtype,
             relevant=relevant,
@@ -260,13 +244,12 @@ class SumPass(_RelevancePass):
         device = batch.scale.device
         self.positives = torch.zeros((), dtype=sum_dtype(device), device=device)
 
-    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> None:
         """Add a tile to the sums."""
         logits = similarity * self.batch.scale
         total = self.log_sums[rows]
         torch.logaddexp(total, logits.logsumexp(dim=1), out=total)
         self.positives += torch.where(relevant, logits, 0).sum()
-        return None
 
 
 class SoftmaxPass(_RelevancePass):
@@ -278,7 +261,7 @@ class SoftmaxPass(_RelevancePass):
         super().__init__(batch, plan, with_gradients=True)
         self.log_sums, self.counts = log_sums, counts
 
-    def tile(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
+    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor:
         """Return the derivative of a tile."""
         shares = torch.exp(similarity * self.batch.scale - self.log_sums[rows, None])
         return shares * self.counts[rows, None] - relevant.to(shares.dtype)
@@ -366,7 +349,7 @@ def relevance_sigmoid_loss(
     plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, nonfinite, exchange, group)
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
         ring_pass = SigmoidPass(batch, plan, bias)
-        gradients = batch.gradients(plan.run(ring_pass.visit), ring_pass.query_gradient)
+        gradients = batch.gradients(ring_pass.run(plan), ring_pass.home_gradient)
     factor = plan.world_size / max(totals.queries, 1)
     return attach_gradients(
         "relevance_sigmoid_loss",
@@ -436,15 +419,15 @@ def relevance_softmax_loss(
     factor = plan.world_size / totals.positives
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
         sums = SumPass(batch, plan)
-        plan.run(sums.visit)
+        sums.run(plan)
         counts = relevance.sum(dim=1)
         value = (counts * sums.log_sums).sum(dtype=sums.positives.dtype) - sums.positives
         value = (value * factor).to(batch.scale.dtype)
         if not any(batch.wanted.values()):
             return value
-        plan = batch.prepare("softmax, gradients", "finite", exchange, group)
+        plan = batch.prepare("softmax, gradients", exchange, group, {}, "propagate")
         ring_pass = SoftmaxPass(batch, plan, sums.log_sums, counts)
-        gradients = batch.gradients(plan.run(ring_pass.visit), ring_pass.query_gradient)
+        gradients = batch.gradients(ring_pass.run(plan), ring_pass.home_gradient)
     return attach_gradients(
         "relevance_softmax_loss", value, batch.known(gradients, logit_scale, factor)
     )

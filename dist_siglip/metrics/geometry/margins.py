@@ -23,7 +23,7 @@ from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
-from dist_siglip.metrics.tiles import similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_slices
 
 
 class RelevanceMargins(NamedTuple):
@@ -115,7 +115,7 @@ def relevance_margins(
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         (documents,) = shard
         for rows, columns in tile_slices(len(query_features), len(documents), chunk_rows):
-            scores = similarity(query_features[rows], documents[columns])
+            scores = exact_similarity(query_features[rows], documents[columns])
             answers = relevance[rows, starts[owner] : starts[owner + 1]][:, columns]
             worst_here = scores.masked_fill(~answers, torch.inf).amin(dim=1)
             best_here = scores.masked_fill(answers, -torch.inf).amax(dim=1)

@@ -29,7 +29,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import row_slices, similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
 NUM_BINS = 20_000
@@ -350,7 +350,7 @@ def collect_pair_statistics(
         text_squares = _squared_norms(features)
         contributions[0].fill_(-torch.inf)
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            cosines = similarity(image_features[rows], features[columns])
+            cosines = exact_similarity(image_features[rows], features[columns])
             same = positives.mask(image_ids[rows], ids[columns])
             is_positive = same if bool(same.any()) else None
             sums.add_cosines(cosines, is_positive)

@@ -16,7 +16,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
-from dist_siglip.metrics.tiles import row_slices, similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_slices
 
 # Eigenvalues of sums of products are known up to this share of the largest.
 _ROUNDING = 1e-14
@@ -68,7 +68,7 @@ def uniformity(
         for rows, columns in tile_slices(len(features), len(others), chunk_rows):
             if owner == prepared.rank and columns.start < rows.start:
                 continue  # the mirror image of a rectangle that counts twice
-            cosines = similarity(features[rows], others[columns])
+            cosines = exact_similarity(features[rows], others[columns])
             row_squares = features[rows].double().square().sum(dim=1)
             column_squares = others[columns].double().square().sum(dim=1)
             squared = row_squares[:, None] + column_squares[None, :] - 2 * cosines

@@ -21,7 +21,7 @@ from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ran
 from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.losses.kernels.pair_terms import share_an_id
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
-from dist_siglip.metrics.tiles import similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_slices
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
 # it is one number, so that equal keys are ties wherever they lie.
@@ -112,7 +112,7 @@ def nearest_neighbors(
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         features = shard[0]
         for rows, columns in tile_slices(len(queries), len(features), chunk_rows):
-            scores = similarity(queries[rows], features[columns])
+            scores = exact_similarity(queries[rows], features[columns])
             scores.div_(_SIMILARITY_STEP).round_().mul_(_SIMILARITY_STEP)
             if query_ids is not None:
                 same = share_an_id(query_ids[rows], shard[1][columns])

@@ -39,7 +39,7 @@ from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_slices
 
 TIE_TOLERANCE = 1e-9
 # The score of a pair differs by the rounding of float32 between batches.
@@ -161,7 +161,7 @@ def retrieval_ranks_both_ways(
         (text_count,) = contributions
         text_count.zero_()
         for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            scores = similarity(image_features[rows], features[columns])
+            scores = exact_similarity(image_features[rows], features[columns])
             other = ~positives.mask(image_ids[rows], ids[columns])
             image_count[rows] += (other & (scores >= image_threshold[rows, None])).sum(dim=1)
             text_count[columns] += (other & (scores >= threshold[None, columns])).sum(dim=0)
@@ -260,7 +260,7 @@ def _best_relevant(
             other = ~positives.mask(image_ids[rows], ids[columns])
             if bool(other.all()):
                 continue
-            scores = similarity(image_features[rows], features[columns])
+            scores = exact_similarity(image_features[rows], features[columns])
             scores.masked_fill_(other, -torch.inf)
             image_best[rows] = torch.maximum(image_best[rows], scores.amax(dim=1))
             text_best[columns] = torch.maximum(text_best[columns], scores.amax(dim=0))

@@ -31,7 +31,7 @@ def on_cpu(logits, row_ids=None, column_ids=None, *, on_diagonal=False, duplicat
         torch.empty_like(logits),
         row_ids,
         column_ids,
-        on_diagonal=on_diagonal,
+        diagonal=0 if on_diagonal else None,
         duplicates=duplicates,
         with_derivative=True,
     )
@@ -46,8 +46,9 @@ def branch_free(
     duplicates="positive",
     fn=pair_terms,
 ):
+    diagonal = 0 if on_diagonal else None
     one, zero = logits.new_ones(()), logits.new_zeros(())
-    return fn(logits, one, zero, row_ids, column_ids, on_diagonal, duplicates, logits.dtype)
+    return fn(logits, one, zero, row_ids, column_ids, diagonal, duplicates, logits.dtype)
 
 
 @pytest.mark.parametrize("terms", [on_cpu, branch_free])
