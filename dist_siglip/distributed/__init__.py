@@ -15,7 +15,14 @@ from dist_siglip.distributed.exchange import (
     circulate,
     prepare_exchange,
 )
-from dist_siglip.distributed.groups import leave_process_groups, new_cpu_group, resolve_group
+from dist_siglip.distributed.groups import (
+    connect_ranks,
+    control_group,
+    exchange_group,
+    leave_process_groups,
+    new_cpu_group,
+    resolve_group,
+)
 from dist_siglip.distributed.ring import AccumulatorSpec
 from dist_siglip.distributed.world import (
     World,
@@ -32,7 +39,10 @@ __all__ = [
     "World",
     "agree_once",
     "circulate",
+    "connect_ranks",
+    "control_group",
     "copy_from_first_rank",
+    "exchange_group",
     "fetch_rows",
     "gather_rows",
     "group_from_mesh",

@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine, reduce_scatter
-from dist_siglip.distributed.groups import companions_of, resolve_group
+from dist_siglip.distributed.groups import control_of, resolve_group, transfers_of
 from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
 from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, run_ring
 from dist_siglip.distributed.ring_schedule import ring_paths
@@ -87,16 +87,16 @@ class Exchange:
             )
             visit(self.rank, self._columns, mine)
             return mine
-        companions = companions_of(self._group)
-        if companions.limit_visits is not None:
-            visit = companions.limit_visits(visit)
+        transfers = transfers_of(self._group, self._columns[0].device)
+        if transfers.limit_visits is not None:
+            visit = transfers.limit_visits(visit)
         arguments = (self._columns, visit, self._specs)
         if self.name == "all_gather":
-            return _visit_all(*arguments, self._combine, self.row_counts, companions.transfer)
+            return _visit_all(*arguments, self._combine, self.row_counts, transfers.group)
         assert self.name in ("ring", "two_way", "two_level")
         paths = ring_paths(self.name, self.rank, self.world_size, self._local_world_size)
         add = COMBINE_IN_PLACE[self._combine]
-        return run_ring(*arguments, add, self.row_counts, paths, companions.channel)
+        return run_ring(*arguments, add, self.row_counts, paths, transfers.channel)
 
 
 def _visit_all(
@@ -191,9 +191,9 @@ def prepare_exchange(
         )
         if local_world_size is None:
             local_world_size = local_world_size_of(group)
-        companions = companions_of(group)
-        numbers = read_numbers(shared or {}, purpose.partition(";")[0], companions.compared)
-        said = agree(num_rows, local_world_size, signature, companions.announce, numbers)
+        control = control_of(group)
+        numbers = read_numbers(shared or {}, purpose.partition(";")[0], control.compared)
+        said = agree(num_rows, local_world_size, signature, control.announce, numbers)
     per_node, obstacle = _ranks_per_node(said.local_world_sizes)
     if exchange == "two_level" and obstacle:
         raise UserError(
@@ -271,10 +271,10 @@ def agree_once(what: str, group: ProcessGroup | None = None) -> None:
         >>> agree_once("weights 1.0 and 0.5")
     """
     group = resolve_group(group)
-    if group is None or group.size() == 1 or what in companions_of(group).compared:
+    if group is None or group.size() == 1 or what in control_of(group).compared:
         return
     prepare_exchange([torch.empty(0)], group=group, purpose=what)
-    companions_of(group).compared.add(what)
+    control_of(group).compared.add(what)
 
 
 def _ranks_per_node(sizes: tuple[int, ...]) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.groups import Companions, set_companions
+from dist_siglip.distributed.groups import Control, Transfers, set_companions
 from dist_siglip.distributed.p2p import Message, P2PChannel, PendingBatch
 from dist_siglip.distributed.ring import Shard, Visitor
 from dist_siglip.distributed.world import set_local_world_size
@@ -62,12 +62,14 @@ def simulated_world(
         group = dist.group.WORLD
         assert group is not None  # just initialised
         set_local_world_size(local_world_size, group)
+        channel = _LoopbackChannel(group)
         set_companions(
             group,
-            Companions(
-                transfer=group,
-                channel=_LoopbackChannel(group),
-                announce=lambda message: [message] * world_size,
+            Control(announce=lambda message: [message] * world_size),
+            Transfers(
+                group=group,
+                channel=channel,
+                crossing=channel,
                 limit_visits=None if max_visits is None else _first_visits(max_visits),
             ),
         )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_siglip.distributed.groups import resolve_group
+from dist_siglip.distributed.groups import exchange_group, resolve_group
 from dist_siglip.errors import UserError
 
 # (rank, world size, local rank, local world size): torchrun's names, then srun's, which says
@@ -196,15 +196,18 @@ def set_local_world_size(local_world_size: int, group: ProcessGroup | None = Non
     _told[group] = local_world_size
 
 
-def group_from_mesh(mesh: DeviceMesh) -> ProcessGroup:
+def group_from_mesh(mesh: DeviceMesh) -> ProcessGroup | None:
     """Return the group of all ranks of a (node, local) mesh, which then knows its nodes.
 
     Pass the result as ``group``; a mesh over all ranks gives the default group.
 
-    Distributed contract: collective over the ranks of the mesh.
+    Distributed contract: that of ``exchange_group``.
 
     Args:
         mesh: 2-D, first dimension nodes, second the ranks of a node.
+
+    Returns:
+        The group; None on ranks outside of the mesh.
 
     Raises:
         UserError: if the mesh is not 2-D or its ranks do not ascend row by row (torch sorts the
@@ -219,10 +222,7 @@ def group_from_mesh(mesh: DeviceMesh) -> ProcessGroup:
         )
     default = dist.group.WORLD
     assert default is not None  # a mesh exists only with a process group
-    group = default
-    if len(ranks) != default.size():
-        made = dist.new_group(ranks, use_local_synchronization=True)
-        assert isinstance(made, ProcessGroup)  # a member never gets the non-member marker
-        group = made
-    set_local_world_size(mesh.size(1), group)
+    group = default if len(ranks) == default.size() else exchange_group(ranks)
+    if group is not None:
+        set_local_world_size(mesh.size(1), group)
     return group

@@ -40,8 +40,10 @@ class Count(Callback):
 
     def __init__(self, first, last):
         self.first, self.last, self.mode, self.calls = first, last, Waits(), []
+        self.has_begun = False
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.has_begun = True
         if batch_idx == self.first:
             self.mode.__enter__()
             for name in COLLECTIVES:
@@ -72,7 +74,14 @@ def count(rank, world_size, model, folder, mends=True, reads=False):
         module.training_step = reading_step
     stops = [Preemption(agree_every_steps=100)] if mends else []
     callbacks = [*stops, SkipBadSteps(), Throughput(), watch]
-    own = {name: getattr(dist, name) for name in COLLECTIVES}
+    own = {name: getattr(dist, name) for name in (*COLLECTIVES, "new_group")}
+    made: list[bool] = []  # whether training had begun
+
+    def new_group(*args, **settings):
+        made.append(watch.has_begun)
+        return own["new_group"](*args, **settings)
+
+    dist.new_group = new_group
     try:
         fit(
             module,
@@ -87,7 +96,7 @@ def count(rank, world_size, model, folder, mends=True, reads=False):
     finally:
         for name, function in own.items():
             setattr(dist, name, function)
-    return {"waits": watch.mode.found, "calls": watch.calls}
+    return {"waits": watch.mode.found, "calls": watch.calls, "late groups": made.count(True)}
 
 
 def count_all(rank, world_size, model, folder):

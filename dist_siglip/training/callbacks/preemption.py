@@ -28,7 +28,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from dist_siglip.distributed import new_cpu_group
+from dist_siglip.distributed import control_group
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
@@ -168,11 +168,10 @@ class Preemption(Callback):
         install_no_handlers(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the question out of every step, and make the group; stop what had stopped."""
+        """Take the question out of every step; stop what had stopped."""
         stop_again(trainer)
         broadcast_no_sigterm(trainer)
-        if trainer.world_size > 1 and self._group is None:
-            self._group = new_cpu_group()
+        self._group = control_group()
         signals.begin_saving()
 
     def on_train_batch_end(

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.distributed import connect_ranks, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.health.step_timing import StepTimer
 from dist_siglip.metrics import Evaluation
@@ -161,8 +161,10 @@ class RunModule(LightningModule):
         return max(self.global_step, self._loaded_steps)
 
     def setup(self, stage: str) -> None:
-        """See pictures as the data module does."""
-        pictures = getattr(getattr(self.trainer, "datamodule", None), "pictures", None)
+        """Connect the ranks, while nothing is under way; see pictures as the data module does."""
+        trainer = self.trainer
+        connect_ranks(trainer.strategy.root_device, across_nodes=trainer.num_nodes > 1)
+        pictures = getattr(getattr(trainer, "datamodule", None), "pictures", None)
         if pictures is not None:
             self.use_pictures(pictures)
 

@@ -19,7 +19,8 @@ def test_no_value_is_read_and_no_collective_asked_for_in_a_step(tmp_path):
     """
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
     for ours, lightnings, reading in run_ranks(count_all, 2, model, str(tmp_path)):
-        assert ours == {"waits": [], "calls": []}
+        # Communicators are not split while anything is under way: nowhere after the start.
+        assert ours == {"waits": [], "calls": [], "late groups": 0}
         assert lightnings["calls"] == ["broadcast"] * 4
         assert len(lightnings["waits"]) == 4
         assert len(reading["waits"]) == 4
