@@ -14,7 +14,7 @@ from dist_siglip.runs import RunFolder
 from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.e2e
 
 

@@ -16,7 +16,7 @@ from dist_siglip.models.reranker import write_head
 from tests.support.shards import write_shards
 from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 # Page -> words of its example that stand for what a reader has, and what they are here.
 GIVEN = {
     "evaluation.md": {'"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"', "/data/coco/test": "shards"}

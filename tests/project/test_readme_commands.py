@@ -28,9 +28,9 @@ RUN = {
     "export": ("", "exports/quickstart/open_clip_model.safetensors"),
     "lab run": ("", "runs/lab/constructions.json"),
 }
-# What only the real parsers read, in tests/test_documentation.py, and why.
+# What only the real parsers read, in tests/project/test_documentation.py, and why.
 PARSED = {
-    "fit --config configs/siglip_vit_b16.yaml": "needs GPUs; tests/test_recipes.py shrinks it",
+    "fit --config configs/siglip_vit_b16.yaml": "needs GPUs; test_recipes.py shrinks it",
     "slurm submit": "needs a cluster; tests/slurm has one",
 }
 # What is run by .ci/run, word for word or in its longer form there.
