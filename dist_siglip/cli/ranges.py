@@ -214,6 +214,7 @@ _COMMANDS: dict[str, Range] = {
     "nvlink_gb_s": _POSITIVE,
     "pairs": Range(2),
     "pictures": _FROM_1,
+    "ranks": _FROM_1,
     "relative_bias": Range(-1, 1),
     "resize_short_side": Range(1, 65_536),
     "rounds": _FROM_1,

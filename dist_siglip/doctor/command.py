@@ -5,6 +5,7 @@ what is between them. Every wait has a limit, so that a rank or a file system th
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.loader import Feed
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.doctor.machine import Plan
 from dist_siglip.doctor.page import Finding, render
@@ -30,6 +32,7 @@ from dist_siglip.doctor.together import (
     examine_together,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.models.weight_source import HF_HUB, resolve_model
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 
@@ -44,6 +47,9 @@ class RunNeeds(NamedTuple):
         devices: of each node, as the Trainer takes it.
         num_nodes: as the Trainer takes it.
         accelerator: as the Trainer takes it.
+        workers_per_rank: loader processes.
+        prefetch_factor: batches that those of a rank prepare ahead.
+        picture: height and width that the model is fed.
     """
 
     run_dir: str
@@ -52,6 +58,9 @@ class RunNeeds(NamedTuple):
     devices: str | int | list[int]
     num_nodes: int
     accelerator: str
+    workers_per_rank: int = 0
+    prefetch_factor: int = 2
+    picture: tuple[int, int] = (224, 224)
 
 
 class _Reading(TrainingCLI):
@@ -99,7 +108,20 @@ def read_needs(path: str) -> RunNeeds:
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         accelerator=str(trainer.accelerator),
+        workers_per_rank=data.workers_per_rank,
+        prefetch_factor=data.prefetch_factor,
+        picture=_picture_size(config.model.model, config.model.image_size),
     )
+
+
+def _picture_size(model: str, image_size: int | None) -> tuple[int, int]:
+    """Height and width of what a model sees; that of most where a server would have to say."""
+    size: int | list[int] = image_size or 224
+    if image_size is None and not model.startswith(HF_HUB):
+        vision = resolve_model(model, with_weights=False).architecture["vision_cfg"]
+        size = vision.get("image_size", size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Finding]:
@@ -111,14 +133,8 @@ def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Fi
         num_nodes: that they are on; 0 if not known.
     """
     is_launched = world_size > 1
-    ranks = world_size
-    if isinstance(needs.devices, list):
-        asked = len(needs.devices)
-    else:
-        asked = int(needs.devices) if str(needs.devices).isdecimal() else 0
-    if not is_launched:
-        here = 1 if needs.accelerator == "cpu" else max(1, torch.cuda.device_count())
-        ranks = (asked or here) * needs.num_nodes
+    asked = _asked_devices(needs)
+    ranks, of_node = _ranks(needs, world_size, num_nodes)
     problems = []
     if needs.global_batch_size % ranks:
         near = max(ranks, round(needs.global_batch_size / ranks) * ranks)
@@ -142,6 +158,54 @@ def judge_needs(needs: RunNeeds, world_size: int, num_nodes: int) -> Iterator[Fi
         f"of {ranks} ranks"
     )
     yield from problems or [Finding("ok", "configuration", text)]
+    if needs.workers_per_rank:
+        free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+        yield judge_feed(needs, max(1, needs.global_batch_size // ranks), of_node, free)
+
+
+def _asked_devices(needs: RunNeeds) -> int:
+    """Devices of a node that the configuration names; 0 if it takes what there is."""
+    if isinstance(needs.devices, list):
+        return len(needs.devices)
+    return int(needs.devices) if str(needs.devices).isdecimal() else 0
+
+
+def _ranks(needs: RunNeeds, world_size: int, num_nodes: int) -> tuple[int, int]:
+    """Ranks of the run, and of a node of it."""
+    if world_size > 1:
+        return world_size, -(-world_size // max(1, num_nodes))
+    here = 1 if needs.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    of_node = _asked_devices(needs) or here
+    return of_node * needs.num_nodes, of_node
+
+
+def judge_feed(needs: RunNeeds, local_batch: int, ranks: int, free_bytes: int) -> Finding:
+    """Compare what loader processes of a node have ready with its shared memory.
+
+    Args:
+        needs: of the configuration.
+        local_batch: pairs of a rank.
+        ranks: of a node.
+        free_bytes: of its shared memory.
+
+    Example:
+        >>> needs = RunNeeds("runs/a", (), 32768, 8, 1, "gpu", workers_per_rank=8)
+        >>> judge_feed(needs, 4096, 8, 64 << 30).text.split("have ")[1]
+        'at most 13.8 GiB of pictures in shared memory, of 64.0 free'
+    """
+    feed = Feed(local_batch, needs.workers_per_rank, needs.prefetch_factor)
+    most = feed.picture_bytes(*needs.picture) * ranks
+    text = (
+        f"{ranks} ranks x {needs.workers_per_rank} loader processes have at most "
+        f"{most / 2**30:.1f} GiB of pictures in shared memory, of {free_bytes / 2**30:.1f} free"
+    )
+    if most <= free_bytes:
+        return Finding("ok", "loaders", text)
+    remedy = (
+        "give the container more (docker: --shm-size, --ipc=host), or lower data.prefetch_factor "
+        "or data.workers_per_rank"
+    )
+    return Finding("warn", "loaders", text, remedy)
 
 
 def run(command: str, arguments: Sequence[str]) -> int:

@@ -15,7 +15,6 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import (
     check_features,
     check_same_settings,
@@ -98,7 +97,7 @@ def modality_metrics(
     sample_ids: Tensor,
     *,
     separability_pairs: int = SEPARABILITY_PAIRS,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -113,7 +112,7 @@ def modality_metrics(
         text_features: (B, D), L2-normalised; row i belongs to image i.
         sample_ids: (B,) int64.
         separability_pairs: most pairs that are fitted to tell images from texts.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how shards reach the other ranks.
         group: process group.
 
@@ -232,7 +231,7 @@ def evaluate_pairs(
     top_k: Sequence[int] = (1, 5, 10),
     array_pairs: int = 2000,
     separability_pairs: int = SEPARABILITY_PAIRS,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Evaluation:
@@ -270,7 +269,7 @@ def evaluate_pairs(
         top_k: the K of recall@K.
         array_pairs: most pairs whose features go into the arrays.
         separability_pairs: most pairs for ``linear_separability``.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how shards reach the other ranks.
         group: process group.
 

@@ -15,6 +15,7 @@ from typing import Any
 from open_clip import set_model_preprocess_cfg
 from torch import Tensor
 
+from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
@@ -171,15 +172,16 @@ def build_dual_encoder(
 
     preprocessing = {**source.preprocessing, "size": network.visual.image_size}
     set_model_preprocess_cfg(network, preprocessing)
-    encoder = DualEncoder(network)
+    mean, std = (_per_channel(preprocessing[name]) for name in ("mean", "std"))
+    encoder = DualEncoder(network, ImageNormalizer(mean, std))
     names = [name for name, _ in encoder.named_parameters()]
     given = tuple(NETWORK_PREFIX + prefix for prefix in loaded)
     return BuiltModel(
         encoder=encoder,
         embed_dim=architecture["embed_dim"],
         image_size=_square_as_int(network.visual.image_size),
-        mean=_per_channel(preprocessing["mean"]),
-        std=_per_channel(preprocessing["std"]),
+        mean=mean,
+        std=std,
         interpolation=preprocessing["interpolation"],
         resize_mode=preprocessing["resize_mode"],
         context_length=tokenizer.context_length,

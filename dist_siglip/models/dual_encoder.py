@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.errors import UserError
 
 
@@ -32,13 +33,15 @@ class DualEncoder(nn.Module):
     Args:
         clip: ``open_clip.CLIP`` or ``open_clip.CustomTextCLIP``. It is taken over: its
             ``logit_scale`` and ``logit_bias`` become None.
+        normalizer: for pixels that come as bytes; None takes normalised ones alone.
     """
 
-    def __init__(self, clip: nn.Module) -> None:
+    def __init__(self, clip: nn.Module, normalizer: ImageNormalizer | None = None) -> None:
         super().__init__()
         for parameter in ("logit_scale", "logit_bias"):
             setattr(clip, parameter, None)
         self.clip: Any = clip
+        self.normalizer = normalizer
         self._kept_in_evaluation: tuple[nn.Module, ...] = ()
 
     @property
@@ -59,12 +62,26 @@ class DualEncoder(nn.Module):
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) normalised pixels to (B, D) fp32 features of length 1.
+        """Encode (B, 3, H, W) pixels, normalised or uint8, to (B, D) fp32 features of length 1."""
+        return unit_rows(self.clip.encode_image(self.pixels(images)))
 
-        Pixels are taken in the precision of the tower.
+    def pixels(self, images: Tensor) -> Tensor:
+        """Bring (B, 3, H, W) pixels to the precision of the image tower, normalised if uint8.
+
+        Raises:
+            UserError: for uint8 without a normalizer.
         """
         dtype = next(self.clip.visual.parameters()).dtype
-        return unit_rows(self.clip.encode_image(images.to(dtype)))
+        if images.is_floating_point():
+            return images.to(dtype)
+        if self.normalizer is None:
+            raise UserError(
+                f"images ({images.dtype}) must be normalised floats; give DualEncoder a normalizer "
+                "to pass pixels as they are"
+            )
+        if torch.is_autocast_enabled(images.device.type):
+            dtype = torch.get_autocast_dtype(images.device.type)
+        return self.normalizer.pixels(images, dtype)
 
     def encode_text(self, texts: Tensor) -> Tensor:
         """Encode (B, L) token ids to (B, D) fp32 features of length 1."""
@@ -129,7 +146,7 @@ def encode_in_micro_batches(
 
     Args:
         encoder: towers without BatchNorm, see ``refuse_batch_norm``.
-        images: (B, 3, H, W), normalised pixels.
+        images: (B, 3, H, W), pixels as ``encode_image`` takes them.
         texts: (B, L), token ids.
         micro_batch_size: rows of a tower encoded together, at least 1.
 

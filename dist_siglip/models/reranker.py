@@ -61,7 +61,7 @@ class TokenShape(NamedTuple):
 
 
 def encode_image_tokens(encoder: DualEncoder, images: Tensor) -> Encoded:
-    """Encode (B, 3, H, W) normalised pixels to features and one token per patch, row by row.
+    """Encode (B, 3, H, W) pixels to features and one token per patch, row by row.
 
     A class token is left out: the features are made of it. Of a convolutional tower the cells of
     the last feature map are the tokens.
@@ -70,9 +70,9 @@ def encode_image_tokens(encoder: DualEncoder, images: Tensor) -> Encoded:
         UserError: if the tower gives no tokens.
     """
     visual = encoder.clip.visual
-    dtype = next(visual.parameters()).dtype
     _require_tokens(visual, "image")
-    found = visual.forward_intermediates(images.to(dtype), indices=1, output_fmt="NCHW")
+    pixels = encoder.pixels(images)
+    found = visual.forward_intermediates(pixels, indices=1, output_fmt="NCHW")
     tokens = found["image_intermediates"][-1].flatten(2).transpose(1, 2)
     is_token = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     return Encoded(unit_rows(found["image_features"]), tokens, is_token)

@@ -49,7 +49,11 @@ def test_the_ratio_is_over_open_clip(shards, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["bench", "data", f"--shards={json.dumps(shards)}", "--json=true", *OPTIONS]) == 0
     rows = json.loads(capsys.readouterr().out)
+    paper = rows.pop()
     assert [row["contestant"] for row in rows] == list(BASELINES)
+    assert paper["contestant"] == "ours, 8 ranks on paper"
+    assert paper["workers"] == 64
+    assert paper["images_per_second"] == pytest.approx(64 * rows[1]["images_per_second"])
     theirs = rows[0]["images_per_second"]
     assert theirs > 0
     for row in rows:
@@ -81,6 +85,7 @@ def test_one_thread_computes_while_it_is_timed_and_as_many_as_before_after(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ("--ranks=0", "ranks (0) must be at least 1"),
         ("--rounds=0", "rounds (0) must be at least 1"),
         ("--seconds=0", "seconds (0.0) must be in (0, 1000000]"),
         ("--pictures=3", "pictures (3) must be at least two batches"),

@@ -16,7 +16,7 @@ from dist_siglip.distributed import World
 from dist_siglip.doctor import machine as doctor_machine
 from dist_siglip.doctor import storage as doctor_storage
 from dist_siglip.doctor.bounds import BoundedChecks
-from dist_siglip.doctor.command import RunNeeds, judge_needs
+from dist_siglip.doctor.command import RunNeeds, judge_feed, judge_needs
 from dist_siglip.doctor.machine import (
     gpu_of,
     look_at_environment,
@@ -361,6 +361,17 @@ def test_a_configuration_is_compared_with_the_ranks(needs, world_size, num_nodes
     else:
         status = "warn" if "train.sbatch" in told else "FAIL"
         assert (found[0].status, found[0].remedy) == (status, told)
+
+
+@pytest.mark.parametrize(("free_gib", "status"), [(13, "warn"), (14, "ok")])
+def test_what_loaders_have_ready_is_compared_with_shared_memory(free_gib, status):
+    """8 ranks x (8 processes x 4 pieces of 256, and a batch of 4,096) x 3 x 224 x 224 bytes."""
+    needs = RunNeeds("runs/a", (), 32768, 8, 1, "gpu", workers_per_rank=8)
+    found = judge_feed(needs, 4096, 8, free_gib * 2**30)
+    assert (found.status, found.check) == (status, "loaders")
+    assert "8 ranks x 8 loader processes have at most 13.8 GiB of pictures" in found.text
+    small = judge_feed(needs._replace(picture=(112, 112)), 4096, 8, free_gib * 2**30)
+    assert (small.status, "at most 3.4 GiB" in small.text) == ("ok", True)
 
 
 # Page

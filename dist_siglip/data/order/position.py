@@ -16,6 +16,7 @@ sources positions go through all of them at once, and no tail is left out.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 from dist_siglip.data.order.sequence import (
     ROUND,
@@ -174,18 +175,22 @@ class GlobalBatchSampler:
         check_divisible(plan.global_batch_size, world_size)
         self._plan = plan
         self._rank = rank
-        self._local_batch_size = plan.global_batch_size // world_size
+        self.local_batch_size = plan.global_batch_size // world_size
         self._progress = progress
         self._repeat = repeat
 
     def __iter__(self) -> Iterator[list[StreamPosition]]:
         sequence = self._plan.sequence()
         batch = self._progress.samples_consumed // self._plan.global_batch_size
-        first = self._rank * self._local_batch_size
+        first = self._rank * self.local_batch_size
         while True:
             number = batch % self._repeat if self._repeat else batch
-            yield sequence.positions(number, first, first + self._local_batch_size)
+            yield sequence.positions(number, first, first + self.local_batch_size)
             batch += 1
+
+    def batch_sizes(self) -> Iterator[int]:
+        """Yield the rows of each batch, without end."""
+        return repeat(self.local_batch_size)
 
 
 class EvaluationBatchSampler:
@@ -210,17 +215,23 @@ class EvaluationBatchSampler:
         self, num_samples: int, *, rank: int, world_size: int, local_batch_size: int
     ) -> None:
         self._num_samples = num_samples
-        self._local_batch_size = local_batch_size
+        self.local_batch_size = local_batch_size
         self._length = -(-num_samples // world_size)
         self._first = rank * self._length
 
     def __len__(self) -> int:
-        return -(-self._length // self._local_batch_size)
+        return -(-self._length // self.local_batch_size)
 
     def __iter__(self) -> Iterator[list[StreamPosition]]:
-        for start in range(0, self._length, self._local_batch_size):
-            stop = min(start + self._local_batch_size, self._length)
-            yield [self._position(self._first + place) for place in range(start, stop)]
+        start = self._first
+        for size in self.batch_sizes():
+            yield [self._position(position) for position in range(start, start + size)]
+            start += size
+
+    def batch_sizes(self) -> Iterator[int]:
+        """Yield the rows of each batch."""
+        for start in range(0, self._length, self.local_batch_size):
+            yield min(self.local_batch_size, self._length - start)
 
     def _position(self, position: int) -> StreamPosition:
         last = self._num_samples - 1

@@ -1,4 +1,4 @@
-"""The batch of a training step: collation of samples, and normalisation of pixels."""
+"""The batch of a training step: collation, pieces of it, and normalisation of pixels."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from dist_siglip.data.samples.captions import caption_id, caption_ids_of
 
+_WIDE_ROWS = 128  # pictures that are float32 at once on their way to another precision
+
 
 class ImageTextBatch(NamedTuple):
     """Pairs of pictures and captions on one rank; row i of every field belongs to pair i.
 
     Attributes:
-        images: (B, 3, H, W) uint8, as collated; float32 after ``ImageNormalizer``; (B, 3, 0, 0)
-            where image_features stand in.
+        images: (B, 3, H, W) uint8, which the image tower normalises, or floats that are; (B, 3,
+            0, 0) where image_features stand in.
         texts: (B, L) int64, token ids; (B, 0) where text_features stand in.
         caption_ids: (B,) int64 >= 0; equal captions, those of equal tokens, have equal ids.
         sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
@@ -37,6 +39,50 @@ class ImageTextBatch(NamedTuple):
     image_features: Tensor | None = None
     text_features: Tensor | None = None
     picture_ids: Tensor | None = None
+
+
+class BatchPieces(NamedTuple):
+    """Consecutive rows of one batch, as loader processes handed them over.
+
+    Attributes:
+        pieces: in the order of the rows; not empty.
+    """
+
+    pieces: tuple[ImageTextBatch, ...]
+
+    def join(self, device: torch.device) -> ImageTextBatch:
+        """Make one batch of the pieces on a device, without waiting for it.
+
+        The pictures of a piece go from where they are to their place, once; what is small is joined
+        before it travels.
+
+        Args:
+            device: of the batch. Pieces in page-locked memory go to a CUDA device while the host
+                goes on, and torch gives that memory out again when they have arrived.
+        """
+        fields = zip(*self.pieces, strict=True)
+        return ImageTextBatch._make(
+            self._pictures(device) if name == "images" else _joined(parts, device)
+            for name, parts in zip(ImageTextBatch._fields, fields, strict=True)
+        )
+
+    def _pictures(self, device: torch.device) -> Tensor:
+        parts = [piece.images for piece in self.pieces]
+        rows = sum(map(len, parts))
+        joined = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, device=device)
+        for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+            place.copy_(part, non_blocking=True)
+        return joined
+
+
+def _joined(parts: tuple[Tensor | None, ...], device: torch.device) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    if not found:
+        return None
+    joined = torch.cat(found)
+    if device.type == "cuda":
+        joined = joined.pin_memory()
+    return joined.to(device, non_blocking=True)
 
 
 def picture_ids_of(batch: ImageTextBatch) -> Tensor:
@@ -112,10 +158,10 @@ def _stored_caption_id(sample: PairSample) -> int:
 
 
 class ImageNormalizer:
-    """Turn (B, 3, H, W) uint8 into float32, (value / 255 - mean) / std for each channel.
+    """Turn (B, 3, H, W) uint8 into floats, (value / 255 - mean) / std for each channel.
 
-    To the last bit what torchvision's ``ToTensor`` and ``Normalize`` make of each picture on the
-    CPU. Floats pass unchanged.
+    As float32 to the last bit what torchvision's ``ToTensor`` and ``Normalize`` make of each
+    picture on the CPU. Floats pass unchanged.
 
     Args:
         mean: of red, green and blue, on the scale 0 to 1.
@@ -136,12 +182,23 @@ class ImageNormalizer:
         """Normalise the images of a batch, on the device they are on."""
         return batch._replace(images=self.pixels(batch.images))
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalise (B, 3, H, W) pixels."""
+    def pixels(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normalise (B, 3, H, W) pixels.
+
+        Args:
+            images: uint8, or floats, which pass unchanged.
+            dtype: of the result, rounded once from float32. What is live as float32 beside it is
+                128 pictures.
+        """
         if images.is_floating_point():
             return images
         mean, std = self._constants(images.device)
-        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+        if dtype == torch.float32:
+            return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+        pixels = torch.empty_like(images, dtype=dtype)
+        for place, part in zip(pixels.split(_WIDE_ROWS), images.split(_WIDE_ROWS), strict=True):
+            place.copy_(part.to(torch.float32).div_(255).sub_(mean).div_(std))
+        return pixels
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std, (3, 1, 1), sent to a device once: each copy may wait for it."""

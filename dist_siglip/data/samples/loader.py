@@ -1,4 +1,4 @@
-"""Loader of batches, and the errors of its processes in one line."""
+"""Loader of batches in pieces, and the errors of its processes in one line."""
 
 import os
 import re
@@ -6,16 +6,21 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing import active_children, queues, util
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchSampler
-from dist_siglip.data.samples.batch import PairCollator, PairSample
+from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.samples.batch import BatchPieces, PairCollator, PairSample
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.errors import LoaderError, OutageError, RunFailedError, UserError
 from dist_siglip.system.signals import SIGNALS
+
+PIECE_ROWS = 256  # 37 MiB of pictures at 224 pixels
 
 _RAISED = re.compile(r"Caught \w+ in DataLoader worker process (\d+)")
 _DIED = re.compile(
@@ -105,28 +110,92 @@ def build_loader(
     workers_per_rank: int,
     prefetch_factor: int,
     pin_memory: bool,
-) -> DataLoader[PairSample]:
+    piece_rows: int = PIECE_ROWS,
+) -> "PairLoader":
     """Build a loader of ``ImageTextBatch`` whose processes outlive epochs and cluster signals.
+
+    The processes share every batch: each hands over pieces of it, which are joined here in order.
+    So the first batch takes the time of its share, and what lies in shared memory is bounded by
+    ``Feed``.
 
     Args:
         dataset: pairs by position.
         sampler: lists of positions, one list a batch.
         collate: samples to batch.
         workers_per_rank: loader processes, of one thread each; 0 loads in this process.
-        prefetch_factor: batches each loader process prepares ahead.
-        pin_memory: whether batches are copied to page-locked memory, for a GPU.
+        prefetch_factor: batches that all loader processes together prepare ahead.
+        pin_memory: for a GPU: pieces are copied to page-locked memory as they come, and handed on
+            as ``BatchPieces``, to be joined on the device.
+        piece_rows: most rows of a piece.
     """
     has_workers = workers_per_rank > 0
+    feed = Feed(sampler.local_batch_size, workers_per_rank, prefetch_factor, piece_rows)
     return PairLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=Pieces(sampler, piece_rows) if has_workers else sampler,
         collate_fn=collate,
         num_workers=workers_per_rank,
-        prefetch_factor=prefetch_factor if has_workers else None,
+        prefetch_factor=feed.pieces_ahead if has_workers else None,
         persistent_workers=has_workers,
         worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
     )
+
+
+class Feed(NamedTuple):
+    """What the loader processes of one rank have ready at most.
+
+    Attributes:
+        local_batch_size: rows of a batch of the rank.
+        workers: loader processes of the rank.
+        prefetch_factor: batches that they prepare ahead, all together.
+        piece_rows: most rows of a piece.
+
+    Example:
+        >>> feed = Feed(local_batch_size=4096, workers=8, prefetch_factor=2)
+        >>> feed.pieces_ahead, feed.rows, round(feed.picture_bytes(224, 224) / 2**30, 2)
+        (4, 12288, 1.72)
+    """
+
+    local_batch_size: int
+    workers: int
+    prefetch_factor: int
+    piece_rows: int = PIECE_ROWS
+
+    @property
+    def pieces_ahead(self) -> int:
+        """Pieces that each process prepares ahead; at least ``prefetch_factor``."""
+        pieces = -(-self.local_batch_size // self.piece_rows)
+        return max(self.prefetch_factor, -(-self.prefetch_factor * pieces // max(1, self.workers)))
+
+    @property
+    def rows(self) -> int:
+        """Rows in shared memory: those ahead, and the batch (or two of one piece) in use."""
+        piece = min(self.local_batch_size, self.piece_rows)
+        in_use = max(self.local_batch_size, 2 * piece)
+        return self.workers and self.workers * self.pieces_ahead * piece + in_use
+
+    def picture_bytes(self, height: int, width: int) -> int:
+        """Bytes of their pictures, one for each of three colours of a pixel."""
+        return self.rows * 3 * height * width
+
+
+class Pieces:
+    """Batch sampler that cuts the batches of another into pieces, in order.
+
+    Args:
+        sampler: of whole batches.
+        rows: most rows of a piece.
+    """
+
+    def __init__(self, sampler: GlobalBatchSampler | EvaluationBatchSampler, rows: int) -> None:
+        self.sampler = sampler
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[list[StreamPosition]]:
+        for positions in self.sampler:
+            for start in range(0, len(positions), self.rows):
+                yield positions[start : start + self.rows]
 
 
 class PairLoader(DataLoader[PairSample]):
@@ -136,6 +205,11 @@ class PairLoader(DataLoader[PairSample]):
         LoaderError: while it is iterated over.
     """
 
+    def __len__(self) -> int:
+        """Batches of a pass; a TypeError where there is no end."""
+        pieces = self.batch_sampler
+        return len(pieces.sampler) if isinstance(pieces, Pieces) else super().__len__()  # type: ignore[arg-type]  # the endless one has no length
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises its own class
         """Start the processes, if they do not run, and yield batches."""
         if not self.num_workers:
@@ -144,7 +218,23 @@ class PairLoader(DataLoader[PairSample]):
             batches = super().__iter__()
         except OSError as error:
             raise failed_to_deliver(f"could not be started: {error}") from error
-        return _deliver(batches)
+        return self._batches(_deliver(batches))
+
+    def _batches(self, delivered: Iterator[Any]) -> Iterator[Any]:
+        """Join the pieces of each batch; of one piece it is the piece."""
+        sampler = self.batch_sampler
+        if not isinstance(sampler, Pieces):
+            yield from delivered
+            return
+        for size in sampler.sampler.batch_sizes():
+            pieces = tuple(islice(delivered, -(-size // sampler.rows)))
+            if len(pieces) == 1:
+                yield pieces[0]
+            else:
+                batch = BatchPieces(pieces)
+                del pieces
+                yield batch if self.pin_memory else batch.join(torch.device("cpu"))
+        next(delivered, None)  # the end, which the processes wait for
 
 
 class _NotHandedOver(NamedTuple):

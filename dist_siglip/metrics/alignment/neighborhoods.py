@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.alignment.moments import LEAST_ROWS, check_pairs
 from dist_siglip.metrics.retrieval.nearest import Neighbors, nearest_neighbors
 
@@ -51,7 +50,7 @@ def find_neighborhoods(
     second_features: Tensor,
     k: int = NEIGHBORS,
     *,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Neighborhoods:
@@ -64,7 +63,7 @@ def find_neighborhoods(
         first_features: (B, D), finite; L2-normalised if cosines are meant.
         second_features: (B, E); row i belongs to row i of the first side.
         k: at least 1, below the number of rows of all ranks.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how rows reach the other ranks.
         group: process group.
 

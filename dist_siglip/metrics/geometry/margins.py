@@ -19,11 +19,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
-from dist_siglip.metrics.tiles import exact_similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_side, tile_slices
 
 
 class RelevanceMargins(NamedTuple):
@@ -49,7 +48,7 @@ def relevance_margins(
     document_features: Tensor,
     relevance: Tensor,
     *,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> RelevanceMargins:
@@ -67,7 +66,7 @@ def relevance_margins(
         query_features: (B, D), L2-normalised.
         document_features: (C, D), L2-normalised.
         relevance: (B, N), bool; columns are the documents of all ranks in rank order.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how documents reach the other ranks.
         group: process group.
 
@@ -97,6 +96,7 @@ def relevance_margins(
         group=group,
     )
     require_tensor("relevance", relevance)
+    side = tile_side(chunk_rows, query_features.device)
     prepared = prepare_exchange(
         [document_features], exchange=exchange, group=group, purpose="relevance margins"
     )
@@ -114,7 +114,7 @@ def relevance_margins(
 
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         (documents,) = shard
-        for rows, columns in tile_slices(len(query_features), len(documents), chunk_rows):
+        for rows, columns in tile_slices(len(query_features), len(documents), side):
             scores = exact_similarity(query_features[rows], documents[columns])
             answers = relevance[rows, starts[owner] : starts[owner + 1]][:, columns]
             worst_here = scores.masked_fill(~answers, torch.inf).amin(dim=1)
@@ -143,7 +143,7 @@ def _accuracy(
     queries: Tensor,
     documents: Tensor,
     relevance: Tensor,
-    chunk_rows: int,
+    chunk_rows: int | None,
     exchange: ExchangeName,
     group: ProcessGroup | None,
 ) -> float:

@@ -26,10 +26,9 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, squared_norms, tile_side, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].
 NUM_BINS = 20_000
@@ -231,33 +230,51 @@ class _Sums:
         self.num_few = [0, 0]
         self.row_ends = no_row_ends(num_rows, device)
 
-    def add_cosines(self, cosines: Tensor, is_positive: Tensor | None) -> None:
-        """Add a rectangle; None where it has no positive pair, as most have."""
-        if is_positive is None:
-            self._add_kind(0, cosines)
-        else:
-            self._add_kind(0, cosines[~is_positive])
-            self._add_kind(1, cosines[is_positive])
+    def add_cosines(self, cosines: Tensor, is_positive: Tensor | None, num_positive: int) -> None:
+        """Add a rectangle.
+
+        Args:
+            cosines: (R, C) float64.
+            is_positive: (R, C) bool; None where it has no positive pair, as most have.
+            num_positive: positive pairs of it.
+        """
+        self._add_kind(0, cosines, is_positive, cosines.numel() - num_positive)
+        if is_positive is not None:
+            self._add_kind(1, cosines, ~is_positive, num_positive)
         bins = ((cosines + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
         if is_positive is not None:
             bins += NUM_BINS * is_positive
-        self.histogram += torch.bincount(bins.flatten(), minlength=2 * NUM_BINS)
+        if bins.device.type == "cpu":
+            self.histogram += torch.bincount(bins.flatten(), minlength=2 * NUM_BINS)
+        else:  # bincount reads the largest bin there
+            one = bins.new_ones(())
+            self.histogram.scatter_add_(0, bins.flatten(), one.expand(bins.numel()))
 
-    def _add_kind(self, kind: int, chosen: Tensor) -> None:
-        if not chosen.numel():
+    def _add_kind(self, kind: int, cosines: Tensor, others: Tensor | None, count: int) -> None:
+        """Add the pairs of a kind: all but ``others``, ``count`` of them."""
+        if not count:
             return
-        moments = [chosen.new_tensor(chosen.numel()), chosen.sum(), chosen.square().sum()]
-        self.moments[kind] += torch.stack(moments)
-        ends = torch.stack([chosen.max(), -chosen.min()])
-        self.extremes[kind] = torch.maximum(self.extremes[kind], ends)
-        self._keep_few(kind, chosen)
+        chosen = cosines if others is None else cosines.masked_fill(others, 0)
+        self.moments[kind, 0] += count
+        self.moments[kind, 1] += chosen.sum()
+        self.moments[kind, 2] += chosen.square().sum()
+        for end, sign in enumerate((1, -1)):
+            signed = cosines if sign == 1 else -cosines
+            if others is not None:
+                signed = signed.masked_fill(others, -torch.inf)
+            self.extremes[kind, end] = torch.maximum(self.extremes[kind, end], signed.max())
+        self._keep_few(kind, cosines, others, count)
 
-    def _keep_few(self, kind: int, chosen: Tensor) -> None:
-        self.num_few[kind] += chosen.numel()
+    def _keep_few(self, kind: int, cosines: Tensor, others: Tensor | None, count: int) -> None:
+        self.num_few[kind] += count
         if self.num_few[kind] > MOST_EXACT_PAIRS:
             self.few[kind] = None
         elif (kept := self.few[kind]) is not None:
-            kept.append(chosen.flatten().clone())  # the rectangle is overwritten
+            if others is None:
+                kept.append(cosines.flatten().clone())  # the rectangle is overwritten
+            else:
+                places = (~others).flatten().nonzero_static(size=count)[:, 0]
+                kept.append(cosines.flatten()[places])
 
     def gather_few(self, kind: int, count: int, group: ProcessGroup | None) -> Tensor | None:
         """Bring all cosines of a kind together, ascending; None if all ranks have too many."""
@@ -278,7 +295,7 @@ def collect_pair_statistics(
     logit_scale: float,
     logit_bias: float,
     positives: PositivePairs | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> PairStatistics:
@@ -296,7 +313,7 @@ def collect_pair_statistics(
         logit_scale: multiplier > 0.
         logit_bias: added to every logit.
         positives: which ids belong together; None: those that are equal.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the texts reach the other ranks.
         group: process group.
 
@@ -330,6 +347,7 @@ def collect_pair_statistics(
             f"({logit_bias}) finite"
         )
     raise_together(problem, device=image_features.device, group=group)
+    side = tile_side(chunk_rows, image_features.device)
     prepared = prepare_exchange(
         [text_features, text_ids],
         accumulators=[AccumulatorSpec((2,), torch.float64)],
@@ -343,17 +361,17 @@ def collect_pair_statistics(
         raise UserError("no rank has any pair to evaluate; check the validation data")
     positives = PositivePairs() if positives is None else positives
     sums = _Sums(len(image_ids), image_features.device)
-    image_squares = _squared_norms(image_features)
+    image_squares = squared_norms(image_features)
 
     def visit(owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]) -> None:
         features, ids = shard
-        text_squares = _squared_norms(features)
+        text_squares = squared_norms(features)
         contributions[0].fill_(-torch.inf)
-        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
+        found = positives.between(image_ids, ids, side)
+        for rows, columns in tile_slices(len(image_ids), len(ids), side):
             cosines = exact_similarity(image_features[rows], features[columns])
-            same = positives.mask(image_ids[rows], ids[columns])
-            is_positive = same if bool(same.any()) else None
-            sums.add_cosines(cosines, is_positive)
+            is_positive = found.mask(rows, columns)
+            sums.add_cosines(cosines, is_positive, found.count(rows, columns))
             widen_row_ends(cosines, is_positive, sums.row_ends[rows], contributions[0][columns])
             logits = logit_scale * cosines + logit_bias
             # softplus(z) = -logsigmoid(-z), exact for any z.
@@ -391,11 +409,6 @@ def collect_pair_statistics(
         logit_scale=logit_scale,
         logit_bias=logit_bias,
     )
-
-
-def _squared_norms(features: Tensor) -> Tensor:
-    parts = [features[rows].double().square().sum(dim=1) for rows in row_slices(len(features))]
-    return torch.cat(parts) if parts else features.new_empty(0, dtype=torch.float64)
 
 
 def _summarise(

@@ -13,10 +13,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
-from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_side, tile_slices
 
 # Eigenvalues of sums of products are known up to this share of the largest.
 _ROUNDING = 1e-14
@@ -26,7 +25,7 @@ _ROUNDING = 1e-14
 def uniformity(
     features: Tensor,
     *,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> float:
@@ -41,7 +40,7 @@ def uniformity(
 
     Args:
         features: (B, D), L2-normalised.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the rows reach the other ranks.
         group: process group.
 
@@ -60,12 +59,13 @@ def uniformity(
         ssnl/align_uniform.
     """
     check_features([("features", features)], unit_norm=True, group=group)
+    side = tile_side(chunk_rows, features.device)
     prepared = prepare_exchange([features], exchange=exchange, group=group, purpose="uniformity")
     total = torch.zeros((), dtype=torch.float64, device=features.device)
 
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         (others,) = shard
-        for rows, columns in tile_slices(len(features), len(others), chunk_rows):
+        for rows, columns in tile_slices(len(features), len(others), side):
             if owner == prepared.rank and columns.start < rows.start:
                 continue  # the mirror image of a rectangle that counts twice
             cosines = exact_similarity(features[rows], others[columns])

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.losses.kernels.pair_terms import share_an_id
 from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
-from dist_siglip.metrics.tiles import exact_similarity, tile_slices
+from dist_siglip.metrics.tiles import exact_similarity, tile_side, tile_slices
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step
 # it is one number, so that equal keys are ties wherever they lie.
@@ -49,7 +48,7 @@ def nearest_neighbors(
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Neighbors:
@@ -69,7 +68,7 @@ def nearest_neighbors(
         k: at least 1; may exceed the number of keys.
         query_ids: (B,) int64, or (B, K) of K kinds, see ``pair_ids``; None leaves out nothing.
         key_ids: (C,) or (C, K); given exactly if ``query_ids`` is.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the keys reach the other ranks.
         group: process group.
 
@@ -99,6 +98,7 @@ def nearest_neighbors(
         unit_norm=False,
         group=group,
     )
+    side = tile_side(chunk_rows, queries.device)
     shards = [keys] if key_ids is None else [keys, key_ids]
     prepared = prepare_exchange(
         shards, exchange=exchange, group=group, purpose=f"{k} nearest neighbours"
@@ -111,17 +111,32 @@ def nearest_neighbors(
 
     def visit(owner: int, shard: tuple[Tensor, ...], _contributions: tuple[Tensor, ...]) -> None:
         features = shard[0]
-        for rows, columns in tile_slices(len(queries), len(features), chunk_rows):
+        tiles = list(tile_slices(len(queries), len(features), side))
+        if not tiles:
+            return
+
+        def scores_of(rows: slice, columns: slice) -> Tensor:
             scores = exact_similarity(queries[rows], features[columns])
             scores.div_(_SIMILARITY_STEP).round_().mul_(_SIMILARITY_STEP)
             if query_ids is not None:
                 same = share_an_id(query_ids[rows], shard[1][columns])
                 scores.masked_fill_(same, -torch.inf)
-            found = _best_of_tile(scores, k)
+            return scores
+
+        def keep(found: Neighbors, rows: slice, columns: slice) -> None:
             positions = found.positions + (first_positions[owner] + columns.start)
             mine = Neighbors(best.similarities[rows], best.positions[rows])
             merged = _merge(mine, Neighbors(found.similarities, positions), k)
             best.similarities[rows], best.positions[rows] = merged
+
+        ties = []
+        for rows, columns in tiles:
+            found, has_tie = _best_of_tile(scores_of(rows, columns), k)
+            keep(found, rows, columns)
+            ties.append(has_tie)
+        for (rows, columns), has_tie in zip(tiles, torch.stack(ties).tolist(), strict=True):
+            if has_tie:
+                keep(_best_in_order(scores_of(rows, columns), k), rows, columns)
 
     prepared.run(visit)
     best.positions[best.similarities == -torch.inf] = -1
@@ -132,22 +147,32 @@ def _first_kind(ids: Tensor) -> Tensor:
     return ids[:, 0] if ids.ndim == 2 else ids
 
 
-def _best_of_tile(scores: Tensor, k: int) -> Neighbors:
-    """Best columns of each row; of equal ones at the end of the list, the lowest."""
+def _best_of_tile(scores: Tensor, k: int) -> tuple[Neighbors, Tensor]:
+    """Best columns of each row, and whether a row has more columns equal to its last than fit.
+
+    Of such a row nothing is kept: topk may take any of several equal columns.
+    """
     k = min(k, scores.shape[1])
     values, columns = scores.topk(k, dim=1)
     last = values[:, -1:]
-    # topk may take any of several equal columns; only rows where it had to choose are sorted.
-    chosen = (values == last).sum(dim=1)
-    tied = ((scores == last).sum(dim=1) > chosen).nonzero()[:, 0]
-    if len(tied):
-        ordered = scores[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], columns[tied] = ordered.values[:, :k], ordered.indices[:, :k]
-    return Neighbors(values, columns)
+    tied = (scores == last).sum(dim=1) > (values == last).sum(dim=1)
+    # All of them -inf: no key is allowed, whichever it would be.
+    tied &= last[:, 0] > -torch.inf
+    return Neighbors(values.masked_fill_(tied[:, None], -torch.inf), columns), tied.any()
+
+
+def _best_in_order(scores: Tensor, k: int) -> Neighbors:
+    """Best columns of each row that ``_best_of_tile`` left out; of equal ones the lowest."""
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    k = min(k, scores.shape[1])
+    values, columns = ordered.values[:, :k], ordered.indices[:, :k]
+    last = values[:, -1:]
+    tied = (scores == last).sum(dim=1) > (values == last).sum(dim=1)
+    return Neighbors(values.masked_fill(~tied[:, None], -torch.inf), columns)
 
 
 def _merge(first: Neighbors, second: Neighbors, k: int) -> Neighbors:
-    """Best k of two lists per row: by falling similarity, then by rising position."""
+    """Best k of two lists per row: by falling exact_similarity, then by rising position."""
     similarities = torch.cat([first.similarities, second.similarities], dim=1)
     positions, order = torch.cat([first.positions, second.positions], dim=1).sort(dim=1)
     similarities, by_similarity = similarities.gather(1, order).sort(
@@ -180,7 +205,7 @@ def hubness(
     *,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Hubness:
@@ -195,7 +220,7 @@ def hubness(
         k: length of the lists; cut to the number of keys that are allowed.
         query_ids: (B,) int64, or None to leave out nothing.
         key_ids: (C,) int64; keys with the query's id are not in its list.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the keys reach the other ranks.
         group: process group.
 

@@ -35,16 +35,20 @@ class PositivePairs(NamedTuple):
             tensor([[ True,  True],
                     [ True, False]])
         """
-        if self.pairs is None:
-            return image_ids[:, None] == text_ids[None, :]
-        found = torch.zeros(
-            len(image_ids), len(text_ids), dtype=torch.bool, device=image_ids.device
-        )
-        rows, texts = _look_up(image_ids, self.pairs[:, 0].contiguous(), self.pairs[:, 1])
-        ordered, order = text_ids.sort()
-        places, columns = _look_up(texts, ordered, order)
-        found[rows[places], columns] = True
-        return found
+        whole = slice(0, len(image_ids)), slice(0, len(text_ids))
+        found = self.between(image_ids, text_ids, max(1, *image_ids.shape, *text_ids.shape))
+        mask = found.mask(*whole)
+        return torch.zeros(found.shape, dtype=torch.bool) if mask is None else mask
+
+    def between(self, image_ids: Tensor, text_ids: Tensor, side: int) -> "PositiveTiles":
+        """Find the positive pairs of a shard of texts for each rectangle, with one or two reads.
+
+        Args:
+            image_ids: (R,) int64.
+            text_ids: (C,) int64.
+            side: of the rectangles, those of ``tile_slices``.
+        """
+        return PositiveTiles(self, image_ids, text_ids, side)
 
     def contains(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
         """Mark single images and texts that are positive pairs.
@@ -70,6 +74,67 @@ class PositivePairs(NamedTuple):
     def swapped(self) -> "PositivePairs":
         """Exchange the roles of images and texts."""
         return self if self.pairs is None else PositivePairs(self.pairs.flip(1).unique(dim=0))
+
+
+class PositiveTiles:
+    """Positive pairs of R images and the C texts of a shard, rectangle by rectangle.
+
+    What the host must know of the rectangles it reads at once, here; ``mask`` reads nothing.
+
+    Attributes:
+        shape: (R, C).
+    """
+
+    def __init__(
+        self, positives: PositivePairs, image_ids: Tensor, text_ids: Tensor, side: int
+    ) -> None:
+        self.shape = len(image_ids), len(text_ids)
+        self._image_ids, self._text_ids, self._side = image_ids, text_ids, side
+        self._pairs: tuple[Tensor, Tensor] | None = None
+        if positives.pairs is None:
+            self._counts = self._count_equal()
+            return
+        pairs = positives.pairs
+        rows, texts = _look_up(image_ids, pairs[:, 0].contiguous(), pairs[:, 1])
+        ordered, order = text_ids.sort()
+        places, columns = _look_up(texts, ordered, order)
+        self._pairs = rows[places], columns
+        across = -(-self.shape[1] // side)
+        counts = rows.new_zeros(max(1, -(-self.shape[0] // side) * across))
+        tiles = self._pairs[0] // side * across + columns // side
+        counts.scatter_add_(0, tiles, torch.ones_like(tiles))
+        self._counts = counts.tolist()
+
+    def _count_equal(self) -> list[int]:
+        """Count equal ids by rectangle, row by row."""
+        counts = []
+        columns = [part.sort().values for part in self._text_ids.split(self._side)]
+        for rows in self._image_ids.split(self._side):
+            for ids in columns:
+                first, last = (torch.searchsorted(ids, rows, right=end) for end in (False, True))
+                counts.append((last - first).sum())
+        found: list[int] = torch.stack(counts).tolist() if counts else []
+        return found
+
+    def count(self, rows: slice, columns: slice) -> int:
+        """Positive pairs of a rectangle; known to the host."""
+        across = -(-self.shape[1] // self._side)
+        place = rows.start // self._side * across + columns.start // self._side
+        return self._counts[place] if place < len(self._counts) else 0
+
+    def mask(self, rows: slice, columns: slice) -> Tensor | None:
+        """Mark the positive pairs of a rectangle; None where it has none, as most have."""
+        if not self.count(rows, columns):
+            return None
+        if self._pairs is None:
+            return self._image_ids[rows, None] == self._text_ids[None, columns]
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        row, column = self._pairs[0] - rows.start, self._pairs[1] - columns.start
+        is_here = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        # What lies elsewhere is marked in a cell of its own.
+        cells = torch.where(is_here, row * width + column, height * width)
+        found = torch.zeros(height * width + 1, dtype=torch.bool, device=row.device)
+        return found.index_fill_(0, cells, True)[:-1].view(height, width)
 
 
 class DistinctItems(NamedTuple):

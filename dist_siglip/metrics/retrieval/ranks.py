@@ -35,11 +35,17 @@ from dist_siglip.distributed import (
     max_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import DEFAULT_CHUNK_ROWS
 from dist_siglip.metrics.checks import check_features
+from dist_siglip.metrics.retrieval.narrow_counts import Bounds, count_narrowly
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval.positives import PositivePairs
-from dist_siglip.metrics.tiles import exact_similarity, tile_slices
+from dist_siglip.metrics.tiles import (
+    exact_similarity,
+    narrow_error,
+    squared_norms,
+    tile_side,
+    tile_slices,
+)
 
 TIE_TOLERANCE = 1e-9
 # The score of a pair differs by the rounding of float32 between batches.
@@ -52,7 +58,7 @@ def retrieval_ranks(
     query_ids: Tensor,
     gallery_ids: Tensor,
     *,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -65,7 +71,7 @@ def retrieval_ranks(
         gallery: (M, D), this rank's part of the gallery.
         query_ids: (Q,) int64.
         gallery_ids: (M,) int64.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the gallery reaches the other ranks.
         group: process group.
 
@@ -96,7 +102,7 @@ def retrieval_ranks_both_ways(
     text_ids: Tensor,
     *,
     positives: PositivePairs | None = None,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -108,9 +114,9 @@ def retrieval_ranks_both_ways(
 
     Distributed contract: every rank passes its own rows, any number of them (0 too), and gets
     the ranks of its own rows on the gallery of all ranks. One or two exchanges of the text shards
-    without gradient, and a few small gathers. Live memory: one (chunk_rows, chunk_rows) float64
-    rectangle and the shards of the exchange. The result does not depend on how rows are
-    distributed.
+    without gradient, and a few small gathers. Live memory: one (chunk_rows, chunk_rows) float32
+    rectangle, its bools and the shards of the exchange. The result does not depend on how rows
+    are distributed.
 
     Args:
         image_features: (B, D), any float dtype; L2-normalised, or of order one.
@@ -118,7 +124,7 @@ def retrieval_ranks_both_ways(
         image_ids: (B,) int64.
         text_ids: (C,) int64.
         positives: which ids belong together; None: those that are equal.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the texts reach the other ranks.
         group: process group.
 
@@ -142,29 +148,52 @@ def retrieval_ranks_both_ways(
         group=group,
     )
     positives = PositivePairs() if positives is None else positives
+    side = tile_side(chunk_rows, image_features.device)
     image_best, text_best = _best_relevant(
         image_features,
         text_features,
         image_ids,
         text_ids,
         positives,
-        chunk_rows=chunk_rows,
+        side=side,
         exchange=exchange,
         group=group,
     )
     image_threshold = image_best - TIE_TOLERANCE * (1 + image_best.abs())
     text_threshold = text_best - TIE_TOLERANCE * (1 + text_best.abs())
     image_count = torch.zeros_like(image_ids)
+    image_squares = squared_norms(image_features)
 
     def visit(_owner: int, shard: tuple[Tensor, ...], contributions: tuple[Tensor, ...]) -> None:
         features, ids, threshold = shard
         (text_count,) = contributions
         text_count.zero_()
-        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            scores = exact_similarity(image_features[rows], features[columns])
-            other = ~positives.mask(image_ids[rows], ids[columns])
-            image_count[rows] += (other & (scores >= image_threshold[rows, None])).sum(dim=1)
-            text_count[columns] += (other & (scores >= threshold[None, columns])).sum(dim=0)
+        if not len(ids) or not len(image_ids):
+            return
+        tiles = list(tile_slices(len(image_ids), len(ids), side))
+        found = positives.between(image_ids, ids, side)
+        longest = (image_squares.max() * squared_norms(features).max()).sqrt()
+        error = narrow_error(features.shape[1])
+        own, other = (Bounds.of(each, error, longest) for each in (image_threshold, threshold))
+        too_many = []
+        for rows, columns in tiles:
+            counts = count_narrowly(
+                image_features[rows],
+                features[columns],
+                own.part(rows),
+                other.part(columns),
+                found.mask(rows, columns),
+            )
+            image_count[rows] += counts.of_rows
+            text_count[columns] += counts.of_columns
+            too_many.append(counts.has_too_many)
+        for (rows, columns), is_open in zip(tiles, torch.stack(too_many).tolist(), strict=True):
+            if is_open:  # as where many features are equal
+                scores = exact_similarity(image_features[rows], features[columns])
+                if (positive := found.mask(rows, columns)) is not None:
+                    scores.masked_fill_(positive, -torch.inf)
+                image_count[rows] += (scores >= image_threshold[rows, None]).sum(dim=1)
+                text_count[columns] += (scores >= threshold[None, columns]).sum(dim=0)
 
     (text_count,) = circulate(
         [text_features, text_ids, text_threshold],
@@ -245,7 +274,7 @@ def _best_relevant(
     text_ids: Tensor,
     positives: PositivePairs,
     *,
-    chunk_rows: int,
+    side: int,
     exchange: ExchangeName,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
@@ -256,12 +285,13 @@ def _best_relevant(
         features, ids = shard
         (text_best,) = contributions
         text_best.fill_(-torch.inf)
-        for rows, columns in tile_slices(len(image_ids), len(ids), chunk_rows):
-            other = ~positives.mask(image_ids[rows], ids[columns])
-            if bool(other.all()):
+        found = positives.between(image_ids, ids, side)
+        for rows, columns in tile_slices(len(image_ids), len(ids), side):
+            positive = found.mask(rows, columns)
+            if positive is None:
                 continue
             scores = exact_similarity(image_features[rows], features[columns])
-            scores.masked_fill_(other, -torch.inf)
+            scores.masked_fill_(~positive, -torch.inf)
             image_best[rows] = torch.maximum(image_best[rows], scores.amax(dim=1))
             text_best[columns] = torch.maximum(text_best[columns], scores.amax(dim=0))
 
@@ -306,7 +336,7 @@ def reranked_ranks(
     k: int,
     positives: PositivePairs | None = None,
     queries_per_call: int = 256,
-    chunk_rows: int = DEFAULT_CHUNK_ROWS,
+    chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -335,7 +365,7 @@ def reranked_ranks(
         k: candidates of a query, at least 1.
         positives: which ids of queries and gallery belong together; None: those that are equal.
         queries_per_call: queries whose candidates are scored in one call.
-        chunk_rows: longest side of a live rectangle of similarities.
+        chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
         exchange: how the gallery reaches the other ranks.
         group: process group.
 

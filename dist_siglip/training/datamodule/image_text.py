@@ -168,7 +168,8 @@ class ImageTextDataModule(BatchTransfer):
         global_batch_size: pairs of one training batch over all ranks; they must divide it.
         val_local_batch_size: pairs of one evaluation batch on each rank.
         workers_per_rank: loader processes of each rank; 0 loads in the training process.
-        prefetch_factor: batches each loader process prepares ahead.
+        prefetch_factor: batches that the loader processes of a rank prepare ahead, all together, in
+            pieces of 256 pairs; each process prepares at least so many pieces.
         seed: of sample order and augmentation, >= 0.
         block_shards: shards shuffled together; more mixes better, fewer reads more locally.
         train_crop_scale: share of the picture's area a random training crop keeps, (least, most).

@@ -14,7 +14,13 @@ from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchS
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.prefetch import Prefetcher, describe_tight_cache
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
-from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
+from dist_siglip.data.samples.batch import (
+    BatchPieces,
+    ImageNormalizer,
+    ImageTextBatch,
+    PairCollator,
+    PairSample,
+)
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import build_loader
 from dist_siglip.data.samples.picture_policy import PicturePolicy
@@ -76,15 +82,31 @@ class BatchTransfer(LightningDataModule):
     _picture_settings: dict[str, Any]
 
     def on_before_batch_transfer(
-        self, batch: ImageTextBatch, dataloader_idx: int
-    ) -> ImageTextBatch:
+        self, batch: ImageTextBatch | BatchPieces, dataloader_idx: int
+    ) -> ImageTextBatch | BatchPieces:
         """Count substitutes while the batch is still on the CPU."""
         if self.trainer is not None and self.trainer.training:
-            self.bad_samples.count(int(batch.substituted.sum()))
+            pieces = batch.pieces if isinstance(batch, BatchPieces) else (batch,)
+            self.bad_samples.count(sum(int(piece.substituted.sum()) for piece in pieces))
         return batch
 
+    def transfer_batch_to_device(
+        self, batch: ImageTextBatch | BatchPieces, device: torch.device, dataloader_idx: int
+    ) -> ImageTextBatch:
+        """Join the pieces of a batch on the device."""
+        if isinstance(batch, BatchPieces):
+            return batch.join(device)
+        moved: ImageTextBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
+
     def on_after_batch_transfer(self, batch: ImageTextBatch, dataloader_idx: int) -> ImageTextBatch:
-        """Normalise the pictures where they are now, in the precision of the run."""
+        """Leave pixels to a module that normalises them; others get floats of the run's precision.
+
+        A module says so with an attribute ``normalizes_pictures``.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if getattr(module, "normalizes_pictures", False):
+            return batch
         batch = self._normalize(batch)
         if self.trainer is None:
             return batch

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
+from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import connect_ranks, sum_over_ranks
 from dist_siglip.errors import UserError
@@ -140,10 +141,15 @@ class RunModule(LightningModule):
         timer: how this rank spends its time.
         step_check: of the callback SkipBadSteps: skips a step that is not finite, which else is an
             error.
+        normalizes_pictures: whether batches hold pixels as uint8, which the towers normalise
+            micro-batch by micro-batch; a subclass that needs floats in ``batch.images`` sets it to
+            False.
     """
 
     built: BuiltModel
     inputs: Preprocessing
+    towers: Any
+    normalizes_pictures = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,9 +170,12 @@ class RunModule(LightningModule):
         """Connect the ranks, while nothing is under way; see pictures as the data module does."""
         trainer = self.trainer
         connect_ranks(trainer.strategy.root_device, across_nodes=trainer.num_nodes > 1)
-        pictures = getattr(getattr(trainer, "datamodule", None), "pictures", None)
+        data = getattr(trainer, "datamodule", None)
+        pictures, inputs = getattr(data, "pictures", None), getattr(data, "inputs", None)
         if pictures is not None:
             self.use_pictures(pictures)
+        if isinstance(inputs, Preprocessing):
+            self.towers.normalizer = ImageNormalizer(inputs.mean, inputs.std)
 
     def use_pictures(self, policy: PicturePolicy) -> None:
         """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""
