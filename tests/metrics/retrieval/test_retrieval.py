@@ -168,16 +168,21 @@ def test_chunk_rows_below_one_is_refused():
 
 
 def test_similarities_never_exceed_one_tile(monkeypatch):
-    from dist_siglip.metrics.retrieval import ranks as retrieval
+    from dist_siglip.metrics.retrieval import narrow_counts, ranks
 
-    largest = []
-    original = retrieval.similarity
+    largest = {}
 
-    def recording(rows, columns):
-        result = original(rows, columns)
-        largest.append(result.numel())
-        return result
+    def record(module, name):
+        original = getattr(module, name)
 
-    monkeypatch.setattr(retrieval, "similarity", recording)
+        def recording(rows, columns):
+            result = original(rows, columns)
+            largest[name] = max(largest.get(name, 0), result.numel())
+            return result
+
+        monkeypatch.setattr(module, name, recording)
+
+    record(ranks, "exact_similarity")
+    record(narrow_counts, "narrow_similarity")
     retrieval_ranks_both_ways(*_random_pairs(30, 40), chunk_rows=8)
-    assert 0 < max(largest) <= 64
+    assert largest == {"exact_similarity": 64, "narrow_similarity": 64}
