@@ -270,12 +270,6 @@ def _filled_in(cli: Found) -> Iterator[str]:
 def asked_page(command: str, module: str, summary: str, arguments: Sequence[str]) -> str | None:
     """Return the help page that a command line asks for.
 
-    Args:
-        command: one that there is.
-        module: the module behind it.
-        summary: one line about it.
-        arguments: what follows it.
-
     Returns:
         None if no page is asked for, or the source cannot be read and the parser has to tell.
     """
@@ -296,11 +290,7 @@ def asked_page(command: str, module: str, summary: str, arguments: Sequence[str]
 
 
 def check_subcommand(command: str, module: str, arguments: Sequence[str]) -> None:
-    """Refuse a word that is no subcommand of the command, before anything heavy is imported.
-
-    Raises:
-        UserError: with the subcommands there are.
-    """
+    """Refuse a word that is no subcommand of the command, before anything heavy is imported."""
     subcommands = subcommands_of(module)
     if (
         subcommands

@@ -268,12 +268,6 @@ _REMEDIES = {
 def check_ranges(settings: Namespace) -> None:
     """Refuse the first number that is out of its range.
 
-    Args:
-        settings: what a parser made of a command line and its files.
-
-    Raises:
-        UserError: naming the setting, its value and what is allowed.
-
     Example:
         >>> check_ranges(Namespace(seed=0))
     """

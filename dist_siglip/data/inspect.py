@@ -359,11 +359,7 @@ def _only(key: str, members: Iterable[str], wanted: Sequence[str]) -> str:
 
 
 def keys_in_several_shards(found: dict[str, NDArray[np.int64]]) -> int:
-    """Count keys that occur in more than one shard.
-
-    Args:
-        found: hashes of the keys of each shard.
-    """
+    """Count keys that occur in more than one shard."""
     hashes = np.concatenate([np.unique(h) for h in found.values()] or [np.zeros(0, np.int64)])
     _, counts = np.unique(hashes, return_counts=True)
     return int((counts > 1).sum())

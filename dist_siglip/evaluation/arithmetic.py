@@ -42,15 +42,7 @@ _RIGHT_FROM = 0.5  # of OSCAR's similarity, exclusive
 
 
 def check_strength(strength: float, name: str) -> None:
-    """Refuse a factor of the added difference that leads nowhere.
-
-    Args:
-        strength: the factor.
-        name: of the benchmark.
-
-    Raises:
-        UserError: if it is not above 0.
-    """
+    """Refuse a factor of the added difference that leads nowhere."""
     if not strength > 0:
         raise UserError(f"strength ({strength}) of benchmark {name!r} must be above 0; use 1")
 

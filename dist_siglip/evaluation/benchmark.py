@@ -148,11 +148,7 @@ class Benchmark(ABC):
 
 
 def check_benchmarks(benchmarks: list[Benchmark]) -> None:
-    """Check every benchmark, and that no two have one name.
-
-    Raises:
-        UserError: if one is wrong, or a name occurs twice.
-    """
+    """Check every benchmark, and that no two have one name."""
     names = [benchmark.name for benchmark in benchmarks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

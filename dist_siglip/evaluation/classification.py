@@ -262,12 +262,6 @@ def class_vectors(
 
     Distributed contract: as ``encode_texts``.
 
-    Args:
-        model: what encodes.
-        classes: C names.
-        templates: P of them.
-        group: process group.
-
     Returns:
         (C, D) float32, on the device of the model.
 

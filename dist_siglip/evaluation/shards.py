@@ -59,11 +59,7 @@ class LoadSettings:
     picture_field: str | None = None
 
     def check(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Refuse numbers out of range."""
         for name, least in (("local_batch_size", 1), ("workers_per_rank", 0)):
             value = getattr(self, name)
             if value < least:

@@ -151,13 +151,7 @@ def _verdict(holds: bool, correction: str | None) -> str:
 def new_figure(
     num_panels: int = 1, *, panel_width: float = 4.2, height: float = 3.2
 ) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with panels side by side, and their axes.
-
-    Args:
-        num_panels: how many.
-        panel_width: of one panel, in inches.
-        height: of the figure, in inches.
-    """
+    """Return a figure with panels side by side, and their axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(panel_width * num_panels, height), dpi=120, layout="constrained")

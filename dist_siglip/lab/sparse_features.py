@@ -50,11 +50,7 @@ class SparseSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise for a number out of range.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Raise for a number out of range."""
         for name in ("num_features", "num_active", "steps", "batch_rows", "revive_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"sparse.{name} ({getattr(self, name)}) must be at least 1")

@@ -72,13 +72,6 @@ def train_toy(
 ) -> Trained:
     """Train both towers, and embed the training samples, or samples they have not seen.
 
-    Args:
-        toy: the setting.
-        loss: of a batch; takes scale and bias whether it uses them or not.
-        logits: scale and bias; what of them is not frozen learns along.
-        num_unseen: how many new samples to embed in place of the training samples.
-        progress: called with the share of the steps that are done.
-
     Example:
         >>> from dist_siglip.losses import ClipLoss
         >>> logits = LogitScaleBias(100.0, 0.0, train_scale=False, train_bias=False)

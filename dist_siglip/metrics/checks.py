@@ -78,11 +78,6 @@ def check_same_settings(
     """Raise on every rank if ranks pass different settings; names them and the odd ranks.
 
     Distributed contract: one ``gather_rows`` of the settings as text.
-
-    Args:
-        settings: by name; equal settings are written equally.
-        device: device of the message.
-        group: process group.
     """
     text = "".join(f"{name}={value}\n" for name, value in settings.items())
     letters = torch.tensor(list(f"{text}\0".encode()), dtype=torch.uint8, device=device)

@@ -62,9 +62,6 @@ HUBNESS_K = 10
 def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
     """Metrics of one threshold, or one per row, between positive and negative pairs.
 
-    Args:
-        statistics: of all pairs.
-
     Returns:
         ``margin``, ``relative_bias`` and the same ending in ``_5_95`` and ``_of_means``;
         ``image_row_margin_min``, ``_mean``, ``text_row_margin_...``; ``guaranteed_recall@1``;

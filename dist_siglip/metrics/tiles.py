@@ -72,9 +72,6 @@ def row_slices(num_rows: int) -> Iterator[slice]:
 
     The matrix itself may be a file mapped into memory: what is live is one part.
 
-    Args:
-        num_rows: rows of the matrix.
-
     Yields:
         The rows of every part, in order; nothing for an empty matrix.
 

@@ -97,11 +97,6 @@ def instantiate(
 ) -> nn.Module:
     """Build the network of a model config, on the CPU, in fp32, with random weights.
 
-    Args:
-        architecture: open_clip's model config; not changed.
-        name: how the user named the model, for error texts.
-        with_image_weights: take timm's weights for the trunk of its image tower.
-
     Returns:
         ``open_clip.CLIP``, or ``open_clip.CustomTextCLIP`` where the config needs a text tower of
         its own; see ``has_own_text_tower``.
@@ -225,11 +220,7 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
 
 
 def refuse_captioning(architecture: dict[str, Any], name: str) -> None:
-    """Refuse CoCa, before anything of it is fetched.
-
-    Raises:
-        UserError: If the config has a decoder.
-    """
+    """Refuse CoCa, before anything of it is fetched."""
     if "multimodal_cfg" in architecture:
         raise UserError(
             f"model {name} is a captioning model (CoCa), whose decoder the contrastive loss cannot "

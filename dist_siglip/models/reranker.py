@@ -434,16 +434,7 @@ def read_head(path: Path, built: BuiltModel) -> FusionHead:
 
 
 def check_towers(recorded: Mapping[str, str], now: Mapping[Tower, str], what: str) -> None:
-    """Check that tokens come from the towers they came from in training.
-
-    Args:
-        recorded: digests of then.
-        now: digests of the model at hand.
-        what: who reads the tokens, for the error.
-
-    Raises:
-        UserError: if a tower is another.
-    """
+    """Check that tokens come from the towers they came from in training."""
     changed = [name for name, digest in now.items() if recorded.get(name) != digest]
     if changed:
         raise UserError(

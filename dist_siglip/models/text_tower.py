@@ -155,12 +155,6 @@ def load_text_tower(network: nn.Module, text_config: dict[str, Any], name: str) 
 def check_tokens(network: Any, tokenizer: Any, context_length: int, name: str) -> None:
     """Refuse tokens that a Hugging Face text tower cannot take; warn where it reads padding.
 
-    Args:
-        network: with such a tower.
-        tokenizer: open_clip's own object.
-        context_length: L.
-        name: how the user named the model, for error texts.
-
     Raises:
         UserError: If a token or a position is beyond the tower's tables, or the tokenizer cannot
             pad.

@@ -203,11 +203,7 @@ class LoraSettings:
     targets: list[str] | None = None
 
     def check(self, tower: Tower) -> None:
-        """Refuse numbers out of range, and an installation without peft.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Refuse numbers out of range, and an installation without peft."""
         name = f"{tower}_tower.lora"
         if self.rank < 1:
             raise UserError(f"{name}.rank ({self.rank}) must be at least 1, e.g. 16")
@@ -363,11 +359,7 @@ class Tuning(NamedTuple):
 
 
 def check_tower(tower: Tower, config: TowerConfig) -> None:
-    """Refuse numbers out of range.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Refuse numbers out of range."""
     name = f"{tower}_tower"
     if config.unlocked_groups < 0:
         raise UserError(f"{name}.unlocked_groups ({config.unlocked_groups}) must be >= 0")

@@ -257,12 +257,6 @@ def load_towers(
     Position embeddings of another image size or context length are resampled, and named in the
     log. Everything else must fit exactly. Logit scale and bias of the network are left alone.
 
-    Args:
-        network: changed.
-        weights: what the file holds.
-        path: the file, for log and errors.
-        kept_positions: first text positions that stay where a context is made longer.
-
     Raises:
         UserError: If a tensor is missing, unexpected or of another shape; the text names the
             first few of each kind, their numbers and the file. The network is then unchanged.

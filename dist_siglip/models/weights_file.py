@@ -184,10 +184,6 @@ def read_content(path: Path) -> Any:
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that are no numbers: one pass over each tensor.
 
-    Args:
-        tensors: by the names they have in the file.
-        source: file they came from, for the error.
-
     Raises:
         UserError: If an entry is not-a-number or infinite; names the first such tensor, how many of
             its entries are so, and how many tensors.

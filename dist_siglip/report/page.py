@@ -41,10 +41,6 @@ class Verdict:
 def render_verdict(verdict: Verdict, run: str = "") -> str:
     """Write a verdict as a paragraph.
 
-    Args:
-        verdict: the conclusion.
-        run: name of the run it is about; empty where there is only one.
-
     Example:
         >>> render_verdict(Verdict("good", "1 < 2."))
         '<p class="verdict good"><b>✓ Good</b> 1 &lt; 2.</p>'
@@ -79,14 +75,7 @@ _STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 def render_page(
     title: str, subtitle: str, links: Sequence[tuple[str, str]], sections: Sequence[str]
 ) -> str:
-    """Put sections under a heading and a list of links to them.
-
-    Args:
-        title: plain text.
-        subtitle: plain text.
-        links: key of a section and what the link says, plain text.
-        sections: HTML.
-    """
+    """Put sections under a heading and a list of links to them."""
     body = "\n".join(sections)
     listed = "".join(f'<a href="#{escape(key)}">{escape(text)}</a>' for key, text in links)
     return f"""<!doctype html>
@@ -164,13 +153,7 @@ def render_table_card(
 
 
 def render_multiples(heading: str, panels: Sequence[tuple[str, str]], caption: str) -> str:
-    """Frame small drawings of the same kind.
-
-    Args:
-        heading: plain text.
-        panels: title of each, plain text, and trusted SVG.
-        caption: what to see in them, plain text.
-    """
+    """Frame small drawings of the same kind."""
     drawings = "".join(f"<div>{svg}<p>{escape(title)}</p></div>" for title, svg in panels)
     return (
         f'<figure class="wide"><h3>{escape(heading)}</h3><div class="multiples">{drawings}</div>'
@@ -206,12 +189,7 @@ def render_figure(heading: str, svg: str | None, caption: str, *, missing: str) 
 
 
 def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table of plain texts.
-
-    Args:
-        columns: headings; no heading row if empty.
-        rows: cells. A newline in a cell begins a smaller second line.
-    """
+    """Write a table of plain texts."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     lines = [f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in rows]
     heading = f"<thead><tr>{head}</tr></thead>" if columns else ""

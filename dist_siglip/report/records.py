@@ -64,12 +64,7 @@ class BenchmarkFile:
 
 
 def read_benchmarks(folder: Path, notes: list[str]) -> list[BenchmarkFile]:
-    """Read every JSON file of a folder, by name; those that are no result are named in ``notes``.
-
-    Args:
-        folder: RUN/benchmarks; nothing is found where it does not exist.
-        notes: gets a sentence for each file that cannot be used.
-    """
+    """Read every JSON file of a folder, by name; ``notes`` names those that are no result."""
     found = []
     for path in sorted(folder.glob("*.json"))[:_MOST_FILES] if folder.is_dir() else ():
         result = _read(path)

@@ -24,10 +24,6 @@ def open_atomically(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     and renamed; then the folder is synced. On an error the previous file stays and nothing is
     left behind. The folder is made if it is missing.
 
-    Args:
-        path: final name.
-        sync: wait until the disk has it. Off for what can be made again.
-
     Raises:
         MovedError: if it is in a folder that this process has claimed and that was moved away.
     """

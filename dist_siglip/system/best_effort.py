@@ -92,10 +92,6 @@ def append_whole(path: Path, lines: bytes) -> None:
     line that another one is just writing looks like such a part; the wait is bounded, and where
     files have no locks there is none.
 
-    Args:
-        path: the file; made if it is missing.
-        lines: with their ends.
-
     Raises:
         OSError: if they cannot be written.
     """
@@ -138,10 +134,6 @@ def _can_go_on(descriptor: int) -> bool:
 @contextmanager
 def best_effort(what: str, *consequences: type[Exception]) -> Iterator[None]:
     """Turn a failure to write inside the block into a warning.
-
-    Args:
-        what: what is then missing, as the subject of a sentence.
-        consequences: errors that an earlier failure to write leads to here.
 
     Example:
         >>> with best_effort("the report"):

@@ -299,11 +299,7 @@ def watched_lock(file: str | os.PathLike[str]) -> ProcessLock | None:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Refuse a path in a folder that this process has claimed and that is no longer there.
-
-    Raises:
-        MovedError: if it is in such a folder.
-    """
+    """Refuse a path in a folder that this process has claimed and that is no longer there."""
     watched = _PROCESS[-1].watched
     if not watched:
         return

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_siglip.data.index.read import load_index
 from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.captions import MAX_CAPTION_BYTES, MAX_CAPTION_CHARACTERS, CaptionRule
@@ -43,7 +42,7 @@ from tests.support.hostile import (
     saved,
     tar_of,
 )
-from tests.support.shards import caption, encode, jpeg, photo, picture, tiny_inputs
+from tests.support.shards import caption, encode, jpeg, load_index, photo, picture, tiny_inputs
 
 TEXT = CaptionRule()
 

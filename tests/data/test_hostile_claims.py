@@ -10,7 +10,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from dist_siglip.data.index.read import load_index
 from dist_siglip.data.index.tar_scan import scan_tar
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture import EncodedPicture
@@ -31,7 +30,7 @@ from tests.support.hostile import (
     png,
     put,
 )
-from tests.support.shards import tiny_inputs
+from tests.support.shards import load_index, tiny_inputs
 
 
 def object_side_car(root, shard):

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
+from dist_siglip.data.index.read import read_index
 from dist_siglip.data.samples.transforms import Preprocessing
+from dist_siglip.errors import UserError
 
 UNEVEN = (7, 1, 12, 5, 9, 3)  # samples of each shard; 37 in all
 
@@ -83,3 +85,11 @@ def tiny_inputs() -> Preprocessing:
         context_length=24,
         tokenizer=tokenize,
     )
+
+
+def load_index(path, cache=None):
+    """The index of a shard that must be sound."""
+    index = read_index(path, cache=cache)
+    if index.damage:
+        raise UserError(index.damage)
+    return index

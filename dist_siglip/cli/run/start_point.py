@@ -196,11 +196,7 @@ def _noted(found: str) -> Path | None:
 
 
 def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
-    """Check that a configuration goes on with the run in a folder, if there is one.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Check that a configuration goes on with the run in a folder, if there is one."""
     recorded = _recorded_settings(folder)
     differences = describe_differences(recorded, resolved)
     if differences and folder.newest_checkpoint() is not None:
@@ -214,12 +210,6 @@ def schedule_change(
     folder: RunFolder, resolved: Mapping[str, Any], optim: OptimConfig, start: Path | None
 ) -> str:
     """Say what another ``trainer.max_steps`` does to the learning rate of a run; empty if nothing.
-
-    Args:
-        folder: of the run, with its configuration so far.
-        resolved: settings now.
-        optim: those of the optimizer.
-        start: checkpoint the run goes on from.
 
     Raises:
         UserError: as ``describe_schedule_change``.

@@ -67,11 +67,7 @@ TRAINER_DEFAULTS = {
 
 
 def default_callbacks(settings: Mapping[str, Any]) -> list[Callback]:
-    """Return the callbacks of every run, but those of which the user gives one.
-
-    Args:
-        settings: of the Trainer, with what they name built.
-    """
+    """Return the callbacks of every run, but those of which the user gives one."""
     given = {type(callback) for callback in listed(settings.get("callbacks"))}
     return [callback() for callback in UNCONFIGURED if callback not in given]
 
@@ -102,9 +98,6 @@ def check_gpus(settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     """Refuse tasks of srun that see a GPU of their own only, if GPUs are to be used.
 
     Lightning gives task i of a node its GPU number i, which the task then does not see.
-
-    Raises:
-        UserError: with what to ask SLURM for instead.
     """
     accelerator = settings.get("accelerator")
     is_wanted = accelerator in ("gpu", "cuda")

@@ -58,10 +58,6 @@ class Damage:
     def settle(self, *, num_shards: int, num_samples: int) -> None:
         """Refuse or log what was noted.
 
-        Args:
-            num_shards: of the setting.
-            num_samples: samples found in them, incomplete ones included.
-
         Raises:
             UserError: if anything is wrong ("refuse"), or more than the allowed share ("skip").
         """
@@ -94,12 +90,7 @@ class Damage:
 
 
 def log_remarks(remarks: Sequence[str], name: str) -> None:
-    """Name what is unusual about shards that are used.
-
-    Args:
-        remarks: a line for each shard.
-        name: the setting they came from.
-    """
+    """Name what is unusual about shards that are used."""
     for remark in remarks[:_REMARKED]:
         _LOGGER.warning("%s: %s", name, remark)
     if len(remarks) > _REMARKED:

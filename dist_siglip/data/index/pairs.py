@@ -354,10 +354,6 @@ def table_path(shards: Sequence[str], settings: Mapping[str, Any]) -> str:
 
     It belongs to exactly these shards (place, size, modification time) and settings.
 
-    Args:
-        shards: local files.
-        settings: everything else the table depends on, as plain values.
-
     Raises:
         OSError: if a shard is missing.
     """

@@ -88,12 +88,7 @@ def read_side_car(side_car: str, path: str, identity: dict[str, str | int]) -> S
 
 
 def size_when_indexed(side_car: str, name: str) -> int:
-    """Return how many bytes a shard had when a side-car was made for it; 0 if nothing tells.
-
-    Args:
-        side_car: place of the side-car.
-        name: file name of the shard.
-    """
+    """Return how many bytes a shard had when a side-car was made for it; 0 if nothing tells."""
     try:
         with open_regular(side_car) as file, np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
@@ -202,29 +197,12 @@ _FAILED_PROBES: Counter[str] = Counter()
 _MOST_FAILED_PROBES = 3
 
 
-def load_index(path: str, cache: ShardCache | None = None) -> ShardIndex:
-    """Return the index of a sound shard; see ``read_index``.
-
-    Raises:
-        UserError: if the shard is damaged, cut short or holds a member twice.
-    """
-    index = read_index(path, cache=cache)
-    if index.damage:
-        raise UserError(index.damage)
-    return index
-
-
 def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = None) -> ShardIndex:
     """Return the index of a shard from its side-car, or build it and leave a side-car.
 
     A remote shard is asked for its size and tag. Its side-car lies in the user's cache folder;
     where there is none, the side-car beside the remote shard is taken if it was made for a file of
     this name and size; else the shard is fetched and scanned.
-
-    Args:
-        path: tar file, or URL of one.
-        rebuild: scan the shard although there is a side-car.
-        cache: copies of remote shards; needed for URLs.
 
     Raises:
         OSError: if the shard cannot be read.

@@ -68,10 +68,6 @@ class ShardIndex:
     def hidden_pairs(self, pictures: Collection[str], captions: Collection[str]) -> str:
         """Tell of pairs that another sample swallows, because there is a dot in their names.
 
-        Args:
-            pictures: extensions of pictures.
-            captions: extensions of captions.
-
         Returns:
             One line with the first; empty if there are none.
         """
@@ -120,11 +116,6 @@ def split_name(name: str) -> tuple[str, str] | None:
 def explain_dots(key: str, extensions: Iterable[str], wanted: Collection[str]) -> str:
     """Explain a member that is not found because there is a dot in its name.
 
-    Args:
-        key: of the sample.
-        extensions: of its members, without the leading dot.
-        wanted: extensions one of which it should have.
-
     Returns:
         Cause, example and remedy; empty if dots are not the cause.
     """
@@ -146,12 +137,6 @@ def build_index(
 
     Members of one sample need not stand next to each other. Of two members of one name the first
     counts, and the shard is damaged.
-
-    Args:
-        path: the shard.
-        members: in file order.
-        damage: what is known to be wrong with it.
-        note: what is unusual about it.
     """
     rows: dict[str, int] = {}
     kinds: dict[str, int] = {}

@@ -35,10 +35,6 @@ _HARMLESS = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b
 def next_archive(descriptor: int, position: int) -> int:
     """Return where another archive begins behind the zeros that end one; else the file's size.
 
-    Args:
-        descriptor: of the file.
-        position: of the first block of zeros.
-
     Raises:
         tarfile.ReadError: if something else lies there.
     """
@@ -171,9 +167,6 @@ class DamagedTarError(UserError):
 
 def scan_tar(path: str) -> TarScan:
     """List the regular members of an uncompressed tar file, in file order.
-
-    Args:
-        path: local file.
 
     Returns:
         Name, byte offset and byte size of each member. Folders are left out; so are links, devices

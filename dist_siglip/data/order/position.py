@@ -239,11 +239,7 @@ class EvaluationBatchSampler:
 
 
 def check_divisible(global_batch_size: int, world_size: int) -> None:
-    """Refuse a global batch that the ranks cannot share equally.
-
-    Raises:
-        UserError: naming the nearest sizes that would do.
-    """
+    """Refuse a global batch that the ranks cannot share equally."""
     rest = global_batch_size % world_size
     if rest:
         below, above = global_batch_size - rest, global_batch_size - rest + world_size

@@ -395,11 +395,7 @@ def _read_csv(table: Path, delimiter: str, columns: Columns) -> Iterator[Mapping
 def _refuse_swallowed_row(
     fields: Sequence[str], image: int, delimiter: str, num_columns: int
 ) -> None:
-    """Refuse a text of several lines one of which names a picture as a row does.
-
-    Raises:
-        csv.Error: if there is one.
-    """
+    """Refuse a text of several lines one of which names a picture as a row does."""
     for field in fields:
         for line in field.splitlines()[1:]:
             parts = line.split(delimiter)

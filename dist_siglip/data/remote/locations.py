@@ -32,10 +32,6 @@ def is_remote(location: str) -> bool:
 def check_location(location: str, name: str) -> None:
     """Refuse what is neither a path nor a URL that is opened.
 
-    Args:
-        location: one path or URL, braces expanded.
-        name: the setting it came from, for the error text.
-
     Raises:
         UserError: if it holds a control character, has another scheme, names no host or file, or
             is a chain of openers.

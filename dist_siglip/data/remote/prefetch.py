@@ -115,11 +115,6 @@ def describe_tight_cache(cache: ShardCache, shard_bytes: list[int], block_shards
     The order mixes ``block_shards`` shards at a time; while one block is read the next one is
     fetched. What does not fit is fetched again and again.
 
-    Args:
-        cache: of the node.
-        shard_bytes: of each remote shard.
-        block_shards: shards shuffled together.
-
     Returns:
         One line for the log; empty if they fit.
     """

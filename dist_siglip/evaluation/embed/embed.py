@@ -68,10 +68,6 @@ _LOGGER = logging.getLogger(__name__)
 def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     """Write what decides the numbers into a new folder, or compare it with what is there.
 
-    Args:
-        folder: made if missing.
-        identity: plain values by name.
-
     Raises:
         UserError: if the folder holds something else, or cannot be written.
     """

@@ -90,12 +90,6 @@ def layout_of(
 ) -> Layout:
     """Return the layout of a format.
 
-    Args:
-        name: of the format.
-        folder: to write into.
-        jobs: all of the data set.
-        shard_lines: what tells the versions of their shards apart.
-
     Raises:
         UserError: if a package that it needs is missing.
     """
@@ -116,11 +110,7 @@ def layout_of(
 
 
 def remove_partial(files: Iterable[Path]) -> None:
-    """Delete what a killed process left beside files it was writing, hidden and half-written.
-
-    Args:
-        files: nobody else may be writing them.
-    """
+    """Delete what a killed process left beside files it was writing, hidden and half-written."""
     names: dict[Path, set[str]] = {}
     for file in files:
         names.setdefault(file.parent, set()).add(file.name)

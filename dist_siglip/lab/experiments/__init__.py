@@ -149,11 +149,7 @@ def function_of(name: str) -> Callable[[LabSettings], Outcome]:
 
 
 def check_names(names: list[str]) -> None:
-    """Raise for a name that no experiment has.
-
-    Raises:
-        UserError: names the first one.
-    """
+    """Raise for a name that no experiment has."""
     for name in names:
         if name not in EXPERIMENTS:
             near = get_close_matches(name, EXPERIMENTS, n=1)

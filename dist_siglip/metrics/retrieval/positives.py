@@ -53,10 +53,6 @@ class PositivePairs(NamedTuple):
     def contains(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
         """Mark single images and texts that are positive pairs.
 
-        Args:
-            image_ids: of any shape.
-            text_ids: of a shape that broadcasts with it.
-
         Example:
             >>> pairs = torch.tensor([[1, 7], [1, 8], [2, 8]])
             >>> PositivePairs(pairs).contains(torch.tensor([1, 2, 3]), torch.tensor([8, 7, 8]))
@@ -206,11 +202,6 @@ class DistinctItems(NamedTuple):
         """Expand ranks of distinct pictures and captions to this rank's rows.
 
         Distributed contract: one or two ``gather_rows`` of two numbers an item.
-
-        Args:
-            image_ranks: of this rank's distinct pictures, in the order of its rows.
-            text_ranks: of its captions.
-            group: process group.
         """
         if self.positives.pairs is not None:
             image_ranks = _ranks_of(self.image_ids, self.images, image_ranks, group)

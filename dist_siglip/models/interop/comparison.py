@@ -38,10 +38,6 @@ class Reader(NamedTuple):
 def largest_difference(built: BuiltModel, reader: Reader) -> float:
     """Return the largest difference of an entry of a feature, over pixels and captions.
 
-    Args:
-        built: the model that was exported.
-        reader: the export, read back.
-
     Returns:
         A number, not-a-number if a feature read back is none.
 

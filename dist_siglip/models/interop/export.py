@@ -39,10 +39,6 @@ MARK = "export.json"
 def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Hand out a new folder that gets its final name when the block ends without an error.
 
-    Args:
-        folder: final name; its parents are made.
-        overwrite: replace an earlier export of this name.
-
     Raises:
         UserError: If ``folder`` is a file, cannot be made, or holds files and may not be replaced.
     """

@@ -47,11 +47,6 @@ def write_for_transformers(
 ) -> dict[str, int | None]:
     """Write what ``AutoTokenizer`` reads.
 
-    Args:
-        built: the model.
-        folder: gets the files.
-        names: of the tensors that the model of transformers takes.
-
     Returns:
         The ids of the special tokens, as a config of transformers names them.
 

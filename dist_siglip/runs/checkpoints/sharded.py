@@ -70,11 +70,6 @@ _T = TypeVar("_T")
 def by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     """Rename the numbers of ``optimizer.state_dict()`` to names of parameters.
 
-    Args:
-        state: with numbers or, then returned as it is, with names.
-        optimizer: whose state it is.
-        module: that has the parameters.
-
     Example:
         >>> import torch
         >>> layer = nn.Linear(1, 1)

@@ -10,12 +10,12 @@ import pytest
 import webdataset
 
 from dist_siglip.cli import main
-from dist_siglip.data.index.read import load_index
 from tests.support.shards import (
     UNEVEN,
     caption,
     encode,
     jpeg,
+    load_index,
     photo,
     picture,
     write_shard,

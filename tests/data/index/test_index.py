@@ -7,13 +7,13 @@ import pytest
 
 from dist_siglip.data.index import read as index_module
 from dist_siglip.data.index import read as side_car
-from dist_siglip.data.index.read import load_index, read_index
+from dist_siglip.data.index.read import read_index
 from dist_siglip.data.index.shard_index import build_index, split_name
 from dist_siglip.data.index.tar_scan import Member, scan_tar
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.errors import UserError
 from tests.support.servers import serve
-from tests.support.shards import write_shard
+from tests.support.shards import load_index, write_shard
 
 
 @pytest.fixture(autouse=True)

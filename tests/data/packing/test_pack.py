@@ -8,7 +8,6 @@ from PIL import Image
 
 from dist_siglip.data.index import tar_scan
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.index.read import load_index
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.packing.pack import encode_jpeg, shrink
 from dist_siglip.data.packing.table import Columns
@@ -30,7 +29,7 @@ from tests.support.packing import (
     skipped,
     write_table,
 )
-from tests.support.shards import caption, encode, picture, tiny_inputs
+from tests.support.shards import caption, encode, load_index, picture, tiny_inputs
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])

@@ -8,7 +8,6 @@ import pytest
 
 from dist_siglip.cli import _words_of, main
 from dist_siglip.data.index import read as index
-from dist_siglip.data.index.read import load_index
 from dist_siglip.data.remote import (
     CacheSettings,
     RemoteOutageError,
@@ -18,7 +17,7 @@ from dist_siglip.data.remote import (
 )
 from dist_siglip.data.remote.connections import RemoteRefusalError, attempt
 from dist_siglip.errors import OutageError, UserError
-from tests.support.shards import write_shard
+from tests.support.shards import load_index, write_shard
 
 pytestmark = pytest.mark.faults
 
