@@ -9,6 +9,10 @@ it but its features; backward encodes one micro-batch at a time again, with the 
 the autocast of the first time. Parameters collect the sum over micro-batches before anything else
 (DDP's exchange, clipping) sees it. Cost: one more forward pass. Memory: activations of one
 micro-batch of one tower, features of all.
+
+Sharded towers would keep the gradients of all parameters whole until the last micro-batch. For them
+``CachedEncoding`` goes backward through one micro-batch after the other, each reduced to shards
+before the next.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.errors import UserError
@@ -176,6 +180,74 @@ def encode_tower_in_micro_batches(
     return torch.cat(
         [checkpoint(encode, p, use_reentrant=False, preserve_rng_state=True) for p in parts]
     )
+
+
+class CachedEncoding:
+    """Features of one side now, the backward pass of its tower later, by micro-batches.
+
+    Every micro-batch goes backward by itself, from the gradient of its features, so that whatever
+    happens at the end of a backward pass (FSDP2 reduces and frees gradients) happens after each.
+    Encoding again has the random numbers and the autocast of the first time.
+
+    Args:
+        encode: ``encode_image`` or ``encode_text`` of an encoder of which something trains.
+        inputs: B rows of what it takes.
+        micro_batch_size: rows encoded together, at least 1.
+
+    Attributes:
+        features: (B, D), a leaf that the loss is computed from.
+
+    Source:
+        Gao et al. 2021, arXiv:2101.06983, section 3.2.
+    """
+
+    def __init__(
+        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, micro_batch_size: int
+    ) -> None:
+        self._encode = encode
+        self._parts = inputs.split(micro_batch_size)
+        device_type = inputs.device.type
+        self._autocast = torch.autocast(
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
+        self._random_states = []
+        features = []
+        with torch.no_grad():
+            for part in self._parts:
+                self._random_states.append(_RandomState(part))
+                features.append(encode(part))
+        self.features = torch.cat(features).requires_grad_()
+
+    def backward(self, begin: Callable[[bool], None]) -> None:
+        """Add the gradients of the tower to its parameters, once those of the features are there.
+
+        Args:
+            begin: called before each micro-batch with whether it is the last one.
+        """
+        assert self.features.grad is not None
+        gradients = self.features.grad.split(len(self._parts[0]))
+        random_state = _RandomState(self.features)
+        for number, (part, gradient) in enumerate(zip(self._parts, gradients, strict=True), 1):
+            begin(number == len(self._parts))
+            self._random_states[number - 1].restore()
+            with self._autocast:
+                features = self._encode(part)
+            features.backward(gradient)
+        random_state.restore()
+
+
+class _RandomState:
+    """State of the generators of the host and of the device of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._of_host = torch.get_rng_state()
+        self._of_devices = get_device_states(tensor)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._of_host)
+        set_device_states(*self._of_devices)
 
 
 def refuse_batch_norm(encoder: nn.Module, micro_batch_size: int) -> None:

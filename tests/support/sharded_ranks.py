@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
+from dist_siglip.models.tuning import block_names
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
@@ -76,3 +78,45 @@ def worst_error(found, expected, start):
         for name, value in expected.items()
         if not torch.equal(value, start[name])
     )
+
+
+def count_live_gradients(model, folder, rank, world_size, *, together):
+    """Train with micro-batches; return the most elements of blocks' gradients whole at once.
+
+    Args:
+        together: micro-batches go backward in one pass, as they do where nothing is sharded.
+    """
+    module, waiting, most = locked_module(model, micro_batch_size=1), {}, 0
+    if together:
+        module._trained_towers = set()
+    own = param_group.FSDPParamGroup.post_backward
+
+    def counting(self, *args):
+        """A group whose backward pass is over holds its gradients until they are reduced.
+
+        In one backward pass a gradient lies with autograd until all its parts are there.
+        """
+        nonlocal most
+        values = [getattr(each, "_unsharded_param", None) for each in self.fsdp_params]
+        are_there = any(value is not None and value.grad is not None for value in values)
+        went_backward = self._training_state is param_group.TrainingState.PRE_BACKWARD
+        if "blocks." in self._module_fqn and (are_there or went_backward):
+            waiting[self._module_fqn] = sum(value.numel() for value in values)
+            most = max(most, sum(waiting.values()))
+        own(self, *args)
+        if are_there:
+            waiting.pop(self._module_fqn, None)
+
+    losses = Losses()
+    param_group.FSDPParamGroup.post_backward = counting
+    try:
+        strategy = FullyShardedStrategy()
+        batches = batches_of(2, rank, world_size)
+        fit(module, folder, batches, rank, world_size, callbacks=[losses], strategy=strategy)
+    finally:
+        param_group.FSDPParamGroup.post_backward = own
+    blocks = [
+        sum(value.numel() for value in module.towers.get_submodule(name).parameters())
+        for name in block_names(module.towers)
+    ]
+    return {"most": most, "blocks": blocks, "losses": losses.values}

@@ -1,17 +1,29 @@
 """FSDP2 and DDP on two and more ranks against one process: losses, norms and parameters."""
 
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_siglip.errors import UserError
-from dist_siglip.models.tuning import LoraSettings, TowerConfig
+from dist_siglip.losses import siglip_loss
+from dist_siglip.models import compile_towers, encode_in_micro_batches
+from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
 from dist_siglip.training.module.siglip import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
-from tests.support.sharded_ranks import start_of, train, train_cases, worst_error
+from tests.support.sharded_ranks import (
+    count_live_gradients,
+    start_of,
+    train,
+    train_cases,
+    worst_error,
+)
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.torchrun import pretend_torchrun
 from tests.support.tuning_ranks import batches_of, fit, locked_module
@@ -28,6 +40,9 @@ CASES = {
     "gradient checkpointing": {"module": {"gradient_checkpointing": True}},
     "micro-batches": {"module": {"micro_batch_size": 1}},
     "locked image tower": {"module": {"image_tower": TowerConfig(locked=True)}},
+    "micro-batches of one tower": {
+        "module": {"image_tower": TowerConfig(locked=True), "micro_batch_size": 1}
+    },
     "adapters": {"module": {"text_tower": TowerConfig(lora=LoraSettings(rank=2))}},
 }
 
@@ -51,30 +66,99 @@ def test_two_ranks_train_as_one_process_does(model, tmp_path):
         assert worst_error(ranks[0][number]["state"], alone["state"], start) < 1e-4, name
 
 
-def test_copies_on_two_nodes_of_shards_on_two_ranks_train_as_one_process_does(model, tmp_path):
+# World size, ranks a node, module: two rows a rank can be micro-batches.
+NODES = {"plain": (4, 2, {}), "micro-batches": (2, 1, {"micro_batch_size": 1})}
+
+
+@pytest.mark.parametrize("case", list(NODES))
+def test_copies_on_two_nodes_train_as_one_process_does(model, tmp_path, case):
+    world_size, per_node, settings = NODES[case]
     alone = train(model, tmp_path, {})
-    ranks = run_ranks(_train_on_nodes, 4, model, str(tmp_path))
+    ranks = run_ranks(_train_on_nodes, world_size, model, str(tmp_path), per_node, settings)
     for found in ranks:
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-        assert found["mesh"] == {"replicate": 2, "shard": 2}
+        assert found["mesh"] == {"replicate": 2, "shard": per_node}
     assert worst_error(ranks[0]["state"], alone["state"], start_of(model, {})) < 1e-4
 
 
-def _train_on_nodes(rank, world_size, model, folder):
+def test_gradients_are_whole_for_one_block_at_a_time(model, tmp_path):
+    for ours, together in run_ranks(_live_gradients, 2, model, str(tmp_path)):
+        assert ours["most"] == max(ours["blocks"])
+        assert together["most"] > 3 * max(ours["blocks"])
+        assert ours["losses"] == pytest.approx(together["losses"], rel=1e-6)
+
+
+def _live_gradients(rank, world_size, model, folder):
+    """With ours, and with micro-batches that go backward together."""
+    return [
+        count_live_gradients(model, folder, rank, world_size, together=together)
+        for together in (False, True)
+    ]
+
+
+def _train_on_nodes(rank, world_size, model, folder, per_node, settings):
     meshes = []
     own = FullyShardedStrategy._mesh
 
     def two_ranks_a_node(self):
         import os
 
-        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
         mesh = own(self)
         meshes.append(dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)))
         return mesh
 
     FullyShardedStrategy._mesh = two_ranks_a_node
-    found = train(model, folder, {"shard": {"shard_within": "node"}}, rank, world_size)
+    case = {"shard": {"shard_within": "node"}, "module": settings}
+    found = train(model, folder, case, rank, world_size)
     return {**found, "mesh": meshes[0]}
+
+
+def test_blocks_are_gathered_in_bfloat16_and_translated_without_breaks(model):
+    """Sums, shards, scale and bias stay in float32; towers translated as a whole would break."""
+    ((ours, whole),) = run_ranks(_look_inside, 1, model)
+    assert ours == {
+        "gathered": {torch.bfloat16},
+        "shards": {torch.float32},
+        "gradients": {torch.float32},
+        "logits": {torch.float32},
+        "breaks": 0,
+    }
+    assert whole["breaks"] > 0
+
+
+def _look_inside(rank, world_size, model):
+    """Of blocks translated and then sharded, and of towers translated before."""
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    own = nn.Module.compile
+    nn.Module.compile = partialmethod(own, backend="eager")
+    (batch,), found = batches_of(1), []
+    for by_block in (True, False):
+        torch._dynamo.reset()
+        counters.clear()
+        module, dtypes = locked_module(model), set()
+        if not by_block:
+            compile_towers(module.towers, backend="eager")
+        shard_module(module, mesh, precision="bf16-mixed", compile_blocks=by_block)
+        block = module.towers.get_submodule(block_names(module.towers)[0])
+        block.register_forward_pre_hook(
+            lambda block, *_, dtypes=dtypes: dtypes.update(p.dtype for p in block.parameters())
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = encode_in_micro_batches(module.towers, batch.images, batch.texts, 4)
+        logits = module.logits()
+        siglip_loss(*features, *logits).backward()
+        shards = list(module.parameters())
+        found.append(
+            {
+                "gathered": dtypes,
+                "shards": {p.dtype for p in shards},
+                "gradients": {p.grad.dtype for p in shards},
+                "logits": {value.dtype for value in logits},
+                "breaks": sum(counters["graph_break"].values()),
+            }
+        )
+    return found
 
 
 def test_a_wrong_gradient_would_be_noticed(model, tmp_path):

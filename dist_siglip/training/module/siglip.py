@@ -1,18 +1,26 @@
 """Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer.
 
 For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third; a block is gathered when it is needed and freed after.
+bias a third; a block is gathered when it is needed and freed after. Blocks are gathered in bfloat16
+where training runs in it, gradients are added up in float32, scale and bias stay in float32.
+Micro-batches go backward one after the other: of no more than one block, and of what is in none,
+gradients are whole at a time.
 """
 
 import logging
 import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
@@ -38,12 +46,14 @@ from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,
     encode_in_micro_batches,
+    encode_tower_in_micro_batches,
     evaluation_mode,
     recorded_global_batch,
     refuse_batch_norm,
 )
 from dist_siglip.models import compile_towers as translate_towers
-from dist_siglip.models.tuning import TowerConfig, block_names, tune_towers
+from dist_siglip.models.dual_encoder import CachedEncoding
+from dist_siglip.models.tuning import TowerConfig, block_names, layer_groups, tune_towers
 from dist_siglip.training.module.locked_features import (
     check_features,
     encode_beside_features,
@@ -55,12 +65,17 @@ from dist_siglip.training.optim import OptimConfig, ParameterRule
 logger = logging.getLogger(__name__)
 
 
-def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
+def shard_module(
+    module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
+) -> None:
     """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
 
     Args:
         module: before it goes to its device and before its optimizer is built.
         mesh: axes "shard", or "replicate" and "shard" (hybrid sharding).
+        precision: of the Trainer.
+        compile_blocks: translate each block with torch.compile. The hooks that gather and free
+            parameters stand between blocks; inside a translated tower each would break its graph.
 
     Raises:
         UserError: if the mesh is of another strategy, or there are other parameters.
@@ -78,12 +93,18 @@ def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
             "use a loss without parameters, or trainer.strategy: ddp"
         )
     towers = module.get_submodule("towers")
+    policy = MixedPrecisionPolicy()
+    if precision.startswith("bf16"):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for name in block_names(towers):
-        fully_shard(towers.get_submodule(name), mesh=mesh)
-    fully_shard(towers, mesh=mesh)
+        block = towers.get_submodule(name)
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(towers, mesh=mesh, mp_policy=policy)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(towers, method)
-    # Apart, so that the loss can ask for them outside of the towers.
+    # Apart, so that the loss can ask for them outside of the towers; never in half precision.
     fully_shard(module.get_submodule("logits"), mesh=mesh)
 
 
@@ -145,7 +166,8 @@ class SigLipModule(RunModule):
             right (CLIP). Long-CLIP keeps 20 of 77; 0 stretches all.
         patch_dropout: share of image patches left out in training. Null keeps the model's.
         gradient_checkpointing: recompute the blocks of the towers in backward to save memory.
-        compile_towers: translate both towers with torch.compile at their first use.
+        compile_towers: translate both towers, or their blocks if they are sharded, with
+            torch.compile at their first use in training or an evaluation.
         global_batch_size: pairs of a training batch over all ranks; the validation loss is that
             of a random batch of this size. The command line takes it from the data.
         micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
@@ -215,14 +237,21 @@ class SigLipModule(RunModule):
             self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
         self._is_sharded = False
-        if compile_towers:
-            translate_towers(self.towers)
+        self._is_configured = False
+        self._compiles = compile_towers
+        self._cached: list[CachedEncoding] = []
 
     def configure_model(self) -> None:
-        """Shard parameters if the strategy has a mesh for it."""
-        if self.device_mesh is not None and not self._is_sharded:
-            shard_module(self, self.device_mesh)
+        """Compile towers if that is asked for; shard parameters if the strategy has a mesh."""
+        if self._is_configured:
+            return
+        self._is_configured = True
+        if self.device_mesh is not None:
+            precision = str(self.trainer.precision)
+            shard_module(self, self.device_mesh, precision=precision, compile_blocks=self._compiles)
             self._is_sharded = True
+        elif self._compiles:
+            translate_towers(self.towers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the global batch of scale and bias, too."""
@@ -388,14 +417,50 @@ class SigLipModule(RunModule):
         """What the loss makes of equal captions; unheeded is negative."""
         return duplicates_of(self.loss) or "negative"
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Go backward from the loss, then through the towers whose micro-batches wait for it."""
+        super().backward(loss, *args, **kwargs)
+        cached, self._cached = self._cached, []
+        towers: Any = self.towers
+        for each in cached:
+            # Copies of the shards on other nodes meet once, after the last micro-batch.
+            each.backward(towers.set_requires_all_reduce)
+
     def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Encode a batch; features it brings along stand in for a locked tower."""
         size = self.micro_batch_size
+        if size is not None and self._is_sharded and torch.is_grad_enabled():
+            return self._encode_by_parts(batch, size)
         if batch.image_features is not None or batch.text_features is not None:
             return encode_beside_features(self.towers, batch, size)
         if size is None:
             return self.towers(batch.images, batch.texts)
         return encode_in_micro_batches(self.towers, batch.images, batch.texts, size)
+
+    def _encode_by_parts(self, batch: ImageTextBatch, size: int) -> tuple[Tensor, Tensor]:
+        """Encode sharded towers, whose trained ones ``backward`` encodes again."""
+        towers, features = self.towers, []
+        self._cached = []
+        for tower, inputs, given, encode in (
+            ("image", batch.images, batch.image_features, towers.encode_image),
+            ("text", batch.texts, batch.text_features, towers.encode_text),
+        ):
+            if given is not None:
+                features.append(given)
+            elif len(inputs) <= size or tower not in self._trained_towers:
+                features.append(encode_tower_in_micro_batches(encode, inputs, size))
+            else:
+                self._cached.append(CachedEncoding(encode, inputs, size))
+                features.append(self._cached[-1].features)
+        image_features, text_features = features
+        return image_features, text_features
+
+    @cached_property
+    def _trained_towers(self) -> set[str]:
+        """Towers of which something trains."""
+        groups = layer_groups(self.towers)
+        named = self.towers.named_parameters()
+        return {groups[name].tower for name, value in named if value.requires_grad}
 
     def _freeze_bias(self) -> None:
         """Keep a parameter that the loss never touches from stopping DDP."""

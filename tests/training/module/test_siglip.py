@@ -307,6 +307,7 @@ def test_compiled_towers_give_the_same_features(model):
     batch = make_batch()
     plain = SigLipModule(model).eval()
     compiled = SigLipModule(model, compile_towers=True).eval()
+    compiled.configure_model()  # as the Trainer does
     compiled.load_state_dict(plain.state_dict())
     with torch.no_grad():
         expected = plain(batch.images, batch.texts)
