@@ -13,6 +13,7 @@ __all__ = [
     "RunFailedError",
     "RunMovedError",
     "UserError",
+    "check_least",
 ]
 
 
@@ -68,3 +69,22 @@ class LoaderError(RunFailedError):
     """A loader process that has died or failed, on this rank or another; ends with code 71."""
 
     exit_code = 71
+
+
+def check_least(least: int, *, of: str = "", **settings: float | None) -> None:
+    """Refuse settings below their least value; None passes.
+
+    Args:
+        least: of all that are given.
+        of: group of the settings, with its dot.
+        **settings: by name.
+
+    Example:
+        >>> check_least(1, of="cache.", attempts=0)
+        Traceback (most recent call last):
+            ...
+        dist_siglip.errors.UserError: cache.attempts (0) must be at least 1
+    """
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise UserError(f"{of}{name} ({value}) must be at least {least}")

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from dist_siglip.cli.parser import CommandParser, introduction_of
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.system.regular_file import read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
@@ -84,10 +84,9 @@ class SlurmJob:
     mounts: str | None = None
 
     def __post_init__(self) -> None:
-        least = {"nodes": 1, "gpus_per_node": 1, "cpus_per_gpu": 1, "at_once": 1}
-        for name, bound in {**least, "max_requeues": 0, "save_seconds": 1}.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least {bound}")
+        names = ("nodes", "gpus_per_node", "cpus_per_gpu", "at_once", "save_seconds")
+        check_least(1, **{name: getattr(self, name) for name in names})
+        check_least(0, max_requeues=self.max_requeues)
         for name in ("job_name", "partition", "account"):
             value = getattr(self, name)
             if value is not None and not _NAME.fullmatch(value):

@@ -25,7 +25,7 @@ from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PICTURE_EX
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.evaluation.benchmark import EvaluatedModel
 from dist_siglip.evaluation.encoding import EncodedBatches, rank_and_size
 from dist_siglip.evaluation.samples import ShardCollator, ShardDataset, ShardSample, shard_loader
@@ -60,10 +60,8 @@ class LoadSettings:
 
     def check(self) -> None:
         """Refuse numbers out of range."""
-        for name, least in (("local_batch_size", 1), ("workers_per_rank", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"loading.{name} ({value}) must be at least {least}")
+        check_least(1, of="loading.", local_batch_size=self.local_batch_size)
+        check_least(0, of="loading.", workers_per_rank=self.workers_per_rank)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"loading.max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
         self.cache.check()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.lab.experiment import DIFFERS, REPRODUCED, UNPUBLISHED, LabSettings, Outcome, Row
 from dist_siglip.lab.experiments import EXPERIMENTS, PAPERS, check_names, function_of
 from dist_siglip.system.atomic import write_atomically
@@ -226,8 +226,7 @@ def run_experiments(
         UserError: if there is no such experiment, or ``workers`` is below 1.
     """
     check_names(list(lab_run.names))
-    if workers < 1:
-        raise UserError(f"workers ({workers}) must be at least 1")
+    check_least(1, workers=workers)
     longest_first = sorted(
         dict.fromkeys(lab_run.names), key=lambda name: -EXPERIMENTS[name].minutes
     )

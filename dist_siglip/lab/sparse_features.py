@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 
 _FINAL_LEARNING_RATE = 0.05  # share of the first
 _REVIVAL_ENDS_AT = 0.8  # of the steps
@@ -51,9 +51,8 @@ class SparseSettings:
 
     def check(self) -> None:
         """Raise for a number out of range."""
-        for name in ("num_features", "num_active", "steps", "batch_rows", "revive_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"sparse.{name} ({getattr(self, name)}) must be at least 1")
+        names = ("num_features", "num_active", "steps", "batch_rows", "revive_every")
+        check_least(1, of="sparse.", **{name: getattr(self, name) for name in names})
         if self.num_active > self.num_features:
             raise UserError(
                 f"sparse.num_active ({self.num_active}) must be at most sparse.num_features "

@@ -22,7 +22,7 @@ from dist_siglip.data.samples.picture_policy import (
     PicturePolicy,
 )
 from dist_siglip.data.urls import expand_shards
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.system.process_pool import map_isolated
 
 _CHUNK = 2000  # samples measured by one process
@@ -181,16 +181,9 @@ def plan(
         cache: copies of remote shards.
         json: print JSON instead of a table.
     """
-    for name, value, least in (
-        ("world_size", world_size, 1),
-        ("global_batch_size", global_batch_size, 1),
-        ("steps", steps, 1),
-        ("from_step", from_step, 0),
-        ("seed", seed, 0),
-        ("block_shards", block_shards, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} ({value}) must be at least {least}")
+    check_least(1, world_size=world_size, global_batch_size=global_batch_size, steps=steps)
+    check_least(1, block_shards=block_shards)
+    check_least(0, from_step=from_step, seed=seed)
     check_divisible(global_batch_size, world_size)
     table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     batches = BatchPlan(

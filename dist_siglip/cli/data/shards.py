@@ -33,7 +33,7 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import World
-from dist_siglip.errors import OutageError, UserError
+from dist_siglip.errors import OutageError, UserError, check_least
 from dist_siglip.system.atomic import open_atomically
 from dist_siglip.system.process_pool import map_isolated
 from dist_siglip.system.redaction import redact
@@ -168,8 +168,7 @@ def index(
         json: print JSON instead of a table.
     """
     cache.check()
-    if workers < 1:
-        raise UserError(f"workers ({workers}) must be at least 1")
+    check_least(1, workers=workers)
     started = time.monotonic()
     world = World.detect()
     mine = expand_shards(shards)[world.rank :: world.world_size]

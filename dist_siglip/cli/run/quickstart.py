@@ -19,7 +19,7 @@ from dist_siglip.cli.run.training import train
 from dist_siglip.cli.table import print_evaluation, print_path, read_evaluation
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.distributed import is_first_process, leave_process_groups
-from dist_siglip.errors import UserError
+from dist_siglip.errors import check_least
 from dist_siglip.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,8 @@ def quickstart(
         seed: of data, weights and order.
     """
     started = time.monotonic()
-    for name, value, least in (("steps", steps, 1), ("devices", devices, 1), ("seed", seed, 0)):
-        if value is not None and value < least:
-            raise UserError(f"{name} ({value}) must be at least {least}")
+    check_least(1, steps=steps, devices=devices)
+    check_least(0, seed=seed)
     set_up_logging()
     folder = RunFolder(Path(out).resolve())
     shards = write_handwriting_shards(folder.path / "data", seed=seed)

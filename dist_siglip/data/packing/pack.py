@@ -42,7 +42,7 @@ from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -228,18 +228,11 @@ class PackSettings:
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("samples_per_shard", 1, None),
-            ("max_shard_mib", 1, None),
-            ("resize_short_side", 1, None),
-            ("jpeg_quality", 1, 95),
-            ("shuffle_seed", 0, None),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} ({value}) must be at least {least}")
-            if value is not None and most is not None and value > most:
-                raise UserError(f"{name} ({value}) must be at most {most}")
+        names = ("samples_per_shard", "max_shard_mib", "resize_short_side", "jpeg_quality")
+        check_least(1, **{name: getattr(self, name) for name in names})
+        check_least(0, shuffle_seed=self.shuffle_seed)
+        if self.jpeg_quality > 95:
+            raise UserError(f"jpeg_quality ({self.jpeg_quality}) must be at most 95")
 
 
 class PackReport(NamedTuple):

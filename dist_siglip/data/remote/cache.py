@@ -30,7 +30,7 @@ from dist_siglip.data.remote.connections import (
 )
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.remote.transfer import RemoteError, RemoteFile, describe_remote, download
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.system import process_lock
 from dist_siglip.system.atomic import user_cache_folder, write_atomically
 
@@ -76,8 +76,7 @@ class CacheSettings:
                 f"cache.max_gib ({self.max_gib}) must be a finite number above 0; give what the "
                 "disk has"
             )
-        if self.attempts < 1:
-            raise UserError(f"cache.attempts ({self.attempts}) must be at least 1")
+        check_least(1, of="cache.", attempts=self.attempts)
         if not self.recheck_hours >= 0:
             raise UserError(f"cache.recheck_hours ({self.recheck_hours}) must not be negative")
         if not 0 <= self.patience_seconds < math.inf:

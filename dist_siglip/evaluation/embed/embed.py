@@ -37,7 +37,7 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
-from dist_siglip.errors import OutageError, UserError
+from dist_siglip.errors import OutageError, UserError, check_least
 from dist_siglip.evaluation.embed.layouts import Format, Layout, layout_of, remove_partial
 from dist_siglip.evaluation.embed.shard_job import (
     EmbedReport,
@@ -142,10 +142,8 @@ class EmbedSettings:
     max_bad_fraction: float = MAX_BAD_FRACTION
 
     def __post_init__(self) -> None:
-        for name, least in (("local_batch_size", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UserError(f"{name} ({value}) must be at least {least}")
+        check_least(1, local_batch_size=self.local_batch_size)
+        check_least(0, workers=self.workers)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
         self.captions.check()

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.metrics.geometry.pair_statistics import CosineSummary, PairStatistics
 
 
@@ -37,8 +37,7 @@ def expected_sigmoid_loss(statistics: PairStatistics, global_batch_size: int) ->
     Source:
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1, for the loss of one batch.
     """
-    if global_batch_size < 1:
-        raise UserError(f"global_batch_size ({global_batch_size}) must be at least 1")
+    check_least(1, global_batch_size=global_batch_size)
     num_pairs = statistics.num_pairs
     own = statistics.own_softplus_sum / num_pairs
     if global_batch_size == 1:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 
 from dist_siglip.distributed import new_cpu_group
-from dist_siglip.errors import RunFailedError, UserError
+from dist_siglip.errors import RunFailedError, UserError, check_least
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
 from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
 from dist_siglip.system.atomic import sync_folder
@@ -53,13 +53,8 @@ class RunCheckpoint(Checkpoint):
         asynchronous: bool = False,
         allowed_misses: int = 3,
     ) -> None:
-        for name, value, least in (
-            ("every_steps", every_steps, 1),
-            ("keep", keep, 1),
-            ("allowed_misses", allowed_misses, 0),
-        ):
-            if value < least:
-                raise UserError(f"checkpoint.{name} ({value}) must be at least {least}")
+        check_least(1, of="checkpoint.", every_steps=every_steps, keep=keep)
+        check_least(0, of="checkpoint.", allowed_misses=allowed_misses)
         if keep_best_mode not in ("min", "max"):
             raise UserError(f"checkpoint.keep_best_mode ({keep_best_mode}) must be min or max")
         self.every_steps = every_steps
