@@ -12,6 +12,31 @@ import torch
 from torch import Tensor
 
 _NUM_NUMBERS = 3
+# A moment of the host, or of a device that works behind it.
+Moment = float | torch.cuda.Event
+
+
+def now(device: torch.device) -> Moment:
+    """Mark this moment; on CUDA the one at which the device has done all it was told so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def has_passed(moment: Moment) -> bool:
+    """Whether a moment is over, without waiting for it."""
+    return isinstance(moment, float) or moment.query()
+
+
+def seconds_between(begin: Moment, end: Moment) -> float:
+    """Seconds between two moments of one device that are over."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float)
+        assert isinstance(end, float)
+        return end - begin
+    return begin.elapsed_time(end) / 1000
 
 
 class RankTimes(NamedTuple):
@@ -42,21 +67,18 @@ class StepTimer:
     def __init__(self) -> None:
         self._data_seconds = 0.0
         self._seconds = 0.0
-        self._encode_seconds: list[float] = []
-        self._encode_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._began: float | torch.cuda.Event = 0.0
+        self._encoded: list[tuple[Moment, Moment]] = []
+        self._device = torch.device("cpu")
+        self._began: Moment = 0.0
         self._everyone: Tensor | None = None
 
     def begin_encoding(self, device: torch.device) -> None:
         """The towers begin."""
-        self._began = _mark() if device.type == "cuda" else time.perf_counter()
+        self._device, self._began = device, now(device)
 
     def end_encoding(self) -> None:
         """The towers are done, or will be once the device gets there."""
-        if isinstance(self._began, float):
-            self._encode_seconds.append(time.perf_counter() - self._began)
-        else:
-            self._encode_events.append((self._began, _mark()))
+        self._encoded.append((self._began, now(self._device)))
 
     def end_step(self, data_seconds: float, seconds: float) -> None:
         """Note a whole step: the wait for its batch, and all of it."""
@@ -70,10 +92,9 @@ class StepTimer:
             (3 world_size,), float32 on the CPU: zeros but for the numbers of this rank.
         """
         # The last one noted belongs to the step under way.
-        done, self._encode_seconds = self._encode_seconds[:-1], self._encode_seconds[-1:]
-        passed = [pair for pair in self._encode_events[:-1] if pair[1].query()]
-        self._encode_events = self._encode_events[len(passed) :]
-        encode_seconds = sum(done) + sum(begin.elapsed_time(end) for begin, end in passed) / 1000
+        passed = [pair for pair in self._encoded[:-1] if has_passed(pair[1])]
+        self._encoded = self._encoded[len(passed) :]
+        encode_seconds = sum(seconds_between(*pair) for pair in passed)
         row = torch.zeros(world_size, _NUM_NUMBERS)
         row[rank] = torch.tensor([self._data_seconds, encode_seconds, self._seconds])
         self._data_seconds = self._seconds = 0.0
@@ -92,9 +113,3 @@ class StepTimer:
         if rows is None:
             return []
         return [RankTimes(*row) for row in rows.view(-1, _NUM_NUMBERS).tolist()]
-
-
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

@@ -3,14 +3,20 @@
 import logging
 import math
 import os
-import time
 from collections.abc import Sequence
 from statistics import median_low
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dist_siglip.health.step_timing import RankTimes, StepTimer
+from dist_siglip.health.step_timing import (
+    Moment,
+    RankTimes,
+    StepTimer,
+    has_passed,
+    now,
+    seconds_between,
+)
 from dist_siglip.training.callbacks.loggers import MetricsLog
 
 logger = logging.getLogger(__name__)
@@ -100,6 +106,10 @@ class Throughput(Callback):
     train/pairs_per_second: pairs of the global batch per second of wall time.
     train/data_wait_percent: share of that time in which this rank waited for its next batch.
 
+    On a GPU both are times of the device, which works behind the host: it waits for a batch if it
+    is done with everything else. They are read without waiting for it, so that steps it has not
+    done yet count in the next interval.
+
     train/slowest_rank, train/slowest_rank_data_wait_percent, train/slowest_rank_encode_percent: of
     several ranks, the one that takes longest for its batches and its towers, which the others
     wait for, and the shares of its time; a rank that stays slow is warned of (``Stragglers``).
@@ -111,10 +121,11 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._busy_seconds = 0.0
         self._waiting_seconds = 0.0
-        self._step_waiting_seconds = 0.0
         self._num_steps = 0
-        self._last_end: float | None = None
-        self._start = 0.0
+        # End of the step before, begin, end; of steps whose end the device has yet to reach.
+        self._pending: list[tuple[Moment, Moment, Moment]] = []
+        self._last_end: Moment | None = None
+        self._start: Moment = 0.0
         self._num_intervals = 0
         self._num_bound = 0
         self._stragglers = Stragglers()
@@ -124,16 +135,13 @@ class Throughput(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLog):
                 logger.discard_after(trainer.global_step)
-        self._last_end = time.perf_counter()
+        self._last_end = now(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time since the previous step's end as waiting."""
-        self._start = time.perf_counter()
-        if self._last_end is not None:
-            self._step_waiting_seconds = self._start - self._last_end
-            self._waiting_seconds += self._step_waiting_seconds
+        """Note when the step begins; the time since the end of the one before was waiting."""
+        self._start = now(pl_module.device)
 
     def on_train_batch_end(
         self,
@@ -144,15 +152,15 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         """Log every ``log_every_n_steps``."""
-        now = time.perf_counter()
-        busy_seconds = now - self._start
-        waiting_seconds, self._step_waiting_seconds = self._step_waiting_seconds, 0.0
-        self._busy_seconds += busy_seconds
-        self._num_steps += 1
+        end = now(pl_module.device)
         timer = _step_timer_of(pl_module)
-        timer.end_step(waiting_seconds, waiting_seconds + busy_seconds)
+        # Directly behind an evaluation nothing is known of the wait.
+        before = self._start if self._last_end is None else self._last_end
+        self._pending.append((before, self._start, end))
+        self._last_end = end
+        self._settle(timer)
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning
-        if every and trainer.global_step % every == 0:
+        if every and trainer.global_step % every == 0 and self._num_steps:
             seconds = self._busy_seconds + self._waiting_seconds
             num_pairs = self._num_steps * len(batch.images) * trainer.world_size
             pl_module.log_dict(
@@ -167,7 +175,17 @@ class Throughput(Callback):
             self._judge(trainer, self._num_steps * len(batch.images))
             self._busy_seconds = self._waiting_seconds = 0.0
             self._num_steps = 0
-        self._last_end = now
+
+    def _settle(self, timer: StepTimer) -> None:
+        """Add up the steps that are over on the device."""
+        while self._pending and has_passed(self._pending[0][2]):
+            before, begin, end = self._pending.pop(0)
+            waiting_seconds = seconds_between(before, begin)
+            busy_seconds = seconds_between(begin, end)
+            self._waiting_seconds += waiting_seconds
+            self._busy_seconds += busy_seconds
+            self._num_steps += 1
+            timer.end_step(waiting_seconds, waiting_seconds + busy_seconds)
 
     def _judge(self, trainer: Trainer, num_local_pairs: int) -> None:
         """Say so if the interval was bound by the data; the first one starts the workers."""
@@ -201,7 +219,7 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again."""
-        self._last_end = time.perf_counter()
+        self._last_end = now(pl_module.device)
 
 
 def workers_needed(workers: int, busy_seconds: float, waiting_seconds: float) -> int:

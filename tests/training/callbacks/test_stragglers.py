@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from dist_siglip.health import step_timing
 from dist_siglip.health.step_timing import RankTimes, StepTimer
-from dist_siglip.training.callbacks import Preemption, Throughput, throughput
+from dist_siglip.training.callbacks import Preemption, Throughput
 from dist_siglip.training.callbacks.throughput import Stragglers, is_straggler
 from tests.support.clock import CountedClock
 from tests.support.processes import run_ranks
@@ -118,7 +118,7 @@ class _Late(Callback):
 
 def _logged(rank, world_size, model, folder):
     found, clock = {}, CountedClock()
-    throughput.time = step_timing.time = clock  # in this process, which does nothing else
+    step_timing.time = clock  # in this process, which does nothing else
     for where in ("data", "towers"):
         module, values = locked_module(model), {}
         if where == "towers" and rank == 1:
