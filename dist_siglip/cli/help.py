@@ -39,7 +39,7 @@ COMMON_TRAINER_OPTIONS = {
     "strategy": "auto, ddp, or a class path, such as ours for FSDP2.",
     "devices": "Ranks of each node: a number, GPUs as [0,1], or auto.",
     "num_nodes": "Nodes of the run.",
-    "precision": "32-true (null), bf16-mixed, 16-mixed, ...",
+    "precision": "bf16-mixed (null, if the GPU has it), 32-true, 16-mixed, ...",
     "logger": "Loggers beside ours, by class path.",
     "callbacks": "Callbacks beside ours, by class path.",
     "fast_dev_run": "Try one batch (true) or so many, and keep nothing.",

@@ -244,6 +244,14 @@ def keep_pictures(data: Any, folder: RunFolder) -> None:
             data[name] = value
 
 
+def recorded_precision(folder: RunFolder) -> str | None:
+    """Precision of the run in a folder, which null means 32-true in; None if there is no run."""
+    if folder.newest_checkpoint() is None:
+        return None
+    trainer = _recorded_settings(folder).get("trainer") or {}
+    return str(trainer.get("precision") or "32-true")
+
+
 def set_aside_unreadable(folder: RunFolder) -> None:
     """Keep a configuration that cannot be read under another name: it is written anew."""
     if _problem_of_settings(folder) is not None:

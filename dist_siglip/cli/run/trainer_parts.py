@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import Strategy
 from torch import cuda
 
@@ -106,6 +107,30 @@ def check_gpus(settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     complaint = complain_about_gpus(environ)
     if complaint:
         raise UserError(f"trainer.devices ({settings.get('devices')}): {complaint}")
+
+
+def precision(settings: Mapping[str, Any], recorded: str | None) -> str | None:
+    """Choose the precision on a GPU, where the settings leave it open.
+
+    Args:
+        settings: of the Trainer, with what they name built.
+        recorded: precision of the run so far; None of a new one.
+
+    Returns:
+        That of the run so far; of a new one bf16-mixed, if the GPU computes in it. None leaves it
+        to Lightning, which takes 32-true.
+    """
+    is_gpu = settings.get("accelerator") in ("auto", "gpu", "cuda") and cuda.is_available()
+    plugins = listed(settings.get("plugins"))
+    is_open = settings.get("precision") is None and not any(
+        isinstance(each, Precision) for each in plugins
+    )
+    # A process that is to be forked must not touch CUDA.
+    if not is_gpu or not is_open or "fork" in str(settings.get("strategy")):
+        return None
+    if recorded is not None:
+        return recorded
+    return "bf16-mixed" if cuda.is_bf16_supported(including_emulation=False) else None
 
 
 class SlurmTasks(SLURMEnvironment):

@@ -35,6 +35,7 @@ from dist_siglip.cli.run.start_point import (
     keep_pictures,
     once_per_node,
     owes_evaluation,
+    recorded_precision,
     schedule_change,
     set_aside_unreadable,
     steps_behind,
@@ -48,6 +49,7 @@ from dist_siglip.cli.run.trainer_parts import (
     draws_bar,
     more_loggers,
     plugins,
+    precision,
     scratch_folder,
     strategy,
 )
@@ -108,6 +110,7 @@ class TrainingCLI(LightningCLI):
     datamodule: ImageTextDataModule
     trainer: Trainer
     _lock: ProcessLock | None = None
+    _chosen_precision: str | None = None
     exit_code = 0
 
     @staticmethod
@@ -165,6 +168,9 @@ class TrainingCLI(LightningCLI):
         check_gpus(settings, os.environ)
         metrics_log = MetricsLog(root)
         kwargs |= strategy(settings)
+        self._chosen_precision = precision(settings, recorded_precision(self.folder))
+        if self._chosen_precision is not None:
+            kwargs["precision"] = self._get_all().trainer.precision = self._chosen_precision
         try:
             trainer = super().instantiate_trainer(
                 default_root_dir=str(root),
@@ -223,7 +229,15 @@ class TrainingCLI(LightningCLI):
                 content = json.dumps(provenance, indent=1) + "\n"
                 write_atomically(self.folder.provenance, content)
             num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            logger.info("run folder %s, %.1f M parameters", self.folder.path, num_parameters / 1e6)
+            logger.info(
+                "run folder %s, %.1f M parameters, precision %s%s",
+                self.folder.path,
+                num_parameters / 1e6,
+                self.trainer.precision,
+                " (of this GPU or run; trainer.precision sets another)"
+                if self._chosen_precision
+                else "",
+            )
             if change:
                 logger.info("%s", change)
 

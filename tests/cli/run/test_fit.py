@@ -153,6 +153,7 @@ def test_mixed_precision_with_clipping_trains(uninterrupted, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = losses(uninterrupted / "run")
     assert losses(tmp_path / "run")[1] == pytest.approx(expected[1], rel=2e-2)
+    assert "precision bf16-mixed\n" in RunFolder(tmp_path / "run").log.read_text()
 
 
 def test_another_experiment_in_the_folder_is_refused(uninterrupted):
