@@ -121,7 +121,6 @@ def modality_metrics(
         ``text_to_image_...``; ``linear_separability``; ``images_on_their_side`` and
         ``texts_on_their_side`` of a plane through the origin. Arrays: ``image_explained_variance``
         and ``text_explained_variance`` (D,), ``separating_direction`` (D,).
-
     """
     sides = {"image": image_features, "text": text_features}
     gap = modality_gap(image_features, text_features, group=group)._asdict()

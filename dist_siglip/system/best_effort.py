@@ -59,11 +59,9 @@ class LineLog:
         if not self._waiting:
             return
         count = len(self._waiting)
+        lines = "".join(f"{line}\n" for line in self._waiting)
         try:
-            append_whole(
-                self.path,
-                "".join(f"{line}\n" for line in self._waiting).encode(errors="backslashreplace"),
-            )
+            append_whole(self.path, lines.encode(errors="backslashreplace"))
         except MovedError:
             return  # the run ends for it, and says so
         except OSError as error:
@@ -113,22 +111,15 @@ def append_whole(path: Path, lines: bytes) -> None:
 
 
 def _take_turn(descriptor: int) -> None:
-    """Lock a file for this process until it is closed, unless that takes too long."""
+    """Lock a file for this process until it is closed, where that works and does not take long."""
     latest = time.monotonic() + _WAIT_SECONDS
-    while not _can_go_on(descriptor) and time.monotonic() < latest:
-        time.sleep(0.001)
-
-
-def _can_go_on(descriptor: int) -> bool:
-    """Try to lock a file; True if that worked, or never will."""
-    try:
-        # Locks of this kind are not inherited: a worker forked meanwhile cannot keep one.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+    with suppress(OSError):
+        while time.monotonic() < latest:
+            with suppress(BlockingIOError):
+                # Locks of this kind are not inherited: a worker forked meanwhile cannot keep one.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.001)
 
 
 @contextmanager
