@@ -4,7 +4,8 @@ from dist_siglip.losses.arguments import LossOutput
 from dist_siglip.losses.composite import WeightedLoss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.logit_scale import BiasParameterization, LogitConfig, LogitScaleBias
-from dist_siglip.losses.modules import ClipLoss, SigLipLoss
+from dist_siglip.losses.matryoshka import matryoshka_sigmoid_loss, matryoshka_softmax_loss
+from dist_siglip.losses.modules import ClipLoss, MatryoshkaLoss, SigLipLoss
 from dist_siglip.losses.research.adapter import SimplexAdapter
 from dist_siglip.losses.research.modalities import ModalityGraph, multimodal_sigmoid_loss
 from dist_siglip.losses.research.relevance import relevance_sigmoid_loss, relevance_softmax_loss
@@ -18,6 +19,7 @@ __all__ = [
     "LogitConfig",
     "LogitScaleBias",
     "LossOutput",
+    "MatryoshkaLoss",
     "ModalityGraph",
     "SigLipLoss",
     "SimplexAdapter",
@@ -25,6 +27,8 @@ __all__ = [
     "alignment_loss",
     "cross_uniformity_loss",
     "match_loss",
+    "matryoshka_sigmoid_loss",
+    "matryoshka_softmax_loss",
     "multimodal_sigmoid_loss",
     "relevance_sigmoid_loss",
     "relevance_softmax_loss",

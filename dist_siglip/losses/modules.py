@@ -2,13 +2,28 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import FiniteCheck, LossOutput, Nonfinite
+from dist_siglip.losses.arguments import (
+    FiniteCheck,
+    LossOutput,
+    Nonfinite,
+    duplicates_of,
+    uses_caption_ids,
+    uses_logit_bias,
+    uses_picture_ids,
+)
 from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.matryoshka import (
+    check_dims,
+    matryoshka_sigmoid_loss,
+    matryoshka_softmax_loss,
+    prefix_shares,
+)
 from dist_siglip.losses.sigmoid import siglip_loss_output
 from dist_siglip.losses.softmax import softmax_loss
 
@@ -91,7 +106,7 @@ class SigLipLoss(nn.Module):
         self.chunk_rows = chunk_rows
         self.duplicates: Duplicates | None = duplicates
         self.uses_caption_ids = self.uses_picture_ids = duplicates is not None
-        self._finite_check = FiniteCheck() if check_finite else None
+        self.finite_check = FiniteCheck() if check_finite else None
 
     def forward(
         self,
@@ -127,7 +142,7 @@ class SigLipLoss(nn.Module):
             picture_ids=picture_ids if self.uses_picture_ids else None,
             duplicates=self.duplicates or "negative",
             nonfinite=nonfinite,
-            finite_check=self._finite_check,
+            finite_check=self.finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
@@ -209,7 +224,7 @@ class ClipLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
-        self._finite_check = FiniteCheck() if check_finite else None
+        self.finite_check = FiniteCheck() if check_finite else None
 
     def forward(
         self,
@@ -229,9 +244,135 @@ class ClipLoss(nn.Module):
             logit_scale,
             logit_bias,
             nonfinite=nonfinite,
-            finite_check=self._finite_check,
+            finite_check=self.finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class MatryoshkaLoss(nn.Module):
+    """A pairwise loss at prefixes of the dimension, so that features can be cut after training.
+
+    The weighted mean of the base loss over the prefixes, see ``matryoshka_sigmoid_loss``; it sends
+    the bytes of the base loss, whose exchange, tiles and duplicates it takes over.
+
+    Args:
+        dims: columns of each prefix, like [768, 384, 192, 96]; the dimension itself is one where
+            whole features are used, too.
+        base: ``dist_siglip.losses.SigLipLoss`` or ``dist_siglip.losses.ClipLoss``, as a class path.
+            Null is the first.
+        weights: of the prefixes, in the order of dims; they count relative to their sum. Null is
+            the same for all.
+        separate_logits: whether each prefix but the largest learns a factor of the scale and an
+            addition to the bias of its own: cosines of short prefixes are larger.
+
+    Raises:
+        UserError: if dims or weights are out of range, or the base is another loss; on the first
+            call, if a prefix is larger than the dimension.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> MatryoshkaLoss([2])(eye, eye, torch.tensor(10.0), torch.tensor(-10.0))
+        tensor(0.6932)
+    """
+
+    def __init__(
+        self,
+        dims: list[int],
+        base: nn.Module | None = None,
+        weights: list[float] | None = None,
+        separate_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base = SigLipLoss() if base is None else base
+        if not isinstance(self.base, SigLipLoss | ClipLoss):
+            raise UserError(
+                f"base ({type(base).__name__}) must be SigLipLoss or ClipLoss; put MatryoshkaLoss "
+                "inside of a loss that adds terms to a base"
+            )
+        self.prefix_dims = check_dims(dims)
+        prefix_shares(dims, weights)
+        self.dims, self.weights = list(dims), weights
+        self.log_scale_offsets: nn.Parameter | None = None
+        self.bias_offsets: nn.Parameter | None = None
+        if separate_logits and len(dims) > 1:
+            self.log_scale_offsets = nn.Parameter(torch.zeros(len(dims) - 1))
+            if uses_logit_bias(self.base):
+                self.bias_offsets = nn.Parameter(torch.zeros(len(dims) - 1))
+
+    @property
+    def uses_caption_ids(self) -> bool:
+        """Whether the base takes caption ids."""
+        return uses_caption_ids(self.base)
+
+    @property
+    def uses_picture_ids(self) -> bool:
+        """Whether the base takes picture ids."""
+        return uses_picture_ids(self.base)
+
+    @property
+    def uses_logit_bias(self) -> bool:
+        """Whether the base depends on logit_bias."""
+        return uses_logit_bias(self.base)
+
+    @property
+    def duplicates(self) -> Duplicates | None:
+        """How the base treats duplicates."""
+        return duplicates_of(self.base)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        *,
+        caption_ids: Tensor | None = None,
+        picture_ids: Tensor | None = None,
+        nonfinite: Nonfinite = "raise",
+        return_statistics: bool = False,
+    ) -> Tensor | LossOutput:
+        """Return the loss; ``return_statistics`` with the duplicates counted, as ``LossOutput``."""
+        base = self.base
+        assert isinstance(base, SigLipLoss | ClipLoss)
+        check_world(base.rank, base.world_size, base.group)
+        if self.log_scale_offsets is not None:
+            factors = torch.cat([self.log_scale_offsets.new_ones(1), self.log_scale_offsets.exp()])
+            logit_scale = logit_scale.reshape(-1) * factors
+        if self.bias_offsets is not None and logit_bias is not None:
+            added = torch.cat([self.bias_offsets.new_zeros(1), self.bias_offsets])
+            logit_bias = logit_bias.reshape(-1) + added
+        pairs = (image_features, text_features, logit_scale, logit_bias)
+        if isinstance(base, ClipLoss):
+            loss = matryoshka_softmax_loss(
+                *pairs,
+                dims=self.dims,
+                weights=self.weights,
+                nonfinite=nonfinite,
+                finite_check=base.finite_check,
+                exchange=base.exchange,
+                group=base.group,
+                chunk_rows=base.chunk_rows,
+            )
+            return LossOutput(loss) if return_statistics else loss
+        if base.uses_caption_ids and caption_ids is None:
+            raise UserError(
+                f"duplicates ({base.duplicates!r}) needs caption_ids: pass them, or set it to null"
+            )
+        output = matryoshka_sigmoid_loss(
+            *pairs,
+            dims=self.dims,
+            weights=self.weights,
+            caption_ids=caption_ids if base.uses_caption_ids else None,
+            picture_ids=picture_ids if base.uses_picture_ids else None,
+            duplicates=base.duplicates or "negative",
+            nonfinite=nonfinite,
+            finite_check=base.finite_check,
+            exchange=base.exchange,
+            group=base.group,
+            chunk_rows=base.chunk_rows,
+        )
+        return output if return_statistics else output.loss

@@ -135,9 +135,13 @@ class RingPass:
     def run(self, plan: Exchange) -> Shard:
         """Make the pass; return what the own shard has collected on its way."""
         brought = plan.run(self.visit)
+        self.finish()
+        return brought
+
+    def finish(self) -> None:
+        """Complete ``home_gradient`` after the last visit."""
         if self.home_gradient is not None and not self._is_begun:
             self.home_gradient.zero_()
-        return brought
 
     def visit(self, owner: int, shard: Shard, contributions: Shard) -> None:
         """Take the tiles of one shard; overwrite what this rank adds to its accumulators."""

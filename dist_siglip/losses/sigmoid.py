@@ -160,7 +160,7 @@ def siglip_loss_output(
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
-    _check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
+    check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
     ids = join_ids(caption_ids, picture_ids)
     dtype = logits_dtype(image_features)
     scale = logit_scale.reshape(()).to(dtype)
@@ -171,8 +171,8 @@ def siglip_loss_output(
         "logit_scale": scale.detach(),
         "logit_bias": bias.detach(),
     }
-    wanted = _Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
-    sides = _Sides(wanted.text and not wanted.image, image_features, text_features)
+    wanted = Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
+    sides = SigmoidSides(wanted.text and not wanted.image, image_features, text_features)
     plan = prepare_pass(
         [sides.travelling] if ids is None else [sides.travelling, ids],
         named=named,
@@ -190,7 +190,7 @@ def siglip_loss_output(
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
     )
-    ring_pass = _SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, tile_shape)
+    ring_pass = SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, tile_shape)
     ring_pass.use_ids(ids, duplicates)
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         gradients = ring_pass.gradients(ring_pass.run(plan))
@@ -212,7 +212,7 @@ def siglip_loss_output(
     return LossOutput(loss, ring_pass.duplicate_pairs)
 
 
-class _Wanted(NamedTuple):
+class Wanted(NamedTuple):
     """Which gradients are needed on this rank."""
 
     image: bool
@@ -230,7 +230,7 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class _Sides:
+class SigmoidSides:
     """Which of the two sides stays at home and which travels."""
 
     def __init__(self, images_travel: bool, image_features: Tensor, text_features: Tensor) -> None:
@@ -240,23 +240,24 @@ class _Sides:
 
     @property
     def travellers(self) -> str:
+        """Name what travels."""
         return "images" if self.images_travel else "texts"
 
-    def brings_back(self, wanted: _Wanted) -> bool:
+    def brings_back(self, wanted: Wanted) -> bool:
         """Whether a gradient travels home with the side that travels."""
         return wanted.text and not self.images_travel
 
 
-class _SigmoidPass(RingPass):
+class SigmoidPass(RingPass):
     """The only pass of the loss."""
 
     def __init__(
         self,
-        sides: _Sides,
+        sides: SigmoidSides,
         scale: Tensor,
         bias: Tensor,
         plan: Exchange,
-        wanted: _Wanted,
+        wanted: Wanted,
         tile_shape: tuple[int, int],
     ) -> None:
         home = sides.home
@@ -320,7 +321,8 @@ class _SigmoidPass(RingPass):
         return tile.derivative
 
 
-def _check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:
+def check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:
+    """Raise ``UserError`` unless ids are integers beside the features, or None."""
     if duplicates not in get_args(Duplicates):
         raise UserError(
             f"duplicates ({duplicates!r}) must be one of {', '.join(get_args(Duplicates))}"

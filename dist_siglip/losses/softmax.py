@@ -130,7 +130,7 @@ def softmax_loss(
     scale = logit_scale.detach().reshape(()).to(dtype)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         result = _run_passes(
-            _Sides(rows.detach(), columns.detach(), scale, tile_shape),
+            SoftmaxSides(rows.detach(), columns.detach(), scale, tile_shape),
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
             scale_gradient=wanted["scale"],
@@ -157,7 +157,7 @@ def softmax_loss(
 
 
 @dataclass(frozen=True)
-class _Sides:
+class SoftmaxSides:
     """Inputs of both passes: this rank's rows stay, its columns travel."""
 
     rows: Tensor
@@ -178,7 +178,7 @@ class _Result:
 
 
 def _run_passes(
-    sides: _Sides,
+    sides: SoftmaxSides,
     *,
     row_gradient: bool,
     column_gradient: bool,
@@ -203,7 +203,7 @@ def _run_passes(
         purpose=purpose,
         shared={"logit_scale": sides.scale},
     )
-    first = _SumPass(sides, plan)
+    first = SumPass(sides, plan)
     (column_negatives,) = first.run(plan)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.
     factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
@@ -226,7 +226,7 @@ def _run_passes(
         group=group,
         purpose=purpose,
     )
-    second = _GradientPass(
+    second = GradientPass(
         sides,
         plan,
         row_sums,
@@ -245,10 +245,10 @@ def _run_passes(
     return _Result(value, factor, second.home_gradient, finished, by_scale)
 
 
-class _SumPass(RingPass):
+class SumPass(RingPass):
     """First pass: log-sum-exp over the negatives of every row here and every column there."""
 
-    def __init__(self, sides: _Sides, plan: Exchange) -> None:
+    def __init__(self, sides: SoftmaxSides, plan: Exchange) -> None:
         super().__init__(sides.rows, plan, sides.tile_shape, with_home_gradient=False)
         self.scale = sides.scale
         self.positives = sides.scale.new_zeros(sides.rows.shape[0])
@@ -267,12 +267,12 @@ class _SumPass(RingPass):
             self.positives[place.matching] = tile.positives
 
 
-class _GradientPass(RingPass):
+class GradientPass(RingPass):
     """Second pass: everything it sums is unscaled, and feature gradients lack logit_scale."""
 
     def __init__(
         self,
-        sides: _Sides,
+        sides: SoftmaxSides,
         plan: Exchange,
         row_sums: Tensor,
         positive_derivative: Tensor,

@@ -1,0 +1,570 @@
+"""Pairwise losses at prefixes of the features' dimension (Matryoshka), in the passes of one loss.
+
+Features travel once, whole. Each rank cuts what arrives to its first d columns, gives every row
+length 1 again, and computes the tiles of every prefix; the gradients of all prefixes, taken back
+through the normalisation, meet in the one accumulator that goes home. So the sigmoid loss sends the
+bytes that it sends without prefixes; the softmax loss sends two numbers more per row and prefix.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.distributed import AccumulatorSpec, ExchangeName
+from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import (
+    FiniteCheck,
+    LossOutput,
+    Nonfinite,
+    check_pairs,
+    describe_wanted,
+    tile_shape_of,
+)
+from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids
+from dist_siglip.losses.kernels.tiles import inner_product, logits_dtype, sum_dtype
+from dist_siglip.losses.ring_pass import (
+    PrecomputedGradient,
+    RingPass,
+    Shard,
+    attach_gradients,
+    prepare_pass,
+    wants_gradient,
+)
+from dist_siglip.losses.sigmoid import SigmoidPass, SigmoidSides, Wanted, check_ids
+from dist_siglip.losses.softmax import GradientPass, SoftmaxSides, SumPass
+
+
+def check_dims(dims: Sequence[int], width: int | None = None) -> tuple[int, ...]:
+    """Return prefixes from the largest to the smallest.
+
+    Args:
+        dims: columns of each prefix.
+        width: of the features; None where it is not known yet.
+
+    Raises:
+        UserError: if there is none, one occurs twice, or one is below 1 or above ``width``.
+
+    Example:
+        >>> check_dims([2, 8, 4], 8)
+        (8, 4, 2)
+    """
+    ordered = tuple(sorted(dims, reverse=True))
+    if not ordered or len(set(ordered)) < len(ordered) or ordered[-1] < 1:
+        raise UserError(
+            f"dims ({list(dims)}) must be different numbers of columns, each at least 1, like "
+            "[768, 384, 192]"
+        )
+    if width is not None and ordered[0] > width:
+        raise UserError(
+            f"dims ({list(dims)}): a prefix of {ordered[0]} columns is more than the {width} that "
+            f"features have; name dims of at most {width}"
+        )
+    return ordered
+
+
+class Prefix(NamedTuple):
+    """First columns of features, every row of length 1.
+
+    Attributes:
+        unit: (B, d), in the dtype of the features.
+        lengths: (B, 1), of the rows before; None where all columns stay, as they are.
+    """
+
+    unit: Tensor
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, features: Tensor, dim: int) -> "Prefix":
+        """Cut features (B, D) to ``dim`` columns; a row of zeros stays zero."""
+        if dim == features.shape[1]:
+            return cls(features, None)
+        cut = features[:, :dim].to(logits_dtype(features))
+        lengths = cut.norm(dim=1, keepdim=True)
+        return cls((cut / _above_zero(lengths)).to(features.dtype), lengths)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Return the gradient by the columns that were cut, from that by ``unit``."""
+        if self.lengths is None:
+            return gradient
+        unit = self.unit.to(gradient.dtype)
+        tangent = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
+        return torch.where(self.lengths > 0, tangent / _above_zero(self.lengths), 0)
+
+
+def _above_zero(lengths: Tensor) -> Tensor:
+    return lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+
+
+class _Settings(NamedTuple):
+    """What a loss at prefixes computes, and how.
+
+    ``shares`` sum to 1; scale and bias have one element for each prefix.
+    """
+
+    dims: tuple[int, ...]
+    shares: tuple[float, ...]
+    scales: Tensor
+    biases: Tensor | None
+    tile_shape: tuple[int, int]
+    nonfinite: Nonfinite
+    finite_check: FiniteCheck | None
+    exchange: ExchangeName
+    group: ProcessGroup | None
+
+    def named(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
+        """What must be finite."""
+        found = {
+            "image_features": image_features.detach(),
+            "text_features": text_features.detach(),
+            "logit_scale": _smallest(self.scales),
+        }
+        return found if self.biases is None else {**found, "logit_bias": _smallest(self.biases)}
+
+    def shared(self) -> dict[str, Tensor]:
+        """Numbers that ranks compare."""
+        found = {"logit_scale": self.scales.detach().mean()}
+        return (
+            found if self.biases is None else {**found, "logit_bias": self.biases.detach().mean()}
+        )
+
+    def purpose(self, kind: str, more: str) -> str:
+        """What ranks must agree on."""
+        return f"{kind} at prefixes; dims {self.dims}; weights {self.shares}; {more}"
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """Return the smallest element, (); not a number if any is not finite."""
+    values = values.detach()
+    return torch.where(values.isfinite().all(), values.min(), torch.nan)
+
+
+def matryoshka_sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    caption_ids: Tensor | None = None,
+    picture_ids: Tensor | None = None,
+    duplicates: Duplicates = "positive",
+    nonfinite: Nonfinite = "raise",
+    finite_check: FiniteCheck | None = None,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> LossOutput:
+    """Weighted mean of ``siglip_loss`` at prefixes of the dimension, in its one pass.
+
+    With u[:d] / |u[:d]| for the rows of both sides, and weights a[d]:
+
+        loss = sum_d a[d] * siglip_loss(images[d], texts[d], scale[d], bias[d]) / sum_d a[d]
+
+    The prefix of all columns takes features as they are.
+
+    Distributed contract: that of ``siglip_loss``; features travel once, with the same bytes.
+
+    Args:
+        image_features: (B, D), L2-normalised.
+        text_features: (B, D), L2-normalised, same dtype.
+        logit_scale: one element > 0, or one for each prefix in the order of ``check_dims``.
+        logit_bias: likewise, any sign; None for none.
+        dims: columns of each prefix, at most D, in any order.
+        weights: a[d] >= 0 in the order of ``dims``; None is 1 each.
+        caption_ids: as in ``siglip_loss``.
+        picture_ids: as in ``siglip_loss``.
+        duplicates: as in ``siglip_loss``; each prefix counts the same ones.
+        nonfinite: as in ``siglip_loss``.
+        finite_check: as in ``siglip_loss``.
+        exchange: as in ``siglip_loss``.
+        group: process group; the default group if None.
+        chunk_rows: as in ``siglip_loss``.
+
+    Raises:
+        UserError: as ``siglip_loss``, or if dims or weights are out of range or differ by rank.
+
+    Example:
+        >>> eye, ten = torch.eye(4), torch.tensor(10.0)
+        >>> matryoshka_sigmoid_loss(eye, eye, ten, -ten, dims=[4]).loss
+        tensor(0.6933)
+
+    Source:
+        Kusupati et al. 2022, arXiv:2205.13147, equation 1; the sum is divided by the weights, so
+        that learning rate and clipping compare with those of one prefix.
+    """
+    settings = _settings(
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        dims=dims,
+        weights=weights,
+        nonfinite=nonfinite,
+        finite_check=finite_check,
+        exchange=exchange,
+        group=group,
+        chunk_rows=chunk_rows,
+    )
+    dtype, dims = logits_dtype(image_features), settings.dims
+    ids_given = {"caption_ids": caption_ids, "picture_ids": picture_ids}
+    check_ids(ids_given, duplicates, image_features)
+    ids = join_ids(caption_ids, picture_ids)
+    biases = torch.zeros_like(settings.scales) if settings.biases is None else settings.biases
+    wanted = Wanted(*map(wants_gradient, (image_features, text_features, settings.scales, biases)))
+    whole = SigmoidSides(wanted.text and not wanted.image, image_features, text_features)
+    brings_back = whole.brings_back(wanted)
+    plan = prepare_pass(
+        [whole.travelling] if ids is None else [whole.travelling, ids],
+        named=settings.named(image_features, text_features),
+        nonfinite=nonfinite,
+        finite_check=finite_check,
+        accumulators=[AccumulatorSpec(image_features.shape[1:], dtype)] * brings_back,
+        exchange=exchange,
+        group=group,
+        purpose=settings.purpose(
+            "sigmoid loss",
+            f"{whole.travellers} travel; gradients: {describe_wanted(wanted._asdict())}; "
+            f"{'no bias' if logit_bias is None else 'bias'}; "
+            f"duplicates: {'no ids' if ids is None else duplicates}"
+            f"{'' if picture_ids is None else ', with picture ids'}",
+        ),
+        shared=settings.shared(),
+    )
+    homes = [Prefix.of(whole.home, dim) for dim in dims]
+    passes = []
+    for number, (dim, home) in enumerate(zip(dims, homes, strict=True)):
+        travelling = Prefix.of(whole.travelling, dim).unit
+        pair = (travelling, home.unit) if whole.images_travel else (home.unit, travelling)
+        each = SigmoidPass(
+            SigmoidSides(whole.images_travel, *pair),
+            settings.scales[number].detach(),
+            biases[number].detach(),
+            plan,
+            wanted,
+            settings.tile_shape,
+        )
+        each.use_ids(ids, duplicates)
+        passes.append(each)
+    factors = [
+        share * scale
+        for share, scale in zip(settings.shares, settings.scales.detach(), strict=True)
+    ]
+
+    def visit(owner: int, shard: Shard, contributions: Shard) -> None:
+        total = contributions[0] if contributions else None
+        _visit_prefixes(passes, dims, factors, owner, shard[0], [shard[1:]] * len(dims), total)
+
+    with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+        brought = plan.run(visit)
+        for each in passes:
+            each.finish()
+        found = [each.gradients(()) for each in passes]
+        at_home = _sum_at_home(passes, homes, factors, whole.home) if any(wanted) else None
+        shares = biases.new_tensor(settings.shares, dtype=sum_dtype(biases.device))
+        value = (torch.stack([each.value for each in passes]) * shares).sum()
+    travelled = brought[0] if brought else None
+    by_side = (travelled, at_home) if whole.images_travel else (at_home, travelled)
+    factor = plan.world_size / max(plan.total_rows, 1)
+    value = (value * factor).to(dtype)
+    if finite_check is not None:
+        finite_check.remember(value)
+    gradients = [
+        PrecomputedGradient(features, gradient if is_wanted else None, factor)
+        for features, gradient, is_wanted in zip(
+            (image_features, text_features), by_side, wanted[:2], strict=True
+        )
+    ]
+    for scalars, parts in (
+        (settings.scales, [each.scale for each in found]),
+        (biases, [each.bias for each in found]),
+    ):
+        gradients.append(PrecomputedGradient(scalars, _weighted(parts, shares), factor))
+    loss = attach_gradients("matryoshka_sigmoid_loss", value, gradients)
+    return LossOutput(loss, passes[0].duplicate_pairs)
+
+
+def _weighted(parts: Sequence[Tensor | None], shares: Tensor) -> Tensor | None:
+    """Return the gradients of K scalars, (K,); None if they are not wanted."""
+    known = [part for part in parts if part is not None]
+    return torch.stack(known) * shares if known else None
+
+
+def _visit_prefixes(
+    passes: Sequence[RingPass],
+    dims: Sequence[int],
+    factors: Sequence[Tensor],
+    owner: int,
+    rows: Tensor,
+    more: Sequence[Shard],
+    total: Tensor | None,
+) -> None:
+    """Let every pass visit its prefix of a shard; put their sum in ``total``, (rows, D)."""
+    if total is not None:
+        total.zero_()
+    for each, dim, factor, others in zip(passes, dims, factors, more, strict=True):
+        prefix = Prefix.of(rows, dim)
+        if total is None:
+            each.visit(owner, (prefix.unit, *others), ())
+            continue
+        added = total.new_empty(len(rows), dim)
+        each.visit(owner, (prefix.unit, *others), (added,))
+        total[:, :dim] += prefix.pull_back(added) * factor
+
+
+def _sum_at_home(
+    passes: Sequence[RingPass], homes: Sequence[Prefix], factors: Sequence[Tensor], home: Tensor
+) -> Tensor | None:
+    """Sum the gradients of the rows at home over the prefixes, (B, D); None if there are none."""
+    total = torch.zeros_like(home, dtype=logits_dtype(home))
+    for each, prefix, factor in zip(passes, homes, factors, strict=True):
+        if each.home_gradient is None:
+            return None
+        total[:, : prefix.unit.shape[1]] += prefix.pull_back(each.home_gradient) * factor
+    return total
+
+
+def matryoshka_softmax_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    nonfinite: Nonfinite = "raise",
+    finite_check: FiniteCheck | None = None,
+    exchange: ExchangeName = "auto",
+    group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Weighted mean of ``softmax_loss`` at prefixes of the dimension, in its two passes.
+
+    Formula as ``matryoshka_sigmoid_loss``, contract that of ``softmax_loss``: features travel once
+    in each pass, with one sum of columns for each prefix.
+
+    Args:
+        image_features: (B, D), L2-normalised.
+        text_features: (B, D), L2-normalised, same dtype.
+        logit_scale: one element > 0, or one for each prefix in the order of ``check_dims``.
+        logit_bias: without effect, as in ``softmax_loss``.
+        dims: columns of each prefix, at most D, in any order.
+        weights: as in ``matryoshka_sigmoid_loss``.
+        nonfinite: as in ``softmax_loss``.
+        finite_check: as in ``softmax_loss``.
+        exchange: as in ``softmax_loss``.
+        group: process group; the default group if None.
+        chunk_rows: as in ``softmax_loss``.
+
+    Raises:
+        UserError: as ``softmax_loss``, or if dims or weights are out of range or differ by rank.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> matryoshka_softmax_loss(eye, eye, torch.tensor(1.0), dims=[2])
+        tensor(0.3133)
+    """
+    settings = _settings(
+        image_features,
+        text_features,
+        logit_scale,
+        None,
+        dims=dims,
+        weights=weights,
+        nonfinite=nonfinite,
+        finite_check=finite_check,
+        exchange=exchange,
+        group=group,
+        chunk_rows=chunk_rows,
+    )
+    wanted = {
+        "image": wants_gradient(image_features),
+        "text": wants_gradient(text_features),
+        "scale": wants_gradient(settings.scales),
+    }
+    # The side that travels should be the one that needs no gradient.
+    swapped = wanted["text"] and not wanted["image"]
+    sides = (image_features, text_features)
+    rows, columns = reversed(sides) if swapped else sides
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        result = _softmax_passes(
+            settings,
+            rows.detach(),
+            columns.detach(),
+            named=settings.named(image_features, text_features),
+            row_gradient=wanted["text" if swapped else "image"],
+            column_gradient=wanted["image" if swapped else "text"],
+            scale_gradient=wanted["scale"],
+            purpose=settings.purpose("softmax loss", f"gradients: {describe_wanted(wanted)}"),
+        )
+    if finite_check is not None:
+        finite_check.remember(result.value)
+    gradients = [
+        PrecomputedGradient(rows, result.rows, result.factor),
+        PrecomputedGradient(columns, result.columns, result.factor),
+        PrecomputedGradient(settings.scales, result.scales, result.factor),
+    ]
+    if logit_bias is not None:
+        gradients.append(PrecomputedGradient(logit_bias, torch.zeros_like(logit_bias)))
+    return attach_gradients("matryoshka_softmax_loss", result.value, gradients)
+
+
+class _SoftmaxResult(NamedTuple):
+    value: Tensor
+    factor: float
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    scales: Tensor | None = None
+
+
+def _softmax_passes(
+    settings: _Settings,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    named: dict[str, Tensor],
+    row_gradient: bool,
+    column_gradient: bool,
+    scale_gradient: bool,
+    purpose: str,
+) -> _SoftmaxResult:
+    dims, dtype = settings.dims, settings.scales.dtype
+    plan = prepare_pass(
+        [columns],
+        named=named,
+        nonfinite=settings.nonfinite,
+        finite_check=settings.finite_check,
+        accumulators=[AccumulatorSpec((), dtype)] * len(dims),
+        combine="logaddexp",
+        exchange=settings.exchange,
+        group=settings.group,
+        purpose=purpose,
+        shared=settings.shared(),
+    )
+    homes = [Prefix.of(rows, dim) for dim in dims]
+    sides = [
+        SoftmaxSides(home.unit, Prefix.of(columns, dim).unit, scale, settings.tile_shape)
+        for home, dim, scale in zip(homes, dims, settings.scales.detach(), strict=True)
+    ]
+    first = [SumPass(each, plan) for each in sides]
+
+    def add_up(owner: int, shard: Shard, contributions: Shard) -> None:
+        for each, dim, sums in zip(first, dims, contributions, strict=True):
+            each.visit(owner, (Prefix.of(shard[0], dim).unit,), (sums,))
+
+    column_negatives = plan.run(add_up)
+    factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
+    shares = settings.scales.new_tensor(settings.shares, dtype=sum_dtype(rows.device))
+    positives = torch.stack([each.positives for each in first])
+    negatives = torch.stack(
+        [torch.stack([each.row_negatives for each in first]), torch.stack(column_negatives)]
+    )  # (2, K, B)
+    excess = negatives - positives
+    terms = torch.logaddexp(excess, torch.zeros_like(excess)).sum(dim=(0, 2), dtype=shares.dtype)
+    value = ((terms * shares).sum() * factor).to(dtype)
+    if not (row_gradient or column_gradient or scale_gradient):
+        return _SoftmaxResult(value, factor)
+
+    row_sums, column_sums = torch.logaddexp(negatives, positives).unbind()
+    positive_derivatives = -torch.sigmoid(excess).sum(dim=0)
+    plan = prepare_pass(
+        [columns, column_sums.T.contiguous()],
+        named={},
+        nonfinite="propagate",
+        accumulators=[AccumulatorSpec(columns.shape[1:], dtype)] * column_gradient,
+        exchange=settings.exchange,
+        group=settings.group,
+        purpose=purpose,
+    )
+    second = [
+        GradientPass(
+            each,
+            plan,
+            row_sums[number],
+            positive_derivatives[number],
+            # The derivative by the scale follows from it.
+            row_gradient=row_gradient or scale_gradient,
+            scale_gradient=False,
+        )
+        for number, each in enumerate(sides)
+    ]
+    factors = [
+        share * scale
+        for share, scale in zip(settings.shares, settings.scales.detach(), strict=True)
+    ]
+
+    def visit(owner: int, shard: Shard, contributions: Shard) -> None:
+        sums = [(column.contiguous(),) for column in shard[1].unbind(dim=1)]
+        total = contributions[0] if contributions else None
+        _visit_prefixes(second, dims, factors, owner, shard[0], sums, total)
+
+    brought = plan.run(visit)
+    by_scale = []
+    for each, one in zip(sides, second, strict=True):
+        one.finish()
+        if scale_gradient and one.home_gradient is not None:
+            by_scale.append(inner_product(each.rows, one.home_gradient))
+    at_home = _sum_at_home(second, homes, factors, rows) if row_gradient else None
+    return _SoftmaxResult(
+        value, factor, at_home, brought[0] if brought else None, _weighted(by_scale, shares)
+    )
+
+
+def _settings(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float] | None,
+    nonfinite: Nonfinite,
+    finite_check: FiniteCheck | None,
+    exchange: ExchangeName,
+    group: ProcessGroup | None,
+    chunk_rows: int | None,
+) -> _Settings:
+    """Check the arguments that both losses share."""
+    check_pairs(image_features, text_features)
+    ordered = check_dims(dims, image_features.shape[1])
+    dtype = logits_dtype(image_features)
+    scales = _for_each("logit_scale", logit_scale, len(ordered), dtype)
+    biases = None
+    if logit_bias is not None:
+        biases = _for_each("logit_bias", logit_bias, len(ordered), dtype)
+    return _Settings(
+        ordered,
+        prefix_shares(dims, weights),
+        scales,
+        biases,
+        tile_shape_of(chunk_rows, image_features.device),
+        nonfinite,
+        finite_check,
+        exchange,
+        group,
+    )
+
+
+def prefix_shares(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """Return weights that sum to 1, in the order of ``check_dims``; None is 1 each."""
+    given = [1.0] * len(dims) if weights is None else list(weights)
+    is_finite = all(0 <= weight < float("inf") for weight in given)
+    if len(given) != len(dims) or not is_finite or not sum(given) > 0:
+        raise UserError(
+            f"weights ({given}) must be {len(dims)} finite numbers, one for each of dims "
+            f"({list(dims)}), 0 or above and not all 0"
+        )
+    by_dim = dict(zip(dims, given, strict=True))
+    return tuple(by_dim[dim] / sum(given) for dim in check_dims(dims))
+
+
+def _for_each(name: str, value: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return one element for each prefix, (K,), with the graph of ``value``."""
+    if not isinstance(value, Tensor) or value.numel() not in (1, count):
+        raise UserError(
+            f"{name} must be a tensor with one element, or one for each of {count} dims"
+        )
+    return value.reshape(-1).to(dtype).expand(count)
