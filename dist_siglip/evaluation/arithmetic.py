@@ -140,11 +140,7 @@ class HandwritingArithmetic(Benchmark):
         self._shards = BenchmarkShards(shards, captions, loading, name=name)
 
     def check(self) -> None:
-        """Find what is wrong with settings and shards.
-
-        Raises:
-            UserError: naming it.
-        """
+        """Find what is wrong with settings and shards."""
         super().check()
         check_strength(self._strength, self.name)
         self._shards.check()
@@ -311,11 +307,7 @@ class Simat(Benchmark):
         self._strength = strength
 
     def check(self) -> None:
-        """Find what is wrong with settings and files.
-
-        Raises:
-            UserError: naming it.
-        """
+        """Find what is wrong with settings and files."""
         super().check()
         check_strength(self._strength, self.name)
         if self._split not in ("dev", "test"):

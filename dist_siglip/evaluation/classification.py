@@ -190,11 +190,7 @@ class Classification(Benchmark):
         self._shards = BenchmarkShards(shards, labels, loading, name=name)
 
     def check(self) -> None:
-        """Find what is wrong with settings, class names and shards.
-
-        Raises:
-            UserError: naming it.
-        """
+        """Find what is wrong with settings, class names and shards."""
         super().check()
         self._shards.check()
         self._read_names()

@@ -51,11 +51,7 @@ class PairMetrics(Benchmark):
         self._shards = BenchmarkShards(shards, captions, loading, name=name)
 
     def check(self) -> None:
-        """Find what is wrong with settings and shards.
-
-        Raises:
-            UserError: naming it.
-        """
+        """Find what is wrong with settings and shards."""
         super().check()
         if self._global_batch_size is not None and self._global_batch_size < 1:
             raise UserError(
@@ -121,11 +117,7 @@ class Retrieval(Benchmark):
         self._shards = BenchmarkShards(shards, captions, loading, name=name)
 
     def check(self) -> None:
-        """Find what is wrong with settings and shards.
-
-        Raises:
-            UserError: naming it.
-        """
+        """Find what is wrong with settings and shards."""
         super().check()
         if not self._top_k or min(self._top_k) < 1:
             raise UserError(

@@ -66,11 +66,7 @@ class CacheSettings:
     patience_seconds: float = PATIENCE_SECONDS
 
     def check(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UserError: naming the setting.
-        """
+        """Refuse numbers out of range."""
         if not 0 < self.max_gib < math.inf:
             raise UserError(
                 f"cache.max_gib ({self.max_gib}) must be a finite number above 0; give what the "
