@@ -169,13 +169,13 @@ class Watchdog(Callback):
         if isinstance(exception, (KeyboardInterrupt, SystemExit)):
             self._watchdog.stop()
             return
-        blame = self._watchdog.explain(loader_failure(exception) or exception)
-        found = self._watchdog.blamed
+        cause = self._watchdog.explain(loader_failure(exception) or exception)
+        found = self._watchdog.verdict
         if found is not None and found.exit_code == LoaderError.exit_code:
             # The command line tells it, and ends with that code, on every rank.
             exception.__cause__ = exception.__cause__ or LoaderError(found.line)
-        elif blame is not None:
-            logger.error("a collective failed: %s", blame)
+        elif cause is not None:
+            logger.error("a collective failed: %s", cause)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch no longer."""

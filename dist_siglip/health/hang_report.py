@@ -200,7 +200,7 @@ def describe(statuses: Mapping[int, RankStatus], world_size: int) -> str:
         in barrier (a.py:1), step 3'
     """
     stalled = stalled_ranks(statuses, world_size)
-    lines = [_blame(rank, statuses.get(rank)) for rank in stalled[:_MOST_TOLD]]
+    lines = [_describe(rank, statuses.get(rank)) for rank in stalled[:_MOST_TOLD]]
     if len(stalled) > _MOST_TOLD:
         lines.append(f"so with rank {list_ranks(stalled[_MOST_TOLD:])}")
     if not stalled:
@@ -215,7 +215,7 @@ def describe(statuses: Mapping[int, RankStatus], world_size: int) -> str:
     return "; ".join(lines)
 
 
-def _blame(rank: int, status: RankStatus | None) -> str:
+def _describe(rank: int, status: RankStatus | None) -> str:
     if status is None:
         return f"rank {rank} does not answer: it was killed, is stopped, or its node is gone"
     if status.error:

@@ -76,7 +76,7 @@ class HangWatchdog:
         end_children: ends ranks that this process has started, before it ends itself.
 
     Attributes:
-        blamed: what ``explain`` has found, if the ranks could be polled.
+        verdict: what ``explain`` has found, if the ranks could be polled.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class HangWatchdog:
         self._end_children = end_children
         self._stopped = threading.Event()
         self._verdict: Verdict | None = None
-        self.blamed: Verdict | None = None
+        self.verdict: Verdict | None = None
         self._is_ending = False
         self._idle_seconds = 0.0
         self._rank, self._world_size = 0, 1
@@ -124,7 +124,7 @@ class HangWatchdog:
         self._stopped.set()
 
     def explain(self, error: BaseException) -> str | None:
-        """Tell the other ranks that this one fails, and return why if they are to blame.
+        """Tell the other ranks that this one fails, and return why if they caused it.
 
         Watches no longer; takes some seconds at most.
         """
@@ -147,7 +147,7 @@ class HangWatchdog:
             return self._hears_nothing(status) if is_lost else None
         if verdict is None:
             return None
-        self.blamed = verdict
+        self.verdict = verdict
         self._leave(report, verdict)
         return verdict.line if is_lost and self._speaks(report) else None
 

@@ -41,8 +41,8 @@ def walk(by_rank):
                 if step >= path.first_visit:
                     visits.append((rank, shards[rank]))
                     accumulators[rank].append((rank, shards[rank]))
-                parcel = (shards[rank], accumulators[rank])
-                assert sent.setdefault(path.hops[step].goes_to, (rank, parcel))[0] == rank
+                message = (shards[rank], accumulators[rank])
+                assert sent.setdefault(path.hops[step].goes_to, (rank, message))[0] == rank
             if step < last:
                 for rank, path in enumerate(paths):
                     sender, (shards[rank], accumulators[rank]) = sent.pop(rank)

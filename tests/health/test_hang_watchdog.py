@@ -58,11 +58,11 @@ def test_a_rank_that_sleeps_in_its_data_is_named_and_all_end():
         assert "rank 0, 2 waiting in all_reduce (collectives.py:" in line
 
 
-def test_the_stacks_of_all_threads_are_written_and_those_of_the_culprit_said():
-    (_, first, stacks), (_, culprit, _), _ = ended()["sleeps"]
+def test_the_stacks_of_all_threads_are_written_and_those_of_the_stalled_rank_said():
+    (_, first, stacks), (_, stalled, _), _ = ended()["sleeps"]
     assert "in all_reduce" in stacks
     assert "most recent call first" in stacks
-    assert "in sleep_in_the_data" in culprit
+    assert "in sleep_in_the_data" in stalled
     assert "Thread 0x" not in first
 
 

@@ -1,4 +1,4 @@
-"""The loss of chosen pairs; parity over ranks: tests/training/module/test_second_look.py."""
+"""The loss of chosen pairs; parity over ranks: tests/training/module/test_hard_negatives.py."""
 
 import math
 

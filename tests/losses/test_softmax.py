@@ -181,7 +181,7 @@ def test_the_side_that_needs_no_gradient_travels(monkeypatch, frozen, travels, b
     assert len(gradients) == brings_back
 
 
-def test_without_gradients_there_is_one_trip(monkeypatch):
+def test_without_gradients_there_is_one_pass(monkeypatch):
     calls = []
     prepare = ring_pass.prepare_exchange
 

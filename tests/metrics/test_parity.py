@@ -193,7 +193,7 @@ def test_ranks_of_own_rows_are_on_the_global_gallery(single, everyone, exchange)
         assert torch.equal(result[exchange]["one"], result[exchange]["both"][1])
 
 
-def test_trip_for_the_best_is_saved_without_changing_ranks(single, everyone):
+def test_exchange_for_the_best_is_saved_without_changing_ranks(single, everyone):
     world_size, results = everyone
     for rank, result in enumerate(results):
         for mine, all_ranks in zip(result["local_ids"], single["local_ids"], strict=True):

@@ -1,4 +1,4 @@
-"""``rerank fit`` and ``rerank validate``: a second look at what a dual encoder finds.
+"""``rerank fit`` and ``rerank validate``: a head that re-ranks what a dual encoder finds.
 
 ``fit`` and ``validate`` of a fusion head on a frozen dual encoder: the same run folder, data,
 checkpoints and resuming. What a run leaves beside them is the head, ``reranker.safetensors``, and

@@ -66,8 +66,8 @@ def choose_hard_pairs(
     with the same caption, or of the same picture, are not wrong. B * (1 + 2 * num_hard + num_easy)
     pairs at most.
 
-    Distributed contract: every rank passes its own rows, any number of them (0 too). Two trips of
-    features without gradient, and ``fetch_rows`` of tokens and of ids. Over all ranks the same
+    Distributed contract: every rank passes its own rows, any number of them (0 too). Two exchanges
+    of features without gradient, and ``fetch_rows`` of tokens and of ids. Over all ranks the same
     pairs are chosen however the rows are distributed.
 
     Args:
