@@ -105,12 +105,7 @@ class Group(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A command on a run: where its parts are declared.
-
-    Attributes:
-        cli: the class that adds options of its own.
-        model: the Lightning module.
-    """
+    """A command on a run: where its parts are declared."""
 
     cli: tuple[str, str] = ("dist_siglip.cli.run.training", "TrainingCLI")
     model: tuple[str, str] = ("dist_siglip.training.module", "SigLipModule")

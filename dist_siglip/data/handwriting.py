@@ -125,12 +125,7 @@ _STREAMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HandwritingShards:
-    """Where the shards are.
-
-    Attributes:
-        train: Paths of the training shards.
-        val: Paths of the validation shards.
-    """
+    """Where the shards are."""
 
     train: list[str]
     val: list[str]

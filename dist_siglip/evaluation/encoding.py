@@ -139,15 +139,6 @@ class EncodedBatches:
     Args:
         model: what encodes.
         dtype: of the rows.
-
-    Attributes:
-        sample_ids: of the rows.
-        texts: of the rows, those wanted.
-        problems: by sample id, why it has no row.
-        picture_ids: of the rows.
-        caption_ids: of the texts that were encoded.
-        image_parts: rows of the pictures of each batch.
-        text_parts: rows of the texts of each batch.
     """
 
     def __init__(self, model: EvaluatedModel, dtype: torch.dtype = torch.float32) -> None:

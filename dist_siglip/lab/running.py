@@ -195,14 +195,7 @@ def _svg_of(figure: "Figure", name: str) -> bytes:
 
 
 class LabRun(NamedTuple):
-    """Experiments to run, and how.
-
-    Attributes:
-        names: of the experiments.
-        out: folder of the results.
-        quick: only the quick subset of each.
-        seed: added to the authors' seeds.
-    """
+    """Experiments to run, and how."""
 
     names: Sequence[str]
     out: Path

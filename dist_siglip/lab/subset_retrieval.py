@@ -44,12 +44,7 @@ class Retrieval:
 
 
 class Fitted(NamedTuple):
-    """Result of a training.
-
-    Attributes:
-        margins: of the final rows.
-        training: rows and loss curve.
-    """
+    """Result of a training."""
 
     margins: RelevanceMargins
     training: Training

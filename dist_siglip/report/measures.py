@@ -9,13 +9,7 @@ from dist_siglip.report.records import RunRecord
 
 
 class Measure(NamedTuple):
-    """A number of an evaluation.
-
-    Attributes:
-        key: its name among the metrics.
-        label: its name on the page.
-        meaning: what it says.
-    """
+    """A number of an evaluation."""
 
     key: str
     label: str

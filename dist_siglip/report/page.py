@@ -208,14 +208,7 @@ def _cell(text: str) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """One question that the report answers.
-
-    Attributes:
-        key: where links point to; letters and hyphens.
-        heading: plain text.
-        verdicts: run and conclusion, in the order of the runs.
-        parts: HTML.
-    """
+    """One question that the report answers."""
 
     key: str
     heading: str

@@ -93,12 +93,7 @@ def _read(path: Path) -> BenchmarkFile | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the evaluation and the row of its pair.
-
-    Attributes:
-        row: row in the arrays and captions.
-        data_uri: the image, safe to put into an attribute.
-    """
+    """An image of the evaluation and the row of its pair."""
 
     row: int
     data_uri: str

@@ -154,11 +154,7 @@ class TarScan(NamedTuple):
 
 
 class DamagedTarError(UserError):
-    """A tar file that cannot be read to its end.
-
-    Attributes:
-        members: the whole members before the damage.
-    """
+    """A tar file that cannot be read to its end."""
 
     def __init__(self, message: str, members: list[Member]) -> None:
         super().__init__(message)

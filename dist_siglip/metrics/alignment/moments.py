@@ -35,13 +35,7 @@ _ROUNDING = 1e-12  # share of the largest eigenvalue below which there is only r
 
 
 class OwnRows(NamedTuple):
-    """Positions of this rank's rows among those of all ranks, in rank order.
-
-    Attributes:
-        start: position of the first.
-        stop: position behind the last.
-        num_rows: of all ranks.
-    """
+    """Positions of this rank's rows among those of all ranks, in rank order."""
 
     start: int
     stop: int

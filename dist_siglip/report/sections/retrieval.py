@@ -41,13 +41,7 @@ _MANY_ORPHANS = 0.2
 
 @dataclass(frozen=True)
 class Answer:
-    """One caption the model proposes for an image.
-
-    Attributes:
-        caption: its text.
-        similarity: cosine with the image.
-        is_right: whether it is a caption of the image.
-    """
+    """One caption the model proposes for an image."""
 
     caption: str
     similarity: float
@@ -56,13 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """An image, its caption, and what the model answers, best first.
-
-    Attributes:
-        picture: the image.
-        caption: the true one.
-        answers: at most five different captions.
-    """
+    """An image, its caption, and what the model answers, best first."""
 
     picture: Picture
     caption: str
