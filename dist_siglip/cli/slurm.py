@@ -93,7 +93,8 @@ class SlurmJob:
                 raise UserError(f"{name} ({value}) may have letters, digits and . , + @ _ - only")
         if self.job_name in ("bash", "interactive"):
             raise UserError(
-                f"job_name ({self.job_name}) hides SLURM from Lightning; choose another"
+                f"job_name ({self.job_name}) makes Lightning take the job for no job of SLURM; "
+                "choose another"
             )
         self._check_time()
         for name in ("config", "run_dir", "setup", "sweep", "image", "mounts"):

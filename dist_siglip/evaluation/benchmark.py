@@ -34,7 +34,7 @@ class EvaluatedModel(NamedTuple):
             normalised floats, on any device, to (B, D) float32 rows of length 1 on ``device``.
         encode_text: (B, L) token ids, likewise.
         tokenizer: list of B strings to (B, L) token ids.
-        inputs: what the model wants to be fed.
+        inputs: preprocessing of the model.
         logit_scale: multiplier of the model.
         logit_bias: bias of the model, added.
         device: where features are.
@@ -63,7 +63,7 @@ class EvaluatedModel(NamedTuple):
 
         Args:
             encoder: the towers.
-            inputs: what they want to be fed.
+            inputs: preprocessing of the model.
             logit_scale: multiplier of the model.
             logit_bias: bias of the model, added.
             device: of the towers.

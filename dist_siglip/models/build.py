@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltModel:
-    """A dual encoder, what it wants to be fed, and where its logits start.
+    """A dual encoder, its preprocessing, and where its logits start.
 
     Args:
         encoder: the towers, on the CPU, fp32, in training mode.

@@ -131,7 +131,7 @@ def test_submit_gives_sbatch_exactly_what_it_prints(render, tmp_path, monkeypatc
         (["--", "--data.global_batch_size=50"], "data.global_batch_size (50) must be divisible"),
         (["--time=90"], "time (90) must be [DAYS-]HH:MM:SS"),
         (["--time=00:04:00"], "time (00:04:00) must be longer than save_seconds (180)"),
-        (["--job_name=bash"], "job_name (bash) hides SLURM from Lightning"),
+        (["--job_name=bash"], "job_name (bash) makes Lightning take the job for no job of SLURM"),
         (["--partition=a b"], "partition (a b) may have letters"),
         (["--account=x\n#SBATCH --qos=high"], "account (x #SBATCH --qos=high) may have letters"),
         (['--directives=["constraint=a100"]'], "directives (constraint=a100) must be long options"),

@@ -97,7 +97,7 @@ def stats(
 
         tokenizer = load_tokenizer(model, context_length=context_length)
     elif context_length is not None:
-        raise UserError(f"context_length ({context_length}) is of a model; name it, too")
+        raise UserError(f"context_length ({context_length}) needs a model; give --model")
     pictures = PicturePolicy(max_image_pixels=max_image_pixels)
     gauge = Gauge(table=table, captions=captions, pictures=pictures, tokenizer=tokenizer)
     chosen = choose_samples(table.num_samples, sample, seed)

@@ -101,7 +101,7 @@ class CalibrationData(ImageTextDataModule):
     def setup(self, stage: str) -> None:
         """Build the data set of the split, with the transform of the split."""
         if self.inputs is None:
-            raise UserError("inputs (null) must describe what the model wants to be fed")
+            raise UserError("inputs (null) must be the preprocessing of the model")
         name = f"{self.split}_shards"
         check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         is_training = self.split == "train"

@@ -80,8 +80,8 @@ class BatchPlan:
                 raise UserError(
                     f"source {source.name!r} has {source.num_samples} samples but is to give "
                     f"{share * self.global_batch_size:.1f} to every global batch of "
-                    f"{self.global_batch_size}: pairs would meet themselves; lower its weight or "
-                    "the batch"
+                    f"{self.global_batch_size}: a batch would hold pairs twice; lower its weight "
+                    "or the batch"
                 )
 
     @cached_property

@@ -82,7 +82,7 @@ def subset_loader(
         UserError: as ``subset_positions``, or if ``inputs`` are missing.
     """
     if settings.inputs is None:
-        raise UserError("inputs (null) must describe what the model wants to be fed")
+        raise UserError("inputs (null) must be the preprocessing of the model")
     positions = subset_positions(
         dataset.table.counts,
         num_pairs,

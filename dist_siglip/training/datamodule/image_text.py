@@ -342,7 +342,7 @@ class ImageTextDataModule(BatchTransfer):
         # Lightning sets up the data first, and what follows runs collectives.
         check_ranks_started_alike(self.start_facts)
         if self.inputs is None:
-            raise UserError("inputs (null) must describe what the model wants to be fed")
+            raise UserError("inputs (null) must be the preprocessing of the model")
         for name in self.tables.settings_of(stage):
             check_ranks_agree(self.tables.of(name), name=name, device=self._device())
         if stage == "fit":
