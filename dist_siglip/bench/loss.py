@@ -36,6 +36,7 @@ from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import ExchangeName, leave_process_groups
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
+from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel
 from dist_siglip.losses.kernels.tiles import product, uses_onednn
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 
@@ -45,13 +46,21 @@ OPEN_CLIP = "open_clip bidir"
 
 
 def baselines(
-    rank: int, world_size: int, device: torch.device, exchanges: tuple[ExchangeName, ...]
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    exchanges: tuple[ExchangeName, ...],
+    kernels: tuple[Kernel, ...] = ("auto",),
 ) -> dict[str, Contestant]:
     """Return the losses that can run here, by name; ours first."""
     from open_clip.loss import SigLipLoss
 
     found: dict[str, Contestant] = {
-        f"dist_siglip {name}": partial(siglip_loss, exchange=name) for name in exchanges
+        f"dist_siglip {name}{'' if kernel == 'auto' else f', {kernel}'}": partial(
+            siglip_loss, exchange=name, kernel=kernel
+        )
+        for name in exchanges
+        for kernel in kernels
     }
     found[OPEN_CLIP] = SigLipLoss(False, rank, world_size, "bidir")
     if world_size > 1:
@@ -145,6 +154,7 @@ class LossCase(NamedTuple):
     embed_dim: int
     dtype: BenchDtype
     exchanges: tuple[ExchangeName, ...]
+    kernels: tuple[Kernel, ...]
     logit_scale: float
     logit_bias: float
     rounds: int
@@ -157,6 +167,7 @@ def loss(
     embed_dim: int = 512,
     dtypes: Sequence[BenchDtype] = ("float32",),
     exchanges: Sequence[ExchangeName] = ("auto",),
+    kernel: Kernel | Literal["all"] = "auto",
     logit_scale: float = START_SCALE,
     logit_bias: float = START_BIAS,
     rounds: int = 9,
@@ -171,6 +182,8 @@ def loss(
         embed_dim: width of the features.
         dtypes: of the features.
         exchanges: of our loss; with one process they are all the same.
+        kernel: who computes the terms of our tiles: auto, triton, compiled or eager; all for a row
+            of each that this machine has.
         logit_scale: multiplier of the similarities.
         logit_bias: number added to the logits.
         rounds: how often each baseline is timed; the median counts.
@@ -188,6 +201,7 @@ def loss(
             f"world_sizes ({max(world_sizes)}) must be at most the {torch.cuda.device_count()} "
             "GPUs of this machine; or set device to cpu"
         )
+    kernels = _kernels(kernel, torch.device(device))
     rows: list[dict[str, Any]] = []
     for world_size in world_sizes:
         for dtype in dtypes:
@@ -198,6 +212,7 @@ def loss(
                     embed_dim=embed_dim,
                     dtype=dtype,
                     exchanges=tuple(exchanges)[: None if world_size > 1 else 1],
+                    kernels=kernels,
                     logit_scale=logit_scale,
                     logit_bias=logit_bias,
                     rounds=rounds,
@@ -209,6 +224,15 @@ def loss(
         return 0
     Console().print(_table(rows, device, rounds))
     return 0
+
+
+def _kernels(kernel: Kernel | Literal["all"], device: torch.device) -> tuple[Kernel, ...]:
+    if kernel != "all":
+        choose_kernel(kernel, torch.empty(0, device=device))
+        return (kernel,)
+    best = choose_kernel("auto", torch.empty(0, device=device))
+    others: tuple[Kernel, ...] = ("compiled", "eager")
+    return (best, *(name for name in others if name != best))
 
 
 def _measure(case: LossCase) -> list[dict[str, Any]]:
@@ -252,7 +276,7 @@ def _compare(rank: int, case: LossCase) -> list[dict[str, Any]]:
 def _rank_rows(rank: int, case: LossCase) -> list[dict[str, Any]]:
     device = torch.device(case.device)
     inputs = _inputs(rank, case, device)
-    named = baselines(rank, case.world_size, device, case.exchanges)
+    named = baselines(rank, case.world_size, device, case.exchanges, case.kernels)
     values: dict[str, float] = {}
 
     def step(name: str) -> Callable[[], None]:

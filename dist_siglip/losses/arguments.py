@@ -257,7 +257,8 @@ def call_loss(
 
 
 DEFAULT_CHUNK_ROWS = 1024
-_GPU_CHUNK_ROWS = 4096
+# Wide enough for whole waves of thread blocks in all three products.
+_GPU_TILE = (8192, 4096)
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -265,18 +266,18 @@ def tile_shape_of(chunk_rows: int | None, device: torch.device) -> tuple[int, in
     """Return rows and columns of the largest tile: what keeps a device busy and its caches warm.
 
     Args:
-        chunk_rows: side of a tile; None for the usual one.
+        chunk_rows: side of a tile; None for the usual one, which is not square on a GPU.
         device: of the features.
 
     Raises:
         UserError: if a tile would have no row.
 
     Example:
-        >>> tile_shape_of(None, torch.device("cpu")), tile_shape_of(7, torch.device("cpu"))
-        ((1024, 1024), (7, 7))
+        >>> tile_shape_of(None, torch.device("cuda")), tile_shape_of(7, torch.device("cpu"))
+        ((8192, 4096), (7, 7))
     """
     if chunk_rows is None:
-        chunk_rows = DEFAULT_CHUNK_ROWS if device.type == "cpu" else _GPU_CHUNK_ROWS
+        return (DEFAULT_CHUNK_ROWS, DEFAULT_CHUNK_ROWS) if device.type == "cpu" else _GPU_TILE
     if chunk_rows < 1:
         raise UserError(f"chunk_rows ({chunk_rows}) must be at least 1")
     return chunk_rows, chunk_rows

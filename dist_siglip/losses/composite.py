@@ -18,7 +18,7 @@ from dist_siglip.losses.arguments import (
     uses_picture_ids,
 )
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
-from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
 
 
 class WeightedLoss(nn.Module):
@@ -39,10 +39,12 @@ class WeightedLoss(nn.Module):
         cross_uniformity: weight of the uniformity of pairs that do not match, >= 0.
         exchange: how features reach other ranks for these terms; the base has its own.
         group: process group of these terms; the default group if None.
-        chunk_rows: side of the largest tile of these terms. Null is 1024 on a CPU, 4096 on a GPU.
+        chunk_rows: side of the largest tile of these terms. Null is 1024 on a CPU, 8192 x 4096
+            on a GPU.
+        kernel: who computes the tiles of these terms: auto, triton, compiled or eager.
 
     Raises:
-        UserError: if a weight is negative or not finite.
+        UserError: if a weight is negative or not finite, or ``kernel`` is unknown.
 
     Example:
         >>> import torch
@@ -65,8 +67,10 @@ class WeightedLoss(nn.Module):
         exchange: ExchangeName = "auto",
         group: ProcessGroup | None = None,
         chunk_rows: int | None = None,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
+        check_kernel(kernel)
         for name, weight in (
             ("alignment", alignment),
             ("uniformity", uniformity),
@@ -81,6 +85,7 @@ class WeightedLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
+        self.kernel: Kernel = kernel
 
     @property
     def uses_caption_ids(self) -> bool:
@@ -148,6 +153,7 @@ class WeightedLoss(nn.Module):
                     exchange=self.exchange,
                     group=self.group,
                     chunk_rows=self.chunk_rows,
+                    kernel=self.kernel,
                 )
                 loss = loss + 0.5 * self.uniformity * term
         if self.cross_uniformity:
@@ -158,6 +164,7 @@ class WeightedLoss(nn.Module):
                 exchange=self.exchange,
                 group=self.group,
                 chunk_rows=self.chunk_rows,
+                kernel=self.kernel,
             )
             loss = loss + self.cross_uniformity * term
         return LossOutput(loss, duplicate_pairs) if return_statistics else loss

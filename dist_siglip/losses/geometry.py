@@ -27,13 +27,16 @@ from dist_siglip.losses.arguments import (
     describe_wanted,
     tile_shape_of,
 )
-from dist_siglip.losses.kernels.tiles import kernel_tile, logits_dtype, sum_dtype
+from dist_siglip.losses.kernels.gaussian_tiles import GaussianTiles
+from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel
+from dist_siglip.losses.kernels.tiles import logits_dtype
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
     RingPass,
     Shard,
     Tile,
     attach_gradients,
+    largest_tile,
     prepare_pass,
     wants_gradient,
 )
@@ -96,6 +99,7 @@ def uniformity_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Log of the mean Gaussian kernel over the distinct rows of all ranks; lower is more even.
 
@@ -115,7 +119,8 @@ def uniformity_loss(
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of distances that exists at a time. None is 1024 on
-            a CPU, 4096 on a GPU.
+            a CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile, as for ``siglip_loss``.
 
     Returns:
         (), float32 (float64 for float64 features).
@@ -135,6 +140,7 @@ def uniformity_loss(
     """
     check_rows(features=features)
     tile_shape = tile_shape_of(chunk_rows, features.device)
+    chosen = choose_kernel(kernel, features)
     is_wanted = wants_gradient(features)
     wanted = describe_wanted({"features": is_wanted})
     plan = prepare_pass(
@@ -147,9 +153,9 @@ def uniformity_loss(
     )
     rows = features.detach()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        ring_pass = _KernelPass(rows, plan, tile_shape, row_pull=is_wanted)
+        ring_pass = _GaussianPass(rows, plan, tile_shape, chosen, row_pull=is_wanted)
         ring_pass.run(plan)
-        total, value = _log_mean("uniformity_loss", ring_pass.value, plan, group)
+        total, value = _log_mean("uniformity_loss", ring_pass.tiles.value(), plan, group)
     # Twice: as row i of the sum and as row j.
     factor = -8 * plan.world_size / total
     gradient = PrecomputedGradient(features, ring_pass.row_pull(), factor)
@@ -164,6 +170,7 @@ def cross_uniformity_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Log of the mean Gaussian kernel over the pairs of all ranks that do not match.
 
@@ -183,7 +190,8 @@ def cross_uniformity_loss(
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of distances that exists at a time. None is 1024 on
-            a CPU, 4096 on a GPU.
+            a CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile, as for ``siglip_loss``.
 
     Returns:
         (), float32 (float64 for float64 features).
@@ -202,6 +210,7 @@ def cross_uniformity_loss(
     """
     check_pairs(image_features, text_features)
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
+    chosen = choose_kernel(kernel, image_features)
     wanted = {"image": wants_gradient(image_features), "text": wants_gradient(text_features)}
     # The side that travels should be the one that needs no gradient.
     sides = [("image", image_features), ("text", text_features)]
@@ -219,9 +228,11 @@ def cross_uniformity_loss(
         purpose=f"cross-uniformity; gradients: {describe_wanted(wanted)}",
     )
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        ring_pass = _KernelPass(rows.detach(), plan, tile_shape, row_pull=wanted[row_name])
+        ring_pass = _GaussianPass(
+            rows.detach(), plan, tile_shape, chosen, row_pull=wanted[row_name]
+        )
         home = ring_pass.run(plan)
-        total, value = _log_mean("cross_uniformity_loss", ring_pass.value, plan, group)
+        total, value = _log_mean("cross_uniformity_loss", ring_pass.tiles.value(), plan, group)
     factor = -4 * plan.world_size / total
     gradients = [
         PrecomputedGradient(rows, ring_pass.row_pull(), factor),
@@ -244,7 +255,7 @@ def _log_mean(
     return total, (total / (num_rows * (num_rows - 1))).log()
 
 
-class _KernelPass(RingPass):
+class _GaussianPass(RingPass):
     """Sums the kernel, and the pull of all others on each row where wanted.
 
     The pull on row i is sum_j kernel[i, j] * (row i - row j); times -4 it is the gradient of the
@@ -252,10 +263,16 @@ class _KernelPass(RingPass):
     """
 
     def __init__(
-        self, rows: Tensor, plan: Exchange, tile_shape: tuple[int, int], *, row_pull: bool
+        self,
+        rows: Tensor,
+        plan: Exchange,
+        tile_shape: tuple[int, int],
+        kernel: Kernel,
+        *,
+        row_pull: bool,
     ) -> None:
         super().__init__(rows, plan, tile_shape, with_home_gradient=row_pull)
-        self.value = torch.zeros((), dtype=sum_dtype(rows.device), device=rows.device)
+        self.tiles = GaussianTiles(rows, largest_tile(rows, plan, tile_shape), kernel=kernel)
         self.row_sums = rows.new_zeros(len(rows), dtype=logits_dtype(rows))
         self.column_sums = self.row_sums
 
@@ -268,18 +285,9 @@ class _KernelPass(RingPass):
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
         """Add one tile to the sums; return its kernel."""
-        tile = kernel_tile(
-            home,
-            shard[0],
-            diagonal=place.diagonal,
-            with_row_sums=self.home_gradient is not None,
-            with_column_sums=bool(added),
-        )
-        self.value += tile.value
-        if tile.row_sums is not None:
-            self.row_sums[place.rows] += tile.row_sums
-        if tile.column_sums is not None:
-            self.column_sums[place.columns] += tile.column_sums
+        tile = self.tiles.tile(home, shard[0], diagonal=place.diagonal)
+        self.row_sums[place.rows] += tile.row_sums
+        self.column_sums[place.columns] += tile.column_sums
         return tile.kernel
 
     def row_pull(self) -> Tensor | None:

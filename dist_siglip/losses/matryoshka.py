@@ -23,7 +23,7 @@ from dist_siglip.losses.arguments import (
     describe_wanted,
     tile_shape_of,
 )
-from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids
+from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, choose_kernel, join_ids
 from dist_siglip.losses.kernels.tiles import inner_product, logits_dtype, sum_dtype
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
@@ -109,6 +109,7 @@ class _Settings(NamedTuple):
     scales: Tensor
     biases: Tensor | None
     tile_shape: tuple[int, int]
+    kernel: Kernel
     nonfinite: Nonfinite
     finite_check: FiniteCheck | None
     exchange: ExchangeName
@@ -157,6 +158,7 @@ def matryoshka_sigmoid_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> LossOutput:
     """Weighted mean of ``siglip_loss`` at prefixes of the dimension, in its one pass.
 
@@ -183,6 +185,7 @@ def matryoshka_sigmoid_loss(
         exchange: as in ``siglip_loss``.
         group: process group; the default group if None.
         chunk_rows: as in ``siglip_loss``.
+        kernel: as in ``siglip_loss``.
 
     Raises:
         UserError: as ``siglip_loss``, or if dims or weights are out of range or differ by rank.
@@ -208,6 +211,7 @@ def matryoshka_sigmoid_loss(
         exchange=exchange,
         group=group,
         chunk_rows=chunk_rows,
+        kernel=kernel,
     )
     dtype, dims = logits_dtype(image_features), settings.dims
     ids_given = {"caption_ids": caption_ids, "picture_ids": picture_ids}
@@ -241,13 +245,15 @@ def matryoshka_sigmoid_loss(
         pair = (travelling, home.unit) if whole.images_travel else (home.unit, travelling)
         each = SigmoidPass(
             SigmoidSides(whole.images_travel, *pair),
+            plan,
             settings.scales[number].detach(),
             biases[number].detach(),
-            plan,
+            ids,
             wanted,
             settings.tile_shape,
+            settings.kernel,
+            duplicates,
         )
-        each.use_ids(ids, duplicates)
         passes.append(each)
     factors = [
         share * scale
@@ -265,7 +271,8 @@ def matryoshka_sigmoid_loss(
         found = [each.gradients(()) for each in passes]
         at_home = _sum_at_home(passes, homes, factors, whole.home) if any(wanted) else None
         shares = biases.new_tensor(settings.shares, dtype=sum_dtype(biases.device))
-        value = (torch.stack([each.value for each in passes]) * shares).sum()
+        sums = [each.tiles.sums() for each in passes]
+        value = (torch.stack([each.value for each in sums]) * shares).sum()
     travelled = brought[0] if brought else None
     by_side = (travelled, at_home) if whole.images_travel else (at_home, travelled)
     factor = plan.world_size / max(plan.total_rows, 1)
@@ -284,7 +291,7 @@ def matryoshka_sigmoid_loss(
     ):
         gradients.append(PrecomputedGradient(scalars, _weighted(parts, shares), factor))
     loss = attach_gradients("matryoshka_sigmoid_loss", value, gradients)
-    return LossOutput(loss, passes[0].duplicate_pairs)
+    return LossOutput(loss, sums[0].duplicate_pairs)
 
 
 def _weighted(parts: Sequence[Tensor | None], shares: Tensor) -> Tensor | None:
@@ -340,6 +347,7 @@ def matryoshka_softmax_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Weighted mean of ``softmax_loss`` at prefixes of the dimension, in its two passes.
 
@@ -358,6 +366,7 @@ def matryoshka_softmax_loss(
         exchange: as in ``softmax_loss``.
         group: process group; the default group if None.
         chunk_rows: as in ``softmax_loss``.
+        kernel: as in ``softmax_loss``.
 
     Raises:
         UserError: as ``softmax_loss``, or if dims or weights are out of range or differ by rank.
@@ -379,6 +388,7 @@ def matryoshka_softmax_loss(
         exchange=exchange,
         group=group,
         chunk_rows=chunk_rows,
+        kernel=kernel,
     )
     wanted = {
         "image": wants_gradient(image_features),
@@ -446,7 +456,9 @@ def _softmax_passes(
     )
     homes = [Prefix.of(rows, dim) for dim in dims]
     sides = [
-        SoftmaxSides(home.unit, Prefix.of(columns, dim).unit, scale, settings.tile_shape)
+        SoftmaxSides(
+            home.unit, Prefix.of(columns, dim).unit, scale, settings.tile_shape, settings.kernel
+        )
         for home, dim, scale in zip(homes, dims, settings.scales.detach(), strict=True)
     ]
     first = [SumPass(each, plan) for each in sides]
@@ -458,9 +470,9 @@ def _softmax_passes(
     column_negatives = plan.run(add_up)
     factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
     shares = settings.scales.new_tensor(settings.shares, dtype=sum_dtype(rows.device))
-    positives = torch.stack([each.positives for each in first])
+    positives = torch.stack([each.tiles.sums.positives for each in first])
     negatives = torch.stack(
-        [torch.stack([each.row_negatives for each in first]), torch.stack(column_negatives)]
+        [torch.stack([each.tiles.sums.rows for each in first]), torch.stack(column_negatives)]
     )  # (2, K, B)
     excess = negatives - positives
     terms = torch.logaddexp(excess, torch.zeros_like(excess)).sum(dim=(0, 2), dtype=shares.dtype)
@@ -487,7 +499,7 @@ def _softmax_passes(
             positive_derivatives[number],
             # The derivative by the scale follows from it.
             row_gradient=row_gradient or scale_gradient,
-            scale_gradient=False,
+            with_scale=False,
         )
         for number, each in enumerate(sides)
     ]
@@ -526,6 +538,7 @@ def _settings(
     exchange: ExchangeName,
     group: ProcessGroup | None,
     chunk_rows: int | None,
+    kernel: Kernel,
 ) -> _Settings:
     """Check the arguments that both losses share."""
     check_pairs(image_features, text_features)
@@ -541,6 +554,7 @@ def _settings(
         scales,
         biases,
         tile_shape_of(chunk_rows, image_features.device),
+        choose_kernel(kernel, image_features),
         nonfinite,
         finite_check,
         exchange,

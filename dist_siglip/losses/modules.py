@@ -17,7 +17,7 @@ from dist_siglip.losses.arguments import (
     uses_logit_bias,
     uses_picture_ids,
 )
-from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
 from dist_siglip.losses.matryoshka import (
     check_dims,
     matryoshka_sigmoid_loss,
@@ -46,7 +46,9 @@ class SigLipLoss(nn.Module):
             and "reduce" mean all_gather. All give the same numbers.
         exchange: name of an exchange of this package; not together with ``dist_impl``.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 4096 on a GPU.
+        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 8192 x 4096 on a GPU.
+        kernel: who computes the terms of a tile: auto (eager on a CPU, triton on a GPU, or compiled
+            where triton is missing or does not build), triton, compiled or eager.
         duplicates: what pairs with equal captions, or of equal pictures, are, on whatever ranks:
             positive, masked (left out) or negative (only counted). Null never looks at ids.
         check_finite: raise on every rank if a row of the features, the scale, the bias or the
@@ -57,9 +59,9 @@ class SigLipLoss(nn.Module):
         uses_picture_ids: whether a call may bring ``picture_ids``, too.
 
     Raises:
-        UserError: if ``dist_impl`` is unknown or given together with ``exchange``; on the first
-            call, if ``rank`` or ``world_size`` differ from the group's; on a call without ids if
-            ``duplicates`` is set.
+        UserError: if ``dist_impl`` or ``kernel`` is unknown, or ``dist_impl`` given together with
+            ``exchange``; on the first call, if ``rank`` or ``world_size`` differ from the group's;
+            on a call without ids if ``duplicates`` is set.
 
     Example:
         >>> import torch
@@ -79,10 +81,12 @@ class SigLipLoss(nn.Module):
         exchange: ExchangeName = "auto",
         group: ProcessGroup | None = None,
         chunk_rows: int | None = None,
+        kernel: Kernel = "auto",
         duplicates: Duplicates | None = None,
         check_finite: bool = True,
     ) -> None:
         super().__init__()
+        check_kernel(kernel)
         if duplicates is not None and duplicates not in get_args(Duplicates):
             raise UserError(
                 f"duplicates ({duplicates!r}) must be null or one of "
@@ -104,6 +108,7 @@ class SigLipLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
+        self.kernel: Kernel = kernel
         self.duplicates: Duplicates | None = duplicates
         self.uses_caption_ids = self.uses_picture_ids = duplicates is not None
         self.finite_check = FiniteCheck() if check_finite else None
@@ -146,6 +151,7 @@ class SigLipLoss(nn.Module):
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
+            kernel=self.kernel,
         )
         if return_statistics:
             return output
@@ -182,7 +188,9 @@ class ClipLoss(nn.Module):
         use_horovod: must be False.
         exchange: name of an exchange of this package.
         group: process group; the default group if None.
-        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 4096 on a GPU.
+        chunk_rows: side of the largest tile of logits. Null is 1024 on a CPU, 8192 x 4096 on a GPU.
+        kernel: who computes the terms of a tile: auto (eager on a CPU, triton on a GPU, or compiled
+            where triton is missing or does not build), triton, compiled or eager.
         check_finite: raise on every rank if a row of the features, the scale or the loss is not
             finite, and name it. On a GPU a step or two late, so that nothing waits.
 
@@ -190,8 +198,8 @@ class ClipLoss(nn.Module):
         uses_logit_bias: False: the bias may be frozen.
 
     Raises:
-        UserError: if ``use_horovod``; on the first call, if ``rank`` or ``world_size`` differ
-            from the group's.
+        UserError: if ``use_horovod``, or ``kernel`` is unknown; on the first call, if ``rank`` or
+            ``world_size`` differ from the group's.
 
     Example:
         >>> import torch
@@ -214,9 +222,11 @@ class ClipLoss(nn.Module):
         exchange: ExchangeName = "auto",
         group: ProcessGroup | None = None,
         chunk_rows: int | None = None,
+        kernel: Kernel = "auto",
         check_finite: bool = True,
     ) -> None:
         super().__init__()
+        check_kernel(kernel)
         if use_horovod:
             raise UserError("use_horovod (True) must be False; start with torchrun or srun instead")
         self.rank = rank
@@ -224,6 +234,7 @@ class ClipLoss(nn.Module):
         self.exchange: ExchangeName = exchange
         self.group = group
         self.chunk_rows = chunk_rows
+        self.kernel: Kernel = kernel
         self.finite_check = FiniteCheck() if check_finite else None
 
     def forward(
@@ -248,6 +259,7 @@ class ClipLoss(nn.Module):
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
+            kernel=self.kernel,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -356,6 +368,7 @@ class MatryoshkaLoss(nn.Module):
                 exchange=base.exchange,
                 group=base.group,
                 chunk_rows=base.chunk_rows,
+                kernel=base.kernel,
             )
             return LossOutput(loss) if return_statistics else loss
         if base.uses_caption_ids and caption_ids is None:
@@ -374,5 +387,6 @@ class MatryoshkaLoss(nn.Module):
             exchange=base.exchange,
             group=base.group,
             chunk_rows=base.chunk_rows,
+            kernel=base.kernel,
         )
         return output if return_statistics else output.loss

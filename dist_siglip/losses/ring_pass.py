@@ -102,6 +102,11 @@ class Tile(NamedTuple):
         )
 
 
+def largest_tile(home: Tensor, plan: Exchange, tile_shape: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of the largest tile of a pass, at most ``tile_shape``."""
+    return min(tile_shape[0], len(home)), min(tile_shape[1], max(plan.row_counts))
+
+
 class RingPass:
     """Visits the shards of all ranks with the rows at home.
 

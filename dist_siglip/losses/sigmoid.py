@@ -28,20 +28,15 @@ from dist_siglip.losses.arguments import (
     describe_wanted,
     tile_shape_of,
 )
-from dist_siglip.losses.kernels.pair_terms import Duplicates, join_ids
-from dist_siglip.losses.kernels.tiles import (
-    TileBuffers,
-    inner_product,
-    logits_dtype,
-    sigmoid_tile,
-    sum_dtype,
-)
+from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, choose_kernel, join_ids
+from dist_siglip.losses.kernels.tiles import SigmoidTiles, inner_product, logits_dtype
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
     RingPass,
     Shard,
     Tile,
     attach_gradients,
+    largest_tile,
     prepare_pass,
     wants_gradient,
 )
@@ -61,6 +56,7 @@ def siglip_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Sigmoid loss of this rank's images against the texts of all ranks.
 
@@ -97,18 +93,22 @@ def siglip_loss(
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
-            CPU, 4096 on a GPU.
+            CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile: "triton", one kernel of ours; "compiled",
+            PyTorch's operations through torch.compile; "eager", these as they are; "auto": eager on
+            a CPU, triton on a GPU, or compiled where triton is missing or does not build.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
 
     Raises:
         UserError: if features are not real (B, D), shapes or dtypes of the two sides differ,
-            chunk_rows < 1, ``duplicates`` is unknown, features, scale or bias are not finite or
-            the scale not above 0 (names rank and row), or ranks disagree on dtype, D, exchange,
-            duplicates, which gradients they need, whether there is a bias, or the values of scale
-            and bias (names the rank). On a device those values are compared at the first call
-            only; ``chunk_rows`` may differ between ranks, the result is the same.
+            chunk_rows < 1, ``duplicates`` or ``kernel`` is unknown or the kernel cannot be had,
+            features, scale or bias are not finite or the scale not above 0 (names rank and row),
+            or ranks disagree on dtype, D, exchange, duplicates, which gradients they need, whether
+            there is a bias, or the values of scale and bias (names the rank). On a device those
+            values are compared at the first call only; ``chunk_rows`` and ``kernel`` may differ
+            between ranks, the result is the same up to rounding.
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
@@ -137,6 +137,7 @@ def siglip_loss(
         exchange=exchange,
         group=group,
         chunk_rows=chunk_rows,
+        kernel=kernel,
     ).loss
 
 
@@ -154,12 +155,14 @@ def siglip_loss_output(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> LossOutput:
     """Return ``siglip_loss`` and the duplicates it met; the same contract."""
     check_pairs(image_features, text_features)
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
+    chosen = choose_kernel(kernel, image_features)
     check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
     ids = join_ids(caption_ids, picture_ids)
     dtype = logits_dtype(image_features)
@@ -190,13 +193,15 @@ def siglip_loss_output(
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
     )
-    ring_pass = SigmoidPass(sides, scale.detach(), bias.detach(), plan, wanted, tile_shape)
-    ring_pass.use_ids(ids, duplicates)
+    ring_pass = SigmoidPass(
+        sides, plan, scale.detach(), bias.detach(), ids, wanted, tile_shape, chosen, duplicates
+    )
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         gradients = ring_pass.gradients(ring_pass.run(plan))
+        sums = ring_pass.tiles.sums()
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
     factor = plan.world_size / max(plan.total_rows, 1)
-    value = (ring_pass.value * factor).to(dtype)
+    value = (sums.value * factor).to(dtype)
     if finite_check is not None:
         finite_check.remember(value)
     loss = attach_gradients(
@@ -209,7 +214,7 @@ def siglip_loss_output(
             PrecomputedGradient(bias, gradients.bias, factor),
         ],
     )
-    return LossOutput(loss, ring_pass.duplicate_pairs)
+    return LossOutput(loss, sums.duplicate_pairs)
 
 
 class Wanted(NamedTuple):
@@ -254,71 +259,59 @@ class SigmoidPass(RingPass):
     def __init__(
         self,
         sides: SigmoidSides,
+        plan: Exchange,
         scale: Tensor,
         bias: Tensor,
-        plan: Exchange,
+        ids: Tensor | None,
         wanted: Wanted,
         tile_shape: tuple[int, int],
+        kernel: Kernel,
+        duplicates: Duplicates,
     ) -> None:
-        home = sides.home
+        self.sides, self.wanted, self.home_ids = sides, wanted, ids
         self.home_wanted = wanted.text if sides.images_travel else wanted.image
-        # The derivative by the scale follows from either side's gradient.
-        by_scale = wanted.scale and not sides.brings_back(wanted)
-        super().__init__(home, plan, tile_shape, with_home_gradient=self.home_wanted or by_scale)
-        self.sides, self.scale, self.bias, self.wanted = sides, scale, bias, wanted
-        self.with_derivative = any(wanted)
-        rows, columns = tile_shape
-        self.buffers = TileBuffers(
-            min(rows, home.shape[0]), min(columns, max(plan.row_counts)), home
+        self.tiles = SigmoidTiles(
+            sides.home,
+            largest_tile(sides.home, plan, tile_shape),
+            scale,
+            bias,
+            kernel=kernel,
+            with_derivative=any(wanted),
+            has_ids=ids is not None,
+            duplicates=duplicates,
         )
-        self.value = torch.zeros((), dtype=sum_dtype(home.device), device=home.device)
-        self.bias_gradient = torch.zeros_like(self.value)
-        self.home_ids: Tensor | None = None
-        self.duplicates: Duplicates = "negative"
-        self.duplicate_pairs: Tensor | None = None
-
-    def use_ids(self, ids: Tensor | None, duplicates: Duplicates) -> None:
-        """Compare these ids of the rows at home with those that travel."""
-        if ids is not None:
-            self.home_ids, self.duplicates = ids, duplicates
-            self.duplicate_pairs = torch.zeros((), dtype=torch.int64, device=ids.device)
+        # The derivative by the scale follows from either side's gradient.
+        follows = self.tiles.sums_scale or sides.brings_back(wanted)
+        with_home = self.home_wanted or (wanted.scale and not follows)
+        super().__init__(sides.home, plan, tile_shape, with_home_gradient=with_home)
 
     def gradients(self, brought: Shard) -> _Gradients:
         """Return the gradients that are wanted; ``brought`` came home with the own shard."""
         travelled = brought[0] if brought else None
-        scale_gradient = None
-        if self.wanted.scale and self.home_gradient is not None:
+        sums = self.tiles.sums()
+        scale_gradient = sums.scale if self.wanted.scale else None
+        if self.wanted.scale and scale_gradient is None:
             # sum_ij derivative_ij * similarity_ij, from what is already there.
-            scale_gradient = inner_product(self.sides.home, self.home_gradient)
-        elif self.wanted.scale and travelled is not None:
-            scale_gradient = inner_product(self.sides.travelling, travelled)
+            if self.home_gradient is not None:
+                scale_gradient = inner_product(self.sides.home, self.home_gradient)
+            elif travelled is not None:
+                scale_gradient = inner_product(self.sides.travelling, travelled)
         home = self.home_gradient if self.home_wanted else None
         return _Gradients(
             *((None, home) if self.sides.images_travel else (home, travelled)),
             scale_gradient,
-            self.bias_gradient if self.wanted.bias else None,
+            sums.derivative if self.wanted.bias else None,
         )
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
         """Add one tile to the sums; return its derivative."""
-        tile = sigmoid_tile(
+        return self.tiles.derivative(
             home,
             shard[0],
-            self.scale,
-            self.bias,
             diagonal=place.diagonal,
-            with_derivative=self.with_derivative,
             row_ids=None if self.home_ids is None else self.home_ids[place.rows],
             column_ids=None if self.home_ids is None else shard[1],
-            duplicates=self.duplicates,
-            buffers=self.buffers,
         )
-        self.value += tile.value
-        if self.duplicate_pairs is not None and tile.duplicate_pairs is not None:
-            self.duplicate_pairs += tile.duplicate_pairs
-        if tile.derivative_sum is not None:
-            self.bias_gradient += tile.derivative_sum
-        return tile.derivative
 
 
 def check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:

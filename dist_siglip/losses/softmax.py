@@ -29,19 +29,16 @@ from dist_siglip.losses.arguments import (
     describe_wanted,
     tile_shape_of,
 )
-from dist_siglip.losses.kernels.softmax_tiles import negative_sums_tile, softmax_tile
-from dist_siglip.losses.kernels.tiles import (
-    inner_product,
-    logits_dtype,
-    product_dtype,
-    sum_dtype,
-)
+from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel
+from dist_siglip.losses.kernels.softmax_tiles import NegativeSumTiles, SoftmaxTiles
+from dist_siglip.losses.kernels.tiles import inner_product, logits_dtype, sum_dtype
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
     RingPass,
     Shard,
     Tile,
     attach_gradients,
+    largest_tile,
     prepare_pass,
     wants_gradient,
 )
@@ -58,6 +55,7 @@ def softmax_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Symmetric cross-entropy (InfoNCE) of images and texts over the batch of all ranks.
 
@@ -87,7 +85,8 @@ def softmax_loss(
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
-            CPU, 4096 on a GPU.
+            CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile, as for ``siglip_loss``.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over pairs times W/N.
@@ -112,6 +111,7 @@ def softmax_loss(
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
+    chosen = choose_kernel(kernel, image_features)
     dtype = logits_dtype(image_features)
     named = {
         "image_features": image_features.detach(),
@@ -130,7 +130,7 @@ def softmax_loss(
     scale = logit_scale.detach().reshape(()).to(dtype)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         result = _run_passes(
-            SoftmaxSides(rows.detach(), columns.detach(), scale, tile_shape),
+            SoftmaxSides(rows.detach(), columns.detach(), scale, tile_shape, chosen),
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
             scale_gradient=wanted["scale"],
@@ -164,6 +164,7 @@ class SoftmaxSides:
     columns: Tensor
     scale: Tensor
     tile_shape: tuple[int, int]
+    kernel: Kernel
 
 
 @dataclass(frozen=True)
@@ -207,15 +208,16 @@ def _run_passes(
     (column_negatives,) = first.run(plan)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.
     factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
-    negatives = torch.stack([first.row_negatives, column_negatives])
-    excess = negatives - first.positives
+    row_negatives, positives = first.tiles.sums
+    negatives = torch.stack([row_negatives, column_negatives])
+    excess = negatives - positives
     # softplus, without its shortcut above 20.
     value = torch.logaddexp(excess, torch.zeros_like(excess)).sum(dtype=sum_dtype(excess.device))
     value = (value * factor).to(dtype)
     if not (row_gradient or column_gradient or scale_gradient):
         return _Result(value, factor, None, None, None)
 
-    row_sums, column_sums = torch.logaddexp(negatives, first.positives).unbind()
+    row_sums, column_sums = torch.logaddexp(negatives, positives).unbind()
     positive_derivative = -torch.sigmoid(excess).sum(dim=0)
     plan = prepare_pass(
         [sides.columns, column_sums],
@@ -232,11 +234,11 @@ def _run_passes(
         row_sums,
         positive_derivative,
         row_gradient=row_gradient,
-        scale_gradient=scale_gradient and not (row_gradient or column_gradient),
+        with_scale=scale_gradient and not (row_gradient or column_gradient),
     )
     home = second.run(plan)
     finished = home[0] if column_gradient else None
-    by_scale = second.scale_gradient
+    by_scale = second.tiles.scale_sum()
     # sum_ij derivative_ij * similarity_ij, from what is already there.
     if scale_gradient and second.home_gradient is not None:
         by_scale = inner_product(sides.rows, second.home_gradient)
@@ -250,9 +252,8 @@ class SumPass(RingPass):
 
     def __init__(self, sides: SoftmaxSides, plan: Exchange) -> None:
         super().__init__(sides.rows, plan, sides.tile_shape, with_home_gradient=False)
-        self.scale = sides.scale
-        self.positives = sides.scale.new_zeros(sides.rows.shape[0])
-        self.row_negatives = torch.full_like(self.positives, -torch.inf)
+        largest = largest_tile(sides.rows, plan, sides.tile_shape)
+        self.tiles = NegativeSumTiles(sides.rows, largest, sides.scale, kernel=sides.kernel)
 
     def begin(self, contributions: Shard) -> None:
         """Start the sums of the columns."""
@@ -260,11 +261,7 @@ class SumPass(RingPass):
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> None:
         """Add one tile to the sums."""
-        tile = negative_sums_tile(home, shard[0], self.scale, diagonal=place.diagonal)
-        for total, part in ((self.row_negatives[place.rows], tile.rows), (added[0], tile.columns)):
-            torch.logaddexp(total, part, out=total)
-        if tile.positives is not None:
-            self.positives[place.matching] = tile.positives
+        self.tiles.add(place.rows, shard[0], added[0], diagonal=place.diagonal)
 
 
 class GradientPass(RingPass):
@@ -278,31 +275,22 @@ class GradientPass(RingPass):
         positive_derivative: Tensor,
         *,
         row_gradient: bool,
-        scale_gradient: bool,
+        with_scale: bool,
     ) -> None:
         super().__init__(sides.rows, plan, sides.tile_shape, with_home_gradient=row_gradient)
-        self.scale = sides.scale
-        self.row_sums, self.positive_derivative = row_sums, positive_derivative
-        self.product_dtype = product_dtype(sides.rows)
-        self.scale_gradient: Tensor | None = None
-        if scale_gradient:
-            device = sides.rows.device
-            self.scale_gradient = torch.zeros((), dtype=sum_dtype(device), device=device)
+        self.tiles = SoftmaxTiles(
+            sides.rows,
+            largest_tile(sides.rows, plan, sides.tile_shape),
+            sides.scale,
+            row_sums,
+            positive_derivative,
+            with_scale=with_scale,
+            kernel=sides.kernel,
+        )
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor:
         """Return the derivative of one tile; ``shard`` is features and the sums of columns."""
-        tile = softmax_tile(
-            home,
-            shard[0],
-            self.scale,
-            self.row_sums[place.rows],
-            shard[1],
-            None if place.diagonal is None else self.positive_derivative[place.matching],
-            place.diagonal,
-        )
-        if self.scale_gradient is not None:
-            self.scale_gradient += (tile.derivative * tile.similarity).sum()
-        return tile.derivative.to(self.product_dtype)
+        return self.tiles.derivative(place.rows, *shard, diagonal=place.diagonal)
 
 
 def _shaped(gradient: Tensor | None, like: Tensor) -> Tensor | None:

@@ -36,6 +36,18 @@ def test_one_process(dtype, capsys):
         assert row["loss"] == pytest.approx(expected, rel=1e-5 if dtype == "float32" else 2e-2)
 
 
+def test_every_kernel_of_the_machine_has_a_row(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # not its speed
+    rows = {row["contestant"]: row["loss"] for row in rows_of(capsys, "--kernel=all")}
+    assert rows["dist_siglip auto, eager"] == pytest.approx(rows["open_clip bidir"], rel=1e-5)
+    assert rows["dist_siglip auto, compiled"] == pytest.approx(rows["open_clip bidir"], rel=1e-5)
+
+
+def test_a_kernel_that_cannot_be_had_is_told(capsys):
+    assert main(["bench", "loss", *SMALL, "--kernel=triton"]) == 2
+    assert "kernel ('triton') cannot be used: the features are on a cpu" in capsys.readouterr().err
+
+
 @pytest.mark.e2e
 def test_two_processes_with_every_exchange_named(capsys):
     rows = rows_of(capsys, "--world_sizes=[2]", "--exchanges=[ring,all_gather]")

@@ -161,16 +161,22 @@ def test_yaml_chooses_losses_by_class_path():
     assert (loss.base.exchange, loss.cross_uniformity, loss.alignment) == ("ring", 0.5, 1.0)
 
 
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpu_is_never_waited_for(dtype):
+def test_a_gpu_is_never_waited_for(dtype, kernel, monkeypatch):
     """Fake CUDA tensors have no numbers: whatever would read one on the host raises."""
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        kernels = "dist_siglip.losses.kernels"
+        monkeypatch.setattr(f"{kernels}.pair_terms._triton_obstacle", lambda *_: "")
+        monkeypatch.setattr(f"{kernels}.triton_terms.launch", lambda *_, **__: None)
     with FakeTensorMode():
         images, texts = (
             torch.empty(10, 8, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)
         )
         scale = torch.tensor(5.0, device="cuda", requires_grad=True)
-        base = ClipLoss(chunk_rows=4, check_finite=False)  # its check needs a driver
-        loss = WeightedLoss(base, 1, 1, 1, chunk_rows=4)(images, texts, scale, None)
+        base = ClipLoss(chunk_rows=4, kernel=kernel, check_finite=False)  # its check needs a driver
+        loss = WeightedLoss(base, 1, 1, 1, chunk_rows=4, kernel=kernel)(images, texts, scale, None)
         assert loss.device.type == "cuda"
         assert loss.requires_grad
         with pytest.raises(DataDependentOutputException):

@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dist_siglip.distributed import prepare_exchange
 from dist_siglip.errors import UserError
 from dist_siglip.losses import SigLipLoss, siglip_loss
-from dist_siglip.losses.kernels.pair_terms import pair_terms
-from dist_siglip.losses.kernels.tiles import sigmoid_tile
+from dist_siglip.losses.kernels.tiles import SigmoidTiles
 from tests.support.processes import run_ranks
 from tests.support.reference import sigmoid_loss_and_gradients, softplus
 
@@ -114,10 +113,13 @@ def test_no_bias_means_bias_zero():
 def test_a_tile_off_the_diagonal_has_only_negatives():
     images, texts = (side.detach() for side in _features(3))
     scale, bias = (value.detach() for value in _scalars())
-    tile = sigmoid_tile(images, texts, scale, bias, diagonal=None, with_derivative=True)
+    tiles = SigmoidTiles(images, (3, 3), scale, bias)
+    derivative = tiles.derivative(images, texts, diagonal=None)
     logits = 5.0 * images @ texts.T - 2.0
-    assert tile.value.item() == pytest.approx(sum(softplus(z) for z in logits.flatten().tolist()))
-    assert torch.allclose(tile.derivative, torch.sigmoid(logits))
+    assert tiles.sums().value.item() == pytest.approx(
+        sum(softplus(z) for z in logits.flatten().tolist())
+    )
+    assert torch.allclose(derivative, torch.sigmoid(logits))
 
 
 def test_reference_agrees_with_a_hand_counted_case():
@@ -281,9 +283,14 @@ def test_wrong_ids_are_named(change, message):
         siglip_loss(*_features(), *_scalars(), **change)
 
 
-def test_a_gpu_is_never_waited_for(monkeypatch):
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
+def test_a_gpu_is_never_waited_for(kernel, monkeypatch):
     """Fake CUDA tensors have no numbers: whatever would read one on the host raises."""
-    monkeypatch.setattr("dist_siglip.losses.kernels.tiles.fused_pair_terms", lambda: pair_terms)
+    if kernel == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        kernels = "dist_siglip.losses.kernels"
+        monkeypatch.setattr(f"{kernels}.pair_terms._triton_obstacle", lambda *_: "")
+        monkeypatch.setattr(f"{kernels}.triton_terms.launch", lambda *_, **__: None)
     with FakeTensorMode():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             images, texts = (
@@ -300,6 +307,7 @@ def test_a_gpu_is_never_waited_for(monkeypatch):
                     picture_ids=ids,
                     duplicates=duplicates,
                     chunk_rows=4,
+                    kernel=kernel,
                 )
             assert loss.device.type == "cuda"
             assert loss.requires_grad

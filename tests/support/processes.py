@@ -55,20 +55,23 @@ def run_ranks(
     *args: Any,
     timeout_seconds: float = 120.0,
     limit_seconds: float = LIMIT_SECONDS,
+    start_method: str = "forkserver",
 ) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on ``world_size`` processes; return results by rank.
 
-    ``fn`` and ``args`` must be picklable (a module-level function). A rank that raises makes
+    "fork" takes this process as it is, which must have no threads yet. ``fn`` and ``args`` must be
+    picklable (a module-level function). A rank that raises makes
     this raise ``torch.multiprocessing.ProcessRaisedException`` with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+        if start_method == "forkserver":
+            multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
         context = mp.start_processes(
             _enter,
             args=(world_size, folder, timeout_seconds, dict(os.environ), fn, args),
             nprocs=world_size,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         deadline = time.monotonic() + limit_seconds
         while not context.join(timeout=1.0):

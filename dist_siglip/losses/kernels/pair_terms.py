@@ -1,9 +1,9 @@
-"""Value and derivative of a tile from its logits, in few passes over memory.
+"""Value and derivative of a tile from its logits, in few passes over memory, and who computes them.
 
 With the logit of every positive negated, value and derivative are softplus and sigmoid of the same
 number; the derivative of a positive changes sign afterwards. Neither cancels for large logits.
 
-Two ways to the same numbers, because the devices ask for different ones:
+Three ways to the same numbers, because the devices ask for different ones:
 
 - ``pair_terms_in_place`` for a CPU, where a branch on the data costs nothing. softplus is the
   dearest pass, so positives are set aside and the value of the negatives comes from what the
@@ -14,8 +14,9 @@ Two ways to the same numbers, because the devices ask for different ones:
       -7.8 to 0          -sum log1p(-s)                     none
       above 0            sum softplus(z)                    none
 
-- ``pair_terms`` for a GPU: no branch, hence no wait for the device, and nothing but elementwise
-  operations and sums, which torch.compile fuses into one pass.
+- ``triton_terms`` for a GPU: one kernel that reads the tile once.
+- ``pair_terms``: no branch, hence no wait for the device, and nothing but elementwise operations
+  and sums, which torch.compile fuses into a few passes.
 
 A row may have two ids, of its caption and of its picture. Two rows are duplicates if they share
 either: the same caption under two pictures, or two captions of one picture.
@@ -23,15 +24,112 @@ either: the same caption under two pictures, or two captions of one picture.
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_siglip.errors import UserError
+
 logger = logging.getLogger(__name__)
+
+Kernel = Literal["auto", "triton", "compiled", "eager"]
+ChosenKernel = Literal["triton", "compiled", "eager"]
+
+
+def choose_kernel(kernel: Kernel, features: Tensor) -> ChosenKernel:
+    """Return what computes the terms of the tiles of these features.
+
+    Args:
+        kernel: "triton", one kernel that reads a tile once; "compiled", PyTorch's operations
+            through torch.compile; "eager", these as they are; "auto": eager on a CPU, else triton,
+            or compiled, with one line in the log, where triton is missing or its kernels do not
+            build.
+        features: give device and dtype.
+
+    Raises:
+        UserError: if the name is unknown, or "triton" cannot be had.
+
+    Example:
+        >>> choose_kernel("auto", torch.ones(1))
+        'eager'
+    """
+    check_kernel(kernel)
+    if kernel == "compiled" or kernel == "eager":
+        return kernel
+    if kernel == "auto" and features.device.type == "cpu":
+        return "eager"
+    obstacle = _triton_obstacle(features.device, features.dtype)
+    if not obstacle:
+        return "triton"
+    if kernel == "triton":
+        raise UserError(
+            f"kernel ('triton') cannot be used: {obstacle}; use 'auto', 'compiled' or 'eager'"
+        )
+    _log_once(f"kernel auto -> compiled: {obstacle}")
+    return "compiled"
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ``UserError`` unless the name is that of a kernel."""
+    if kernel not in get_args(Kernel):
+        raise UserError(f"kernel ({kernel!r}) must be one of {', '.join(get_args(Kernel))}")
+
+
+@lru_cache
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Say what stands against Triton's kernels for such features; "" if nothing does."""
+    if dtype == torch.float64:
+        return "its logits are float32, and float64 features have float64 ones"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from dist_siglip.losses.kernels import triton_terms
+
+    if device.type != "cuda" and not (device.type == "cpu" and triton_terms.is_interpreted()):
+        return f"the features are on a {device.type}, and it is for GPUs"
+    try:
+        triton_terms.try_kernels(device, dtype)
+    except Exception as error:  # noqa: BLE001 - compilers and drivers raise errors of many kinds
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        return f"its kernels do not build ({type(error).__name__}: {reason[:200]})"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _log_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+@lru_cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function through torch.compile; as it is, with one line in the log, if that fails.
+
+    Args:
+        function: of tensors, without a read by the host.
+    """
+    translated = torch.compile(function, dynamic=True)
+    failed = False
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            try:
+                return translated(*arguments)
+            except Exception as error:
+                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                failed = True
+                _log_once(
+                    f"torch.compile fails ({type(error).__name__}): the loss takes several passes "
+                    "over its tiles"
+                )
+        return function(*arguments)
+
+    return call
 
 
 def join_ids(caption_ids: Tensor | None, picture_ids: Tensor | None) -> Tensor | None:
@@ -230,12 +328,3 @@ def pair_terms(
 
 def _softplus(logits: Tensor) -> Tensor:
     return F.softplus(logits, threshold=_SOFTPLUS_IS_LINEAR)
-
-
-@lru_cache(maxsize=1)
-def fused_pair_terms() -> Callable[..., Terms]:
-    """Return ``pair_terms`` translated by torch.compile, or as it is where Triton is missing."""
-    if find_spec("triton") is None:
-        logger.warning("triton is not installed: the loss takes several passes over its tiles")
-        return pair_terms
-    return torch.compile(pair_terms, dynamic=True)

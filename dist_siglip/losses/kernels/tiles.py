@@ -1,4 +1,4 @@
-"""Sigmoid loss and Gaussian kernel on one tile of pairs, with gradients; no ranks, no autograd.
+"""Sigmoid loss on one tile of pairs, with its derivative; no ranks, no autograd.
 
 A sigmoid tile needs nothing from any other tile: its value and its derivative with respect to
 every logit depend on one pair each. So one visit gives the loss of the tile and all gradients.
@@ -27,8 +27,10 @@ from torch import Tensor
 
 from dist_siglip.losses.kernels.pair_terms import (
     Duplicates,
-    Terms,
-    fused_pair_terms,
+    Kernel,
+    choose_kernel,
+    compiled,
+    pair_terms,
     pair_terms_in_place,
 )
 
@@ -146,39 +148,29 @@ def tile_slices(
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class SigmoidTile(NamedTuple):
-    """Sums and derivative of one tile.
-
-    Attributes:
-        value: (), sum over the pairs of the tile of softplus(-y * logit).
-        derivative: (rows, columns), d value / d logit, in ``product_dtype``; None if not asked for.
-        derivative_sum: (), the sum of the derivative; None if not asked for.
-        duplicate_pairs: (), int64, pairs that share an id off the diagonal; None without ids.
-    """
-
-    value: Tensor
-    derivative: Tensor | None
-    derivative_sum: Tensor | None
-    duplicate_pairs: Tensor | None
-
-
 class TileBuffers:
     """Memory for the tiles of one pass, allocated once and overwritten by every tile.
 
     Args:
-        rows: most rows of a tile.
-        columns: most columns of a tile.
+        largest: most rows and columns of a tile.
         features: any features; give device and dtype.
+        derivative_dtype: dtype of the derivative that is written beside the logits; None if it
+            is written over them or not at all.
     """
 
-    def __init__(self, rows: int, columns: int, features: Tensor) -> None:
-        wide = logits_dtype(features)
-        self._logits = features.new_empty(rows * columns, dtype=wide)
+    def __init__(
+        self, largest: tuple[int, int], features: Tensor, derivative_dtype: torch.dtype | None
+    ) -> None:
+        rows, columns = largest
+        self._logits = features.new_empty(rows * columns, dtype=logits_dtype(features))
         on_cpu = features.device.type == "cpu"
         needs_scratch = on_cpu and not uses_onednn(features)
         self._scratch = torch.empty_like(self._logits) if needs_scratch else None
-        is_half = on_cpu and features.dtype in _HALF
-        self._narrow = features.new_empty(rows * columns) if is_half else None
+        if on_cpu and features.dtype in _HALF and derivative_dtype is None:
+            derivative_dtype = features.dtype  # which the products are computed in
+        self._narrow: Tensor | None = None
+        if derivative_dtype not in (None, self._logits.dtype):
+            self._narrow = features.new_empty(rows * columns, dtype=derivative_dtype)
 
     def logits(self, rows: int, columns: int) -> Tensor:
         """(rows, columns) in the logits' dtype."""
@@ -190,8 +182,9 @@ class TileBuffers:
         return self._scratch[: rows * columns].view(rows, columns)
 
     def narrow(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) in the dtype of half-precision features; on a CPU only."""
-        assert self._narrow is not None
+        """(rows, columns) in the derivative's dtype; the logits themselves if that is theirs."""
+        if self._narrow is None:
+            return self.logits(rows, columns)
         return self._narrow[: rows * columns].view(rows, columns)
 
 
@@ -200,20 +193,24 @@ def logits_dtype(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-def sigmoid_tile(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    diagonal: int | None,
-    with_derivative: bool,
-    row_ids: Tensor | None = None,
-    column_ids: Tensor | None = None,
-    duplicates: Duplicates = "positive",
-    buffers: TileBuffers | None = None,
-) -> SigmoidTile:
-    """Sum the sigmoid loss over the pairs of one tile.
+class SigmoidSums(NamedTuple):
+    """Sums over all tiles of a pass.
+
+    Attributes:
+        value: (), of softplus(-y * logit).
+        derivative: (), of d value / d logit.
+        scale: (), of d value / d logit * similarity; None where nobody has summed it.
+        duplicate_pairs: (), int64, pairs that share an id off the diagonal; None without ids.
+    """
+
+    value: Tensor
+    derivative: Tensor
+    scale: Tensor | None
+    duplicate_pairs: Tensor | None
+
+
+class SigmoidTiles:
+    """Sigmoid loss on the tiles of one pass: sums that grow, and the derivative of each tile.
 
     With y[i, j] = +1 for a positive, else -1, and w[i, j] = 0 for a masked pair, else 1:
 
@@ -221,85 +218,168 @@ def sigmoid_tile(
         logits = logit_scale * row_features @ column_features.T + logit_bias
 
     Pair (i, i + diagonal) of a tile is a positive. Other pairs are negatives, unless they share
-    an id: then ``duplicates`` says whether they are positives, masked or negatives.
+    an id: then ``duplicates`` says whether they are positives, masked or negatives; or unless a
+    matrix of relevance says that they are positives.
 
     Args:
-        row_features: (rows, D).
-        column_features: (columns, D).
+        features: any features of the pass; give device and dtype.
+        largest: most rows and columns of a tile.
         logit_scale: () in the logits' dtype, the multiplier.
         logit_bias: () in the logits' dtype, added.
-        diagonal: see above; None for a tile of negatives.
-        with_derivative: whether the derivative is wanted.
-        row_ids: (rows,) or (rows, kinds), integers; None for no ids.
-        column_ids: likewise of the columns.
+        kernel: who computes the terms, see ``choose_kernel``.
+        with_derivative: whether the derivatives are wanted.
+        has_ids: whether tiles come with ids.
         duplicates: see above.
-        buffers: memory to use; the derivative then lives until the next tile.
+        derivative_dtype: of the derivative; None for ``product_dtype``.
 
-    Returns:
-        A ``SigmoidTile``; sums, not means.
+    Attributes:
+        sums_scale: whether the sums have one for the derivative by the scale.
 
     Example:
         >>> one = torch.ones(1, 1)
-        >>> tile = sigmoid_tile(one, one, torch.tensor(2.0), torch.tensor(-2.0),
-        ...                     diagonal=0, with_derivative=True)
-        >>> round(tile.value.item(), 4), tile.derivative
-        (0.6931, tensor([[-0.5000]]))
+        >>> tiles = SigmoidTiles(one, (1, 1), torch.tensor(2.0), torch.tensor(-2.0))
+        >>> tiles.derivative(one, one, diagonal=0)
+        tensor([[-0.5000]])
+        >>> round(tiles.sums().value.item(), 4)
+        0.6931
 
     Source:
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 (the bias is added).
     """
-    shape = (row_features.shape[0], column_features.shape[0])
-    if buffers is None:
-        buffers = TileBuffers(*shape, row_features)
-    narrow_dtype = product_dtype(row_features)
-    if row_features.device.type != "cpu":
-        terms: Terms = fused_pair_terms()(
-            similarity(row_features, column_features, out=buffers.logits(*shape)),
-            logit_scale,
-            logit_bias,
-            row_ids,
-            column_ids,
-            diagonal,
-            duplicates,
-            narrow_dtype if with_derivative else None,
-        )
-        return SigmoidTile(*terms)
-    terms = pair_terms_in_place(
-        *_logits_and_scratch(row_features, column_features, logit_scale, logit_bias, buffers),
-        row_ids,
-        column_ids,
-        diagonal=diagonal,
-        duplicates=duplicates,
-        with_derivative=with_derivative,
-    )
-    derivative = terms.derivative
-    if derivative is not None and derivative.dtype != narrow_dtype:
-        derivative = buffers.narrow(*shape).copy_(derivative)
-    return SigmoidTile(terms.value, derivative, terms.derivative_sum, terms.duplicate_pairs)
 
+    def __init__(
+        self,
+        features: Tensor,
+        largest: tuple[int, int],
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        *,
+        kernel: Kernel = "auto",
+        with_derivative: bool = True,
+        has_ids: bool = False,
+        duplicates: Duplicates = "positive",
+        derivative_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._scale, self._bias = logit_scale, logit_bias
+        self._duplicates: Duplicates = duplicates
+        self._dtype: torch.dtype | None = None
+        if with_derivative:
+            self._dtype = derivative_dtype or product_dtype(features)
+        self._kernel = choose_kernel(kernel, features)
+        self.sums_scale = self._kernel == "triton" and with_derivative
+        device = features.device
+        beside = self._dtype if self._kernel == "triton" else None
+        self._buffers = TileBuffers(largest, features, beside)
+        self._value = torch.zeros((), dtype=sum_dtype(device), device=device)
+        self._derivative_sum = torch.zeros_like(self._value)
+        self._duplicate_pairs: Tensor | None = None
+        if has_ids:
+            self._duplicate_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        self._block_sums: Tensor | None = None
+        if self._kernel == "triton":
+            from dist_siglip.losses.kernels import triton_terms
 
-def _logits_and_scratch(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    buffers: TileBuffers,
-) -> tuple[Tensor, Tensor]:
-    """Return the logits of a tile and a tensor like them to overwrite, on a CPU."""
-    shape = (row_features.shape[0], column_features.shape[0])
-    logits = buffers.logits(*shape)
-    scale = logit_scale.item()
-    if uses_onednn(row_features):
-        similarity = product(row_features, column_features)
-        return torch.add(logit_bias, similarity, alpha=scale, out=logits), similarity
-    scratch = buffers.scratch(*shape)
-    if row_features.dtype == logits.dtype:
-        # The product's own pass multiplies and adds; it rounds once.
-        torch.addmm(logit_bias, row_features, column_features.T, alpha=scale, out=logits)
-    else:
-        logits.copy_(torch.mm(row_features, column_features.T, out=buffers.narrow(*shape)))
-        torch.add(logit_bias, logits, alpha=scale, out=logits)
-    return logits, scratch
+            self._triton = triton_terms
+            self._block_sums = triton_terms.sums_buffer(*largest, triton_terms.TERMS_BLOCK, device)
+
+    def derivative(
+        self,
+        row_features: Tensor,
+        column_features: Tensor,
+        *,
+        diagonal: int | None,
+        row_ids: Tensor | None = None,
+        column_ids: Tensor | None = None,
+        relevant: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add one tile to the sums; return (rows, columns), d value / d logit, until the next.
+
+        Args:
+            row_features: (rows, D).
+            column_features: (columns, D).
+            diagonal: see above; None for a tile without matching pairs.
+            row_ids: (rows,) or (rows, kinds), integers; None for no ids.
+            column_ids: likewise of the columns.
+            relevant: (rows, columns), bool, further positives; None for none.
+        """
+        shape = (row_features.shape[0], column_features.shape[0])
+        on_cpu = row_features.device.type == "cpu"
+        if self._block_sums is not None:
+            products = similarity(row_features, column_features, out=self._buffers.logits(*shape))
+            derivative = None if self._dtype is None else self._buffers.narrow(*shape)
+            self._triton.add_sigmoid_terms(
+                products,
+                derivative,
+                self._block_sums,
+                self._scale,
+                self._bias,
+                row_ids,
+                column_ids,
+                diagonal,
+                self._duplicates,
+                relevant,
+            )
+            return derivative
+        if self._kernel == "eager" and on_cpu and relevant is None:
+            terms = pair_terms_in_place(
+                *self._logits_and_scratch(row_features, column_features),
+                row_ids,
+                column_ids,
+                diagonal=diagonal,
+                duplicates=self._duplicates,
+                with_derivative=self._dtype is not None,
+            )
+        else:
+            terms = (compiled(pair_terms) if self._kernel == "compiled" else pair_terms)(
+                similarity(row_features, column_features, out=self._buffers.logits(*shape)),
+                self._scale,
+                self._bias,
+                row_ids,
+                column_ids,
+                diagonal,
+                self._duplicates,
+                self._dtype,
+                relevant,
+            )
+        self._value += terms.value
+        if self._duplicate_pairs is not None and terms.duplicate_pairs is not None:
+            self._duplicate_pairs += terms.duplicate_pairs
+        derivative = terms.derivative
+        if derivative is None or terms.derivative_sum is None:
+            return None
+        self._derivative_sum += terms.derivative_sum
+        if derivative.dtype != self._dtype:
+            derivative = self._buffers.narrow(*shape).copy_(derivative)
+        return derivative
+
+    def sums(self) -> SigmoidSums:
+        """Return the sums over all tiles so far."""
+        if self._block_sums is None:
+            return SigmoidSums(self._value, self._derivative_sum, None, self._duplicate_pairs)
+        value, by_bias, by_scale, duplicates = self._block_sums.sum(dim=0).unbind()
+        counted = None if self._duplicate_pairs is None else duplicates.to(torch.int64)
+        return SigmoidSums(value, by_bias, by_scale, counted)
+
+    def _logits_and_scratch(
+        self, row_features: Tensor, column_features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of a tile and a tensor like them to overwrite, on a CPU."""
+        shape = (row_features.shape[0], column_features.shape[0])
+        logits = self._buffers.logits(*shape)
+        scale = self._scale.item()
+        if uses_onednn(row_features):
+            products = product(row_features, column_features)
+            return torch.add(self._bias, products, alpha=scale, out=logits), products
+        scratch = self._buffers.scratch(*shape)
+        if row_features.dtype == logits.dtype:
+            # The product's own pass multiplies and adds; it rounds once.
+            torch.addmm(self._bias, row_features, column_features.T, alpha=scale, out=logits)
+        else:
+            logits.copy_(
+                torch.mm(row_features, column_features.T, out=self._buffers.narrow(*shape))
+            )
+            torch.add(self._bias, logits, alpha=scale, out=logits)
+        return logits, scratch
 
 
 def similarity(
@@ -322,72 +402,3 @@ def similarity(
         # Tensor cores sum in float32; leave it so.
         return torch.mm(row_features, column_features.T, out_dtype=dtype, out=out)
     return torch.mm(row_features.to(dtype), column_features.to(dtype).T, out=out)
-
-
-class KernelTile(NamedTuple):
-    """Gaussian kernel of one tile.
-
-    Attributes:
-        value: (), its sum over the pairs of the tile.
-        kernel: (rows, columns), in ``product_dtype``.
-        row_sums: (rows,), sums of ``kernel`` as it is, rounded; None if not asked for.
-        column_sums: (columns,), likewise.
-    """
-
-    value: Tensor
-    kernel: Tensor
-    row_sums: Tensor | None
-    column_sums: Tensor | None
-
-
-def kernel_tile(
-    row_features: Tensor,
-    column_features: Tensor,
-    *,
-    diagonal: int | None,
-    with_row_sums: bool,
-    with_column_sums: bool,
-) -> KernelTile:
-    """Return exp(-2 |row - column|^2) of the pairs of one tile.
-
-    Its gradient by row i is -4 sum_j kernel[i, j] (row i - column j), the difference of a sum of
-    the kernel times the row and a product of the kernel with the columns.
-
-    Args:
-        row_features: (rows, D).
-        column_features: (columns, D).
-        diagonal: pairs (i, i + diagonal) are left out, as 0; None for none.
-        with_row_sums: whether sums over the columns are wanted.
-        with_column_sums: whether sums over the rows are wanted.
-
-    Example:
-        >>> import torch
-        >>> eye = torch.eye(2)
-        >>> tile = kernel_tile(eye, eye, diagonal=0, with_row_sums=True, with_column_sums=False)
-        >>> bool(torch.isclose(tile.value, torch.tensor(2.0) * torch.exp(torch.tensor(-4.0))))
-        True
-
-    Source:
-        Wang and Isola 2020, arXiv:2005.10242, with t = 2.
-    """
-    dtype = logits_dtype(row_features)
-    rows, columns = row_features.to(dtype), column_features.to(dtype)
-    # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>, below zero only by rounding.
-    squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
-    kernel = (
-        squares.sub_(similarity(row_features, column_features), alpha=2)
-        .clamp_min_(0)
-        .mul_(-2)
-        .exp_()
-    )
-    if diagonal is not None:
-        kernel.diagonal(diagonal).zero_()
-    value = kernel.sum()
-    # One rounding for both terms of the difference, which cancel for near points.
-    kernel = kernel.to(product_dtype(row_features))
-    return KernelTile(
-        value,
-        kernel,
-        kernel.sum(dim=1, dtype=dtype) if with_row_sums else None,
-        kernel.sum(dim=0, dtype=dtype) if with_column_sums else None,
-    )

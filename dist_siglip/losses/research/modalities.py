@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import Nonfinite, check_rows
+from dist_siglip.losses.kernels.pair_terms import Kernel
 from dist_siglip.losses.sigmoid import siglip_loss
 
 ModalityGraph = Literal["complete", "star"]
@@ -26,6 +27,7 @@ def multimodal_sigmoid_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Mean of ``siglip_loss`` over the edges of a graph whose nodes are modalities.
 
@@ -47,7 +49,8 @@ def multimodal_sigmoid_loss(
         exchange: how features reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
-            CPU, 4096 on a GPU.
+            CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile, as for ``siglip_loss``.
 
     Returns:
         (), float32 (float64 for float64 features); a mean over edges of sums over pairs times W/N.
@@ -87,6 +90,7 @@ def multimodal_sigmoid_loss(
             exchange=exchange,
             group=group,
             chunk_rows=chunk_rows,
+            kernel=kernel,
         )
         for a, b in edges_of(graph, len(features))
     ]

@@ -28,8 +28,9 @@ from dist_siglip.losses.arguments import (
     describe_wanted,
     tile_shape_of,
 )
-from dist_siglip.losses.kernels.pair_terms import fused_pair_terms, pair_terms
+from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel
 from dist_siglip.losses.kernels.tiles import (
+    SigmoidTiles,
     inner_product,
     logits_dtype,
     similarity,
@@ -41,6 +42,7 @@ from dist_siglip.losses.ring_pass import (
     Shard,
     Tile,
     attach_gradients,
+    largest_tile,
     prepare_pass,
     wants_gradient,
 )
@@ -197,42 +199,36 @@ class _RelevancePass(RingPass):
         start = self.starts[place.owner]
         documents = slice(start + place.columns.start, start + place.columns.stop)
         relevant = self.batch.relevance[place.rows, documents]
-        return self.derivative(place.rows, similarity(home, shard[0]), relevant)
+        return self.derivative(place.rows, home, shard[0], relevant)
 
-    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
-        """Add one tile of similarities to the sums; return the derivative, if wanted."""
+    def derivative(
+        self, rows: slice, queries: Tensor, documents: Tensor, relevant: Tensor
+    ) -> Tensor | None:
+        """Add one tile to the sums; return the derivative by its logits, if wanted."""
         raise NotImplementedError
 
 
 class SigmoidPass(_RelevancePass):
     """The only pass of the sigmoid loss; ``bias`` is ()."""
 
-    def __init__(self, batch: RelevanceBatch, plan: Exchange, bias: Tensor) -> None:
+    def __init__(self, batch: RelevanceBatch, plan: Exchange, bias: Tensor, kernel: Kernel) -> None:
         wanted = any(batch.wanted.values()) or bias.requires_grad
         super().__init__(batch, plan, with_gradients=wanted)
-        self.derivative_dtype = batch.scale.dtype if wanted else None
-        self.bias = bias.detach().to(batch.scale.dtype)
-        self.terms = pair_terms if bias.device.type == "cpu" else fused_pair_terms()
-        self.value = torch.zeros((), dtype=sum_dtype(bias.device), device=bias.device)
-        self.bias_gradient = torch.zeros_like(self.value)
-
-    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor | None:
-        """Add the loss of a tile; return its derivative."""
-        terms = self.terms(
-            similarity,
-            self.batch.scale,
-            self.bias,
-            row_ids=None,
-            column_ids=None,
-            diagonal=None,
-            duplicates="negative",
-            derivative_dtype=self.derivative_dtype,
-            relevant=relevant,
+        self.tiles = SigmoidTiles(
+            batch.queries,
+            largest_tile(batch.queries, plan, batch.tile_shape),
+            batch.scale,
+            bias.detach().to(batch.scale.dtype),
+            kernel=kernel,
+            with_derivative=wanted,
+            derivative_dtype=batch.scale.dtype,
         )
-        self.value += terms.value
-        if terms.derivative_sum is not None:
-            self.bias_gradient += terms.derivative_sum
-        return terms.derivative
+
+    def derivative(
+        self, rows: slice, queries: Tensor, documents: Tensor, relevant: Tensor
+    ) -> Tensor | None:
+        """Add the loss of a tile; return its derivative."""
+        return self.tiles.derivative(queries, documents, diagonal=None, relevant=relevant)
 
 
 class SumPass(_RelevancePass):
@@ -244,9 +240,9 @@ class SumPass(_RelevancePass):
         device = batch.scale.device
         self.positives = torch.zeros((), dtype=sum_dtype(device), device=device)
 
-    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> None:
+    def derivative(self, rows: slice, queries: Tensor, documents: Tensor, relevant: Tensor) -> None:
         """Add a tile to the sums."""
-        logits = similarity * self.batch.scale
+        logits = similarity(queries, documents) * self.batch.scale
         total = self.log_sums[rows]
         torch.logaddexp(total, logits.logsumexp(dim=1), out=total)
         self.positives += torch.where(relevant, logits, 0).sum()
@@ -261,9 +257,12 @@ class SoftmaxPass(_RelevancePass):
         super().__init__(batch, plan, with_gradients=True)
         self.log_sums, self.counts = log_sums, counts
 
-    def derivative(self, rows: slice, similarity: Tensor, relevant: Tensor) -> Tensor:
+    def derivative(
+        self, rows: slice, queries: Tensor, documents: Tensor, relevant: Tensor
+    ) -> Tensor:
         """Return the derivative of a tile."""
-        shares = torch.exp(similarity * self.batch.scale - self.log_sums[rows, None])
+        logits = similarity(queries, documents) * self.batch.scale
+        shares = torch.exp(logits - self.log_sums[rows, None])
         return shares * self.counts[rows, None] - relevant.to(shares.dtype)
 
 
@@ -297,6 +296,7 @@ def relevance_sigmoid_loss(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor:
     """Sigmoid loss of this rank's queries against the documents of all ranks.
 
@@ -323,7 +323,8 @@ def relevance_sigmoid_loss(
         exchange: how documents reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
-            CPU, 4096 on a GPU.
+            CPU, 8192 rows and 4096 columns on a GPU.
+        kernel: who computes the terms of a tile, as for ``siglip_loss``.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over pairs times W/Q.
@@ -345,18 +346,20 @@ def relevance_sigmoid_loss(
     """
     check_scalar("logit_bias", logit_bias)
     bias = logit_bias.reshape(())
+    chosen = choose_kernel(kernel, query_features)
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
     plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, nonfinite, exchange, group)
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
-        ring_pass = SigmoidPass(batch, plan, bias)
+        ring_pass = SigmoidPass(batch, plan, bias, chosen)
         gradients = batch.gradients(ring_pass.run(plan), ring_pass.home_gradient)
+        sums = ring_pass.tiles.sums()
     factor = plan.world_size / max(totals.queries, 1)
     return attach_gradients(
         "relevance_sigmoid_loss",
-        (ring_pass.value * factor).to(batch.scale.dtype),
+        (sums.value * factor).to(batch.scale.dtype),
         [
             *batch.known(gradients, logit_scale, factor),
-            PrecomputedGradient(bias, ring_pass.bias_gradient, factor),
+            PrecomputedGradient(bias, sums.derivative, factor),
         ],
     )
 
@@ -394,7 +397,7 @@ def relevance_softmax_loss(
         exchange: how documents reach other ranks, see ``dist_siglip.distributed.exchange``.
         group: process group; the default group if None.
         chunk_rows: side of the largest tile of logits that exists at a time. None is 1024 on a
-            CPU, 4096 on a GPU.
+            CPU, 8192 rows and 4096 columns on a GPU.
 
     Returns:
         (), float32 (float64 for float64 features); a sum over relevant pairs times W/P.
