@@ -20,6 +20,7 @@ from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.loader import Feed
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
+from dist_siglip.doctor.gpu import accept
 from dist_siglip.doctor.machine import Plan
 from dist_siglip.doctor.page import Finding, render
 from dist_siglip.doctor.storage import ShardSet
@@ -230,6 +231,7 @@ def doctor(
     local_batch_size: int = 2048,
     embed_dim: int = 512,
     timeout_seconds: float = 90.0,
+    gpu: str | None = None,
 ) -> int:
     """Look at machines, ranks, run folder and shards; exit code 1 if a run would fail.
 
@@ -251,7 +253,12 @@ def doctor(
         embed_dim: width of these features.
         timeout_seconds: longest wait for other ranks, and for what is looked at; inside a process
             group a third of it.
+        gpu: folder for the JSON and the page of the acceptance run on the first GPU of this
+            machine, ten minutes at most (five on a GPU below 64 GiB); nothing else is looked at.
+            Null: no such run.
     """
+    if gpu is not None:
+        return accept(gpu)
     numbers = {
         "num_shards": num_shards,
         "write_mib": write_mib,
