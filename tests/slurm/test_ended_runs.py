@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.support.cluster_runs import SMALL, ClusterRun, write_cluster_settings
+from tests.support.cluster_runs import SMALL, ClusterRun, submit_warm, write_cluster_settings
 from tests.support.recording import global_batches
 from tests.support.slurm_cluster import KILL_WAIT_SECONDS, wait_until
 
@@ -54,7 +54,8 @@ def test_the_last_task_of_an_array_is_requeued_alone_and_goes_on(cluster, settin
     sweep.write_text("\n".join(lines) + "\n")
     runs[1].brake.parent.mkdir()
     runs[1].brake.touch()
-    array = cluster.submit(
+    array = submit_warm(
+        cluster,
         "sweep_array.sbatch",
         settings,
         sweep,

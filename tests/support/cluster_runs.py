@@ -1,4 +1,8 @@
-"""Runs of ``fit`` as jobs of the sandbox cluster, slow for as long as a test wants them to be."""
+"""Runs of ``fit`` as jobs of the sandbox cluster, slow for as long as a test wants them to be.
+
+The batch scripts are started unchanged; ``python`` is the one that needs no imports, as a site puts
+its own on the path. ``tests/slurm/test_own_requeue.py`` has ranks that import.
+"""
 
 import json
 from pathlib import Path
@@ -8,6 +12,7 @@ import yaml
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
+from tests.support.forked_runs import warm_python
 from tests.support.recording import global_batches
 from tests.support.slurm_cluster import Job, SlurmCluster, wait_until
 
@@ -33,7 +38,7 @@ class ClusterRun:
         tasks = 1 if script == "train_torchrun.sbatch" else ranks_per_node
         options = (f"--ntasks-per-node={tasks}", f"--gpus-per-node={ranks_per_node}", *SMALL)
         arguments = ("--run_dir", self.run.path, *self.observed())
-        return cluster.submit(script, self.settings, *arguments, options=options)
+        return submit_warm(cluster, script, self.settings, *arguments, options=options)
 
     def observed(self) -> list[str]:
         """Options that make steps slow while the brake is on, and write down their samples."""
@@ -81,6 +86,13 @@ class ClusterRun:
         """Return the loss of every step; the last one where a step was made twice."""
         lines = map(json.loads, self.run.metrics.read_text().splitlines())
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def submit_warm(cluster: SlurmCluster, script: str, *arguments: object, options=()) -> Job:
+    """Submit a batch script whose ``python`` needs no imports."""
+    setup = warm_python().with_name("setup.sh")
+    setup.write_text(f'export PATH="{setup.parent}:$PATH"\n')
+    return cluster.submit(script, *arguments, options=options, DIST_SIGLIP_SETUP=str(setup))
 
 
 def write_cluster_settings(folder: Path, max_steps: int) -> Path:

@@ -5,10 +5,13 @@ from one server; from there on it is the command as a user starts it, in a sessi
 its output in a file, and it can be killed at any time with everything it started.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from typing import NamedTuple
 from tests.support.ports import next_port
 from tests.support.processes import IMPORTED_ONCE, LIMIT_SECONDS
 from tests.support.torchrun import pretend_torchrun
+from tests.support.warm_python import run_module, serve, write_stand_in
 
 
 @cache
@@ -30,6 +34,25 @@ def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
     return context
+
+
+@cache
+def warm_python() -> Path:
+    """Return an executable that launchers may start instead of ``python``, without imports."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    python, socket = folder / "python", folder / "socket"
+    server = _server().Process(target=serve, args=(str(socket),))
+    server.start()
+    # Before those of multiprocessing, which would wait for it.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.kill)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not socket.exists():
+        assert server.is_alive(), "the server ended by itself"
+        assert time.monotonic() < deadline, "the server never came"
+        time.sleep(0.01)
+    write_stand_in(str(python), str(socket))
+    return python
 
 
 @dataclass
@@ -99,11 +122,18 @@ class ForkedRun:
 def start(arguments: list[object], log: Path, world_size: int = 1) -> ForkedRun:
     """Start ``dist-siglip ARGUMENTS``; several ranks as torchrun starts them."""
     run = ForkedRun(log)
-    port = next_port()
+    port, python = next_port(), str(warm_python())
     for rank in range(world_size):
         process = _server().Process(
             target=_run,
-            args=(json.dumps([str(a) for a in arguments]), str(log), rank, world_size, port),
+            args=(
+                json.dumps([str(a) for a in arguments]),
+                str(log),
+                python,
+                rank,
+                world_size,
+                port,
+            ),
         )
         process.start()
         run.ranks.append(process)
@@ -143,14 +173,13 @@ def _kill(process: BaseProcess) -> None:
         process.kill()
 
 
-def _run(arguments: str, log: str, rank: int, world_size: int, port: int) -> None:
+def _run(arguments: str, log: str, python: str, rank: int, world_size: int, port: int) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if world_size > 1:
         pretend_torchrun(rank, world_size)
-        os.environ["MASTER_PORT"] = str(port)
-    from dist_siglip import cli
-
-    raise SystemExit(cli.main(json.loads(arguments)))
+    os.environ["MASTER_PORT"] = str(port)
+    sys.executable = python
+    run_module("dist_siglip", *json.loads(arguments))
