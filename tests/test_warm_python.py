@@ -20,6 +20,7 @@ for name in ("SIGTERM", "SIGUSR1"):
     if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
         signal.signal(getattr(signal, name), lambda number, _: heard.append(number))
 facts = {"pid": os.getpid(), "words": sys.argv[1:], "folder": os.getcwd(), "name": __name__}
+facts |= {"parent": os.getppid()}
 facts |= {"is_warm": "torch" in sys.modules, "main": sys.modules["__main__"].__spec__.name}
 print(json.dumps(facts | {"HERE": os.environ["HERE"], "in": sys.stdin.read()}), flush=True)
 while sys.argv[1] == "wait" and not heard:
@@ -69,6 +70,7 @@ def test_it_has_the_words_the_folder_the_variables_the_files_and_the_code(start,
     assert facts.pop("pid") != process.pid
     assert facts == {
         "words": ["end", "7"],
+        "parent": os.getpid(),
         "folder": str(tmp_path),
         "name": "__main__",
         "main": "program",

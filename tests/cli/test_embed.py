@@ -10,7 +10,7 @@ import pytest
 from dist_siglip.cli import main
 from tests.support.command import REPOSITORY, environment, write_settings
 from tests.support.embedding import COUNTS, load_rows
-from tests.support.forked_runs import run_forked
+from tests.support.forked_runs import run_forked, warm_python
 from tests.support.processes import LIMIT_SECONDS
 from tests.support.shards import write_shards
 from tests.training.module.test_trained import run_of
@@ -63,7 +63,7 @@ def test_torchrun_and_one_process_write_the_same_file(words, tmp_path):
         [sys.executable, *launcher, "-m", "dist_siglip", *words],
         capture_output=True,
         text=True,
-        env=environment(),
+        env={**environment(), "PYTHON_EXEC": str(warm_python())},
         cwd=REPOSITORY,
         timeout=LIMIT_SECONDS,
         check=False,

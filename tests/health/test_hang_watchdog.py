@@ -9,12 +9,12 @@ gone.
 import json
 import re
 import subprocess
-import sys
 from functools import lru_cache
 
 import pytest
 
 from tests.support.command import REPOSITORY, environment
+from tests.support.forked_runs import warm_python
 from tests.support.ports import next_port
 
 pytestmark = pytest.mark.faults
@@ -36,13 +36,13 @@ HUNG = 70
 def ended():
     """Exit code, stderr and stacks of every rank, by scenario."""
     ports = [next_port() for _ in SCENARIOS]
-    script = REPOSITORY / "tests" / "support" / "hang_watchdog_ranks.py"
     words = [word for pair in zip(map(str, ports), SCENARIOS, strict=True) for word in pair]
     done = subprocess.run(
-        [sys.executable, str(script), *words],
+        [warm_python(), "-m", "tests.support.hang_watchdog_ranks", *words],
         capture_output=True,
         text=True,
         env=environment(),
+        cwd=REPOSITORY,
         timeout=800,
         check=True,
     )

@@ -1,4 +1,7 @@
-"""The command line as a user calls it: in a process of its own, on small shards."""
+"""The command line as a user calls it: in a process of its own, on small shards.
+
+``python`` is the interpreter; ``forked_runs.warm_python()`` is one that needs no imports.
+"""
 
 import os
 import signal
@@ -33,11 +36,11 @@ def environment() -> dict[str, str]:
 
 
 def run_command(
-    *arguments: object, timeout_seconds: float = LIMIT_SECONDS
+    *arguments: object, timeout_seconds: float = LIMIT_SECONDS, python: object = sys.executable
 ) -> subprocess.CompletedProcess:
     """Run ``python -m dist_siglip ARGUMENTS`` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "dist_siglip", *map(str, arguments)],
+        [str(python), "-m", "dist_siglip", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment(),
@@ -47,10 +50,15 @@ def run_command(
 
 
 @contextmanager
-def started_until(arguments: list[object], is_time, timeout_seconds: float = LIMIT_SECONDS):
+def started_until(
+    arguments: list[object],
+    is_time,
+    timeout_seconds: float = LIMIT_SECONDS,
+    python: object = sys.executable,
+):
     """Start the command in a process group, wait for ``is_time()``; end the group at the end."""
     deadline = time.monotonic() + timeout_seconds
-    with launched("dist_siglip", *arguments) as process:
+    with launched("dist_siglip", *arguments, python=python) as process:
         while not is_time():
             assert process.poll() is None, f"ended by itself with code {process.returncode}"
             assert time.monotonic() < deadline, "the moment to act never came"
@@ -59,13 +67,13 @@ def started_until(arguments: list[object], is_time, timeout_seconds: float = LIM
 
 
 @contextmanager
-def launched(*words: object):
+def launched(*words: object, python: object = sys.executable, **variables: str):
     """Start ``python -m WORDS`` in a process group, which ends with the block."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)],
+        [str(python), "-m", *map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment(),
+        env={**environment(), **variables},
         cwd=REPOSITORY,
         start_new_session=True,
     )
@@ -77,9 +85,9 @@ def launched(*words: object):
         process.wait()
 
 
-def kill_when(arguments: list[object], is_time) -> None:
+def kill_when(arguments: list[object], is_time, python: object = sys.executable) -> None:
     """SIGKILL the command and all its processes once ``is_time()``."""
-    with started_until(arguments, is_time):
+    with started_until(arguments, is_time, python=python):
         pass
 
 

@@ -25,6 +25,7 @@ def stand_in(server: str, arguments: list[str]) -> int:
         "arguments": arguments,
         "environ": dict(os.environ),
         "folder": os.getcwd(),
+        "parent": os.getppid(),
         "ignored": [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN],
     }
     with socket.socket(socket.AF_UNIX) as connection:
@@ -119,6 +120,7 @@ def _run(request, files, of_the_server) -> None:
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["folder"])
+    os.getppid = lambda: request["parent"]  # which tells ranks of Lightning whose they are
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     if os.environ.get("PYTHONFAULTHANDLER"):

@@ -1,12 +1,12 @@
 """A run whose logs, evaluation and report cannot be written trains to its end, and says so."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.command import REPOSITORY, environment, write_settings
+from tests.support.forked_runs import warm_python
 from tests.support.processes import LIMIT_SECONDS
 
 
@@ -24,7 +24,7 @@ def test_fit_ends_well_where_nothing_but_checkpoints_can_be_written(tmp_path):
     # What SLURM writes down of a job may be on the same disk.
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "dist_siglip", "fit", "--config", str(settings)],
+            [warm_python(), "-m", "dist_siglip", "fit", "--config", str(settings)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ from tests.support.command import (
     run_command,
     write_settings,
 )
+from tests.support.forked_runs import warm_python
 from tests.support.ports import next_port
 
 pytestmark = pytest.mark.faults
@@ -52,7 +52,7 @@ def ended(tmp_path_factory):
         for name, ranks in SCENARIOS.items()
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.watched_runs"],
+        [warm_python(), "-m", "tests.support.watched_runs"],
         input=yaml.safe_dump(scenarios),
         capture_output=True,
         text=True,
@@ -117,6 +117,7 @@ def test_ranks_with_different_settings_end_with_code_2_and_both_values(ended):
 
 def test_a_hang_ends_both_ranks_of_lightnings_launcher_with_code_70(tmp_path):
     settings = write_settings(tmp_path, devices=2, val_check_interval=1000, max_steps=1000)
-    done = run_command("fit", "--config", settings, *LIMITS, *_fault("sleep"))
+    words = ["fit", "--config", settings, *LIMITS, *_fault("sleep")]
+    done = run_command(*words, python=warm_python())
     assert done.returncode == HUNG, done.stderr
     assert "rank 1 is behind: step 6, for " in done.stderr

@@ -13,10 +13,9 @@ from dist_siglip.runs import RunFolder
 from tests.support.command import (
     is_group_alive,
     launched,
-    started_until,
     write_settings,
 )
-from tests.support.forked_runs import start
+from tests.support.forked_runs import start, warm_python
 from tests.support.processes import LIMIT_SECONDS
 
 pytestmark = pytest.mark.faults
@@ -99,12 +98,14 @@ def evaluations(run):
 def test_the_first_rank_of_lightnings_launcher_is_asked_and_all_stop(settings, tmp_path):
     run = RunFolder(tmp_path / "run")
     options = (*LONG, "--trainer.devices=2")
-    with started_until(
-        arguments(settings, run, *options), lambda: run.newest_checkpoint() is not None
-    ) as process:
-        process.terminate()
-        assert process.wait(timeout=LIMIT_SECONDS) == 75
-        wait_until(lambda: not is_group_alive(process.pid), 20)
+    ranks = start(arguments(settings, run, *options), tmp_path / "said.txt")
+    try:
+        assert ranks.wait_until(lambda: run.newest_checkpoint() is not None), ranks.said()
+        ranks.signal(signal.SIGTERM)
+        assert ranks.wait() == [75], ranks.said()
+        wait_until(lambda: not is_group_alive(ranks.ranks[0].pid), 20)
+    finally:
+        ranks.kill()
     last = max(run.steps_with_checkpoint())
     assert last % 3 == 0
     assert torch.load(run.checkpoint(last), weights_only=True)["global_step"] == last
@@ -127,7 +128,7 @@ def test_one_rank_of_torchrun_is_asked_and_both_stop(settings, tmp_path):
     run = RunFolder(tmp_path / "run")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dist_siglip"]
     command = [*torchrun, *arguments(settings, run, *LONG), "--trainer.devices=2"]
-    with launched(*command) as process:
+    with launched(*command, PYTHON_EXEC=str(warm_python())) as process:
         wait_until(lambda: run.newest_checkpoint() is not None, 90)
         os.kill(children(process.pid)[1], signal.SIGUSR1)
         assert process.wait(timeout=LIMIT_SECONDS) != 0  # torchrun passes no code on

@@ -7,7 +7,7 @@ import pytest
 from dist_siglip.cli import main
 from dist_siglip.runs import RunFolder
 from tests.support.command import run_command, write_settings
-from tests.support.forked_runs import run_forked
+from tests.support.forked_runs import run_forked, warm_python
 
 pytestmark = pytest.mark.e2e
 
@@ -51,7 +51,8 @@ def test_it_reports_the_fit_for_the_run_and_leaves_the_run_alone(trained, capsys
 
 
 def test_two_ranks_fit_the_same(trained, capsys):
-    done = run_command("calibrate", "--config", trained.config, "--json", "--trainer.devices=2")
+    words = ["calibrate", "--config", trained.config, "--json", "--trainer.devices=2"]
+    done = run_command(*words, python=warm_python())
     assert done.returncode == 0, done.stderr
     facts = calibrate(capsys, "--config", trained.config)
     for name, value in json.loads(done.stdout).items():
