@@ -16,6 +16,35 @@ from dist_siglip.distributed.groups import resolve_group
 from dist_siglip.errors import UserError
 
 
+class HostCopy:
+    """Copy of a tensor to the host, which does not wait for it before it reads.
+
+    From CUDA it goes to pinned memory, behind what the stream has been told so far.
+
+    Args:
+        value: left as it is; what is written to it later does not show in the copy.
+
+    Example:
+        >>> HostCopy(torch.tensor(3.0)).read()
+        tensor(3.)
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        is_cuda = value.device.type == "cuda"
+        self._value = torch.empty_like(value, device="cpu", pin_memory=is_cuda)
+        self._value.copy_(value, non_blocking=True)
+        self._arrival: torch.cuda.Event | None = None
+        if is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def read(self) -> Tensor:
+        """Return the copy, once it is there."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._value
+
+
 def sum_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Add ``values`` over all ranks, element by element.
 

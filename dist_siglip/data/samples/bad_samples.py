@@ -16,6 +16,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import sum_over_ranks
+from dist_siglip.distributed.collectives import HostCopy
 from dist_siglip.errors import UserError
 from dist_siglip.system.best_effort import LineLog
 from dist_siglip.system.regular_file import open_text
@@ -123,6 +124,8 @@ class BadSampleLimit:
         self._check_steps = check_steps
         self._num_steps = 0
         self._num_samples = 0
+        # Of all ranks, on its way to the host, and the samples it is of.
+        self._late: tuple[HostCopy, int] | None = None
         self.num_substituted = 0
 
     def name_from(self, log_path: str | None) -> None:
@@ -140,6 +143,8 @@ class BadSampleLimit:
     ) -> None:
         """Count a step; every ``check_steps`` steps compare. Every rank must call it.
 
+        From a GPU the sum is read one step later, when it is there: the host does not wait.
+
         Args:
             global_batch_size: samples of the step over all ranks.
             device: where the process group communicates.
@@ -150,17 +155,22 @@ class BadSampleLimit:
         """
         self._num_steps += 1
         self._num_samples += global_batch_size
-        if self._num_steps % self._check_steps:
+        ready, self._late = self._late, None
+        if self._num_steps % self._check_steps == 0:
+            mine = torch.full((), self.num_substituted, device=device)
+            self._late = HostCopy(sum_over_ranks(mine, group)), self._num_samples
+            if device.type == "cpu":
+                ready, self._late = self._late, None
+        if ready is None:
             return
-        mine = torch.tensor(self.num_substituted, device=device)
-        bad = int(sum_over_ranks(mine, group))
-        if bad > self._max_fraction * self._num_samples:
+        bad, num_samples = int(ready[0].read()), ready[1]
+        if bad > self._max_fraction * num_samples:
             named = "; ".join(first_lines(self._log_path, _NAMED, self._log_start_bytes))
             listed = (
                 f"first {named}; all in {self._log_path}" if named else "named in the log above"
             )
             raise UserError(
                 f"max_bad_fraction ({self._max_fraction}) is exceeded: {bad} of "
-                f"{self._num_samples} training samples were bad ({listed}); repair the shards or "
+                f"{num_samples} training samples were bad ({listed}); repair the shards or "
                 "raise it"
             )

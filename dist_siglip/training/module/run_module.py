@@ -109,10 +109,13 @@ def log_training(
         num_substituted: samples of this rank so far that stood in for bad ones.
         timer: of this rank; keeps that of all ranks.
     """
-    counts = (num_substituted, 0 if duplicates is None else duplicates)
-    sums = torch.stack([loss.detach(), *(torch.as_tensor(count).to(loss) for count in counts)])
+    zero = loss.new_zeros(())
+    counts = (zero + num_substituted, zero if duplicates is None else zero + duplicates)
     row = timer.take_row(module.trainer.global_rank, module.trainer.world_size)
-    sums = sum_over_ranks(torch.cat([sums, row.to(sums)]))
+    if loss.device.type == "cuda":
+        row = row.pin_memory()
+    row = row.to(loss, non_blocking=True)
+    sums = sum_over_ranks(torch.cat([torch.stack([loss.detach(), *counts]), row]))
     loss_sum, all_substituted, num_duplicates = sums[:3].unbind()
     timer.keep_sum(sums[3:])
     if duplicates is not None:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dist_siglip.data.samples import bad_samples
 from dist_siglip.data.samples.bad_samples import BadSampleLimit, BadSampleLog
 from dist_siglip.errors import UserError
 
@@ -15,6 +16,27 @@ def test_limit_is_compared_every_few_steps():
     with pytest.raises(UserError, match=r"max_bad_fraction \(0\.1\) is exceeded: 5 of 40"):
         limit.finish_step(10, CPU)
     assert limit.num_substituted == 5
+
+
+def test_from_a_device_the_sum_is_read_a_step_later(monkeypatch):
+    """And its check is of the samples that it was made for."""
+    read = []
+
+    class Copy:
+        def __init__(self, value):
+            assert value.device.type == "meta"
+
+        def read(self):
+            read.append(True)
+            return torch.tensor(5)
+
+    monkeypatch.setattr(bad_samples, "HostCopy", Copy)
+    limit = BadSampleLimit(0.1, check_steps=4)
+    for _ in range(4):
+        limit.finish_step(10, torch.device("meta"))
+    assert not read
+    with pytest.raises(UserError, match=r"5 of 40"):
+        limit.finish_step(10, torch.device("meta"))
 
 
 def test_share_at_the_limit_is_allowed():

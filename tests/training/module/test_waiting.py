@@ -4,7 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dist_siglip.training.callbacks import Preemption, SkipBadSteps, Throughput
+from dist_siglip.training.callbacks import Preemption, SkipBadSteps, Throughput, WeightAverage
+from dist_siglip.training.module import SigLipModule
+from tests.support.meta_device import MetaStrategy, Uploads, imitate_cuda
 from tests.support.processes import run_ranks
 from tests.support.sync_ranks import count_all
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -24,6 +26,68 @@ def test_no_value_is_read_and_no_collective_asked_for_in_a_step(tmp_path):
         assert lightnings["calls"] == ["broadcast"] * 4
         assert len(lightnings["waits"]) == 4
         assert len(reading["waits"]) == 4
+
+
+class OverError(Exception):
+    """Steps enough: the end of a run reads what was found in them."""
+
+
+class Watch(Callback):
+    """Notes what steps 2 to 5 copy to the device."""
+
+    def __init__(self):
+        self.uploads = Uploads()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2:
+            self.uploads.__enter__()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 5:
+            self.uploads.__exit__(None, None, None)
+            raise OverError
+
+
+def train_on_a_device(model, folder, monkeypatch, **settings):
+    """Six steps of the whole module where a read of the host fails; return copies to the device."""
+    imitate_cuda(monkeypatch)
+    module, watch = locked_module(model, **settings), Watch()
+    callbacks = [Preemption(agree_every_steps=100), SkipBadSteps(), Throughput(), WeightAverage()]
+    with pytest.raises(OverError), torch.compiler.set_stance("force_eager"):
+        fit(
+            module,
+            folder,
+            batches_of(7),
+            strategy=MetaStrategy(),
+            accelerator="auto",
+            callbacks=[*callbacks, watch],
+            log_every_n_steps=100,
+            gradient_clip_val=1.0,
+        )
+    return watch.uploads.found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_step_reads_nothing_from_its_device_and_copies_its_batch_alone(
+    tmp_path, monkeypatch, micro_batch_size
+):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
+    settings = {"micro_batch_size": micro_batch_size}
+    found = train_on_a_device(model, tmp_path, monkeypatch, **settings)
+    assert set(found) == {"batch_to"}
+    assert len(found) == 3 * 6  # batches of steps 3 to 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_read_would_be_noticed(tmp_path, monkeypatch):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
+    own = SigLipModule.training_step
+    monkeypatch.setattr(
+        SigLipModule, "training_step", lambda module, *args: own(module, *args).cpu()
+    )
+    with pytest.raises(NotImplementedError, match="no data"):
+        train_on_a_device(model, tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu
