@@ -153,7 +153,7 @@ class RingPass:
         self.begin(contributions)
         home, gradient = self.home, self.home_gradient
         is_own, is_begun = owner == self.rank, self._is_begun
-        for rows, columns in tile_slices(len(home), len(shard[0]), self.tile_shape):
+        for rows, columns in tile_slices(home.shape[0], shard[0].shape[0], self.tile_shape):
             diagonal = rows.start - columns.start
             meets = is_own and -(rows.stop - rows.start) < diagonal < columns.stop - columns.start
             mine, theirs = _cut(home, rows), tuple(_cut(column, columns) for column in shard)
@@ -166,14 +166,14 @@ class RingPass:
             if gradient is not None:
                 is_first = not is_begun and columns.start == 0
                 total = _cut(gradient, rows)
-                add_product(total, derivative, theirs[0].to(dtype), overwrite=is_first)
+                add_product(total, derivative, _as(dtype, theirs[0]), overwrite=is_first)
             for total in added:
-                add_product(total, derivative.T, mine.to(dtype), overwrite=rows.start == 0)
+                add_product(total, derivative.T, _as(dtype, mine), overwrite=rows.start == 0)
             self._is_begun = True
 
     def begin(self, contributions: Shard) -> None:
         """Prepare the contributions to a shard: without rows at home nothing overwrites them."""
-        if not len(self.home):
+        if not self.home.shape[0]:
             for contribution in contributions:
                 contribution.zero_()
 
@@ -192,9 +192,13 @@ class RingPass:
         raise NotImplementedError
 
 
+def _as(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
 def _cut(rows: Tensor, some: slice) -> Tensor:
     """Return some rows; the tensor itself for all of them, which is cheaper than a view."""
-    return rows if some.stop - some.start == len(rows) else rows[some]
+    return rows if some.stop - some.start == rows.shape[0] else rows[some]
 
 
 class PrecomputedGradient(NamedTuple):

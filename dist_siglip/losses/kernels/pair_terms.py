@@ -262,7 +262,7 @@ def _sum_negatives_(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     if largest <= _SERIES_BELOW[logits.dtype]:
         flat = logits.sigmoid_().view(-1)
         total = flat.sum().double()
-        return total + flat.dot(flat).double() / 2, total
+        return total.add(flat.dot(flat), alpha=0.5), total
     if largest <= 0:
         torch.neg(logits.sigmoid_(), out=scratch)
         value = -scratch.log1p_().sum().double()
