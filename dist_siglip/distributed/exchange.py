@@ -66,6 +66,7 @@ class Exchange:
     _combine: Combine
     _group: ProcessGroup | None
     _local_world_size: int
+    _comes_again: bool = False
 
     @property
     def world_size(self) -> int:
@@ -96,7 +97,14 @@ class Exchange:
         assert self.name in ("ring", "two_way", "two_level")
         paths = ring_paths(self.name, self.rank, self.world_size, self._local_world_size)
         add = COMBINE_IN_PLACE[self._combine]
-        return run_ring(*arguments, add, self.row_counts, paths, transfers.channel)
+        return run_ring(
+            *arguments,
+            add,
+            self.row_counts,
+            paths,
+            transfers.channel,
+            comes_again=self._comes_again,
+        )
 
 
 def _visit_all(
@@ -138,6 +146,7 @@ def prepare_exchange(
     purpose: str = "",
     shared: Mapping[str, Tensor | float] | None = None,
     local_world_size: int | None = None,
+    comes_again: bool = False,
 ) -> Exchange:
     """Agree with the other ranks on an exchange, whose ``run`` then calls a visitor.
 
@@ -157,6 +166,8 @@ def prepare_exchange(
             at the first exchange of that name only.
         local_world_size: consecutive ranks of the group that share a node; None takes what
             ``set_local_world_size`` or the launcher said.
+        comes_again: whether this pass is made at every step: a ring then keeps the memory of two
+            shards and two accumulators until the next one.
 
     Raises:
         UserError: if the tensors of the shard differ in rows, the exchange is unknown or
@@ -201,7 +212,9 @@ def prepare_exchange(
             "local_world_size, call set_local_world_size, or use 'ring' or 'auto'"
         )
     name = _choose(exchange, said.row_counts, shard, specs, per_node, obstacle)
-    return Exchange(name, rank, said.row_counts, shard, specs, combine, group, per_node)
+    return Exchange(
+        name, rank, said.row_counts, shard, specs, combine, group, per_node, comes_again
+    )
 
 
 def circulate(

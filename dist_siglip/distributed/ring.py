@@ -6,13 +6,15 @@ shard that is visited arrive, to which its contributions are added afterwards. S
 behind the visit, and a hop posts and waits once. Buffers are owned and reused: two shards and
 three accumulators per path (one for ring and two_level, two for two_way), whatever the number of
 ranks. Three, because while one accumulator is written by the visit another arrives and a third
-leaves.
+leaves. A pass that comes again at every step keeps them, but for the accumulator that came home,
+which is its result: addresses then repeat, and nothing is allocated while transfers hold memory.
 
 Bytes per rank: W - 1 shards and W accumulators sent; nothing more in a backward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,6 +46,8 @@ def run_ring(
     row_counts: Sequence[int],
     paths: Sequence[RingPath],
     channel: P2PChannel,
+    *,
+    comes_again: bool = False,
 ) -> Shard:
     """Run one rank's part of a schedule; see ``exchange.circulate``.
 
@@ -55,6 +59,7 @@ def run_ring(
         row_counts: rows of every rank's shard.
         paths: hops of this rank, from ``ring_schedule.ring_paths``; at least two ranks.
         channel: of a group that serves only these transfers.
+        comes_again: whether to keep the buffers for the next pass of this kind.
 
     Returns:
         The finished accumulators of this rank's rows.
@@ -62,8 +67,9 @@ def run_ring(
     Raises:
         RuntimeError: within the time limit of the group, if a rank does not take part.
     """
+    memory = RingMemory.of(columns, specs, max(row_counts), len(paths), channel)
     buffers = [
-        RingBuffers(number, path, columns, specs, row_counts) for number, path in enumerate(paths)
+        RingBuffers(number, path, columns, memory, row_counts) for number, path in enumerate(paths)
     ]
     pending = _post(channel, [buffer.move_shard(0) for buffer in buffers])
     for step in range(max(len(path.hops) for path in paths)):
@@ -87,7 +93,78 @@ def run_ring(
     for other in others:
         for mine, theirs in zip(finished, other, strict=True):
             add(mine, theirs)
+    if comes_again:
+        memory.keep(channel)
     return finished
+
+
+class RingMemory:
+    """Memory of a pass: of each path two shards, and three accumulators of which one is given away.
+
+    Attributes:
+        received: by path, two shards.
+        added: by path, two accumulators for what is written and what leaves.
+        arrived: by path, the accumulator that arrives; in the end it is the result.
+    """
+
+    def __init__(
+        self,
+        key: Hashable,
+        columns: Shard,
+        specs: Sequence[AccumulatorSpec],
+        longest: int,
+        num_paths: int,
+    ) -> None:
+        self.key = key
+        self.received = [
+            [
+                tuple(column.new_empty((longest, *column.shape[1:])) for column in columns)
+                for _ in range(2)
+            ]
+            for _ in range(num_paths)
+        ]
+        self.added = [
+            [_accumulators(columns, specs, longest) for _ in range(2)] for _ in range(num_paths)
+        ]
+        self.arrived: list[Shard] = []
+
+    @classmethod
+    def of(
+        cls,
+        columns: Shard,
+        specs: Sequence[AccumulatorSpec],
+        longest: int,
+        num_paths: int,
+        channel: P2PChannel,
+    ) -> "RingMemory":
+        """Take what an earlier pass of this kind has kept, or allocate."""
+        device = columns[0].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        shapes = tuple((column.shape[1:], column.dtype, column.device) for column in columns)
+        key = (shapes, tuple(specs), longest, num_paths, stream)
+        kept = _kept.get(channel, {}).pop(key, None)
+        memory = cls(key, columns, specs, longest, num_paths) if kept is None else kept
+        memory.arrived = [_accumulators(columns, specs, longest) for _ in range(num_paths)]
+        return memory
+
+    def keep(self, channel: P2PChannel) -> None:
+        """Leave all but the result for the next pass of this kind."""
+        self.arrived = []
+        kept = _kept.setdefault(channel, {})
+        kept[self.key] = self
+        while len(kept) > _MOST_KEPT:
+            del kept[next(iter(kept))]
+
+
+# What the last kinds of passes over a channel keep; a loss has one or two kinds.
+_MOST_KEPT = 4
+_kept: "WeakKeyDictionary[P2PChannel, dict[Hashable, RingMemory]]" = WeakKeyDictionary()
+
+
+def _accumulators(columns: Shard, specs: Sequence[AccumulatorSpec], longest: int) -> Shard:
+    return tuple(
+        columns[0].new_empty((longest, *spec.row_shape), dtype=spec.dtype) for spec in specs
+    )
 
 
 class _Move(NamedTuple):
@@ -111,23 +188,16 @@ class RingBuffers:
         number: int,
         path: RingPath,
         columns: Shard,
-        specs: Sequence[AccumulatorSpec],
+        memory: RingMemory,
         row_counts: Sequence[int],
     ) -> None:
         self.path, self.row_counts = path, row_counts
         self.shard_tag, self.accumulator_tag = 2 * number, 2 * number + 1
         self.rank = path.hops[0].owner
-        longest = self.longest = max(row_counts)
-        self.received = [
-            tuple(column.new_empty((longest, *column.shape[1:])) for column in columns)
-            for _ in range(2)
-        ]
-        self.working, self.leaving, self.incoming = (
-            tuple(
-                columns[0].new_empty((longest, *spec.row_shape), dtype=spec.dtype) for spec in specs
-            )
-            for _ in range(3)
-        )
+        self.longest = max(row_counts)
+        self.received = memory.received[number]
+        self.working, self.leaving = memory.added[number]
+        self.incoming = memory.arrived[number]
         self.shard = self.next_shard = columns
         self.contributions: Shard = ()
 

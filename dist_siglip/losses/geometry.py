@@ -150,6 +150,7 @@ def uniformity_loss(
         exchange=exchange,
         group=group,
         purpose=f"uniformity loss; gradients: {wanted}",
+        comes_again=is_wanted,
     )
     rows = features.detach()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
@@ -226,6 +227,7 @@ def cross_uniformity_loss(
         exchange=exchange,
         group=group,
         purpose=f"cross-uniformity; gradients: {describe_wanted(wanted)}",
+        comes_again=any(wanted.values()),
     )
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         ring_pass = _GaussianPass(

@@ -237,6 +237,7 @@ def matryoshka_sigmoid_loss(
             f"{'' if picture_ids is None else ', with picture ids'}",
         ),
         shared=settings.shared(),
+        comes_again=any(wanted),
     )
     homes = [Prefix.of(whole.home, dim) for dim in dims]
     passes = []
@@ -453,6 +454,7 @@ def _softmax_passes(
         group=settings.group,
         purpose=purpose,
         shared=settings.shared(),
+        comes_again=row_gradient or column_gradient or scale_gradient,
     )
     homes = [Prefix.of(rows, dim) for dim in dims]
     sides = [
@@ -490,6 +492,7 @@ def _softmax_passes(
         exchange=settings.exchange,
         group=settings.group,
         purpose=purpose,
+        comes_again=True,
     )
     second = [
         GradientPass(

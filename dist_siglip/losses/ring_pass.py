@@ -43,6 +43,7 @@ def prepare_pass(
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
     shared: Mapping[str, Tensor] | None = None,
+    comes_again: bool = False,
 ) -> Exchange:
     """Look for what is not finite, agree with the other ranks on a pass, and raise together.
 
@@ -59,6 +60,7 @@ def prepare_pass(
         exchange: how features reach other ranks.
         group: process group.
         shared: numbers that must be equal.
+        comes_again: whether a training makes this pass at every step.
 
     Raises:
         UserError: on every rank, if any found something that is not finite or they disagree.
@@ -72,6 +74,7 @@ def prepare_pass(
         group=group,
         purpose=f"{purpose}; {found or 'finite'}",
         shared=shared,
+        comes_again=comes_again,
     )
     if found:
         raise UserError(f"rank {plan.rank}: {found}")

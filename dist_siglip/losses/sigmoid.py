@@ -192,6 +192,7 @@ def siglip_loss_output(
             f"{'' if picture_ids is None else ', with picture ids'}"
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
+        comes_again=any(wanted),
     )
     ring_pass = SigmoidPass(
         sides, plan, scale.detach(), bias.detach(), ids, wanted, tile_shape, chosen, duplicates

@@ -203,6 +203,7 @@ def _run_passes(
         group=group,
         purpose=purpose,
         shared={"logit_scale": sides.scale},
+        comes_again=row_gradient or column_gradient or scale_gradient,
     )
     first = SumPass(sides, plan)
     (column_negatives,) = first.run(plan)
@@ -227,6 +228,7 @@ def _run_passes(
         exchange=exchange,
         group=group,
         purpose=purpose,
+        comes_again=True,
     )
     second = GradientPass(
         sides,

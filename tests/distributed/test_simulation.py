@@ -4,15 +4,18 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_siglip.bench.simulate import LiveBytes
-from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange
+from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange, ring
 from dist_siglip.distributed.exchange import _log_choice
+from dist_siglip.distributed.groups import transfers_of
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
+from dist_siglip.losses.ring_pass import RingPass
 from tests.support.reference import sigmoid_loss_and_gradients
 
 TRAVELLING = ("ring", "two_way", "two_level")
@@ -64,6 +67,37 @@ def test_a_hop_posts_one_batch_of_transfers(monkeypatch):
         _step(images, texts, exchange="ring")
     # The first shard, then accumulators beside a shard, at last accumulators that come home.
     assert posted == [1, 2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("exchange", ["ring", "two_way"])
+def test_a_training_keeps_the_memory_of_its_ring_and_gives_its_results_away(exchange, monkeypatch):
+    """Two steps before any backward: the second must not write over gradients of the first."""
+    places = []
+    visit = RingPass.visit
+
+    def note(ring_pass, owner, shard, contributions):
+        places.append([tensor.data_ptr() for tensor in (*shard[1:], *contributions)])
+        return visit(ring_pass, owner, shard, contributions)
+
+    monkeypatch.setattr(RingPass, "visit", note)
+    scalars = [torch.tensor(x, dtype=torch.float64) for x in (SCALE, BIAS)]
+    steps = [_features(4, 5), _features(4, 6)[::-1]]
+    steps = [[side[:, :5].detach().requires_grad_() for side in pair] for pair in steps]
+    with simulated_world(6):
+        losses = [siglip_loss(*pair, *scalars, exchange=exchange) for pair in steps]
+        for loss in losses:
+            loss.backward()
+        with torch.no_grad():  # not a step of a training: it takes no memory with it
+            siglip_loss(*steps[0], *scalars, exchange=exchange)
+        channel = transfers_of(dist.group.WORLD, torch.device("cpu")).channel
+        assert len(ring._kept[channel]) == 1
+    assert places[:6] == places[6:12]
+    for pair in steps:
+        truth = sigmoid_loss_and_gradients(
+            *(side.detach().repeat(6, 1) for side in pair), SCALE, BIAS
+        )
+        for side, name in zip(pair, ("image", "text"), strict=True):
+            assert torch.allclose(side.grad, 6 * truth[name][:4], rtol=1e-12, atol=1e-14)
 
 
 def _peak(world_size, exchange, *, width=32, num_pairs=64):
