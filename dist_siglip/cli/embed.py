@@ -22,8 +22,8 @@ from dist_siglip.data.samples.picture_policy import (
     ExifOrientation,
     TruncatedPictures,
 )
-from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.layouts import Format
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.shard_job import Format
 from dist_siglip.evaluation.encoding import Precision, RowType, Towers
 from dist_siglip.training.module.trained import load_trained
 

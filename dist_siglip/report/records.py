@@ -19,15 +19,18 @@ import yaml
 
 from dist_siglip.errors import UserError
 from dist_siglip.report.canvas import Series
-from dist_siglip.report.damage import (
+from dist_siglip.report.history import (
     MOST_WIDTH,
+    Incidents,
+    KeptEvaluation,
     arrays_of,
     number_of,
     objects_of,
     printable,
+    read_history,
+    read_incidents,
     step_of,
 )
-from dist_siglip.report.history import Incidents, KeptEvaluation, read_history, read_incidents
 from dist_siglip.runs import RunFolder
 from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.regular_file import open_regular, read_json, read_regular

@@ -26,7 +26,7 @@ from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.index.read import read_index
 from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
-from dist_siglip.data.packing.pack import SampleMaker
+from dist_siglip.data.packing import SampleMaker
 from dist_siglip.data.packing.table import Columns, read_rows
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import MAX_CAPTION_CHARACTERS, CaptionRule

@@ -13,7 +13,7 @@ from PIL import Image
 from dist_siglip.cli import main
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
-from dist_siglip.data.packing.pack import SampleMaker
+from dist_siglip.data.packing import SampleMaker
 from dist_siglip.data.packing.table import Row
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture import EncodedPicture

@@ -7,7 +7,7 @@ import pytest
 from dist_siglip.lab import LabSettings
 from dist_siglip.lab.experiments import EXPERIMENTS
 from dist_siglip.lab.experiments.critical_documents import on_a_curve
-from dist_siglip.lab.subset_retrieval import subset_relevance
+from dist_siglip.lab.free_embeddings import subset_relevance
 from dist_siglip.metrics import relevance_margins
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dist_siglip.lab.subset_retrieval import Retrieval, fit_margin, is_solvable, subset_relevance
+from dist_siglip.lab.free_embeddings import Retrieval, fit_margin, is_solvable, subset_relevance
 from dist_siglip.metrics import relevance_margins, subset_code, subset_margin
 
 

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from dist_siglip import report as build
 from dist_siglip.errors import UserError
-from dist_siglip.report import build, write_report
+from dist_siglip.report import write_report
 from dist_siglip.report.records import read_run
 from dist_siglip.report.sections.comparison import make_origin
 from tests.support.run_folder import CAPTIONS, write_benchmark, write_run

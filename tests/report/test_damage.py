@@ -9,9 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from dist_siglip import report as build
 from dist_siglip.errors import UserError
-from dist_siglip.report import build, write_report
-from dist_siglip.report.damage import arrays_of, objects_of, printable
+from dist_siglip.report import write_report
+from dist_siglip.report.history import arrays_of, objects_of, printable
 from dist_siglip.report.records import read_run
 from tests.support.run_folder import write_run
 
@@ -154,13 +155,13 @@ def test_archives_that_claim_what_they_do_not_hold_are_refused(tmp_path, content
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.npz").write_bytes(npz(a=np.zeros(1000)))
     assert arrays_of(tmp_path / "a.npz")["a"].shape == (1000,)
-    monkeypatch.setattr("dist_siglip.report.damage._MOST_ARRAY_BYTES", 8000)
+    monkeypatch.setattr("dist_siglip.report.history._MOST_ARRAY_BYTES", 8000)
     with pytest.raises(OSError, match="it says that it holds 8,128 bytes"):
         arrays_of(tmp_path / "a.npz")
 
 
 def test_a_line_without_end_is_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_siglip.report.damage._MOST_LINE", 64)
+    monkeypatch.setattr("dist_siglip.report.history._MOST_LINE", 64)
     (tmp_path / "lines").write_text('{"a": 1}\n{"b": "' + "x" * 500 + '"}\n{"c": 2}')
     assert list(objects_of(tmp_path / "lines")) == [{"a": 1}, None, {"c": 2}]
 

@@ -8,7 +8,7 @@ import pyarrow
 from pyarrow import parquet
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dist_siglip.data.packing.pack import PackSettings, pack
+from dist_siglip.data.packing import PackSettings, pack
 from dist_siglip.data.packing.table import Columns
 from tests.support.shards import caption
 

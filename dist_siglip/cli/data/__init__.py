@@ -9,7 +9,7 @@ SUBCOMMANDS = {
     "check": ("dist_siglip.cli.data.shards", "everything that is wrong with shards"),
     "stats": ("dist_siglip.cli.data.overview", "sizes, formats, caption lengths, duplicates"),
     "plan": ("dist_siglip.cli.data.overview", "who reads what, for any number of ranks"),
-    "pack": ("dist_siglip.cli.data.pack", "a table and its pictures, or a folder, to shards"),
+    "pack": ("dist_siglip.cli.data.shards", "a table and its pictures, or a folder, to shards"),
 }
 
 

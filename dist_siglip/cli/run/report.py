@@ -8,7 +8,7 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import CommandParser
 from dist_siglip.errors import UserError
 from dist_siglip.report import write_report
-from dist_siglip.report.damage import printable
+from dist_siglip.report.history import printable
 
 _SEVERAL = "report.html"
 

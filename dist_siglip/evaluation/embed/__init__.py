@@ -1,6 +1,345 @@
-"""Embeddings of whole data sets: shards in, one row for every sample out."""
+"""Embeddings of a data set, one row for every sample, on any number of ranks, interrupted or not.
 
-from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.shard_job import EmbedReport
+Every shard is a job, written whole. Rank r of R takes every R-th shard that is not there yet; ranks
+share nothing but the folder, so a lost one holds up nobody, and started again, on any number of
+ranks, the rest is done.
+
+``embed.json`` in the folder says what decides the numbers: weights, preprocessing, shards, number
+format. Another model, or shards that changed, need another folder. Ranks need not talk: all of them
+find the same file, or write the same one.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from dist_siglip.data.index.damage import MAX_BAD_FRACTION
+from dist_siglip.data.index.pairs import PairTable
+from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.remote import is_remote
+from dist_siglip.data.remote.cache import Prefetcher
+from dist_siglip.data.samples.cached_features import MANIFEST
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.picture_policy import (
+    AUTO,
+    MAX_IMAGE_PIXELS,
+    ExifOrientation,
+    PicturePolicy,
+    TruncatedPictures,
+)
+from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
+from dist_siglip.distributed import World
+from dist_siglip.errors import OutageError, UserError, check_least
+from dist_siglip.evaluation.embed.shard_job import (
+    EmbedReport,
+    Format,
+    JobRows,
+    Layout,
+    Progress,
+    ShardJob,
+    layout_of,
+    remove_partial,
+    sample_keys,
+    shard_jobs,
+    skipped_file,
+    write_skipped,
+)
+from dist_siglip.evaluation.encoding import Precision, RowType, ShardEncoder, Towers, choose_device
+from dist_siglip.evaluation.samples import (
+    ShardBatch,
+    ShardCollator,
+    ShardDataset,
+    ShardSample,
+    shard_loader,
+)
+from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import read_json
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write what decides the numbers into a new folder, or compare it with what is there.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be written.
+    """
+    manifest = folder / MANIFEST
+    now = json.loads(json.dumps(identity))
+    try:
+        if not manifest.exists():
+            _check_empty(folder)
+            write_atomically(manifest, json.dumps(now, indent=2) + "\n")
+        before = dict(read_json(manifest))
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{manifest} is damaged; give a new folder") from error
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
+            "the same model, shards and settings"
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder that holds anything but what another rank has begun this moment."""
+    found = sorted(os.listdir(folder)) if folder.exists() else []
+    visible = [name for name in found if not name.startswith(".")]
+    if visible and not (folder / MANIFEST).exists():
+        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {MANIFEST}; give a new folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """How a data set is embedded.
+
+    Attributes:
+        towers: which features are wanted.
+        format: of the folder.
+        dtype: of the features in the files.
+        precision: of the computation.
+        device: "auto", or a device of torch.
+        local_batch_size: samples of a batch on each rank.
+        workers: loader processes of each rank.
+        captions: which caption a sample has.
+        max_image_pixels: pictures with more cannot be used.
+        transparency: see ``PicturePolicy``; "auto" is as the model was trained, or says.
+        exif_orientation: likewise.
+        truncated_pictures: likewise.
+        max_bad_fraction: share of the samples of each rank that may be skipped.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    towers: Towers = "both"
+    format: Format = "clip-retrieval"
+    dtype: RowType = "float16"
+    precision: Precision = "32-true"
+    device: str = "auto"
+    local_batch_size: int = 256
+    workers: int = 2
+    captions: CaptionRule = field(default_factory=CaptionRule)
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    transparency: str = AUTO
+    exif_orientation: ExifOrientation | Literal["auto"] = AUTO
+    truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
+    max_bad_fraction: float = MAX_BAD_FRACTION
+
+    def __post_init__(self) -> None:
+        check_least(1, local_batch_size=self.local_batch_size)
+        check_least(0, workers=self.workers)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
+        self.captions.check()
+        self.pictures(PicturePolicy())
+
+    def pictures(self, of_model: PicturePolicy) -> PicturePolicy:
+        """Return what decides the pixels of pictures."""
+        names = ("transparency", "exif_orientation", "truncated_pictures", "max_image_pixels")
+        return of_model.changed(**{name: getattr(self, name) for name in names})
+
+
+def embed_shards(
+    table: PairTable,
+    built: BuiltModel,
+    out: Path,
+    settings: EmbedSettings,
+    *,
+    world: World | None = None,
+) -> EmbedReport:
+    """Write the embeddings of a data set, or go on where an earlier call stopped.
+
+    Distributed contract: every rank passes the same table and model, takes the shards
+    ``rank, rank + world_size, ...``, and waits for nobody.
+
+    Args:
+        table: the data set.
+        built: the model; its towers are moved to the device and put into evaluation mode.
+        out: new, empty, or left by an interrupted call with the same table, model and settings.
+        settings: what is written, and how.
+        world: of this process; detected by default.
+
+    Raises:
+        UserError: if the folder holds something else or cannot be written, the device cannot be
+            used, a shard changed or is out of reach, numbers are not finite, or too many samples
+            cannot be used.
+    """
+    world = World.detect() if world is None else world
+    device = choose_device(settings.device, world.local_rank)
+    built = replace(built, pictures=settings.pictures(built.pictures))
+    jobs = shard_jobs(table)
+    layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
+    claim_folder(out, _identity(table, built, settings))
+    progress = Progress(out, settings.max_bad_fraction)
+    pending = []
+    for job in jobs[world.rank :: world.world_size]:
+        num_rows = layout.num_rows(job)
+        if num_rows is None:
+            pending.append(job)
+        else:
+            progress.keep(job, num_rows)
+    files = [file for job in pending for file in (*layout.files(job), skipped_file(out, job))]
+    remove_partial(files)
+    _LOGGER.info(
+        "embedding %d shards into %s on %s; %d are there already",
+        len(pending) + progress.kept,
+        out,
+        device,
+        progress.kept,
+    )
+    encoder = ShardEncoder(
+        built,
+        towers=settings.towers,
+        dtype=settings.dtype,
+        device=device,
+        precision=settings.precision,
+    )
+    batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
+    with prefetch_shards(table, jobs, layout, world, lambda: progress.current):
+        for job in pending:
+            progress.current = job.number
+            count = job.num_batches(settings.local_batch_size)
+            rows = encoder.encode(_all_read(islice(batches, count), job))
+            done = JobRows(job, rows, sample_keys(table, job))
+            with _told_in_one_line(out):
+                write_skipped(out, done)
+                layout.write(done)
+            progress.add(done, len(pending))
+    progress.judge(is_end=True)
+    with _told_in_one_line(out):
+        layout.finish()
+    return progress.report()
+
+
+@contextmanager
+def prefetch_shards(
+    table: PairTable,
+    jobs: Sequence[ShardJob],
+    layout: Layout,
+    world: World,
+    current: Callable[[], int],
+) -> Iterator[None]:
+    """Fetch remote shards while the block runs; the first rank of a node does it for all of them.
+
+    Args:
+        table: the data set.
+        jobs: all of the data set.
+        layout: knows which of them are finished.
+        world: of this process.
+        current: number of the shard this rank is at; the others are thought to be as far.
+    """
+    cache = table.cache
+    is_needed = world.local_rank == 0 and any(is_remote(shard) for shard in table.shards)
+    if cache is None or not is_needed:
+        yield
+        return
+    _LOGGER.info("remote shards: %s", cache.describe())
+    ranks = range(world.rank, world.rank + world.local_world_size)  # of this node
+    of_node = [job for job in jobs if job.number % world.world_size in ranks]
+    wanted = [job.number for job in of_node if layout.num_rows(job) is None]
+    prefetcher = Prefetcher(
+        cache, lambda: [table.shards[number] for number in wanted if number >= current()]
+    )
+    prefetcher.start()
+    try:
+        yield
+    finally:
+        prefetcher.stop()
+
+
+@contextmanager
+def _told_in_one_line(out: Path) -> Iterator[None]:
+    """A full disk or a lost folder inside the block is no defect."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"out ({out}) cannot be written: {error.strerror or error}; finished shards are kept: "
+            "start again when there is room"
+        ) from error
+
+
+def _loader(
+    table: PairTable,
+    built: BuiltModel,
+    settings: EmbedSettings,
+    jobs: Sequence[ShardJob],
+    *,
+    pin_memory: bool,
+) -> DataLoader[ShardSample]:
+    """Load all shards through the same processes: batch after batch, none across two shards."""
+    inputs = Preprocessing.of(built)
+    dataset = ShardDataset(
+        table,
+        None if settings.towers == "text" else evaluation_transform(inputs),
+        captions=settings.captions,
+        pictures=built.pictures,
+        tokenizer=inputs.tokenizer,
+        identifies_pictures=settings.format == "features",
+        marks_lost=True,
+    )
+    batches = (batch for job in jobs for batch in job.batches(settings.local_batch_size))
+    return shard_loader(
+        dataset,
+        ([StreamPosition(0, sample_id, sample_id) for sample_id in batch] for batch in batches),
+        ShardCollator(None if settings.towers == "image" else inputs.tokenizer, most_texts=1),
+        workers=settings.workers if jobs else 0,
+        pin_memory=pin_memory,
+    )
+
+
+def _all_read(batches: Iterable[ShardBatch], job: ShardJob) -> Iterator[ShardBatch]:
+    """Pass batches on, as long as their shard can be read."""
+    for batch in batches:
+        if batch.lost:
+            raise (OutageError if batch.is_outage else UserError)(
+                f"shard {job.shard!r} is out of reach: {batch.lost}; finished shards are kept: "
+                "start again when it is back"
+            )
+        yield batch
+
+
+def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> dict[str, Any]:
+    """Everything that decides the numbers, as plain values by name."""
+    # Which pictures and captions are the same, for training; older folders lack it.
+    ids = {"ids": "picture bytes, caption tokens"} if settings.format == "features" else {}
+    truncated = built.pictures.truncated_pictures
+    return {
+        "version": 1,
+        "image_tower": None if settings.towers == "text" else tower_fingerprint(built, "image"),
+        "text_tower": None if settings.towers == "image" else tower_fingerprint(built, "text"),
+        "shards": table.fingerprint,
+        "towers": settings.towers,
+        "format": settings.format,
+        "dtype": settings.dtype,
+        "precision": settings.precision,
+        "caption_members": list(settings.captions.members),
+        "caption_json_field": settings.captions.json_field,
+        "caption_split_lines": settings.captions.split_lines,
+        "max_image_pixels": settings.max_image_pixels,
+        **ids,
+        # Folders of before there was a choice go on.
+        **({"truncated_pictures": truncated} if truncated == "use" else {}),
+    }
+
 
 __all__ = ["EmbedReport", "EmbedSettings", "embed_shards"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_siglip.lab.experiment import COLOURS, LabSettings, Outcome, judge, label, new_figure
-from dist_siglip.lab.subset_retrieval import subset_relevance
+from dist_siglip.lab.free_embeddings import subset_relevance
 from dist_siglip.metrics import (
     PairStatistics,
     collect_pair_statistics,

@@ -31,7 +31,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.subset_retrieval import (
+from dist_siglip.lab.free_embeddings import (
     CRITICAL_SEED,
     critical_documents_found,
     subset_relevance,

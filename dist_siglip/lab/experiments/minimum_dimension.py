@@ -22,7 +22,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
-from dist_siglip.lab.subset_retrieval import Retrieval, SubsetLoss, fit_margin
+from dist_siglip.lab.free_embeddings import Retrieval, SubsetLoss, fit_margin
 from dist_siglip.metrics import RelevanceMargins
 from dist_siglip.metrics.capacity import subset_margin
 

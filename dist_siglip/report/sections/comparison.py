@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
-from dist_siglip.report.damage import printable
+from dist_siglip.report.history import printable
 from dist_siglip.report.measures import DIRECTIONS, Measure, known, show, table_of
 from dist_siglip.report.page import (
     Section,

@@ -21,7 +21,7 @@ from dist_siglip.data.order.position import (
     check_divisible,
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
-from dist_siglip.data.remote.prefetch import Prefetcher
+from dist_siglip.data.remote.cache import Prefetcher
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchSampler
 from dist_siglip.data.remote import ShardCache, is_remote
-from dist_siglip.data.remote.prefetch import Prefetcher, describe_tight_cache
+from dist_siglip.data.remote.cache import Prefetcher, describe_tight_cache
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import (
     BatchPieces,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dist_siglip.cli.data.pack import pack
+from dist_siglip.cli.data.shards import pack
 from dist_siglip.errors import UserError
 from tests.support.command import REPOSITORY, environment
 from tests.support.processes import LIMIT_SECONDS
@@ -17,7 +17,7 @@ from tests.support.shards import caption, encode, picture
 
 COUNT = 60
 PACK = (
-    "import sys; from dist_siglip.cli.data.pack import pack; "
+    "import sys; from dist_siglip.cli.data.shards import pack; "
     "sys.exit(pack(sys.argv[1], out=sys.argv[2], samples_per_shard=4, resize_short_side=40, "
     "workers=int(sys.argv[3])))"
 )

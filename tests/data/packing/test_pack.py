@@ -9,7 +9,7 @@ from PIL import Image
 from dist_siglip.data.index import tar_scan
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
-from dist_siglip.data.packing.pack import encode_jpeg, shrink
+from dist_siglip.data.packing import encode_jpeg, shrink
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset

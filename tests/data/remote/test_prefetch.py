@@ -4,7 +4,7 @@ import threading
 
 from dist_siglip.data.index.pairs import Span
 from dist_siglip.data.remote import CacheSettings, ShardCache
-from dist_siglip.data.remote.prefetch import Prefetcher, describe_tight_cache
+from dist_siglip.data.remote.cache import Prefetcher, describe_tight_cache
 from dist_siglip.data.samples.fetch import ShardReader
 
 BODY = os.urandom(100_000)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.embed import claim_folder
+from dist_siglip.evaluation.embed import claim_folder
 
 
 def test_a_folder_is_claimed_once_and_found_again(tmp_path):

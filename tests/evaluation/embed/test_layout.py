@@ -5,7 +5,7 @@ import pytest
 
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.layouts import remove_partial
+from dist_siglip.evaluation.embed.shard_job import remove_partial
 from tests.support.embedding import build_tiny, table_of
 from tests.support.shards import write_shards
 
@@ -22,7 +22,7 @@ def test_without_pyarrow_there_is_one_line_and_no_folder(tmp_path, monkeypatch, 
 
 
 def test_features_need_no_pyarrow(tmp_path, monkeypatch):
-    name = "dist_siglip.evaluation.embed.layouts"
+    name = "dist_siglip.evaluation.embed.shard_job"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, name)
     layouts = importlib.import_module(name)

@@ -9,9 +9,8 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.layouts import layout_of
 from dist_siglip.evaluation.embed.reading import Embeddings, match_rows, read_embeddings, towers_in
-from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob
+from dist_siglip.evaluation.embed.shard_job import JobRows, ShardJob, layout_of
 from dist_siglip.evaluation.encoding import EncodedRows
 
 SHARDS = ("a.tar", "b.tar", "c.tar")

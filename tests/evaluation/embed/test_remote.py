@@ -7,8 +7,8 @@ from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.remote import CacheSettings, ShardCache, connections
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError
+from dist_siglip.evaluation import embed
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed import embed as ahead
 from tests.support.embedding import COUNTS, build_tiny, load_rows, table_of
 from tests.support.servers import serve
 from tests.support.shards import write_shards
@@ -79,7 +79,7 @@ def test_the_first_rank_of_a_node_fetches_for_its_node(served, tmp_path, monkeyp
         def stop(self):
             pass
 
-    monkeypatch.setattr(ahead, "Prefetcher", Recorder)
+    monkeypatch.setattr(embed, "Prefetcher", Recorder)
     table = remote_table(server, tmp_path / "cache")
     built = build_tiny(tmp_path)
     for rank in (1, 3, 0, 2):  # two nodes of two ranks; shard 1 is done when rank 0 starts

@@ -13,7 +13,7 @@ from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.samples.cached_features import FeatureFile, write_features
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.models.tuning import LoraSettings, TowerConfig
 from dist_siglip.training.module.locked_features import check_features, settle_identities
 from tests.support.feature_ranks import data_of, module_of, run, run_rank
