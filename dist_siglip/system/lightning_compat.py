@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh
 
 # Class, private name, what it is needed for.
@@ -37,6 +37,7 @@ PRIVATE = (
     ("strategies.ModelParallelStrategy", "_data_parallel_size", "FullyShardedStrategy"),
     ("strategies.ModelParallelStrategy", "_save_distributed_checkpoint", "FullyShardedStrategy"),
     ("strategies.DDPStrategy", "_timeout", "the time limit of collectives"),
+    ("strategies.DDPStrategy", "_ddp_kwargs", "memory and speed of DDP"),
     ("strategies.ModelParallelStrategy", "_timeout", "the time limit of collectives"),
 )
 
@@ -85,6 +86,11 @@ def _do_nothing() -> None:
 def set_mesh_sizes(strategy: ModelParallelStrategy, *, data: int, tensor: int) -> None:
     """Set how many ranks share the data and how many each matrix."""
     strategy._data_parallel_size, strategy._tensor_parallel_size = data, tensor
+
+
+def set_ddp_defaults(strategy: DDPStrategy, **defaults: Any) -> None:
+    """Give torch's DistributedDataParallel arguments that the user has not given."""
+    strategy._ddp_kwargs = {**defaults, **strategy._ddp_kwargs}
 
 
 def set_device_mesh(module: LightningModule, mesh: DeviceMesh) -> None:

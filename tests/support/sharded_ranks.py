@@ -28,7 +28,7 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
     Args:
         case: "module" (settings of the module), "trainer" (of the Trainer), "shard" (of
             FullyShardedStrategy; null is DDP), "start" and "save" (checkpoints), "done" (steps
-            behind the checkpoint).
+            behind the checkpoint), "kind" (of the model).
     """
     module = locked_module(model, **case.get("module", {}))
     settings: dict[str, Any] = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
@@ -37,7 +37,8 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
         settings["strategy"] = FullyShardedStrategy(**sharding)
     losses = Losses()
     # More batches than steps: Lightning would begin an epoch where they end.
-    batches = batches_of(num_steps + 8, rank, world_size)[case.get("done", 0) :]
+    kind = case.get("kind", "siglip")
+    batches = batches_of(num_steps + 8, rank, world_size, kind)[case.get("done", 0) :]
     trainer = fit(
         module,
         folder,

@@ -15,11 +15,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import Strategy
-from torch import cuda
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import cuda, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
 from dist_siglip.errors import UserError
+from dist_siglip.system.lightning_compat import set_ddp_defaults
 from dist_siglip.training.callbacks import (
     AtomicCheckpointIO,
     Benchmarks,
@@ -209,6 +211,18 @@ def strategy(settings: Mapping[str, Any]) -> dict[str, Strategy]:
             "dist_siglip.training.strategies.FullyShardedStrategy"
         )
     return {"strategy": found()}
+
+
+def spare_copies(strategy: Strategy, model: nn.Module) -> None:
+    """Let DDP, unless told otherwise, copy neither gradients nor buffers that do not change.
+
+    Gradients are views of what is sent, which spares their memory once; buffers are sent before a
+    step where BatchNorm moves them on its own on every rank. ``static_graph`` would gain nothing
+    here: without a search for unused parameters DDP sends buckets as early.
+    """
+    if isinstance(strategy, DDPStrategy):
+        has_statistics = any(isinstance(layer, _BatchNorm) for layer in model.modules())
+        set_ddp_defaults(strategy, gradient_as_bucket_view=True, broadcast_buffers=has_statistics)
 
 
 def listed(value: Any) -> list[Any]:

@@ -51,6 +51,7 @@ from dist_siglip.cli.run.trainer_parts import (
     plugins,
     precision,
     scratch_folder,
+    spare_copies,
     strategy,
 )
 from dist_siglip.cli.table import print_evaluation
@@ -181,6 +182,7 @@ class TrainingCLI(LightningCLI):
             )
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        spare_copies(trainer.strategy, self.model)
         metrics_log.follow(lambda: self.model.steps_done)
         return trainer
 

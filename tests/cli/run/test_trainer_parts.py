@@ -1,15 +1,20 @@
 """What a Trainer gets that its settings leave open."""
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 
 from dist_siglip.cli.run import training
 from dist_siglip.cli.run.start_point import recorded_precision
-from dist_siglip.cli.run.trainer_parts import cuda, precision
+from dist_siglip.cli.run.trainer_parts import cuda, precision, spare_copies
 from dist_siglip.cli.run.training import TrainingCLI, train
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
+from tests.support.processes import run_ranks
+from tests.support.sharded_ranks import train as train_case
+from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
 @pytest.fixture
@@ -62,3 +67,37 @@ def test_the_choice_reaches_the_trainer_and_the_record(monkeypatch, tmp_path):
     cli = train(["fit", "--config", str(write_settings(tmp_path))])
     assert cli.trainer.precision == "bf16-mixed"
     assert cli._get_all().trainer.precision == "bf16-mixed"
+
+
+def test_ddp_copies_no_gradients_and_buffers_of_batch_norm_alone():
+    for layer, sends in ((torch.nn.LayerNorm(2), False), (torch.nn.BatchNorm1d(2), True)):
+        strategy = DDPStrategy()
+        spare_copies(strategy, torch.nn.Sequential(layer))
+        assert strategy._ddp_kwargs == {
+            "gradient_as_bucket_view": True,
+            "broadcast_buffers": sends,
+        }
+    given = DDPStrategy(gradient_as_bucket_view=False, broadcast_buffers=True)
+    spare_copies(given, torch.nn.LayerNorm(2))
+    assert given._ddp_kwargs == {"gradient_as_bucket_view": False, "broadcast_buffers": True}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kind", ["siglip", "resnet"])
+def test_ranks_train_to_the_same_bits_with_and_without(tmp_path, kind):
+    """A transformer, and a tower whose BatchNorm has statistics of its own on each rank."""
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES[kind])
+    for plain, ours in run_ranks(_train_both_ways, 2, model, str(tmp_path), kind):
+        assert ours["losses"] == plain["losses"]
+        assert ours["norm"] == plain["norm"]
+        for name, value in plain["state"].items():
+            assert torch.equal(ours["state"][name], value), name
+
+
+def _train_both_ways(rank, world_size, model, folder, kind):
+    plain, ours = DDPStrategy(), DDPStrategy()
+    spare_copies(ours, torch.nn.BatchNorm1d(1) if kind == "resnet" else torch.nn.Identity())
+    return [
+        train_case(model, folder, {"trainer": {"strategy": each}, "kind": kind}, rank, world_size)
+        for each in (plain, ours)
+    ]
