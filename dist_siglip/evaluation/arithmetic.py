@@ -31,8 +31,8 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.encoding import encode_pictures, encode_texts, rank_and_size
 from dist_siglip.evaluation.shards import BenchmarkShards, LoadSettings
-from dist_siglip.metrics.checks import raise_together
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
+from dist_siglip.metrics.rows import raise_together
 from dist_siglip.system.regular_file import check_regular, open_text, read_regular
 
 # Last digits that are a word of their own: not 0, and none after a ten, as in "twelve".

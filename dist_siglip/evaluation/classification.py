@@ -33,7 +33,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.encoding import encode_texts
 from dist_siglip.evaluation.shards import BenchmarkShards, EncodedShards, LoadSettings
-from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.rows import check_features, raise_together
 from dist_siglip.models.dual_encoder import unit_rows
 from dist_siglip.system.regular_file import read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml

@@ -15,12 +15,6 @@ from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from dist_siglip.distributed import ExchangeName
-from dist_siglip.metrics.checks import (
-    check_features,
-    check_same_settings,
-    raise_together,
-    widen_rows,
-)
 from dist_siglip.metrics.geometry.gap import (
     SEPARABILITY_PAIRS,
     linear_separability,
@@ -53,7 +47,14 @@ from dist_siglip.metrics.geometry.spread import (
 from dist_siglip.metrics.retrieval.nearest import hubness
 from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
-from dist_siglip.metrics.rows import first_occurrences, gather_in_order
+from dist_siglip.metrics.rows import (
+    check_features,
+    check_same_settings,
+    first_occurrences,
+    gather_in_order,
+    raise_together,
+    widen_rows,
+)
 
 # The k of the k-occurrences, as in most of the literature.
 HUBNESS_K = 10

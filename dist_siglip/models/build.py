@@ -28,12 +28,12 @@ from dist_siglip.models.architecture import (
 )
 from dist_siglip.models.dual_encoder import DualEncoder
 from dist_siglip.models.text_tower import (
+    ModelTokenizer,
     check_tokens,
     load_text_tower,
     recompute_blocks,
     wants_weights,
 )
-from dist_siglip.models.tokenizer import ModelTokenizer
 from dist_siglip.models.weight_source import ModelSource, resolve_model
 from dist_siglip.models.weights import NETWORK_PREFIX, Weights, load_towers, read_weights
 from dist_siglip.models.weights_file import refuse_not_finite

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics import collect_pair_statistics, modality_gap
-from dist_siglip.metrics.checks import check_features, raise_together, widen_rows
+from dist_siglip.metrics.rows import check_features, raise_together, widen_rows
 
 
 def _check(rows, ids, unit_norm=True):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_siglip.data import ImageNormalizer, Preprocessing, evaluation_transform
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.tokenizer import ModelTokenizer
+from dist_siglip.models.text_tower import ModelTokenizer
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 # A SigLIP that crops, and a CLIPModel with another tokenizer than CLIP's: docs/export.md.

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import gather_rows, resolve_group, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features, raise_together
+from dist_siglip.metrics.rows import check_features, raise_together
 from dist_siglip.metrics.tiles import row_slices
 
 # HSIC is not defined for fewer.

@@ -30,8 +30,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features
-from dist_siglip.metrics.rows import gather_sample
+from dist_siglip.metrics.rows import check_features, gather_sample
 from dist_siglip.metrics.tiles import row_slices
 
 # Most pairs to fit, which bounds memory and time.

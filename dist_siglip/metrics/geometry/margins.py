@@ -19,9 +19,9 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, max_over_ranks, prepare_exchange, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
+from dist_siglip.metrics.rows import check_features, raise_together, require_tensor
 from dist_siglip.metrics.tiles import exact_similarity, tile_side, tile_slices
 
 

@@ -26,8 +26,8 @@ from dist_siglip.distributed import (
     sum_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features, raise_together
 from dist_siglip.metrics.retrieval.positives import PositivePairs
+from dist_siglip.metrics.rows import check_features, raise_together
 from dist_siglip.metrics.tiles import exact_similarity, squared_norms, tile_side, tile_slices
 
 # Histograms of cosines have bins of 2 / 20000 = 1e-4 over [-1, 1].

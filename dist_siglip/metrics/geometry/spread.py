@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.geometry.pair_statistics import PairStatistics
+from dist_siglip.metrics.rows import check_features
 from dist_siglip.metrics.tiles import exact_similarity, row_slices, tile_side, tile_slices
 
 # Eigenvalues of sums of products are known up to this share of the largest.

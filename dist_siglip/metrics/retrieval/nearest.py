@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import ExchangeName, prepare_exchange, sum_over_ranks
 from dist_siglip.losses.kernels.pair_terms import share_an_id
-from dist_siglip.metrics.checks import check_features, raise_together, require_tensor
+from dist_siglip.metrics.rows import check_features, raise_together, require_tensor
 from dist_siglip.metrics.tiles import exact_similarity, tile_side, tile_slices
 
 # One product, computed in rectangles of different shape, differs by 1e-16. Rounded to this step

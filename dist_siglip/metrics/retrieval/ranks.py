@@ -35,10 +35,10 @@ from dist_siglip.distributed import (
     max_over_ranks,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.checks import check_features
 from dist_siglip.metrics.retrieval.narrow_counts import Bounds, count_narrowly
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.retrieval.positives import PositivePairs
+from dist_siglip.metrics.rows import check_features
 from dist_siglip.metrics.tiles import (
     exact_similarity,
     narrow_error,

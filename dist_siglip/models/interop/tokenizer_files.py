@@ -16,7 +16,7 @@ from open_clip.tokenizer import HFTokenizer
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.tokenizer import ModelTokenizer
+from dist_siglip.models.text_tower import ModelTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

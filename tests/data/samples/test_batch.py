@@ -4,7 +4,7 @@ from open_clip import SimpleTokenizer
 
 from dist_siglip.data.samples.batch import PairCollator, PairSample
 from dist_siglip.metrics import retrieval_ranks_both_ways
-from dist_siglip.models.tokenizer import ModelTokenizer
+from dist_siglip.models.text_tower import ModelTokenizer
 from tests.support.shards import tokenize
 
 
