@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_siglip.errors import UserError
-from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
+from dist_siglip.runs.checkpoints.io import BackgroundWrite, Snapshot
 from dist_siglip.runs.checkpoints.selection import damage_of
 from dist_siglip.training.callbacks import AtomicCheckpointIO
 
@@ -119,7 +119,7 @@ def _measure(content: dict[str, Any], path: Path, rounds: int, device: str) -> C
     def train_beside_a_write(num_products: int) -> None:
         background = BackgroundWrite()
         copied: list[dict[str, Any]] = []
-        take("copy", lambda: copied.append(snapshot(content)))
+        take("copy", lambda: copied.append(Snapshot(content).read()))
         background.start(1, lambda: write(copied[0]))
         train(num_products)
         background.finish()

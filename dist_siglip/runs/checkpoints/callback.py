@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from dist_siglip.distributed import new_cpu_group
 from dist_siglip.errors import RunFailedError, UserError, check_least
 from dist_siglip.runs import BestCheckpoint, Mode, RunFolder, read_best
-from dist_siglip.runs.checkpoints.io import BackgroundWrite, snapshot
+from dist_siglip.runs.checkpoints.io import BackgroundWrite, Snapshot
 from dist_siglip.system.atomic import sync_folder
 from dist_siglip.system.lightning_compat import dump_checkpoint
 
@@ -64,6 +66,7 @@ class RunCheckpoint(Checkpoint):
         self.asynchronous = asynchronous
         self.allowed_misses = allowed_misses
         self._background = BackgroundWrite()
+        self._copied: Snapshot | None = None  # to be waited for before the weights change
         self._written_step = -1
         self._misses = 0
         self._candidate: BestCheckpoint | None = None
@@ -99,6 +102,16 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if step % self.every_steps == 0 and step not in (self._written_step, self._background.step):
             self._write(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Let the step wait for the copy of what it changes."""
+        self._hold()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let an evaluation wait for the copy: an average may take the place of the weights."""
+        self._hold()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the checkpoint of these weights if they are the best so far."""
@@ -151,8 +164,11 @@ class RunCheckpoint(Checkpoint):
         path = _folder(trainer).checkpoint(step)
         checkpoint = dump_checkpoint(trainer)
         if self.asynchronous and not is_last:
-            copied = snapshot(checkpoint) if _takes_part(strategy) else {}
-            self._background.start(step, lambda: strategy.save_checkpoint(copied, path))
+            copied = Snapshot(checkpoint if _takes_part(strategy) else {})
+            self._copied = copied
+            if any(isinstance(layer, _BatchNorm) for layer in trainer.lightning_module.modules()):
+                self._hold()  # the next forward pass moves its statistics
+            self._background.start(step, lambda: strategy.save_checkpoint(copied.read(), path))
             return
         problem = None
         try:
@@ -160,6 +176,11 @@ class RunCheckpoint(Checkpoint):
         except OSError as error:
             problem = _Problem(_reason(error), _folder(trainer).is_moved())
         self._conclude(trainer, step, problem, is_last=is_last)
+
+    def _hold(self) -> None:
+        if self._copied is not None:
+            self._copied.hold()
+            self._copied = None
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait for the checkpoint that is being written, if any."""

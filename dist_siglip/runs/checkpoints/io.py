@@ -18,6 +18,7 @@ from uuid import uuid4
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.runs import check_sound
@@ -61,15 +62,57 @@ class BackgroundWrite:
             wait([self._running[1]])
 
 
-def snapshot(value: Any) -> Any:
-    """Copy a nest of tensors and plain values; tensors to the memory of the host."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: snapshot(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(snapshot, value))
-    return copy.deepcopy(value)
+class Snapshot:
+    """Copy of a nest of tensors and plain values in the memory of the host.
+
+    From CUDA it goes to pinned memory on a stream of its own: neither the host nor the device waits
+    for it until ``read`` or ``hold``.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._content = self._copy(value)
+        self._arrivals = []
+        for device, stream in self._streams.items():
+            arrival = torch.cuda.Event()
+            arrival.record(stream)
+            self._arrivals.append((device, arrival))
+
+    def hold(self) -> None:
+        """Let what the devices are told from now on wait for the copy: it may change the values."""
+        for device, arrival in self._arrivals:
+            torch.cuda.current_stream(device).wait_event(arrival)
+
+    def read(self) -> Any:
+        """Return the copy, once it is whole; any thread may call it."""
+        for _, arrival in self._arrivals:
+            arrival.synchronize()
+        return self._content
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach())
+        if isinstance(value, dict):
+            return {key: self._copy(each) for key, each in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self._copy, value))
+        return copy.deepcopy(value)
+
+    def _copy_tensor(self, value: Tensor) -> Tensor:
+        if value.device.type != "cuda" or isinstance(value, DTensor):
+            return value.to("cpu", copy=True)
+        try:
+            copied = torch.empty_like(value, device="cpu", pin_memory=True)
+        except RuntimeError:  # no more memory can be pinned
+            return value.to("cpu", copy=True)
+        stream = self._streams.get(value.device)
+        if stream is None:
+            stream = self._streams[value.device] = torch.cuda.Stream(value.device)
+            stream.wait_stream(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(stream):
+            copied.copy_(value, non_blocking=True)
+        value.record_stream(stream)  # its memory is not given away before
+        return copied
 
 
 class AtomicCheckpointIO(CheckpointIO):

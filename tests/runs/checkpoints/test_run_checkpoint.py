@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.runs import RunFolder
+from dist_siglip.runs.checkpoints.io import Snapshot
 from dist_siglip.training.callbacks import AtomicCheckpointIO, RunCheckpoint
 
 LOSSES = {4: 3.0, 8: 1.0, 12: 2.0, 16: float("nan"), 20: 0.5}
@@ -180,6 +181,31 @@ def test_a_last_step_that_was_missed_in_the_background_is_tried_again(run):
 
     train(run, RunCheckpoint(10, asynchronous=True), steps=10, writer=Once(10))
     assert run.steps_with_checkpoint() == [10]
+
+
+class Late(Snapshot):
+    """Copies nothing before training must not go on without it, like a device that lags behind."""
+
+    def __init__(self, value):
+        self.value, self.is_held = value, threading.Event()
+
+    def hold(self):
+        self.content = Snapshot(self.value).read()
+        self.is_held.set()
+
+    def read(self):
+        assert self.is_held.wait(20)
+        return self.content
+
+
+@pytest.mark.parametrize("every_steps", [4, 5])
+def test_a_copy_that_is_late_holds_what_it_was_made_of(run, monkeypatch, every_steps):
+    """Before the next step changes the weights, and before an evaluation that follows at once."""
+    monkeypatch.setattr("dist_siglip.runs.checkpoints.callback.Snapshot", Late)
+    train(run, RunCheckpoint(every_steps, 9, asynchronous=True), 14)
+    steps = [*range(every_steps, 14, every_steps), 14]
+    assert run.steps_with_checkpoint() == steps
+    assert [weight_of(run, step) for step in steps] == steps
 
 
 class Slow(AtomicCheckpointIO):
