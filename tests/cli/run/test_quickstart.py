@@ -1,6 +1,7 @@
 """The quickstart as a newcomer runs it, shortened; killed and gone on with by ``fit``."""
 
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -8,17 +9,18 @@ import torch
 
 from dist_siglip.runs import RunFolder
 from tests.support.command import kill_when, run_command
-from tests.support.forked_runs import run_forked
+from tests.support.forked_runs import run_forked, warm_python
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 70  # one checkpoint at 50 on the way, and far too few for the floor
+STEPS = 60  # one checkpoint at 50 on the way, and far too few for the floor
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    return folder, run_command("quickstart", f"--out={folder}", f"--steps={STEPS}")
+    words = ["quickstart", f"--out={folder}", f"--steps={STEPS}"]
+    return folder, run_command(*words, python=warm_python())
 
 
 def losses(folder):
@@ -71,11 +73,17 @@ def test_no_handwriting_is_in_both_splits(short):
 
 
 def test_killed_midway_and_gone_on_with_fit_ends_the_same(short, tmp_path):
-    """SIGKILL of every process after the first checkpoint; ``fit`` on the folder finishes it."""
+    """SIGKILL of every process after the first checkpoint; ``fit`` on the folder finishes it.
+
+    What happens until that checkpoint is that of the other run: it is not made again.
+    """
     folder = RunFolder(tmp_path / "run")
+    copy_until(50, RunFolder(short[0]), folder)
+    begun = "training from step 50"
     kill_when(
         ["quickstart", f"--out={folder.path}", f"--steps={STEPS}"],
-        lambda: folder.newest_checkpoint() is not None,
+        lambda: begun in folder.log.read_text(),
+        python=warm_python(),
     )
     assert folder.steps_with_checkpoint() == [50]
     done = run_forked("fit", "--config", folder.config, world_size=2)
@@ -92,6 +100,16 @@ def test_killed_midway_and_gone_on_with_fit_ends_the_same(short, tmp_path):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def copy_until(step, source, target):
+    """Copy what a run has left behind by a checkpoint."""
+    shutil.copytree(source.path, target.path)
+    target.checkpoint(STEPS).unlink()
+    target.report.unlink()
+    shutil.rmtree(target.evaluation)
+    lines = source.metrics.read_text().splitlines(keepends=True)
+    target.metrics.write_text("".join(x for x in lines if json.loads(x)["step"] <= step))
+
+
 def weights(folder):
     return torch.load(folder.checkpoint(STEPS), weights_only=True)["state_dict"]
 
@@ -101,7 +119,7 @@ def test_a_second_call_shows_the_finished_run(short):
     before = RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns
     done = run_forked("quickstart", f"--out={folder}", f"--steps={STEPS}")
     assert done.returncode == 1
-    assert "is complete: step 70 of 70" in done.stderr
+    assert f"is complete: step {STEPS} of {STEPS}" in done.stderr
     assert RunFolder(folder).checkpoint(STEPS).stat().st_mtime_ns == before
 
 
