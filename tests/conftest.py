@@ -89,6 +89,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order[item.path])
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+
+
 @pytest.fixture(autouse=True)
 def _clean_process_state():
     """Seed torch; leave no process group, default dtype or variable of a launcher behind."""

@@ -6,6 +6,7 @@ to say.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from dist_siglip.doctor.gpu_sizes import PartError, Sizes, read_command, wait_fo
 from dist_siglip.metrics import retrieval_ranks_both_ways
 
 _TESTS = Path(__file__).parents[2] / "tests"
+_NEEDS_GPU = re.compile(r"mark\.gpu|on_devices")
 _FIRST_STRICT_STEP = 3  # before it libraries choose kernels and buffers are made
 _LOG_EVERY = 10
 
@@ -35,7 +37,7 @@ def run_tests(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     chosen = list(sizes.tests) or [
         str(path)
         for path in sorted(_TESTS.rglob("test_*.py"))
-        if "mark.gpu" in path.read_text(encoding="utf-8")
+        if _NEEDS_GPU.search(path.read_text(encoding="utf-8"))
     ]
     if not chosen:
         return {"skipped": "no tests at hand: run it in a checkout of the sources"}

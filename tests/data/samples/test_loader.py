@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 STEPS = 7  # 37 samples, batches of 8: four an epoch
 
 
-def loader(shards, *, workers=0, rank=0, world_size=1, samples_consumed=0, piece_rows=3):
+def loader(
+    shards, *, workers=0, rank=0, world_size=1, samples_consumed=0, piece_rows=3, pin_memory=False
+):
     table = build_pair_table(shards, image_extensions=("png",))
     plan = BatchPlan(
         counts=table.counts,
@@ -39,7 +41,7 @@ def loader(shards, *, workers=0, rank=0, world_size=1, samples_consumed=0, piece
         PairCollator(tokenize),
         workers_per_rank=workers,
         prefetch_factor=2,
-        pin_memory=False,
+        pin_memory=pin_memory,
         piece_rows=piece_rows,
     )
 

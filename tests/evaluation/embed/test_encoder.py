@@ -73,7 +73,6 @@ def test_each_rank_of_a_node_gets_its_own_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_rows_of_the_cpu(tmp_path):
     built = build_tiny(tmp_path)
     images, texts = expected_rows(built, range(sum(COUNTS)))

@@ -86,7 +86,6 @@ def test_of_the_step_under_way_nothing_is_taken_yet(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_device_the_towers_are_timed_without_waiting_for_it():
     timer, device = StepTimer(), torch.device("cuda")
     matrix = torch.randn(4096, 4096, device=device)

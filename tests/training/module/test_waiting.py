@@ -91,7 +91,6 @@ def test_a_loss_that_is_read_would_be_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
     """CUDA itself raises wherever the host would wait, in steps 3 to 6."""
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["siglip"])
