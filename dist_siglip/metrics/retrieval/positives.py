@@ -26,20 +26,6 @@ class PositivePairs(NamedTuple):
 
     pairs: Tensor | None = None
 
-    def mask(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
-        """Mark the positive pairs of R images and C texts, (R, C) bool.
-
-        Example:
-            >>> pairs = torch.tensor([[1, 7], [1, 8], [2, 8]])
-            >>> PositivePairs(pairs).mask(torch.tensor([1, 2]), torch.tensor([8, 7]))
-            tensor([[ True,  True],
-                    [ True, False]])
-        """
-        whole = slice(0, len(image_ids)), slice(0, len(text_ids))
-        found = self.between(image_ids, text_ids, max(1, *image_ids.shape, *text_ids.shape))
-        mask = found.mask(*whole)
-        return torch.zeros(found.shape, dtype=torch.bool) if mask is None else mask
-
     def between(self, image_ids: Tensor, text_ids: Tensor, side: int) -> "PositiveTiles":
         """Find the positive pairs of a shard of texts for each rectangle, with one or two reads.
 
@@ -47,6 +33,13 @@ class PositivePairs(NamedTuple):
             image_ids: (R,) int64.
             text_ids: (C,) int64.
             side: of the rectangles, those of ``tile_slices``.
+
+        Example:
+            >>> pairs = torch.tensor([[1, 7], [1, 8], [2, 8]])
+            >>> found = PositivePairs(pairs).between(torch.tensor([1, 2]), torch.tensor([8, 7]), 2)
+            >>> found.mask(slice(0, 2), slice(0, 2))
+            tensor([[ True,  True],
+                    [ True, False]])
         """
         return PositiveTiles(self, image_ids, text_ids, side)
 

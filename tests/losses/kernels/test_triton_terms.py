@@ -361,7 +361,6 @@ CASES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize(("name", "dtype", "kernel"), CASES)
 def test_a_loss_on_a_gpu_is_the_loop_in_float64(name, dtype, kernel):
     num_rows = 37
@@ -381,7 +380,6 @@ def test_a_loss_on_a_gpu_is_the_loop_in_float64(name, dtype, kernel):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("bias", [-30.0, -16.5, -10.0, -3.0, 2.0, 30.0])
 def test_a_large_tile_on_a_gpu_keeps_its_digits(bias):
     generator = torch.Generator(device="cuda").manual_seed(0)
