@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
 from dist_siglip.bench.plan import mebibytes
-from dist_siglip.bench.simulate import LiveBytes
+from dist_siglip.bench.simulate import LiveBytes, measure_host_us
 from dist_siglip.distributed import ExchangeName, leave_process_groups
+from dist_siglip.distributed.cost_model import remember
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel
@@ -219,10 +220,13 @@ def loss(
                     device=device,
                 )
             )
+    kept = _remember(rows, torch.device(device))
     if json:
         sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")
         return 0
     Console().print(_table(rows, device, rounds))
+    if kept is not None:
+        Console().print(f"what exchange auto is to reckon with: {kept}", soft_wrap=True)
     return 0
 
 
@@ -233,6 +237,21 @@ def _kernels(kernel: Kernel | Literal["all"], device: torch.device) -> tuple[Ker
     best = choose_kernel("auto", torch.empty(0, device=device))
     others: tuple[Kernel, ...] = ("compiled", "eager")
     return (best, *(name for name in others if name != best))
+
+
+def _remember(rows: list[dict[str, Any]], device: torch.device) -> Path | None:
+    """Keep what the host and the matmuls took, for the choice of ``auto``."""
+    flops_per_second = [
+        6.0 * row["local_batch_size"] ** 2 * row["embed_dim"] * row["world_size"]
+        / (row["milliseconds"] / 1e3)
+        for row in rows
+        if row["loss"] is None
+    ]  # fmt: skip
+    return remember(
+        device.type,
+        teraflops=max(flops_per_second) / 1e12,
+        host_us=measure_host_us(device),
+    )
 
 
 def _measure(case: LossCase) -> list[dict[str, Any]]:

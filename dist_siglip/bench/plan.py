@@ -22,6 +22,7 @@ def plan(
     nvlink_gb_s: float = 300.0,
     nic_gb_s: float = 50.0,
     latency_us: float = 15.0,
+    host_us: float = 150.0,
     json: bool = False,
 ) -> int:
     """Print predicted bytes, steps, time and memory of every exchange, and open_clip's.
@@ -39,6 +40,7 @@ def plan(
         nvlink_gb_s: GB/s one GPU sends inside the node.
         nic_gb_s: GB/s one network card sends; one card per GPU.
         latency_us: microseconds a batch of transfers costs beyond its bytes.
+        host_us: microseconds the host needs to launch one visit.
         json: print JSON instead of a table.
     """
     cluster = Cluster(
@@ -48,6 +50,7 @@ def plan(
         nvlink_gb_s=nvlink_gb_s,
         nic_gb_s=nic_gb_s,
         latency_us=latency_us,
+        host_us=host_us,
     )
     problem = Problem(
         local_batch_size=local_batch_size,
@@ -93,7 +96,8 @@ def _table(cluster: Cluster, problem: Problem, predictions: list[Prediction]) ->
         caption=(
             f"per GPU; {cluster.teraflops:g} TFLOP/s, NVLink {cluster.nvlink_gb_s:g} GB/s, "
             f"network card {cluster.nic_gb_s:g} GB/s, {cluster.latency_us:g} us per batch of "
-            "transfers; waiting: time that transfers add to the compute; gain: the ring's time "
+            f"transfers, {cluster.host_us:g} us of the host per visit; waiting: time that "
+            "transfers and the host add to the compute; gain: the ring's time "
             "over this one; memory: the loss beside its inputs"
         ),
     )

@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-SimulatedExchange = Literal["ring", "two_way", "two_level", "all_gather"]
+SimulatedExchange = Literal["ring", "two_way", "two_level", "node_gather", "all_gather"]
 
 
 class Simulated(NamedTuple):
@@ -127,7 +127,8 @@ def simulate(
         exchange: which exchange.
         dtype: of the features.
         chunk_rows: side of the largest tile of logits.
-        visits: shards whose tiles are really computed; null computes all of them.
+        visits: visits whose tiles are really computed, of a shard or of gathered ones; null
+            computes all of them.
         device: cpu, cuda, or auto for cuda where there is one.
         json: print JSON instead of a table.
     """
@@ -186,6 +187,27 @@ def simulate_step(
         visits=done,
         step_seconds=seconds,
     )
+
+
+def measure_host_us(device: torch.device, num_visits: int = 64) -> float:
+    """Microseconds that the host needs to launch one visit of the sigmoid loss on a device.
+
+    Of visits so small that neither the device nor a transfer takes any time; the faster of two.
+
+    Raises:
+        UserError: if a process group runs already.
+    """
+    problem = Problem(local_batch_size=8, embed_dim=64, feature_bytes=4)
+    inputs = _inputs(problem, device)
+    taken = []
+    for _ in range(3):
+        with simulated_world(num_visits):
+            started = time.perf_counter()
+            siglip_loss(*inputs, exchange="ring", chunk_rows=8)
+            taken.append(time.perf_counter() - started)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    return 1e6 * min(taken[1:]) / num_visits
 
 
 def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, ...]:

@@ -195,6 +195,7 @@ _COMMANDS: dict[str, Range] = {
     "jpeg_quality": Range(1, 95),
     "k": _FROM_1,
     "latency_us": _NOT_NEGATIVE,
+    "host_us": _NOT_NEGATIVE,
     "limit_seconds": Range(0, 1e9, "("),
     "local_batch_size": _FROM_1,
     "local_world_size": _FROM_1,

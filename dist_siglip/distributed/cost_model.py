@@ -1,54 +1,145 @@
 """Predicted cost of an exchange of the sigmoid loss on a given cluster.
 
 Bytes, steps and memory follow from the schedule exactly. Time is a model: every rank computes at
-one rate, a rank's transfers of a step share its NVLink port or its network card (both full duplex,
-one card per rank), a batch of transfers costs one latency, and batches run one after another
-beside the compute, as NCCL runs those of one group. open_clip's exchanges are predicted for
+one rate, no visit takes less than the host needs to launch it, a rank's transfers of a step share
+its NVLink port or its network card (both full duplex, one card per rank), a batch of transfers
+costs one latency, and batches run one after another beside the compute, as NCCL runs those of one
+group; those that cross nodes run beside those inside. open_clip's exchanges are predicted for
 comparison from what they send and keep.
+
+The exchange "auto" asks this model. Its numbers are guesses until ``doctor`` or ``bench loss`` has
+measured some on this machine: ``remember`` keeps them in the user's cache folder.
 """
 
+import json
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from dist_siglip.distributed.ring_schedule import RingName, RingPath, ring_paths
 from dist_siglip.errors import UserError
+from dist_siglip.system.atomic import user_cache_folder, write_atomically
+from dist_siglip.system.regular_file import read_json
+
+_LOGGER = logging.getLogger(__name__)
 
 PlanName = Literal[
-    "ring", "two_way", "two_level", "all_gather", "open_clip bidir", "open_clip bidir chunked",
-    "open_clip gather",
+    "ring", "two_way", "two_level", "node_gather", "all_gather", "open_clip bidir",
+    "open_clip bidir chunked", "open_clip gather",
 ]  # fmt: skip
 
 # float32 logits, values and derivative of one tile.
 _TILE_BYTES_PER_PAIR = 12
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """What a rank and its links reach.
+
+    Args:
+        teraflops: 1e12 floating-point operations per second that one GPU reaches in matmuls.
+        nvlink_gb_s: 1e9 bytes per second one GPU sends inside the node.
+        nic_gb_s: 1e9 bytes per second one network card sends; one card per GPU.
+        latency_us: microseconds a batch of transfers costs beyond its bytes.
+        host_us: microseconds the host needs to launch one visit.
+    """
+
+    teraflops: float = 400.0
+    nvlink_gb_s: float = 300.0
+    nic_gb_s: float = 50.0
+    latency_us: float = 15.0
+    host_us: float = 150.0
+
+    def __post_init__(self) -> None:
+        for name in ("teraflops", "nvlink_gb_s", "nic_gb_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
+        for name in ("latency_us", "host_us"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least 0")
+
+
+# Of a core and Ethernet: of runs on CPUs.
+_CPU_SPEEDS = Speeds(teraflops=0.05, nvlink_gb_s=2.0, nic_gb_s=1.0, latency_us=100.0, host_us=100.0)
+
+
+def known_speeds(device_type: str) -> Speeds:
+    """Return what was measured on this machine; guesses for what was not.
+
+    A file that is of no use counts as none.
+
+    Args:
+        device_type: of the features, "cpu" or "cuda".
+    """
+    return replace(_guess(device_type), **_measured(device_type))
+
+
+def remember(device_type: str, **measured: float) -> Path | None:
+    """Keep measured ``Speeds``, for ``known_speeds`` of later runs.
+
+    Returns:
+        The file; None if it cannot be written.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+    replace(known_speeds(device_type), **measured)  # checks them
+    file = _speeds_file(device_type)
+    try:
+        values = {**_measured(device_type), **measured}
+        write_atomically(file, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        _LOGGER.debug("measured speeds are not kept: %s", error)
+        return None
+    return file
+
+
+def _guess(device_type: str) -> Speeds:
+    return _CPU_SPEEDS if device_type == "cpu" else Speeds()
+
+
+def _measured(device_type: str) -> dict[str, float]:
+    try:
+        values = read_json(_speeds_file(device_type)).items()
+        found = {name: float(value) for name, value in values}
+        replace(_guess(device_type), **found)  # checks them
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _LOGGER.warning("measured speeds are of no use (%s); taking guesses", error)
+        return {}
+    return found
+
+
+def _speeds_file(device_type: str) -> Path:
+    return Path(user_cache_folder("speeds")) / f"{device_type}.json"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class Cluster(Speeds):
     """The machines.
 
     Args:
         world_size: ranks, one GPU each.
         local_world_size: ranks per node; divides world_size.
-        teraflops: 1e12 floating-point operations per second that one GPU reaches in matmuls.
-        nvlink_gb_s: 1e9 bytes per second one GPU sends inside the node.
-        nic_gb_s: 1e9 bytes per second one network card sends; one card per GPU.
-        latency_us: microseconds a batch of transfers costs beyond its bytes.
+        teraflops: see ``Speeds``, as the others.
+        nvlink_gb_s: likewise.
+        nic_gb_s: likewise.
+        latency_us: likewise.
+        host_us: likewise.
     """
 
     world_size: int
     local_world_size: int = 8
-    teraflops: float = 400.0
-    nvlink_gb_s: float = 300.0
-    nic_gb_s: float = 50.0
-    latency_us: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "local_world_size", "teraflops", "nvlink_gb_s", "nic_gb_s"):
+        super().__post_init__()
+        for name in ("world_size", "local_world_size"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
-        if self.latency_us < 0:
-            raise UserError(f"latency_us ({self.latency_us}) must be at least 0")
         if self.world_size % self.local_world_size:
             raise UserError(
                 f"local_world_size ({self.local_world_size}) must divide world_size "
@@ -113,7 +204,7 @@ class Prediction(NamedTuple):
         nic_bytes: bytes the busiest network card sends; 0 in one node.
         steps: batches of transfers, or collectives, one after another.
         compute_seconds: matmuls alone.
-        exposed_seconds: time in which transfers keep the rank waiting.
+        exposed_seconds: time in which transfers, or the host, keep the device waiting.
         memory_bytes: peak memory of the loss beside its inputs.
     """
 
@@ -137,10 +228,13 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
     With b, d, s, C as in ``Problem``, s_g its accumulator_bytes, L paths of the schedule (2 for
     two_way, else 1), bytes per rank:
 
-        sent     ring, two_way, two_level: (W - 1) b d s + W b d s_g
+        sent     ring, two_way, two_level: (W - 1) b d s + W b d s_g; node_gather the same over
+                 several nodes, in one node b d s_g less
                  all_gather: (W - 1) b d (s + s_g)
                  open_clip: 2 (W - 1) b d s
-        memory   ring, two_way, two_level: L (2 b d s + 3 b d s_g) + 4 b d + 12 C^2
+        memory   ring, two_way: L (2 b d s + 3 b d s_g) + 4 b d + 12 C^2
+                 two_level: 4 b d s + 5 b d s_g + 4 b d + 12 C^2
+                 node_gather, g ranks a node: (2 g + 2) b d s + (3 g + 1) b d s_g + 4 b d + 12 C^2
                  all_gather: W b d (s + s_g) + b d s_g + 4 b d + 12 C^2
                  open_clip bidir, gather: 8 W b^2 + W b d s; chunked: 4 W b^2 + W b d s
 
@@ -152,10 +246,12 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
         >>> problem = Problem(local_batch_size=4096, embed_dim=768)
         >>> [predict(name, cluster, problem).memory_bytes // 2**20 for name in
         ...  ("ring", "two_level", "open_clip bidir")]
-        [72, 72, 34304]
+        [72, 108, 34304]
     """
-    if exchange in ("ring", "two_way", "two_level"):
+    if exchange in ("ring", "two_way"):
         return _ring(exchange, cluster, problem)
+    if exchange in ("two_level", "node_gather"):
+        return _through_nodes(exchange, cluster, problem)
     if exchange == "all_gather":
         return _gathering(cluster, problem)
     if exchange in get_args(PlanName):
@@ -166,7 +262,7 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
 def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
     paths = _paths_of_a_node(exchange, cluster)
     steps = max(len(path.hops) for path in paths[0])
-    visit_seconds = problem.visit_flops / (cluster.teraflops * 1e12)
+    visit_seconds = _visit_seconds(cluster, problem)
     nic_bytes = [0] * cluster.local_world_size
     free = now = accumulators_done = 0.0  # of the transfers, of the compute, of the last batch
     for step in range(steps):
@@ -192,8 +288,8 @@ def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
         + many * world_size * problem.shard_accumulator_bytes,
         nic_bytes=max(nic_bytes),
         steps=steps - 1 + bool(many and problem.accumulator_bytes),
-        compute_seconds=world_size * visit_seconds,
-        exposed_seconds=total - world_size * visit_seconds,
+        compute_seconds=_compute_seconds(cluster, problem),
+        exposed_seconds=total - _compute_seconds(cluster, problem),
         memory_bytes=(
             many * len(paths[0]) * buffers
             + (not many) * problem.shard_accumulator_bytes
@@ -203,9 +299,114 @@ def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
     )
 
 
+class _Line:
+    """Transfers that run one after another, beside the compute."""
+
+    def __init__(self, gb_s: float, latency_us: float) -> None:
+        self.gb_s, self.latency_us, self.free = gb_s, latency_us, 0.0
+
+    def send(self, now: float, size: int) -> float:
+        """Post a batch; return when it is done."""
+        if size:
+            self.free = max(now, self.free) + size / self.gb_s / 1e9 + self.latency_us / 1e6
+        return self.free if size else now
+
+
+def _through_nodes(
+    exchange: Literal["two_level", "node_gather"], cluster: Cluster, problem: Problem
+) -> Prediction:
+    nodes, size, world_size = cluster.num_nodes, cluster.local_world_size, cluster.world_size
+    shard, sums = problem.shard_bytes, problem.shard_accumulator_bytes
+    inside = _Line(cluster.nvlink_gb_s, cluster.latency_us)
+    across = _Line(cluster.nic_gb_s if nodes > 1 else cluster.nvlink_gb_s, cluster.latency_us)
+    gathers, many = exchange == "node_gather", world_size > 1
+    if gathers:
+        seconds = _node_gather_seconds(cluster, problem, inside, across)
+    else:
+        seconds = _two_level_seconds(cluster, problem, inside, across)
+    ahead = 2 * (nodes > 1)
+    shards = 2 * size + ahead if gathers else 2 + ahead
+    accumulators = 3 * size + 1 if gathers else 5
+    goes_home = many and (nodes > 1 or not gathers)
+    return Prediction(
+        exchange=exchange,
+        sent_bytes=(world_size - 1) * shard + (nodes * (size - 1) + nodes * goes_home) * sums,
+        nic_bytes=((nodes - 1) * shard + nodes * sums) * (nodes > 1),
+        steps=many * (nodes * (1 + bool(sums)) if gathers else world_size - (not sums)),
+        compute_seconds=_compute_seconds(cluster, problem),
+        exposed_seconds=seconds - _compute_seconds(cluster, problem),
+        memory_bytes=(
+            many * (shards * shard + accumulators * sums)
+            + (not many) * sums
+            + 4 * problem.local_batch_size * problem.embed_dim
+            + _tile_bytes(problem)
+        ),
+    )
+
+
+def _two_level_seconds(cluster: Cluster, problem: Problem, inside: _Line, across: _Line) -> float:
+    nodes, size = cluster.num_nodes, cluster.local_world_size
+    visit_seconds = _visit_seconds(cluster, problem)
+    now = summed = crossed = 0.0  # of the compute; sums of the hop before, of the stage before
+    for stage in range(nodes):
+        arrives = across.send(now, problem.shard_bytes * (stage + 1 < nodes))
+        for hop in range(size):
+            is_last = hop + 1 == size
+            follows = inside.send(now, problem.shard_bytes * (not is_last))
+            now = max(now + visit_seconds, summed)
+            if is_last:
+                now = max(now, crossed)
+                crossed = across.send(
+                    now, problem.shard_accumulator_bytes * (cluster.world_size > 1)
+                )
+            else:
+                summed = inside.send(now, problem.shard_accumulator_bytes)
+            now = max(now, follows)
+        now = max(now, arrives)
+    return max(now, crossed)
+
+
+def _node_gather_seconds(cluster: Cluster, problem: Problem, inside: _Line, across: _Line) -> float:
+    nodes, size = cluster.num_nodes, cluster.local_world_size
+    shards = (size - 1) * problem.shard_bytes
+    sums = (size - 1) * problem.shard_accumulator_bytes
+    node_sums = problem.shard_accumulator_bytes * (nodes > 1)
+    arrives = across.send(0.0, problem.shard_bytes * (nodes > 1))
+    gathered = inside.send(0.0, shards)
+    now = max(_visit_seconds(cluster, problem), gathered)
+    summed = crossed = 0.0
+    for stage in range(nodes):
+        now = max(now, arrives)
+        gathered = inside.send(now, shards * (stage + 1 < nodes))
+        arrives = across.send(now, problem.shard_bytes * (stage + 2 < nodes))
+        visits = min(2, size - 1) if stage == 0 else 1
+        now += _visit_seconds(cluster, problem, size if stage else size - 1, visits)
+        if stage:
+            now = max(now, summed, crossed)
+            crossed = across.send(now, node_sums)
+        summed = inside.send(now, sums)
+        now = max(now, gathered)
+    now = max(now, summed, crossed)
+    return max(now, across.send(now, node_sums))
+
+
+def _visit_seconds(
+    cluster: Cluster, problem: Problem, num_shards: int = 1, visits: int = 1
+) -> float:
+    """Seconds for the tiles of some shards, which no host launches faster than it can."""
+    seconds = num_shards * problem.visit_flops / (cluster.teraflops * 1e12)
+    return max(seconds, visits * cluster.host_us / 1e6)
+
+
+def _compute_seconds(cluster: Cluster, problem: Problem) -> float:
+    return cluster.world_size * problem.visit_flops / (cluster.teraflops * 1e12)
+
+
 def _gathering(cluster: Cluster, problem: Problem) -> Prediction:
     world_size = cluster.world_size
-    visit_seconds = problem.visit_flops / (cluster.teraflops * 1e12)
+    compute_seconds = _compute_seconds(cluster, problem)
+    # The own shard, those before it, those after it.
+    launch_seconds = min(3, world_size) * cluster.host_us / 1e6
     parts = (problem.shard_bytes, problem.shard_accumulator_bytes)
     rows = problem.local_batch_size * problem.embed_dim
     return Prediction(
@@ -213,8 +414,9 @@ def _gathering(cluster: Cluster, problem: Problem) -> Prediction:
         sent_bytes=(world_size - 1) * sum(parts),
         nic_bytes=(cluster.num_nodes - 1) * sum(parts),
         steps=sum(map(bool, parts)) * (world_size > 1),
-        compute_seconds=world_size * visit_seconds,
-        exposed_seconds=sum(_collective_seconds(part, cluster) for part in parts),
+        compute_seconds=compute_seconds,
+        exposed_seconds=sum(_collective_seconds(part, cluster) for part in parts)
+        + max(0.0, launch_seconds - compute_seconds),
         memory_bytes=(world_size * sum(parts) + parts[1] + 4 * rows + _tile_bytes(problem)),
     )
 
@@ -253,8 +455,7 @@ def _open_clip(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predic
 def _paths_of_a_node(exchange: RingName, cluster: Cluster) -> list[tuple[RingPath, ...]]:
     """Lanes of the ranks of the first node; every other node does the same at the same step."""
     return [
-        ring_paths(exchange, rank, cluster.world_size, cluster.local_world_size)
-        for rank in range(cluster.local_world_size)
+        ring_paths(exchange, rank, cluster.world_size) for rank in range(cluster.local_world_size)
     ]
 
 

@@ -7,16 +7,21 @@ and comes home to the rank that owns the shard.
     local       one rank: its own shard
     ring        every rank sends to the next one; memory does not grow with the number of ranks
     two_way     shards travel both ways for half the distance: half the steps, twice the buffers
-    two_level   a ring inside each node, then one hop to the next node, all ranks of a node at
+    two_level   rings inside the nodes, while shards cross to the next node, all ranks of a node at
                 once: every network card works, where a ring uses one per node
+    node_gather likewise, but shards are gathered inside the node and visited as one: as many steps
+                as nodes, and memory for the rows of a node
     all_gather  gather every shard, visit, reduce-scatter the accumulators: two collectives, no
                 chain of hops, but memory for the rows of all ranks
-    auto        chosen from sizes and nodes, see ``_choose``; the reason is logged once
+    auto        the fastest by the cost model, from sizes, nodes and measured speeds; the reasons
+                are logged once
 
-``ring_schedule`` says which way shards go, ``ring`` carries them, ``world`` knows the nodes.
+``ring_schedule`` says which way shards go in rings of all ranks, ``ring`` carries them;
+``node_ring`` does both for several nodes; ``world`` knows the nodes.
 All give the same numbers up to the order of the sums.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -31,8 +36,10 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine, reduce_scatter
+from dist_siglip.distributed.cost_model import Cluster, Problem, Speeds, predict
 from dist_siglip.distributed.groups import control_of, resolve_group, transfers_of
 from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
+from dist_siglip.distributed.node_ring import Place, run_node_gather, run_two_level, widths
 from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, run_ring
 from dist_siglip.distributed.ring_schedule import ring_paths
 from dist_siglip.distributed.world import local_world_size_of
@@ -40,12 +47,13 @@ from dist_siglip.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ExchangeName = Literal["auto", "local", "all_gather", "ring", "two_way", "two_level"]
+ExchangeName = Literal["auto", "local", "all_gather", "ring", "two_way", "two_level", "node_gather"]
 
-# Below this many gathered bytes, two collectives beat a chain of hops (latency decides).
+RunName = Literal["all_gather", "ring", "two_way", "two_level", "node_gather"]
+
+# "auto" gathers the rows of all ranks, or of those of a node, up to so many bytes.
 GATHER_LIMIT_BYTES = 64 * 2**20
-# Below this many bytes per hop latency decides, and half the steps are worth twice the buffers.
-TWO_WAY_LIMIT_BYTES = 2**20
+NODE_GATHER_LIMIT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,22 @@ class Exchange:
         """Rows of all ranks together."""
         return sum(self.row_counts)
 
+    @property
+    def most_rows(self) -> int:
+        """Most rows of one visit: of a rank, or of ranks whose shards are gathered."""
+        if self.name == "node_gather":
+            return max(widths(self.row_counts, self._local_world_size))
+        return self.total_rows if self.name == "all_gather" else max(self.row_counts)
+
     @torch.no_grad()
     def run(self, visit: Visitor) -> Shard:
-        """Call ``visit`` once per rank's shard; return this rank's finished accumulators."""
+        """Bring all shards to ``visit``; return this rank's finished accumulators.
+
+        Args:
+            visit: called with the own shard alone first; then with those of other ranks, where
+                shards are gathered with those of several consecutive ranks as one, named by the
+                first of them.
+        """
         if self._group is None or self.world_size == 1:
             mine = tuple(
                 self._columns[0].new_empty((self.row_counts[0], *spec.row_shape), dtype=spec.dtype)
@@ -94,9 +115,15 @@ class Exchange:
         arguments = (self._columns, visit, self._specs)
         if self.name == "all_gather":
             return _visit_all(*arguments, self._combine, self.row_counts, transfers.group)
-        assert self.name in ("ring", "two_way", "two_level")
-        paths = ring_paths(self.name, self.rank, self.world_size, self._local_world_size)
         add = COMBINE_IN_PLACE[self._combine]
+        if self.name in ("two_level", "node_gather"):
+            size = self._local_world_size
+            place = Place(self.rank, self.world_size // size, size)
+            run = run_two_level if self.name == "two_level" else run_node_gather
+            channels = transfers.channel, transfers.crossing
+            return run(*arguments, add, self.row_counts, place, *channels)
+        assert self.name in ("ring", "two_way")
+        paths = ring_paths(self.name, self.rank, self.world_size)
         return run_ring(
             *arguments,
             add,
@@ -123,14 +150,18 @@ def _visit_all(
         columns[0].new_zeros((world_size, longest, *spec.row_shape), dtype=spec.dtype)
         for spec in specs
     ]
-    for step in range(world_size):
-        owner = (rank - step) % world_size
-        rows = row_counts[owner]
-        visit(
-            owner,
-            tuple(everyone[owner, :rows] for everyone in gathered),
-            tuple(everyone[owner, :rows] for everyone in collected),
-        )
+    # Without padding between them, the shards before and after the own one are one matrix each.
+    stretches = [(rank, rank + 1), (0, rank), (rank + 1, world_size)]
+    if len(set(row_counts)) > 1:
+        stretches[1:] = [(other, other + 1) for other in range(world_size) if other != rank]
+    for first, stop in stretches:
+        rows = sum(row_counts[first:stop])
+        if first < stop:
+            visit(
+                first,
+                tuple(everyone[first:stop].flatten(0, 1)[:rows] for everyone in gathered),
+                tuple(everyone[first:stop].flatten(0, 1)[:rows] for everyone in collected),
+            )
     return tuple(
         reduce_scatter(everyone, combine, transfer)[: row_counts[rank]] for everyone in collected
     )
@@ -171,8 +202,8 @@ def prepare_exchange(
 
     Raises:
         UserError: if the tensors of the shard differ in rows, the exchange is unknown or
-            "local" in a group of several ranks, "two_level" over nodes of different sizes, or
-            ranks disagree (names the rank).
+            "local" in a group of several ranks, "two_level" or "node_gather" over nodes of
+            different sizes, or ranks disagree (names the rank).
         RuntimeError: within the time limit of the group, if a rank does not take part; names
             what was waited for.
     """
@@ -191,7 +222,7 @@ def prepare_exchange(
             "of one rank"
         )
     specs = tuple(accumulators)
-    said = Agreement((num_rows,), (1,))
+    said = Agreement((num_rows,), (1,), Speeds())
     if group is not None and world_size > 1:
         added = ", ".join(
             f"{str(spec.dtype).removeprefix('torch.')} {spec.row_shape}" for spec in specs
@@ -204,14 +235,15 @@ def prepare_exchange(
             local_world_size = local_world_size_of(group)
         control = control_of(group)
         numbers = read_numbers(shared or {}, purpose.partition(";")[0], control.compared)
-        said = agree(num_rows, local_world_size, signature, control.announce, numbers)
+        speeds = control.speeds_of(shard[0].device)
+        said = agree(num_rows, local_world_size, signature, control.announce, numbers, speeds)
     per_node, obstacle = _ranks_per_node(said.local_world_sizes)
-    if exchange == "two_level" and obstacle:
+    if exchange in ("two_level", "node_gather") and obstacle:
         raise UserError(
-            f"exchange ('two_level') needs nodes of equal size, but {obstacle}; pass "
+            f"exchange ({exchange!r}) needs nodes of equal size, but {obstacle}; pass "
             "local_world_size, call set_local_world_size, or use 'ring' or 'auto'"
         )
-    name = _choose(exchange, said.row_counts, shard, specs, per_node, obstacle)
+    name = _choose(exchange, said.row_counts, shard, specs, said.speeds, per_node, obstacle)
     return Exchange(
         name, rank, said.row_counts, shard, specs, combine, group, per_node, comes_again
     )
@@ -229,9 +261,11 @@ def circulate(
 ) -> Shard:
     """Bring the shard of every rank past this rank exactly once.
 
-    Calls ``visit(owner, shard, contributions)`` once per rank, its own shard first. ``owner`` is
-    the group rank the shard came from; ``visit`` must overwrite every ``contributions[k]``, of
-    shape (rows of the shard, *row_shape), with what this rank adds to the shard's accumulator k.
+    Calls ``visit(owner, shard, contributions)`` with its own shard first, then with those of the
+    others. ``owner`` is the group rank the shard came from; "all_gather" and "node_gather" bring
+    those of several consecutive ranks as one, and ``owner`` is the first. ``visit`` must overwrite
+    every ``contributions[k]``, of shape (rows of the shard, *row_shape), with what this rank adds
+    to the shard's accumulator k.
 
     Distributed contract: collective over ``group``; every rank passes its own shard and gets the
     combined accumulators of its own rows. No autograd. The other arguments, and what is raised, are
@@ -311,53 +345,83 @@ def _choose(
     row_counts: tuple[int, ...],
     shard: Shard,
     specs: tuple[AccumulatorSpec, ...],
+    speeds: Speeds,
     per_node: int,
     obstacle: str,
 ) -> ExchangeName:
     """Resolve "auto" from what all ranks know, so that every rank chooses the same.
 
-    Gathering when the rows of all ranks are small; else two_level over several nodes of several
-    ranks; else two_way when a hop is so small that latency decides; else ring.
+    The fastest by the cost model, of those whose memory is no matter.
     """
     if exchange != "auto":
         return exchange
     world_size = len(row_counts)
     if world_size == 1:
         return "local"
+    rows = max(1, *row_counts)
+    width = max(1, math.prod(shard[0].shape[1:]))
     row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in shard)
-    row_bytes += sum(math.prod(spec.row_shape) * spec.dtype.itemsize for spec in specs)
-    hop_bytes = row_bytes * max(row_counts)
-    chosen: ExchangeName
-    if world_size == 2:
-        chosen, reason = "ring", "one hop either way"
-    elif hop_bytes * world_size <= GATHER_LIMIT_BYTES:
-        chosen, reason = "all_gather", "small enough to gather"
-    elif 1 < per_node < world_size:
-        chosen, reason = "two_level", f"{world_size // per_node} nodes of {per_node} ranks"
-    else:
-        chosen, reason = (
-            "ring",
-            obstacle
-            or ("one node" if per_node == world_size else "one rank per node as far as known"),
-        )
-        if hop_bytes <= TWO_WAY_LIMIT_BYTES:
-            chosen, reason = "two_way", f"{reason}, small hops"
-    _log_choice(
-        f"exchange auto -> {chosen} ({reason}): {world_size} ranks, {_mib(hop_bytes)} per hop "
-        f"(two_way up to {_mib(TWO_WAY_LIMIT_BYTES)}), {_mib(hop_bytes * world_size)} if gathered "
-        f"(all_gather up to {_mib(GATHER_LIMIT_BYTES)})"
+    sum_bytes = sum(math.prod(spec.row_shape) * spec.dtype.itemsize for spec in specs)
+    problem = Problem(
+        local_batch_size=rows,
+        embed_dim=width,
+        feature_bytes=-(-row_bytes // width),
+        accumulator_bytes=-(-sum_bytes // width),
+    )
+    return _fastest(world_size, per_node, obstacle, speeds, problem)
+
+
+@lru_cache(maxsize=64)
+def _fastest(
+    world_size: int, per_node: int, obstacle: str, speeds: Speeds, problem: Problem
+) -> RunName:
+    """Ask the cost model, and say once per case what "auto" chose and why."""
+    cluster = Cluster(
+        world_size=world_size, local_world_size=per_node, **dataclasses.asdict(speeds)
+    )
+    shard_bytes = problem.shard_bytes + problem.shard_accumulator_bytes
+    names: list[RunName] = ["ring", "two_way"]
+    if 1 < per_node < world_size:
+        names.insert(0, "two_level")
+        if per_node * shard_bytes <= NODE_GATHER_LIMIT_BYTES:
+            names.append("node_gather")
+    if world_size * shard_bytes <= GATHER_LIMIT_BYTES:
+        names.append("all_gather")
+    seconds = {name: predict(name, cluster, problem).seconds for name in names}
+    # Of equally fast ones the first: whose links have the most to spare, then the least memory.
+    chosen = next(name for name in names if seconds[name] <= 1.02 * min(seconds.values()))
+    nodes = world_size // per_node
+    layout = obstacle or (
+        f"{nodes} nodes of {per_node} ranks"
+        if 1 < per_node < world_size
+        else "one node"
+        if per_node == world_size
+        else "one rank per node as far as known"
+    )
+    others = ", ".join(
+        f"{name} {_milliseconds(value)}" for name, value in seconds.items() if name != chosen
+    )
+    logger.info(
+        "exchange auto -> %s (%s): %d ranks, %s per hop, %s if gathered (all_gather up to %s); "
+        "predicted %s, %s",
+        chosen,
+        layout,
+        world_size,
+        _mib(shard_bytes),
+        _mib(shard_bytes * world_size),
+        _mib(GATHER_LIMIT_BYTES),
+        _milliseconds(seconds[chosen]),
+        others,
     )
     return chosen
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
 def _mib(size: int) -> str:
     return f"{size / 2**20:.3g} MiB"
-
-
-@lru_cache(maxsize=64)
-def _log_choice(choice: str) -> None:
-    """Say once per case what "auto" chose and why."""
-    logger.info("%s", choice)
 
 
 def _rows_of(shard: Shard) -> int:

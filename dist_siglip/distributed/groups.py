@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dist_siglip.distributed.cost_model import Speeds, known_speeds
 from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, missing_ranks
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.ring import Visitor
@@ -58,11 +59,19 @@ class Control:
         announce: carries a few bytes per call between CPUs, over gloo.
         group: the group it runs over; None in a simulation.
         compared: uses whose shared numbers were read from a device, see ``read_numbers``.
+        speeds: of this machine by kind of device, as far as they were asked for.
     """
 
     announce: Announce
     group: ProcessGroup | None = None
     compared: set[str] = field(default_factory=set)
+    speeds: dict[str, Speeds] = field(default_factory=dict)
+
+    def speeds_of(self, device: torch.device) -> Speeds:
+        """Return what this rank knows of the machines, read once."""
+        if device.type not in self.speeds:
+            self.speeds[device.type] = known_speeds(device.type)
+        return self.speeds[device.type]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 Point-to-point transfers trust the caller: a wrong shape or dtype hangs or delivers garbage. So
 each exchange begins with one all-gather of 512 bytes per rank over a CPU group: a readable
-signature, the number of rows, the ranks per node and up to two shared numbers. Rows and ranks per
-node may differ between ranks; the signature may not, the shared numbers hardly.
+signature, the number of rows, the ranks per node, up to two shared numbers, and the speeds that
+"auto" is to reckon with. Rows and ranks per node may differ between ranks; the signature may not,
+the shared numbers hardly; the speeds of the first rank are taken.
 
 After a failed collective ``missing_ranks`` finds who did not take part.
 """
 
+import dataclasses
 import math
 import struct
 from collections import Counter
@@ -21,6 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed.combine import all_gather_single
+from dist_siglip.distributed.cost_model import Speeds
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
@@ -58,7 +61,7 @@ def missing_ranks(group: ProcessGroup, occasion: str) -> str:
 Announce = Callable[[bytes], list[bytes]]
 
 _MESSAGE_BYTES = 512
-_NUMBERS = struct.Struct("<QQdd")  # rows, ranks per node, shared numbers; nan for none
+_NUMBERS = struct.Struct("<QQdd5d")  # rows, ranks per node, shared numbers or nan, speeds
 _MOST_SHARED = 2
 _TEXT_BYTES = _MESSAGE_BYTES - _NUMBERS.size
 # Replicas on unlike processors drift apart by roundings; settings differ by more.
@@ -71,10 +74,12 @@ class Agreement(NamedTuple):
     Attributes:
         row_counts: rows of its shard.
         local_world_sizes: ranks of its node, 0 where it cannot tell.
+        speeds: what the first rank knows of the machines.
     """
 
     row_counts: tuple[int, ...]
     local_world_sizes: tuple[int, ...]
+    speeds: Speeds
 
 
 def describe_shard(tensors: Sequence[Tensor]) -> str:
@@ -120,6 +125,7 @@ def agree(
     signature: str,
     announce: Announce,
     shared: Mapping[str, float] | None = None,
+    speeds: Speeds = Speeds(),  # noqa: B008 - frozen dataclass
 ) -> Agreement:
     """Compare signatures over all ranks and return every rank's numbers.
 
@@ -129,23 +135,25 @@ def agree(
     Args:
         num_rows: rows this rank is about to send.
         local_world_size: ranks of this rank's node as far as it knows.
-        signature: what must be equal on all ranks, readable; cut at 480 bytes.
+        signature: what must be equal on all ranks, readable; cut at 440 bytes.
         announce: carries the messages.
         shared: at most two numbers that must be equal on all ranks up to a thousandth, by name.
             Those that are not finite are not compared.
+        speeds: what this rank knows of the machines.
 
     Raises:
         UserError: if signatures or shared numbers differ; names the ranks that differ from the
             majority.
 
     Example:
-        >>> agree(3, 1, "float32 (*, 8)", lambda message: [message, message])
-        Agreement(row_counts=(3, 3), local_world_sizes=(1, 1))
+        >>> agree(3, 1, "float32 (*, 8)", lambda message: [message, message]).row_counts
+        (3, 3)
     """
     shared = shared or {}
     mine = [*shared.values(), *[math.nan] * (_MOST_SHARED - len(shared))]
     text = signature.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
-    messages = announce(_NUMBERS.pack(num_rows, local_world_size, *mine) + text)
+    numbers = _NUMBERS.pack(num_rows, local_world_size, *mine, *dataclasses.astuple(speeds))
+    messages = announce(numbers + text)
     signatures = [_signature_of(message) for message in messages]
     usual, _ = Counter(signatures).most_common(1)[0]
     odd = [rank for rank, value in enumerate(signatures) if value != usual]
@@ -160,7 +168,8 @@ def agree(
     )
     for name, by_rank in zip(shared, values, strict=False):
         _compare(name, by_rank)
-    return Agreement(row_counts, local_world_sizes)
+    first_speeds = _NUMBERS.unpack_from(messages[0])[-5:]
+    return Agreement(row_counts, local_world_sizes, Speeds(*first_speeds))
 
 
 def _signature_of(message: bytes) -> str:

@@ -4,7 +4,7 @@ While a shard is visited one batch of transfers is under way: this shard goes on
 the one after it arrives, the accumulators of the shard visited before leave, and those of the
 shard that is visited arrive, to which its contributions are added afterwards. So transfers hide
 behind the visit, and a hop posts and waits once. Buffers are owned and reused: two shards and
-three accumulators per path (one for ring and two_level, two for two_way), whatever the number of
+three accumulators per path (one for ring, two for two_way), whatever the number of
 ranks. Three, because while one accumulator is written by the visit another arrives and a third
 leaves. A pass that comes again at every step keeps them, but for the accumulator that came home,
 which is its result: addresses then repeat, and nothing is allocated while transfers hold memory.

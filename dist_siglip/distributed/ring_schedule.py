@@ -8,12 +8,9 @@ permutation of the ranks, so every send has its receive.
                its accumulator one hop further, home to 2.
     two_way    two paths, r -> r + 1 and r -> r - 1, for half the distance each: about W / 2
                steps, both directions of every link. For even W the first path goes one further.
-    two_level  one path through nodes of g ranks each: a ring inside the node, then one hop to the
-               same local index of the next node, again a ring inside that node, ... All ranks of
-               a node cross to the next one at the same step, each by its own NIC. W visits.
 
-Source: the cost of a flat ring over nodes (one NIC of a node carries everything) is measured for
-instance in https://github.com/mlfoundations/open_clip/issues/971.
+Over several nodes one card of each carries everything (measured for instance in
+https://github.com/mlfoundations/open_clip/issues/971): see ``node_ring``.
 """
 
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 from dist_siglip.errors import UserError
 
-RingName = Literal["ring", "two_way", "two_level"]
+RingName = Literal["ring", "two_way"]
 
 
 class Hop(NamedTuple):
@@ -69,23 +66,19 @@ class _Route(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def ring_paths(
-    exchange: RingName, rank: int, world_size: int, local_world_size: int = 1
-) -> tuple[RingPath, ...]:
+def ring_paths(exchange: RingName, rank: int, world_size: int) -> tuple[RingPath, ...]:
     """List the hops that pass ``rank``; a pure function of its arguments.
 
     Args:
-        exchange: "ring", "two_way" or "two_level".
+        exchange: "ring" or "two_way".
         rank: 0 <= rank < world_size.
         world_size: number of ranks, W.
-        local_world_size: ranks per node, for "two_level"; must divide W; node k holds the ranks
-            k * local_world_size to (k + 1) * local_world_size - 1.
 
     Returns:
         One path, or two for "two_way" with W > 2; over all paths every owner is visited once.
 
     Raises:
-        UserError: if the name is unknown or local_world_size does not divide W.
+        UserError: if the name is unknown.
 
     Example:
         >>> (path,) = ring_paths("ring", rank=0, world_size=3)
@@ -93,28 +86,18 @@ def ring_paths(
         [0, 2, 1]
         >>> [[hop.owner for hop in path.hops] for path in ring_paths("two_way", 0, 4)]
         [[0, 3, 2], [0, 1]]
-        >>> (path,) = ring_paths("two_level", rank=0, world_size=4, local_world_size=2)
-        >>> [hop.owner for hop in path.hops]
-        [0, 1, 3, 2]
     """
-    routes = _routes_of(exchange, world_size, local_world_size)
+    routes = _routes_of(exchange, world_size)
     return tuple(_path_of(route, rank, visits_own=index == 0) for index, route in enumerate(routes))
 
 
-def _routes_of(exchange: RingName, world_size: int, local_world_size: int) -> list[_Route]:
+def _routes_of(exchange: RingName, world_size: int) -> list[_Route]:
     if exchange == "ring":
         return [_circle(world_size, world_size, 1)]
     if exchange == "two_way":
         there, back = world_size // 2, (world_size - 1) // 2
         routes = [_circle(world_size, there + 1, 1)]
         return routes + [_circle(world_size, back + 1, -1)] * (back > 0)
-    if exchange == "two_level":
-        if local_world_size < 1 or world_size % local_world_size:
-            raise UserError(
-                f"local_world_size ({local_world_size}) must divide the {world_size} ranks of the "
-                "group for exchange 'two_level'; use 'ring' or 'auto' where nodes differ in size"
-            )
-        return [_through_nodes(world_size // local_world_size, local_world_size)]
     raise UserError(f"exchange ({exchange!r}) must be one of {', '.join(get_args(RingName))}")
 
 
@@ -123,21 +106,6 @@ def _circle(world_size: int, num_hops: int, direction: int) -> _Route:
         num_hops,
         lambda owner, step: (owner + direction * step) % world_size,
         lambda rank, step: (rank - direction * step) % world_size,
-    )
-
-
-def _through_nodes(num_nodes: int, size: int) -> _Route:
-    def move(start: int, step: int, sign: int) -> int:
-        # A ring inside a node has size - 1 hops, so each crossing costs one local index.
-        crossings, hops = divmod(step, size)
-        node, local = divmod(start, size)
-        node = (node + sign * crossings) % num_nodes
-        return node * size + (local + sign * (hops - crossings)) % size
-
-    return _Route(
-        num_nodes * size,
-        lambda owner, step: move(owner, step, 1),
-        lambda rank, step: move(rank, step, -1),
     )
 
 

@@ -22,7 +22,7 @@ from dist_siglip.distributed.cost_model import Cluster, Problem, predict
 from dist_siglip.distributed.exchange import circulate
 from dist_siglip.distributed.ring import AccumulatorSpec, Shard
 
-TimedExchange = Literal["ring", "two_way", "two_level", "all_gather"]
+TimedExchange = Literal["ring", "two_way", "two_level", "node_gather", "all_gather"]
 _ROUNDS = 5
 _QUESTIONS = 5
 
@@ -64,7 +64,7 @@ def measure_exchange(
     Distributed contract: collective over ``group``; twelve exchanges.
 
     Args:
-        exchange: "ring", "two_way", "two_level" or "all_gather".
+        exchange: "ring", "two_way", "two_level", "node_gather" or "all_gather".
         num_rows: rows of each rank.
         embed_dim: numbers of a row.
         local_world_size: ranks of each node; divides the ranks of the group.

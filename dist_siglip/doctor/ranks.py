@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed import World, leave_process_groups
+from dist_siglip.distributed.cost_model import remember
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.doctor.links import (
     ClockReading,
@@ -124,13 +125,13 @@ def exchanges_to_time(
 
     Example:
         >>> exchanges_to_time(2, 2, 2**20), exchanges_to_time(8, 4, 2**20)
-        (['ring', 'all_gather'], ['ring', 'two_way', 'two_level', 'all_gather'])
+        (['ring', 'all_gather'], ['ring', 'two_way', 'two_level', 'node_gather', 'all_gather'])
     """
     names: list[TimedExchange] = ["ring"]
     if world_size > 2:
         names.append("two_way")
     if 1 < local_world_size < world_size:
-        names.append("two_level")
+        names += ["two_level", "node_gather"]
     if 2 * world_size * shard_bytes <= _MOST_GATHERED_BYTES:
         names.append("all_gather")
     return names
@@ -164,7 +165,7 @@ def look_at_layout(hosts: Sequence[str]) -> tuple[list[Finding], int]:
     if len(sizes) > 1 or places != sorted(places):
         remedy = (
             "start the same number of tasks on every node, numbered node by node (srun "
-            "--distribution=block); exchange two_level needs it"
+            "--distribution=block); exchanges two_level and node_gather need it"
         )
         return [Finding("warn", "ranks", text, remedy)], 1
     return [Finding("ok", "ranks", text)], sizes.pop()
@@ -197,8 +198,40 @@ def judge_group(
             f"{1e3 * speed.latency_seconds:,.2f} ms for one row"
         )
         yield _judge_sums(speed.exchange, text, wrong)
-    yield judge_links([facts.neighbour_seconds for facts in everyone], hosts, embed_bytes)
+    neighbour_seconds = [facts.neighbour_seconds for facts in everyone]
+    yield judge_links(neighbour_seconds, hosts, embed_bytes)
+    speeds = link_speeds(everyone, hosts, embed_bytes)
+    kept = remember("cuda" if first.backend == "nccl" else "cpu", **speeds)
+    if kept is not None:
+        told = ", ".join(f"{name} {value:.3g}" for name, value in speeds.items())
+        yield Finding("ok", "speeds", f"exchange auto reckons with {told}: {kept}")
     yield judge_clocks(first.clocks, hosts)
+
+
+def link_speeds(
+    everyone: Sequence[GroupFacts], hosts: Sequence[str], num_bytes: int
+) -> dict[str, float]:
+    """Return what the cost model wants to know of links: usual ones of a kind, and a small batch.
+
+    Args:
+        everyone: in rank order.
+        hosts: of the ranks.
+        num_bytes: that went to the next rank.
+    """
+    links = link_seconds([facts.neighbour_seconds for facts in everyone])
+    found = {}
+    for name, is_inside in (("nvlink_gb_s", True), ("nic_gb_s", False)):
+        seconds = [
+            taken
+            for taken, host, target in zip(links, hosts, [*hosts[1:], *hosts[:1]], strict=True)
+            if (host == target) == is_inside
+        ]
+        if seconds:
+            found[name] = num_bytes / median(seconds) / 1e9
+    # Of one row: W - 1 times shards, and W times sums, go on.
+    ring = next(speed for speed in everyone[0].speeds if speed.exchange == "ring")
+    found["latency_us"] = 1e6 * ring.latency_seconds / len(hosts)
+    return found
 
 
 def _judge_sums(check: str, text: str, wrong: Sequence[int]) -> Finding:

@@ -107,7 +107,7 @@ class Tile(NamedTuple):
 
 def largest_tile(home: Tensor, plan: Exchange, tile_shape: tuple[int, int]) -> tuple[int, int]:
     """Return rows and columns of the largest tile of a pass, at most ``tile_shape``."""
-    return min(tile_shape[0], len(home)), min(tile_shape[1], max(plan.row_counts))
+    return min(tile_shape[0], len(home)), min(tile_shape[1], plan.most_rows)
 
 
 class RingPass:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_siglip.bench.plan import plan
-from dist_siglip.bench.simulate import simulate, simulate_step
+from dist_siglip.bench.simulate import measure_host_us, simulate, simulate_step
 from dist_siglip.distributed.cost_model import Cluster, Problem
 from dist_siglip.errors import UserError
 
@@ -25,13 +25,20 @@ def test_the_plan_as_a_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert plan(world_size=16) == 0
     printed = capsys.readouterr().out
-    for word in ("two_level", "open_clip gather", "gain", "2 nodes of 8 GPUs", "72 MiB"):
+    for word in (
+        "two_level",
+        "node_gather",
+        "open_clip gather",
+        "gain",
+        "2 nodes of 8 GPUs",
+        "72 MiB",
+    ):
         assert word in printed
 
 
 # A shape in which features and accumulators weigh as much as the tile, so each part of the
 # prediction shows.
-@pytest.mark.parametrize("exchange", ["ring", "two_way", "two_level", "all_gather"])
+@pytest.mark.parametrize("exchange", ["ring", "two_way", "two_level", "node_gather", "all_gather"])
 @pytest.mark.parametrize("feature_bytes", [2, 4])
 @pytest.mark.parametrize("world_size", [8, 64, 256])
 def test_measured_memory_is_what_the_plan_says(exchange, feature_bytes, world_size):
@@ -39,9 +46,14 @@ def test_measured_memory_is_what_the_plan_says(exchange, feature_bytes, world_si
         local_batch_size=256, embed_dim=64, feature_bytes=feature_bytes, chunk_rows=64
     )
     cluster = Cluster(world_size=world_size)
-    found = simulate_step(cluster, problem, exchange, 2, torch.device("cpu"))
-    assert found.visits == 2
+    visits = 1 if exchange == "all_gather" else 2  # whose second one is of nearly all shards
+    found = simulate_step(cluster, problem, exchange, visits, torch.device("cpu"))
+    assert found.visits == visits
     assert found.peak_bytes == pytest.approx(found.predicted_bytes, rel=0.10)
+
+
+def test_the_host_is_timed_where_nothing_else_takes_time():
+    assert 1 < measure_host_us(torch.device("cpu"), num_visits=8) < 1e6
 
 
 def test_simulated_worlds_as_json_and_table(capsys, monkeypatch):

@@ -1,15 +1,26 @@
 """Predicted costs: against hand-counted cases and the published comparison of peers."""
 
+from dataclasses import replace
+
 import pytest
 
-from dist_siglip.distributed.cost_model import Cluster, Problem, predict
+from dist_siglip.distributed import cost_model
+from dist_siglip.distributed.cost_model import (
+    Cluster,
+    Problem,
+    Speeds,
+    known_speeds,
+    predict,
+    remember,
+)
+from dist_siglip.distributed.handshake import agree
 from dist_siglip.errors import UserError
 
 MIB = 2**20
 
 
 def _predict(exchange, world_size, batch, width, local=8, **problem):
-    cluster = Cluster(world_size=world_size, local_world_size=local)
+    cluster = Cluster(world_size=world_size, local_world_size=local, host_us=0.0)
     return predict(exchange, cluster, Problem(local_batch_size=batch, embed_dim=width, **problem))
 
 
@@ -24,7 +35,8 @@ def _predict(exchange, world_size, batch, width, local=8, **problem):
         (64, 1024, 768, "ring", 286.5, 3 + 9 + 3 + 12),
         (64, 1024, 768, "open_clip bidir", 189, 608),
         (256, 4096, 768, "ring", 4602, 72),
-        (256, 4096, 768, "two_level", 4602, 72),
+        (256, 4096, 768, "two_level", 4602, 24 + 60 + 12 + 12),
+        (256, 4096, 768, "node_gather", 4602, 18 * 6 + 25 * 12 + 12 + 12),
         (256, 4096, 768, "two_way", 4602, 120),
         (256, 4096, 768, "all_gather", 255 * 18, 256 * 18 + 12 + 12 + 12),
         (256, 4096, 768, "open_clip bidir", 3060, 34304),
@@ -80,11 +92,46 @@ def test_a_frozen_travelling_side_sends_and_computes_less():
     assert found.compute_seconds == pytest.approx(full.compute_seconds * 2 / 3)
 
 
-@pytest.mark.parametrize("exchange", ["ring", "two_way", "two_level", "all_gather"])
+@pytest.mark.parametrize("exchange", ["ring", "two_way", "two_level", "node_gather", "all_gather"])
 def test_one_rank_sends_nothing(exchange):
     found = _predict(exchange, 1, 512, 64, local=1)
     assert (found.sent_bytes, found.nic_bytes, found.steps) == (0, 0, 0)
     assert found.exposed_seconds == pytest.approx(0)
+
+
+def test_speeds_are_kept_and_read(tmp_path, monkeypatch):
+    """What was measured replaces guesses, kind by kind of device; a broken file is as none."""
+    monkeypatch.setattr(cost_model, "user_cache_folder", lambda name: str(tmp_path / name))
+    guesses = known_speeds("cuda")
+    assert guesses == Speeds()
+    assert remember("cuda", host_us=321.0) == tmp_path / "speeds" / "cuda.json"
+    remember("cuda", nic_gb_s=12.5, latency_us=20.0)
+    assert known_speeds("cuda") == replace(guesses, host_us=321.0, nic_gb_s=12.5, latency_us=20.0)
+    assert known_speeds("cpu").host_us != 321.0
+    with pytest.raises(UserError, match=r"nic_gb_s \(nan\) must be above 0"):
+        remember("cuda", nic_gb_s=float("nan"))
+    for text in ("[1]", "{", '{"host_us": "fast"}', '{"host_us": -1}'):
+        (tmp_path / "speeds" / "cuda.json").write_text(text)
+        assert known_speeds("cuda") == guesses
+    remember("cuda", teraflops=500.0)
+    assert known_speeds("cuda") == replace(guesses, teraflops=500.0)
+
+
+def test_all_ranks_reckon_with_the_speeds_of_the_first():
+    messages = []
+    for speeds in (Speeds(host_us=1.0), Speeds(host_us=2.0)):
+        agree(3, 1, "", lambda said: messages.append(said) or [said], speeds=speeds)
+    assert agree(3, 1, "", lambda _: messages).speeds == Speeds(host_us=1.0)
+
+
+def test_a_slow_host_waits_less_for_wide_visits():
+    """64 ranks on 8 nodes: 64 visits, or 3 and 7 more of whole nodes."""
+    problem = Problem(local_batch_size=256, embed_dim=64)
+    cluster = Cluster(world_size=64, local_world_size=8, latency_us=0.0, host_us=1000.0)
+    narrow, wide = (predict(name, cluster, problem) for name in ("two_level", "node_gather"))
+    assert narrow.seconds == pytest.approx(64e-3, rel=0.01)
+    assert wide.seconds == pytest.approx(10e-3, rel=0.01)
+    assert wide.sent_bytes == narrow.sent_bytes
 
 
 def test_wrong_values_are_named():

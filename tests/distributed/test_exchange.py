@@ -28,10 +28,15 @@ EXCHANGES = [
     ("ring", None),
     ("two_way", None),
     ("two_level", None),
+    ("node_gather", None),
     ("all_gather", None),
     ("auto", None),
 ]
-NODES = {2: [("two_level", 2)], 3: [("two_level", 3)], 4: [("two_level", 2), ("two_level", 4)]}
+THROUGH_NODES = ("two_level", "node_gather")
+NODES = {
+    size: [(name, local) for name in THROUGH_NODES for local in locals_]
+    for size, locals_ in {2: [2], 3: [3], 4: [2, 4]}.items()
+}
 LAYOUTS = {  # rows by rank
     1: [(3,)],
     2: [(3, 5), (4, 4)],
@@ -53,11 +58,16 @@ def _travel(rank, layout, exchange, combine, local_world_size=None):
     visits = []
 
     def visit(owner, shard, contributions):
-        assert (shard[1] == owner).all()
-        assert torch.equal(shard[0], _shard(owner, layout[owner])[0])
-        visits.append(owner)
+        # Gathered shards come as one, of consecutive ranks.
+        last = owner + 1
+        while sum(layout[owner:last]) < len(shard[0]):
+            last += 1
+        here = [_shard(other, layout[other]) for other in range(owner, last)]
+        for found, expected in zip(shard, zip(*here, strict=True), strict=True):
+            assert torch.equal(found, torch.cat(expected))
+        visits.append((owner, len(shard[0])))
         contributions[0].copy_(shard[0] * (rank + 1) / 100)
-        contributions[1].fill_(10 * rank + owner)
+        contributions[1].copy_(10 * rank + shard[1])
 
     whole = torch.float64 if combine == "logaddexp" else torch.int64
     specs = [AccumulatorSpec((2,), torch.float64), AccumulatorSpec((), whole)]
@@ -97,7 +107,11 @@ def _everything(rank, world_size):
         results["subgroup"] = _in_a_subgroup(rank)
         results["collectives"] = _collect(rank)
     if world_size == 4:
-        results["loss"] = {sizes: _loss_on_two_nodes(rank, sizes) for sizes in LOSS_LAYOUTS}
+        results["loss"] = {
+            (sizes, name): _loss_on_two_nodes(rank, sizes, name)
+            for sizes in LOSS_LAYOUTS
+            for name in THROUGH_NODES
+        }
     return results
 
 
@@ -106,7 +120,7 @@ def _pairs(num_pairs):
     return F.normalize(torch.randn(2, num_pairs, 5, generator=generator).double(), dim=-1)
 
 
-def _loss_on_two_nodes(rank, sizes):
+def _loss_on_two_nodes(rank, sizes, exchange):
     """Loss and DDP-mean gradients over two nodes of two ranks, which only the program knows."""
     set_local_world_size(2)
     start = sum(sizes[:rank])
@@ -114,7 +128,7 @@ def _loss_on_two_nodes(rank, sizes):
     leaves = [images, texts, torch.tensor(7.0).double(), torch.tensor(-3.0).double()]
     for leaf in leaves:
         leaf.requires_grad_()
-    loss = siglip_loss(*leaves, exchange="two_level", chunk_rows=2)
+    loss = siglip_loss(*leaves, exchange=exchange, chunk_rows=2)
     loss.backward()
     return {
         "loss": sum_over_ranks(loss) / 4,
@@ -130,11 +144,12 @@ def results_of(world_size):
     return run_ranks(_everything, world_size)
 
 
+@pytest.mark.parametrize("exchange", THROUGH_NODES)
 @pytest.mark.parametrize("sizes", LOSS_LAYOUTS)
-def test_a_loss_over_two_nodes_of_two_ranks_is_that_of_one_process(sizes):
+def test_a_loss_over_two_nodes_of_two_ranks_is_that_of_one_process(sizes, exchange):
     truth = sigmoid_loss_and_gradients(*_pairs(sum(sizes)), 7.0, -3.0)
     for results in results_of(4):
-        for name, found in results["loss"][sizes].items():
+        for name, found in results["loss"][sizes, exchange].items():
             assert torch.allclose(found, truth[name].reshape(found.shape), rtol=1e-12, atol=1e-14)
 
 
@@ -143,8 +158,8 @@ def test_every_shard_is_visited_once_and_accumulators_come_home(world_size):
     for rank, results in enumerate(results_of(world_size)):
         for case in _cases(world_size):
             (layout, _, combine, _), (visits, (floats, wholes)) = case, results[case]
-            assert sorted(visits) == list(range(world_size)), case
-            assert visits[0] == rank
+            assert sum(rows for _, rows in visits) == sum(layout), case
+            assert visits[0] == (rank, layout[rank])
             features, _ = _shard(rank, layout[rank])
             others = torch.arange(world_size, dtype=torch.float64)
             everyones = (others[:, None, None] + 1) * features / 100
@@ -171,7 +186,7 @@ def test_transfers_of_a_batch_may_be_launched_as_one(world_size):
 @pytest.mark.parametrize(("exchange", "local"), [*EXCHANGES, ("local", None)])
 def test_one_rank_without_a_process_group(exchange, local):
     visits, (floats, wholes) = _travel(0, (3,), exchange, "sum", local)
-    assert visits == [0]
+    assert visits == [(0, 3)]
     assert torch.equal(floats, _shard(0, 3)[0] / 100)
     assert torch.equal(wholes, torch.zeros(3, dtype=torch.int64))
 
@@ -223,7 +238,7 @@ def _in_a_subgroup(rank):
     values = torch.full((1,), float(rank))
 
     def visit(owner, shard, contributions):
-        assert shard[0].item() == owner + 1
+        assert shard[0].tolist() == [owner + 1 + more for more in range(len(shard[0]))]
         contributions[0].copy_(shard[0] * rank)
 
     spec = [AccumulatorSpec((), torch.float32)]

@@ -11,17 +11,13 @@ from dist_siglip.distributed.ring_schedule import Hop, RingPath, ring_paths
 from dist_siglip.errors import UserError
 
 CASES = [
-    *[("ring", size, 1) for size in range(1, 9)],
-    *[("two_way", size, 1) for size in range(1, 9)],
-    *[("two_level", size, 1) for size in range(1, 9)],
-    *[("two_level", size, size) for size in range(2, 9)],
-    *[("two_level", nodes * local, local) for nodes, local in [(2, 2), (2, 3), (2, 4), (3, 2)]],
-    *[("two_level", nodes * local, local) for nodes, local in [(4, 2), (3, 3), (5, 4)]],
+    *[("ring", size) for size in range(1, 9)],
+    *[("two_way", size) for size in range(1, 9)],
 ]
 
 
-def all_paths(exchange, world_size, local_world_size):
-    return [ring_paths(exchange, rank, world_size, local_world_size) for rank in range(world_size)]
+def all_paths(exchange, world_size):
+    return [ring_paths(exchange, rank, world_size) for rank in range(world_size)]
 
 
 def walk(by_rank):
@@ -56,20 +52,18 @@ def walk(by_rank):
     return visits, home
 
 
-@pytest.mark.parametrize(("exchange", "world_size", "local_world_size"), CASES)
-def test_each_pair_meets_once_and_accumulators_come_home(exchange, world_size, local_world_size):
-    visits, home = walk(all_paths(exchange, world_size, local_world_size))
+@pytest.mark.parametrize(("exchange", "world_size"), CASES)
+def test_each_pair_meets_once_and_accumulators_come_home(exchange, world_size):
+    visits, home = walk(all_paths(exchange, world_size))
     ranks = range(world_size)
     assert Counter(visits) == Counter((row, owner) for row in ranks for owner in ranks)
     for rank, finished in enumerate(home):
         assert sorted(finished) == [(row, rank) for row in ranks]
 
 
-@pytest.mark.parametrize(("exchange", "world_size", "local_world_size"), CASES)
-def test_the_own_shard_comes_first_and_nobody_sends_to_itself(
-    exchange, world_size, local_world_size
-):
-    for rank, paths in enumerate(all_paths(exchange, world_size, local_world_size)):
+@pytest.mark.parametrize(("exchange", "world_size"), CASES)
+def test_the_own_shard_comes_first_and_nobody_sends_to_itself(exchange, world_size):
+    for rank, paths in enumerate(all_paths(exchange, world_size)):
         assert [path.visits_own for path in paths] == [True, False][: len(paths)]
         for path in paths:
             assert path.hops[0].owner == rank
@@ -78,7 +72,7 @@ def test_the_own_shard_comes_first_and_nobody_sends_to_itself(
 
 
 def test_the_walk_rejects_a_broken_schedule():
-    by_rank = all_paths("ring", 4, 1)
+    by_rank = all_paths("ring", 4)
     ((hops, visits_own, home_from),) = by_rank[1]
     broken = (hops[0], Hop(hops[1].owner, hops[1].came_from, 3), *hops[2:])
     by_rank[1] = (RingPath(broken, visits_own, home_from),)
@@ -94,20 +88,6 @@ def test_two_way_takes_half_the_steps(world_size):
     assert len(paths) == (2 if world_size > 2 else 1)
 
 
-@pytest.mark.parametrize(("nodes", "local"), [(2, 2), (2, 3), (2, 4), (3, 2), (4, 8)])
-def test_two_level_crosses_nodes_rarely_and_with_every_rank_at_once(nodes, local):
-    crossings = Counter()
-    for rank in range(nodes * local):
-        (path,) = ring_paths("two_level", rank, nodes * local, local)
-        for step, hop in enumerate(path.hops[:-1]):
-            if hop.goes_to // local != rank // local:
-                assert hop.goes_to % local == rank % local
-                crossings[step] += 1
-    assert crossings == {step * local - 1: nodes * local for step in range(1, nodes)}
-
-
-def test_a_world_that_is_not_nodes_times_local_is_refused():
-    with pytest.raises(UserError, match=r"local_world_size \(4\) must divide the 6 ranks"):
-        ring_paths("two_level", 0, 6, 4)
-    with pytest.raises(UserError, match="must be one of ring, two_way, two_level"):
+def test_an_unknown_name_is_refused():
+    with pytest.raises(UserError, match="must be one of ring, two_way"):
         ring_paths("three_way", 0, 6)

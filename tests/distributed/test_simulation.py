@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_siglip.bench.simulate import LiveBytes
-from dist_siglip.distributed import AccumulatorSpec, circulate, prepare_exchange, ring
-from dist_siglip.distributed.exchange import _log_choice
+from dist_siglip.distributed import AccumulatorSpec, circulate, groups, prepare_exchange, ring
+from dist_siglip.distributed.cost_model import Speeds
+from dist_siglip.distributed.exchange import _fastest
 from dist_siglip.distributed.groups import transfers_of
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.simulate import simulated_world
@@ -18,7 +19,7 @@ from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.ring_pass import RingPass
 from tests.support.reference import sigmoid_loss_and_gradients
 
-TRAVELLING = ("ring", "two_way", "two_level")
+TRAVELLING = ("ring", "two_way", "two_level", "node_gather")
 SCALE, BIAS = 7.0, -3.0
 
 
@@ -102,7 +103,7 @@ def test_a_training_keeps_the_memory_of_its_ring_and_gives_its_results_away(exch
 
 def _peak(world_size, exchange, *, width=32, num_pairs=64):
     images, texts = _features(num_pairs, width, torch.float32)
-    local = 2 if exchange == "two_level" else 1
+    local = 2 if exchange in ("two_level", "node_gather") else 1
     world = simulated_world(world_size, local_world_size=local, max_visits=4)
     with world, LiveBytes() as counter:
         _step(images, texts, exchange=exchange, chunk_rows=32)
@@ -136,7 +137,7 @@ def test_skipped_visits_contribute_zero():
 
 
 def _chosen(world_size, rows, width, caplog, **nodes):
-    _log_choice.cache_clear()
+    _fastest.cache_clear()
     caplog.clear()
     with simulated_world(world_size, **nodes), caplog.at_level(logging.INFO):
         names = {prepare_exchange([torch.empty(rows, width)]).name for _ in range(2)}
@@ -144,21 +145,33 @@ def _chosen(world_size, rows, width, caplog, **nodes):
     return names.pop(), record.getMessage()
 
 
+NODES_OF_8 = {"local_world_size": 8}
+FAST_HOST, SLOW_HOST = Speeds(host_us=1.0), Speeds(host_us=400.0)
+
+
 @pytest.mark.parametrize(
-    ("world_size", "rows", "nodes", "chosen", "reason"),
+    ("world_size", "rows", "nodes", "speeds", "chosen", "reason"),
     [
-        (2, 65536, {}, "ring", "one hop either way"),
-        (8, 1024, {}, "all_gather", "small enough to gather"),
-        (8, 32768, {"local_world_size": 8}, "ring", "one node"),
-        (16, 32768, {"local_world_size": 8}, "two_level", "2 nodes of 8 ranks"),
-        (16, 32768, {}, "ring", "one rank per node as far as known"),
-        (512, 1024, {}, "two_way", "one rank per node as far as known, small hops"),
+        (2, 65536, {}, Speeds(), "ring", "one rank per node as far as known"),
+        (8, 1024, {}, Speeds(), "all_gather", "one rank per node as far as known"),
+        (8, 32768, NODES_OF_8, Speeds(), "ring", "one node"),
+        (16, 32768, NODES_OF_8, Speeds(), "two_level", "2 nodes of 8 ranks"),
+        (16, 32768, {}, Speeds(), "ring", "one rank per node as far as known"),
+        # What was measured decides: a host that keeps up with narrow visits, or does not; links
+        # that keep up in one direction, or need both.
+        (256, 8192, NODES_OF_8, FAST_HOST, "two_level", "32 nodes of 8 ranks"),
+        (256, 8192, NODES_OF_8, SLOW_HOST, "node_gather", "32 nodes of 8 ranks"),
+        (64, 8192, {}, Speeds(latency_us=900.0), "two_way", "one rank per node as far as known"),
     ],
 )
-def test_auto_chooses_from_sizes_and_nodes(world_size, rows, nodes, chosen, reason, caplog):
+def test_auto_chooses_from_sizes_nodes_and_speeds(
+    world_size, rows, nodes, speeds, chosen, reason, caplog, monkeypatch
+):
+    monkeypatch.setattr(groups, "known_speeds", lambda _: speeds)
     name, message = _chosen(world_size, rows, 256, caplog, **nodes)
-    assert name == chosen
+    assert name == chosen, message
     assert message.startswith(f"exchange auto -> {chosen} ({reason}): {world_size} ranks, ")
+    assert "predicted " in message
 
 
 def test_wrong_arguments_are_named():

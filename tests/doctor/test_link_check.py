@@ -10,7 +10,7 @@ from dist_siglip.doctor import links
 from dist_siglip.doctor.links import measure_exchange, measure_neighbours, measure_sum, read_clocks
 from tests.support.processes import run_ranks
 
-EXCHANGES = ("ring", "two_way", "two_level", "all_gather")
+EXCHANGES = ("ring", "two_way", "two_level", "node_gather", "all_gather")
 AHEAD_SECONDS = 50.0
 CPU = torch.device("cpu")
 

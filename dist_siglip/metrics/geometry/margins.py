@@ -116,7 +116,7 @@ def relevance_margins(
         (documents,) = shard
         for rows, columns in tile_slices(len(query_features), len(documents), side):
             scores = exact_similarity(query_features[rows], documents[columns])
-            answers = relevance[rows, starts[owner] : starts[owner + 1]][:, columns]
+            answers = relevance[rows, starts[owner] :][:, columns]
             worst_here = scores.masked_fill(~answers, torch.inf).amin(dim=1)
             best_here = scores.masked_fill(answers, -torch.inf).amax(dim=1)
             worst_answer[rows] = torch.minimum(worst_answer[rows], worst_here)
