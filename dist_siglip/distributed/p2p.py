@@ -65,7 +65,7 @@ class P2PChannel:
             return batch
         start = self._start_as_one if self._launches_batches(device) else self._start
         try:
-            return batch._replace(works=tuple(start(batch)))
+            return PendingBatch(tuple(start(batch)), batch.outgoing, batch.arriving)
         except RuntimeError as error:
             raise RuntimeError(self._failure(batch)) from error
 

@@ -10,7 +10,8 @@ reaches them in time, backward communicates nothing, and a second backward (reta
 them unchanged.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,11 @@ from dist_siglip.losses.arguments import (
     refuse_second_order,
 )
 from dist_siglip.losses.kernels.tiles import add_product, logits_dtype, tile_slices
+from dist_siglip.losses.visit_graphs import graphs_for, key_of
 
 Shard = tuple[Tensor, ...]
+
+_numbers = count()
 
 
 def prepare_pass(
@@ -139,6 +143,7 @@ class RingPass:
         if with_home_gradient:
             self.home_gradient = torch.empty_like(home, dtype=logits_dtype(home))
         self._is_begun = False
+        self._number = next(_numbers)
 
     def run(self, plan: Exchange) -> Shard:
         """Make the pass; return what the own shard has collected on its way."""
@@ -153,6 +158,31 @@ class RingPass:
 
     def visit(self, owner: int, shard: Shard, contributions: Shard) -> None:
         """Take the tiles of one shard; overwrite what this rank adds to its accumulators."""
+        adds = self._is_begun or self.home_gradient is None
+        graphs = graphs_for(self.home.device) if adds and owner != self.rank else None
+        fixed = None if graphs is None else self.replayed()
+        if graphs is None or fixed is None:
+            self._take_tiles(owner, shard, contributions)
+            return
+        settings, tensors = fixed
+        gradient = () if self.home_gradient is None else (self.home_gradient,)
+        key = key_of(
+            (type(self), self.tile_shape, settings),
+            (self.home, *gradient, *tensors, *shard, *contributions),
+        )
+        graphs.visit(key, self._number, lambda: self._take_tiles(owner, shard, contributions))
+
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Say what the visits of other ranks' shards depend on, if they may be CUDA graphs.
+
+        Returns:
+            The settings of the tiles, and all tensors that they read or write beside the rows at
+            home, their gradient, the shard and the contributions. None for passes whose work
+            depends on the owner, or is more than launches.
+        """
+        return None
+
+    def _take_tiles(self, owner: int, shard: Shard, contributions: Shard) -> None:
         self.begin(contributions)
         home, gradient = self.home, self.home_gradient
         is_own, is_begun = owner == self.rank, self._is_begun

@@ -11,6 +11,7 @@ and no accumulator does. With frozen texts none does either. The numbers are the
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
 """
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -303,6 +304,13 @@ class SigmoidPass(RingPass):
             scale_gradient,
             sums.derivative if self.wanted.bias else None,
         )
+
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Say what the tiles depend on."""
+        own = self.tiles.replayed()
+        if own is None or self.home_ids is None:
+            return own
+        return own[0], (*own[1], self.home_ids)
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
         """Add one tile to the sums; return its derivative."""

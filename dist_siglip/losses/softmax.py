@@ -13,7 +13,7 @@ texts learn, the images travel instead and no gradient does. Backward communicat
 Memory per rank: O(B * D + chunk_rows^2), whatever the number of ranks (exchange "ring").
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -261,6 +261,10 @@ class SumPass(RingPass):
         """Start the sums of the columns."""
         contributions[0].fill_(-torch.inf)
 
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Say what the tiles depend on."""
+        return self.tiles.replayed()
+
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> None:
         """Add one tile to the sums."""
         self.tiles.add(place.rows, shard[0], added[0], diagonal=place.diagonal)
@@ -289,6 +293,10 @@ class GradientPass(RingPass):
             with_scale=with_scale,
             kernel=sides.kernel,
         )
+
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Say what the tiles depend on."""
+        return self.tiles.replayed()
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor:
         """Return the derivative of one tile; ``shard`` is features and the sums of columns."""

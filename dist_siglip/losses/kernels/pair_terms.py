@@ -242,8 +242,8 @@ def pair_terms_in_place(
     value, derivative_sum = _sum_negatives_(logits, scratch)
     pulls = [-torch.sigmoid(-positives) for positives in apart]
     for positives, pull in zip(apart, pulls, strict=True):
-        value += _softplus(-positives).sum(dtype=torch.float64)
-        derivative_sum += pull.sum(dtype=torch.float64)
+        value = value.double() + _softplus(-positives).sum(dtype=torch.float64)
+        derivative_sum = derivative_sum.double() + pull.sum(dtype=torch.float64)
     if not with_derivative:
         return Terms(value, None, None, num_equal)
     if diagonal is not None:
@@ -254,22 +254,23 @@ def pair_terms_in_place(
 
 
 def _sum_negatives_(logits: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float64 sums of softplus and of sigmoid; ``logits`` becomes the sigmoid."""
+    """Return sums of softplus and of sigmoid; ``logits`` becomes the sigmoid."""
     if not logits.numel():
-        return logits.new_zeros((), dtype=torch.float64), logits.new_zeros((), dtype=torch.float64)
+        return logits.new_zeros(()), logits.new_zeros(())
     largest = logits.max().item()
     # Comparisons with nan are false: the last branch passes it on.
     if largest <= _SERIES_BELOW[logits.dtype]:
         flat = logits.sigmoid_().view(-1)
-        total = flat.sum().double()
-        return total.add(flat.dot(flat), alpha=0.5), total
+        total = flat.sum()
+        return total.double().add_(flat.dot(flat), alpha=0.5), total
     if largest <= 0:
         torch.neg(logits.sigmoid_(), out=scratch)
-        value = -scratch.log1p_().sum().double()
+        value = -scratch.log1p_().sum()
     else:
-        value = torch.ops.aten.softplus(logits, 1, _SOFTPLUS_IS_LINEAR, out=scratch).sum().double()
+        # The overload by its name: to choose it costs more than a small tile.
+        value = torch.ops.aten.softplus.out(logits, 1, _SOFTPLUS_IS_LINEAR, out=scratch).sum()
         logits.sigmoid_()
-    return value, logits.sum().double()
+    return value, logits.sum()
 
 
 def pair_terms(

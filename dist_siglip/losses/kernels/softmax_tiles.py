@@ -11,6 +11,7 @@ which keeps its digits when the positive has nearly all the probability, where l
 probability - 1 would cancel.
 """
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,12 @@ class NegativeSumTiles:
         positives = logit_scale.new_zeros(len(home))
         self.sums = NegativeSums(torch.full_like(positives, -torch.inf), positives)
         self._buffers = TileBuffers(largest, home, None) if self._kernel == "triton" else None
+
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Return settings and tensors that tiles depend on; None if they are more than launches."""
+        if self._buffers is None:
+            return None
+        return (), (self._scale, *self.sums, *self._buffers.tensors())
 
     def add(
         self, rows: slice, column_features: Tensor, column_sums: Tensor, *, diagonal: int | None
@@ -160,6 +167,14 @@ class SoftmaxTiles:
                 self._block_sums = triton_terms.sums_buffer(
                     *largest, triton_terms.TERMS_BLOCK, home.device
                 )
+
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Return settings and tensors that tiles depend on; None if they are more than launches."""
+        if self._buffers is None:
+            return None
+        own = (self._scale, self._row_sums, self._positive_derivative)
+        sums = () if self._block_sums is None else (self._block_sums,)
+        return self._with_scale, (*own, *sums, *self._buffers.tensors())
 
     def derivative(
         self, rows: slice, column_features: Tensor, column_sums: Tensor, *, diagonal: int | None

@@ -17,7 +17,7 @@ Both compute in float32. The choice depends on the processor alone, never on a c
 machine repeats its numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -171,21 +171,34 @@ class TileBuffers:
         self._narrow: Tensor | None = None
         if derivative_dtype not in (None, self._logits.dtype):
             self._narrow = features.new_empty(rows * columns, dtype=derivative_dtype)
+        self._views: dict[tuple[str, int, int], Tensor] = {}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All memory."""
+        found = (self._logits, self._scratch, self._narrow)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     def logits(self, rows: int, columns: int) -> Tensor:
         """(rows, columns) in the logits' dtype."""
-        return self._logits[: rows * columns].view(rows, columns)
+        return self._view("logits", self._logits, rows, columns)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """As ``logits``; on a CPU only, where oneDNN does not bring its own."""
         assert self._scratch is not None
-        return self._scratch[: rows * columns].view(rows, columns)
+        return self._view("scratch", self._scratch, rows, columns)
 
     def narrow(self, rows: int, columns: int) -> Tensor:
         """(rows, columns) in the derivative's dtype; the logits themselves if that is theirs."""
         if self._narrow is None:
             return self.logits(rows, columns)
-        return self._narrow[: rows * columns].view(rows, columns)
+        return self._view("narrow", self._narrow, rows, columns)
+
+    def _view(self, name: str, memory: Tensor, rows: int, columns: int) -> Tensor:
+        # Tiles have few shapes, and a look is cheaper than two views.
+        view = self._views.get((name, rows, columns))
+        if view is None:
+            view = self._views[name, rows, columns] = memory[: rows * columns].view(rows, columns)
+        return view
 
 
 def logits_dtype(features: Tensor) -> torch.dtype:
@@ -261,6 +274,7 @@ class SigmoidTiles:
         derivative_dtype: torch.dtype | None = None,
     ) -> None:
         self._scale, self._bias = logit_scale, logit_bias
+        self._scale_value: float | None = None  # on a CPU
         self._duplicates: Duplicates = duplicates
         self._dtype: torch.dtype | None = None
         if with_derivative:
@@ -352,6 +366,13 @@ class SigmoidTiles:
             derivative = self._buffers.narrow(*shape).copy_(derivative)
         return derivative
 
+    def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
+        """Return settings and tensors that tiles depend on; None if they are more than launches."""
+        if self._block_sums is None:
+            return None
+        settings = (self._dtype, self._duplicates)
+        return settings, (self._scale, self._bias, self._block_sums, *self._buffers.tensors())
+
     def sums(self) -> SigmoidSums:
         """Return the sums over all tiles so far."""
         if self._block_sums is None:
@@ -366,7 +387,9 @@ class SigmoidTiles:
         """Return the logits of a tile and a tensor like them to overwrite, on a CPU."""
         shape = (row_features.shape[0], column_features.shape[0])
         logits = self._buffers.logits(*shape)
-        scale = self._scale.item()
+        if self._scale_value is None:
+            self._scale_value = self._scale.item()
+        scale = self._scale_value
         if uses_onednn(row_features):
             products = product(row_features, column_features)
             return torch.add(self._bias, products, alpha=scale, out=logits), products
