@@ -4,7 +4,7 @@ import json as json_text
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from dist_siglip.metrics import (
     required_dimension,
     subset_dimension,
 )
+from dist_siglip.metrics.prefixes import PREFIX_WAYS
+from dist_siglip.report.measures import DIRECTIONS
+from dist_siglip.report.sections.capacity import measured_prefixes
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.regular_file import open_regular
 
@@ -102,8 +105,11 @@ def capacity(
         for name, values in configurations.items()
     }
     guaranteed = metrics.get("guaranteed_recall@1", math.nan)
+    prefixes = {dim: _of_prefix(pairs, dim, metrics) for dim in measured_prefixes(metrics)}
     if json:
         document: dict[str, Any] = {"pairs": pairs, "dimension": dimension, "margins": found}
+        if prefixes:
+            document["prefixes"] = prefixes
         if math.isfinite(guaranteed):
             document["guaranteed_recall@1"] = guaranteed
         sys.stdout.write(json_text.dumps(document, indent=2) + "\n")
@@ -113,6 +119,8 @@ def capacity(
     console.print("* to first order of the exponent; in few dimensions more pairs fit")
     for name, numbers in found.items():
         console.print(_sentence(name, dimension, numbers))
+    if prefixes:
+        console.print(_table_of_prefixes(prefixes))
     if math.isfinite(guaranteed):
         measured = min(metrics[f"{way}_recall@1"] for way in ("image_to_text", "text_to_image"))
         console.print(
@@ -171,6 +179,38 @@ def describe_capacity(
         "log10_pairs_reached": fit.log10_reached,
         "log10_pairs_bound": fit.log10_bound,
     }
+
+
+def _of_prefix(
+    pairs: float, dimension: int, metrics: Mapping[str, float]
+) -> dict[str, dict[str, float | bool | str]]:
+    """What was measured at a prefix, cut and rotated, and what bounds say of its margin."""
+    found = {}
+    for way in PREFIX_WAYS:
+        begin = f"{way}_{dimension}_"
+        names = ("image_to_text_recall@1", "text_to_image_recall@1", "modality_gap")
+        facts: dict[str, float | bool | str] = {name: metrics[begin + name] for name in names}
+        # As in the table above, without the worst 5 % where pairs overlap.
+        suffix = "" if metrics[f"{begin}margin"] > 0 else "_5_95"
+        margin, bias = (metrics[f"{begin}{name}{suffix}"] for name in ("margin", "relative_bias"))
+        if math.isfinite(margin) and math.isfinite(bias):
+            facts |= describe_capacity(pairs, dimension, margin, max(-1, min(1, bias)))
+        found[way] = facts
+    return found
+
+
+def _table_of_prefixes(prefixes: dict[int, dict[str, dict[str, float | bool | str]]]) -> Table:
+    table = Table(title="in fewer dimensions (pca: rotated, fitted to the evaluated pictures)")
+    columns = ("dimensions", "way", "recall@1", "", "margin", "gap", "pairs that fit: at most *")
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for dim, ways in prefixes.items():
+        for way, facts in ways.items():
+            numbers = [facts.get(f"{each}_recall@1") for _, each in DIRECTIONS]
+            numbers += [facts.get("margin"), facts.get("modality_gap")]
+            bound = _show("log10", facts.get("log10_pairs_bound"))
+            table.add_row(f"{dim:,}", way, *(_show("", number) for number in numbers), bound)
+    return table
 
 
 def _configurations_of(metrics: dict[str, float]) -> dict[str, tuple[float, float]]:

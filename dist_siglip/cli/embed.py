@@ -63,6 +63,8 @@ def embed(
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = MAX_BAD_FRACTION,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
+    dim: int | None = None,
+    rotate: str | None = None,
     json: bool = False,
 ) -> int:
     """Write an embedding for every picture and caption; called again, go on where it stopped.
@@ -103,6 +105,10 @@ def embed(
         on_damage: "refuse" damaged shards and incomplete samples, or "skip" them.
         max_bad_fraction: share of shards and samples that may be skipped or left out.
         cache: copies of remote shards.
+        dim: first columns of the embeddings that are kept, of length 1 again; null keeps all.
+        rotate: "pca" turns both sides so that the first columns hold most of the pictures: fitted
+            to the first 16,384 pictures of the shards and kept as rotation.safetensors in the
+            folder; or such a file, so that other shards, or queries, are turned alike. Null: none.
         json: print JSON instead of a table.
     """
     settings = EmbedSettings(
@@ -119,6 +125,8 @@ def embed(
         exif_orientation=exif_orientation,
         truncated_pictures=truncated_pictures,
         max_bad_fraction=max_bad_fraction,
+        dim=dim,
+        rotate=rotate,
     )
     table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     built = load_trained(

@@ -8,6 +8,7 @@ not depend on the number of ranks.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,7 @@ from dist_siglip.distributed import gather_rows, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import EvaluatedModel
 from dist_siglip.evaluation.samples import ShardBatch
+from dist_siglip.metrics.prefixes import check_dim, cut_rows
 from dist_siglip.models.build import BuiltModel
 
 Towers = Literal["both", "image", "text"]
@@ -139,9 +141,15 @@ class EncodedBatches:
     Args:
         model: what encodes.
         dtype: of the rows.
+        change: made of the rows of length 1 before they get their dtype; None for nothing.
     """
 
-    def __init__(self, model: EvaluatedModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: EvaluatedModel,
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.sample_ids: list[int] = []
         self.texts: list[list[str]] = []
         self.problems: dict[int, str] = {}
@@ -151,6 +159,7 @@ class EncodedBatches:
         self.text_parts: list[Tensor] = []
         self._model = model
         self._dtype = dtype
+        self._change = change
 
     def add(self, batch: ShardBatch) -> None:
         """Encode a batch: one call of each encoder that it has tensors for."""
@@ -161,10 +170,13 @@ class EncodedBatches:
         self.caption_ids += batch.caption_ids
         if batch.images is not None:
             rows = self._model.encode_image(batch.images)[: len(batch.sample_ids)]
-            self.image_parts.append(rows.to(self._dtype))
+            self.image_parts.append(self._made_of(rows))
         if batch.tokens is not None:
             rows = self._model.encode_text(batch.tokens)[: sum(map(len, batch.texts))]
-            self.text_parts.append(rows.to(self._dtype))
+            self.text_parts.append(self._made_of(rows))
+
+    def _made_of(self, rows: Tensor) -> Tensor:
+        return (rows if self._change is None else self._change(rows)).to(self._dtype)
 
 
 class EncodedRows(NamedTuple):
@@ -196,6 +208,11 @@ class ShardEncoder:
         dtype: of the rows.
         device: where the towers run.
         precision: "32-true", or autocast to bfloat16 or float16.
+        dim: columns of the rows, at most those of the model; None for all.
+        rotation: (D, D), of ``metrics.pca_rotation``, that rows are turned by first; None for none.
+
+    Raises:
+        UserError: if ``dim`` is larger than the width of the features.
     """
 
     def __init__(
@@ -206,6 +223,8 @@ class ShardEncoder:
         dtype: RowType,
         device: torch.device,
         precision: Precision,
+        dim: int | None = None,
+        rotation: Tensor | None = None,
     ) -> None:
         self._model = EvaluatedModel.of(
             built.encoder.to(device).eval(),
@@ -216,7 +235,11 @@ class ShardEncoder:
             precision=self._autocast,
         )
         self._wanted: list[Tower] = [each for each in TOWERS if towers in ("both", each)]
-        self._embed_dim = built.embed_dim
+        self._embed_dim = built.embed_dim if dim is None else dim
+        self._change: Callable[[Tensor], Tensor] | None = None
+        if dim is not None or rotation is not None:
+            check_dim(self._embed_dim, built.embed_dim)
+            self._change = partial(cut_rows, dim=self._embed_dim, rotation=rotation)
         self._row_type = _ROW_TYPES[dtype]
         self._precision = precision
 
@@ -227,7 +250,7 @@ class ShardEncoder:
         Raises:
             UserError: if a row is not finite.
         """
-        encoded = EncodedBatches(self._model, self._row_type)
+        encoded = EncodedBatches(self._model, self._row_type, self._change)
         for batch in batches:
             encoded.add(batch)
         ids = {"image": encoded.picture_ids, "text": encoded.caption_ids}

@@ -183,6 +183,11 @@ class _SaysLogitBias(Protocol):
 
 
 @runtime_checkable
+class _SaysPrefixDims(Protocol):
+    prefix_dims: tuple[int, ...]
+
+
+@runtime_checkable
 class _SaysDuplicates(Protocol):
     duplicates: Duplicates | None
 
@@ -205,6 +210,11 @@ def uses_logit_bias(loss: nn.Module) -> bool:
 def duplicates_of(loss: nn.Module) -> Duplicates | None:
     """Return what the module makes of duplicates, by its ``duplicates``; None if it has none."""
     return loss.duplicates if isinstance(loss, _SaysDuplicates) else None
+
+
+def prefix_dims_of(loss: nn.Module) -> tuple[int, ...]:
+    """Return the prefixes that the module is computed at, by its ``prefix_dims``; none if none."""
+    return loss.prefix_dims if isinstance(loss, _SaysPrefixDims) else ()
 
 
 def ids_for(

@@ -13,6 +13,7 @@ from dist_siglip.losses.arguments import (
     call_loss,
     duplicates_of,
     ids_for,
+    prefix_dims_of,
     uses_caption_ids,
     uses_logit_bias,
     uses_picture_ids,
@@ -101,6 +102,11 @@ class WeightedLoss(nn.Module):
     def uses_logit_bias(self) -> bool:
         """Whether the base depends on logit_bias."""
         return uses_logit_bias(self.base)
+
+    @property
+    def prefix_dims(self) -> tuple[int, ...]:
+        """Prefixes that the base is computed at."""
+        return prefix_dims_of(self.base)
 
     @property
     def duplicates(self) -> Duplicates | None:

@@ -14,20 +14,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName
-from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     LossOutput,
     Nonfinite,
-    check_pairs,
     describe_wanted,
-    tile_shape_of,
 )
-from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, choose_kernel, join_ids
+from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, join_ids
 from dist_siglip.losses.kernels.tiles import inner_product, logits_dtype, sum_dtype
+from dist_siglip.losses.prefixes import (
+    Prefix,
+    PrefixSettings,
+    prefix_settings,
+    sum_at_home,
+    visit_prefixes,
+    weighted,
+)
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
-    RingPass,
     Shard,
     attach_gradients,
     prepare_pass,
@@ -35,111 +39,6 @@ from dist_siglip.losses.ring_pass import (
 )
 from dist_siglip.losses.sigmoid import SigmoidPass, SigmoidSides, Wanted, check_ids
 from dist_siglip.losses.softmax import GradientPass, SoftmaxSides, SumPass
-
-
-def check_dims(dims: Sequence[int], width: int | None = None) -> tuple[int, ...]:
-    """Return prefixes from the largest to the smallest.
-
-    Args:
-        dims: columns of each prefix.
-        width: of the features; None where it is not known yet.
-
-    Raises:
-        UserError: if there is none, one occurs twice, or one is below 1 or above ``width``.
-
-    Example:
-        >>> check_dims([2, 8, 4], 8)
-        (8, 4, 2)
-    """
-    ordered = tuple(sorted(dims, reverse=True))
-    if not ordered or len(set(ordered)) < len(ordered) or ordered[-1] < 1:
-        raise UserError(
-            f"dims ({list(dims)}) must be different numbers of columns, each at least 1, like "
-            "[768, 384, 192]"
-        )
-    if width is not None and ordered[0] > width:
-        raise UserError(
-            f"dims ({list(dims)}): a prefix of {ordered[0]} columns is more than the {width} that "
-            f"features have; name dims of at most {width}"
-        )
-    return ordered
-
-
-class Prefix(NamedTuple):
-    """First columns of features, every row of length 1.
-
-    Attributes:
-        unit: (B, d), in the dtype of the features.
-        lengths: (B, 1), of the rows before; None where all columns stay, as they are.
-    """
-
-    unit: Tensor
-    lengths: Tensor | None
-
-    @classmethod
-    def of(cls, features: Tensor, dim: int) -> "Prefix":
-        """Cut features (B, D) to ``dim`` columns; a row of zeros stays zero."""
-        if dim == features.shape[1]:
-            return cls(features, None)
-        cut = features[:, :dim].to(logits_dtype(features))
-        lengths = cut.norm(dim=1, keepdim=True)
-        return cls((cut / _above_zero(lengths)).to(features.dtype), lengths)
-
-    def pull_back(self, gradient: Tensor) -> Tensor:
-        """Return the gradient by the columns that were cut, from that by ``unit``."""
-        if self.lengths is None:
-            return gradient
-        unit = self.unit.to(gradient.dtype)
-        tangent = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
-        return torch.where(self.lengths > 0, tangent / _above_zero(self.lengths), 0)
-
-
-def _above_zero(lengths: Tensor) -> Tensor:
-    return lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
-
-
-class _Settings(NamedTuple):
-    """What a loss at prefixes computes, and how.
-
-    ``shares`` sum to 1; scale and bias have one element for each prefix.
-    """
-
-    dims: tuple[int, ...]
-    shares: tuple[float, ...]
-    scales: Tensor
-    biases: Tensor | None
-    tile_shape: tuple[int, int]
-    kernel: Kernel
-    nonfinite: Nonfinite
-    finite_check: FiniteCheck | None
-    exchange: ExchangeName
-    group: ProcessGroup | None
-
-    def named(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
-        """What must be finite."""
-        found = {
-            "image_features": image_features.detach(),
-            "text_features": text_features.detach(),
-            "logit_scale": _smallest(self.scales),
-        }
-        return found if self.biases is None else {**found, "logit_bias": _smallest(self.biases)}
-
-    def shared(self) -> dict[str, Tensor]:
-        """Numbers that ranks compare."""
-        found = {"logit_scale": self.scales.detach().mean()}
-        return (
-            found if self.biases is None else {**found, "logit_bias": self.biases.detach().mean()}
-        )
-
-    def purpose(self, kind: str, more: str) -> str:
-        """What ranks must agree on."""
-        return f"{kind} at prefixes; dims {self.dims}; weights {self.shares}; {more}"
-
-
-def _smallest(values: Tensor) -> Tensor:
-    """Return the smallest element, (); not a number if any is not finite."""
-    values = values.detach()
-    return torch.where(values.isfinite().all(), values.min(), torch.nan)
 
 
 def matryoshka_sigmoid_loss(
@@ -199,7 +98,7 @@ def matryoshka_sigmoid_loss(
         Kusupati et al. 2022, arXiv:2205.13147, equation 1; the sum is divided by the weights, so
         that learning rate and clipping compare with those of one prefix.
     """
-    settings = _settings(
+    settings = prefix_settings(
         image_features,
         text_features,
         logit_scale,
@@ -256,21 +155,18 @@ def matryoshka_sigmoid_loss(
             duplicates,
         )
         passes.append(each)
-    factors = [
-        share * scale
-        for share, scale in zip(settings.shares, settings.scales.detach(), strict=True)
-    ]
+    factors = settings.factors()
 
     def visit(owner: int, shard: Shard, contributions: Shard) -> None:
         total = contributions[0] if contributions else None
-        _visit_prefixes(passes, dims, factors, owner, shard[0], [shard[1:]] * len(dims), total)
+        visit_prefixes(passes, dims, factors, owner, shard[0], [shard[1:]] * len(dims), total)
 
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         brought = plan.run(visit)
         for each in passes:
             each.finish()
         found = [each.gradients(()) for each in passes]
-        at_home = _sum_at_home(passes, homes, factors, whole.home) if any(wanted) else None
+        at_home = sum_at_home(passes, homes, factors, whole.home) if any(wanted) else None
         shares = biases.new_tensor(settings.shares, dtype=sum_dtype(biases.device))
         sums = [each.tiles.sums() for each in passes]
         value = (torch.stack([each.value for each in sums]) * shares).sum()
@@ -290,49 +186,9 @@ def matryoshka_sigmoid_loss(
         (settings.scales, [each.scale for each in found]),
         (biases, [each.bias for each in found]),
     ):
-        gradients.append(PrecomputedGradient(scalars, _weighted(parts, shares), factor))
+        gradients.append(PrecomputedGradient(scalars, weighted(parts, shares), factor))
     loss = attach_gradients("matryoshka_sigmoid_loss", value, gradients)
     return LossOutput(loss, sums[0].duplicate_pairs)
-
-
-def _weighted(parts: Sequence[Tensor | None], shares: Tensor) -> Tensor | None:
-    """Return the gradients of K scalars, (K,); None if they are not wanted."""
-    known = [part for part in parts if part is not None]
-    return torch.stack(known) * shares if known else None
-
-
-def _visit_prefixes(
-    passes: Sequence[RingPass],
-    dims: Sequence[int],
-    factors: Sequence[Tensor],
-    owner: int,
-    rows: Tensor,
-    more: Sequence[Shard],
-    total: Tensor | None,
-) -> None:
-    """Let every pass visit its prefix of a shard; put their sum in ``total``, (rows, D)."""
-    if total is not None:
-        total.zero_()
-    for each, dim, factor, others in zip(passes, dims, factors, more, strict=True):
-        prefix = Prefix.of(rows, dim)
-        if total is None:
-            each.visit(owner, (prefix.unit, *others), ())
-            continue
-        added = total.new_empty(len(rows), dim)
-        each.visit(owner, (prefix.unit, *others), (added,))
-        total[:, :dim] += prefix.pull_back(added) * factor
-
-
-def _sum_at_home(
-    passes: Sequence[RingPass], homes: Sequence[Prefix], factors: Sequence[Tensor], home: Tensor
-) -> Tensor | None:
-    """Sum the gradients of the rows at home over the prefixes, (B, D); None if there are none."""
-    total = torch.zeros_like(home, dtype=logits_dtype(home))
-    for each, prefix, factor in zip(passes, homes, factors, strict=True):
-        if each.home_gradient is None:
-            return None
-        total[:, : prefix.unit.shape[1]] += prefix.pull_back(each.home_gradient) * factor
-    return total
 
 
 def matryoshka_softmax_loss(
@@ -377,7 +233,7 @@ def matryoshka_softmax_loss(
         >>> matryoshka_softmax_loss(eye, eye, torch.tensor(1.0), dims=[2])
         tensor(0.3133)
     """
-    settings = _settings(
+    settings = prefix_settings(
         image_features,
         text_features,
         logit_scale,
@@ -432,7 +288,7 @@ class _SoftmaxResult(NamedTuple):
 
 
 def _softmax_passes(
-    settings: _Settings,
+    settings: PrefixSettings,
     rows: Tensor,
     columns: Tensor,
     *,
@@ -506,15 +362,12 @@ def _softmax_passes(
         )
         for number, each in enumerate(sides)
     ]
-    factors = [
-        share * scale
-        for share, scale in zip(settings.shares, settings.scales.detach(), strict=True)
-    ]
+    factors = settings.factors()
 
     def visit(owner: int, shard: Shard, contributions: Shard) -> None:
         sums = [(column.contiguous(),) for column in shard[1].unbind(dim=1)]
         total = contributions[0] if contributions else None
-        _visit_prefixes(second, dims, factors, owner, shard[0], sums, total)
+        visit_prefixes(second, dims, factors, owner, shard[0], sums, total)
 
     brought = plan.run(visit)
     by_scale = []
@@ -522,66 +375,7 @@ def _softmax_passes(
         one.finish()
         if scale_gradient and one.home_gradient is not None:
             by_scale.append(inner_product(each.rows, one.home_gradient))
-    at_home = _sum_at_home(second, homes, factors, rows) if row_gradient else None
+    at_home = sum_at_home(second, homes, factors, rows) if row_gradient else None
     return _SoftmaxResult(
-        value, factor, at_home, brought[0] if brought else None, _weighted(by_scale, shares)
+        value, factor, at_home, brought[0] if brought else None, weighted(by_scale, shares)
     )
-
-
-def _settings(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    *,
-    dims: Sequence[int],
-    weights: Sequence[float] | None,
-    nonfinite: Nonfinite,
-    finite_check: FiniteCheck | None,
-    exchange: ExchangeName,
-    group: ProcessGroup | None,
-    chunk_rows: int | None,
-    kernel: Kernel,
-) -> _Settings:
-    """Check the arguments that both losses share."""
-    check_pairs(image_features, text_features)
-    ordered = check_dims(dims, image_features.shape[1])
-    dtype = logits_dtype(image_features)
-    scales = _for_each("logit_scale", logit_scale, len(ordered), dtype)
-    biases = None
-    if logit_bias is not None:
-        biases = _for_each("logit_bias", logit_bias, len(ordered), dtype)
-    return _Settings(
-        ordered,
-        prefix_shares(dims, weights),
-        scales,
-        biases,
-        tile_shape_of(chunk_rows, image_features.device),
-        choose_kernel(kernel, image_features),
-        nonfinite,
-        finite_check,
-        exchange,
-        group,
-    )
-
-
-def prefix_shares(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[float, ...]:
-    """Return weights that sum to 1, in the order of ``check_dims``; None is 1 each."""
-    given = [1.0] * len(dims) if weights is None else list(weights)
-    is_finite = all(0 <= weight < float("inf") for weight in given)
-    if len(given) != len(dims) or not is_finite or not sum(given) > 0:
-        raise UserError(
-            f"weights ({given}) must be {len(dims)} finite numbers, one for each of dims "
-            f"({list(dims)}), 0 or above and not all 0"
-        )
-    by_dim = dict(zip(dims, given, strict=True))
-    return tuple(by_dim[dim] / sum(given) for dim in check_dims(dims))
-
-
-def _for_each(name: str, value: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Return one element for each prefix, (K,), with the graph of ``value``."""
-    if not isinstance(value, Tensor) or value.numel() not in (1, count):
-        raise UserError(
-            f"{name} must be a tensor with one element, or one for each of {count} dims"
-        )
-    return value.reshape(-1).to(dtype).expand(count)

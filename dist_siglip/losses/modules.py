@@ -18,12 +18,8 @@ from dist_siglip.losses.arguments import (
     uses_picture_ids,
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
-from dist_siglip.losses.matryoshka import (
-    check_dims,
-    matryoshka_sigmoid_loss,
-    matryoshka_softmax_loss,
-    prefix_shares,
-)
+from dist_siglip.losses.matryoshka import matryoshka_sigmoid_loss, matryoshka_softmax_loss
+from dist_siglip.losses.prefixes import check_dims, prefix_shares
 from dist_siglip.losses.sigmoid import siglip_loss_output
 from dist_siglip.losses.softmax import softmax_loss
 

@@ -69,6 +69,7 @@ from dist_siglip.metrics.geometry.spread import (
     explained_variance_ratios,
     uniformity,
 )
+from dist_siglip.metrics.prefixes import cut_rows, pca_rotation
 from dist_siglip.metrics.retrieval.nearest import Hubness, Neighbors, hubness, nearest_neighbors
 from dist_siglip.metrics.retrieval.ranks import (
     median_rank,
@@ -107,6 +108,7 @@ __all__ = [
     "construction_two",
     "critical_documents",
     "cross_uniformity",
+    "cut_rows",
     "effective_rank",
     "evaluate_pairs",
     "expected_sigmoid_loss",
@@ -124,6 +126,7 @@ __all__ = [
     "median_rank",
     "modality_gap",
     "nearest_neighbors",
+    "pca_rotation",
     "quantile_constellation",
     "random_code",
     "recall_at_k",

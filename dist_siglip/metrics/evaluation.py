@@ -44,6 +44,7 @@ from dist_siglip.metrics.geometry.spread import (
     rank_of_moments,
     uniformity,
 )
+from dist_siglip.metrics.prefixes import prefix_metrics
 from dist_siglip.metrics.retrieval.nearest import hubness
 from dist_siglip.metrics.retrieval.positives import DistinctItems
 from dist_siglip.metrics.retrieval.ranks import median_rank, recall_at_k, retrieval_ranks_both_ways
@@ -226,6 +227,7 @@ def evaluate_pairs(
     picture_ids: Tensor | None = None,
     global_batch_size: int | None = None,
     top_k: Sequence[int] = (1, 5, 10),
+    prefix_dims: Sequence[int] = (),
     array_pairs: int = 2000,
     separability_pairs: int = SEPARABILITY_PAIRS,
     chunk_rows: int | None = None,
@@ -248,6 +250,7 @@ def evaluate_pairs(
                       image_effective_rank, image_components_80, image_to_text_hubness,
                       linear_separability, images_on_their_side, ...; see ``modality_metrics``
         counts        gallery_pairs, distinct_captions, distinct_pictures
+        prefixes      prefix_64_margin, pca_64_margin, ...; see ``prefix_metrics``
 
     Distributed contract: every rank passes its own pairs, any number of them (0 too). Six or
     seven exchanges of the shards without gradient, and small gathers. A sample that occurs twice,
@@ -264,6 +267,7 @@ def evaluate_pairs(
         picture_ids: (B,) int64; equal pictures have equal ids. None: no picture occurs twice.
         global_batch_size: pairs per training step over all ranks; None means all pairs.
         top_k: the K of recall@K.
+        prefix_dims: prefixes of the dimension that are measured too, cut and by PCA; at most D.
         array_pairs: most pairs whose features go into the arrays.
         separability_pairs: most pairs for ``linear_separability``.
         chunk_rows: longest side of a live rectangle of similarities; see ``tile_side``.
@@ -289,6 +293,7 @@ def evaluate_pairs(
     settings = {
         "global_batch_size": global_batch_size,
         "top_k": tuple(top_k),
+        "prefix_dims": tuple(prefix_dims),
         "array_pairs": array_pairs,
         "separability_pairs": separability_pairs,
     }
@@ -319,21 +324,15 @@ def evaluate_pairs(
         exchange=exchange,
         group=group,
     )
-    ranks = dict(
-        zip(
-            ("image_to_text", "text_to_image"),
-            gather_in_order([image_to_text, text_to_image], rows.sample_ids, group=group),
-            strict=True,
-        )
-    )
+    gathered = gather_in_order([image_to_text, text_to_image], rows.sample_ids, group=group)
+    ranks = dict(zip(("image_to_text", "text_to_image"), gathered, strict=True))
     batch_size = statistics.num_pairs if global_batch_size is None else global_batch_size
     metrics: dict[str, float] = {"loss": expected_sigmoid_loss(statistics, batch_size)}
     gallery_sizes = {"image_to_text": items.num_texts, "text_to_image": items.num_images}
     for direction, all_ranks in ranks.items():
+        size = gallery_sizes[direction]
         for k in top_k:
-            metrics[f"{direction}_recall@{k}"] = recall_at_k(
-                all_ranks, k, gallery_size=gallery_sizes[direction]
-            )
+            metrics[f"{direction}_recall@{k}"] = recall_at_k(all_ranks, k, gallery_size=size)
         metrics[f"{direction}_median_rank"] = median_rank(all_ranks)
     metrics |= logit_summary(statistics) | threshold_metrics(statistics)
     shape, spectra = modality_metrics(
@@ -346,10 +345,24 @@ def evaluate_pairs(
         group=group,
     )
     metrics |= shape
+    metrics |= prefix_metrics(
+        rows.image_features,
+        rows.text_features,
+        rows.sample_ids,
+        items,
+        prefix_dims,
+        top_k=top_k,
+        chunk_rows=chunk_rows,
+        exchange=exchange,
+        group=group,
+    )
     metrics["gallery_pairs"] = float(statistics.num_pairs)
     metrics["distinct_captions"] = float(items.num_texts)
     metrics["distinct_pictures"] = float(items.num_images)
-    arrays = _feature_arrays(rows, array_pairs, group) | _histogram_arrays(statistics) | spectra
+    arrays = _feature_arrays(rows, array_pairs, group) | spectra
+    arrays["histogram_edges"] = histogram_edges().numpy()
+    arrays["positive_histogram"] = statistics.positive.histogram.numpy()
+    arrays["negative_histogram"] = statistics.negative.histogram.numpy()
     arrays |= {f"{name}_ranks": all_ranks.cpu().numpy() for name, all_ranks in ranks.items()}
     return Evaluation(metrics, arrays)
 
@@ -481,12 +494,4 @@ def _feature_arrays(
     return {
         name: (column.float() if column.is_floating_point() else column).cpu().numpy()
         for name, column in zip(columns, gathered, strict=True)
-    }
-
-
-def _histogram_arrays(statistics: PairStatistics) -> dict[str, np.ndarray]:
-    return {
-        "histogram_edges": histogram_edges().numpy(),
-        "positive_histogram": statistics.positive.histogram.numpy(),
-        "negative_histogram": statistics.negative.histogram.numpy(),
     }

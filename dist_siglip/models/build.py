@@ -63,6 +63,7 @@ class BuiltModel:
         trained_global_batch: pairs of the global batch the weights were trained with, or None if
             they do not say.
         pictures: what decides the pixels of an encoded picture.
+        prefix_dims: prefixes of the features that training made useful alone; () if it did not.
     """
 
     encoder: DualEncoder
@@ -79,6 +80,7 @@ class BuiltModel:
     random_parameters: frozenset[str]
     architecture: dict[str, Any]
     trained_global_batch: int | None = None
+    prefix_dims: tuple[int, ...] = ()
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
 
     @property

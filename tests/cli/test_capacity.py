@@ -125,3 +125,20 @@ def test_a_run_without_arrays_is_asked_for_its_dimension(run, capsys):
     (run / "evaluation" / "arrays.npz").unlink()
     assert main(["capacity", f"--run_dir={run}"]) == 2
     assert "give --dimension" in capsys.readouterr().err
+
+
+def test_prefixes_that_were_measured_are_shown_with_their_bounds(run, capsys):
+    path = run / "evaluation" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    for way, margin in (("prefix", -0.1), ("pca", 0.08)):
+        measured = {"margin": margin, "relative_bias": 0.1, "margin_5_95": 0.05}
+        measured |= {"relative_bias_5_95": 0.04, "modality_gap": 0.6}
+        measured |= {f"{key}_recall@1": 0.4 for key in ("image_to_text", "text_to_image")}
+        metrics |= {f"{way}_64_{name}": value for name, value in measured.items()}
+    path.write_text(json.dumps(metrics))
+    ways = _json(capsys, f"--run_dir={run}")["prefixes"]["64"]
+    assert (ways["prefix"]["margin"], ways["pca"]["margin"]) == (0.05, 0.08)
+    assert ways["pca"]["modality_gap"] == 0.6
+    assert ways["pca"]["log10_pairs_bound"] < ways["prefix"]["log10_pairs_bound"]
+    assert main(["capacity", f"--run_dir={run}"]) == 0
+    assert "in fewer dimensions" in capsys.readouterr().out

@@ -187,3 +187,34 @@ def test_missing_texts_are_refused():
     images, texts, image_ids, text_ids, sample_ids = _pairs()
     with pytest.raises(UserError, match=r"images \(12\), texts \(11\)"):
         evaluate_pairs(images, texts[1:], image_ids, text_ids[1:], sample_ids, **SETTINGS)
+
+
+def _plain_prefix(rows, dim, turn=None):
+    cut = rows.double() if turn is None else rows.double() @ turn
+    return F.normalize(cut[:, :dim], dim=1)
+
+
+def test_prefixes_are_measured_cut_and_rotated():
+    images, texts, ids, text_ids, samples = _pairs()
+    images = F.normalize(images * torch.tensor([0.1, 0.2, 1.0, 0.1, 2.0, 0.1]), dim=1)
+    pairs = (images, texts, ids, text_ids, samples)
+    metrics = evaluate_pairs(*pairs, **SETTINGS, prefix_dims=(6, 2)).metrics
+    assert {name for name in metrics if not name.startswith(("prefix_", "pca_"))} == NAMES
+    _, vectors = torch.linalg.eigh(sum(torch.outer(row, row) for row in images.double()))
+    for way, turn in (("prefix", None), ("pca", vectors.flip(1))):
+        cut = [_plain_prefix(side, 2, turn) for side in (images, texts)]
+        alone = evaluate_pairs(*(side.float() for side in cut), *pairs[2:], **SETTINGS).metrics
+        for name in (
+            *("image_to_text_recall@1", "text_to_image_recall@5", "margin", "relative_bias"),
+            *("margin_5_95", "modality_gap"),
+        ):
+            found = metrics[f"{way}_2_{name}"]
+            assert found == pytest.approx(alone[name], abs=1e-5), name
+            # A rotation of all columns keeps every cosine.
+            assert metrics[f"{way}_6_{name}"] == pytest.approx(metrics[name], abs=1e-5), name
+    assert metrics["pca_2_margin"] != pytest.approx(metrics["prefix_2_margin"], abs=1e-3)
+
+
+def test_a_prefix_larger_than_the_features_is_refused():
+    with pytest.raises(UserError, match=r"dim \(7\) must be 1 to 6"):
+        evaluate_pairs(*_pairs(), **SETTINGS, prefix_dims=(7,))

@@ -18,7 +18,12 @@ from dist_siglip.metrics import (
 from tests.support import metric_reference
 from tests.support.processes import run_ranks
 
-SETTINGS = {"logit_scale": 12.0, "logit_bias": -6.0, "global_batch_size": 16}
+SETTINGS = {
+    "logit_scale": 12.0,
+    "logit_bias": -6.0,
+    "global_batch_size": 16,
+    "prefix_dims": (4,),
+}
 COUNT = 23
 # Owner of every pair; pairs of one caption lie on several ranks, rank 1 of 3 has none.
 OWNERS = {

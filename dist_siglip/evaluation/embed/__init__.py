@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION
@@ -38,6 +40,12 @@ from dist_siglip.data.samples.picture_policy import (
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError, check_least
+from dist_siglip.evaluation.embed.rotation import (
+    PCA,
+    ROTATION_PICTURES,
+    find_rotation,
+    name_rotation,
+)
 from dist_siglip.evaluation.embed.shard_job import (
     EmbedReport,
     Format,
@@ -60,6 +68,7 @@ from dist_siglip.evaluation.samples import (
     ShardSample,
     shard_loader,
 )
+from dist_siglip.metrics.prefixes import check_dim
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.system.atomic import write_atomically
@@ -125,9 +134,11 @@ class EmbedSettings:
         exif_orientation: likewise.
         truncated_pictures: likewise.
         max_bad_fraction: share of the samples of each rank that may be skipped.
+        dim: columns of the rows; None for all of the model.
+        rotate: "pca" or the path of a rotation, see ``rotation.find_rotation``; None for none.
 
     Raises:
-        UserError: if a number is out of its range.
+        UserError: if a number is out of its range, or rows for training would be changed.
     """
 
     towers: Towers = "both"
@@ -143,12 +154,25 @@ class EmbedSettings:
     exif_orientation: ExifOrientation | Literal["auto"] = AUTO
     truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
     max_bad_fraction: float = MAX_BAD_FRACTION
+    dim: int | None = None
+    rotate: str | None = None
 
     def __post_init__(self) -> None:
         check_least(1, local_batch_size=self.local_batch_size)
         check_least(0, workers=self.workers)
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
+        for name in ("dim", "rotate"):
+            if self.format == "features" and getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} ({getattr(self, name)}) must be null with format features: training "
+                    "reads whole rows of the tower"
+                )
+        if self.rotate == PCA and self.towers == "text":
+            raise UserError(
+                f"rotate ({PCA}) is fitted to pictures, and towers is text; name the rotation file "
+                "of the folder that holds the pictures"
+            )
         self.captions.check()
         self.pictures(PicturePolicy())
 
@@ -186,6 +210,8 @@ def embed_shards(
     world = World.detect() if world is None else world
     device = choose_device(settings.device, world.local_rank)
     built = replace(built, pictures=settings.pictures(built.pictures))
+    if settings.dim is not None:
+        check_dim(settings.dim, built.embed_dim)
     jobs = shard_jobs(table)
     layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
@@ -206,12 +232,23 @@ def embed_shards(
         device,
         progress.kept,
     )
+    rotation = None
+    if settings.rotate is not None:
+        rotation = find_rotation(
+            settings.rotate,
+            out,
+            built,
+            lambda: _pictures_to_fit(table, built, settings, jobs, device),
+        )
+    _warn_of_plain_cut(built, settings)
     encoder = ShardEncoder(
         built,
         towers=settings.towers,
         dtype=settings.dtype,
         device=device,
         precision=settings.precision,
+        dim=settings.dim,
+        rotation=rotation,
     )
     batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
     with prefetch_shards(table, jobs, layout, world, lambda: progress.current):
@@ -228,6 +265,44 @@ def embed_shards(
     with _told_in_one_line(out):
         layout.finish()
     return progress.report()
+
+
+def _pictures_to_fit(
+    table: PairTable,
+    built: BuiltModel,
+    settings: EmbedSettings,
+    jobs: Sequence[ShardJob],
+    device: torch.device,
+) -> Tensor:
+    """Image features of the first pictures of the data set, the same on every rank."""
+    chosen, num_left = [], ROTATION_PICTURES
+    for job in jobs:
+        if num_left > 0:
+            chosen.append(job._replace(stop=min(job.stop, job.first + num_left)))
+            num_left -= job.num_samples
+    only_images = replace(settings, towers="image")
+    encoder = ShardEncoder(
+        built, towers="image", dtype="float32", device=device, precision=settings.precision
+    )
+    batches = iter(_loader(table, built, only_images, chosen, pin_memory=device.type == "cuda"))
+    found = []
+    for job in chosen:
+        count = job.num_batches(settings.local_batch_size)
+        rows = encoder.encode(_all_read(islice(batches, count), job)).image_features
+        assert rows is not None
+        found.append(torch.from_numpy(rows))
+    return torch.cat(found)
+
+
+def _warn_of_plain_cut(built: BuiltModel, settings: EmbedSettings) -> None:
+    if settings.dim in (None, built.embed_dim, *built.prefix_dims) or settings.rotate is not None:
+        return
+    trained = ", ".join(map(str, built.prefix_dims)) or "no prefix"
+    _LOGGER.warning(
+        "dim (%d): the features were trained at %s; a plain cut loses what --rotate pca may keep",
+        settings.dim,
+        trained,
+    )
 
 
 @contextmanager
@@ -337,6 +412,8 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         "caption_split_lines": settings.captions.split_lines,
         "max_image_pixels": settings.max_image_pixels,
         **ids,
+        **({"dim": settings.dim} if settings.dim is not None else {}),
+        **({"rotate": name_rotation(settings.rotate)} if settings.rotate is not None else {}),
         # Folders of before there was a choice go on.
         **({"truncated_pictures": truncated} if truncated == "use" else {}),
     }

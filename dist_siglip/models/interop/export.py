@@ -157,10 +157,32 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
             "logit_scale": built.start_scale,
             "logit_bias": built.start_bias,
             "largest_difference": difference,
+            "matryoshka_dims": list(built.prefix_dims),
             **built.pictures.of_model,
         }
+        (beside / "README.md").write_text(_card(built), encoding="utf-8")
         (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return Exported(folder=folder, largest_difference=difference)
+
+
+def _card(built: BuiltModel) -> str:
+    """Model card: what the features are, and how many of their dimensions may be used."""
+    lines = [
+        "---",
+        "library_name: dist_siglip",
+        "pipeline_tag: zero-shot-image-classification",
+        "---",
+        "",
+        f"Image and text features of {built.embed_dim} dimensions, divided by their length; the "
+        f"logit of a pair is {built.start_scale:.6g} * cosine + ({built.start_bias:.6g}).",
+    ]
+    if built.prefix_dims:
+        dims = ", ".join(map(str, built.prefix_dims))
+        lines.append(
+            f"Trained at prefixes (Matryoshka): the first {dims} dimensions can be used alone. Cut "
+            "features, then divide them by their length again."
+        )
+    return "\n".join(lines) + "\n"
 
 
 __all__ = ["Exported", "Form", "export_model"]

@@ -1,6 +1,7 @@
-"""The number of pairs that fit into the space at the margin it has."""
+"""The number of pairs that fit at the margin of the space, and what fewer dimensions keep."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dist_siglip.errors import UserError
@@ -13,7 +14,7 @@ from dist_siglip.metrics.capacity import (
     margin_of_dimension,
     required_dimension,
 )
-from dist_siglip.report.measures import known, show
+from dist_siglip.report.measures import DIRECTIONS, known, show
 from dist_siglip.report.page import (
     Section,
     Verdict,
@@ -25,6 +26,8 @@ from dist_siglip.report.page import (
 from dist_siglip.report.records import RunRecord
 
 _NEAR = 0.8  # of the largest margin
+_KEPT = 0.95  # of the recall of whole features
+_PREFIX_NAME = re.compile(r"prefix_(\d{1,9})_margin")
 
 
 class Room(NamedTuple):
@@ -91,8 +94,89 @@ def make(runs: Sequence[RunRecord]) -> Section:
         "Bangachev et al. 2025, Theorems 3.3 to 3.5. All but Theorem 3.4 hold to first order as "
         "the dimension grows; in few dimensions more pairs fit than they say."
     )
-    parts = [render_columns([render_table_card("In numbers", columns_of(runs), rows, note=note)])]
-    return Section("capacity", "Capacity", judge_each(runs, judge), parts)
+    cards = [render_table_card("In numbers", columns_of(runs), rows, note=note)]
+    shorter = _fewer_dimensions(runs)
+    parts = [render_columns(cards + ([shorter] if shorter else []))]
+    return Section("capacity", "Capacity", judge_each(runs, judge, judge_prefixes), parts)
+
+
+def measured_prefixes(metrics: Mapping[str, float]) -> list[int]:
+    """List the prefixes that an evaluation measured, largest first.
+
+    Example:
+        >>> measured_prefixes({"prefix_8_margin": 0.1, "prefix_64_margin": 0.2, "margin": 0.3})
+        [64, 8]
+    """
+    found = (_PREFIX_NAME.fullmatch(name) for name in metrics)
+    return sorted({int(match[1]) for match in found if match}, reverse=True)
+
+
+def trained_prefixes(settings: Mapping[str, object]) -> list[int]:
+    """List the prefixes that the loss of a run was computed at, from its settings."""
+    for name in ("model.loss", "model.loss.init_args.base"):
+        dims = settings.get(f"{name}.init_args.dims")
+        if str(settings.get(f"{name}.class_path", "")).endswith("MatryoshkaLoss"):
+            return [dim for dim in dims if isinstance(dim, int)] if isinstance(dims, list) else []
+    return []
+
+
+def judge_prefixes(run: RunRecord) -> Verdict | None:
+    """Say how few dimensions keep the recall of all, by either way; None if none was measured."""
+    dims, whole = measured_prefixes(run.metrics), _mean_recall(run, "")
+    if not dims or whole is None:
+        return None
+    told, kept = [], {}
+    for way, name in (("prefix", "cut"), ("pca", "rotated by PCA")):
+        enough = [
+            dim
+            for dim in dims
+            if (recall := _mean_recall(run, f"{way}_{dim}_")) is not None
+            and recall >= _KEPT * whole
+        ]
+        kept[way] = min(enough, default=None)
+        told.append(f"{name}: {kept[way] if enough else 'none of these'}")
+    text = f"Dimensions that keep {_KEPT:.0%} of recall@1: {', '.join(told)}."
+    trained = trained_prefixes(run.settings)
+    how = (
+        f"Trained at prefixes {', '.join(map(str, trained))}."
+        if trained
+        else ("Not trained at prefixes: MatryoshkaLoss would be.")
+    )
+    return Verdict("note", text, f"{how} The rotation was fitted to these pictures.")
+
+
+def _fewer_dimensions(runs: Sequence[RunRecord]) -> str:
+    """Table of cut, rotated and trained prefixes side by side; "" if no run measured any."""
+    dims = sorted({dim for run in runs for dim in measured_prefixes(run.metrics)}, reverse=True)
+    if not dims:
+        return ""
+    columns, rows = ["dimensions"], [["all"], *([str(dim)] for dim in dims)]
+    for run in runs:
+        whose = f"{run.name}: " if len(runs) > 1 else ""
+        trained = trained_prefixes(run.settings)
+        for way, name in (("prefix", "Matryoshka" if trained else "plain cut"), ("pca", "PCA")):
+            columns.append(whose + name)
+            for row, begin in zip(rows, ("", *(f"{way}_{dim}_" for dim in dims)), strict=True):
+                extra = trained and way == "prefix" and begin and int(row[0]) not in trained
+                row.append(_prefix_cell(run, begin) + (" (not trained)" if extra else ""))
+    note = (
+        "Mean recall@1 of both directions; below it margin without the worst 5 %, and modality gap."
+        " PCA: rotated along the second moment of the pictures evaluated, without training; fitted "
+        "to few pictures it looks better than it is. A report of a run with and one without "
+        "MatryoshkaLoss has plain cut, PCA and Matryoshka side by side."
+    )
+    return render_table_card("In fewer dimensions", columns, rows, note=note)
+
+
+def _prefix_cell(run: RunRecord, begin: str) -> str:
+    recall, metrics = _mean_recall(run, begin), run.metrics
+    margin, gap = (show(metrics.get(begin + name)) for name in ("margin_5_95", "modality_gap"))
+    return f"{show(recall)}\nmargin {margin}, gap {gap}"
+
+
+def _mean_recall(run: RunRecord, begin: str) -> float | None:
+    found = known(run.metrics, *(f"{begin}{key}_recall@1" for _, key in DIRECTIONS))
+    return None if found is None else sum(found) / len(found)
 
 
 def judge(run: RunRecord) -> Verdict:

@@ -32,6 +32,7 @@ from dist_siglip.losses.arguments import (
     call_loss,
     duplicates_of,
     ids_for,
+    prefix_dims_of,
     uses_logit_bias,
     uses_picture_ids,
 )
@@ -42,6 +43,7 @@ from dist_siglip.losses.calibration import (
     set_logits,
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates
+from dist_siglip.losses.prefixes import check_dims
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,
@@ -178,6 +180,8 @@ class SigLipModule(RunModule):
             leaves scale and bias as they are.
         image_tower: what of the image tower trains, and how fast.
         text_tower: what of the text tower trains, and how fast.
+        prefix_dims: prefixes of the dimension whose recall, margin and gap an evaluation measures,
+            as they are cut and after a rotation. Null: those of the loss, if it has any.
     """
 
     def __init__(
@@ -199,6 +203,7 @@ class SigLipModule(RunModule):
         calibration_pairs: int | None = None,
         image_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
+        prefix_dims: list[int] | None = None,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -221,6 +226,12 @@ class SigLipModule(RunModule):
         )
         self._rules = {f"towers.{name}": ParameterRule(*how) for name, how in tuned.items()}
         self.loss: nn.Module = SigLipLoss() if loss is None else loss
+        trained = prefix_dims_of(self.loss)
+        if trained:
+            check_dims(trained, built.embed_dim)
+        self.prefix_dims = trained if prefix_dims is None else tuple(prefix_dims)
+        if self.prefix_dims:
+            check_dims(self.prefix_dims, built.embed_dim)
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
@@ -389,6 +400,7 @@ class SigLipModule(RunModule):
             logit_scale=logit_scale,
             logit_bias=logit_bias,
             global_batch_size=self.global_batch_size,
+            prefix_dims=self.prefix_dims,
         )
         self.evaluation.reset()
         metrics = {

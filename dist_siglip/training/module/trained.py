@@ -101,7 +101,18 @@ def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> B
         random_parameters=frozenset(),
         trained_global_batch=weights.global_batch_size,
         pictures=built.pictures.of_run(data if isinstance(data, Mapping) else {}),
+        prefix_dims=_prefix_dims(settings.get("loss")),
     )
+
+
+def _prefix_dims(loss: Any) -> tuple[int, ...]:
+    """Prefixes that the loss of a configuration, or the base of it, is computed at."""
+    if not isinstance(loss, Mapping):
+        return ()
+    settings = loss.get("init_args") or {}
+    if not str(loss.get("class_path")).endswith("MatryoshkaLoss"):
+        return _prefix_dims(settings.get("base"))
+    return tuple(sorted(settings["dims"], reverse=True))
 
 
 def _read_config(folder: RunFolder) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dist_siglip.metrics.capacity import largest_pairs, required_dimension
-from dist_siglip.report.sections.capacity import judge, room
+from dist_siglip.report.sections.capacity import judge, judge_prefixes, make, room
 from tests.support.report_records import record
 
 
@@ -55,3 +55,39 @@ def test_a_margin_that_bounds_nothing_is_said_to():
 def test_without_features_or_margin_nothing_is_said():
     assert judge(record()).tone == "unknown"
     assert room(record(metrics={"margin": 0.1, "relative_bias": 0.0})) is None
+
+
+def _measured(name, trained=None, **recalls):
+    metrics = {"image_to_text_recall@1": 0.8, "text_to_image_recall@1": 0.6}
+    metrics |= {"margin_5_95": 0.2, "modality_gap": 0.5}
+    for key, recall in recalls.items():
+        metrics |= {
+            f"{key}_image_to_text_recall@1": recall,
+            f"{key}_text_to_image_recall@1": recall,
+        }
+        metrics |= {f"{key}_margin": 0.1, f"{key}_margin_5_95": 0.15, f"{key}_modality_gap": 0.4}
+    settings = {}
+    if trained:
+        settings["model.loss.class_path"] = "dist_siglip.losses.MatryoshkaLoss"
+        settings["model.loss.init_args.dims"] = trained
+    return record(name, metrics=metrics, settings=settings)
+
+
+def test_fewer_dimensions_are_compared_cut_rotated_and_trained():
+    plain = _measured("plain", prefix_64=0.4, pca_64=0.69, prefix_8=0.1, pca_8=0.3)
+    nested = _measured("nested", trained=[64], prefix_64=0.7, pca_64=0.71, prefix_8=0.2, pca_8=0.2)
+    page = "".join(make([plain, nested]).parts)
+    for heading in ("plain: plain cut", "plain: PCA", "nested: Matryoshka", "nested: PCA"):
+        assert heading in page
+    assert "<td>64</td><td>0.400<small>margin 0.150, gap 0.400</small></td><td>0.690" in page
+    assert "gap 0.400 (not trained)" in page  # the 8 of the second run
+    verdict = judge_prefixes(nested)
+    assert "cut: 64, rotated by PCA: 64" in verdict.text
+    assert "Trained at prefixes 64" in verdict.reason
+    assert "cut: none of these, rotated by PCA: 64" in judge_prefixes(plain).text
+
+
+def test_runs_without_measured_prefixes_have_no_such_table():
+    run = _run(0.1, 0.1, 64)
+    assert judge_prefixes(run) is None
+    assert "fewer dimensions" not in "".join(make([run]).parts)
