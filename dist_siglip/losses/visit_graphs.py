@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 # Passes in which a visit is made as usual before it is captured.
 WARM_UP_PASSES = 3
 # Graphs that are kept, and visits whose passes are counted.
-MOST_GRAPHS = 16
+MOST_GRAPHS = 32
 MOST_COUNTED = 256
+# Passes without a replay after which a graph may give way to another. A capture waits for the device
+# and empties its caches: graphs that are in use must not drive out each other.
+IDLE_PASSES = 100
 
 Replay = Callable[[], None]
 
@@ -42,7 +45,7 @@ class VisitGraphs:
     def __init__(self, capture: Callable[[Callable[[], None]], Replay]) -> None:
         self._capture = capture
         self._passes: OrderedDict[Hashable, tuple[int, int]] = OrderedDict()
-        self._replays: OrderedDict[Hashable, Replay] = OrderedDict()
+        self._replays: OrderedDict[Hashable, tuple[Replay, int]] = OrderedDict()
         self._has_failed = False
 
     def visit(self, key: Hashable, number: int, work: Callable[[], None]) -> None:
@@ -53,14 +56,14 @@ class VisitGraphs:
             number: of the pass.
             work: launches on the current stream and nothing else.
         """
-        replay = self._replays.get(key)
-        if replay is None and self._is_warm(key, number):
-            replay = self._captured(key, work)
+        replay = self._replays.pop(key, (None, 0))[0]
+        if replay is None and self._is_warm(key, number) and self._has_room(number):
+            replay = self._captured(work)
         if replay is None:
             work()
-        else:
-            self._replays.move_to_end(key)
-            replay()
+            return
+        self._replays[key] = replay, number
+        replay()
 
     def _is_warm(self, key: Hashable, number: int) -> bool:
         count, last = self._passes.pop(key, (0, -1))
@@ -71,19 +74,25 @@ class VisitGraphs:
             self._passes.popitem(last=False)
         return count > WARM_UP_PASSES and not self._has_failed
 
-    def _captured(self, key: Hashable, work: Callable[[], None]) -> Replay | None:
+    def _has_room(self, number: int) -> bool:
+        """Whether a graph more may be kept; drops the one that has idled longest, if it has."""
+        if len(self._replays) < MOST_GRAPHS:
+            return True
+        longest, (_, last) = next(iter(self._replays.items()))
+        is_idle = number - last > IDLE_PASSES
+        if is_idle:
+            del self._replays[longest]
+        return is_idle
+
+    def _captured(self, work: Callable[[], None]) -> Replay | None:
         try:
-            replay = self._capture(work)
+            return self._capture(work)
         except RuntimeError as error:
             self._has_failed = True
             logger.warning(
                 "visits are not replayed as CUDA graphs: %s", (str(error).splitlines() or [""])[0]
             )
             return None
-        self._replays[key] = replay
-        if len(self._replays) > MOST_GRAPHS:
-            self._replays.popitem(last=False)
-        return replay
 
 
 def graphs_for(device: torch.device) -> VisitGraphs | None:

@@ -16,6 +16,7 @@ from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.kernels.tiles import SigmoidTiles
 from dist_siglip.losses.sigmoid import SigmoidPass, SigmoidSides, Wanted
 from dist_siglip.losses.visit_graphs import (
+    IDLE_PASSES,
     MOST_COUNTED,
     MOST_GRAPHS,
     WARM_UP_PASSES,
@@ -65,6 +66,19 @@ def test_what_is_kept_is_bounded(capture):
         for key in range(MOST_GRAPHS + 2):
             graphs.visit(key, 100 + number, lambda: None)
     assert (len(graphs._replays), len(graphs._passes)) == (MOST_GRAPHS, MOST_COUNTED)
+
+
+def test_graphs_in_use_do_not_drive_out_each_other_but_idle_ones_give_way(capture):
+    graphs = VisitGraphs(capture)
+    for number in range(2 * IDLE_PASSES):
+        for key in range(MOST_GRAPHS + 8):
+            graphs.visit(key, number, lambda: None)
+    assert capture.captured == MOST_GRAPHS
+    for number in range(2 * IDLE_PASSES, 4 * IDLE_PASSES):
+        for key in range(8):
+            graphs.visit(("new", key), number, lambda: None)
+    assert capture.captured == MOST_GRAPHS + 8
+    assert len(graphs._replays) == MOST_GRAPHS
 
 
 def test_a_capture_that_fails_is_told_once_and_changes_nothing(caplog):
