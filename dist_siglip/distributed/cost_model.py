@@ -126,10 +126,7 @@ class Cluster(Speeds):
         world_size: ranks, one GPU each.
         local_world_size: ranks per node; divides world_size.
         teraflops: see ``Speeds``, as the others.
-        nvlink_gb_s: likewise.
-        nic_gb_s: likewise.
-        latency_us: likewise.
-        host_us: likewise.
+        nvlink_gb_s, nic_gb_s, latency_us, host_us: likewise.
     """
 
     world_size: int

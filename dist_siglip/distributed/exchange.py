@@ -55,6 +55,8 @@ RunName = Literal["all_gather", "ring", "two_way", "two_level", "node_gather"]
 GATHER_LIMIT_BYTES = 64 * 2**20
 NODE_GATHER_LIMIT_BYTES = 512 * 2**20
 
+_UNMEASURED = Speeds()
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -222,7 +224,7 @@ def prepare_exchange(
             "of one rank"
         )
     specs = tuple(accumulators)
-    said = Agreement((num_rows,), (1,), Speeds())
+    said = Agreement((num_rows,), (1,), _UNMEASURED)
     if group is not None and world_size > 1:
         added = ", ".join(
             f"{str(spec.dtype).removeprefix('torch.')} {spec.row_shape}" for spec in specs
