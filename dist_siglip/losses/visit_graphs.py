@@ -28,8 +28,8 @@ WARM_UP_PASSES = 3
 # Graphs that are kept, and visits whose passes are counted.
 MOST_GRAPHS = 32
 MOST_COUNTED = 256
-# Passes without a replay after which a graph may give way to another. A capture waits for the device
-# and empties its caches: graphs that are in use must not drive out each other.
+# Passes without a replay after which a graph may give way to another. A capture waits for the
+# device and empties its caches: graphs that are in use must not drive out each other.
 IDLE_PASSES = 100
 
 Replay = Callable[[], None]
