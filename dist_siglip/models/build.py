@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from open_clip import set_model_preprocess_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.picture_policy import PicturePolicy
@@ -64,6 +65,8 @@ class BuiltModel:
             they do not say.
         pictures: what decides the pixels of an encoded picture.
         prefix_dims: prefixes of the features that training made useful alone; () if it did not.
+        awaits_weights: nothing was read, and values are those of another process yet to come; start
+            values and the trained global batch are not known.
     """
 
     encoder: DualEncoder
@@ -82,6 +85,7 @@ class BuiltModel:
     trained_global_batch: int | None = None
     prefix_dims: tuple[int, ...] = ()
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
+    awaits_weights: bool = False
 
     @property
     def weights_loaded(self) -> bool:
@@ -103,6 +107,9 @@ def build_dual_encoder(
     with_weights: bool = True,
 ) -> BuiltModel:
     """Build a dual encoder from an open_clip architecture, with or without weights.
+
+    Under ``torch.device("meta")`` no weights are read and none have values: another process sends
+    them. A tower that cannot be built there is built on the CPU, at random.
 
     Args:
         model: built-in open_clip name, path of a ``.json`` config, ``local-dir:PATH`` or
@@ -145,23 +152,31 @@ def build_dual_encoder(
     takes_towers = with_weights and source.weights is None
     takes_trunk = takes_towers and bool(architecture["vision_cfg"].get("timm_model_pretrained"))
     takes_text = takes_towers and wants_weights(text_config)
-    network: Any = instantiate(architecture, name=model, with_image_weights=takes_trunk)
+    awaits_weights = torch.get_default_device().type == "meta"
+    network: Any = (
+        _instantiate_without_values(architecture, model)
+        if awaits_weights
+        else instantiate(architecture, name=model, with_image_weights=takes_trunk)
+    )
     if text_config.get("hf_model_name") and check_tokenizer:
         check_tokens(network, tokenizer.loaded(), tokenizer.context_length, model)
     start_scale, start_bias = START_SCALE, START_BIAS
     trained_global_batch: int | None = None
     loaded: list[str] = []
     if source.weights is not None:
-        weights = read_weights(source.weights, average=weights_average)
-        load_towers(network, weights, source.weights, kept_positions=kept_positions)
-        start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
-        trained_global_batch = weights.global_batch_size
+        if not awaits_weights:
+            weights = read_weights(source.weights, average=weights_average)
+            load_towers(network, weights, source.weights, kept_positions=kept_positions)
+            start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
+            trained_global_batch = weights.global_batch_size
         loaded.append("")
     if takes_trunk:
-        refuse_not_finite(network.visual.trunk.state_dict(), f"timm's weights of {model}")
+        if not awaits_weights:
+            refuse_not_finite(network.visual.trunk.state_dict(), f"timm's weights of {model}")
         loaded.append("visual.trunk.")
     if takes_text:
-        load_text_tower(network, text_config, model)
+        if not awaits_weights:
+            load_text_tower(network, text_config, model)
         loaded.append("text.transformer.")
     if gradient_checkpointing:
         if is_resnet(architecture):
@@ -194,7 +209,21 @@ def build_dual_encoder(
         architecture=architecture,
         trained_global_batch=trained_global_batch,
         pictures=PicturePolicy.of_preprocessing(source.preprocessing, model),
+        awaits_weights=awaits_weights,
     )
+
+
+def _instantiate_without_values(architecture: dict[str, Any], name: str) -> nn.Module:
+    """Build a network on torch's meta device; on the CPU, if it reads values while it is built."""
+    try:
+        network = instantiate(architecture, name=name)
+        values = (each for module in network.modules() for each in vars(module).values())
+        if not any(isinstance(each, Tensor) for each in values):
+            return network
+    except UserError:
+        pass  # told of the one on the CPU, if it is one
+    with torch.device("cpu"):
+        return instantiate(architecture, name=name)
 
 
 def load_tokenizer(model: str, *, context_length: int | None = None) -> ModelTokenizer:

@@ -1,5 +1,6 @@
 """Training runs under several strategies and precisions that must agree."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,9 +29,14 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
     Args:
         case: "module" (settings of the module), "trainer" (of the Trainer), "shard" (of
             FullyShardedStrategy; null is DDP), "start" and "save" (checkpoints), "done" (steps
-            behind the checkpoint), "kind" (of the model).
+            behind the checkpoint), "kind" (of the model), "receives" (ranks but the first are
+            built without values).
     """
-    module = locked_module(model, **case.get("module", {}))
+    receives = bool(case.get("receives") and rank)
+    with torch.device("meta") if receives else nullcontext():
+        module = locked_module(model, **case.get("module", {}))
+    is_empty = all(value.is_meta for value in module.parameters())
+    assert is_empty == receives
     settings: dict[str, Any] = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
     sharding = case.get("shard")
     if sharding is not None and world_size > 1:
@@ -46,7 +52,7 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
         rank,
         world_size,
         case.get("start"),
-        callbacks=[losses],
+        callbacks=[losses, *settings.pop("callbacks", [])],
         **{"max_steps": num_steps, **settings},
     )
     if case.get("save"):

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
-from dist_siglip.models import compile_towers, encode_in_micro_batches
+from dist_siglip.models import build, compile_towers, encode_in_micro_batches
 from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
+from dist_siglip.training.callbacks import WeightAverage
 from dist_siglip.training.module.siglip import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
@@ -26,7 +27,7 @@ from tests.support.sharded_ranks import (
 )
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.torchrun import pretend_torchrun
-from tests.support.tuning_ranks import batches_of, fit, locked_module
+from tests.support.tuning_ranks import batches_of, fit, locked_module, weights_beside
 
 pytestmark = [
     pytest.mark.e2e,
@@ -64,6 +65,50 @@ def test_two_ranks_train_as_one_process_does(model, tmp_path):
             assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5), name
             assert found["norm"] == pytest.approx(alone["norm"], rel=1e-4), name
         assert worst_error(ranks[0][number]["state"], alone["state"], start) < 1e-4, name
+
+
+RECEIVED = {
+    "DDP": {},
+    "DDP with an average": {"trainer": {"callbacks": [WeightAverage(decay=0.5)]}},
+    "FSDP2": {"shard": {}},
+    "weights of a file": {"module": {"pretrained": "beside"}, "shard": {}},
+    "adapters, which start at random": {
+        "module": {"pretrained": "beside", "text_tower": TowerConfig(lora=LoraSettings(rank=2))}
+    },
+}
+
+
+def test_the_first_rank_builds_the_model_and_the_others_receive_it(model, tmp_path):
+    """Nothing is read or allocated on them, and they train as if it were."""
+    weights = weights_beside(model)
+    cases = [
+        {**case, "module": {**case.get("module", {})}, "receives": True}
+        for case in RECEIVED.values()
+    ]
+    for case in cases:
+        if "pretrained" in case["module"]:
+            case["module"]["pretrained"] = weights
+    ranks = run_ranks(_receive, 2, model, str(tmp_path), cases)
+    assert [reads for _, reads in ranks] == [2, 0]
+    for number, name in enumerate(RECEIVED):
+        alone = train(model, tmp_path, {**cases[number], "shard": None})
+        start = start_of(model, cases[number])
+        for found, _ in ranks:
+            assert found[number]["losses"] == pytest.approx(alone["losses"], rel=1e-5), name
+        assert worst_error(ranks[0][0][number]["state"], alone["state"], start) < 1e-4, name
+
+
+def _receive(rank, world_size, model, folder, cases):
+    """What was trained, and how often a file of weights was read."""
+    reads, own = [], build.read_weights
+
+    def counting(*args, **settings):
+        reads.append(args)
+        return own(*args, **settings)
+
+    build.read_weights = counting
+    found = train_cases(rank, world_size, model, folder, cases)
+    return found, len(reads)
 
 
 # World size, ranks a node, module: two rows a rank can be micro-batches.

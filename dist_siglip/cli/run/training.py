@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,6 +57,7 @@ from dist_siglip.cli.run.trainer_parts import (
 )
 from dist_siglip.cli.table import print_evaluation
 from dist_siglip.distributed import leave_process_groups
+from dist_siglip.distributed.world import is_first_process
 from dist_siglip.errors import UserError
 from dist_siglip.health.callback import end_children
 from dist_siglip.health.start_check import describe_start
@@ -88,7 +90,16 @@ def run(command: str, arguments: Sequence[str]) -> int:
 def train(arguments: list[str]) -> "TrainingCLI":
     """Parse, check and run; ``arguments`` begin with the command."""
     set_up_logging()
-    return TrainingCLI(SigLipModule, ImageTextDataModule, args=arguments, **cli_settings())
+    module = SigLipModule if is_first_process() else ReceivingModule
+    return TrainingCLI(module, ImageTextDataModule, args=arguments, **cli_settings())
+
+
+class ReceivingModule(SigLipModule):
+    """The module of a rank that gets its weights from the first: it reads and allocates none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            super().__init__(*args, **kwargs)
 
 
 def cli_settings() -> dict[str, Any]:

@@ -9,12 +9,14 @@ gradients are whole at a time.
 
 import logging
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -25,7 +27,7 @@ from torch.distributed.fsdp import (
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.calibration_subset import subset_loader
-from dist_siglip.distributed import World, copy_from_first_rank
+from dist_siglip.distributed import World, copy_from_first_rank, max_over_ranks, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.arguments import (
@@ -253,16 +255,53 @@ class SigLipModule(RunModule):
         self._cached: list[CachedEncoding] = []
 
     def configure_model(self) -> None:
-        """Compile towers if that is asked for; shard parameters if the strategy has a mesh."""
+        """Compile towers if that is asked for; shard parameters if the strategy has a mesh.
+
+        Ranks that were built without values get those of the first rank, on their device.
+        """
         if self._is_configured:
             return
         self._is_configured = True
+        awaits, some_await = self.built.awaits_weights, False
+        if resolve_group(None) is not None:
+            some_await = bool(max_over_ranks(torch.tensor(float(awaits), device=self.device)))
+        elif awaits:
+            raise UserError(
+                "RANK or SLURM_PROCID of the environment says that this is not the first process, "
+                "and the Trainer runs alone; unset it"
+            )
+        whole: dict[str, Any] = {}
         if self.device_mesh is not None:
+            if some_await and not awaits:
+                whole = self.state_dict()
             precision = str(self.trainer.precision)
             shard_module(self, self.device_mesh, precision=precision, compile_blocks=self._compiles)
             self._is_sharded = True
         elif self._compiles:
             translate_towers(self.towers)
+        if some_await:
+            self._receive_weights(whole)
+
+    def _receive_weights(self, whole: dict[str, Any]) -> None:
+        """Take over all values of the first rank.
+
+        Args:
+            whole: of a sharded module the state of the first rank before; empty on the others.
+        """
+        start = torch.tensor([self.built.start_scale, self.built.start_bias], device=self.device)
+        if self.built.awaits_weights:
+            self.to_empty(device=self.device)
+        else:
+            self.to(self.device)
+        buffers = list(self.buffers())
+        if self._is_sharded:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(self, whole, options=options)
+        else:
+            buffers += [parameter.detach() for parameter in self.parameters()]
+        copy_from_first_rank([start, *buffers])
+        scale, bias = start.tolist()
+        self.built = replace(self.built, start_scale=scale, start_bias=bias, awaits_weights=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the global batch of scale and bias, too."""

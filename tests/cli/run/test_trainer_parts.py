@@ -10,6 +10,7 @@ from dist_siglip.cli.run import training
 from dist_siglip.cli.run.start_point import recorded_precision
 from dist_siglip.cli.run.trainer_parts import cuda, precision, spare_copies
 from dist_siglip.cli.run.training import TrainingCLI, train
+from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.processes import run_ranks
@@ -67,6 +68,21 @@ def test_the_choice_reaches_the_trainer_and_the_record(monkeypatch, tmp_path):
     cli = train(["fit", "--config", str(write_settings(tmp_path))])
     assert cli.trainer.precision == "bf16-mixed"
     assert cli._get_all().trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.e2e
+def test_a_rank_that_is_not_the_first_builds_a_model_without_values(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, command: None)
+    arguments = ["fit", "--config", str(write_settings(tmp_path))]
+    first = train(arguments)
+    assert not any(value.is_meta for value in first.model.parameters())
+    monkeypatch.setattr(training, "is_first_process", lambda: False)
+    other = train(arguments)
+    assert all(value.is_meta for value in other.model.parameters())
+    dumped = [cli._parser("fit").dump(cli._get_all(), skip_none=False) for cli in (first, other)]
+    assert dumped[0] == dumped[1]
+    with pytest.raises(UserError, match="not the first process, and the Trainer runs alone"):
+        other.model.configure_model()
 
 
 def test_ddp_copies_no_gradients_and_buffers_of_batch_norm_alone():
