@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ SHA = "1" * 40
 PROGRAM = """
 import sys, torch
 from dist_siglip.models import build_dual_encoder
-built = build_dual_encoder("hf-hub:me/tiny", with_weights=sys.argv[2] == "yes")
-torch.save([built.weights_loaded, built.tokenizer(["one two"]),
-            built.encoder.state_dict()], sys.argv[1])
+found = {}
+for name in sys.argv[2:]:
+    built = build_dual_encoder("hf-hub:me/" + name, with_weights=name != "bare")
+    found[name] = [built.weights_loaded, built.tokenizer(["one two"]), built.encoder.state_dict()]
+torch.save(found, sys.argv[1])
 """
+KINDS = ("siglip", "siglip2", "clip")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -34,17 +38,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         place = self.path.partition("?")[0]
-        files = {path.name: path for path in self.folder.iterdir()}
         name = place.rpartition("/")[2]
-        self.asked.append(name)
-        if place.startswith("/api/models/me/tiny"):
+        repository = re.search(r"/me/(\w+)", place)[1]
+        files = {path.name: path for path in (self.folder / repository).iterdir()}
+        self.asked.append(f"{repository}/{name}")
+        if place.startswith("/api/models/me/"):
             siblings = [{"rfilename": found} for found in sorted(files)]
             tree = [
                 {"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40}
                 for n, p in sorted(files.items())
             ]
             found = (
-                tree if "/tree/" in place else {"id": "me/tiny", "sha": SHA, "siblings": siblings}
+                tree
+                if "/tree/" in place
+                else {"id": f"me/{repository}", "sha": SHA, "siblings": siblings}
             )
             self.answer(200, json.dumps(found).encode())
         elif "/resolve/" in place and name in files:
@@ -71,29 +78,34 @@ def serve(folder):
         yield url, asked
 
 
-def fetched(folder, tmp_path, with_weights="yes"):
-    out = tmp_path / "found.pt"
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory):
+    """The repositories, what a process has made of them, and which files it has asked for."""
+    folder, root = tmp_path_factory.mktemp("me"), tmp_path_factory.mktemp("fetched")
+    for kind in KINDS:
+        write_folder(folder / kind, kind)
+    write_folder(folder / "bare", "siglip")
+    out = root / "found.pt"
     with serve(folder) as (url, asked):
-        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(root / "hf")}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
         for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             environment.pop(offline, None)
         subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(out), with_weights],
+            [sys.executable, "-c", PROGRAM, str(out), *KINDS, "bare"],
             env=environment,
             check=True,
             timeout=LIMIT_SECONDS,
         )
-    return torch.load(out, weights_only=True), asked
+    return folder, torch.load(out, weights_only=True), asked
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind", ["siglip", "siglip2", "clip"])
-def test_a_repository_of_transformers_is_fetched_and_read_like_a_folder(tmp_path, kind):
-    folder = tmp_path / "repository"
-    write_folder(folder, kind)
-    (loaded, tokens, state), _ = fetched(folder, tmp_path)
-    local = build_dual_encoder(f"local-dir:{folder}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repository_of_transformers_is_fetched_and_read_like_a_folder(fetched, kind):
+    folder, found, _ = fetched
+    loaded, tokens, state = found[kind]
+    local = build_dual_encoder(f"local-dir:{folder / kind}")
     assert loaded
     assert torch.equal(tokens, local.tokenizer(["one two"]))
     own = local.encoder.state_dict()
@@ -102,9 +114,9 @@ def test_a_repository_of_transformers_is_fetched_and_read_like_a_folder(tmp_path
 
 
 @pytest.mark.e2e
-def test_weights_that_are_not_needed_are_not_fetched(tmp_path):
-    folder = tmp_path / "repository"
-    write_folder(folder, "siglip")
-    (loaded, _, _), asked = fetched(folder, tmp_path, "no")
+def test_weights_that_are_not_needed_are_not_fetched(fetched):
+    _, found, asked = fetched
+    loaded, *_ = found["bare"]
     assert not loaded
-    assert "model.safetensors" not in asked
+    assert "bare/model.safetensors" not in asked
+    assert "siglip/model.safetensors" in asked

@@ -46,7 +46,7 @@ def wait_until(is_time, seconds=LIMIT_SECONDS):
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(settings, tmp_path):
     """Two ranks as torchrun starts them; two signals, to the second rank."""
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    options = ["--trainer.max_steps=120", "--trainer.val_check_interval=120"]
+    options = ["--trainer.max_steps=60", "--trainer.val_check_interval=60"]
     options += ["--trainer.devices=2", "--checkpoint.every_steps=10", "--stop.agree_every_steps=1"]
     run = start(arguments(settings, whole, *options), tmp_path / "whole.txt", world_size=2)
     assert run.wait() == [0, 0], run.said()
@@ -57,12 +57,12 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(settin
     stopped.signal(signal.SIGTERM, rank=1)
     assert stopped.wait() == [75, 75], stopped.said()
     last = max(parts.steps_with_checkpoint())
-    assert last < 120
+    assert last < 60
     assert f"asked to stop (another rank): saving after step {last}" in parts.log.read_text()
     again = start(arguments(settings, parts, *options), tmp_path / "again.txt", world_size=2)
     assert again.wait() == [0, 0], again.said()
     first, second = (
-        torch.load(run.checkpoint(120), weights_only=True)["state_dict"] for run in (whole, parts)
+        torch.load(run.checkpoint(60), weights_only=True)["state_dict"] for run in (whole, parts)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
