@@ -16,9 +16,11 @@ from dist_siglip.distributed.exchange import (
     prepare_exchange,
 )
 from dist_siglip.distributed.groups import (
+    ask_all_ranks,
     connect_ranks,
     control_group,
     exchange_group,
+    heard_from_ranks,
     leave_process_groups,
     new_cpu_group,
     resolve_group,
@@ -38,6 +40,7 @@ __all__ = [
     "ExchangeName",
     "World",
     "agree_once",
+    "ask_all_ranks",
     "circulate",
     "connect_ranks",
     "control_group",
@@ -46,6 +49,7 @@ __all__ = [
     "fetch_rows",
     "gather_rows",
     "group_from_mesh",
+    "heard_from_ranks",
     "is_first_process",
     "leave_process_groups",
     "max_over_ranks",

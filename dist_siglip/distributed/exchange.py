@@ -38,7 +38,7 @@ from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine, reduce_scatter
 from dist_siglip.distributed.cost_model import Cluster, Problem, Speeds, predict
 from dist_siglip.distributed.groups import control_of, resolve_group, transfers_of
-from dist_siglip.distributed.handshake import Agreement, agree, describe_shard, read_numbers
+from dist_siglip.distributed.handshake import Agreement, describe_shard, read_numbers
 from dist_siglip.distributed.node_ring import Place, run_node_gather, run_two_level, widths
 from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, run_ring
 from dist_siglip.distributed.ring_schedule import ring_paths
@@ -65,35 +65,38 @@ class Exchange:
     Attributes:
         name: the exchange in use, never "auto".
         rank: this rank within the group.
-        row_counts: rows of every rank's shard.
     """
 
     name: ExchangeName
     rank: int
-    row_counts: tuple[int, ...]
+    _said: Agreement
     _columns: Shard
     _specs: tuple[AccumulatorSpec, ...]
     _combine: Combine
     _group: ProcessGroup | None
-    _local_world_size: int
     _comes_again: bool = False
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Rows of every rank's shard."""
+        return self._said.row_counts
 
     @property
     def world_size(self) -> int:
         """Number of ranks that take part."""
-        return len(self.row_counts)
+        return len(self._said.row_counts)
 
     @property
     def total_rows(self) -> int:
         """Rows of all ranks together."""
-        return sum(self.row_counts)
+        return self._said.total_rows
 
     @property
     def most_rows(self) -> int:
         """Most rows of one visit: of a rank, or of ranks whose shards are gathered."""
         if self.name == "node_gather":
-            return max(widths(self.row_counts, self._local_world_size))
-        return self.total_rows if self.name == "all_gather" else max(self.row_counts)
+            return max(widths(self.row_counts, self._said.ranks_per_node[0]))
+        return self.total_rows if self.name == "all_gather" else self._said.most_rows
 
     @torch.no_grad()
     def run(self, visit: Visitor) -> Shard:
@@ -119,7 +122,7 @@ class Exchange:
             return _visit_all(*arguments, self._combine, self.row_counts, transfers.group)
         add = COMBINE_IN_PLACE[self._combine]
         if self.name in ("two_level", "node_gather"):
-            size = self._local_world_size
+            size, _ = self._said.ranks_per_node
             place = Place(self.rank, self.world_size // size, size)
             run = run_two_level if self.name == "two_level" else run_node_gather
             channels = transfers.channel, transfers.crossing
@@ -183,8 +186,9 @@ def prepare_exchange(
 ) -> Exchange:
     """Agree with the other ranks on an exchange, whose ``run`` then calls a visitor.
 
-    Distributed contract: one small all-gather on the CPU if the group has several ranks. Numbers of
-    rows may differ (0 too); dtypes, row shapes, accumulators and exchange must agree.
+    Distributed contract: a few short messages between CPUs if the group has several ranks, and one
+    small all-gather if this differs from the last time on any of them. Numbers of rows may differ
+    (0 too); dtypes, row shapes, accumulators and exchange must agree.
 
     Args:
         columns: this rank's shard: tensors with the same number of rows.
@@ -238,17 +242,15 @@ def prepare_exchange(
         control = control_of(group)
         numbers = read_numbers(shared or {}, purpose.partition(";")[0], control.compared)
         speeds = control.speeds_of(shard[0].device)
-        said = agree(num_rows, local_world_size, signature, control.announce, numbers, speeds)
-    per_node, obstacle = _ranks_per_node(said.local_world_sizes)
+        said = control.handshake.agree(num_rows, local_world_size, signature, numbers, speeds)
+    _, obstacle = said.ranks_per_node
     if exchange in ("two_level", "node_gather") and obstacle:
         raise UserError(
             f"exchange ({exchange!r}) needs nodes of equal size, but {obstacle}; pass "
             "local_world_size, call set_local_world_size, or use 'ring' or 'auto'"
         )
-    name = _choose(exchange, said.row_counts, shard, specs, said.speeds, per_node, obstacle)
-    return Exchange(
-        name, rank, said.row_counts, shard, specs, combine, group, per_node, comes_again
-    )
+    name = _choose(exchange, said, shard, specs)
+    return Exchange(name, rank, said, shard, specs, combine, group, comes_again)
 
 
 def circulate(
@@ -326,30 +328,11 @@ def agree_once(what: str, group: ProcessGroup | None = None) -> None:
     control_of(group).compared.add(what)
 
 
-def _ranks_per_node(sizes: tuple[int, ...]) -> tuple[int, str]:
-    """Return the ranks per node all ranks agree on, or 1 and what stands against it."""
-    world_size, usual = len(sizes), max(set(sizes), key=sizes.count)
-    odd = [rank for rank, size in enumerate(sizes) if size != usual]
-    if odd:
-        return 1, (
-            f"rank {odd[0]} counts {sizes[odd[0]]} ranks on its node and rank "
-            f"{sizes.index(usual)} counts {usual}"
-        )
-    if usual == 0:
-        return 1, "the ranks of a node do not follow one another or nodes hold different numbers"
-    if world_size % usual:
-        return 1, f"{world_size} ranks are not whole nodes of {usual}"
-    return usual, ""
-
-
 def _choose(
     exchange: ExchangeName,
-    row_counts: tuple[int, ...],
+    said: Agreement,
     shard: Shard,
     specs: tuple[AccumulatorSpec, ...],
-    speeds: Speeds,
-    per_node: int,
-    obstacle: str,
 ) -> ExchangeName:
     """Resolve "auto" from what all ranks know, so that every rank chooses the same.
 
@@ -357,10 +340,10 @@ def _choose(
     """
     if exchange != "auto":
         return exchange
-    world_size = len(row_counts)
+    world_size = len(said.row_counts)
     if world_size == 1:
         return "local"
-    rows = max(1, *row_counts)
+    rows = max(1, said.most_rows)
     width = max(1, math.prod(shard[0].shape[1:]))
     row_bytes = sum(math.prod(t.shape[1:]) * t.element_size() for t in shard)
     sum_bytes = sum(math.prod(spec.row_shape) * spec.dtype.itemsize for spec in specs)
@@ -370,7 +353,7 @@ def _choose(
         feature_bytes=-(-row_bytes // width),
         accumulator_bytes=-(-sum_bytes // width),
     )
-    return _fastest(world_size, per_node, obstacle, speeds, problem)
+    return _fastest(world_size, *said.ranks_per_node, said.speeds, problem)
 
 
 @lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.cost_model import Speeds, known_speeds
-from dist_siglip.distributed.handshake import Announce, GroupAnnouncer, missing_ranks
+from dist_siglip.distributed.handshake import GroupLink, Handshake, missing_ranks
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.ring import Visitor
 from dist_siglip.distributed.waiting import waiting_for
@@ -56,13 +56,13 @@ class Control:
     """What the ranks of a group say to each other beside features, on the CPU.
 
     Attributes:
-        announce: carries a few bytes per call between CPUs, over gloo.
+        handshake: compares what is exchanged, between CPUs, over gloo.
         group: the group it runs over; None in a simulation.
         compared: uses whose shared numbers were read from a device, see ``read_numbers``.
         speeds: of this machine by kind of device, as far as they were asked for.
     """
 
-    announce: Announce
+    handshake: Handshake
     group: ProcessGroup | None = None
     compared: set[str] = field(default_factory=set)
     speeds: dict[str, Speeds] = field(default_factory=dict)
@@ -179,7 +179,8 @@ def control_of(group: ProcessGroup) -> Control:
             # Of one that carries transfers as well each rank needs all others; and gloo never
             # ends a group that has connected on demand while a transfer is under way.
             made = _new_cpu_group(group, connects_on_demand=has_devices)
-        found = _controls[group] = Control(GroupAnnouncer(made), made)
+        link = GroupLink(made)
+        found = _controls[group] = Control(Handshake(link.maximum, link.announce), made)
     return found
 
 
@@ -230,6 +231,27 @@ def control_group() -> ProcessGroup | None:
     """
     world = resolve_group(None)
     return None if world is None or world.size() == 1 else control_of(world).group
+
+
+def ask_all_ranks(number: int) -> None:
+    """Have the next exchanges of the default group tell all ranks a number, 0 for nothing.
+
+    The largest of all ranks' numbers is heard by ``heard_from_ranks``.
+    """
+    world = resolve_group(None)
+    if world is not None and world.size() > 1:
+        control_of(world).handshake.asked = number
+
+
+def heard_from_ranks() -> int | None:
+    """Return the largest number that any rank asked since this was last called.
+
+    Returns:
+        The same on all ranks; None if nothing was exchanged since.
+    """
+    world = resolve_group(None)
+    control = None if world is None else _controls.get(world)
+    return None if control is None else control.handshake.take_heard()
 
 
 def set_companions(group: ProcessGroup, control: Control, transfers: Transfers) -> None:

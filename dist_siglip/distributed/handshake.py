@@ -1,20 +1,28 @@
 """Handshake before an exchange: all ranks compare what they are about to send.
 
 Point-to-point transfers trust the caller: a wrong shape or dtype hangs or delivers garbage. So
-each exchange begins with one all-gather of 512 bytes per rank over a CPU group: a readable
+ranks agree first, over a CPU group. Fully: an all-gather of 512 bytes per rank with a readable
 signature, the number of rows, the ranks per node, up to two shared numbers, and the speeds that
 "auto" is to reckon with. Rows and ranks per node may differ between ranks; the signature may not,
 the shared numbers hardly; the speeds of the first rank are taken.
+
+What thousands of ranks have to say is the same at nearly every step. So each first says whether
+anything of it changed here since the last time, with a hash of what it was, and the largest of the
+answers goes around in log2(W) short messages of each rank. Only if somebody's changed, or hashes
+differ, the full comparison follows. A number that a rank wants all others to know, a request to
+stop, rides along.
 
 After a failed collective ``missing_ranks`` finds who did not take part.
 """
 
 import dataclasses
+import hashlib
 import math
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -66,10 +74,13 @@ _MOST_SHARED = 2
 _TEXT_BYTES = _MESSAGE_BYTES - _NUMBERS.size
 # Replicas on unlike processors drift apart by roundings; settings differ by more.
 _SHARED_TOLERANCE = 1e-3
+_MOST_SETTLED = 256  # signatures
+_TAG = 1 << 16  # of messages that transfers over the same group do not use
 
 
-class Agreement(NamedTuple):
-    """Numbers of every rank, in rank order.
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Numbers of every rank, in rank order; what follows from them is worked out once.
 
     Attributes:
         row_counts: rows of its shard.
@@ -80,6 +91,35 @@ class Agreement(NamedTuple):
     row_counts: tuple[int, ...]
     local_world_sizes: tuple[int, ...]
     speeds: Speeds
+
+    @cached_property
+    def total_rows(self) -> int:
+        """Rows of all ranks together."""
+        return sum(self.row_counts)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """Most rows of a rank."""
+        return max(self.row_counts)
+
+    @cached_property
+    def ranks_per_node(self) -> tuple[int, str]:
+        """The ranks per node all ranks agree on, or 1 and what stands against it."""
+        sizes, world_size = self.local_world_sizes, len(self.local_world_sizes)
+        usual = Counter(sizes).most_common(1)[0][0]
+        odd = [rank for rank, size in enumerate(sizes) if size != usual]
+        if odd:
+            return 1, (
+                f"rank {odd[0]} counts {sizes[odd[0]]} ranks on its node and rank "
+                f"{sizes.index(usual)} counts {usual}"
+            )
+        if usual == 0:
+            return 1, (
+                "the ranks of a node do not follow one another or nodes hold different numbers"
+            )
+        if world_size % usual:
+            return 1, f"{world_size} ranks are not whole nodes of {usual}"
+        return usual, ""
 
 
 def describe_shard(tensors: Sequence[Tensor]) -> str:
@@ -197,8 +237,8 @@ def _compare(name: str, by_rank: Sequence[float]) -> None:
         )
 
 
-class GroupAnnouncer:
-    """Announces over a CPU process group by one all-gather.
+class GroupLink:
+    """Carries a handshake over a CPU process group.
 
     Args:
         group: CPU process group that serves only this and, on gloo, the transfers.
@@ -208,31 +248,129 @@ class GroupAnnouncer:
         self.group = group
         self.calls = 0
 
-    def __call__(self, message: bytes) -> list[bytes]:
-        """Return the messages of all ranks.
+    def maximum(self, values: Sequence[float], signature: str) -> list[float]:
+        """Return the largest of every rank's values, element by element.
+
+        Each rank sends to the ones 1, 2, 4, ... further: log2(W) messages, and as many connections.
 
         Raises:
             RuntimeError: within the time limit of the group (and a second), if a rank does not
                 take part; names what this rank waited for and who is missing.
         """
         self.calls += 1
+        group, mine = self.group, torch.tensor(values, dtype=torch.float64)
+        rank, world_size, theirs = group.rank(), group.size(), torch.empty_like(mine)
+        try:
+            with waiting_for(lambda: self._describe(signature)):
+                for tag in range((world_size - 1).bit_length()):
+                    step = 1 << tag
+                    sent = group.send([mine], (rank + step) % world_size, _TAG + tag)
+                    group.recv([theirs], (rank - step) % world_size, _TAG + tag).wait()
+                    sent.wait()
+                    torch.maximum(mine, theirs, out=mine)
+        except RuntimeError as error:
+            raise RuntimeError(self._failure(signature)) from error
+        found: list[float] = mine.tolist()
+        return found
+
+    def announce(self, message: bytes) -> list[bytes]:
+        """Return the messages of all ranks; as ``maximum``."""
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         everyone = torch.empty(self.group.size() * len(message), dtype=torch.uint8)
+        signature = _signature_of(message)
         try:
-            with waiting_for(lambda: self._describe(message)):
+            with waiting_for(lambda: self._describe(signature)):
                 all_gather_single(everyone, mine, group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(self._failure(message)) from error
-        return [bytes(part.tolist()) for part in everyone.split(len(message))]
+            raise RuntimeError(self._failure(signature)) from error
+        whole, size = everyone.numpy().tobytes(), len(message)
+        return [whole[start : start + size] for start in range(0, len(whole), size)]
 
-    def _failure(self, message: bytes) -> str:
+    def _failure(self, signature: str) -> str:
         return (
             f"rank {self.group.rank()} of {self.group.size()} waited for "
-            f"{self._describe(message)} and " + missing_ranks(self.group, f"exchange-{self.calls}")
+            f"{self._describe(signature)} and "
+            + missing_ranks(self.group, f"exchange-{self.calls}")
         )
 
-    def _describe(self, message: bytes) -> str:
+    def _describe(self, signature: str) -> str:
         return (
-            f"all ranks to say what they exchange [{_signature_of(message)}] (exchange "
+            f"all ranks to say what they exchange [{signature[:_TEXT_BYTES]}] (exchange "
             f"{self.calls} of this group)"
         )
+
+
+class _Settled(NamedTuple):
+    """What was agreed on under a signature, and what this rank had said."""
+
+    own: tuple[int, int, Speeds]
+    agreement: Agreement
+    tag: float
+
+
+class Handshake:
+    """Agrees with the other ranks of a group, briefly where nothing has changed.
+
+    Args:
+        maximum: returns the largest of every rank's values; see ``GroupLink``.
+        announce: carries messages of the full comparison.
+
+    Attributes:
+        num_full: full comparisons so far.
+        asked: number that this rank has all ranks told at the next handshake.
+        heard: largest of what all ranks have asked since it was last taken; None if nothing was
+            said.
+    """
+
+    def __init__(
+        self, maximum: Callable[[Sequence[float], str], list[float]], announce: Announce
+    ) -> None:
+        self._maximum, self._announce = maximum, announce
+        self._settled: dict[str, _Settled] = {}
+        self.num_full = 0
+        self.asked = 0
+        self.heard: int | None = None
+
+    def agree(
+        self,
+        num_rows: int,
+        local_world_size: int,
+        signature: str,
+        shared: Mapping[str, float],
+        speeds: Speeds,
+    ) -> Agreement:
+        """Compare with all ranks; arguments and errors are those of ``agree``."""
+        own, known = (num_rows, local_world_size, speeds), self._settled.get(signature)
+        has_changed = known is None or known.own != own
+        tag = 0.0 if known is None else known.tag
+        numbers = [value if math.isfinite(value) else -math.inf for value in shared.values()]
+        opposites = [-value if math.isfinite(value) else -math.inf for value in shared.values()]
+        rest = [-math.inf] * (_MOST_SHARED - len(numbers))
+        said = self._maximum(
+            [has_changed, self.asked, tag, -tag, *numbers, *rest, *opposites, *rest], signature
+        )
+        self.heard = max(self.heard or 0, int(said[1]))
+        largest, smallest = said[4 : 4 + _MOST_SHARED], said[4 + _MOST_SHARED :]
+        is_close = all(
+            high == -math.inf or _is_close(high, -low)
+            for high, low in zip(largest, smallest, strict=True)
+        )
+        if known is not None and not said[0] and said[2] == -said[3] and is_close:
+            return known.agreement
+        agreement = agree(num_rows, local_world_size, signature, self._announce, shared, speeds)
+        self.num_full += 1
+        if len(self._settled) >= _MOST_SETTLED:
+            self._settled.clear()
+        self._settled[signature] = _Settled(own, agreement, _tag_of(signature, self.num_full))
+        return agreement
+
+    def take_heard(self) -> int | None:
+        """Return ``heard``, and begin anew."""
+        heard, self.heard = self.heard, None
+        return heard
+
+
+def _tag_of(signature: str, number: int) -> float:
+    """Hash what was agreed on to a whole number that a float64 holds."""
+    digest = hashlib.blake2b(f"{number} {signature}".encode(), digest_size=6)
+    return float(int.from_bytes(digest.digest(), "little") + 1)

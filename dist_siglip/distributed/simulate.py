@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.groups import Control, Transfers, set_companions
+from dist_siglip.distributed.handshake import Handshake
 from dist_siglip.distributed.p2p import Message, P2PChannel, PendingBatch
 from dist_siglip.distributed.ring import Shard, Visitor
 from dist_siglip.distributed.world import set_local_world_size
@@ -65,7 +66,9 @@ def simulated_world(
         channel = _LoopbackChannel(group)
         set_companions(
             group,
-            Control(announce=lambda message: [message] * world_size),
+            Control(
+                Handshake(lambda values, _: list(values), lambda message: [message] * world_size)
+            ),
             Transfers(
                 group=group,
                 channel=channel,

@@ -85,9 +85,7 @@ def test_a_rank_that_fails_on_the_way_is_waited_for_by_name():
     (first, _), (second, seconds), (failed, _) = (c["left early"] for c in lost())
     assert "fails in the middle" in failed
     # The shard of rank 2 may still have left it; its accumulators never do.
-    waited = (
-        r"rank 0 of 3 waited for (accumulators of )?shard 2 from rank 2 while sending \1?shard 0"
-    )
+    waited = r"rank 0 of 3 waited for (accumulators of )?shard 2 from rank 2"
     assert re.match(waited, first), first
     assert second.startswith("rank 1 of 3 waited for")
     assert seconds < MOST_SECONDS

@@ -52,7 +52,7 @@ class Signals(Callback):
 class EachForItself(Preemption):
     """A wrong one: a rank that was asked stops alone."""
 
-    def _agree(self, asked):
+    def _agree(self, asked, heard=None):
         return asked
 
 

@@ -1,8 +1,9 @@
 """Preemption: all ranks stop at the same step and save, and the job is requeued if asked.
 
-Each rank remembers signals on its own (``system.signals``). Every few steps they compare, over a
-group of CPUs so that no GPU is waited for; if any was asked, all end the step loop, write a
-checkpoint and leave. The run goes on from there when it is started again.
+Each rank remembers signals on its own (``system.signals``). Every few steps they compare, between
+CPUs so that no GPU is waited for: what a rank asks rides along with the handshake of the step's
+exchange. If any was asked, all end the step loop, write a checkpoint and leave. The run goes on
+from there when it is started again.
 
 Lightning answers SIGTERM inside the handler, by a broadcast that deadlocks with an exchange under
 way, and asks the first rank in every step whether it was signalled, for which the host waits for
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from dist_siglip.distributed import control_group
+from dist_siglip.distributed import ask_all_ranks, control_group, heard_from_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
@@ -174,6 +175,15 @@ class Preemption(Callback):
         self._group = control_group()
         signals.begin_saving()
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before a step after which ranks agree: have its exchange say what this one asks."""
+        ask_all_ranks(0)
+        if (trainer.global_step + 1) % self.agree_every_steps == 0:
+            heard_from_ranks()  # what was said before
+            ask_all_ranks(self._asks(trainer))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -182,10 +192,9 @@ class Preemption(Callback):
             return
         if trainer.global_step >= trainer.max_steps:
             return
-        folder = RunFolder(Path(trainer.default_root_dir))
-        asked = self._agree(_MOVED if folder.is_moved() else _who_asks())
+        asked = self._agree(self._asks(trainer), heard_from_ranks())
         if asked == _MOVED:
-            raise folder.moved()
+            raise RunFolder(Path(trainer.default_root_dir)).moved()
         if asked == _NOBODY:
             return
         self.has_stopped, self.is_interrupt = True, asked == _PERSON
@@ -197,6 +206,11 @@ class Preemption(Callback):
                 signals.received() or "another rank",
                 trainer.global_step,
             )
+
+    def _asks(self, trainer: Trainer) -> int:
+        """What this rank has to say."""
+        is_moved = RunFolder(Path(trainer.default_root_dir)).is_moved()
+        return _MOVED if is_moved else _who_asks()
 
     def finish(self) -> None:
         """Note an interrupt that came too late for a step to end at: nothing waits for it now.
@@ -219,8 +233,10 @@ class Preemption(Callback):
         if self.requeue and trainer.is_global_zero and not self.is_interrupt:
             requeue_job()
 
-    def _agree(self, asked: int) -> int:
-        """Return the largest of what the ranks have to say."""
+    def _agree(self, asked: int, heard: int | None = None) -> int:
+        """Return the largest of what the ranks have to say: what was heard, if anything was."""
+        if heard is not None:
+            return heard
         if self._group is None:
             return asked
         flag = torch.tensor([asked])
