@@ -190,7 +190,6 @@ def everything(tiles):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_graphs_on_a_gpu_give_the_numbers_of_no_graphs(monkeypatch):
     results = {}
     for name in ("graphs", "none"):
