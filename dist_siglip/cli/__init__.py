@@ -42,6 +42,10 @@ _COMMANDS = {
     "slurm": ("dist_siglip.cli.slurm", "print or submit the batch script of a run"),
     "doctor": ("dist_siglip.doctor", "will a run work here: machines, ranks, folder, shards"),
     "export": ("dist_siglip.cli.run.export", "a trained model as other libraries read it"),
+    "average": (
+        "dist_siglip.cli.run.average",
+        "average weights: of a run and its start, or soups of several runs",
+    ),
     "lab": ("dist_siglip.cli.lab", "run published experiments and compare with what was published"),
     "calibrate": (
         "dist_siglip.cli.run.calibrate",

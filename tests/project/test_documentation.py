@@ -12,7 +12,16 @@ import yaml
 from dist_siglip import bench
 from dist_siglip.cli import align, capacity, data, embed, lab, slurm
 from dist_siglip.cli.parser import parser_of
-from dist_siglip.cli.run import calibrate, export, quickstart, report, rerank, testing, training
+from dist_siglip.cli.run import (
+    average,
+    calibrate,
+    export,
+    quickstart,
+    report,
+    rerank,
+    testing,
+    training,
+)
 from dist_siglip.cli.run.training import TrainingCLI
 from dist_siglip.doctor import command as doctor_command
 from tests.support.command import REPOSITORY, environment
@@ -29,6 +38,7 @@ PAGES = (
 # Commands that are one function each.
 FUNCTIONS = {
     "align": align,
+    "average": average,
     "capacity": capacity,
     "doctor": doctor_command,
     "embed": embed,

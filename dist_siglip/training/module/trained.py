@@ -70,6 +70,34 @@ def load_trained(
     return built
 
 
+def load_start(run_dir: str) -> BuiltModel:
+    """Load the weights that a run started from, with their scale and bias.
+
+    Raises:
+        UserError: if the run started at random, or its weights are gone.
+    """
+    settings = _read_config(RunFolder(Path(run_dir)))["model"]
+    built = build_dual_encoder(
+        settings["model"],
+        settings.get("pretrained"),
+        image_size=settings.get("image_size"),
+        context_length=settings.get("context_length"),
+        kept_positions=settings.get("kept_positions") or 0,
+        weights_average=settings.get("weights_average"),
+    )
+    if not built.weights_loaded:
+        raise UserError(
+            f"run_dir ({run_dir}) started at random: there are no weights to average it with"
+        )
+    logits = settings.get("logits") or {}
+    scale, bias = logits.get("start_scale"), logits.get("start_bias")
+    return replace(
+        built,
+        start_scale=built.start_scale if scale is None else scale,
+        start_bias=built.start_bias if bias is None else bias,
+    )
+
+
 def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> BuiltModel:
     config = _read_config(folder)
     settings, data = config["model"], config.get("data")
