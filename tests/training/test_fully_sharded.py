@@ -15,7 +15,7 @@ from dist_siglip.losses import siglip_loss
 from dist_siglip.models import build, compile_towers, encode_in_micro_batches
 from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
 from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.module.siglip import shard_module
+from dist_siglip.training.module.placement import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import (

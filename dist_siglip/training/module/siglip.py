@@ -1,11 +1,4 @@
-"""Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer.
-
-For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third; a block is gathered when it is needed and freed after. Blocks are gathered in bfloat16
-where training runs in it, gradients are added up in float32, scale and bias stay in float32.
-Micro-batches go backward one after the other: of no more than one block, and of what is in none,
-gradients are whole at a time.
-"""
+"""Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer."""
 
 import logging
 import warnings
@@ -16,13 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import picture_ids_of
@@ -57,59 +43,17 @@ from dist_siglip.models import (
 )
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.dual_encoder import CachedEncoding
-from dist_siglip.models.tuning import TowerConfig, block_names, layer_groups, tune_towers
+from dist_siglip.models.tuning import TowerConfig, layer_groups, tune_towers
 from dist_siglip.training.module.locked_features import (
     check_features,
     encode_beside_features,
     settle_identities,
 )
+from dist_siglip.training.module.placement import receive_values, shard_module
 from dist_siglip.training.module.run_module import RunModule, configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
 
 logger = logging.getLogger(__name__)
-
-
-def shard_module(
-    module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
-) -> None:
-    """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
-
-    Args:
-        module: before it goes to its device and before its optimizer is built.
-        mesh: axes "shard", or "replicate" and "shard" (hybrid sharding).
-        precision: of the Trainer.
-        compile_blocks: translate each block with torch.compile. The hooks that gather and free
-            parameters stand between blocks; inside a translated tower each would break its graph.
-
-    Raises:
-        UserError: if the mesh is of another strategy, or there are other parameters.
-    """
-    if "shard" not in (mesh.mesh_dim_names or ()):
-        raise UserError(
-            f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
-            "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
-        )
-    sharded = ("towers.", "logits.")
-    others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
-    if others:
-        raise UserError(
-            f"FullyShardedStrategy shards towers, scale and bias, and {others[0]} is none of them; "
-            "use a loss without parameters, or trainer.strategy: ddp"
-        )
-    towers = module.get_submodule("towers")
-    policy = MixedPrecisionPolicy()
-    if precision.startswith("bf16"):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for name in block_names(towers):
-        block = towers.get_submodule(name)
-        if compile_blocks:
-            block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(towers, mesh=mesh, mp_policy=policy)
-    for method in ("encode_image", "encode_text"):
-        register_fsdp_forward_method(towers, method)
-    # Apart, so that the loss can ask for them outside of the towers; never in half precision.
-    fully_shard(module.get_submodule("logits"), mesh=mesh)
 
 
 @torch.no_grad()
@@ -280,28 +224,15 @@ class SigLipModule(RunModule):
         elif self._compiles:
             translate_towers(self.towers)
         if some_await:
-            self._receive_weights(whole)
-
-    def _receive_weights(self, whole: dict[str, Any]) -> None:
-        """Take over all values of the first rank.
-
-        Args:
-            whole: of a sharded module the state of the first rank before; empty on the others.
-        """
-        start = torch.tensor([self.built.start_scale, self.built.start_bias], device=self.device)
-        if self.built.awaits_weights:
-            self.to_empty(device=self.device)
-        else:
-            self.to(self.device)
-        buffers = list(self.buffers())
-        if self._is_sharded:
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(self, whole, options=options)
-        else:
-            buffers += [parameter.detach() for parameter in self.parameters()]
-        copy_from_first_rank([start, *buffers])
-        scale, bias = start.tolist()
-        self.built = replace(self.built, start_scale=scale, start_bias=bias, awaits_weights=False)
+            start = torch.tensor(
+                [self.built.start_scale, self.built.start_bias], dtype=torch.float64
+            )
+            start = start.to(self.device)
+            receive_values(self, self.device, has_values=not awaits, whole=whole, beside=[start])
+            scale, bias = start.tolist()
+            self.built = replace(
+                self.built, start_scale=scale, start_bias=bias, awaits_weights=False
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the global batch of scale and bias, too."""

@@ -1,0 +1,101 @@
+"""Where the values of a module are: in shards over the ranks, and first of all on the first one.
+
+For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
+bias a third; a block is gathered when it is needed and freed after. Blocks are gathered in bfloat16
+where training runs in it, gradients are added up in float32, scale and bias stay in float32.
+Micro-batches go backward one after the other: of no more than one block, and of what is in none,
+gradients are whole at a time.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from dist_siglip.distributed import copy_from_first_rank
+from dist_siglip.errors import UserError
+from dist_siglip.models.tuning import block_names
+
+
+def shard_module(
+    module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
+) -> None:
+    """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
+
+    Args:
+        module: before it goes to its device and before its optimizer is built.
+        mesh: axes "shard", or "replicate" and "shard" (hybrid sharding).
+        precision: of the Trainer.
+        compile_blocks: translate each block with torch.compile. The hooks that gather and free
+            parameters stand between blocks; inside a translated tower each would break its graph.
+
+    Raises:
+        UserError: if the mesh is of another strategy, or there are other parameters.
+    """
+    if "shard" not in (mesh.mesh_dim_names or ()):
+        raise UserError(
+            f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
+            "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
+        )
+    sharded = ("towers.", "logits.")
+    others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
+    if others:
+        raise UserError(
+            f"FullyShardedStrategy shards towers, scale and bias, and {others[0]} is none of them; "
+            "use a loss without parameters, or trainer.strategy: ddp"
+        )
+    towers = module.get_submodule("towers")
+    policy = MixedPrecisionPolicy()
+    if precision.startswith("bf16"):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name in block_names(towers):
+        block = towers.get_submodule(name)
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(towers, mesh=mesh, mp_policy=policy)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(towers, method)
+    # Apart, so that the loss can ask for them outside of the towers; never in half precision.
+    fully_shard(module.get_submodule("logits"), mesh=mesh)
+
+
+def receive_values(
+    module: nn.Module,
+    device: torch.device,
+    *,
+    has_values: bool,
+    whole: dict[str, Any],
+    beside: Iterable[Tensor],
+) -> None:
+    """Give a module the values of the first rank, on its device.
+
+    Distributed contract: every rank calls it with the same module, sharded or not.
+
+    Args:
+        module: its parameters and buffers are on the CPU, or on torch's meta device.
+        device: of this rank.
+        has_values: False replaces parameters and buffers by new ones.
+        whole: if it is sharded, its state on the first rank before that; empty on the others.
+        beside: tensors of this device to be overwritten, too.
+    """
+    if has_values:
+        module.to(device)
+    else:
+        module.to_empty(device=device)
+    tensors = [*beside, *module.buffers()]
+    if any(isinstance(each, FSDPModule) for each in module.modules()):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, whole, options=options)
+    else:
+        tensors += [parameter.detach() for parameter in module.parameters()]
+    copy_from_first_rank(tensors)
