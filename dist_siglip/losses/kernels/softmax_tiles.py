@@ -66,9 +66,9 @@ class NegativeSumTiles:
         *,
         kernel: Kernel = "auto",
     ) -> None:
-        self._home, self._scale = home, logit_scale
+        self._home, self._scale = home, logit_scale.to(home.device)
         self._kernel = choose_kernel(kernel, home)
-        positives = logit_scale.new_zeros(len(home))
+        positives = self._scale.new_zeros(len(home))
         self.sums = NegativeSums(torch.full_like(positives, -torch.inf), positives)
         self._buffers = TileBuffers(largest, home, None) if self._kernel == "triton" else None
 
@@ -153,7 +153,7 @@ class SoftmaxTiles:
         with_scale: bool,
         kernel: Kernel = "auto",
     ) -> None:
-        self._home, self._scale, self._row_sums = home, logit_scale, row_sums
+        self._home, self._scale, self._row_sums = home, logit_scale.to(home.device), row_sums
         self._positive_derivative, self._with_scale = positive_derivative, with_scale
         self._kernel = choose_kernel(kernel, home)
         self._scale_sum = torch.zeros((), dtype=sum_dtype(home.device), device=home.device)

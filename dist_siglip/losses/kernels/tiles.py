@@ -273,7 +273,8 @@ class SigmoidTiles:
         duplicates: Duplicates = "positive",
         derivative_dtype: torch.dtype | None = None,
     ) -> None:
-        self._scale, self._bias = logit_scale, logit_bias
+        # One number on the host is none that a kernel can read.
+        self._scale, self._bias = (x.to(features.device) for x in (logit_scale, logit_bias))
         self._scale_value: float | None = None  # on a CPU
         self._duplicates: Duplicates = duplicates
         self._dtype: torch.dtype | None = None

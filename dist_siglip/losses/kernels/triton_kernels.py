@@ -56,7 +56,7 @@ def _log1p(e):
     return q * (e * e) + e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def sigmoid_terms(
     similarity,
     derivative,
@@ -136,7 +136,7 @@ def sigmoid_terms(
         tl.store(mine + 2, tl.load(mine + 2) + by_scale.to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def softmax_sums(
     similarity,
     row_parts,
@@ -195,7 +195,7 @@ def add_log_sums(parts, totals, num_parts, size, BLOCK: tl.constexpr):
     tl.store(totals + i, tl.log(total) + shift, mask=has)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def softmax_derivative(
     similarity,
     derivative,
@@ -237,7 +237,7 @@ def softmax_derivative(
         tl.store(mine + 2, tl.load(mine + 2) + by_scale.to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def gaussian(
     similarity,
     kernel,

@@ -3,6 +3,7 @@
 Imported only where Triton is there; ``TRITON_INTERPRET=1`` runs the kernels on a CPU.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,8 +51,13 @@ def sums_buffer(rows: int, columns: int, block: tuple[int, int], device: torch.d
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel; without a block it is none."""
-    if all(grid):
+    """Launch a kernel on the device of its first argument; without a block it is none."""
+    if not all(grid):
+        return
+    device = arguments[0].device
+    # Triton launches on the current device, whatever tensors are on.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*arguments, **constants, num_warps=NUM_WARPS)
 
 
@@ -75,7 +81,7 @@ def add_sigmoid_terms(
         sums: of ``sums_buffer`` with ``TERMS_BLOCK``.
         scale: (), float32.
         bias: (), float32.
-        row_ids: (rows,) or (rows, kinds), contiguous; None for none.
+        row_ids: (rows,) or (rows, kinds); None for none.
         column_ids: likewise of the columns.
         diagonal: pairs (i, i + diagonal) are positives; None for none.
         duplicates: what pairs that share an id off the diagonal are.
@@ -83,6 +89,8 @@ def add_sigmoid_terms(
     """
     rows, columns = similarity.shape
     kinds = 0 if row_ids is None else row_ids[:1].numel()
+    if row_ids is not None and column_ids is not None:
+        row_ids, column_ids = row_ids.contiguous(), column_ids.contiguous()
     if relevant is not None and relevant.stride(1) != 1:
         relevant = relevant.contiguous()
     launch(
@@ -183,9 +191,9 @@ def write_softmax_derivative(
         similarity,
         derivative,
         sums,
-        row_sums,
-        column_sums,
-        positive_derivative,
+        row_sums.contiguous(),
+        column_sums.contiguous(),
+        positive_derivative.contiguous(),
         scale,
         rows,
         columns,
@@ -240,18 +248,20 @@ def write_gaussian(
 
 
 def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Run every kernel once on a tile of one pair, plain and with all it can do.
+    """Run every kernel once on a small tile, plain and with all it can do.
 
     Raises:
         Exception: whatever stands against building or launching one.
     """
-    one = torch.zeros(1, device=device)
-    tile, narrow = one.view(1, 1), one.view(1, 1).to(dtype)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    sums = sums_buffer(1, 1, TERMS_BLOCK, device)
+    side = 16  # of a usual tile: sizes that are no multiples have kernels of their own
+    one = torch.zeros(side, device=device)
+    tile = torch.zeros(side, side, device=device)
+    narrow = tile.to(dtype)
+    ids = torch.zeros(side, 2, dtype=torch.int64, device=device)
+    sums = sums_buffer(side, side, TERMS_BLOCK, device)
     scalars = (one[0], one[0])
     add_sigmoid_terms(tile, narrow, sums, *scalars, None, None, None, "negative")
-    marks = torch.ones(1, 1, dtype=torch.bool, device=device)
+    marks = torch.ones(side, side, dtype=torch.bool, device=device)
     add_sigmoid_terms(tile, narrow, sums, *scalars, ids, ids, 0, "positive", marks)
     for diagonal in (None, 0):
         add_softmax_sums(tile, one, one, one, one[0], diagonal)

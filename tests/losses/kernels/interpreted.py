@@ -49,7 +49,8 @@ def sigmoid_inputs(shape, kinds):
     """Similarities, ids of rows and columns and relevance; the same on both sides."""
     generator = torch.Generator().manual_seed(sum(shape) + kinds)
     products = torch.rand(shape, generator=generator) * 4 - 2
-    ids = [torch.randint(4, (size, kinds), generator=generator) for size in shape]
+    # Every second of more: neither side lies in one piece.
+    ids = [torch.randint(4, (2 * size, kinds), generator=generator)[::2] for size in shape]
     relevant = torch.rand(shape, generator=generator) < 0.2
     return products, *(side.squeeze(1) if kinds == 1 else side for side in ids), relevant
 
