@@ -38,6 +38,8 @@ class StoreChannel:
     ) -> list[Any]:
         """Return what every rank has published, in rank order; None for one that did not in time.
 
+        Three requests to the store; some 2 log2(W) more for each rank that is missing.
+
         Args:
             occasion: the name under which they published it.
             limit_seconds: longest wait for all of them together.
@@ -46,7 +48,10 @@ class StoreChannel:
         wanted = range(self.world_size) if ranks is None else ranks
         self._wait([f"{occasion}/{rank}" for rank in wanted], limit_seconds)
         keys = [f"{occasion}/{rank}" for rank in range(self.world_size)]
-        return [self._read(key) if self.store.check([key]) else None for key in keys]
+        missing = self._missing(keys)
+        present = [key for key in keys if key not in missing]
+        found = dict(zip(present, self.store.multi_get(present), strict=True)) if present else {}
+        return [json.loads(found[key]) if key in found else None for key in keys]
 
     def broadcast(self, occasion: str, value: Any) -> None:
         """Write down a value for all ranks; one rank does."""
@@ -85,6 +90,15 @@ class StoreChannel:
         except RuntimeError:
             return False
         return True
+
+    def _missing(self, keys: list[str]) -> set[str]:
+        """Return the keys that nobody has set, halving until they are found."""
+        if self.store.check(keys):
+            return set()
+        if len(keys) == 1:
+            return set(keys)
+        half = len(keys) // 2
+        return self._missing(keys[:half]) | self._missing(keys[half:])
 
     def _read(self, key: str) -> Any:
         return json.loads(self.store.get(key))

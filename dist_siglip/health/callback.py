@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import distributed_c10d
@@ -21,7 +22,7 @@ from dist_siglip.data.samples.loader import loader_failure
 from dist_siglip.distributed import resolve_group
 from dist_siglip.distributed.waiting import is_inside
 from dist_siglip.errors import LoaderError, UserError
-from dist_siglip.health.hang_watchdog import HangWatchdog, Heartbeat
+from dist_siglip.health.hang_watchdog import DeviceProgress, HangWatchdog, Heartbeat
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.lightning_compat import collective_timeout
 
@@ -86,6 +87,7 @@ class Watchdog(Callback):
         self.slow_minutes = slow_minutes
         self._is_first_step = True
         self._watchdog: HangWatchdog | None = None
+        self._device: DeviceProgress | None = None
         self._heartbeat = self._heartbeat_of(_STARTING, 0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,11 +99,14 @@ class Watchdog(Callback):
             return
         self._is_first_step = True
         self._pass(_STARTING, trainer.global_step)
+        is_on_gpu = trainer.strategy.root_device.type == "cuda"
+        self._device = DeviceProgress(_record_event) if is_on_gpu else None
         self._watchdog = HangWatchdog(
             self._newest_heartbeat,
             stacks=_stacks(trainer) / f"rank={trainer.global_rank:05d}.txt",
             group=group,
             end_children=lambda: end_children(trainer),
+            device=self._device,
         )
         self._watchdog.start()
 
@@ -118,12 +123,20 @@ class Watchdog(Callback):
     ) -> None:
         """The batch is there."""
         self._pass(_STEP, trainer.global_step + 1)
+        self._mark(trainer.global_step + 1)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor
+    ) -> None:
+        """The exchange is launched."""
+        self._mark(trainer.global_step + 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step is done."""
         self._is_first_step = False
+        self._mark(trainer.global_step)
         self._pass(_DATA, trainer.global_step + 1)
 
     def on_save_checkpoint(
@@ -191,6 +204,10 @@ class Watchdog(Callback):
             self._pass(_DATA, newest.step + 1)
         return self._heartbeat
 
+    def _mark(self, step: int) -> None:
+        if self._device is not None:
+            self._device.mark(step)
+
     def _pass(self, phase: _Phase, step: int) -> None:
         self._heartbeat = self._heartbeat_of(phase, step)
 
@@ -199,6 +216,12 @@ class Watchdog(Callback):
         minutes = self.slow_minutes if is_slow else self.stall_minutes
         assert minutes is not None
         return Heartbeat(step=step, phase=phase.name, order=phase.order, limit_seconds=60 * minutes)
+
+
+def _record_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _stacks(trainer: Trainer) -> Path:

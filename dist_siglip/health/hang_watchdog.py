@@ -13,12 +13,13 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
@@ -42,6 +43,7 @@ _WRITE_SECONDS = 5.0  # for a disk or a terminal that may hang as well
 _LOST = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|did not take part", re.I
 )
+_MOST_MARKS = 16
 _T = TypeVar("_T")
 _occasions = count()
 
@@ -63,6 +65,32 @@ class Heartbeat:
     limit_seconds: float
 
 
+class DeviceProgress:
+    """How far a device has come with what the host has launched.
+
+    On NCCL no call of the host waits for other ranks: the device does, and sooner or later the host
+    waits for the device, whatever it does. An event at the ends of a step tells.
+
+    Args:
+        make_event: records an event on the device, whose ``query`` says whether it has passed.
+    """
+
+    def __init__(self, make_event: Callable[[], Any]) -> None:
+        self._make_event = make_event
+        self._marks: deque[tuple[int, Any]] = deque(maxlen=_MOST_MARKS)
+
+    def mark(self, step: int) -> None:
+        """Note that what the host has launched so far belongs to a step."""
+        self._marks.append((step, self._make_event()))
+
+    def unfinished_step(self) -> int | None:
+        """Return the first step that the device has not finished; None if it has nothing to do."""
+        for step, event in list(self._marks):
+            if not event.query():
+                return step
+        return None
+
+
 class HangWatchdog:
     """Watches the main thread from ``start`` to ``stop``.
 
@@ -74,6 +102,7 @@ class HangWatchdog:
         stacks: file for what every thread was doing when this process was ended.
         group: ranks of the run; None in a world of one.
         end_children: ends ranks that this process has started, before it ends itself.
+        device: what the device of this rank has done; None for a CPU.
 
     Attributes:
         verdict: what ``explain`` has found, if the ranks could be polled.
@@ -86,8 +115,10 @@ class HangWatchdog:
         stacks: Path,
         group: ProcessGroup | None,
         end_children: Callable[[], None],
+        device: DeviceProgress | None = None,
     ) -> None:
         self._heartbeat = heartbeat
+        self._device = device
         self._stacks = stacks
         self._end_children = end_children
         self._stopped = threading.Event()
@@ -166,7 +197,7 @@ class HangWatchdog:
                 self._idle_seconds += passed
             called_seconds += passed if self._verdict is not None else 0.0
             if called_seconds > _GRACE_SECONDS:
-                self._end(self._status(main_thread_doing()))
+                self._end(self._status(self._doing()))
             elif self._is_overdue(newest) and self._idle_seconds > ask_after and not is_debugged():
                 self._ask()
                 ask_after = self._idle_seconds + min(heartbeat.limit_seconds, _AGAIN_SECONDS)
@@ -174,7 +205,7 @@ class HangWatchdog:
 
     def _ask(self) -> None:
         """Find out with the others whether this is the end; where all is well, return."""
-        status = self._status(main_thread_doing())
+        status = self._status(self._doing())
         report = self._speaker
         if report is not None:
             try:
@@ -192,7 +223,7 @@ class HangWatchdog:
             while not self._stopped.wait(_LISTEN_SECONDS) and self._verdict is None:
                 number = report.current_round()
                 if number > answered and report.is_asked(number):
-                    report.answer(number, self._status(main_thread_doing()))
+                    report.answer(number, self._status(self._doing()))
                     answered = number
                 self._verdict = self._verdict or report.verdict()
 
@@ -261,6 +292,14 @@ class HangWatchdog:
                 file.write(f"{line}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
+
+    def _doing(self) -> Doing:
+        """What the main thread does; a rank whose device is not done with a step waits for it."""
+        doing = main_thread_doing()
+        step = None if self._device is None else self._device.unfinished_step()
+        if step is None or doing.waits:
+            return doing
+        return Doing(f"{doing.what}, while its device has not finished step {step}", waits=True)
 
     def _is_overdue(self, heartbeat: Heartbeat) -> bool:
         return self._idle_seconds > heartbeat.limit_seconds

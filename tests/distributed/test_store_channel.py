@@ -64,3 +64,39 @@ def test_a_rank_that_finds_nobody_gives_up_within_the_limit():
     with pytest.raises(RuntimeError):
         rendezvous(1, 2, address="127.0.0.1", port=next_port(), limit_seconds=1, name="test")
     assert time.monotonic() - started < 10
+
+
+class CountingStore:
+    """A store that counts what is asked of it."""
+
+    def __init__(self):
+        self.values, self.requests = {}, 0
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def check(self, keys):
+        self.requests += 1
+        return all(key in self.values for key in keys)
+
+    def wait(self, keys, timeout):
+        self.requests += 1
+        if not all(key in self.values for key in keys):
+            raise RuntimeError("Wait timeout")
+
+    def multi_get(self, keys):
+        self.requests += 1
+        return [self.values[key] for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("missing", "most_requests"), [([], 3), ([0], 28), ([1234], 28), (range(808, 816), 48)]
+)
+def test_one_of_4096_ranks_is_missed_with_few_requests(missing, most_requests):
+    """Not with one for each rank; a node of eight is as quick to name as a rank, nearly."""
+    store = CountingStore()
+    for rank in set(range(4096)) - set(missing):
+        StoreChannel(store, rank, 4096).publish("failed", rank)
+    told = StoreChannel(store, 1, 4096).gather("failed", 0.01)
+    assert told == [None if rank in missing else rank for rank in range(4096)]
+    assert store.requests <= most_requests

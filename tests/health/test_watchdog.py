@@ -6,6 +6,8 @@ import torch.distributed as dist
 
 from dist_siglip.distributed import waiting
 from dist_siglip.errors import UserError
+from dist_siglip.health.hang_report import describe, stalled_ranks
+from dist_siglip.health.hang_watchdog import DeviceProgress, HangWatchdog
 from dist_siglip.training.callbacks import Watchdog
 from tests.support.processes import run_ranks
 
@@ -104,3 +106,58 @@ def test_it_may_be_turned_off(tmp_path):
     assert watchdog._watchdog is None
     watchdog.on_exception(None, None, KeyError())
     watchdog.teardown(None, None, "fit")
+
+
+class FakeEvent:
+    """An event of a device that stands still, or of one that does not."""
+
+    def __init__(self, is_done):
+        self.is_done = is_done
+
+    def query(self):
+        return self.is_done
+
+
+def status_of(launched, done, tmp_path, *, sees_device=True):
+    """Status of a rank whose host has launched so many steps, of which the device has done some."""
+    watchdog = Watchdog()
+    steps = iter(range(100))
+    watchdog._device = DeviceProgress(lambda: FakeEvent(next(steps) // 3 < done))
+    trainer = SimpleNamespace(global_step=0)
+    for _ in range(launched):
+        watchdog.on_train_batch_start(trainer, None, None, 0)
+        watchdog.on_before_backward(trainer, None, None)
+        trainer.global_step += 1
+        watchdog.on_train_batch_end(trainer, None, None, None, 0)
+    thread = HangWatchdog(
+        watchdog._newest_heartbeat,
+        stacks=tmp_path / "stacks",
+        group=None,
+        end_children=lambda: None,
+        device=watchdog._device if sees_device else None,
+    )
+    return thread._status(thread._doing())
+
+
+def test_ranks_whose_devices_wait_blame_the_one_that_has_launched_nothing(tmp_path):
+    """Rank 1 got no batch for step 5: its device has nothing to do, those of the others wait."""
+    late = status_of(4, 4, tmp_path)
+    waiting_ranks = status_of(5, 4, tmp_path)
+    statuses = {0: waiting_ranks, 1: late, 2: waiting_ranks}
+    assert [status.waits for status in statuses.values()] == [True, False, True]
+    assert stalled_ranks(statuses, 3) == [1]
+    line = describe(statuses, 3)
+    assert line.startswith("rank 1 is behind: waiting for data, step 5")
+    assert "its device has not finished step 5, waiting for data, step 6" in line
+    # Where hosts stand alike only their devices tell.
+    assert stalled_ranks({0: status_of(4, 3, tmp_path), 1: late}, 2) == [1]
+    blind = status_of(4, 3, tmp_path, sees_device=False)
+    assert stalled_ranks({0: blind, 1: late}, 2) == [0, 1]
+
+
+def test_where_every_device_waits_no_rank_is_blamed(tmp_path):
+    stuck = status_of(5, 2, tmp_path)
+    assert stuck.doing.endswith("while its device has not finished step 3")
+    assert describe({0: stuck, 1: stuck}, 2).startswith(
+        "every rank waits for others: a network or a device is stuck"
+    )
