@@ -1,26 +1,16 @@
 """``data pack`` as a process: killed and started again, and what it prints."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from dist_siglip.cli.data.shards import pack
 from dist_siglip.errors import UserError
-from tests.support.command import REPOSITORY, environment
-from tests.support.processes import LIMIT_SECONDS
+from tests.support.forked_runs import start
 from tests.support.shards import caption, encode, picture
 
 COUNT = 60
-PACK = (
-    "import sys; from dist_siglip.cli.data.shards import pack; "
-    "sys.exit(pack(sys.argv[1], out=sys.argv[2], samples_per_shard=4, resize_short_side=40, "
-    "workers=int(sys.argv[3])))"
-)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +25,10 @@ def table(tmp_path_factory):
     return folder / "table.jsonl"
 
 
-def start(table, out, workers):
-    return subprocess.Popen(
-        [sys.executable, "-c", PACK, str(table), str(out), str(workers)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        cwd=REPOSITORY,
-    )
+def start_packing(table, out, workers):
+    words = ["data", "pack", table, out, f"--workers={workers}"]
+    words += ["--samples_per_shard=4", "--resize_short_side=40"]
+    return start(words, out.with_name("said.txt"))
 
 
 def shards_of(out):
@@ -54,19 +40,15 @@ def test_killed_and_started_again_the_shards_have_the_same_bytes(table, tmp_path
     pack(str(table), str(tmp_path / "whole"), samples_per_shard=4, resize_short_side=40)
     out = tmp_path / "out"
     for workers, number in ((1, 3), (2, 9)):
-        process = start(table, out, workers)
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not (out / f"{number:05d}.tar").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process = start_packing(table, out, workers)
+        goal = out / f"{number:05d}.tar"
+        assert process.wait_until(goal.exists), process.said()
+        process.signal(signal.SIGKILL)
+        assert process.wait() == [-signal.SIGKILL]
         assert number < len(shards_of(out)) < COUNT // 4
-    process = start(table, out, 2)
-    assert process.communicate()[1] == b""
-    assert process.returncode == 0
+    process = start_packing(table, out, 2)
+    assert process.wait() == [0], process.said()
+    assert "Traceback" not in process.said()
     assert shards_of(out) == shards_of(tmp_path / "whole")
     assert [path.name for path in out.glob(".*")] == [".lock"]
 
