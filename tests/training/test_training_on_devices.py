@@ -3,17 +3,28 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_siglip.data.samples.batch import BatchPieces, ImageTextBatch
+from dist_siglip.losses import siglip_loss
+from dist_siglip.models import encode_in_micro_batches
 from dist_siglip.training.callbacks import SkipBadSteps, WeightAverage
-from dist_siglip.training.strategies import FullyShardedStrategy
+from dist_siglip.training.module.siglip import shard_module
 from tests.data.samples.test_loader import loader, take
 from tests.support.devices import on_devices
+from tests.support.ports import next_port
 from tests.support.shards import write_shards
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 STEPS = 3
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "NODE_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -148,18 +159,37 @@ def test_compiled_towers_train_as_those_as_written(model, tmp_path):
     assert_close(weights(module), weights(expected), 1e-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore")
+@on_devices
+@pytest.mark.parametrize("micro_batch", [1, 4])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_sharded_parameters_train_as_whole_ones(precision, model, tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+def test_sharded_parameters_have_the_gradients_of_whole_ones(
+    precision, micro_batch, device, model, monkeypatch
+):
+    for name, value in {**ALONE, "MASTER_PORT": str(next_port())}.items():
         monkeypatch.setenv(name, value)
-    _, exact, *_ = train(model, tmp_path, "cuda", precision=precision)
-    _, losses, *_ = train(
-        model, tmp_path, "cuda", precision=precision, strategy=FullyShardedStrategy()
-    )
-    tolerance = 1e-4 if precision == "32-true" else 5e-2
-    torch.testing.assert_close(losses, exact, atol=tolerance, rtol=tolerance)
+    mesh = init_device_mesh(device, (1,), mesh_dim_names=("shard",))
+    (batch,), found = batches_of(1), []
+    images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8)
+    for is_sharded in (False, True):
+        module = locked_module(model)
+        if is_sharded:
+            shard_module(module, mesh, precision=precision)
+        module.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            features = encode_in_micro_batches(
+                module.towers, images.to(device), batch.texts.to(device), micro_batch
+            )
+        loss = siglip_loss(*features, *module.logits())
+        loss.backward()
+        gradients = {
+            name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().double().cpu()
+            for name, p in module.named_parameters()
+        }
+        found.append({"loss": loss.detach().double().cpu(), **gradients})
+    if precision == "32-true":
+        assert_close(found[1], found[0], 1e-5)
+    ours, theirs = (torch.cat([value.flatten() for value in each.values()]) for each in found[::-1])
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 @pytest.mark.gpu
