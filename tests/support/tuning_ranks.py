@@ -65,7 +65,7 @@ def fit(
         pretend_torchrun(rank, world_size)
         settings.setdefault("strategy", "ddp")
     plugins = [AtomicCheckpointIO()]
-    if settings.get("precision") == "16-mixed":
+    if settings.get("precision") == "16-mixed" and settings.get("accelerator", "cpu") == "cpu":
         # The Trainer refuses it on a CPU, where torch can do it. A scale of 65,536 would overflow
         # at the first step, which is then skipped.
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)

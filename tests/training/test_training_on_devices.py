@@ -103,7 +103,7 @@ def test_half_precision_stays_near(precision, device, model, tmp_path):
         _, losses, *_ = train(
             model, tmp_path, device, batches_of(30), [SkipBadSteps()], precision=precision
         )
-        assert losses.isfinite().any()
+        assert losses[-1].isfinite()
         return
     _, losses, *_ = train(model, tmp_path, device, precision=precision)
     torch.testing.assert_close(losses, exact, atol=0.2, rtol=0.1)
