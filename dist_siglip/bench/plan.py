@@ -2,12 +2,28 @@
 
 import json as json_text
 import sys
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Store
 
-from dist_siglip.distributed.cost_model import Cluster, PlanName, Prediction, Problem, predict
+from dist_siglip.distributed.cost_model import (
+    Cluster,
+    PlanName,
+    Prediction,
+    Problem,
+    Speeds,
+    predict,
+)
+from dist_siglip.distributed.handshake import GroupLink, Handshake
+from dist_siglip.distributed.store_channel import StoreChannel
+from dist_siglip.errors import UserError
+
+# The default group's, and clones of it: for the comparison at the start, and two of the watchdog.
+_STORE_CONNECTIONS = 4
 
 
 def plan(
@@ -23,9 +39,10 @@ def plan(
     nic_gb_s: float = 50.0,
     latency_us: float = 15.0,
     host_us: float = 150.0,
+    num_shards: int = 10_000,
     json: bool = False,
 ) -> int:
-    """Print predicted bytes, steps, time and memory of every exchange, and open_clip's.
+    """Print predicted costs of every exchange, and open_clip's; and what agreeing costs a rank.
 
     Args:
         world_size: GPUs.
@@ -41,6 +58,7 @@ def plan(
         nic_gb_s: GB/s one network card sends; one card per GPU.
         latency_us: microseconds a batch of transfers costs beyond its bytes.
         host_us: microseconds the host needs to launch one visit.
+        num_shards: local shards of the training data.
         json: print JSON instead of a table.
     """
     cluster = Cluster(
@@ -60,11 +78,116 @@ def plan(
         chunk_rows=chunk_rows,
     )
     predictions = [predict(name, cluster, problem) for name in get_args(PlanName)]
+    control = control_plane(cluster, num_shards)
     if json:
-        sys.stdout.write(json_text.dumps(plan_rows(predictions), indent=2) + "\n")
+        rows = [*plan_rows(predictions), {"exchange": "control plane", **control}]
+        sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")
         return 0
-    Console().print(_table(cluster, problem, predictions))
+    console = Console()
+    console.print(_table(cluster, problem, predictions))
+    console.print(_control_table(cluster, num_shards, control))
     return 0
+
+
+class _Counted:
+    """A group, and a store, of so many ranks that say what this one says; counts messages."""
+
+    def __init__(self, world_size: int, missing: str = "") -> None:
+        self.world_size, self.missing = world_size, missing
+        self.peers: set[int] = set()
+        self.messages = self.num_bytes = self.requests = 0
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return self.world_size
+
+    def send(self, tensors: list[Tensor], target: int, tag: int) -> "_Counted":
+        self.peers.add(target)
+        self.messages += 1
+        self.num_bytes += tensors[0].nbytes
+        self._last = tensors[0].clone()
+        return self
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> "_Counted":
+        self.peers.add(source)
+        tensors[0].copy_(self._last)
+        return self
+
+    def wait(self, *_: object) -> None:
+        self.requests += bool(_)
+
+    def announce(self, message: bytes) -> list[bytes]:
+        """A ring, as gloo gathers: with two neighbours, everybody's message once."""
+        self.peers |= {1, self.world_size - 1}
+        self.messages += self.world_size - 1
+        self.num_bytes += (self.world_size - 1) * len(message)
+        return [message] * self.world_size
+
+    def check(self, keys: list[str]) -> bool:
+        self.requests += 1
+        return self.missing not in keys
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.requests += 1
+        return [b"0"] * len(keys)
+
+
+def control_plane(cluster: Cluster, num_shards: int) -> dict[str, int]:
+    """Count what a rank does to agree with the others, by running it with ranks that do not exist.
+
+    Args:
+        cluster: the machines.
+        num_shards: local shards.
+
+    Returns:
+        By name: of a handshake in a steady run, and of the first one, messages and bytes sent; of
+        the control group and of the store, connections; requests to the store to find one rank that
+        is missing; metadata calls for the shards, at least, and files of their table opened.
+    """
+    world_size = cluster.world_size
+    if num_shards < 1:
+        raise UserError(f"num_shards ({num_shards}) must be at least 1")
+    counted = _Counted(world_size)
+    link = GroupLink(cast(ProcessGroup, counted))
+    handshake = Handshake(link.maximum, counted.announce)
+
+    def agree() -> tuple[int, int]:
+        counted.messages = counted.num_bytes = 0
+        handshake.agree(1, cluster.local_world_size, "float32 (*, 1)", {}, Speeds())
+        return counted.messages, counted.num_bytes
+
+    first, steady = agree(), agree()
+    store = _Counted(world_size, missing=f"failed/{world_size // 3}")
+    StoreChannel(cast(Store, store), 0, world_size).gather("failed", 0.0)
+    return {
+        "steady_messages": steady[0],
+        "steady_bytes": steady[1],
+        "first_messages": first[0],
+        "first_bytes": first[1],
+        "group_connections": len(counted.peers - {0}),
+        "store_connections": _STORE_CONNECTIONS,
+        "requests_to_name_a_missing_rank": store.requests,
+        # Is it there, where is it really, its size and time; on every rank.
+        "metadata_calls": 3 * num_shards,
+        "table_files": 2,
+    }
+
+
+def _control_table(cluster: Cluster, num_shards: int, control: dict[str, int]) -> Table:
+    table = Table(
+        title=f"what a rank of {cluster.world_size:,} does to agree, counted in a simulation",
+        caption=(
+            f"beside NCCL's own connections; {num_shards:,} local shards, whose metadata every "
+            "rank asks for; one rank of all is missing"
+        ),
+    )
+    table.add_column("of a rank")
+    table.add_column("count", justify="right")
+    for name, value in control.items():
+        table.add_row(name.replace("_", " "), f"{value:,}")
+    return table
 
 
 def plan_rows(predictions: list[Prediction]) -> list[dict[str, Any]]:

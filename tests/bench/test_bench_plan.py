@@ -21,6 +21,20 @@ def test_the_plan_as_json(capsys):
     assert rows["two_level"]["nic_bytes"] * 8 < rows["ring"]["nic_bytes"] * 1.01
 
 
+def test_agreeing_of_4096_ranks_is_counted(capsys):
+    """Twelve messages of 64 bytes a step, with some 24 neighbours; what is left is linear once."""
+    assert plan(world_size=4096, json=True) == 0
+    control = json.loads(capsys.readouterr().out)[-1]
+    assert control["exchange"] == "control plane"
+    assert (control["steady_messages"], control["steady_bytes"]) == (12, 12 * 64)
+    assert control["first_bytes"] == 12 * 64 + 4095 * 512
+    assert control["group_connections"] == 23
+    assert control["requests_to_name_a_missing_rank"] <= 2 * 12 + 4
+    assert control["metadata_calls"] == 30_000
+    with pytest.raises(UserError, match=r"num_shards \(0\) must be at least 1"):
+        plan(num_shards=0)
+
+
 def test_the_plan_as_a_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert plan(world_size=16) == 0
