@@ -186,7 +186,10 @@ class Watchdog(Callback):
         found = self._watchdog.verdict
         if found is not None and found.exit_code == LoaderError.exit_code:
             # The command line tells it, and ends with that code, on every rank.
-            exception.__cause__ = exception.__cause__ or LoaderError(found.line)
+            if loader_failure(exception) is None:
+                while exception.__cause__ is not None:
+                    exception = exception.__cause__
+                exception.__cause__ = LoaderError(found.line)
         elif cause is not None:
             logger.error("a collective failed: %s", cause)
 
