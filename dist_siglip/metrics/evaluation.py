@@ -59,6 +59,7 @@ from dist_siglip.metrics.rows import (
 
 # The k of the k-occurrences, as in most of the literature.
 HUBNESS_K = 10
+ARRAY_PAIRS = 2000  # whose features go into the arrays
 
 
 def threshold_metrics(statistics: PairStatistics) -> dict[str, float]:
@@ -228,7 +229,7 @@ def evaluate_pairs(
     global_batch_size: int | None = None,
     top_k: Sequence[int] = (1, 5, 10),
     prefix_dims: Sequence[int] = (),
-    array_pairs: int = 2000,
+    array_pairs: int = ARRAY_PAIRS,
     separability_pairs: int = SEPARABILITY_PAIRS,
     chunk_rows: int | None = None,
     exchange: ExchangeName = "auto",

@@ -3,6 +3,7 @@
 from dist_siglip.models.build import BuiltModel, build_dual_encoder
 from dist_siglip.models.dual_encoder import (
     DualEncoder,
+    TokenShape,
     compile_towers,
     encode_in_micro_batches,
     encode_tower_in_micro_batches,
@@ -13,7 +14,6 @@ from dist_siglip.models.reranker import (
     Encoded,
     FusionConfig,
     FusionHead,
-    TokenShape,
     encode_image_tokens,
     encode_text_tokens,
     read_head,

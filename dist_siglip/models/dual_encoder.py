@@ -17,16 +17,26 @@ before the next.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer as OwnVisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.errors import UserError
+
+
+class TokenShape(NamedTuple):
+    """Tokens of one tower: T of them, C numbers each."""
+
+    num_tokens: int
+    width: int
 
 
 class DualEncoder(nn.Module):
@@ -47,6 +57,7 @@ class DualEncoder(nn.Module):
         self.clip: Any = clip
         self.normalizer = normalizer
         self._kept_in_evaluation: tuple[nn.Module, ...] = ()
+        self._pool_and_tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = _pool_and_tokens
 
     @property
     def is_kept_in_evaluation(self) -> bool:
@@ -68,6 +79,25 @@ class DualEncoder(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode (B, 3, H, W) pixels, normalised or uint8, to (B, D) fp32 features of length 1."""
         return unit_rows(self.clip.encode_image(self.pixels(images)))
+
+    def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode pixels, in one pass, to the features of ``encode_image`` and to patch tokens.
+
+        The features are those of ``encode_image`` to the last bit.
+
+        Args:
+            images: as ``encode_image`` takes them.
+
+        Returns:
+            (B, D) fp32 features of length 1; (B, T, C) tokens behind the last norm of the tower,
+            without class and register tokens, as long as T patches are not dropped.
+
+        Raises:
+            UserError: as ``require_image_tokens``.
+        """
+        require_image_tokens(self.clip.visual)
+        pooled, tokens = self._pool_and_tokens(self.clip.visual, self.pixels(images))
+        return unit_rows(pooled), tokens
 
     def pixels(self, images: Tensor) -> Tensor:
         """Bring (B, 3, H, W) pixels to the precision of the image tower, normalised if uint8.
@@ -94,6 +124,37 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode both: image features (B, D) and text features (B, D)."""
         return self.encode_image(images), self.encode_text(texts)
+
+
+def require_image_tokens(visual: nn.Module) -> None:
+    """Refuse an image tower that does not give its tokens behind the last norm.
+
+    Raises:
+        UserError: unless it is a VisionTransformer of timm or of open_clip, the latter without
+            attention pooling.
+    """
+    tower = visual.trunk if isinstance(visual, TimmModel) else visual
+    if isinstance(tower, OwnVisionTransformer) and tower.attn_pool is None:
+        return
+    if not isinstance(visual, TimmModel) or not isinstance(tower, VisionTransformer):
+        raise UserError(
+            f"the image tower ({type(tower).__name__}) gives no patch tokens to objectives; choose "
+            "a ViT without attention pooling of open_clip's own, or one of timm, such as "
+            "ViT-B-16-SigLIP"
+        )
+
+
+def _pool_and_tokens(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass pixels through an image tower by its parts; what its ``forward`` gives, and tokens."""
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        tokens = trunk.forward_features(pixels)
+        return visual.head(trunk.forward_head(tokens)), tokens[:, trunk.num_prefix_tokens :]
+    rows = visual.transformer(visual._embeds(pixels))
+    pooled, tokens = visual._pool(rows)
+    if visual.final_ln_after_pool:
+        tokens = visual.ln_post(tokens)
+    return pooled if visual.proj is None else pooled @ visual.proj, tokens
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -138,6 +199,7 @@ def compile_towers(encoder: DualEncoder, *, backend: str = "inductor") -> None:
     clip = encoder.clip
     for tower in (clip.visual, clip.text if hasattr(clip, "text") else clip.transformer):
         tower.compile(backend=backend)
+    encoder._pool_and_tokens = torch.compile(_pool_and_tokens, backend=backend)
 
 
 def encode_in_micro_batches(
@@ -190,35 +252,44 @@ class CachedEncoding:
     Encoding again has the random numbers and the autocast of the first time.
 
     Args:
-        encode: ``encode_image`` or ``encode_text`` of an encoder of which something trains.
-        inputs: B rows of what it takes.
+        encode: ``encode_image`` or ``encode_text`` of an encoder of which something trains; or what
+            gives its features and then sums over the rows, of one shape for any rows.
+        inputs: B rows of each of its arguments.
         micro_batch_size: rows encoded together, at least 1.
 
     Attributes:
         features: (B, D), a leaf that the loss is computed from.
+        sums: over all rows; likewise leaves, unless they are integers.
 
     Source:
         Gao et al. 2021, arXiv:2101.06983, section 3.2.
     """
 
     def __init__(
-        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, micro_batch_size: int
+        self,
+        encode: Callable[..., Tensor | tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+        micro_batch_size: int,
     ) -> None:
         self._encode = encode
-        self._parts = inputs.split(micro_batch_size)
-        device_type = inputs.device.type
+        self._parts = list(zip(*(each.split(micro_batch_size) for each in inputs), strict=True))
+        device_type = inputs[0].device.type
         self._autocast = torch.autocast(
             device_type,
             dtype=torch.get_autocast_dtype(device_type),
             enabled=torch.is_autocast_enabled(device_type),
         )
         self._random_states = []
-        features = []
+        found = []
         with torch.no_grad():
             for part in self._parts:
-                self._random_states.append(_RandomState(part))
-                features.append(encode(part))
+                self._random_states.append(_RandomState(part[0]))
+                found.append(_as_tuple(encode(*part)))
+        features, *sums = zip(*found, strict=True)
         self.features = torch.cat(features).requires_grad_()
+        self.sums = [torch.stack(each).sum(dim=0) for each in sums]
+        for each in self.sums:
+            each.requires_grad_(each.is_floating_point())
 
     def backward(self, begin: Callable[[bool], None]) -> None:
         """Add the gradients of the tower to its parameters, once those of the features are there.
@@ -227,15 +298,24 @@ class CachedEncoding:
             begin: called before each micro-batch with whether it is the last one.
         """
         assert self.features.grad is not None
-        gradients = self.features.grad.split(len(self._parts[0]))
+        gradients = self.features.grad.split(len(self._parts[0][0]))
         random_state = _RandomState(self.features)
         for number, (part, gradient) in enumerate(zip(self._parts, gradients, strict=True), 1):
             begin(number == len(self._parts))
             self._random_states[number - 1].restore()
             with self._autocast:
-                features = self._encode(part)
-            features.backward(gradient)
+                features, *sums = _as_tuple(self._encode(*part))
+            outputs, slopes = [features], [gradient]
+            for each, leaf in zip(sums, self.sums, strict=True):
+                if leaf.grad is not None:
+                    outputs.append(each)
+                    slopes.append(leaf.grad)
+            torch.autograd.backward(outputs, slopes)
         random_state.restore()
+
+
+def _as_tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 class _RandomState:

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
+from dist_siglip.models.attention import Attention
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
+from dist_siglip.models.dual_encoder import DualEncoder, TokenShape, evaluation_mode, unit_rows
 from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.models.text_tower import encode_with_tokens
 from dist_siglip.models.weights_file import refuse_not_finite
@@ -51,13 +51,6 @@ class Encoded(NamedTuple):
     features: Tensor
     tokens: Tensor
     is_token: Tensor
-
-
-class TokenShape(NamedTuple):
-    """Tokens of one tower: T of them, C numbers each."""
-
-    num_tokens: int
-    width: int
 
 
 def encode_image_tokens(encoder: DualEncoder, images: Tensor) -> Encoded:
@@ -318,7 +311,7 @@ class _Stream(nn.Module):
         self.blocks = nn.ModuleList(_Block(config) for _ in range(layers))
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
-        self.pool = _Attention(config)
+        self.pool = _attention(config)
 
     def forward(
         self, own: Tensor, own_is_token: Tensor, other: Tensor, other_is_token: Tensor
@@ -326,7 +319,7 @@ class _Stream(nn.Module):
         for block in self.blocks:
             own = block(own, own_is_token, other, other_is_token)
         query = self.query.expand(len(own), -1, -1)
-        pooled: Tensor = self.pool(query, self.norm(own), own_is_token)
+        pooled: Tensor = self.pool(query, self.norm(own), own_is_token[:, None, None, :])
         return pooled.flatten(1)
 
 
@@ -336,8 +329,8 @@ class _Block(nn.Module):
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         width = config.width
-        self.self_norm, self.self_attention = nn.LayerNorm(width), _Attention(config)
-        self.cross_norm, self.cross_attention = nn.LayerNorm(width), _Attention(config)
+        self.self_norm, self.self_attention = nn.LayerNorm(width), _attention(config)
+        self.cross_norm, self.cross_attention = nn.LayerNorm(width), _attention(config)
         self.other_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width),
@@ -351,42 +344,16 @@ class _Block(nn.Module):
         self, own: Tensor, own_is_token: Tensor, other: Tensor, other_is_token: Tensor
     ) -> Tensor:
         normed = self.self_norm(own)
-        own = own + self.self_attention(normed, normed, own_is_token)
+        own = own + self.self_attention(normed, normed, own_is_token[:, None, None, :])
         own = own + self.cross_attention(
-            self.cross_norm(own), self.other_norm(other), other_is_token
+            self.cross_norm(own), self.other_norm(other), other_is_token[:, None, None, :]
         )
         found: Tensor = own + self.mlp(own)
         return found
 
 
-class _Attention(nn.Module):
-    """Queries of one side look at tokens of the same side or the other."""
-
-    def __init__(self, config: FusionConfig) -> None:
-        super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def forward(self, queries: Tensor, tokens: Tensor, is_token: Tensor) -> Tensor:
-        """Return (P, Q, width); queries (P, Q, width) look at tokens (P, T, width)."""
-        key, value = self.key_value(tokens).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(
-            self._by_head(self.query(queries)),
-            self._by_head(key),
-            self._by_head(value),
-            attn_mask=is_token[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return found
-
-    def _by_head(self, rows: Tensor) -> Tensor:
-        """(P, T, width) to (P, heads, T, width / heads)."""
-        num_pairs, num_tokens, width = rows.shape
-        parted = rows.reshape(num_pairs, num_tokens, self.heads, width // self.heads)
-        return parted.transpose(1, 2)
+def _attention(config: FusionConfig) -> Attention:
+    return Attention(config.width, config.heads, dropout=config.dropout)
 
 
 def tower_fingerprints(built: BuiltModel) -> dict[Tower, str]:

@@ -13,7 +13,7 @@ one, else open_clip's own byte-pair encoder, which needs no download.
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -311,6 +311,15 @@ class ModelTokenizer:
         """Clean a caption as is done before it is cut into tokens."""
         self.load()
         return str(self._loaded.clean_fn(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, without those that stand for no text."""
+        tokenizer = self.loaded()
+        if isinstance(tokenizer, HFTokenizer):
+            return str(tokenizer.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+        special = set(tokenizer.all_special_ids)
+        known = [each for each in tokens if each in tokenizer.decoder and each not in special]
+        return str(tokenizer.decode(known)).strip()
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Return token ids (len(texts), context_length), int64."""

@@ -6,6 +6,7 @@ written by all ranks together.
 """
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dist_siglip.errors import UserError
@@ -28,6 +30,7 @@ from dist_siglip.runs.checkpoints.sharded import (
     is_sharded,
     read_into,
     read_values,
+    stored_states,
     write_sharded,
 )
 from dist_siglip.system.lightning_compat import (
@@ -145,7 +148,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             named = by_name(state, optimizer, self.model)
+            late = self._late_heads(optimizer, named["state"])
+            options = StateDictOptions(full_state_dict=True, strict=not late)
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
+            _forget(optimizer, late)
         return checkpoint
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
@@ -153,16 +159,47 @@ class FullyShardedStrategy(ModelParallelStrategy):
         values = read_values(path)
         groups = values.pop("param_groups")
         model = get_model_state_dict(self.model)
-        states = [get_optimizer_state_dict(self.model, each) for each in self.optimizers]
+        states: list[dict[str, Any]] = [
+            get_optimizer_state_dict(self.model, each) for each in self.optimizers
+        ]
+        stored = stored_states(path, len(states))
+        heads = [
+            self._late_heads(each, names)
+            for each, names in zip(self.optimizers, stored, strict=True)
+        ]
+        for state, late in zip(states, heads, strict=True):
+            for name in late:
+                state["state"].pop(name, None)
         read_into(path, model, states)
         set_model_state_dict(self.model, model)
-        for optimizer, state, saved in zip(self.optimizers, states, groups, strict=False):
-            set_optimizer_state_dict(self.model, optimizer, {**state, "param_groups": saved})
+        for optimizer, state, saved, late in zip(
+            self.optimizers, states, groups, heads, strict=False
+        ):
+            options = StateDictOptions(strict=not late)
+            whole = {**state, "param_groups": saved}
+            set_optimizer_state_dict(self.model, optimizer, whole, options=options)
+            _forget(optimizer, late)
         return values
+
+    def _late_heads(self, optimizer: Optimizer, stored: Collection[str]) -> dict[str, Parameter]:
+        """Heads of objectives that had not begun: an optimizer has no state of them yet."""
+        assert self.model is not None
+        own = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name.startswith("objectives.") and id(parameter) in own and name not in stored
+        }
 
     def _options(self) -> StateDictOptions:
         is_full = not writes_sharded_checkpoints(self)
         return StateDictOptions(full_state_dict=is_full, cpu_offload=True)
+
+
+def _forget(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> None:
+    """Drop the state that torch has filled in."""
+    for parameter in parameters.values():
+        optimizer.state.pop(parameter, None)
 
 
 __all__ = ["FullyShardedStrategy"]

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
 from dist_siglip.models.tuning import block_names
+from dist_siglip.objectives import Captioning
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
@@ -27,14 +28,14 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
     """Train one case; return whole parameters, losses of the steps, and the last grad norm.
 
     Args:
-        case: "module" (settings of the module), "trainer" (of the Trainer), "shard" (of
-            FullyShardedStrategy; null is DDP), "start" and "save" (checkpoints), "done" (steps
-            behind the checkpoint), "kind" (of the model), "receives" (ranks but the first are
-            built without values).
+        case: "module" (settings of the module), "objective" (of Captioning), "trainer" (of the
+            Trainer), "shard" (of FullyShardedStrategy; null is DDP), "start" and "save"
+            (checkpoints), "done" (steps behind the checkpoint), "kind" (of the model), "receives"
+            (ranks but the first are built without values).
     """
     receives = bool(case.get("receives") and rank)
     with torch.device("meta") if receives else nullcontext():
-        module = locked_module(model, **case.get("module", {}))
+        module = locked_module(model, **settings_of(case))
     is_empty = all(value.is_meta for value in module.parameters())
     assert is_empty == receives
     settings: dict[str, Any] = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
@@ -64,6 +65,13 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
     return {"state": state, "losses": losses.values, "norm": norm}
 
 
+def settings_of(case):
+    """Settings of the module; objectives are built anew for each."""
+    objective = case.get("objective")
+    objectives = None if objective is None else [Captioning(**objective)]
+    return {**case.get("module", {}), "objectives": objectives}
+
+
 def train_cases(rank, world_size, model, folder, cases, num_steps=3):
     """Train one case after the other in one process group."""
     return [train(model, folder, case, rank, world_size, num_steps) for case in cases]
@@ -71,7 +79,7 @@ def train_cases(rank, world_size, model, folder, cases, num_steps=3):
 
 def start_of(model, case):
     """Parameters before the first step."""
-    module = locked_module(model, **case.get("module", {}))
+    module = locked_module(model, **settings_of(case))
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 

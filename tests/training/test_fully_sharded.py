@@ -45,6 +45,12 @@ CASES = {
         "module": {"image_tower": TowerConfig(locked=True), "micro_batch_size": 1}
     },
     "adapters": {"module": {"text_tower": TowerConfig(lora=LoraSettings(rank=2))}},
+    # Of little weight, or clipping by the norm of both would leave others nothing to move by.
+    "objective": {"objective": {"weight": 0.05}},
+    "objective in micro-batches": {
+        "objective": {"weight": 0.05, "start": 1},
+        "module": {"micro_batch_size": 1},
+    },
 }
 
 
@@ -216,12 +222,14 @@ def test_a_wrong_gradient_would_be_noticed(model, tmp_path):
 def test_a_run_goes_on_under_other_strategies_and_worlds(model, tmp_path):
     """DDP, FSDP2 to one file, FSDP2 on 3 ranks to a folder, 1 process: as without interruption."""
     folder = str(tmp_path)
-    uninterrupted = train(model, folder, {}, num_steps=8)
+    late = {"objective": {"weight": 0.05, "start": 3}}  # inside of the second start
+    uninterrupted = train(model, folder, late, num_steps=8)
     starts = [(2, None), (2, {"checkpoint": "full"}), (3, {"checkpoint": "sharded"}), (1, None)]
     checkpoint, losses = None, []
     for number, (world_size, sharding) in enumerate(starts):
         save = str(tmp_path / f"step-{number}.ckpt")
-        case = {"shard": sharding, "start": checkpoint, "save": save, "done": 2 * number}
+        place = {"start": checkpoint, "save": save, "done": 2 * number}
+        case = {**late, **place, "shard": sharding}
         # The learning rate is constant, so a start may name its own last step.
         arguments = (model, folder, [case], 2 * number + 2)
         found = (
@@ -232,7 +240,7 @@ def test_a_run_goes_on_under_other_strategies_and_worlds(model, tmp_path):
         losses += found["losses"]
         checkpoint = save
     assert losses == pytest.approx(uninterrupted["losses"], rel=1e-4)
-    error = worst_error(found["state"], uninterrupted["state"], start_of(model, {}))
+    error = worst_error(found["state"], uninterrupted["state"], start_of(model, late))
     assert error < 1e-3
 
 

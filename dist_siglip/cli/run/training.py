@@ -71,7 +71,6 @@ from dist_siglip.training.callbacks import CollapseAlarm, MetricsLog, Preemption
 from dist_siglip.training.callbacks.preemption import reason_of_early_end
 from dist_siglip.training.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.training.module import SigLipModule
-from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import how_to_go_on
 from dist_siglip.training.strategies import FullyShardedStrategy
 
@@ -218,7 +217,7 @@ class TrainingCLI(LightningCLI):
         self._get(self.config_init, "benchmarks").check()
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.check_world()
-        check_features(self.datamodule, self.model.built, self.model.towers)
+        self.model.check_data(self.datamodule)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._choose(

@@ -28,6 +28,8 @@ class ImageTextBatch(NamedTuple):
         image_features: (B, D) float32, L2-normalised, of a locked tower; None: it sees images.
         text_features: likewise for texts.
         picture_ids: (B,) int64 >= 0; equal pictures have equal ids. None: they are not known.
+        draws: (B,) int64 >= 0, random numbers of seed, epoch and position, which all that is drawn
+            about a pair on the device is made of. None: they are not known.
     """
 
     images: Tensor
@@ -39,6 +41,7 @@ class ImageTextBatch(NamedTuple):
     image_features: Tensor | None = None
     text_features: Tensor | None = None
     picture_ids: Tensor | None = None
+    draws: Tensor | None = None
 
 
 class BatchPieces(NamedTuple):
@@ -103,6 +106,7 @@ class PairSample(NamedTuple):
         text_features: (D,) float32, in place of the caption's tokens.
         picture_id: of the picture; None counts every sample's as its own.
         caption_id: that was stored with text_features, if it was.
+        draw: random number of seed, epoch and position, in [0, 2**63).
     """
 
     image: Tensor
@@ -114,6 +118,7 @@ class PairSample(NamedTuple):
     text_features: Tensor | None = None
     picture_id: int | None = None
     caption_id: int | None = None
+    draw: int = 0
 
 
 class PairCollator:
@@ -149,6 +154,7 @@ class PairCollator:
             image_features=torch.stack(image_features) if image_features else None,
             text_features=torch.stack(text_features) if text_features else None,
             picture_ids=torch.tensor(picture_ids),
+            draws=torch.tensor([sample.draw for sample in samples]),
         )
 
 

@@ -111,6 +111,7 @@ _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _BAD_ATTEMPTS = 20  # bad samples in a row for one position
 _FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
 _SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand
+_DEVICE_DRAWS = 1 << 20  # keeps these draws apart from those of attempts at a substitute
 _NAMED = 20  # bad samples named by each process; then every hundredth
 
 
@@ -208,6 +209,7 @@ class PairDataset(Dataset[PairSample]):
                     text_features=features.get("text"),
                     picture_id=picture,
                     caption_id=self._stored_id(sample_id, "text"),
+                    draw=draw_one(2**63, *at.key(self._seed), _DEVICE_DRAWS),
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:

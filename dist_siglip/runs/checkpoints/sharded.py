@@ -322,6 +322,21 @@ def read_whole(path: Path) -> dict[str, Any]:
     return {**values, "state_dict": model, "optimizer_states": states}
 
 
+def stored_states(path: Path, num_optimizers: int) -> list[set[str]]:
+    """Names of the parameters that each optimizer has a state of, from the index alone.
+
+    Raises:
+        UserError: if the folder is damaged.
+    """
+    found: list[set[str]] = [set() for _ in range(num_optimizers)]
+    for key in read_index(path).state_dict_metadata:
+        if key.startswith(_OPTIMIZER):
+            _, number, name, _ = key.split("/")
+            if int(number) < num_optimizers:
+                found[int(number)].add(name)
+    return found
+
+
 def stored_shapes(path: Path) -> dict[str, torch.Size]:
     """Shapes of the tensors of "state_dict" by name, from the index alone.
 

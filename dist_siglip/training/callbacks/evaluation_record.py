@@ -23,6 +23,7 @@ from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
+from dist_siglip.training.module.objectives import GALLERY_PICTURES, spread_rows
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,11 @@ class EvaluationRecord(Callback):
     ``trainer.datamodule.val_dataset``.
 
     Args:
-        gallery_images: number of validation pictures that are kept for the report.
+        gallery_images: number of validation pictures that are kept for the report. Captions that
+            the model writes are those of 24.
     """
 
-    def __init__(self, gallery_images: int = 24) -> None:
+    def __init__(self, gallery_images: int = GALLERY_PICTURES) -> None:
         self.gallery_images = gallery_images
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,22 +157,26 @@ class EvaluationRecord(Callback):
         keep_evaluation(run, step, evaluation.arrays)
         dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
         if dataset is not None:
-            examples = self._examples(dataset, evaluation)
+            written = getattr(pl_module, "written_captions", {})
+            examples = self._examples(dataset, evaluation, written)
             _replace(folder / "examples.json", json.dumps(examples))
 
-    def _examples(self, dataset: PairDataset, evaluation: Evaluation) -> dict[str, object]:
+    def _examples(
+        self, dataset: PairDataset, evaluation: Evaluation, written: Mapping[int, str]
+    ) -> dict[str, object]:
         captions, images = [], []
         sample_ids = evaluation.arrays["sample_ids"].tolist()
-        # Evenly spread over the gallery, so that the choice does not depend on the model.
-        count = min(self.gallery_images, len(sample_ids))
-        chosen = {round(index * len(sample_ids) / count) for index in range(count)}
+        chosen = spread_rows(len(sample_ids), self.gallery_images)
         for row, sample_id in enumerate(sample_ids):
             image_bytes, _, caption = dataset.raw(sample_id)
             captions.append(caption)
             if row in chosen:
                 image_bytes, media_type = dataset.shown(image_bytes)
                 encoded = base64.b64encode(image_bytes).decode()
-                images.append({"row": row, "media_type": media_type, "base64": encoded})
+                image = {"row": row, "media_type": media_type, "base64": encoded}
+                if sample_id in written:
+                    image["written"] = written[sample_id]
+                images.append(image)
         return {"captions": captions, "images": images}
 
 

@@ -1,10 +1,10 @@
 """Where the values of a module are: in shards over the ranks, and first of all on the first one.
 
 For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third; a block is gathered when it is needed and freed after. Blocks are gathered in bfloat16
-where training runs in it, gradients are added up in float32, scale and bias stay in float32.
-Micro-batches go backward one after the other: of no more than one block, and of what is in none,
-gradients are whole at a time.
+bias a third; objectives are split likewise. A block is gathered when it is needed and freed after.
+Blocks are gathered in bfloat16 where training runs in it, gradients are added up in float32, scale
+and bias stay in float32. Micro-batches go backward one after the other: of no more than one block,
+and of what is in none, gradients are whole at a time.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from dist_siglip.models.tuning import block_names
 def shard_module(
     module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
 ) -> None:
-    """Shard ``module.towers`` and ``module.logits`` over a mesh, in place (FSDP2).
+    """Shard towers, scale and bias, and objectives of a module over a mesh, in place (FSDP2).
 
     Args:
         module: before it goes to its device and before its optimizer is built.
@@ -46,12 +46,12 @@ def shard_module(
             f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
             "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
         )
-    sharded = ("towers.", "logits.")
+    sharded = ("towers.", "logits.", "objectives.")
     others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
     if others:
         raise UserError(
-            f"FullyShardedStrategy shards towers, scale and bias, and {others[0]} is none of them; "
-            "use a loss without parameters, or trainer.strategy: ddp"
+            "FullyShardedStrategy shards towers, scale, bias and objectives, and "
+            f"{others[0]} is none of them; use a loss without parameters, or trainer.strategy: ddp"
         )
     towers = module.get_submodule("towers")
     policy = MixedPrecisionPolicy()
@@ -63,8 +63,18 @@ def shard_module(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(towers, mesh=mesh, mp_policy=policy)
-    for method in ("encode_image", "encode_text"):
+    for method in ("encode_image", "encode_image_tokens", "encode_text"):
         register_fsdp_forward_method(towers, method)
+    for objective in module.get_submodule("objectives").children():
+        for name in block_names(objective):
+            block = objective.get_submodule(name)
+            if compile_blocks:
+                block.compile()
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(objective, mesh=mesh, mp_policy=policy)
+        for method in ("measure", "write"):
+            if hasattr(objective, method):
+                register_fsdp_forward_method(objective, method)
     # Apart, so that the loss can ask for them outside of the towers; never in half precision.
     fully_shard(module.get_submodule("logits"), mesh=mesh)
 

@@ -21,6 +21,7 @@ from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning import lies_in_block
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import by_name, by_number
+from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
 
 
@@ -142,6 +143,8 @@ class RunModule(LightningModule):
         last_evaluation: newest evaluation of this process.
         last_evaluated_step: optimizer steps behind it.
         timer: how this rank spends its time.
+        written_captions: of some pictures of that evaluation, by sample id; empty without a
+            decoder.
         step_check: of the callback SkipBadSteps: skips a step that is not finite, which else is an
             error.
         normalizes_pictures: whether batches hold pixels as uint8, which the towers normalise
@@ -158,6 +161,7 @@ class RunModule(LightningModule):
         super().__init__()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
+        self.written_captions: dict[int, str] = {}
         self.step_timer = StepTimer()
         self.step_check: StepCheck | None = None
         self._loaded_steps = 0
@@ -179,6 +183,14 @@ class RunModule(LightningModule):
             self.use_pictures(pictures)
         if isinstance(inputs, Preprocessing):
             self.towers.normalizer = ImageNormalizer(inputs.mean, inputs.std)
+
+    def check_data(self, data: object) -> None:
+        """Check that the features a data module reads are those of towers that are locked whole.
+
+        Raises:
+            UserError: as ``check_features``.
+        """
+        check_features(data, self.built, self.towers)
 
     def use_pictures(self, policy: PicturePolicy) -> None:
         """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""

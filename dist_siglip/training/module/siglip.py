@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -44,13 +45,16 @@ from dist_siglip.models import (
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import TowerConfig, layer_groups, tune_towers
-from dist_siglip.training.module.locked_features import (
-    check_features,
-    encode_beside_features,
-    settle_identities,
+from dist_siglip.objectives import Objective
+from dist_siglip.training.module.locked_features import encode_beside_features, settle_identities
+from dist_siglip.training.module.objectives import (
+    ObjectiveModule,
+    Terms,
+    build_objectives,
+    encode_with_terms,
 )
 from dist_siglip.training.module.placement import receive_values, shard_module
-from dist_siglip.training.module.run_module import RunModule, configure
+from dist_siglip.training.module.run_module import configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
 
 logger = logging.getLogger(__name__)
@@ -88,7 +92,7 @@ def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
     logger.info("calibrated before the first step: %s", fitted.describe())
 
 
-class SigLipModule(RunModule):
+class SigLipModule(ObjectiveModule):
     """Trains a dual encoder on image-text pairs.
 
     Args:
@@ -105,6 +109,9 @@ class SigLipModule(RunModule):
             as a class path. Null is ``dist_siglip.losses.SigLipLoss``. If its ``uses_caption_ids``
             is True it also gets the keyword caption_ids, likewise with ``uses_picture_ids``; if its
             ``uses_logit_bias`` is False the bias is frozen.
+        objectives: what trains beside the loss on patch tokens of the image tower, each by its
+            class path, such as ``dist_siglip.objectives.Captioning``, with ``weight``, ``start``
+            and ``ramp_steps``. Null is the loss alone.
         logits: start and training of scale and bias.
         optim: optimizer and learning rate.
         image_size: pixels, replaces the model's. Null keeps it.
@@ -136,6 +143,7 @@ class SigLipModule(RunModule):
         pretrained: str | None = None,
         weights_average: bool | None = None,
         loss: nn.Module | None = None,
+        objectives: list[Objective] | None = None,
         logits: LogitConfig = LogitConfig(),  # noqa: B008 - frozen dataclass
         optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen dataclass
         image_size: int | None = None,
@@ -193,6 +201,7 @@ class SigLipModule(RunModule):
         if calibration_pairs is None and logits.start_bias is None:
             self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
+        self.objectives = build_objectives(objectives or [], built)
         self._is_sharded = False
         self._is_configured = False
         self._compiles = compile_towers
@@ -223,6 +232,8 @@ class SigLipModule(RunModule):
             self._is_sharded = True
         elif self._compiles:
             translate_towers(self.towers)
+            for objective in self.by_name.values():
+                objective.compile_heads("inductor")
         if some_await:
             start = torch.tensor(
                 [self.built.start_scale, self.built.start_bias], dtype=torch.float64
@@ -248,7 +259,7 @@ class SigLipModule(RunModule):
         """Check that features of the data module are those of a locked tower of this model."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        check_features(data, self.built, self.towers)
+        self.check_data(data)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
     def on_fit_start(self) -> None:
@@ -267,8 +278,13 @@ class SigLipModule(RunModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
+        counted = self.begin_objectives()
+        terms: Terms = {}
         self.step_timer.begin_encoding(self.device)
-        image_features, text_features = self.encode(batch)
+        if counted:
+            image_features, text_features, terms = self._encode_with_terms(counted, batch)
+        else:
+            image_features, text_features = self.encode(batch)
         self.step_timer.end_encoding()
         # Under autocast the loss's products run in the precision of the towers, and so do the
         # exchanged features; logits and gradients stay float32 inside the loss.
@@ -288,6 +304,8 @@ class SigLipModule(RunModule):
             ids=ids_for(self.loss, batch.caption_ids, batch.picture_ids),
             nonfinite="raise" if self.step_check is None else "propagate",
         )
+        if self.objectives:
+            loss = self.add_objectives(loss, terms, is_sharded=self._is_sharded)
         return self.finish_step(
             batch,
             loss,
@@ -347,12 +365,13 @@ class SigLipModule(RunModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation; evaluate one model on all ranks."""
         self.evaluation.reset()
+        self.forget_measures()
         # Running statistics of BatchNorm differ between ranks; a checkpoint holds the first one's.
         copy_from_first_rank(self.towers.buffers())
 
     def validation_step(self, batch: ImageTextBatch, batch_idx: int) -> None:
         """Keep the features of one batch of this rank."""
-        image_features, text_features = self.towers(batch.images, batch.texts)
+        image_features, text_features = self.encode_and_measure(batch)
         self.evaluation.update(
             image_features,
             text_features,
@@ -375,6 +394,7 @@ class SigLipModule(RunModule):
         self.evaluation.reset()
         metrics = {
             **evaluation.metrics,
+            **self.compute_measures(),
             **self.available_pairs(),
             "logit_scale": logit_scale,
             "logit_bias": logit_bias,
@@ -403,10 +423,14 @@ class SigLipModule(RunModule):
         """Go backward from the loss, then through the towers whose micro-batches wait for it."""
         super().backward(loss, *args, **kwargs)
         cached, self._cached = self._cached, []
-        towers: Any = self.towers
         for each in cached:
             # Copies of the shards on other nodes meet once, after the last micro-batch.
-            each.backward(towers.set_requires_all_reduce)
+            each.backward(self._reduce_over_nodes)
+
+    def _reduce_over_nodes(self, is_wanted: bool) -> None:
+        sharded: list[Any] = [self.towers, *self.objectives.values()]
+        for module in sharded:
+            module.set_requires_all_reduce(is_wanted)
 
     def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Encode a batch; features it brings along stand in for a locked tower."""
@@ -427,15 +451,29 @@ class SigLipModule(RunModule):
             ("image", batch.images, batch.image_features, towers.encode_image),
             ("text", batch.texts, batch.text_features, towers.encode_text),
         ):
-            if given is not None:
-                features.append(given)
-            elif len(inputs) <= size or tower not in self._trained_towers:
-                features.append(encode_tower_in_micro_batches(encode, inputs, size))
-            else:
-                self._cached.append(CachedEncoding(encode, inputs, size))
-                features.append(self._cached[-1].features)
+            whole = self._encode_part(tower, inputs, encode, size) if given is None else given
+            features.append(whole)
         image_features, text_features = features
         return image_features, text_features
+
+    def _encode_part(
+        self, tower: str, inputs: Tensor, encode: Callable[[Tensor], Tensor], size: int
+    ) -> Tensor:
+        if not self._is_sharded or len(inputs) <= size or tower not in self._trained_towers:
+            return encode_tower_in_micro_batches(encode, inputs, size)
+        self._cached.append(CachedEncoding(encode, (inputs,), size))
+        return self._cached[-1].features
+
+    def _encode_with_terms(
+        self, objectives: Mapping[str, Objective], batch: ImageTextBatch
+    ) -> tuple[Tensor, Tensor, Terms]:
+        """Encode both sides once, and compute the terms of objectives on the tokens."""
+        size, step = self.micro_batch_size or len(batch.images), self.global_step
+        self._cached = []
+        later = self._cached if self._is_sharded else None
+        images, terms = encode_with_terms(self.towers, objectives, batch, step, size, later=later)
+        texts = self._encode_part("text", batch.texts, self.towers.encode_text, size)
+        return images, texts, terms
 
     @cached_property
     def _trained_towers(self) -> set[str]:

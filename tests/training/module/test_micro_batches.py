@@ -80,7 +80,7 @@ def random_step(checkpoint, monkeypatch, *, autocast=False):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         if checkpoint is None:
             sides = ((encoder.encode_image, images.float()), (encoder.encode_text, texts))
-            cached = [CachedEncoding(encode, inputs, 2) for encode, inputs in sides]
+            cached = [CachedEncoding(encode, (inputs,), 2) for encode, inputs in sides]
             features = [each.features for each in cached]
         else:
             features = encode_in_micro_batches(encoder, images.float(), texts, 2)

@@ -1,0 +1,376 @@
+"""Objectives beside the pairwise loss, joined to a training step and to an evaluation.
+
+One pass of the image tower gives features and tokens to all of them. Tokens stay in the micro-batch
+that made them: of each term a sum and a count come out, and are weighed by the counts of all ranks.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.samples.cached_features import CachedFeatures
+from dist_siglip.distributed import agree_once, gather_rows, max_over_ranks, sum_over_ranks
+from dist_siglip.errors import UserError
+from dist_siglip.metrics.evaluation import ARRAY_PAIRS
+from dist_siglip.models import (
+    BuiltModel,
+    DualEncoder,
+    TokenShape,
+    evaluation_mode,
+)
+from dist_siglip.models.dual_encoder import CachedEncoding
+from dist_siglip.models.text_tower import ModelTokenizer
+from dist_siglip.models.tuning import layer_groups
+from dist_siglip.objectives import Captioning, Objective, Rows, Term
+from dist_siglip.training.module.run_module import RunModule
+
+Terms = dict[str, dict[str, Term]]
+GALLERY_PICTURES = 24  # that a report shows
+
+
+def spread_rows(num_rows: int, count: int) -> set[int]:
+    """Choose rows that lie evenly, so that the choice depends on nothing but their number.
+
+    Example:
+        >>> sorted(spread_rows(10, 3)), spread_rows(2, 3)
+        ([0, 3, 7], {0, 1})
+    """
+    count = min(count, num_rows)
+    return {round(index * num_rows / count) for index in range(count)}
+
+
+def build_objectives(asked: Sequence[Objective], built: BuiltModel) -> nn.ModuleDict:
+    """Build the heads of objectives, without moving the random generator of what follows.
+
+    Args:
+        asked: as configured.
+        built: towers as they will train.
+
+    Returns:
+        Objectives by name, in their order.
+
+    Raises:
+        UserError: if an objective is named twice, the image tower gives no tokens or is locked as
+            a whole, or as the objectives say.
+    """
+    found = nn.ModuleDict()
+    shape = _image_tokens(built) if asked else TokenShape(0, 0)
+    with torch.random.fork_rng(devices=[]):
+        for objective in asked:
+            if objective.name in found:
+                raise UserError(
+                    f"objectives name {type(objective).__name__} twice; leave one of them out"
+                )
+            objective.build(built, shape)
+            found[objective.name] = objective
+    return found
+
+
+def _image_tokens(built: BuiltModel) -> TokenShape:
+    towers, size = built.encoder, built.image_size
+    groups = layer_groups(towers)
+    if not any(
+        parameter.requires_grad and groups[name].tower == "image"
+        for name, parameter in towers.named_parameters()
+    ):
+        raise UserError(
+            "objectives train the image tower, which is locked whole: they would train heads that "
+            "nothing keeps; unlock some of it (image_tower.unlocked_groups or lora), or leave "
+            "objectives out"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(towers.parameters()).device
+    with torch.no_grad(), evaluation_mode(towers):
+        _, tokens = towers.encode_image_tokens(torch.zeros(1, 3, height, width, device=device))
+    return TokenShape(*tokens.shape[1:])
+
+
+def refuse_cached(data: object, objectives: Iterable[Objective]) -> None:
+    """Refuse stored features of a side that an objective reads.
+
+    Raises:
+        UserError: naming the objective.
+    """
+    features: CachedFeatures | None = getattr(data, "features", None)
+    for objective in objectives:
+        for need, tower in (("image tokens", "image"), ("captions", "text")):
+            if features is not None and need in objective.needs and tower in features.towers:
+                raise UserError(
+                    f"objectives ({type(objective).__name__}) need {need}, and train_features "
+                    f"stand in for the {tower} tower; leave one of the two out"
+                )
+
+
+def encode_with_terms(
+    towers: DualEncoder,
+    objectives: Mapping[str, nn.Module],
+    batch: ImageTextBatch,
+    step: int,
+    micro_batch_size: int,
+    *,
+    later: list[CachedEncoding] | None = None,
+) -> tuple[Tensor, Terms]:
+    """Encode the pictures of a batch once, and compute the terms of objectives on their tokens.
+
+    Args:
+        towers: as they train.
+        objectives: those that count in this step.
+        batch: of this rank.
+        step: of the run, for batches that bring no draws.
+        micro_batch_size: rows that are encoded, and whose terms are computed, together.
+        later: takes up what goes backward by itself when the loss is done, micro-batch by
+            micro-batch, as sharded towers do; None leaves that to autograd.
+
+    Returns:
+        (B, D) L2-normalised features; terms of this rank's rows.
+    """
+    names: list[tuple[str, str]] = []
+
+    def encode(images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        features, tokens = towers.encode_image_tokens(images)
+        seen = Rows(tokens, *rows)
+        found = {name: objective(seen) for name, objective in objectives.items()}
+        names[:] = [(name, term) for name, terms in found.items() for term in terms]
+        terms = [found[name][term] for name, term in names]
+        return (
+            features,
+            torch.stack([each.total for each in terms]),
+            torch.stack([each.number for each in terms]),
+        )
+
+    columns = (batch.images, batch.texts, draws_of(batch, step), batch.valid)
+    if later is not None and len(batch.images) > micro_batch_size:
+        cached = CachedEncoding(encode, columns, micro_batch_size)
+        later.append(cached)
+        features, (totals, numbers) = cached.features, cached.sums
+    else:
+        parts = list(zip(*(each.split(micro_batch_size) for each in columns), strict=True))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            found = [
+                checkpoint(encode, *part, use_reentrant=False, preserve_rng_state=True)
+                for part in parts
+            ]
+        else:
+            found = [encode(*part) for part in parts]
+        of_parts, *sums = zip(*found, strict=True)
+        features = torch.cat(of_parts)
+        totals, numbers = (torch.stack(each).sum(dim=0) for each in sums)
+    terms: Terms = {name: {} for name in objectives}
+    for (name, term), total, number in zip(names, totals, numbers, strict=True):
+        terms[name][term] = Term(total, number)
+    return features, terms
+
+
+def draws_of(batch: ImageTextBatch, step: int) -> Tensor:
+    """Return the random numbers of a batch; without any, those of sample and step."""
+    if batch.draws is not None:
+        return batch.draws
+    return batch.sample_ids + (step << 40)
+
+
+def weigh_terms(
+    terms: Terms, weights: Mapping[str, float], world_size: int
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Weigh the terms of this rank so that the mean over ranks is that of the global batch.
+
+        share = sum over terms of  weight * W * sum / (count of all ranks)
+
+    Distributed contract: every rank calls it with the same names; one all-reduce of two numbers
+    for each term, without gradient. A term that counts nothing anywhere is 0.
+
+    Args:
+        terms: by objective and name.
+        weights: by objective.
+        world_size: W.
+
+    Returns:
+        The share, with its gradient; means of all ranks and weights, by their names in the log.
+
+    Raises:
+        UserError: if ranks have different terms.
+    """
+    listed = [(name, term, each) for name, found in terms.items() for term, each in found.items()]
+    agree_once(f"objectives; terms {', '.join(f'{name} {term}' for name, term, _ in listed)}")
+    sums = torch.stack([each.total for _, _, each in listed])
+    counts = torch.stack([each.number for _, _, each in listed]).to(sums)
+    all_sums, all_counts = sum_over_ranks(torch.stack([sums.detach(), counts])).unbind()
+    all_counts = all_counts.clamp(min=1)
+    factors = sums.new_tensor([weights[name] for name, _, _ in listed])
+    share = (factors * world_size * sums / all_counts).sum()
+    means = (all_sums / all_counts).unbind()
+    logged: dict[str, Tensor | float] = {
+        f"train/{term}": mean for (_, term, _), mean in zip(listed, means, strict=True)
+    }
+    return share, logged | {f"train/{name}_weight": weight for name, weight in weights.items()}
+
+
+def touch(objectives: Iterable[nn.Module]) -> Tensor | float:
+    """Return a zero that depends on parameters no term uses, for DDP waits for every one."""
+    parameters = [each for module in objectives for each in module.parameters()]
+    return sum(0.0 * parameter.sum() for parameter in parameters)
+
+
+class ObjectiveMeasures:
+    """Sums of what objectives measure in an evaluation, and captions of some of its pictures.
+
+    Distributed contract: ranks call each method equally often, as batches of an evaluation are.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def update(
+        self,
+        objectives: Mapping[str, Any],
+        batch: ImageTextBatch,
+        tokens: Tensor,
+        num_pictures: int,
+    ) -> None:
+        """Measure one batch of this rank.
+
+        Args:
+            objectives: by name.
+            batch: of the evaluation.
+            tokens: (B, T, C) of its pictures.
+            num_pictures: of the evaluation, of which a few are kept to write captions of.
+        """
+        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid)
+        for objective in objectives.values():
+            for name, term in objective.measure(rows).items():
+                both = torch.stack([term.total.float(), term.number.float()])
+                self._sums[name] = self._sums.get(name, 0) + both
+        shown = spread_rows(min(num_pictures, ARRAY_PAIRS), GALLERY_PICTURES)
+        chosen = torch.tensor(sorted(shown), dtype=torch.int64)
+        is_kept = batch.valid & torch.isin(batch.sample_ids, chosen.to(batch.sample_ids))
+        self._kept.append((batch.sample_ids[is_kept], tokens[is_kept]))
+
+    def compute(
+        self, objectives: Mapping[str, Any], built: BuiltModel
+    ) -> tuple[dict[str, float], dict[int, str]]:
+        """Return the means over all ranks by name, and written captions by sample id."""
+        names = list(self._sums)
+        if not names:
+            return {}, {}
+        sums = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
+        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        ids, tokens = (torch.cat(column) for column in zip(*self._kept, strict=True))
+        captions: dict[int, str] = {}
+        for objective in objectives.values():
+            if isinstance(objective, Captioning):
+                captions = _written(objective.write, objective, ids, tokens, built)
+        return dict(zip(names, means, strict=True)), captions
+
+
+def _written(
+    write: Callable[[Tensor], Tensor],
+    objective: Captioning,
+    ids: Tensor,
+    tokens: Tensor,
+    built: BuiltModel,
+) -> dict[int, str]:
+    """Captions of the pictures of all ranks by sample id; each rank writes as many rows."""
+    most = int(max_over_ranks(torch.tensor(len(ids), device=ids.device)))
+    if most == 0 or not isinstance(built.tokenizer, ModelTokenizer):
+        return {}
+    missing = most - len(ids)
+    texts = write(torch.cat([tokens, tokens.new_zeros(missing, *tokens.shape[1:])]))
+    marked = torch.cat([ids, ids.new_full((missing,), -1)])
+    found = gather_rows(torch.cat([marked[:, None], texts], dim=1)).cpu()
+    captions = {}
+    for sample_id, text, is_target in zip(
+        found[:, 0].tolist(), found[:, 1:], objective.writing.is_target(found[:, 1:]), strict=True
+    ):
+        if sample_id >= 0:
+            captions[sample_id] = built.tokenizer.decode(text[is_target].tolist())
+    return captions
+
+
+class ObjectiveModule(RunModule):
+    """A module whose steps and evaluations have objectives beside their loss.
+
+    Attributes:
+        objectives: by name; empty for the loss alone.
+    """
+
+    objectives: nn.ModuleDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._measures = ObjectiveMeasures()
+        self._weights: dict[str, float] = {}
+        self._idle_heads: list[nn.Module] = []
+
+    @property
+    def by_name(self) -> dict[str, Objective]:
+        """The objectives."""
+        return cast("dict[str, Objective]", dict(self.objectives.items()))
+
+    def check_data(self, data: object) -> None:
+        """Check features a data module reads against the towers, and against the objectives.
+
+        Raises:
+            UserError: as ``check_features`` and ``refuse_cached``.
+        """
+        super().check_data(data)
+        refuse_cached(data, self.by_name.values())
+
+    def begin_objectives(self) -> dict[str, Objective]:
+        """Weigh the objectives for the step under way; return those that count in it."""
+        self._weights = {
+            name: objective.weight_at(self.global_step, self.trainer.max_steps)
+            for name, objective in self.by_name.items()
+        }
+        return {name: each for name, each in self.by_name.items() if self._weights[name]}
+
+    def add_objectives(self, loss: Tensor, terms: Terms, *, is_sharded: bool) -> Tensor:
+        """Add the terms of the step to this rank's share of the loss, and log them if it is due."""
+        world_size = self.trainer.world_size
+        logged: dict[str, Any] = {
+            f"train/{name}_weight": weight for name, weight in self._weights.items()
+        }
+        if self._is_logged_step():
+            logged["train/pair_loss"] = sum_over_ranks(loss.detach()) / world_size
+        self._idle_heads = [each for name, each in self.objectives.items() if name not in terms]
+        if terms:
+            share, means = weigh_terms(terms, self._weights, world_size)
+            loss, logged = loss + share, logged | means
+        if not is_sharded:
+            loss = loss + touch(self._idle_heads)
+        if self._is_logged_step():
+            self.log_dict(logged)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Leave heads that did not count in this step as they are, decay included."""
+        for objective in self._idle_heads:
+            for parameter in objective.parameters():
+                parameter.grad = None
+
+    def forget_measures(self) -> None:
+        """Begin an evaluation."""
+        self._measures = ObjectiveMeasures()
+
+    def encode_and_measure(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """Encode a batch of an evaluation once, and measure the objectives on its tokens."""
+        measured = self._measured
+        if not measured:
+            return self.towers(batch.images, batch.texts)
+        image_features, tokens = self.towers.encode_image_tokens(batch.images)
+        num_pictures = int(self.available_pairs().get("available_pairs", 0))
+        self._measures.update(measured, batch, tokens, num_pictures)
+        return image_features, self.towers.encode_text(batch.texts)
+
+    def compute_measures(self) -> dict[str, float]:
+        """Return what objectives measured over all ranks, and keep the captions they wrote."""
+        found, self.written_captions = self._measures.compute(self._measured, self.built)
+        return found
+
+    @property
+    def _measured(self) -> dict[str, Objective]:
+        """Objectives that have a weight at all."""
+        return {name: each for name, each in self.by_name.items() if each.weight}

@@ -1,0 +1,99 @@
+"""Gradients of a step with an objective, on each rank, and training runs with one."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.losses import LogitScaleBias, siglip_loss
+from dist_siglip.models import build_dual_encoder, encode_tower_in_micro_batches
+from dist_siglip.objectives import Captioning, Term
+from dist_siglip.training.module.objectives import (
+    build_objectives,
+    encode_with_terms,
+    weigh_terms,
+)
+
+LAYOUTS = {1: (6,), 2: (4, 2), 3: (3, 1, 2)}  # local batch sizes by rank
+MICRO_BATCH_SIZES = (None, 2)
+WEIGHT = 0.7
+
+
+def batch_of(num_pairs=6, seed=2, dtype=torch.float64):
+    """Pairs whose captions have different lengths, with draws of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_pairs, 3, 32, 32, generator=generator, dtype=dtype)
+    texts = torch.randint(1, 40000, (num_pairs, 8), generator=generator)
+    texts[:, 0] = 49406
+    for row in range(num_pairs):
+        end = 1 + (5 * row + 2) % 7
+        texts[row, end], texts[row, end + 1 :] = 49407, 0
+    ids = torch.arange(num_pairs)
+    draws = torch.randint(2**62, (num_pairs,), generator=generator)
+    yes, no = torch.ones(num_pairs).bool(), torch.zeros(num_pairs).bool()
+    return ImageTextBatch(images, texts, ids, ids, yes, no, None, None, ids, draws)
+
+
+def rows_of(batch, rows):
+    """Some rows of a batch."""
+    return ImageTextBatch(*(None if part is None else part[rows] for part in batch))
+
+
+class Step(nn.Module):
+    """Towers, scale and bias, loss and objective, as a training step joins them."""
+
+    def __init__(self, model, micro_batch_size, world_size, broken):
+        super().__init__()
+        torch.manual_seed(1)
+        built = build_dual_encoder(model)
+        self.towers = built.encoder.train()
+        self.objectives = build_objectives([Captioning(WEIGHT, parallel=0.5)], built)
+        for parameter in self.objectives.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        self.logits = LogitScaleBias(5.0, -2.0)
+        self.micro_batch_size, self.world_size = micro_batch_size, world_size
+        self.broken = broken
+        self.double()
+
+    def forward(self, batch):
+        size = self.micro_batch_size or len(batch.images)
+        images, terms = encode_with_terms(self.towers, self.objectives, batch, 0, size)
+        texts = encode_tower_in_micro_batches(self.towers.encode_text, batch.texts, size)
+        loss = siglip_loss(images, texts, *self.logits())
+        if self.broken == "mean of this rank":
+            term = terms["captioning"]["caption_loss"]
+            return loss + WEIGHT * term.total / term.number
+        share, logged = weigh_terms(terms, {"captioning": WEIGHT}, self.world_size)
+        self.logged = logged["train/caption_loss"]
+        return loss + share
+
+
+def gradients_of(rank, world_size, model, cases):
+    """Gradients after DDP's exchange and the loss, for each (micro-batch size, broken variant)."""
+    sizes = LAYOUTS[world_size]
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    found = []
+    for micro_batch_size, broken in cases:
+        step = Step(model, micro_batch_size, world_size, broken)
+        wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01) if world_size > 1 else step
+        loss = wrapped(rows_of(batch_of(sum(sizes)), rows))
+        loss.backward()
+        if world_size > 1:
+            dist.all_reduce(loss.detach_())
+        found.append(
+            {
+                "loss": loss.detach() / world_size,
+                "logged": getattr(step, "logged", torch.zeros(())),
+                **{name: parameter.grad for name, parameter in step.named_parameters()},
+            }
+        )
+    return found
+
+
+def weighed(rank, world_size):
+    """The shares of the published case: a rank each holds the tokens of one caption."""
+    total, number = ((0.340753 + 0.743668, 2), (0.743668 + 1.386294 + 0.139206, 3))[rank]
+    terms = {"given": {"loss": Term(torch.tensor(total), torch.tensor(number))}}
+    share, logged = weigh_terms(terms, {"given": 1.0}, world_size)
+    return share.item(), logged["train/loss"].item()

@@ -1,0 +1,335 @@
+"""Objectives in a training step: one pass of each tower, and the mean over the global batch."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from dist_siglip.errors import UserError
+from dist_siglip.models import build_dual_encoder, compile_towers
+from dist_siglip.models.tuning import TowerConfig
+from dist_siglip.objectives import Captioning, Rows
+from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module.objectives import (
+    ObjectiveMeasures,
+    build_objectives,
+    encode_with_terms,
+    refuse_cached,
+)
+from tests.support.objective_ranks import (
+    LAYOUTS,
+    MICRO_BATCH_SIZES,
+    batch_of,
+    gradients_of,
+    rows_of,
+    weighed,
+)
+from tests.support.processes import run_ranks
+from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import CALM, fit, locked_module
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("model") / "tiny.json", ARCHITECTURES["siglip"])
+
+
+CASES = [(size, "") for size in MICRO_BATCH_SIZES] + [(None, "mean of this rank")]
+
+
+@lru_cache
+def results_of(world_size, model):
+    if world_size == 1:
+        return [gradients_of(0, 1, model, CASES)]
+    return run_ranks(gradients_of, world_size, model, CASES)
+
+
+def worst(found, expected):
+    return max(
+        ((found[name] - value).abs().max() / value.abs().max()).item()
+        for name, value in expected.items()
+        if value.abs().max() > 0
+    )
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_loss_and_gradients_are_those_of_one_process_at_any_micro_batch(world_size, model):
+    expected = results_of(1, model)[0][0]
+    assert "objectives.captioning.output.weight" in expected
+    for cases in results_of(world_size, model):
+        for found in cases[: len(MICRO_BATCH_SIZES)]:
+            assert found.keys() == expected.keys()
+            assert worst(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_comparison_rejects_the_mean_of_each_rank(world_size, model):
+    expected = {**results_of(1, model)[0][0], "logged": torch.zeros(())}
+    assert worst(results_of(world_size, model)[0][-1], expected) > 1e-3
+
+
+def test_an_objective_reaches_image_tower_and_decoder_and_leaves_the_rest_alone(model):
+    """Of the gradients with and without it, those of text tower, scale and bias are the same."""
+    torch.manual_seed(1)
+    built = build_dual_encoder(model)
+    towers = built.encoder
+    objective = Captioning()
+    objectives = build_objectives([objective], built)
+    torch.nn.init.normal_(objective.output.weight, std=0.3)
+    batch = batch_of(dtype=torch.float32)
+    _, terms = encode_with_terms(towers, objectives, batch, 0, 6)
+    terms["captioning"]["caption_loss"].total.backward()
+    reached = {
+        name.split(".")[1]
+        for name, parameter in towers.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    assert reached == {"visual"}
+    assert all(parameter.grad.any() for parameter in objective.parameters())
+
+
+def test_the_shares_of_the_published_case():
+    found = run_ranks(weighed, 2)
+    shares = [share for share, _ in found]
+    assert shares == pytest.approx([0.433769, 0.907668], abs=1e-6)
+    assert sum(shares) / 2 == pytest.approx(0.670718, abs=1e-6)
+    assert [mean for _, mean in found] == pytest.approx([0.670718] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "custom_text"])
+def test_features_beside_tokens_are_those_without_to_the_last_bit(kind, tmp_path):
+    torch.manual_seed(1)
+    towers = build_dual_encoder(write_config(tmp_path / "m.json", ARCHITECTURES[kind])).encoder
+    images = torch.randn(3, 3, 32, 32)
+    for mode in (True, False):
+        towers.train(mode)
+        features, tokens = towers.encode_image_tokens(images)
+        assert torch.equal(features, towers.encode_image(images))
+    visual = towers.clip.visual
+    assert tokens.shape == ((3, 4, 64) if kind == "siglip" else (3, 16, 16))
+    if kind == "siglip":
+        (whole,) = visual.trunk.forward_intermediates(
+            images, indices=1, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+    else:
+        (whole,) = visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )["image_intermediates"]
+    assert torch.equal(tokens, whole)
+
+
+def test_tokens_of_a_tower_that_pools_before_its_norm_are_normed(tmp_path):
+    architecture = {**ARCHITECTURES["clip"]}
+    architecture["vision_cfg"] = {**architecture["vision_cfg"], "final_ln_after_pool": True}
+    towers = build_dual_encoder(write_config(tmp_path / "m.json", architecture)).encoder.eval()
+    features, tokens = towers.encode_image_tokens(torch.randn(2, 3, 32, 32))
+    assert tokens.mean(dim=-1).abs().max() < 1e-5
+    assert features.shape == (2, 8)
+
+
+def test_towers_without_tokens_are_refused_in_one_line(tmp_path):
+    pooled = {**ARCHITECTURES["clip"]}
+    pooled["vision_cfg"] = {
+        **pooled["vision_cfg"],
+        "attentional_pool": True,
+        "attn_pooler_heads": 2,
+    }
+    for number, architecture in enumerate((ARCHITECTURES["resnet"], pooled)):
+        path = write_config(tmp_path / f"{number}.json", architecture)
+        with pytest.raises(UserError, match="gives no patch tokens to objectives") as caught:
+            SigLipModule(path, objectives=[Captioning()])
+        assert "\n" not in str(caught.value)
+
+
+class Watch(Callback):
+    """Counts passes through the towers, and keeps what is logged of each step."""
+
+    def __init__(self):
+        self.passes, self.logged = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        clip = pl_module.towers.clip
+        for name, block in (
+            ("image", clip.visual.trunk.blocks[0]),
+            ("text", clip.text.transformer.resblocks[0]),
+        ):
+            block.register_forward_hook(lambda *_, name=name: self.passes.append(name))
+
+    def on_train_batch_end(self, trainer, *_):
+        kept = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.logged.append({**kept, "passes": list(self.passes)})
+        self.passes.clear()
+
+
+def train(model, folder, num_steps=3, start=None, objectives=None, done=0, **settings):
+    """A run on batches with captions of several lengths; its module, trainer and log."""
+    trainer_settings = settings.pop("trainer", {})
+    module = locked_module(model, objectives=objectives, **settings)
+    watch = Watch()
+    batches = [batch_of(4, seed, torch.float32) for seed in range(num_steps + 8)][done:]
+    trainer = fit(
+        module,
+        folder,
+        batches,
+        ckpt_path=start,
+        callbacks=[watch],
+        **{"max_steps": num_steps, "gradient_clip_val": 1.0, **trainer_settings},
+    )
+    return module, trainer, watch.logged
+
+
+def towers_of(module):
+    return {
+        name: value.clone()
+        for name, value in module.state_dict().items()
+        if not name.startswith("objectives.")
+    }
+
+
+def all_equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_one_pass_of_each_tower_serves_loss_and_objective(model, tmp_path, micro_batch_size):
+    size = {"micro_batch_size": micro_batch_size}
+    logged = train(model, tmp_path, 1, objectives=[Captioning()], **size)[2]
+    alone = train(model, tmp_path, 1, **size)[2]
+    assert sorted(logged[0]["passes"]) == sorted(alone[0]["passes"])
+    assert logged[0]["passes"].count("image") == (1 if micro_batch_size is None else 4)
+
+
+def test_an_objective_of_weight_0_and_one_that_has_not_begun_change_nothing(model, tmp_path):
+    expected = towers_of(train(model, tmp_path)[0])
+    for objective in (Captioning(0.0), Captioning(start=3)):
+        torch.manual_seed(9)
+        module, _, logged = train(
+            model,
+            tmp_path,
+            objectives=[objective],
+            optim=CALM,
+        )
+        assert all_equal(towers_of(module), expected)
+        fresh = locked_module(model, objectives=[type(objective)()])
+        # Heads stay as they were built: no decay, no step.
+        assert all_equal(dict(module.objectives.state_dict()), dict(fresh.objectives.state_dict()))
+        assert logged[-1]["train/captioning_weight"] == 0
+    module, _, logged = train(model, tmp_path, objectives=[Captioning(start=2)])
+    assert [entry["train/captioning_weight"] for entry in logged] == [0, 0, 1]
+    assert not all_equal(towers_of(module), expected)
+
+
+def test_terms_weights_and_the_pairwise_loss_are_logged(model, tmp_path):
+    _, _, logged = train(model, tmp_path, objectives=[Captioning(0.5, ramp_steps=2)])
+    for entry, weight in zip(logged, (0.25, 0.5, 0.5), strict=True):
+        assert entry["train/captioning_weight"] == weight
+        whole = entry["train/pair_loss"] + weight * entry["train/caption_loss"]
+        assert entry["train/loss"] == pytest.approx(whole, rel=1e-5)
+    assert logged[0]["train/caption_loss"] == pytest.approx(10.80787, abs=1e-4)
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_bit_across_the_beginning_of_an_objective(
+    model, tmp_path
+):
+    objective = {"start": 2, "parallel": 0.5}
+    whole, _, logged = train(model, tmp_path, 4, objectives=[Captioning(**objective)])
+    for stop in (1, 3):
+        path = tmp_path / f"{stop}.ckpt"
+        _, trainer, _ = train(model, tmp_path, stop, objectives=[Captioning(**objective)])
+        trainer.save_checkpoint(path)
+        module, _, rest = train(
+            model, tmp_path, 4, objectives=[Captioning(**objective)], start=path, done=stop
+        )
+        assert all_equal(dict(module.state_dict()), dict(whole.state_dict()))
+        assert rest[-1]["train/loss"] == logged[-1]["train/loss"]
+
+
+def test_under_autocast_terms_are_float32_and_near_those_without(model, tmp_path):
+    exact = train(model, tmp_path, objectives=[Captioning()])[2]
+    rounded = train(
+        model, tmp_path, objectives=[Captioning()], trainer={"precision": "bf16-mixed"}
+    )[2]
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours["train/caption_loss"] == pytest.approx(theirs["train/caption_loss"], rel=0.01)
+    assert rounded[-1]["train/caption_loss"] != exact[-1]["train/caption_loss"]
+
+
+@pytest.mark.e2e
+def test_compiled_parts_give_what_eager_ones_give(model):
+    torch.manual_seed(1)
+    built = build_dual_encoder(model)
+    batch, images = batch_of(2), torch.randn(2, 3, 32, 32)
+    features, tokens = built.encoder.encode_image_tokens(images)
+    objective = build_objectives([Captioning(layers=1)], built)["captioning"]
+    torch.nn.init.normal_(objective.output.weight, std=0.3)
+    rows = Rows(tokens, *(part[:2] for part in (batch.texts, batch.draws, batch.valid)))
+    (expected,) = objective(rows).values()
+    compile_towers(built.encoder, backend="aot_eager")
+    objective.compile_heads("aot_eager")
+    torch._dynamo.utils.counters.clear()
+    found = built.encoder.encode_image_tokens(images)
+    assert torch.allclose(found[0], features, atol=1e-5)
+    assert torch.allclose(found[1], tokens, atol=1e-5)
+    (term,) = objective(rows).values()
+    assert term.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_an_evaluation_measures_captions_and_writes_those_of_its_pictures(model):
+    module = locked_module(model, objectives=[Captioning(layers=1)])
+    batch = batch_of(6, dtype=torch.float32)
+    batch = batch._replace(valid=torch.tensor([True] * 5 + [False]))
+    measures = ObjectiveMeasures()
+    with torch.no_grad():
+        for rows in (slice(0, 4), slice(4, 6)):
+            part = rows_of(batch, rows)
+            _, tokens = module.towers.encode_image_tokens(part.images)
+            measures.update(module._measured, part, tokens, 5)
+        metrics, written = measures.compute(module._measured, module.built)
+    assert metrics["caption_loss"] == pytest.approx(10.80787, abs=1e-4)
+    assert metrics["caption_token_accuracy"] == 0
+    assert metrics["caption_picture_gain"] == pytest.approx(0, abs=1e-5)
+    assert sorted(written) == [0, 1, 2, 3, 4]  # all valid ones, of which there are few
+    assert all(isinstance(text, str) for text in written.values())
+
+
+def test_heads_are_no_part_of_towers_and_weights_of_a_run_load_without_them(model, tmp_path):
+    module, trainer, _ = train(model, tmp_path, 1, objectives=[Captioning()])
+    path = tmp_path / "run.ckpt"
+    trainer.save_checkpoint(path)
+    assert any(name.startswith("objectives.captioning") for name in module.state_dict())
+    assert not any("objectives" in name for name in module.towers.state_dict())
+    alone = SigLipModule(model, pretrained=str(path))
+    assert all_equal(dict(alone.towers.state_dict()), dict(module.towers.state_dict()))
+
+
+def test_what_makes_no_sense_is_refused_in_one_line(model):
+    class Cached:
+        class features:  # noqa: N801 - stands in for an attribute
+            towers = ("image",)
+
+    for settings, words in (
+        ({"objectives": [Captioning(), Captioning()]}, "objectives name Captioning twice"),
+        (
+            {"objectives": [Captioning()], "image_tower": TowerConfig(locked=True)},
+            "objectives train the image tower, which is locked whole",
+        ),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            locked_module(model, **settings)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="need image tokens, and train_features stand"):
+        refuse_cached(Cached, [Captioning()])
+    Cached.features.towers = ("text",)
+    with pytest.raises(UserError, match="need captions"):
+        refuse_cached(Cached, [Captioning()])
+    locked_module(model, objectives=[Captioning()], text_tower=TowerConfig(locked=True))
