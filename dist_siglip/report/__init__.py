@@ -22,6 +22,7 @@ from dist_siglip.report.sections import (
     capacity,
     comparison,
     geometry,
+    objectives,
     pairs,
     retrieval,
     shapes,
@@ -38,6 +39,7 @@ _Maker = Callable[[Sequence[RunRecord]], Section | None]
 _SECTIONS: dict[str, _Maker] = {
     "comparison": comparison.make,
     "training": training.make,
+    "objectives": objectives.make,
     "speed": training.make_speed,
     "data_health": training.make_data,
     "retrieval": retrieval.make,

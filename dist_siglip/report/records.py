@@ -96,10 +96,11 @@ def _read(path: Path) -> BenchmarkFile | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the evaluation and the row of its pair."""
+    """An image of the evaluation, the row of its pair, and the caption a decoder wrote of it."""
 
     row: int
     data_uri: str
+    written: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,4 +361,9 @@ def _picture(entry: object) -> Picture | None:
         return None
     if not content.startswith(_MAGIC[media_type]):
         return None
-    return Picture(row, f"data:{media_type};base64,{base64.b64encode(content).decode()}")
+    written = entry.get("written")
+    return Picture(
+        row,
+        f"data:{media_type};base64,{base64.b64encode(content).decode()}",
+        printable(written) if isinstance(written, str) else None,
+    )

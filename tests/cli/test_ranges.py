@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import Namespace
 
 from dist_siglip import evaluation as benchmarks
-from dist_siglip import losses
+from dist_siglip import losses, objectives
 from dist_siglip.cli import main
 from dist_siglip.cli.ranges import _INIT_ARGUMENTS, RANGES, check_ranges, range_of
 from dist_siglip.errors import UserError
@@ -56,7 +56,7 @@ def test_no_range_is_of_a_setting_that_is_not_there():
 def test_every_number_of_a_class_path_has_a_range():
     own = {
         name
-        for module in (losses, benchmarks, callbacks, strategies)
+        for module in (losses, objectives, benchmarks, callbacks, strategies)
         for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__.startswith("dist_siglip.")
         and (hasattr(cls, "forward") or hasattr(cls, "evaluate") or hasattr(cls, "setup"))

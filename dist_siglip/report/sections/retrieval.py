@@ -126,6 +126,9 @@ def _exhibit(exhibit: Exhibit) -> str:
     if answers[decided:]:
         items = "".join(_answer(answer, mark_wrong=False) for answer in answers[decided:])
         listed += f'<p class="soft">other candidates</p><ol start="{decided + 1}">{items}</ol>'
+    if exhibit.picture.written is not None:
+        text = escape(exhibit.picture.written) or "nothing"
+        listed += f'<p class="written"><span class="soft">the decoder writes</span> {text}</p>'
     return (
         f'<article class="card"><img src="{escape(exhibit.picture.data_uri)}" '
         f'alt="{escape(exhibit.caption)}"><h4>{escape(exhibit.caption)}</h4>{listed}</article>'

@@ -255,7 +255,7 @@ def judge(run: RunRecord) -> Verdict:
     validation = run.series.get("val/loss")
     loss, kind = validation, "validation loss"
     if loss is None or len(loss.values) < 3:
-        loss, kind = run.series.get("train/loss"), "training loss"
+        loss, kind = _training_loss(run), "training loss"
     if loss is None or len(loss.values) < 3:
         return Verdict("unknown", "Too few losses were logged to see where the run is going.")
     best = int(np.argmin(loss.values))
@@ -291,16 +291,21 @@ def judge(run: RunRecord) -> Verdict:
     )
 
 
+def _training_loss(run: RunRecord) -> Series | None:
+    """Pairwise loss, as the validation has it; of a run with objectives a part of what trains."""
+    return run.series.get("train/pair_loss", run.series.get("train/loss"))
+
+
 def draw_loss(runs: Sequence[RunRecord]) -> str | None:
     """Training and validation loss over steps; None if neither was logged."""
     alone = len(runs) == 1
     curves = []
     for index, run in enumerate(runs):
         for key, label, style, marker in (
-            ("train/loss", "training batches", "-", ""),
+            (None, "training batches", "-", ""),
             ("val/loss", "validation", "--", "s"),
         ):
-            series = run.series.get(key)
+            series = _training_loss(run) if key is None else run.series.get(key)
             if series is None:
                 continue
             name = label if alone else f"{run.short_name}, {label}"

@@ -1,22 +1,26 @@
 """Objectives in a training step: one pass of each tower, and the mean over the global batch."""
 
+import json
 from functools import lru_cache
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 
+from dist_siglip.cli.run.training import train as train_run
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder, compile_towers
 from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.objectives import Captioning, Rows
-from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module import SigLipModule, load_trained
 from dist_siglip.training.module.objectives import (
     ObjectiveMeasures,
     build_objectives,
     encode_with_terms,
     refuse_cached,
 )
+from tests.support.command import write_settings
 from tests.support.objective_ranks import (
     LAYOUTS,
     MICRO_BATCH_SIZES,
@@ -333,3 +337,41 @@ def test_what_makes_no_sense_is_refused_in_one_line(model):
     with pytest.raises(UserError, match="need captions"):
         refuse_cached(Cached, [Captioning()])
     locked_module(model, objectives=[Captioning()], text_tower=TowerConfig(locked=True))
+
+
+@pytest.mark.e2e
+def test_fit_with_an_objective_logs_it_writes_captions_and_goes_on(tmp_path):
+    settings = write_settings(tmp_path, max_steps=6, val_check_interval=3)
+    content = yaml.safe_load(settings.read_text())
+    arguments = {"weight": 0.5, "start": 0.25, "parallel": 0.5}
+    content["model"]["objectives"] = [
+        {"class_path": "dist_siglip.objectives.Captioning", "init_args": arguments}
+    ]
+    settings.write_text(yaml.safe_dump(content))
+    run_dir = tmp_path / "run"
+    train_run(["fit", "--config", str(settings)]).let_go()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    weights = {
+        line["step"]: line["train/captioning_weight"]
+        for line in lines
+        if "train/captioning_weight" in line
+    }
+    assert weights == {1: 0.0, 2: 0.0, 3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5}
+    metrics = json.loads((run_dir / "evaluation/metrics.json").read_text())
+    assert 0 < metrics["caption_loss"] < 10.9
+    assert {"caption_token_accuracy", "caption_picture_gain"} < metrics.keys()
+    examples = json.loads((run_dir / "evaluation/examples.json").read_text())
+    assert len(examples["images"]) == 20
+    assert all(isinstance(image["written"], str) for image in examples["images"])
+    report = (run_dir / "report.html").read_text()
+    assert "the decoder writes" in report
+    assert '<section id="objectives">' in report
+    # A command that uses the model sees the towers alone.
+    assert not hasattr(load_trained(run_dir=str(run_dir)).encoder, "objectives")
+    longer = ["--trainer.max_steps", "8", "--model.optim.accept_rate_jump", "true"]
+    train_run(["fit", "--config", str(settings), *longer]).let_go()
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
+    arguments["parallel"] = 2.0
+    settings.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"init_args.parallel \(2.0\) must be in \[0, 1\]"):
+        train_run(["fit", "--config", str(settings)])

@@ -1,0 +1,92 @@
+"""What trains beside the loss: terms and weights over steps, and whether captions need pictures."""
+
+from collections.abc import Sequence
+
+from dist_siglip.report.canvas import TEXT_COLOUR, Curve, colour_of, draw_curves
+from dist_siglip.report.measures import known, show
+from dist_siglip.report.page import (
+    Section,
+    Verdict,
+    columns_of,
+    judge_each,
+    render_columns,
+    render_figure,
+    render_table_card,
+)
+from dist_siglip.report.records import RunRecord
+
+_WEIGHT = "_weight"
+_MEASURES = (
+    ("caption_loss", "caption loss\nnats per token, written from left to right"),
+    ("caption_token_accuracy", "tokens that are the likeliest"),
+    ("caption_picture_gain", "worth of the picture\nrise of the loss with another's patches"),
+)
+_BLIND = 0.02  # of the loss, below which the decoder might as well not look
+
+
+def make(runs: Sequence[RunRecord]) -> Section | None:
+    """Draw terms, weights and measures; None if no run has an objective."""
+    if not any(_weights(run) for run in runs):
+        return None
+    figure = render_figure(
+        "Terms over the run",
+        _draw(runs),
+        "Each term is the mean over the global batch, before its weight.",
+        missing="No term was logged.",
+    )
+    rows = [
+        [label, *(show(run.metrics.get(key)) for run in runs)]
+        for key, label in _MEASURES
+        if any(key in run.metrics for run in runs)
+    ]
+    cards = [render_table_card("In numbers", columns_of(runs), rows)] if rows else []
+    parts = [render_columns([figure, *cards])]
+    return Section("objectives", "Objectives", judge_each(runs, judge), parts)
+
+
+def judge(run: RunRecord) -> Verdict | None:
+    """Say whether the decoder reads its captions off the pictures; None without an objective."""
+    if not _weights(run):
+        return None
+    found = known(run.metrics, "caption_loss", "caption_token_accuracy", "caption_picture_gain")
+    if found is None:
+        return Verdict("unknown", "No evaluation has measured what the objectives have learned.")
+    loss, accuracy, gain = found
+    told = f"The caption loss is {loss:.3g} nats per token, {100 * accuracy:.0f} % of them right."
+    if gain <= _BLIND * loss:
+        return Verdict(
+            "watch",
+            f"The decoder writes captions without looking: the picture is worth {gain:.2g} nats.",
+            f"{told} With the patches of another picture it does as well. That is usual early in "
+            "training; later look at the learning rate, and at whether captions tell of pictures.",
+        )
+    return Verdict(
+        "good",
+        f"The decoder reads captions off the pictures, which are worth {gain:.2g} nats per token.",
+        f"{told} With the patches of another picture it would be {loss + gain:.3g}.",
+    )
+
+
+def _weights(run: RunRecord) -> list[str]:
+    """Names of the logged weights of objectives."""
+    return [name for name in run.series if name.startswith("train/") and name.endswith(_WEIGHT)]
+
+
+def _draw(runs: Sequence[RunRecord]) -> str | None:
+    panels: dict[str, list[Curve]] = {}
+    alone = len(runs) == 1
+    for index, run in enumerate(runs):
+        for name, series in run.series.items():
+            kind, _, term = name.partition("/")
+            is_measure = term in {key for key, _ in _MEASURES}
+            if kind not in ("train", "val") or not (is_measure or name in _weights(run)):
+                continue
+            told = {"train": "training", "val": "validation"}[kind]
+            whose = "" if alone else f"{run.short_name}, "
+            colour = TEXT_COLOUR if alone and kind == "val" else colour_of(index)
+            style, marker = ("--", "s") if kind == "val" else ("-", "")
+            curve = Curve(f"{whose}{told}", series, colour, style, marker)
+            panels.setdefault(term.replace("_", " "), []).append(curve)
+    return draw_curves(
+        "objectives", "Terms and weights of objectives over steps", [*panels.items()]
+    )

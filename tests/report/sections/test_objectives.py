@@ -1,0 +1,65 @@
+"""Terms, weights and the conclusion about a decoder."""
+
+from dist_siglip.report.records import Picture
+from dist_siglip.report.sections import objectives, training
+from dist_siglip.report.sections.retrieval import Answer, Exhibit, render_gallery
+from tests.support.report_records import record
+
+LOGGED = {
+    "train/caption_loss": [10.0, 4.0],
+    "train/captioning_weight": [0.0, 0.5],
+    "val/caption_loss": [10.0, 5.0],
+}
+
+
+def run_of(gain):
+    metrics = {
+        "caption_loss": 5.0,
+        "caption_token_accuracy": 0.25,
+        "caption_picture_gain": gain,
+    }
+    return record(series=LOGGED, metrics=metrics)
+
+
+def test_a_run_without_objectives_has_no_section():
+    run = record()
+    assert objectives.make([run]) is None
+    assert objectives.judge(run) is None
+
+
+def test_a_decoder_that_does_not_look_is_told_from_one_that_does():
+    blind, seeing = objectives.judge(run_of(0.01)), objectives.judge(run_of(1.5))
+    assert blind.tone == "watch"
+    assert "without looking" in blind.text
+    assert seeing.tone == "good"
+    assert "worth 1.5 nats" in seeing.text
+    assert "25 % of them right" in seeing.reason
+    assert objectives.judge(record(series=LOGGED)).tone == "unknown"
+
+
+def test_the_section_draws_terms_and_weights_and_lists_the_measures():
+    html = objectives.make([run_of(1.5)]).render()
+    for text in (
+        "caption loss",
+        "captioning weight",
+        "validation",
+        "worth of the picture",
+        "1.500",
+    ):
+        assert text in html
+    both = objectives.make([run_of(1.5), record("other")]).render()
+    assert "n/a" in both
+
+
+def test_the_gallery_shows_what_the_decoder_writes_escaped():
+    picture = Picture(0, "data:,", "<b>a fox")
+    shown = render_gallery("", [Exhibit(picture, "fox", [Answer("fox", 0.5, True)])], "")
+    assert "the decoder writes</span> &lt;b&gt;a fox" in shown
+    silent = render_gallery("", [Exhibit(Picture(0, ""), "fox", [Answer("fox", 0.5, True)])], "")
+    assert "the decoder" not in silent
+
+
+def test_the_training_curve_is_that_of_the_pairwise_loss():
+    """The whole loss is no number to set beside the validation loss."""
+    run = record(series={"train/loss": [9.0, 9.0, 9.0], "train/pair_loss": [3.0, 2.0, 1.0]})
+    assert "Training loss 3 at step 0" in training.judge(run).reason
