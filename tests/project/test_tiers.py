@@ -39,8 +39,9 @@ def test_no_tier_is_left_out_by_both_the_plain_command_and_ci(pytestconfig):
     declared = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
     assert set(TIERS) <= declared
     commands = re.findall(r"python -m pytest(.*)", (REPOSITORY / ".ci/run").read_text())
-    assert commands[0] == ""
-    assert f' -m "{any_tier}"' in commands[1]
+    plain, others = (command for command in commands if "--doctest-modules" not in command)
+    assert plain == ""
+    assert f' -m "{any_tier}"' in others
 
 
 def run(pytester, body):
