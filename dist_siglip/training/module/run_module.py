@@ -1,11 +1,14 @@
 """Base of the Lightning modules: logged values, step counts, optimizer and clipping."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +26,13 @@ from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import by_name, by_number
 from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
+from dist_siglip.training.optim.evaluation_weights import (
+    EvaluationWeights,
+    averaging_parts,
+    for_training,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def configure(
@@ -53,10 +63,34 @@ def configure(
         is_sharded=is_sharded,
         in_block=lies_in_block,
     )
+    if averaging_parts([optimizer]):
+        _check_averaging(trainer, config, is_sharded=is_sharded)
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": schedule, "interval": "step"},
     }
+
+
+def _check_averaging(trainer: Any, config: OptimConfig, *, is_sharded: bool) -> None:
+    """Refuse what an optimizer with an average of its own does not go with."""
+    others = (
+        ("FullyShardedStrategy", is_sharded),
+        (
+            "the callback WeightAverage",
+            any(isinstance(each, WeightAveraging) for each in trainer.callbacks),
+        ),
+    )
+    for other, is_there in others:
+        if is_there:
+            raise UserError(
+                f"optimizer (with train() and eval()) keeps a second set of weights, which does "
+                f"not go with {other}; leave one of them out"
+            )
+    if config.schedule != "constant":
+        logger.warning(
+            "schedule (%s) with an optimizer that averages its weights: it wants constant",
+            config.schedule,
+        )
 
 
 def clip(
@@ -165,6 +199,7 @@ class RunModule(LightningModule):
         self.step_timer = StepTimer()
         self.step_check: StepCheck | None = None
         self._loaded_steps = 0
+        self._evaluation_weights = EvaluationWeights()
         # Stays on the device of the batches: reading it each step would wait for the GPU.
         self._num_substituted: Tensor | int = 0
 
@@ -199,6 +234,7 @@ class RunModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the optimizer's parameters."""
+        self._evaluation_weights.write(checkpoint, self, self.trainer.optimizers)
         if "optimizer_states" in checkpoint:
             pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [
@@ -220,9 +256,30 @@ class RunModule(LightningModule):
             }
             refuse_not_finite(weights, f"checkpoint ({self.trainer.ckpt_path})")
         self._loaded_steps = int(checkpoint["global_step"])
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint["state_dict"] = for_training(checkpoint)
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [by_number(state) for state in states]
+
+    def on_train_start(self) -> None:
+        """Let optimizers that ask for it know that training begins."""
+        for part in averaging_parts(self.trainer.optimizers):
+            part.train()
+
+    def on_fit_end(self) -> None:
+        """Leave the weights that were evaluated, not those of training."""
+        self._evaluation_weights.enter(self.trainer.optimizers)
+
+    def on_validation_model_eval(self) -> None:
+        """Evaluate with the weights that the optimizer wants evaluated."""
+        super().on_validation_model_eval()
+        self._evaluation_weights.enter(self.trainer.optimizers)
+
+    def on_validation_model_train(self) -> None:
+        """Go on with the weights of training."""
+        super().on_validation_model_train()
+        self._evaluation_weights.leave(self.trainer.optimizers)
 
     def available_pairs(self) -> dict[str, float]:
         """Count the pairs of ``val_shards``, as a metric: what an evaluation could have seen."""

@@ -269,6 +269,7 @@ class SigLipModule(ObjectiveModule):
 
     def on_train_start(self) -> None:
         """Calibrate a new run if ``calibration_pairs`` asks for it."""
+        super().on_train_start()
         if self.calibration_pairs is not None and self.steps_done == 0:
             calibrate_to_training_pairs(self, self.calibration_pairs)
 
