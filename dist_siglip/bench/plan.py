@@ -169,8 +169,8 @@ def control_plane(cluster: Cluster, num_shards: int) -> dict[str, int]:
         "group_connections": len(counted.peers - {0}),
         "store_connections": _STORE_CONNECTIONS,
         "requests_to_name_a_missing_rank": store.requests,
-        # Is it there, where is it really, its size and time; on every rank.
-        "metadata_calls": 3 * num_shards,
+        # Is it there, where is it really, its size and time; on the first rank of a node.
+        "metadata_calls_of_a_node": 3 * num_shards,
         "table_files": 2,
     }
 
@@ -179,8 +179,8 @@ def _control_table(cluster: Cluster, num_shards: int, control: dict[str, int]) -
     table = Table(
         title=f"what a rank of {cluster.world_size:,} does to agree, counted in a simulation",
         caption=(
-            f"beside NCCL's own connections; {num_shards:,} local shards, whose metadata every "
-            "rank asks for; one rank of all is missing"
+            f"beside NCCL's own connections; {num_shards:,} local shards, whose metadata the first "
+            "rank of a node asks for; one rank of all is missing"
         ),
     )
     table.add_column("of a rank")

@@ -30,7 +30,7 @@ def test_agreeing_of_4096_ranks_is_counted(capsys):
     assert control["first_bytes"] == 12 * 64 + 4095 * 512
     assert control["group_connections"] == 23
     assert control["requests_to_name_a_missing_rank"] <= 2 * 12 + 4
-    assert control["metadata_calls"] == 30_000
+    assert control["metadata_calls_of_a_node"] == 30_000
     with pytest.raises(UserError, match=r"num_shards \(0\) must be at least 1"):
         plan(num_shards=0)
 

@@ -1,5 +1,6 @@
 """The checkpoint that a command starts from, its run, and whether it fits the model."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +27,12 @@ from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.regular_file import read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
+from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.optim import OptimConfig, describe_schedule_change
 
 logger = logging.getLogger(__name__)
 
-_CHOSEN = "DIST_SIGLIP_START_CHECKPOINT"  # "pid path", for processes that Lightning starts
+_FOUND = "DIST_SIGLIP_START"  # "pid text", for processes that Lightning starts
 _LIMIT_SECONDS = 3600.0  # for a checkpoint to be read once
 _occasions = count()
 
@@ -125,9 +127,6 @@ def once_per_node(
 ) -> Path | None:
     """Choose a checkpoint on the first rank of each node alone: it reads every byte of it.
 
-    The other ranks of a node hear which one it is; processes that Lightning starts by their
-    environment, those of torchrun or srun by the store that brings the ranks together.
-
     Distributed contract: every rank calls it, equally often.
 
     Args:
@@ -139,52 +138,90 @@ def once_per_node(
         UserError: what ``choose`` raised, on every rank of the node.
         RuntimeError: if the first rank of the node failed otherwise or never answered.
     """
+    found, is_own = _once(trainer, model, "verify a checkpoint", lambda: str(choose() or ""))
+    if is_own:
+        return Path(found) if found else None
+    return _noted(found)
+
+
+def check_data_once_per_node(
+    trainer: Trainer, model: LightningModule, datamodule: ImageTextDataModule
+) -> None:
+    """Check the data, looking at the shards on the first rank of each node alone.
+
+    The others map the tables that it has made. Distributed contract: as ``once_per_node``.
+
+    Raises:
+        UserError: as ``ImageTextDataModule.check``, on every rank of the node.
+        RuntimeError: if the first rank of the node failed otherwise or never answered.
+    """
+    world_size = trainer.num_nodes * trainer.num_devices
+
+    def check() -> str:
+        datamodule.check(world_size)
+        return json.dumps(datamodule.tables.files())
+
+    found, is_own = _once(trainer, model, "check the shards", check)
+    if not is_own:
+        datamodule.tables.take_over(json.loads(found))
+        datamodule.check(world_size)
+
+
+def _once(
+    trainer: Trainer, model: LightningModule, what: str, work: Callable[[], str]
+) -> tuple[str, bool]:
+    """Do something on the first rank of each node; return what came of it, and whether it is own.
+
+    Processes that Lightning starts hear by their environment, those of torchrun or srun by the
+    store that brings the ranks together.
+    """
     if trainer.num_devices == 1:
-        return choose()
-    parent, _, handed = os.environ.get(_CHOSEN, "").partition(" ")
+        return work(), True
+    variable = f"{_FOUND}_{what.split()[-1].upper()}"
+    parent, _, handed = os.environ.get(variable, "").partition(" ")
     if trainer.local_rank and parent == str(os.getppid()):
-        return _noted(handed)
+        return handed, False
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if environment is None or not environment.creates_processes_externally:
-        found = choose()
-        os.environ[_CHOSEN] = f"{os.getpid()} {found or ''}"
-        return found
+        found = work()
+        os.environ[variable] = f"{os.getpid()} {found}"
+        return found, True
     trainer.strategy.connect(model)
     trainer.strategy.setup_environment()
     group = resolve_group(None)
     if group is None:
-        return choose()
+        return work(), True
     # A connection of its own, as for the comparison of starts.
-    name = f"checkpoint-{next(_occasions)}-node-{trainer.node_rank}"
+    name = f"{variable}-{next(_occasions)}-node-{trainer.node_rank}"
     store = PrefixStore(name, group.get_group_store().clone())
     channel = StoreChannel(store, trainer.local_rank, trainer.num_devices)
     if trainer.local_rank:
-        return _hear(channel, trainer.global_rank)
+        return _hear(channel, trainer.global_rank, what), False
     try:
-        found = choose()
+        found = work()
     except Exception as error:
         kind = "refused" if isinstance(error, UserError) else "failed"
         channel.broadcast("choice", {kind: str(error)})
         channel.leave(trainer.num_devices)
         raise
-    channel.broadcast("choice", {"found": str(found or "")})
-    return found
+    channel.broadcast("choice", {"found": found})
+    return found, True
 
 
-def _hear(channel: StoreChannel, global_rank: int) -> Path | None:
-    """What the first rank of the node has chosen."""
+def _hear(channel: StoreChannel, global_rank: int, what: str) -> str:
+    """What the first rank of the node has found."""
     answer: dict[str, str] | None = channel.receive("choice", _LIMIT_SECONDS)
     if answer is None:
         raise RuntimeError(
-            f"rank {global_rank} waited for the first rank of its node to verify a "
-            "checkpoint, and it did not answer; look at its log"
+            f"rank {global_rank} waited for the first rank of its node to {what}, and it did not "
+            "answer; look at its log"
         )
     channel.leave(channel.world_size)
     if "refused" in answer:
         raise UserError(answer["refused"])
     if "failed" in answer:
-        raise RuntimeError(f"the first rank of the node found no checkpoint: {answer['failed']}")
-    return _noted(answer["found"])
+        raise RuntimeError(f"the first rank of the node did not {what}: {answer['failed']}")
+    return answer["found"]
 
 
 def _noted(found: str) -> Path | None:

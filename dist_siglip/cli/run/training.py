@@ -27,6 +27,7 @@ from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.ranges import check_ranges
 from dist_siglip.cli.run.start_point import (
+    check_data_once_per_node,
     check_same_run,
     checkpoint_to_look_at,
     checkpoint_to_start_from,
@@ -213,7 +214,7 @@ class TrainingCLI(LightningCLI):
         world_size = self.trainer.num_nodes * self.trainer.num_devices
         if self.datamodule.bad_sample_log is None:
             self.datamodule.bad_sample_log = str(self.folder.bad_samples)
-        self.datamodule.check(world_size)
+        check_data_once_per_node(self.trainer, self.model, self.datamodule)
         self._get(self.config_init, "benchmarks").check()
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.check_world()
@@ -344,7 +345,7 @@ class TrainingCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
-        self.datamodule.check(self.trainer.num_nodes * self.trainer.num_devices)
+        check_data_once_per_node(self.trainer, self.model, self.datamodule)
         self._get(self.config_init, "benchmarks").check()
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._choose(

@@ -1,10 +1,11 @@
 """Shards of each setting of the data module, and the weights of a mixture's sources."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
-from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.index.pairs import PairTable, build_pair_table, read_table
 from dist_siglip.data.order.position import BatchPlan
 from dist_siglip.data.order.sequence import Source
 from dist_siglip.data.remote import ShardCache
@@ -125,6 +126,7 @@ class ShardTables:
             max_bad_fraction=max_bad_fraction,
             cache=cache,
         )
+        self._cache = cache
         self._source_paths: list[list[str]] = []
         self._built: dict[str, PairTable] = {}
 
@@ -149,6 +151,29 @@ class ShardTables:
         if name not in self._built:
             self._built[name] = self._build(self._expand(name), name=name)
         return self._built[name]
+
+    def files(self) -> dict[str, tuple[str, str]]:
+        """What was named and the file of its table, by setting; of tables that are kept in one."""
+        return {
+            name: (repr(self._specifications[name]), table.file)
+            for name, table in self._built.items()
+            if table.file is not None
+        }
+
+    def take_over(self, files: Mapping[str, Sequence[str]]) -> None:
+        """Map tables that another process of this machine has made, without a look at any shard.
+
+        Args:
+            files: of ``files``; a table that is gone, or of other shards, is as if it were not
+                named.
+        """
+        if self._train_sources is not None:
+            return  # which of its shards belong to which source is found by listing them
+        for name, (named, file) in files.items():
+            is_meant = named == repr(self._specifications[name])
+            table = read_table(file, self._cache) if is_meant else None
+            if table is not None:
+                self._built[name] = table
 
     def plan(self, *, seed: int, global_batch_size: int, block_shards: int) -> BatchPlan:
         """Plan the global batches over the training shards.

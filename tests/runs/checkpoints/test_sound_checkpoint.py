@@ -165,13 +165,14 @@ def test_a_process_that_lightning_starts_takes_over_what_its_parent_found(run, m
     trainer = SimpleNamespace(num_devices=2, local_rank=1, strategy=None)
     reads = count_reads(monkeypatch)
     newest = run.checkpoint(30)
-    monkeypatch.setenv(start_point._CHOSEN, f"{os.getppid()} {newest}")
+    variable = f"{start_point._FOUND}_CHECKPOINT"
+    monkeypatch.setenv(variable, f"{os.getppid()} {newest}")
 
     def choose():
         return newest_sound_checkpoint(run)
 
     assert once_per_node(trainer, None, choose) == newest
     assert reads == []
-    monkeypatch.setenv(start_point._CHOSEN, f"1{os.getppid()} {newest}")  # of another start
+    monkeypatch.setenv(variable, f"1{os.getppid()} {newest}")  # of another start
     assert once_per_node(trainer, None, choose) == newest
     assert reads == [newest.name]
