@@ -151,7 +151,6 @@ def test_a_copy_is_one_of_its_own():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_a_device_does_after_hold_is_not_in_the_copy():
     value = torch.ones(1 << 26, device="cuda")
     copied = Snapshot([value])
