@@ -99,6 +99,21 @@ class DualEncoder(nn.Module):
         pooled, tokens = self._pool_and_tokens(self.clip.visual, self.pixels(images))
         return unit_rows(pooled), tokens
 
+    @torch.no_grad()
+    def image_token_shape(self, image_size: int | tuple[int, int]) -> TokenShape:
+        """Find the tokens of ``encode_image_tokens``, by an empty picture; needs no values.
+
+        Raises:
+            UserError: as ``require_image_tokens``.
+        """
+        visual = self.clip.visual
+        require_image_tokens(visual)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        empty = next(visual.parameters()).new_zeros(1, 3, height, width)
+        with evaluation_mode(visual):
+            _, tokens = _pool_and_tokens(visual, empty)
+        return TokenShape(*tokens.shape[1:])
+
     def pixels(self, images: Tensor) -> Tensor:
         """Bring (B, 3, H, W) pixels to the precision of the image tower, normalised if uint8.
 

@@ -20,7 +20,6 @@ from dist_siglip.models import (
     BuiltModel,
     DualEncoder,
     TokenShape,
-    evaluation_mode,
 )
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.text_tower import ModelTokenizer
@@ -71,7 +70,7 @@ def build_objectives(asked: Sequence[Objective], built: BuiltModel) -> nn.Module
 
 
 def _image_tokens(built: BuiltModel) -> TokenShape:
-    towers, size = built.encoder, built.image_size
+    towers = built.encoder
     groups = layer_groups(towers)
     if not any(
         parameter.requires_grad and groups[name].tower == "image"
@@ -82,11 +81,7 @@ def _image_tokens(built: BuiltModel) -> TokenShape:
             "nothing keeps; unlock some of it (image_tower.unlocked_groups or lora), or leave "
             "objectives out"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    device = next(towers.parameters()).device
-    with torch.no_grad(), evaluation_mode(towers):
-        _, tokens = towers.encode_image_tokens(torch.zeros(1, 3, height, width, device=device))
-    return TokenShape(*tokens.shape[1:])
+    return towers.image_token_shape(built.image_size)
 
 
 def refuse_cached(data: object, objectives: Iterable[Objective]) -> None:

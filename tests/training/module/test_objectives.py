@@ -316,6 +316,19 @@ def test_heads_are_no_part_of_towers_and_weights_of_a_run_load_without_them(mode
     assert all_equal(dict(alone.towers.state_dict()), dict(module.towers.state_dict()))
 
 
+def test_heads_are_built_without_values_as_with_them(model):
+    """As on ranks that get theirs from the first one."""
+    with torch.device("meta"):
+        empty = locked_module(model, objectives=[Captioning()])
+    whole = locked_module(model, objectives=[Captioning()])
+    assert all(value.is_meta for value in empty.parameters())
+    shapes = [
+        {name: value.shape for name, value in each.state_dict().items()} for each in (empty, whole)
+    ]
+    assert shapes[0] == shapes[1]
+    assert empty.by_name["captioning"].writing == whole.by_name["captioning"].writing
+
+
 def test_what_makes_no_sense_is_refused_in_one_line(model):
     class Cached:
         class features:  # noqa: N801 - stands in for an attribute
