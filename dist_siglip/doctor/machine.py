@@ -13,8 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from dist_siglip.distributed import World
-from dist_siglip.doctor.bounds import BoundedChecks
-from dist_siglip.doctor.page import Finding
+from dist_siglip.doctor.page import BoundedChecks, Finding
 from dist_siglip.doctor.storage import ShardSet, look_at_folder, look_at_shards, look_for_file
 from dist_siglip.health.start_check import digest_of_sources
 from dist_siglip.runs.provenance import installed_versions

@@ -24,9 +24,8 @@ from dist_siglip.cli.run.trainer_parts import SlurmTasks
 from dist_siglip.distributed import World
 from dist_siglip.distributed.slurm_nodes import complain_about_gpus, main_address
 from dist_siglip.distributed.store_channel import StoreChannel, rendezvous
-from dist_siglip.doctor.bounds import BoundedChecks
 from dist_siglip.doctor.machine import Look, Plan, look_around, unpack_look
-from dist_siglip.doctor.page import Finding, merge
+from dist_siglip.doctor.page import BoundedChecks, Finding, merge
 from dist_siglip.doctor.ranks import (
     GroupFacts,
     compare_ranks,

@@ -15,7 +15,6 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
 from dist_siglip.doctor import machine as doctor_machine
 from dist_siglip.doctor import storage as doctor_storage
-from dist_siglip.doctor.bounds import BoundedChecks
 from dist_siglip.doctor.command import RunNeeds, judge_feed, judge_needs
 from dist_siglip.doctor.machine import (
     gpu_of,
@@ -24,7 +23,7 @@ from dist_siglip.doctor.machine import (
     look_without_gpu,
     unfit_packages,
 )
-from dist_siglip.doctor.page import Finding, merge, render
+from dist_siglip.doctor.page import BoundedChecks, Finding, merge, render
 from dist_siglip.doctor.ranks import (
     ClockReading,
     compare_ranks,
