@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed import (
-    AccumulatorSpec,
-    Exchange,
-    ExchangeName,
-    sum_over_ranks,
-)
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     Nonfinite,

@@ -14,12 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, ExchangeName
-from dist_siglip.losses.arguments import (
-    FiniteCheck,
-    LossOutput,
-    Nonfinite,
-    describe_wanted,
-)
+from dist_siglip.losses.arguments import FiniteCheck, LossOutput, Nonfinite, describe_wanted
 from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, join_ids
 from dist_siglip.losses.kernels.tiles import inner_product, logits_dtype, sum_dtype
 from dist_siglip.losses.prefixes import (

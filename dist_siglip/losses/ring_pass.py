@@ -21,12 +21,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.distributed.combine import Combine
 from dist_siglip.errors import UserError
-from dist_siglip.losses.arguments import (
-    FiniteCheck,
-    Nonfinite,
-    find_nonfinite,
-    refuse_second_order,
-)
+from dist_siglip.losses.arguments import FiniteCheck, Nonfinite, find_nonfinite, refuse_second_order
 from dist_siglip.losses.kernels.tiles import add_product, logits_dtype, tile_slices
 from dist_siglip.losses.visit_graphs import graphs_for, key_of
 

@@ -27,9 +27,8 @@ from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
 from dist_siglip.models.attention import Attention
-from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.build import BuiltModel, tower_fingerprint
 from dist_siglip.models.dual_encoder import DualEncoder, TokenShape, evaluation_mode, unit_rows
-from dist_siglip.models.fingerprint import tower_fingerprint
 from dist_siglip.models.text_tower import encode_with_tokens
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.system.atomic import write_atomically

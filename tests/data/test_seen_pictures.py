@@ -22,7 +22,7 @@ from dist_siglip.data.samples.transforms import evaluation_transform, training_t
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings
 from dist_siglip.evaluation.samples import ShardDataset
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import tower_fingerprint
 from tests.support.embedding import build_tiny
 from tests.support.pngs import RGBA, halves, png_of
 from tests.support.shards import caption, jpeg, photo, tiny_inputs, write_shard

@@ -1,6 +1,6 @@
 import torch
 
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import tower_fingerprint
 from tests.support.embedding import build_tiny
 
 

@@ -11,7 +11,7 @@ from open_clip.hf_model import HFTextEncoder
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import tower_fingerprint
 from dist_siglip.models.reranker import encode_image_tokens, encode_text_tokens
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from tests.support.text_towers import (

@@ -69,8 +69,7 @@ from dist_siglip.evaluation.samples import (
     shard_loader,
 )
 from dist_siglip.metrics.prefixes import check_dim
-from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import BuiltModel, tower_fingerprint
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import read_json
 

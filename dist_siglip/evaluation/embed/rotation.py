@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.prefixes import pca_rotation
-from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import BuiltModel, tower_fingerprint
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.regular_file import check_regular, read_regular
 

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel, compiled
-from dist_siglip.losses.kernels.tiles import (
-    TileBuffers,
-    product_dtype,
-    similarity,
-    sum_dtype,
-)
+from dist_siglip.losses.kernels.tiles import TileBuffers, product_dtype, similarity, sum_dtype
 
 
 class NegativeSums(NamedTuple):

@@ -8,7 +8,7 @@ from dist_siglip.data import ImageTextBatch, PairDataset
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, DualEncoder, encode_tower_in_micro_batches
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import tower_fingerprint
 from dist_siglip.models.tuning import layer_groups
 
 logger = logging.getLogger(__name__)

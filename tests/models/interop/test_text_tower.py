@@ -8,7 +8,7 @@ import torch
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.models.fingerprint import tower_fingerprint
+from dist_siglip.models.build import tower_fingerprint
 from dist_siglip.models.interop.export import export_model
 from tests.support.exports import features_of, prepared
 from tests.support.text_towers import write_architecture, write_bert
