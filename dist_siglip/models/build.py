@@ -2,9 +2,7 @@
 
 Scale and bias start at 10 and -10 (Zhai et al. 2023, section 3.2) unless weights were loaded; then
 they start where those weights ended. open_clip's own factory would start a SigLIP architecture at
-14.3.
-
-Fingerprints of towers: equal for towers that give equal features.
+14.3. Fingerprints are equal for towers that give equal features.
 """
 
 import hashlib
