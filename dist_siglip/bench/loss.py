@@ -34,7 +34,7 @@ from torch.multiprocessing.spawn import start_processes
 from dist_siglip.bench.plan import mebibytes
 from dist_siglip.bench.simulate import LiveBytes, measure_host_us
 from dist_siglip.distributed import ExchangeName, leave_process_groups
-from dist_siglip.distributed.cost_model import remember
+from dist_siglip.distributed.speeds import remember
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.kernels.pair_terms import Kernel, choose_kernel

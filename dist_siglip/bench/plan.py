@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import Store
 
-from dist_siglip.distributed.cost_model import (
-    Cluster,
-    PlanName,
-    Prediction,
-    Problem,
-    Speeds,
-    predict,
-)
+from dist_siglip.distributed.cost_model import Cluster, PlanName, Prediction, Problem, predict
 from dist_siglip.distributed.handshake import GroupLink, Handshake
+from dist_siglip.distributed.speeds import Speeds
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.errors import UserError
 

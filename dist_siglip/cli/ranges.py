@@ -251,8 +251,6 @@ _INIT_ARGUMENTS: dict[str, Range] = {
     "dims": _FROM_1,
     "every_steps": _STEPS,
     "gallery_images": _FROM_0,
-    "heads": _FROM_1,
-    "layers": _FROM_1,
     "global_batch_size": _FROM_1,
     "heads": _FROM_1,
     "layers": _FROM_1,

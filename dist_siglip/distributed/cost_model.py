@@ -7,115 +7,26 @@ costs one latency, and batches run one after another beside the compute, as NCCL
 group; those that cross nodes run beside those inside. open_clip's exchanges are predicted for
 comparison from what they send and keep.
 
-The exchange "auto" asks this model. Its numbers are guesses until ``doctor`` or ``bench loss`` has
-measured some on this machine: ``remember`` keeps them in the user's cache folder.
+The exchange "auto" asks this model, with the speeds of ``speeds``.
 """
 
-import json
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from dist_siglip.distributed.ring_schedule import RingName, RingPath, ring_paths
+from dist_siglip.distributed.speeds import Speeds
 from dist_siglip.errors import UserError
-from dist_siglip.system.atomic import user_cache_folder, write_atomically
-from dist_siglip.system.regular_file import read_json
-
-_LOGGER = logging.getLogger(__name__)
 
 PlanName = Literal[
     "ring", "two_way", "two_level", "node_gather", "all_gather", "open_clip bidir",
     "open_clip bidir chunked", "open_clip gather",
 ]  # fmt: skip
 
+# Rows of a gradient that a backward pass scales and casts at a time.
+GRADIENT_PIECE_ROWS = 1024
 # float32 logits, values and derivative of one tile.
 _TILE_BYTES_PER_PAIR = 12
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What a rank and its links reach.
-
-    Args:
-        teraflops: 1e12 floating-point operations per second that one GPU reaches in matmuls.
-        nvlink_gb_s: 1e9 bytes per second one GPU sends inside the node.
-        nic_gb_s: 1e9 bytes per second one network card sends; one card per GPU.
-        latency_us: microseconds a batch of transfers costs beyond its bytes.
-        host_us: microseconds the host needs to launch one visit.
-    """
-
-    teraflops: float = 400.0
-    nvlink_gb_s: float = 300.0
-    nic_gb_s: float = 50.0
-    latency_us: float = 15.0
-    host_us: float = 150.0
-
-    def __post_init__(self) -> None:
-        for name in ("teraflops", "nvlink_gb_s", "nic_gb_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} ({getattr(self, name)}) must be above 0")
-        for name in ("latency_us", "host_us"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} ({getattr(self, name)}) must be at least 0")
-
-
-# Of a core and Ethernet: of runs on CPUs.
-_CPU_SPEEDS = Speeds(teraflops=0.05, nvlink_gb_s=2.0, nic_gb_s=1.0, latency_us=100.0, host_us=100.0)
-
-
-def known_speeds(device_type: str) -> Speeds:
-    """Return what was measured on this machine; guesses for what was not.
-
-    A file that is of no use counts as none.
-
-    Args:
-        device_type: of the features, "cpu" or "cuda".
-    """
-    return replace(_guess(device_type), **_measured(device_type))
-
-
-def remember(device_type: str, **measured: float) -> Path | None:
-    """Keep measured ``Speeds``, for ``known_speeds`` of later runs.
-
-    Returns:
-        The file; None if it cannot be written.
-
-    Raises:
-        UserError: if a value is out of its range.
-    """
-    replace(known_speeds(device_type), **measured)  # checks them
-    file = _speeds_file(device_type)
-    try:
-        values = {**_measured(device_type), **measured}
-        write_atomically(file, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        _LOGGER.debug("measured speeds are not kept: %s", error)
-        return None
-    return file
-
-
-def _guess(device_type: str) -> Speeds:
-    return _CPU_SPEEDS if device_type == "cpu" else Speeds()
-
-
-def _measured(device_type: str) -> dict[str, float]:
-    try:
-        values = read_json(_speeds_file(device_type)).items()
-        found = {name: float(value) for name, value in values}
-        replace(_guess(device_type), **found)  # checks them
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        _LOGGER.warning("measured speeds are of no use (%s); taking guesses", error)
-        return {}
-    return found
-
-
-def _speeds_file(device_type: str) -> Path:
-    return Path(user_cache_folder("speeds")) / f"{device_type}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +37,10 @@ class Cluster(Speeds):
         world_size: ranks, one GPU each.
         local_world_size: ranks per node; divides world_size.
         teraflops: see ``Speeds``, as the others.
-        nvlink_gb_s, nic_gb_s, latency_us, host_us: likewise.
+        nvlink_gb_s: likewise.
+        nic_gb_s: likewise.
+        latency_us: likewise.
+        host_us: likewise.
     """
 
     world_size: int
@@ -229,7 +143,9 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
                  several nodes, in one node b d s_g less
                  all_gather: (W - 1) b d (s + s_g)
                  open_clip: 2 (W - 1) b d s
-        memory   ring, two_way: L (2 b d s + 3 b d s_g) + 4 b d + 12 C^2
+        memory   ring, two_way: L (2 b d s + 2 b d s_g) + b d s_g + 4 b d, and the larger of
+                 (L - 1) b d s_g + 12 C^2 in the pass and 2 b d s in backward, beside
+                 4 d min(b, 1024) for a cast
                  two_level: 4 b d s + 5 b d s_g + 4 b d + 12 C^2
                  node_gather, g ranks a node: (2 g + 2) b d s + (3 g + 1) b d s_g + 4 b d + 12 C^2
                  all_gather: W b d (s + s_g) + b d s_g + 4 b d + 12 C^2
@@ -243,7 +159,7 @@ def predict(exchange: PlanName, cluster: Cluster, problem: Problem) -> Predictio
         >>> problem = Problem(local_batch_size=4096, embed_dim=768)
         >>> [predict(name, cluster, problem).memory_bytes // 2**20 for name in
         ...  ("ring", "two_level", "open_clip bidir")]
-        [72, 108, 34304]
+        [75, 108, 34304]
     """
     if exchange in ("ring", "two_way"):
         return _ring(exchange, cluster, problem)
@@ -277,7 +193,7 @@ def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
         now = max(now, shards_done)
     total = max(now, accumulators_done)
     rows, world_size = problem.local_batch_size * problem.embed_dim, cluster.world_size
-    buffers = 2 * problem.shard_bytes + 3 * problem.shard_accumulator_bytes
+    kept = 2 * problem.shard_bytes + 2 * problem.shard_accumulator_bytes
     many = world_size > 1
     return Prediction(
         exchange=exchange,
@@ -288,12 +204,22 @@ def _ring(exchange: RingName, cluster: Cluster, problem: Problem) -> Prediction:
         compute_seconds=_compute_seconds(cluster, problem),
         exposed_seconds=total - _compute_seconds(cluster, problem),
         memory_bytes=(
-            many * len(paths[0]) * buffers
-            + (not many) * problem.shard_accumulator_bytes
+            many * len(paths[0]) * kept
+            + problem.shard_accumulator_bytes
             + 4 * rows
-            + _tile_bytes(problem)
+            + max(
+                (len(paths[0]) - 1) * problem.shard_accumulator_bytes + _tile_bytes(problem),
+                many * _backward_bytes(problem),
+            )
         ),
     )
+
+
+def _backward_bytes(problem: Problem) -> int:
+    """Gradients of both features, scaled, and the piece of one that is cast."""
+    is_cast = problem.feature_bytes < 4
+    piece = 4 * problem.embed_dim * min(problem.local_batch_size, GRADIENT_PIECE_ROWS)
+    return 2 * problem.shard_bytes + is_cast * piece
 
 
 class _Line:

@@ -36,12 +36,13 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed.collectives import gather_padded
 from dist_siglip.distributed.combine import COMBINE_IN_PLACE, Combine, reduce_scatter
-from dist_siglip.distributed.cost_model import Cluster, Problem, Speeds, predict
+from dist_siglip.distributed.cost_model import Cluster, Problem, predict
 from dist_siglip.distributed.groups import control_of, resolve_group, transfers_of
 from dist_siglip.distributed.handshake import Agreement, describe_shard, read_numbers
 from dist_siglip.distributed.node_ring import Place, run_node_gather, run_two_level, widths
 from dist_siglip.distributed.ring import AccumulatorSpec, Shard, Visitor, run_ring
 from dist_siglip.distributed.ring_schedule import ring_paths
+from dist_siglip.distributed.speeds import Speeds
 from dist_siglip.distributed.world import local_world_size_of
 from dist_siglip.errors import UserError
 

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dist_siglip.distributed.cost_model import Speeds, known_speeds
 from dist_siglip.distributed.handshake import GroupLink, Handshake, missing_ranks
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.ring import Visitor
+from dist_siglip.distributed.speeds import Speeds, known_speeds
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError
 

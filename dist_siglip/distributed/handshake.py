@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed.combine import all_gather_single
-from dist_siglip.distributed.cost_model import Speeds
+from dist_siglip.distributed.speeds import Speeds
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.distributed.waiting import waiting_for
 from dist_siglip.errors import UserError

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_siglip.distributed import ExchangeName, leave_process_groups
-from dist_siglip.distributed.collectives import all_gather_single
+from dist_siglip.distributed.combine import all_gather_single
 from dist_siglip.distributed.groups import control_of, transfers_of
 from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.doctor.gpu_sizes import PartError, Sizes, make_leaves, read_command, wait_for

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dist_siglip.distributed import World, leave_process_groups
-from dist_siglip.distributed.cost_model import remember
+from dist_siglip.distributed.speeds import remember
 from dist_siglip.distributed.store_channel import StoreChannel
 from dist_siglip.doctor.links import (
     ClockReading,

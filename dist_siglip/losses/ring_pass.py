@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, prepare_exchange
 from dist_siglip.distributed.combine import Combine
+from dist_siglip.distributed.cost_model import GRADIENT_PIECE_ROWS
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import FiniteCheck, Nonfinite, find_nonfinite, refuse_second_order
 from dist_siglip.losses.kernels.tiles import add_product, logits_dtype, tile_slices
@@ -309,8 +310,7 @@ def _scale(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * weight).to(dtype)
     result = torch.empty_like(gradient, dtype=dtype)
     # In pieces: all rows at once would need the gradient's memory a second time.
-    step = 256 if gradient.device.type == "cpu" else 4096
-    for start in range(0, gradient.shape[0], step):
-        rows = slice(start, start + step)
+    for start in range(0, gradient.shape[0], GRADIENT_PIECE_ROWS):
+        rows = slice(start, start + GRADIENT_PIECE_ROWS)
         result[rows].copy_(gradient[rows] * weight)
     return result

@@ -4,16 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from dist_siglip.distributed import cost_model
-from dist_siglip.distributed.cost_model import (
-    Cluster,
-    Problem,
-    Speeds,
-    known_speeds,
-    predict,
-    remember,
-)
+from dist_siglip.distributed import speeds
+from dist_siglip.distributed.cost_model import Cluster, Problem, predict
 from dist_siglip.distributed.handshake import agree
+from dist_siglip.distributed.speeds import Speeds, known_speeds, remember
 from dist_siglip.errors import UserError
 
 MIB = 2**20
@@ -34,14 +28,14 @@ def _predict(exchange, world_size, batch, width, local=8, **problem):
         (8, 4096, 768, "open_clip bidir chunked", 84, 560),
         (64, 1024, 768, "ring", 286.5, 3 + 9 + 3 + 12),
         (64, 1024, 768, "open_clip bidir", 189, 608),
-        (256, 4096, 768, "ring", 4602, 72),
+        (256, 4096, 768, "ring", 4602, 75),
         (256, 4096, 768, "two_level", 4602, 24 + 60 + 12 + 12),
         (256, 4096, 768, "node_gather", 4602, 18 * 6 + 25 * 12 + 12 + 12),
         (256, 4096, 768, "two_way", 4602, 120),
         (256, 4096, 768, "all_gather", 255 * 18, 256 * 18 + 12 + 12 + 12),
         (256, 4096, 768, "open_clip bidir", 3060, 34304),
         (256, 4096, 768, "open_clip bidir chunked", 3060, 17920),
-        (32, 32768, 1024, "ring", 6080, 652),
+        (32, 32768, 1024, "ring", 6080, 772),
         (32, 32768, 1024, "open_clip bidir", 3968, 264192),
     ],
 )
@@ -101,7 +95,7 @@ def test_one_rank_sends_nothing(exchange):
 
 def test_speeds_are_kept_and_read(tmp_path, monkeypatch):
     """What was measured replaces guesses, kind by kind of device; a broken file is as none."""
-    monkeypatch.setattr(cost_model, "user_cache_folder", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(speeds, "user_cache_folder", lambda name: str(tmp_path / name))
     guesses = known_speeds("cuda")
     assert guesses == Speeds()
     assert remember("cuda", host_us=321.0) == tmp_path / "speeds" / "cuda.json"
@@ -119,8 +113,8 @@ def test_speeds_are_kept_and_read(tmp_path, monkeypatch):
 
 def test_all_ranks_reckon_with_the_speeds_of_the_first():
     messages = []
-    for speeds in (Speeds(host_us=1.0), Speeds(host_us=2.0)):
-        agree(3, 1, "", lambda said: messages.append(said) or [said], speeds=speeds)
+    for known in (Speeds(host_us=1.0), Speeds(host_us=2.0)):
+        agree(3, 1, "", lambda said: messages.append(said) or [said], speeds=known)
     assert agree(3, 1, "", lambda _: messages).speeds == Speeds(host_us=1.0)
 
 

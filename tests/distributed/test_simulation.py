@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.distributed import AccumulatorSpec, circulate, groups, prepare_exchange, ring
-from dist_siglip.distributed.cost_model import Speeds
 from dist_siglip.distributed.exchange import _fastest
 from dist_siglip.distributed.groups import transfers_of
 from dist_siglip.distributed.p2p import P2PChannel
 from dist_siglip.distributed.simulate import simulated_world
+from dist_siglip.distributed.speeds import Speeds
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.ring_pass import RingPass

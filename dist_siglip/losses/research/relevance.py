@@ -341,8 +341,8 @@ def relevance_sigmoid_loss(
     """
     check_scalar("logit_bias", logit_bias)
     bias = logit_bias.reshape(())
-    chosen = choose_kernel(kernel, query_features)
     batch = RelevanceBatch.of(query_features, document_features, relevance, logit_scale, chunk_rows)
+    chosen = choose_kernel(kernel, query_features)
     plan, totals = batch.agree("sigmoid", {"logit_bias": bias}, nonfinite, exchange, group)
     with torch.no_grad(), torch.autocast(query_features.device.type, enabled=False):
         ring_pass = SigmoidPass(batch, plan, bias, chosen)
