@@ -23,7 +23,7 @@ def _predict(exchange, world_size, batch, width, local=8, **problem):
 @pytest.mark.parametrize(
     ("world_size", "batch", "width", "exchange", "sent", "memory"),
     [
-        (8, 4096, 768, "ring", 138, 12 + 36 + 12 + 12),
+        (8, 4096, 768, "ring", 138, 12 + 24 + 12 + 12 + 12 + 3),
         (8, 4096, 768, "open_clip bidir", 84, 1072),
         (8, 4096, 768, "open_clip bidir chunked", 84, 560),
         (64, 1024, 768, "ring", 286.5, 3 + 9 + 3 + 12),
