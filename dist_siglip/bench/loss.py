@@ -168,7 +168,7 @@ def loss(
     embed_dim: int = 512,
     dtypes: Sequence[BenchDtype] = ("float32",),
     exchanges: Sequence[ExchangeName] = ("auto",),
-    kernel: Kernel | Literal["all"] = "auto",
+    kernel: Literal["auto", "triton", "compiled", "eager", "all"] = "auto",
     logit_scale: float = START_SCALE,
     logit_bias: float = START_BIAS,
     rounds: int = 9,
