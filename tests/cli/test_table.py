@@ -21,7 +21,7 @@ def test_a_path_is_one_line_and_comes_as_it_is(capsys):
 
 
 @pytest.mark.parametrize(
-    "module", ["run/quickstart", "lab_run", "data/pack", "embed", "run/testing", "align"]
+    "module", ["run/quickstart", "lab_run", "data/shards", "embed", "run/testing", "align"]
 )
 def test_no_table_holds_a_path_that_a_verb_prints(module):
     """What ``print_path`` gets is in no cell, title or caption of the same module."""

@@ -80,7 +80,7 @@ def test_what_cannot_be_averaged_is_one_line(run, tmp_path, capsys):
         ([str(folder), str(tmp_path / "other.pt")], "do not fit the model"),
         ([str(start), str(tmp_path / "other.pt")], "of another architecture"),
         ([str(start), "--alpha=0.5"], "needs the folder of a run"),
-        ([str(folder), "--alpha=1.5"], "alpha (1.5) must be from 0"),
+        ([str(folder), "--alpha=1.5"], "alpha (1.5) must be in [0, 1]"),
         ([str(folder), str(start), str(start), "--alpha=0.5"], "leave it out for a soup"),
         ([str(folder), str(start), "--method=greedy"], "needs pairs to measure on"),
         ([str(tmp_path / "none.pt"), str(start)], "none.pt do not exist"),

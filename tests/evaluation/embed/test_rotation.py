@@ -115,4 +115,4 @@ def test_the_command_takes_both(tmp_path, shards, capsys):
     words = ["embed", str(tmp_path / "none"), f"--out={tmp_path / 'out'}", "--dim=0"]
     words[1] = str(shards) if isinstance(shards, str) else str(next(iter(shards)))
     assert main([*words, f"--model={tmp_path / 'clip.json'}", "--workers=0"]) == 2
-    assert "dim (0) must be 1 to" in capsys.readouterr().err
+    assert "dim (0) must be at least 1" in capsys.readouterr().err
