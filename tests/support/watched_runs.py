@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import yaml
@@ -87,6 +88,9 @@ def fork(rank, port, folder, arguments):
         from dist_siglip.cli import main
 
         code = main(["fit", *arguments, f"--run_dir={folder / 'run'}"])
+    except Exception:
+        traceback.print_exc()
+        raise
     finally:
         sys.stderr.flush()
         os._exit(code)

@@ -37,7 +37,7 @@ from dist_siglip.runs.checkpoints.selection import damage_of
 from dist_siglip.runs.checkpoints.sharded import by_number
 from dist_siglip.system.best_effort import LineLog
 from dist_siglip.training.optim import NormHistory, StepCheck, StepFinding
-from dist_siglip.training.optim.evaluation_weights import for_training
+from dist_siglip.training.optim.evaluation_weights import take_training_weights
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ def _load(trainer: Trainer, path: Path) -> bool:
     if max_over_ranks(failed).item():
         return False
     if "state_dict" in checkpoint:
-        trainer.strategy.load_model_state_dict({"state_dict": for_training(checkpoint)})
+        take_training_weights(checkpoint)
+        trainer.strategy.load_model_state_dict({"state_dict": checkpoint["state_dict"]})
         states = [by_number(state) for state in checkpoint["optimizer_states"]]
         trainer.strategy.load_optimizer_state_dict({"optimizer_states": states})
     return True

@@ -29,7 +29,7 @@ from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, bu
 from dist_siglip.training.optim.evaluation_weights import (
     EvaluationWeights,
     averaging_parts,
-    for_training,
+    take_training_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class RunModule(LightningModule):
             refuse_not_finite(weights, f"checkpoint ({self.trainer.ckpt_path})")
         self._loaded_steps = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
-            checkpoint["state_dict"] = for_training(checkpoint)
+            take_training_weights(checkpoint)
         if "optimizer_states" in checkpoint:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [by_number(state) for state in states]

@@ -235,15 +235,17 @@ class SigLipModule(ObjectiveModule):
             for objective in self.by_name.values():
                 objective.compile_heads("inductor")
         if some_await:
-            start = torch.tensor(
-                [self.built.start_scale, self.built.start_bias], dtype=torch.float64
-            )
-            start = start.to(self.device)
+            values = self.built.start_scale, self.built.start_bias
+            start = torch.tensor(values, dtype=torch.float64).to(self.device)
             receive_values(self, self.device, has_values=not awaits, whole=whole, beside=[start])
             scale, bias = start.tolist()
             self.built = replace(
                 self.built, start_scale=scale, start_bias=bias, awaits_weights=False
             )
+
+    def cpu(self) -> Any:
+        """Move to the CPU; what has no values yet stays, so that a failed start says why."""
+        return self if self.built.awaits_weights else super().cpu()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the global batch of scale and bias, too."""

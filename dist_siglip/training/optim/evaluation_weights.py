@@ -90,15 +90,14 @@ class EvaluationWeights:
             self.leave(optimizers)
 
 
-def for_training(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights that training goes on from: of such a checkpoint those beside the average.
+def take_training_weights(checkpoint: dict[str, Any]) -> None:
+    """Let training go on from the weights beside the average, where a checkpoint has them.
 
     Example:
-        >>> for_training({"state_dict": {}})
-        {}
+        >>> take_training_weights({"state_dict": {}})
     """
-    state: dict[str, Tensor] = checkpoint[UNAVERAGED if _MARK in checkpoint else "state_dict"]
-    return state
+    if _MARK in checkpoint:
+        checkpoint["state_dict"] = checkpoint[UNAVERAGED]
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
