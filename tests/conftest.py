@@ -109,6 +109,19 @@ def _clean_process_state():
     assert not left, f"the test leaves {left} behind, which makes later commands wait for ranks"
 
 
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """What a test ignores or handles, the children of a later one would inherit."""
+    before = [(number, signal.getsignal(number)) for number in _SIGNALS]
+    yield
+    for number, handler in before:
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def _no_thread_left():
     """A test that leaves a thread behind fails, rather than another one that it disturbs."""

@@ -35,6 +35,8 @@ sys.exit("a reason" if sys.argv[1] == "reason" else int(sys.argv[2]) + len(heard
 def start(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     started = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # ignored in a suite that runs detached
+        signal.signal(number, signal.SIG_DFL)
 
     def start(*words, **more):
         process = subprocess.Popen(
