@@ -118,7 +118,7 @@ def _signals_as_before():
     before = [(number, signal.getsignal(number)) for number in _SIGNALS]
     yield
     for number, handler in before:
-        if signal.getsignal(number) is not handler:
+        if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 
 
