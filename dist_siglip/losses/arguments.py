@@ -212,6 +212,32 @@ def duplicates_of(loss: nn.Module) -> Duplicates | None:
     return loss.duplicates if isinstance(loss, _SaysDuplicates) else None
 
 
+class LossOverBase(nn.Module):
+    """A loss around another one, ``base``, whose wishes about ids and bias it passes on."""
+
+    base: nn.Module
+
+    @property
+    def uses_caption_ids(self) -> bool:
+        """Whether the base takes caption ids."""
+        return uses_caption_ids(self.base)
+
+    @property
+    def uses_picture_ids(self) -> bool:
+        """Whether the base takes picture ids."""
+        return uses_picture_ids(self.base)
+
+    @property
+    def uses_logit_bias(self) -> bool:
+        """Whether the base depends on logit_bias."""
+        return uses_logit_bias(self.base)
+
+    @property
+    def duplicates(self) -> Duplicates | None:
+        """How the base treats duplicates."""
+        return duplicates_of(self.base)
+
+
 def prefix_dims_of(loss: nn.Module) -> tuple[int, ...]:
     """Return the prefixes that the module is computed at, by its ``prefix_dims``; none if none."""
     return loss.prefix_dims if isinstance(loss, _SaysPrefixDims) else ()

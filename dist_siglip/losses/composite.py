@@ -9,20 +9,17 @@ from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     LossOutput,
+    LossOverBase,
     Nonfinite,
     call_loss,
-    duplicates_of,
     ids_for,
     prefix_dims_of,
-    uses_caption_ids,
-    uses_logit_bias,
-    uses_picture_ids,
 )
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
-from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
+from dist_siglip.losses.kernels.pair_terms import Kernel, check_kernel
 
 
-class WeightedLoss(nn.Module):
+class WeightedLoss(LossOverBase):
     """A base loss plus weighted alignment, uniformity and cross-uniformity, all over the ranks.
 
         loss = base + alignment * A + uniformity * (U_image + U_text) / 2 + cross_uniformity * X
@@ -89,29 +86,9 @@ class WeightedLoss(nn.Module):
         self.kernel: Kernel = kernel
 
     @property
-    def uses_caption_ids(self) -> bool:
-        """Whether the base takes caption ids."""
-        return uses_caption_ids(self.base)
-
-    @property
-    def uses_picture_ids(self) -> bool:
-        """Whether the base takes picture ids."""
-        return uses_picture_ids(self.base)
-
-    @property
-    def uses_logit_bias(self) -> bool:
-        """Whether the base depends on logit_bias."""
-        return uses_logit_bias(self.base)
-
-    @property
     def prefix_dims(self) -> tuple[int, ...]:
         """Prefixes that the base is computed at."""
         return prefix_dims_of(self.base)
-
-    @property
-    def duplicates(self) -> Duplicates | None:
-        """How the base treats duplicates."""
-        return duplicates_of(self.base)
 
     def forward(
         self,

@@ -11,11 +11,9 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     LossOutput,
+    LossOverBase,
     Nonfinite,
-    duplicates_of,
-    uses_caption_ids,
     uses_logit_bias,
-    uses_picture_ids,
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
 from dist_siglip.losses.matryoshka import matryoshka_sigmoid_loss, matryoshka_softmax_loss
@@ -129,10 +127,7 @@ class SigLipLoss(nn.Module):
         ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise;
         ``picture_ids``, (B,), is taken likewise but may be missing.
         """
-        if self.uses_caption_ids and caption_ids is None:
-            raise UserError(
-                f"duplicates ({self.duplicates!r}) needs caption_ids: pass them, or set it to null"
-            )
+        self.check_caption_ids(caption_ids)
         check_world(self.rank, self.world_size, self.group)
         output = siglip_loss_output(
             image_features,
@@ -152,6 +147,13 @@ class SigLipLoss(nn.Module):
         if return_statistics:
             return output
         return {"contrastive_loss": output.loss} if output_dict else output.loss
+
+    def check_caption_ids(self, caption_ids: Tensor | None) -> None:
+        """Raise ``UserError`` if a call must bring caption ids and brings none."""
+        if self.uses_caption_ids and caption_ids is None:
+            raise UserError(
+                f"duplicates ({self.duplicates!r}) needs caption_ids: pass them, or set it to null"
+            )
 
 
 def check_world(rank: int | None, world_size: int | None, group: ProcessGroup | None) -> None:
@@ -260,7 +262,7 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class MatryoshkaLoss(nn.Module):
+class MatryoshkaLoss(LossOverBase):
     """A pairwise loss at prefixes of the dimension, so that features can be cut after training.
 
     The weighted mean of the base loss over the prefixes, see ``matryoshka_sigmoid_loss``; it sends
@@ -311,26 +313,6 @@ class MatryoshkaLoss(nn.Module):
             if uses_logit_bias(self.base):
                 self.bias_offsets = nn.Parameter(torch.zeros(len(dims) - 1))
 
-    @property
-    def uses_caption_ids(self) -> bool:
-        """Whether the base takes caption ids."""
-        return uses_caption_ids(self.base)
-
-    @property
-    def uses_picture_ids(self) -> bool:
-        """Whether the base takes picture ids."""
-        return uses_picture_ids(self.base)
-
-    @property
-    def uses_logit_bias(self) -> bool:
-        """Whether the base depends on logit_bias."""
-        return uses_logit_bias(self.base)
-
-    @property
-    def duplicates(self) -> Duplicates | None:
-        """How the base treats duplicates."""
-        return duplicates_of(self.base)
-
     def forward(
         self,
         image_features: Tensor,
@@ -367,10 +349,7 @@ class MatryoshkaLoss(nn.Module):
                 kernel=base.kernel,
             )
             return LossOutput(loss) if return_statistics else loss
-        if base.uses_caption_ids and caption_ids is None:
-            raise UserError(
-                f"duplicates ({base.duplicates!r}) needs caption_ids: pass them, or set it to null"
-            )
+        base.check_caption_ids(caption_ids)
         output = matryoshka_sigmoid_loss(
             *pairs,
             dims=self.dims,
