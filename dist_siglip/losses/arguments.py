@@ -16,6 +16,7 @@ on a GPU: one pass over the features and a dozen small kernels; no wait.
 from collections import deque
 from collections.abc import Iterable, Mapping
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -161,10 +162,31 @@ class LossOutput(NamedTuple):
         duplicate_pairs: (), int64, on the features' device: pairs of an image of this rank and a
             text of any other pair that share an id. The sum over ranks counts every two
             duplicates twice, once from each side. None without ids.
+        terms: what is logged beside the loss, by name: (), without a graph, this rank's shares
+            whose mean over ranks is the value.
     """
 
     loss: Tensor
     duplicate_pairs: Tensor | None = None
+    terms: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class TeacherFeatures(NamedTuple):
+    """Features of K teachers for the pairs of this rank, and how they make logits.
+
+    Attributes:
+        image: (B, d_1 + ... + d_K), the teachers side by side, each L2-normalised by itself.
+        text: likewise, row i of pair i.
+        dims: d_k of each teacher.
+        scales: logit scale of each teacher, > 0.
+        biases: added to the logits of each teacher; None for a teacher that has none.
+    """
+
+    image: Tensor
+    text: Tensor
+    dims: tuple[int, ...]
+    scales: tuple[float, ...]
+    biases: tuple[float | None, ...]
 
 
 @runtime_checkable
@@ -175,6 +197,11 @@ class _SaysCaptionIds(Protocol):
 @runtime_checkable
 class _SaysPictureIds(Protocol):
     uses_picture_ids: bool
+
+
+@runtime_checkable
+class _SaysTeachers(Protocol):
+    uses_teachers: bool
 
 
 @runtime_checkable
@@ -202,6 +229,11 @@ def uses_picture_ids(loss: nn.Module) -> bool:
     return isinstance(loss, _SaysPictureIds) and bool(loss.uses_picture_ids)
 
 
+def uses_teachers(loss: nn.Module) -> bool:
+    """Whether the module takes ``teachers``: if it says so by ``uses_teachers``."""
+    return isinstance(loss, _SaysTeachers) and bool(loss.uses_teachers)
+
+
 def uses_logit_bias(loss: nn.Module) -> bool:
     """Whether the module depends on the bias: unless its ``uses_logit_bias`` is False."""
     return not isinstance(loss, _SaysLogitBias) or bool(loss.uses_logit_bias)
@@ -213,7 +245,7 @@ def duplicates_of(loss: nn.Module) -> Duplicates | None:
 
 
 class LossOverBase(nn.Module):
-    """A loss around another one, ``base``, whose wishes about ids and bias it passes on."""
+    """A loss around another one, ``base``, whose wishes about its arguments it passes on."""
 
     base: nn.Module
 
@@ -226,6 +258,11 @@ class LossOverBase(nn.Module):
     def uses_picture_ids(self) -> bool:
         """Whether the base takes picture ids."""
         return uses_picture_ids(self.base)
+
+    @property
+    def uses_teachers(self) -> bool:
+        """Whether the base takes the features of teachers."""
+        return uses_teachers(self.base)
 
     @property
     def uses_logit_bias(self) -> bool:
@@ -270,6 +307,7 @@ def call_loss(
     *,
     ids: Mapping[str, Tensor],
     nonfinite: Nonfinite,
+    teachers: TeacherFeatures | None = None,
 ) -> LossOutput:
     """Call a loss module; ``nonfinite`` and statistics where ``forward`` has these parameters.
 
@@ -281,6 +319,7 @@ def call_loss(
         logit_bias: one element.
         ids: of ``ids_for``.
         nonfinite: what to do about values that are not finite.
+        teachers: handed to a module with ``uses_teachers``.
     """
     options: dict[str, Any] = dict(ids)
     taken = signature(loss.forward).parameters
@@ -288,6 +327,8 @@ def call_loss(
         options["nonfinite"] = nonfinite
     if "return_statistics" in taken:
         options["return_statistics"] = True
+    if uses_teachers(loss):
+        options["teachers"] = teachers
     result = loss(image_features, text_features, logit_scale, logit_bias, **options)
     return result if isinstance(result, LossOutput) else LossOutput(result)
 

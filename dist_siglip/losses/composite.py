@@ -11,6 +11,7 @@ from dist_siglip.losses.arguments import (
     LossOutput,
     LossOverBase,
     Nonfinite,
+    TeacherFeatures,
     call_loss,
     ids_for,
     prefix_dims_of,
@@ -101,8 +102,9 @@ class WeightedLoss(LossOverBase):
         picture_ids: Tensor | None = None,
         nonfinite: Nonfinite = "raise",
         return_statistics: bool = False,
+        teachers: TeacherFeatures | None = None,
     ) -> Tensor | LossOutput:
-        """Return the weighted sum; ids go to a base that uses them.
+        """Return the weighted sum; ids and teachers go to a base that uses them.
 
         ``return_statistics`` returns it with what the base counted, as ``LossOutput``.
 
@@ -114,7 +116,7 @@ class WeightedLoss(LossOverBase):
             f"cross_uniformity {self.cross_uniformity}",
             self.group,
         )
-        loss, duplicate_pairs = call_loss(
+        output = call_loss(
             self.base,
             image_features,
             text_features,
@@ -122,7 +124,9 @@ class WeightedLoss(LossOverBase):
             logit_bias,
             ids=ids_for(self.base, caption_ids, picture_ids),
             nonfinite=nonfinite,
+            teachers=teachers,
         )
+        loss = output.loss
         if self.alignment:
             term = alignment_loss(
                 image_features, text_features, nonfinite=nonfinite, group=self.group
@@ -150,4 +154,4 @@ class WeightedLoss(LossOverBase):
                 kernel=self.kernel,
             )
             loss = loss + self.cross_uniformity * term
-        return LossOutput(loss, duplicate_pairs) if return_statistics else loss
+        return output._replace(loss=loss) if return_statistics else loss

@@ -30,6 +30,11 @@ class ImageTextBatch(NamedTuple):
         picture_ids: (B,) int64 >= 0; equal pictures have equal ids. None: they are not known.
         draws: (B,) int64 >= 0, random numbers of seed, epoch and position, which all that is drawn
             about a pair on the device is made of. None: they are not known.
+        teacher_image_features: (B, d_1 + ... + d_K) float32, stored rows of K teachers side by
+            side, each block L2-normalised by itself. None: no teacher has stored rows.
+        teacher_text_features: likewise for texts.
+        teacher_texts: (B, L_1 + ...) int64, token ids of the same captions for teachers with
+            tokenizers of their own, side by side. None: there are none.
     """
 
     images: Tensor
@@ -42,6 +47,9 @@ class ImageTextBatch(NamedTuple):
     text_features: Tensor | None = None
     picture_ids: Tensor | None = None
     draws: Tensor | None = None
+    teacher_image_features: Tensor | None = None
+    teacher_text_features: Tensor | None = None
+    teacher_texts: Tensor | None = None
 
 
 class BatchPieces(NamedTuple):
@@ -107,6 +115,8 @@ class PairSample(NamedTuple):
         picture_id: of the picture; None counts every sample's as its own.
         caption_id: that was stored with text_features, if it was.
         draw: random number of seed, epoch and position, in [0, 2**63).
+        teacher_image_features: (d_1 + ... + d_K,) float32, see ``ImageTextBatch``.
+        teacher_text_features: likewise.
     """
 
     image: Tensor
@@ -119,6 +129,8 @@ class PairSample(NamedTuple):
     picture_id: int | None = None
     caption_id: int | None = None
     draw: int = 0
+    teacher_image_features: Tensor | None = None
+    teacher_text_features: Tensor | None = None
 
 
 class PairCollator:
@@ -127,17 +139,22 @@ class PairCollator:
     Args:
         tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
             are spawned.
+        teacher_tokenizers: of teachers whose tokens are not those of ``tokenizer``.
     """
 
-    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    def __init__(
+        self,
+        tokenizer: Callable[[list[str]], Tensor],
+        teacher_tokenizers: Sequence[Callable[[list[str]], Tensor]] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._teacher_tokenizers = tuple(teacher_tokenizers)
 
     def __call__(self, samples: Sequence[PairSample]) -> ImageTextBatch:
         """Collate B samples in their order."""
         captions = [sample.caption for sample in samples]
-        image_features = [s.image_features for s in samples if s.image_features is not None]
-        text_features = [s.text_features for s in samples if s.text_features is not None]
-        if text_features:
+        text_features = _stacked([sample.text_features for sample in samples])
+        if text_features is not None:
             texts = torch.empty(len(samples), 0, dtype=torch.long)
             caption_ids = torch.tensor([_stored_caption_id(sample) for sample in samples])
         else:
@@ -151,11 +168,24 @@ class PairCollator:
             sample_ids=torch.tensor([sample.sample_id for sample in samples]),
             valid=torch.tensor([sample.is_valid for sample in samples]),
             substituted=torch.tensor([sample.is_substitute for sample in samples]),
-            image_features=torch.stack(image_features) if image_features else None,
-            text_features=torch.stack(text_features) if text_features else None,
+            image_features=_stacked([sample.image_features for sample in samples]),
+            text_features=text_features,
             picture_ids=torch.tensor(picture_ids),
             draws=torch.tensor([sample.draw for sample in samples]),
+            teacher_image_features=_stacked([each.teacher_image_features for each in samples]),
+            teacher_text_features=_stacked([each.teacher_text_features for each in samples]),
+            teacher_texts=self._texts_of_teachers(captions),
         )
+
+    def _texts_of_teachers(self, captions: list[str]) -> Tensor | None:
+        if not self._teacher_tokenizers:
+            return None
+        return torch.cat([each(captions).long() for each in self._teacher_tokenizers], dim=1)
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
 
 
 def _stored_caption_id(sample: PairSample) -> int:

@@ -298,7 +298,7 @@ class SigLipModule(ObjectiveModule):
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
-        loss, duplicate_pairs = call_loss(
+        loss, duplicate_pairs, _ = call_loss(
             self.loss,
             image_features,
             text_features,

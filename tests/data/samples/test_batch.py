@@ -2,7 +2,7 @@ import pytest
 import torch
 from open_clip import SimpleTokenizer
 
-from dist_siglip.data.samples.batch import PairCollator, PairSample
+from dist_siglip.data.samples.batch import BatchPieces, PairCollator, PairSample
 from dist_siglip.metrics import retrieval_ranks_both_ways
 from dist_siglip.models.text_tower import ModelTokenizer
 from tests.support.shards import tokenize
@@ -80,3 +80,18 @@ def test_stored_ids_stand_in_for_tokens_and_bytes():
     batch = _batch(["a fox", "a hen"], None, **fields)
     assert batch.caption_ids.tolist() == [5, 5]
     assert batch.picture_ids.tolist() == [7, 7]
+
+
+def test_rows_and_tokens_of_teachers_come_along_side_by_side():
+    rows = {name: torch.arange(5.0) for name in ("teacher_image_features", "teacher_text_features")}
+    sample = PairSample(
+        torch.zeros(3, 2, 2), "a fox", 0, is_valid=True, is_substitute=False, **rows
+    )
+    short = SimpleTokenizer(context_length=6)
+    batch = PairCollator(tokenize, [short, tokenize])([sample, sample])
+    assert batch.teacher_image_features.shape == batch.teacher_text_features.shape == (2, 5)
+    expected = torch.cat([short(["a fox"] * 2), tokenize(["a fox"] * 2)], dim=1)
+    assert torch.equal(batch.teacher_texts, expected)
+    joined = BatchPieces((batch, batch)).join(torch.device("cpu"))
+    assert torch.equal(joined.teacher_texts, torch.cat([expected, expected]))
+    assert PairCollator(tokenize)([sample._replace(teacher_image_features=None)])[10] is None
