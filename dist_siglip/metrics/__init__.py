@@ -30,6 +30,13 @@ from dist_siglip.metrics.constructions import (
     simplex_code,
     subset_code,
 )
+from dist_siglip.metrics.dense import (
+    Segmentation,
+    linear_label_map,
+    pointing_accuracy,
+    segmentation,
+    vote_labels,
+)
 from dist_siglip.metrics.evaluation import Evaluation, PairEvaluation, evaluate_pairs
 from dist_siglip.metrics.geometry.gap import (
     ModalityGap,
@@ -95,6 +102,7 @@ __all__ = [
     "RequiredDimension",
     "RetrievalGuarantee",
     "RowMargins",
+    "Segmentation",
     "SeparatingDirection",
     "capacity_alpha",
     "capacity_exponents",
@@ -119,6 +127,7 @@ __all__ = [
     "joint_constellation",
     "largest_margin",
     "largest_pairs",
+    "linear_label_map",
     "linear_separability",
     "logit_summary",
     "margin_of_dimension",
@@ -127,6 +136,7 @@ __all__ = [
     "modality_gap",
     "nearest_neighbors",
     "pca_rotation",
+    "pointing_accuracy",
     "quantile_constellation",
     "random_code",
     "recall_at_k",
@@ -136,6 +146,7 @@ __all__ = [
     "retrieval_guarantee",
     "retrieval_ranks",
     "retrieval_ranks_both_ways",
+    "segmentation",
     "separating_direction",
     "simplex_code",
     "subset_code",
@@ -144,4 +155,5 @@ __all__ = [
     "subset_inner_products",
     "subset_margin",
     "uniformity",
+    "vote_labels",
 ]
