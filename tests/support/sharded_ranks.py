@@ -1,5 +1,6 @@
 """Training runs under several strategies and precisions that must agree."""
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,7 +37,7 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
     receives = bool(case.get("receives") and rank)
     with torch.device("meta") if receives else nullcontext():
         module = locked_module(model, **settings_of(case))
-    is_empty = all(value.is_meta for value in module.parameters())
+    is_empty = all(value.is_meta for value in module.towers.parameters())
     assert is_empty == receives
     settings: dict[str, Any] = {"gradient_clip_val": 1.0, **case.get("trainer", {})}
     sharding = case.get("shard")
@@ -66,10 +67,11 @@ def train(model, folder, case, rank=0, world_size=1, num_steps=3):
 
 
 def settings_of(case):
-    """Settings of the module; objectives are built anew for each."""
+    """Settings of the module; a loss and objectives are built anew for each."""
     objective = case.get("objective")
     objectives = None if objective is None else [Captioning(**objective)]
-    return {**case.get("module", {}), "objectives": objectives}
+    loss = copy.deepcopy(case.get("module", {}).get("loss"))
+    return {**case.get("module", {}), "loss": loss, "objectives": objectives}
 
 
 def train_cases(rank, world_size, model, folder, cases, num_steps=3):

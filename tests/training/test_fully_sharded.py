@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses import siglip_loss
+from dist_siglip.losses import MatryoshkaLoss, siglip_loss
 from dist_siglip.models import build, compile_towers, encode_in_micro_batches
 from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
 from dist_siglip.training.callbacks import WeightAverage
@@ -36,8 +36,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
 
+# Scale and bias of the shorter prefix are parameters of the loss.
+PREFIXES = MatryoshkaLoss([8, 3], separate_logits=True)
 CASES = {
     "plain": {},
+    "a loss that learns": {"module": {"loss": PREFIXES}},
     "gradient checkpointing": {"module": {"gradient_checkpointing": True}},
     "micro-batches": {"module": {"micro_batch_size": 1}},
     "locked image tower": {"module": {"image_tower": TowerConfig(locked=True)}},
@@ -76,7 +79,7 @@ def test_two_ranks_train_as_one_process_does(model, tmp_path):
 RECEIVED = {
     "DDP": {},
     "DDP with an average": {"trainer": {"callbacks": [WeightAverage(decay=0.5)]}},
-    "FSDP2": {"shard": {}},
+    "FSDP2": {"shard": {}, "module": {"loss": PREFIXES}},
     "weights of a file": {"module": {"pretrained": "beside"}, "shard": {}},
     "adapters, which start at random": {
         "module": {"pretrained": "beside", "text_tower": TowerConfig(lora=LoraSettings(rank=2))}
@@ -223,6 +226,7 @@ def test_a_run_goes_on_under_other_strategies_and_worlds(model, tmp_path):
     """DDP, FSDP2 to one file, FSDP2 on 3 ranks to a folder, 1 process: as without interruption."""
     folder = str(tmp_path)
     late = {"objective": {"weight": 0.05, "start": 3}}  # inside of the second start
+    late["module"] = {"loss": PREFIXES}
     uninterrupted = train(model, folder, late, num_steps=8)
     starts = [(2, None), (2, {"checkpoint": "full"}), (3, {"checkpoint": "sharded"}), (1, None)]
     checkpoint, losses = None, []
@@ -276,9 +280,9 @@ def test_an_unknown_setting_is_named(setting, value):
         FullyShardedStrategy(**{setting: value})
 
 
-def test_a_loss_with_parameters_is_refused(model):
+def test_parameters_of_what_is_unknown_are_refused(model):
     module = locked_module(model)
-    module.loss.weight = torch.nn.Parameter(torch.ones(1))
+    module.more = torch.nn.Linear(1, 1)
     mesh = SimpleNamespace(mesh_dim_names=("shard",))
-    with pytest.raises(UserError, match=r"loss.weight is none of them"):
+    with pytest.raises(UserError, match=r"more.weight is none of them"):
         shard_module(module, mesh)

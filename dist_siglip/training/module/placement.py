@@ -1,10 +1,10 @@
 """Where the values of a module are: in shards over the ranks, and first of all on the first one.
 
 For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third; objectives are split likewise. A block is gathered when it is needed and freed after.
-Blocks are gathered in bfloat16 where training runs in it, gradients are added up in float32, scale
-and bias stay in float32. Micro-batches go backward one after the other: of no more than one block,
-and of what is in none, gradients are whole at a time.
+bias a third, what a loss learns a fourth; objectives are split likewise. A block is gathered when
+it is needed and freed after. Blocks are gathered in bfloat16 where training runs in it, gradients
+are added up in float32; scale, bias and loss stay in float32. Micro-batches go backward one after
+the other: of no more than one block, and of what is in none, gradients are whole at a time.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from dist_siglip.models.tuning import block_names
 def shard_module(
     module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
 ) -> None:
-    """Shard towers, scale and bias, and objectives of a module over a mesh, in place (FSDP2).
+    """Shard towers, scale and bias, loss and objectives of a module over a mesh (FSDP2), in place.
 
     Args:
         module: before it goes to its device and before its optimizer is built.
@@ -46,12 +46,12 @@ def shard_module(
             f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
             "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
         )
-    sharded = ("towers.", "logits.", "objectives.")
+    sharded = ("towers.", "logits.", "loss.", "objectives.")
     others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
     if others:
         raise UserError(
-            "FullyShardedStrategy shards towers, scale, bias and objectives, and "
-            f"{others[0]} is none of them; use a loss without parameters, or trainer.strategy: ddp"
+            "FullyShardedStrategy shards towers, scale, bias, loss and objectives, and "
+            f"{others[0]} is none of them; use trainer.strategy: ddp"
         )
     towers = module.get_submodule("towers")
     policy = MixedPrecisionPolicy()
@@ -76,7 +76,10 @@ def shard_module(
             if hasattr(objective, method):
                 register_fsdp_forward_method(objective, method)
     # Apart, so that the loss can ask for them outside of the towers; never in half precision.
-    fully_shard(module.get_submodule("logits"), mesh=mesh)
+    for name in ("logits", "loss"):
+        part = module.get_submodule(name)
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh)
 
 
 def receive_values(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from dist_siglip.losses import (
     cross_uniformity_loss,
+    matryoshka_sigmoid_loss,
+    matryoshka_softmax_loss,
     relevance_sigmoid_loss,
     siglip_loss,
     softmax_loss,
@@ -18,6 +20,7 @@ from dist_siglip.losses import (
 )
 from tests.support.parity import LAYOUTS, global_result, layouts_of, local_rows, make_rows
 from tests.support.processes import run_ranks
+from tests.support.reference_matryoshka import BIASES, DIMS, SCALES, WEIGHTS
 
 SHAPES = ((1, 1), (5, 3), (9, 260))
 DIAGONALS = (None, 0, 3, -2)
@@ -31,6 +34,8 @@ NAMES = {
     "uniformity": ("image",),
     "cross_uniformity": ("image", "text"),
     "relevance": ("image", "text", "scale", "bias"),
+    "sigmoid at prefixes": ("image", "text", "scale", "bias"),
+    "softmax at prefixes": ("image", "text", "scale"),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -127,7 +132,7 @@ def call(name, dtype, settings, layout, rank):
     """Global result of one loss with the interpreted kernels."""
     num_rows = sum(layout)
     rows = local_rows(make_rows(("image", "text"), num_rows, dtype), layout, rank)
-    values = {**rows, "scale": torch.tensor([SCALE]), "bias": torch.tensor([BIAS])}
+    values = {**rows, **scalars_of(name)}
     arguments = {key: values[key].requires_grad_() for key in NAMES[name]}
     start = sum(layout[:rank])
     mine = slice(start, start + layout[rank])
@@ -135,10 +140,25 @@ def call(name, dtype, settings, layout, rank):
     return global_result(loss_of(name, num_rows, mine, settings), arguments)
 
 
+def scalars_of(name, dtype=torch.float32):
+    """Scale and bias; of prefixes one each."""
+    scales, biases = [SCALE], [BIAS]
+    if name.endswith("at prefixes"):
+        order = sorted(DIMS, reverse=True)
+        scales, biases = [SCALES[dim] for dim in order], [BIASES[dim] for dim in order]
+    return {"scale": torch.tensor(scales, dtype=dtype), "bias": torch.tensor(biases, dtype=dtype)}
+
+
 def loss_of(name, num_rows, mine, settings, device="cpu"):
     """The loss of that name as a function of its arguments by name."""
 
     def loss(image, text=None, scale=None, bias=None):
+        if name == "sigmoid at prefixes":
+            prefixes = {"dims": DIMS, "weights": WEIGHTS, **settings}
+            return matryoshka_sigmoid_loss(image, text, scale, bias, **prefixes).loss
+        if name == "softmax at prefixes":
+            prefixes = {"dims": DIMS, "weights": WEIGHTS, **settings}
+            return matryoshka_softmax_loss(image, text, scale, **prefixes)
         if name == "softmax":
             return softmax_loss(image, text, scale, **settings)
         if name == "uniformity":

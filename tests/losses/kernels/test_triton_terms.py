@@ -26,6 +26,7 @@ from dist_siglip.losses.kernels.tiles import SigmoidTiles
 from dist_siglip.losses.ring_pass import RingPass
 from tests.losses.kernels import interpreted
 from tests.losses.kernels.interpreted import BIAS, LOGITS, SCALE
+from tests.support import reference_matryoshka
 from tests.support.parity import LAYOUTS, largest_error, make_rows
 from tests.support.reference import sigmoid, sigmoid_loss_and_gradients, softplus
 from tests.support.reference_pairwise import (
@@ -126,6 +127,8 @@ def losses(tmp_path_factory):
 
 def reference_of(name, num_rows):
     images, texts = make_rows(("image", "text"), num_rows).values()
+    if name.endswith("at prefixes"):
+        return reference_matryoshka.reference_of(name.split()[0], num_rows)
     if name == "softmax":
         return softmax_loss_and_gradients(images, texts, SCALE)
     if name == "uniformity":
@@ -366,8 +369,7 @@ def test_a_loss_on_a_gpu_is_the_loop_in_float64(name, dtype, kernel):
     num_rows = 37
     rows = make_rows(("image", "text"), num_rows, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scalars = {"scale": torch.tensor([SCALE]), "bias": torch.tensor([BIAS])}
-    values = rows | {key: value.to(wide) for key, value in scalars.items()}
+    values = rows | interpreted.scalars_of(name, wide)
     leaves = {key: values[key].cuda().requires_grad_() for key in interpreted.NAMES[name]}
     settings = {"kernel": kernel, "chunk_rows": 16}
     loss = interpreted.loss_of(name, num_rows, slice(0, num_rows), settings, "cuda")(**leaves)
