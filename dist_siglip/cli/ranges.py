@@ -259,6 +259,7 @@ _INIT_ARGUMENTS: dict[str, Range] = {
     "max_image_pixels": Range(1, 2**62),
     "parallel": _SHARE,
     "ramp_steps": Range(0, 10**12),
+    "share": _PART,
     "rank": _FROM_0,
     "start": Range(0, 10**12),
     "start_step": Range(0, 10**12),

@@ -1,7 +1,8 @@
 """Losses over the global batch, their tiles, and the scale and bias of the logits."""
 
-from dist_siglip.losses.arguments import LossOutput
-from dist_siglip.losses.composite import WeightedLoss
+from dist_siglip.losses.arguments import LossOutput, TeacherFeatures
+from dist_siglip.losses.composite import DistillationLoss, WeightedLoss
+from dist_siglip.losses.distillation import distillation_loss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.logit_scale import BiasParameterization, LogitConfig, LogitScaleBias
 from dist_siglip.losses.matryoshka import matryoshka_sigmoid_loss, matryoshka_softmax_loss
@@ -16,6 +17,7 @@ from dist_siglip.losses.softmax import softmax_loss
 __all__ = [
     "BiasParameterization",
     "ClipLoss",
+    "DistillationLoss",
     "LogitConfig",
     "LogitScaleBias",
     "LossOutput",
@@ -23,9 +25,11 @@ __all__ = [
     "ModalityGraph",
     "SigLipLoss",
     "SimplexAdapter",
+    "TeacherFeatures",
     "WeightedLoss",
     "alignment_loss",
     "cross_uniformity_loss",
+    "distillation_loss",
     "match_loss",
     "matryoshka_sigmoid_loss",
     "matryoshka_softmax_loss",

@@ -1,6 +1,7 @@
-"""A contrastive loss plus terms that shape the space: CUA and CUAXU on either base loss."""
+"""A pairwise loss and more: terms that shape the space (CUA, CUAXU), or what teachers say."""
 
 import math
+from typing import get_args
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -8,6 +9,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.distributed import ExchangeName, agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
+    FiniteCheck,
     LossOutput,
     LossOverBase,
     Nonfinite,
@@ -15,9 +17,12 @@ from dist_siglip.losses.arguments import (
     call_loss,
     ids_for,
     prefix_dims_of,
+    uses_logit_bias,
 )
+from dist_siglip.losses.distillation import Form, distillation_loss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.kernels.pair_terms import Kernel, check_kernel
+from dist_siglip.losses.modules import SigLipLoss
 
 
 class WeightedLoss(LossOverBase):
@@ -155,3 +160,133 @@ class WeightedLoss(LossOverBase):
             )
             loss = loss + self.cross_uniformity * term
         return output._replace(loss=loss) if return_statistics else loss
+
+
+class DistillationLoss(LossOverBase):
+    """A pairwise loss, and what teachers say about the same pairs: ``distillation_loss``.
+
+        loss = (1 - share) * base + share * distillation
+
+    Distributed contract: that of ``siglip_loss``. The passes of distillation are its own: features
+    of the student travel once for the base and once, or twice, here.
+
+    Args:
+        base: a pairwise loss by its class path. Null is ``dist_siglip.losses.SigLipLoss``.
+        share: of distillation, in (0, 1]; 1 does not compute the base. MobileCLIP takes .75 for
+            ViT-B and 1 for its small models.
+        form: sigmoid, a probability for each pair, or softmax, as DataCompDR.
+        exchange: how features reach other ranks for distillation; the base has its own.
+        group: process group of distillation; the default group if None.
+        chunk_rows: side of the largest tile of distillation. Null is 1024 on a CPU, 8192 x 4096 on
+            a GPU.
+        check_finite: raise on every rank if a row of a teacher, or any other input or value of
+            distillation, is not finite, and name it. On a GPU a step or two late.
+
+    Attributes:
+        uses_teachers: True: a call must bring ``teachers``.
+
+    Raises:
+        UserError: if ``share`` or ``form`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> eye, ten = torch.eye(2), torch.tensor(10.0)
+        >>> teachers = TeacherFeatures(eye, eye, dims=(2,), scales=(10.0,), biases=(-5.0,))
+        >>> DistillationLoss(share=1.0)(eye, eye, ten, -ten / 2, teachers=teachers)
+        tensor(0.0804)
+    """
+
+    def __init__(
+        self,
+        base: nn.Module | None = None,
+        share: float = 0.75,
+        form: Form = "sigmoid",
+        *,
+        exchange: ExchangeName = "auto",
+        group: ProcessGroup | None = None,
+        chunk_rows: int | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise UserError(
+                f"share ({share}) must be in (0, 1]; for the base alone leave DistillationLoss out"
+            )
+        if form not in get_args(Form):
+            raise UserError(f"form ({form!r}) must be one of {', '.join(get_args(Form))}")
+        self.base = SigLipLoss() if base is None else base
+        self.share = share
+        self.form: Form = form
+        self.exchange: ExchangeName = exchange
+        self.group = group
+        self.chunk_rows = chunk_rows
+        self.finite_check = FiniteCheck() if check_finite else None
+
+    @property
+    def prefix_dims(self) -> tuple[int, ...]:
+        """Prefixes that the base is computed at."""
+        return prefix_dims_of(self.base)
+
+    @property
+    def uses_teachers(self) -> bool:
+        """Teachers are what it is about."""
+        return True
+
+    @property
+    def distillation_form(self) -> Form:
+        """What the logits of teachers must be good for."""
+        return self.form
+
+    @property
+    def uses_logit_bias(self) -> bool:
+        """Whether the base, if it is computed, or the form depends on logit_bias."""
+        return self.form == "sigmoid" or (self.share < 1 and uses_logit_bias(self.base))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        *,
+        caption_ids: Tensor | None = None,
+        picture_ids: Tensor | None = None,
+        nonfinite: Nonfinite = "raise",
+        return_statistics: bool = False,
+        teachers: TeacherFeatures | None = None,
+    ) -> Tensor | LossOutput:
+        """Return the loss; ids go to a base that uses them.
+
+        ``return_statistics`` returns it with what the base counted and terms of both, as
+        ``LossOutput``.
+
+        Raises:
+            UserError: as ``distillation_loss`` and the base, if there are no teachers, or ranks
+                have different shares.
+        """
+        if teachers is None:
+            raise UserError(
+                "DistillationLoss needs teachers: list them in model.teachers, or pass the keyword "
+                "teachers"
+            )
+        agree_once(f"distillation loss; share {self.share}, form {self.form}", self.group)
+        pairs = (image_features, text_features, logit_scale, logit_bias)
+        learned = distillation_loss(
+            *pairs,
+            teachers=teachers,
+            form=self.form,
+            nonfinite=nonfinite,
+            finite_check=self.finite_check,
+            exchange=self.exchange,
+            group=self.group,
+            chunk_rows=self.chunk_rows,
+        )
+        terms = {"distillation_loss": learned.loss.detach(), **learned.terms}
+        if self.share == 1:
+            return learned._replace(terms=terms) if return_statistics else learned.loss
+        ids = ids_for(self.base, caption_ids, picture_ids)
+        base = call_loss(self.base, *pairs, ids=ids, nonfinite=nonfinite, teachers=teachers)
+        loss = (1 - self.share) * base.loss + self.share * learned.loss
+        terms = {**base.terms, "base_loss": base.loss.detach(), **terms}
+        output = LossOutput(loss, base.duplicate_pairs, terms)
+        return output if return_statistics else loss
