@@ -22,6 +22,11 @@ from rich.table import Table
 from dist_siglip.bench.data import PICTURE_SIZES, write_photo_shards
 from dist_siglip.bench.plan import mebibytes
 from dist_siglip.bench.train_clock import PHASES, step_flops
+from dist_siglip.bench.train_objectives import (
+    choose_variants,
+    measure_objectives,
+    print_objectives,
+)
 from dist_siglip.bench.train_runs import (
     LOG_EVERY,
     Precision,
@@ -73,6 +78,8 @@ def train(
     compile_towers: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     open_clip_python: str | None = None,
+    objectives: str | list[str] | None = None,
+    count_only: bool = False,
     json: bool = False,
 ) -> int:
     """Time whole training runs of ``fit``, and of open_clip_train beside them.
@@ -98,10 +105,17 @@ def train(
         device: cpu, cuda (one process per GPU), or auto for cuda where there is one.
         open_clip_python: Python of a virtual environment with open_clip_torch[training]==3.3.*,
             which needs a webdataset of its own. Null times ours alone.
+        objectives: measure what each costs a step beside the sigmoid loss alone, and count its
+            operations: names, "all", or a configuration with model.objectives or model.loss.
+        count_only: count the operations of objectives and start no run.
         json: print JSON instead of a table.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if objectives is not None and open_clip_python is not None:
+        raise UserError("objectives and open_clip_python exclude each other; leave one of them out")
+    if count_only and objectives is None:
+        raise UserError("count_only (true) counts objectives; name them, like --objectives=all")
     _check(world_sizes, local_batch_size, workers_per_rank, warmup_steps, steps, rounds, threads)
     if device == "cuda" and max(world_sizes) > torch.cuda.device_count():
         raise UserError(
@@ -120,7 +134,9 @@ def train(
             model = str(folder / "tiny.json")
             Path(model).write_text(json_text.dumps(_TINY))
         num_loaders = max(world_sizes) * workers_per_rank
-        if shards is None:
+        if count_only:
+            paths = [""] * num_loaders
+        elif shards is None:
             paths = write_photo_shards(
                 folder / "shards", PICTURE_SIZES[0], pictures, max(8, num_loaders)
             )
@@ -145,11 +161,19 @@ def train(
                 warmup_steps=warmup_steps,
                 steps=steps,
             )
-            rows += _measure(case, rounds, open_clip_python, folder / f"world-{world_size}")
+            place = folder / f"world-{world_size}"
+            if objectives is None:
+                rows += _measure(case, rounds, open_clip_python, place)
+            else:
+                asked = [objectives] if isinstance(objectives, str) else objectives
+                turns = 0 if count_only else rounds
+                rows += measure_objectives(case, turns, choose_variants(asked, case), place)
     if json:
         sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")
-        return 0
-    Console().print(_table(rows, rounds, steps, device, precision))
+    elif objectives is None:
+        Console().print(_table(rows, rounds, steps, device, precision))
+    else:
+        print_objectives(rows, f"cost of objectives on {device}, {precision}, {rounds} rounds")
     return 0
 
 

@@ -84,15 +84,22 @@ class TrainSpeed:
     gemm_flops_per_second: float | None = None
 
 
-def run_ours(case: TrainCase, folder: Path) -> TrainSpeed:
+def run_ours(
+    case: TrainCase, folder: Path, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> TrainSpeed:
     """Run ``dist-siglip fit`` in an empty folder.
+
+    Args:
+        case: what to train.
+        folder: for the run.
+        more: settings beyond those of the case, by group.
 
     Raises:
         UserError: if it fails; with its complaint.
     """
     found = folder / "clock.json"
     clock = {"path": str(found), "first_step": case.warmup_steps}
-    settings = {
+    settings: dict[str, Any] = {
         "seed_everything": 0,
         "run_dir": str(folder / "run"),
         "model": {"model": case.model, "compile_towers": case.compile_towers},
@@ -110,6 +117,8 @@ def run_ours(case: TrainCase, folder: Path) -> TrainSpeed:
             "callbacks": [{"class_path": _CLOCK, "init_args": clock}],
         },
     }
+    for group, values in (more or {}).items():
+        settings[group] = {**settings[group], **values}
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings))
     _run([sys.executable, "-m", "dist_siglip", "fit", "--config", str(config)], case, "dist-siglip")

@@ -1,0 +1,265 @@
+"""Floating-point operations of towers, losses and objectives, from the sizes of a model.
+
+A multiplication and an addition are two. Matrix products count and nothing else, forward and for
+one pair; ``Part.times`` says how often a training step does them: once forward, twice backward, and
+again where backward makes the result anew.
+
+With T tokens, width C, MLP width M, l layers, context L, vocabulary V and P patches:
+
+    blocks             l (T (8 C^2 + 4 C M) + 4 T^2 C)
+    decoder, body      l (L (12 C^2 + 4 C M) + 4 L^2 C + 4 L P C)    per pass
+    decoder, patches   l 4 P C_tower C                               keys and values, per pass
+    decoder, logits    2 L C V                                       per pass
+    pairwise loss      2 N D                                         N pairs, D columns
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer
+from open_clip.transformer import VisionTransformer as OwnVisionTransformer
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from dist_siglip.errors import UserError
+from dist_siglip.models import BuiltModel
+from dist_siglip.objectives import Captioning
+
+FORWARD_AND_BACKWARD = 3
+_MADE_TWICE = 4
+
+
+class Part(NamedTuple):
+    """Operations of one part of a training step.
+
+    Attributes:
+        name: of the part.
+        forward: FLOPs of one pair.
+        times: that a step does as many.
+    """
+
+    name: str
+    forward: float
+    times: int = FORWARD_AND_BACKWARD
+
+    @property
+    def step(self) -> float:
+        """FLOPs of one pair in a training step."""
+        return self.forward * self.times
+
+
+class Blocks(NamedTuple):
+    """Sizes of plain transformer blocks.
+
+    Attributes:
+        tokens: that attend to one another.
+        width: channels of a token.
+        mlp_width: channels inside of the MLP.
+        layers: blocks.
+    """
+
+    tokens: int
+    width: int
+    mlp_width: int
+    layers: int
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a pass."""
+        tokens, width, mlp_width, layers = self
+        return layers * (tokens * (8 * width + 4 * mlp_width) + 4.0 * tokens**2) * width
+
+
+class Towers(NamedTuple):
+    """Sizes of a dual encoder of two transformers.
+
+    Attributes:
+        image: blocks of the image tower.
+        text: blocks of the text tower.
+        num_patches: P.
+        patch_values: numbers of a patch.
+        embed_dim: D.
+        pool_mlp_width: of an attention pooling, 0 without one.
+        projections: numbers of the matrices behind pooling, of images and of texts.
+    """
+
+    image: Blocks
+    text: Blocks
+    num_patches: int
+    patch_values: int
+    embed_dim: int
+    pool_mlp_width: int = 0
+    projections: tuple[int, int] = (0, 0)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The towers, and the pooling of the image tower where it attends."""
+        width = self.image.width
+        image = 2.0 * self.num_patches * self.patch_values * width + self.image.flops
+        found = [
+            Part("image tower", image + 2 * self.projections[0]),
+            Part("text tower", self.text.flops + 2 * self.projections[1]),
+        ]
+        if self.pool_mlp_width:
+            row = 4.0 * width + 4 * self.pool_mlp_width  # of the one query: in, out, MLP
+            pool = width * (row + self.num_patches * (4 * width + 4))
+            found.insert(1, Part("attention pooling", pool))
+        return found
+
+    @classmethod
+    def of(cls, built: BuiltModel) -> "Towers":
+        """Read the sizes of a model.
+
+        Raises:
+            UserError: if a tower is no plain transformer of open_clip's own or of timm.
+        """
+        clip: Any = built.encoder.clip
+        num_patches = built.encoder.image_token_shape(built.image_size).num_tokens
+        visual, pool_mlp_width = clip.visual, 0
+        tower = visual.trunk if isinstance(visual, TimmModel) else visual
+        if isinstance(tower, VisionTransformer):
+            image = Blocks(
+                num_patches + tower.num_prefix_tokens,
+                tower.embed_dim,
+                tower.blocks[0].mlp.fc1.out_features,
+                len(tower.blocks),
+            )
+            patches, projections = tower.patch_embed.proj, _matrix_numbers(visual.head)
+            if isinstance(tower.attn_pool, AttentionPoolLatent):
+                pool_mlp_width = tower.attn_pool.mlp.fc1.out_features
+        elif isinstance(tower, OwnVisionTransformer):
+            blocks = tower.transformer.resblocks
+            prefix = tower.positional_embedding.shape[0] - num_patches
+            image = _own_blocks(num_patches + prefix, blocks)
+            patches, projections = tower.conv1, 0 if tower.proj is None else tower.proj.numel()
+        else:
+            raise _no_plain(tower)
+        text = getattr(clip, "text", clip)
+        if text is not clip and not isinstance(text, TextTransformer):
+            raise _no_plain(text)
+        projection = text.text_projection
+        return cls(
+            image,
+            _own_blocks(text.positional_embedding.shape[0], text.transformer.resblocks),
+            num_patches,
+            patches.weight[0].numel(),
+            built.embed_dim,
+            pool_mlp_width,
+            (
+                projections,
+                _matrix_numbers(projection)
+                if isinstance(projection, nn.Module)
+                else 0
+                if projection is None
+                else projection.numel(),
+            ),
+        )
+
+
+class Decoder(NamedTuple):
+    """Sizes of a decoder with attention to the patches.
+
+    Attributes:
+        blocks: as those of a tower; tokens are the positions of a caption.
+        num_patches: P.
+        patch_width: channels of a patch token.
+        vocab_size: V.
+    """
+
+    blocks: Blocks
+    num_patches: int
+    patch_width: int
+    vocab_size: int
+
+    def parts(self, passes: int = 1) -> list[Part]:
+        """Body, keys and values of the patches, and logits, which are made twice."""
+        length, width, _, layers = self.blocks
+        queries = layers * length * (4.0 * width + 4 * self.num_patches) * width
+        patches = layers * 4.0 * self.num_patches * self.patch_width * width
+        logits = 2.0 * length * width * self.vocab_size
+        return [
+            Part("decoder, body", passes * (self.blocks.flops + queries)),
+            Part("decoder, keys and values of patches", passes * patches),
+            Part("decoder, logits", passes * logits, _MADE_TWICE),
+        ]
+
+
+def pair_loss(columns: int, global_batch_size: int) -> Part:
+    """Return the pairwise loss over ``columns`` of features, all prefixes of them together."""
+    return Part("pairwise loss", 2.0 * columns * global_batch_size)
+
+
+def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
+    """Return what ``Captioning`` with these settings adds to a model."""
+    shape = built.encoder.image_token_shape(built.image_size)
+    with torch.device("meta"):
+        objective = Captioning(**settings)
+        objective.build(built, shape)
+    decoder = objective.decoder
+    length, width = decoder.positions.shape
+    inner: Any = decoder.blocks[0]
+    blocks = Blocks(length, width, inner.mlp[1].out_features, len(decoder.blocks))
+    return Decoder(blocks, *shape, len(objective.output.weight)).parts()
+
+
+def step_parts(
+    built: BuiltModel, model: Mapping[str, Any], global_batch_size: int
+) -> list[Part] | None:
+    """Return the parts of a training step with a loss and objectives; None if one is not known.
+
+    Args:
+        built: towers.
+        model: settings of ``model``, of which ``loss`` and ``objectives`` count.
+        global_batch_size: N.
+
+    Raises:
+        UserError: as ``Towers.of``, and as an objective says.
+    """
+    towers = Towers.of(built)
+    loss = model.get("loss") or {}
+    dims = loss.get("init_args", {}).get("dims", [])
+    is_nested = _class_name(loss) == "MatryoshkaLoss"
+    columns = sum(dims) if is_nested else built.embed_dim
+    parts = [*towers.parts, pair_loss(columns, global_batch_size)]
+    if loss and not is_nested and _class_name(loss) not in ("SigLipLoss", "ClipLoss"):
+        return None
+    for objective in model.get("objectives") or []:
+        count = _COUNTED.get(_class_name(objective))
+        if count is None:
+            return None
+        parts += count(built, objective.get("init_args", {}))
+    return parts
+
+
+def step_flops_of(parts: Sequence[Part]) -> float:
+    """FLOPs of one pair in a training step of all parts."""
+    return sum(part.step for part in parts)
+
+
+_COUNTED: dict[str, Callable[[BuiltModel, Mapping[str, Any]], list[Part]]] = {
+    "Captioning": caption_parts
+}
+
+
+def _class_name(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("class_path", "")).rpartition(".")[2]
+
+
+def _own_blocks(tokens: int, blocks: Any) -> Blocks:
+    """Sizes of open_clip's own blocks."""
+    inner = blocks[0].mlp.c_fc
+    return Blocks(tokens, inner.in_features, inner.out_features, len(blocks))
+
+
+def _matrix_numbers(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters() if each.ndim == 2)
+
+
+def _no_plain(tower: nn.Module) -> UserError:
+    return UserError(
+        f"objectives are counted for transformers of open_clip or timm alone, not for "
+        f"{type(tower).__name__}; choose another model, or leave objectives out"
+    )

@@ -1,0 +1,233 @@
+"""``bench train --objectives``: what each objective costs a step, beside the sigmoid loss alone.
+
+Every round has a run of the loss alone and one with each objective, so that a busy machine is busy
+for all. A ratio is that of two runs of one round, and the median round counts. Beside it stands
+what the operations predict (``objective_flops``).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dist_siglip.bench.objective_flops import Part, step_flops_of, step_parts
+from dist_siglip.bench.plan import mebibytes
+from dist_siglip.bench.train_runs import TrainCase, TrainSpeed, run_ours
+from dist_siglip.errors import UserError
+from dist_siglip.models import BuiltModel, build_dual_encoder
+
+logger = logging.getLogger(__name__)
+
+ALONE = "sigmoid alone"
+_ALL = "all"
+_COMPUTED = ("towers", "loss")  # phases with arithmetic of the model; the optimizer's is not
+
+
+class Variant(NamedTuple):
+    """A run to measure.
+
+    Attributes:
+        name: of the objective.
+        settings: what the run has beyond that of the loss alone, by group.
+        parts: of its step; None if they are not known.
+    """
+
+    name: str
+    settings: Mapping[str, Mapping[str, Any]]
+    parts: list[Part] | None
+
+
+def _built_in(built: BuiltModel) -> dict[str, dict[str, dict[str, Any]]]:
+    """Settings of every objective there is, by name."""
+    width = built.embed_dim
+    dims = [width // share for share in (1, 2, 4, 8) if width >= share]
+    nested = {"class_path": "dist_siglip.losses.MatryoshkaLoss", "init_args": {"dims": dims}}
+    return {
+        "captioning": {"model": {"objectives": [_entry("dist_siglip.objectives.Captioning")]}},
+        "matryoshka": {"model": {"loss": nested}},
+    }
+
+
+def choose_variants(asked: Sequence[str], case: TrainCase) -> list[Variant]:
+    """Return the loss alone, and after it what was asked for.
+
+    Args:
+        asked: names, "all", or paths of configurations, whose ``model.loss`` and each of
+            ``model.objectives`` are measured one by one.
+        case: model and batch.
+
+    Raises:
+        UserError: if a name is not known, a file has nothing to measure, or as ``step_parts``.
+    """
+    built = build_dual_encoder(case.model)
+    known = _built_in(built)
+    chosen: dict[str, dict[str, dict[str, Any]]] = {ALONE: {}}
+    for name in asked:
+        if name.endswith((".yaml", ".yml")):
+            chosen |= _configured(Path(name))
+        elif name == _ALL:
+            chosen |= known
+        elif name in known:
+            chosen[name] = known[name]
+        else:
+            raise UserError(
+                f"objectives ({name}) must be of {', '.join([_ALL, *known])}, or a configuration "
+                "(.yaml) with model.objectives or model.loss"
+            )
+    return [
+        Variant(
+            name, settings, step_parts(built, settings.get("model", {}), case.global_batch_size)
+        )
+        for name, settings in chosen.items()
+    ]
+
+
+def _entry(class_path: str) -> dict[str, Any]:
+    return {"class_path": class_path}
+
+
+def _configured(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Each objective of a configuration, and its loss if that is one of its own."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"objectives ({path}) cannot be read: {reason}") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    model = model if isinstance(model, dict) else {}
+    found = {}
+    loss, objectives = model.get("loss"), model.get("objectives") or []
+    for entry in [*([loss] if loss else []), *(objectives if isinstance(objectives, list) else [])]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+            raise UserError(
+                f"objectives ({path}) has an entry without class_path: {str(entry)[:60]}"
+            )
+        setting = {"loss": entry} if entry is loss else {"objectives": [entry]}
+        found[entry["class_path"].rpartition(".")[2]] = {"model": setting}
+    if not found:
+        raise UserError(f"objectives ({path}) has neither model.objectives nor model.loss")
+    return found
+
+
+def measure_objectives(
+    case: TrainCase, rounds: int, variants: Sequence[Variant], folder: Path
+) -> list[dict[str, Any]]:
+    """Run every variant ``rounds`` times, in turns; return a row for each.
+
+    Args:
+        case: what to train.
+        rounds: 0 leaves what would be measured None.
+        variants: the loss alone is the first.
+        folder: for the runs.
+    """
+    speeds: list[list[TrainSpeed]] = [[] for _ in variants]
+    for number in range(rounds):
+        for own, variant in zip(speeds, variants, strict=True):
+            place = folder / f"{number}-{len(own)}-{variants.index(variant)}"
+            place.mkdir(parents=True)
+            own.append(run_ours(case, place, variant.settings))
+            logger.info(
+                "W=%d, round %d of %d, %s: %.0f samples/s",
+                case.world_size,
+                number + 1,
+                rounds,
+                variant.name,
+                own[-1].samples_per_second,
+            )
+    alone = variants[0].parts
+    return [
+        {
+            "world_size": case.world_size,
+            "local_batch_size": case.local_batch_size,
+            "objective": variant.name,
+            "predicted_ratio": step_flops_of(variant.parts) / step_flops_of(alone)
+            if variant.parts and alone
+            else None,
+            "parts": variant.parts and [part._asdict() for part in variant.parts],
+            **_measured(case, own, speeds[0]),
+        }
+        for variant, own in zip(variants, speeds, strict=True)
+    ]
+
+
+def _measured(
+    case: TrainCase, own: Sequence[TrainSpeed], alone: Sequence[TrainSpeed]
+) -> dict[str, float | None]:
+    """Medians of the rounds, and ratios to the loss alone within each round."""
+
+    def seconds(speed: TrainSpeed, phases: Sequence[str] = ()) -> float:
+        step = case.global_batch_size / speed.samples_per_second
+        return step * sum(speed.shares[phase] for phase in phases) if phases else step
+
+    pairs = list(zip(own, alone, strict=True))
+    ratios = [seconds(each) / seconds(other) for each, other in pairs]
+    computed = [seconds(each, _COMPUTED) / seconds(other, _COMPUTED) for each, other in pairs]
+    return {
+        "step_seconds": median(map(seconds, own)) if own else None,
+        "ratio": median(ratios) if own else None,
+        "least_ratio": min(ratios, default=None),
+        "most_ratio": max(ratios, default=None),
+        "computed_ratio": median(computed) if own else None,
+        "peak_bytes": median(speed.peak_bytes for speed in own) if own else None,
+    }
+
+
+def print_objectives(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print what was measured, if anything was, and the operations of each part."""
+    console = Console()
+    if rows[0]["ratio"] is not None:
+        console.print(_costs(rows, title))
+    console.print(_operations(rows[: len({row["objective"] for row in rows})]))
+
+
+def _costs(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    table = Table(
+        title=title,
+        caption="time of a step over that of the loss alone in the same round, median, least and "
+        "most; towers and loss: without data, optimizer and the rest; FLOPs: what the operations "
+        "below predict for towers and loss; peak: of the first rank",
+    )
+    headings = ("W", "b", "objective", "ms a step", "ratio", "least", "most", "towers and loss")
+    for heading in (*headings, "FLOPs", "peak"):
+        table.add_column(heading, justify="left" if heading == "objective" else "right")
+    for row in rows:
+        keys = ("ratio", "least_ratio", "most_ratio", "computed_ratio", "predicted_ratio")
+        cells = ["-" if row[key] is None else f"{row[key]:.2f}" for key in keys]
+        sizes = [str(row[key]) for key in ("world_size", "local_batch_size", "objective")]
+        step = f"{row['step_seconds'] * 1e3:,.0f}"
+        table.add_row(*sizes, step, *cells, mebibytes(row["peak_bytes"]))
+    return table
+
+
+def _operations(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The parts of the loss alone, and of each objective those that it has not."""
+    table = Table(
+        title="operations of a pair",
+        caption="forward; times in a step: forward once, backward twice, 4 where backward makes "
+        "the result anew, 1 without gradient; share: of a step of the loss alone",
+    )
+    for heading in ("objective", "part", "GFLOP", "times", "share"):
+        table.add_column(heading, justify="left" if heading in ("objective", "part") else "right")
+    alone = rows[0]["parts"] or []
+    whole = sum(part["forward"] * part["times"] for part in alone)
+    for row in rows:
+        parts = row["parts"]
+        if parts is None:
+            table.add_row(row["objective"], "not known", "", "", "")
+            continue
+        for part in parts if row is rows[0] else [part for part in parts if part not in alone]:
+            share = part["forward"] * part["times"] / whole
+            giga = f"{part['forward'] / 1e9:,.4g}"
+            table.add_row(row["objective"], part["name"], giga, str(part["times"]), f"{share:.1%}")
+        if row is not rows[0]:
+            table.add_row("", "step over that of the loss alone", "", "", _ratio(row))
+    return table
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return f"{row['predicted_ratio']:.2f}"

@@ -1,0 +1,103 @@
+"""Operations of objectives: the numbers of a published size, and those PyTorch counts."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_siglip.bench.objective_flops import (
+    Blocks,
+    Decoder,
+    Part,
+    Towers,
+    caption_parts,
+    pair_loss,
+    step_parts,
+)
+from dist_siglip.errors import UserError
+from dist_siglip.models import build_dual_encoder
+from dist_siglip.objectives import Captioning, Rows
+from tests.support.tiny_models import ARCHITECTURES, write_config
+
+# ViT-B/16 at 256 pixels, texts of 64 tokens.
+IMAGE, TEXT = Blocks(256, 768, 3072, 12), Blocks(64, 768, 3072, 12)
+
+
+def giga(parts):
+    return [round(part.forward / 1e9, 1) for part in parts]
+
+
+def test_numbers_of_a_published_size():
+    assert giga(Towers(IMAGE, TEXT, 256, 768, 768).parts) == [46.2, 11.0]
+    half = TEXT._replace(layers=6)
+    assert giga(Decoder(half, 256, 768, 256_000).parts()) == [6.7, 3.6, 25.2]
+    assert giga(Decoder(half, 256, 768, 32_000).parts()) == [6.7, 3.6, 3.1]
+    assert pair_loss(768, 1000).step == 3 * 2 * 768 * 1000
+
+
+def test_logits_are_made_twice_and_passes_multiply_everything():
+    decoder = Decoder(Blocks(2, 4, 8, 1), 3, 4, 10)
+    once, thrice = decoder.parts(), decoder.parts(3)
+    assert [part.times for part in once] == [3, 3, 4]
+    assert [part.forward for part in thrice] == [3 * part.forward for part in once]
+    assert Part("", 5.0, 4).step == 20
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def built(request, tmp_path):
+    return build_dual_encoder(write_config(tmp_path / "m.json", ARCHITECTURES[request.param]))
+
+
+def counted(run):
+    """FLOPs of one of two pairs. PyTorch does not know the product that is added in place."""
+    more = {torch.ops.aten.addmm_: lambda total, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        run()
+    return counter.get_total_flops() / 2
+
+
+def test_towers_are_those_that_pytorch_counts(built):
+    expected = [part.forward for part in Towers.of(built).parts]
+    *image, text = expected
+    size, length = built.image_size, built.context_length
+    clip = built.encoder.to("meta").clip.eval()
+    images = torch.zeros(2, 3, size, size, device="meta")
+    texts = torch.zeros(2, length, dtype=torch.int64, device="meta")
+    assert counted(lambda: clip.encode_image(images)) == sum(image)
+    assert counted(lambda: clip.encode_text(texts)) == text
+
+
+def test_the_decoder_is_what_pytorch_counts_forward_and_backward(built):
+    shape = built.encoder.image_token_shape(built.image_size)
+    body, patches, logits = caption_parts(built, {"layers": 2})
+    objective = Captioning(layers=2)
+    objective.build(built, shape)
+    tokens = torch.zeros(2, *shape, requires_grad=True)
+    texts = torch.zeros(2, built.context_length, dtype=torch.int64)
+    rows = Rows(tokens, texts, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=bool))
+    found = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        forward = counted(lambda: found.update(objective(rows)))
+        backward = counted(found["caption_loss"].total.backward)
+    assert forward == body.forward + patches.forward + logits.forward
+    assert forward + backward == body.step + patches.step + logits.step
+
+
+def test_parts_of_a_step_follow_its_settings(built):
+    width = built.embed_dim
+    plain = step_parts(built, {}, 16)
+    assert plain[-1] == pair_loss(width, 16)
+    nested = {"class_path": "x.MatryoshkaLoss", "init_args": {"dims": [width, width // 2]}}
+    assert step_parts(built, {"loss": nested}, 16)[-1].forward == 1.5 * plain[-1].forward
+    decoder = {"class_path": "dist_siglip.objectives.Captioning"}
+    assert step_parts(built, {"objectives": [decoder]}, 16)[len(plain) :] == caption_parts(
+        built, {}
+    )
+    assert step_parts(built, {"objectives": [{"class_path": "mine.Objective"}]}, 16) is None
+    assert step_parts(built, {"loss": {"class_path": "mine.Loss"}}, 16) is None
+
+
+def test_a_tower_without_blocks_is_refused(tmp_path):
+    built = build_dual_encoder(write_config(tmp_path / "m.json", ARCHITECTURES["resnet"]))
+    with pytest.raises(UserError, match="ModifiedResNet"):
+        step_parts(built, {}, 16)

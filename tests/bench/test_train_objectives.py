@@ -1,0 +1,150 @@
+"""``bench train --objectives`` measures each beside the loss alone, and counts its operations."""
+
+import json
+from collections import defaultdict
+
+import pytest
+
+from dist_siglip.bench import train_objectives
+from dist_siglip.bench.data import write_photo_shards
+from dist_siglip.bench.train_runs import TrainCase, TrainSpeed, run_ours
+from dist_siglip.cli import main
+from tests.support.tiny_models import ARCHITECTURES, write_config
+
+CONFIGURED = """
+model:
+  objectives:
+    - {class_path: dist_siglip.objectives.Captioning, init_args: {layers: 2}}
+    - {class_path: mine.Objective}
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    model = write_config(folder / "tiny.json", ARCHITECTURES["clip"])
+    shards = write_photo_shards(folder / "photos", (96, 80), 48, 2)
+    return ["bench", "train", f"--model={model}", f"--shards={json.dumps(shards)}"]
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs of known speed; the machine is half as fast in the second round."""
+    seen = []
+    alone, others = iter([100.0, 50.0, 100.0]), defaultdict(lambda: iter([50.0, 20.0, 40.0]))
+
+    def ours(case, folder, more):
+        seen.append(more)
+        rate = next(others[json.dumps(more)] if more else alone)
+        shares = {"data": 0.1, "towers": 0.6, "loss": 0.1, "optimizer": 0.1, "rest": 0.1}
+        if more:
+            shares |= {"towers": 0.7, "data": 0.0}
+        return TrainSpeed(samples_per_second=rate, shares=shares, peak_bytes=2**30)
+
+    monkeypatch.setattr(train_objectives, "run_ours", ours)
+    return seen
+
+
+def test_a_ratio_is_that_of_two_runs_of_one_round(arguments, pretended, capsys):
+    assert main([*arguments, "--objectives=captioning", "--json=true"]) == 0
+    alone, captioning = json.loads(capsys.readouterr().out)
+    assert (alone["objective"], alone["ratio"], alone["predicted_ratio"]) == ("sigmoid alone", 1, 1)
+    found = [captioning[key] for key in ("least_ratio", "ratio", "most_ratio")]
+    assert found == [2.0, 2.5, 2.5]
+    assert captioning["computed_ratio"] == pytest.approx(2.5 * 0.8 / 0.7)
+    assert captioning["step_seconds"] == pytest.approx(64 / 40)
+    whole = sum(part["forward"] * part["times"] for part in captioning["parts"])
+    part = sum(part["forward"] * part["times"] for part in alone["parts"])
+    assert captioning["predicted_ratio"] == whole / part
+    assert [bool(more) for more in pretended] == [False, True] * 3
+
+
+def test_all_are_measured_by_turns_and_printed(arguments, pretended, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*arguments, "--objectives=all"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("captioning", "matryoshka", "2.50", "1,024 MiB", "decoder, logits", "over that"):
+        assert word in printed
+    assert pretended[: len(pretended) // 3] * 3 == pretended
+
+
+def test_a_configuration_is_measured_entry_by_entry(arguments, pretended, tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(CONFIGURED)
+    assert main([*arguments, f"--objectives={config}", "--rounds=1", "--json=true"]) == 0
+    _, captioning, mine = json.loads(capsys.readouterr().out)
+    assert captioning["predicted_ratio"] > 1
+    assert (mine["objective"], mine["predicted_ratio"], mine["parts"]) == ("Objective", None, None)
+    assert pretended[1] == {
+        "model": {
+            "objectives": [
+                {"class_path": "dist_siglip.objectives.Captioning", "init_args": {"layers": 2}}
+            ]
+        }
+    }
+    assert main([*arguments, f"--objectives={config}", "--rounds=1"]) == 0
+    assert "not known" in capsys.readouterr().out
+
+
+def test_operations_are_counted_without_a_run(arguments, pretended, capsys):
+    assert main([*arguments, "--objectives=matryoshka", "--count_only=true"]) == 0
+    assert "operations of a pair" in capsys.readouterr().out
+    assert not pretended
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objectives=no"], "objectives (no) must be of all, captioning, matryoshka"),
+        (["--objectives=no.yaml"], "objectives (no.yaml) cannot be read"),
+        (["--count_only=true"], "count_only (true) counts objectives"),
+        (["--objectives=all", "--open_clip_python=sh"], "exclude each other"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, options, message, capsys):
+    assert main([*arguments, *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {}", "has neither model.objectives nor model.loss"),
+        ("- 1", "has neither"),
+        ("model: {objectives: [3]}", "an entry without class_path: 3"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_configuration_without_objectives_is_one_line(arguments, tmp_path, text, message, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    assert main([*arguments, f"--objectives={config}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.e2e
+def test_settings_of_an_objective_reach_its_run(arguments, tmp_path):
+    case = TrainCase(
+        world_size=1,
+        model=arguments[2].removeprefix("--model="),
+        shards=tuple(json.loads(arguments[3].removeprefix("--shards="))),
+        local_batch_size=4,
+        workers=1,
+        threads=1,
+        precision="32-true",
+        device="cpu",
+        compile_towers=False,
+        warmup_steps=10,
+        steps=10,
+    )
+    chosen = train_objectives.choose_variants(["captioning", "matryoshka"], case)
+    merged = {
+        "model": {
+            key: value for each in chosen for key, value in each.settings.get("model", {}).items()
+        }
+    }
+    run_ours(case, tmp_path, merged)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "train/caption_loss" in json.loads(lines[-1])
