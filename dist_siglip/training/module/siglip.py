@@ -2,9 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,23 +34,16 @@ from dist_siglip.losses.prefixes import check_dims
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
     build_dual_encoder,
-    encode_in_micro_batches,
-    encode_tower_in_micro_batches,
     evaluation_mode,
     recorded_global_batch,
     refuse_batch_norm,
 )
 from dist_siglip.models import compile_towers as translate_towers
-from dist_siglip.models.dual_encoder import CachedEncoding
-from dist_siglip.models.tuning import TowerConfig, layer_groups, tune_towers
+from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
-from dist_siglip.training.module.locked_features import encode_beside_features, settle_identities
-from dist_siglip.training.module.objectives import (
-    ObjectiveModule,
-    Terms,
-    build_objectives,
-    encode_with_terms,
-)
+from dist_siglip.training.module.encoding import EncodingModule
+from dist_siglip.training.module.locked_features import settle_identities
+from dist_siglip.training.module.objectives import Terms, build_objectives
 from dist_siglip.training.module.placement import receive_values, shard_module
 from dist_siglip.training.module.run_module import configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
@@ -92,7 +83,7 @@ def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
     logger.info("calibrated before the first step: %s", fitted.describe())
 
 
-class SigLipModule(ObjectiveModule):
+class SigLipModule(EncodingModule):
     """Trains a dual encoder on image-text pairs.
 
     Args:
@@ -202,10 +193,8 @@ class SigLipModule(ObjectiveModule):
             self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
         self.objectives = build_objectives(objectives or [], built)
-        self._is_sharded = False
         self._is_configured = False
         self._compiles = compile_towers
-        self._cached: list[CachedEncoding] = []
 
     def configure_model(self) -> None:
         """Compile towers if that is asked for; shard parameters if the strategy has a mesh.
@@ -285,7 +274,7 @@ class SigLipModule(ObjectiveModule):
         terms: Terms = {}
         self.step_timer.begin_encoding(self.device)
         if counted:
-            image_features, text_features, terms = self._encode_with_terms(counted, batch)
+            image_features, text_features, terms = self.encode_with_terms(counted, batch)
         else:
             image_features, text_features = self.encode(batch)
         self.step_timer.end_encoding()
@@ -421,69 +410,6 @@ class SigLipModule(ObjectiveModule):
     def _duplicates(self) -> Duplicates:
         """What the loss makes of equal captions; unheeded is negative."""
         return duplicates_of(self.loss) or "negative"
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Go backward from the loss, then through the towers whose micro-batches wait for it."""
-        super().backward(loss, *args, **kwargs)
-        cached, self._cached = self._cached, []
-        for each in cached:
-            # Copies of the shards on other nodes meet once, after the last micro-batch.
-            each.backward(self._reduce_over_nodes)
-
-    def _reduce_over_nodes(self, is_wanted: bool) -> None:
-        sharded: list[Any] = [self.towers, *self.objectives.values()]
-        for module in sharded:
-            module.set_requires_all_reduce(is_wanted)
-
-    def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-        """Encode a batch; features it brings along stand in for a locked tower."""
-        size = self.micro_batch_size
-        if size is not None and self._is_sharded and torch.is_grad_enabled():
-            return self._encode_by_parts(batch, size)
-        if batch.image_features is not None or batch.text_features is not None:
-            return encode_beside_features(self.towers, batch, size)
-        if size is None:
-            return self.towers(batch.images, batch.texts)
-        return encode_in_micro_batches(self.towers, batch.images, batch.texts, size)
-
-    def _encode_by_parts(self, batch: ImageTextBatch, size: int) -> tuple[Tensor, Tensor]:
-        """Encode sharded towers, whose trained ones ``backward`` encodes again."""
-        towers, features = self.towers, []
-        self._cached = []
-        for tower, inputs, given, encode in (
-            ("image", batch.images, batch.image_features, towers.encode_image),
-            ("text", batch.texts, batch.text_features, towers.encode_text),
-        ):
-            whole = self._encode_part(tower, inputs, encode, size) if given is None else given
-            features.append(whole)
-        image_features, text_features = features
-        return image_features, text_features
-
-    def _encode_part(
-        self, tower: str, inputs: Tensor, encode: Callable[[Tensor], Tensor], size: int
-    ) -> Tensor:
-        if not self._is_sharded or len(inputs) <= size or tower not in self._trained_towers:
-            return encode_tower_in_micro_batches(encode, inputs, size)
-        self._cached.append(CachedEncoding(encode, (inputs,), size))
-        return self._cached[-1].features
-
-    def _encode_with_terms(
-        self, objectives: Mapping[str, Objective], batch: ImageTextBatch
-    ) -> tuple[Tensor, Tensor, Terms]:
-        """Encode both sides once, and compute the terms of objectives on the tokens."""
-        size, step = self.micro_batch_size or len(batch.images), self.global_step
-        self._cached = []
-        later = self._cached if self._is_sharded else None
-        images, terms = encode_with_terms(self.towers, objectives, batch, step, size, later=later)
-        texts = self._encode_part("text", batch.texts, self.towers.encode_text, size)
-        return images, texts, terms
-
-    @cached_property
-    def _trained_towers(self) -> set[str]:
-        """Towers of which something trains."""
-        groups = layer_groups(self.towers)
-        named = self.towers.named_parameters()
-        return {groups[name].tower for name, value in named if value.requires_grad}
 
     def _freeze_bias(self) -> None:
         """Keep a parameter that the loss never touches from stopping DDP."""
