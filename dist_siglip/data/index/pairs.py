@@ -378,7 +378,7 @@ def write_table(file: str, table: PairTable) -> bool:
     values |= {"starts": table.starts.tolist(), "dropped": table.dropped.tolist()}
     try:
         with open_atomically(Path(file)) as stream:
-            np.save(stream, columns)
+            np.save(stream, np.ascontiguousarray(columns))
         write_atomically(Path(f"{file}.json"), json.dumps(values))
     except OSError as error:
         _LOGGER.debug("no table at %r: %s", file, error)

@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from dist_siglip.data.samples.captions import (
     picture_id,
     read_json,
 )
+from dist_siglip.data.samples.datacompdr import ReinforcedSamples
 from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
@@ -115,6 +116,16 @@ _DEVICE_DRAWS = 1 << 20  # keeps these draws apart from those of attempts at a s
 _NAMED = 20  # bad samples named by each process; then every hundredth
 
 
+class _Made(NamedTuple):
+    """A sample that was read, decoded and transformed."""
+
+    image: Tensor
+    caption: str
+    picture_id: int | None
+    teacher_image_row: Tensor | None = None
+    teacher_text_row: Tensor | None = None
+
+
 class PairDataset(Dataset[PairSample]):
     """Map-style data set, indexed by ``StreamPosition``.
 
@@ -138,6 +149,8 @@ class PairDataset(Dataset[PairSample]):
             not count.
         tokenizer: of the model; a caption without a token is empty.
         picture_id: when pictures are the same, see ``ImageTextDataModule``.
+        reinforced: augmentations, synthetic captions and rows of teachers that shards store; in
+            place of ``transform`` the augmentations are replayed.
 
     Attributes:
         picture_id: may be set to None until the data set is loaded from, where nobody asks.
@@ -158,6 +171,7 @@ class PairDataset(Dataset[PairSample]):
         is_evaluation: bool = False,
         tokenizer: Tokenizer | None = None,
         picture_id: str | None = PICTURE_BYTES,
+        reinforced: ReinforcedSamples | None = None,
     ) -> None:
         self.table = table
         self._transform = transform
@@ -174,6 +188,7 @@ class PairDataset(Dataset[PairSample]):
         self._caption_members = {name.lower().lstrip(".") for name in captions.members}
         self._is_empty = EmptyCaptions(tokenizer)
         self.picture_id = picture_id
+        self._reinforced = reinforced
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
@@ -190,7 +205,7 @@ class PairDataset(Dataset[PairSample]):
         sample_id, num_bad, num_filtered = at.sample_id, 0, 0
         while num_bad <= _BAD_ATTEMPTS and num_filtered < _FILTERED_ATTEMPTS:
             try:
-                image, caption, picture = self._make(sample_id, at, num_bad + num_filtered)
+                made = self._make(sample_id, at, num_bad + num_filtered)
                 features = self._rows(sample_id)
             except BadSampleError as error:
                 num_bad += 1
@@ -200,16 +215,18 @@ class PairDataset(Dataset[PairSample]):
             else:
                 is_due = sample_id == at.sample_id
                 return PairSample(
-                    image=image,
-                    caption=caption,
+                    image=made.image,
+                    caption=made.caption,
                     sample_id=sample_id,
                     is_valid=not at.is_padding and (is_due or not self._is_evaluation),
                     is_substitute=num_bad > 0,
                     image_features=features.get("image"),
                     text_features=features.get("text"),
-                    picture_id=picture,
+                    picture_id=made.picture_id,
                     caption_id=self._stored_id(sample_id, "text"),
                     draw=draw_one(2**63, *at.key(self._seed), _DEVICE_DRAWS),
+                    teacher_image_features=made.teacher_image_row,
+                    teacher_text_features=made.teacher_text_row,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -260,30 +277,32 @@ class PairDataset(Dataset[PairSample]):
         image.save(buffer, kind)
         return buffer.getvalue(), f"image/{kind.lower()}"
 
-    def _make(
-        self, sample_id: int, at: StreamPosition, attempt: int
-    ) -> tuple[Tensor, str, int | None]:
-        """Read, decode and transform one sample with the randomness of a position and an attempt.
-
-        Returns:
-            Pixels, caption, and the id of the picture.
-        """
+    def _make(self, sample_id: int, at: StreamPosition, attempt: int) -> "_Made":
+        """Read, decode and transform a sample with the randomness of a position and an attempt."""
         key = at.key(self._seed)
         if attempt:  # a stage that leaves out by lot would draw the same lot for ever
             key = (*key, attempt)
+        view = None
+        if self._reinforced is not None:
+            view = self._reinforced.draw(sample_id, key, self._is_empty)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
-        caption = self._captions.choose(members, key, is_empty=self._is_empty)
+        if view is None or view.caption is None:
+            caption = self._captions.choose(members, key, is_empty=self._is_empty)
+        else:
+            caption = view.caption
         if self._features is not None and "image" in self._features.towers:
-            return _NO_PIXELS, caption, self._picture_id(sample_id, None)
+            return _Made(_NO_PIXELS, caption, self._picture_id(sample_id, None))
         data = self._reader.read(self.table.image_span(sample_id))
         identity = self._picture_id(sample_id, data)
         picture = EncodedPicture(data, self._pictures)
         with seeded_generators(*key):
             if not self._stages:
-                image = self._transform(picture)
+                image = self._transform(picture) if view is None else view.replay(picture)
                 if picture.is_truncated:
                     self._truncated.note(sample_id)
-                return image, caption, identity
+                if view is None:
+                    return _Made(image, caption, identity)
+                return _Made(image, caption, identity, view.image_row, view.text_row)
             shard, name = self.table.name(sample_id)
             sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": caption}
             sample["image"] = picture.decode() if all_take_rgb(self._stages) else picture.stored()
@@ -291,7 +310,7 @@ class PairDataset(Dataset[PairSample]):
                 self._truncated.note(sample_id)
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
             changed = run_stages(self._stages, sample, self._pictures.transparency)
-            return self._transform(changed["image"]), changed["text"], identity
+            return _Made(self._transform(changed["image"]), changed["text"], identity)
 
     def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:
         """Identify a picture by what the setting names, else by its bytes or those embedded."""

@@ -78,7 +78,7 @@ def training_transform(
     """
     if crop_scale is None:
         return evaluation_transform(preprocessing)
-    return _RandomCrop(preprocessing, crop_scale, scaled_decode)
+    return _RandomCrop(CropResize(preprocessing, scaled_decode), crop_scale)
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> ImageTransform:
@@ -93,33 +93,42 @@ def evaluation_transform(preprocessing: Preprocessing) -> ImageTransform:
     return _Evaluation(preprocessing)
 
 
-class _RandomCrop:
-    """open_clip's training transform, its crop drawn before anything is decoded."""
+class CropResize:
+    """A part of a picture, resized to what the model expects.
 
-    def __init__(
-        self, preprocessing: Preprocessing, crop_scale: tuple[float, float], scaled_decode: bool
-    ) -> None:
+    Args:
+        preprocessing: preprocessing of the model.
+        scaled_decode: as ``training_transform``.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, scaled_decode: bool) -> None:
         size = preprocessing.image_size
         height, width = (size, size) if isinstance(size, int) else size
         self._target = (width, height)
         self._transparency = preprocessing.pictures.transparency
-        self._crop_scale = list(crop_scale)
         self._scaled_decode = scaled_decode
 
-    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+    def __call__(
+        self, picture: EncodedPicture | Image.Image, crop: tuple[int, int, int, int]
+    ) -> Image.Image:
+        """Decode, cut out and resize.
+
+        Args:
+            picture: any size.
+            crop: top, left, rows and columns, inside of the picture.
+
+        Returns:
+            RGB.
+        """
+        top, left, rows, columns = crop
         width, height = picture.size
-        # torchvision's own draw needs something of this size, not its pixels.
-        shape_only = torch.empty(1).expand(3, height, width)
-        top, left, rows, columns = RandomResizedCrop.get_params(
-            shape_only, self._crop_scale, list(_RATIO)
-        )
         image = self._decode(picture, rows, columns)
         box = (left, top, left + columns, top + rows)
         if image.size == (width, height):
-            return _to_tensor(_crop(image, box).resize(self._target, Image.Resampling.BICUBIC))
+            return _crop(image, box).resize(self._target, Image.Resampling.BICUBIC)
         across, down = image.width / width, image.height / height
         scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-        return _to_tensor(image.resize(self._target, Image.Resampling.BICUBIC, box=scaled))
+        return image.resize(self._target, Image.Resampling.BICUBIC, box=scaled)
 
     def _decode(
         self, picture: EncodedPicture | Image.Image, rows: int, columns: int
@@ -132,6 +141,21 @@ class _RandomCrop:
         return picture.decode(
             next(r for r in REDUCTIONS if r == 1 or (columns >= r * width and rows >= r * height))
         )
+
+
+class _RandomCrop:
+    """open_clip's training transform, its crop drawn before anything is decoded."""
+
+    def __init__(self, crop_resize: CropResize, crop_scale: tuple[float, float]) -> None:
+        self._crop_resize = crop_resize
+        self._crop_scale = list(crop_scale)
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        width, height = picture.size
+        # torchvision's own draw needs something of this size, not its pixels.
+        shape_only = torch.empty(1).expand(3, height, width)
+        crop = RandomResizedCrop.get_params(shape_only, self._crop_scale, list(_RATIO))
+        return to_pixels(self._crop_resize(picture, crop))
 
 
 class _Evaluation:
@@ -158,7 +182,7 @@ class _Evaluation:
             image = picture.decode()
         for step in self._steps:
             image = step(image)
-        return _to_tensor(image)
+        return to_pixels(image)
 
 
 def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:
@@ -177,6 +201,6 @@ def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     return Image.fromarray(np.asarray(image)[top:bottom, left:right])
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> Tensor:
     """Copy an RGB picture to (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

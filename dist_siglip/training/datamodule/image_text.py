@@ -22,10 +22,12 @@ from dist_siglip.data.order.position import (
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.cache import Prefetcher
+from dist_siglip.data.samples.augmentations import Replay
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.captions import PICTURE_BYTES, CaptionRule
+from dist_siglip.data.samples.datacompdr import MEMBERS, DataCompDR, ReinforcedSamples
 from dist_siglip.data.samples.dataset import PairDataset, check_ranks_agree
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -36,6 +38,7 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.samples.stages import Stage, check_stages
 from dist_siglip.data.samples.transforms import (
+    CropResize,
     ImageTransform,
     Preprocessing,
     evaluation_transform,
@@ -198,6 +201,9 @@ class ImageTextDataModule(BatchTransfer):
         cache: copies of remote shards on each node.
         train_features: folder or folders of ``dist-siglip embed --format features``, read in place
             of the pictures (or captions) that a locked tower would encode.
+        datacompdr: what the training shards hold if they are reinforced as DataCompDR: stored
+            augmentations, which are replayed, synthetic captions and rows of teachers. Null: these
+            members are not read.
         picture_id: when two pictures are the same, as rows of one picture with several captions
             have it: "bytes", if their files are equal; the name of a field in their .json member,
             as ``captions.json_field``, if it is (the bytes where it is missing); null, never.
@@ -232,6 +238,7 @@ class ImageTextDataModule(BatchTransfer):
         bad_sample_log: str | None = None,
         cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
         train_features: str | list[str] | None = None,
+        datacompdr: DataCompDR | None = None,
         picture_id: str | None = PICTURE_BYTES,
         transparency: str = AUTO,
         exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
@@ -255,6 +262,15 @@ class ImageTextDataModule(BatchTransfer):
             raise UserError(
                 'picture_id ("") must be bytes, the name of a field of the .json, or null'
             )
+        if datacompdr is not None:
+            datacompdr.check()
+            datacompdr.check_settings(
+                captions=captions,
+                num_stages=len(stages or ()),
+                train_crop_scale=train_crop_scale,
+                train_features=train_features,
+            )
+        others = () if picture_id in (None, PICTURE_BYTES) else ("json",)
         self.cache = ShardCache(cache)
         self.tables = ShardTables(
             train_shards=train_shards,
@@ -262,7 +278,7 @@ class ImageTextDataModule(BatchTransfer):
             val_shards=val_shards,
             image_extensions=image_extensions,
             caption_extensions=captions.members,
-            other_extensions=() if picture_id in (None, PICTURE_BYTES) else ("json",),
+            other_extensions=others if datacompdr is None else (*others, *MEMBERS),
             on_damage=on_damage,
             max_bad_fraction=max_bad_fraction,
             cache=self.cache,
@@ -289,6 +305,8 @@ class ImageTextDataModule(BatchTransfer):
         self.bad_sample_log = bad_sample_log
         self.picture_id = picture_id
         self.train_features = train_features
+        self.datacompdr = datacompdr
+        self.max_incomplete = max_bad_fraction if on_damage == "skip" else 0.0
         self.features: CachedFeatures | None = None
         self.position = TrainingPosition(accept_changed_data=accept_changed_data)
         self.train_dataset: PairDataset | None = None
@@ -322,6 +340,7 @@ class ImageTextDataModule(BatchTransfer):
             check_divisible(self.global_batch_size, world_size)
             self._make_plan()
             self.features = self._load_features()
+            self._reinforced()
         if self.val_shards is not None:
             self.tables.of("val_shards")
 
@@ -352,7 +371,13 @@ class ImageTextDataModule(BatchTransfer):
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
             self.features = self.features or self._load_features()
-            self.train_dataset = self.dataset_of("train_shards", transform, features=self.features)
+            replay = CropResize(self.inputs, self.scaled_decode)
+            self.train_dataset = self.dataset_of(
+                "train_shards",
+                transform,
+                features=self.features,
+                reinforced=self._reinforced(replay),
+            )
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)
                 count_first(self.trainer, self)
@@ -452,4 +477,15 @@ class ImageTextDataModule(BatchTransfer):
             captions=self.captions,
             stages=self.stages,
             train_crop_scale=self.train_crop_scale,
+        )
+
+    def _reinforced(self, crop_resize: CropResize | None = None) -> ReinforcedSamples | None:
+        """Look at what the training shards hold of teachers; with a crop, to draw from it."""
+        if self.datacompdr is None:
+            return None
+        return ReinforcedSamples(
+            self.datacompdr,
+            self.tables.of("train_shards"),
+            None if crop_resize is None else Replay(crop_resize, self.datacompdr.picture_size),
+            max_incomplete=self.max_incomplete,
         )

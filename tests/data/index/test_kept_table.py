@@ -45,6 +45,16 @@ def test_the_second_table_of_the_same_shards_is_mapped_and_equal(tmp_path, home,
     assert second.counts == UNEVEN
 
 
+def test_a_table_of_several_members_is_kept_too(tmp_path, home, caplog):
+    """Selected rows of several members lie in memory column by column."""
+    shards = write_shards(tmp_path / "shards")
+    options = {"image_extensions": ["png"], "other_extensions": ["json", "npz"]}
+    first = build_pair_table(shards, **options)
+    assert first.file is not None
+    assert equal(first, build_pair_table(shards, **options))
+    assert not caplog.messages
+
+
 def test_another_shard_order_setting_or_time_is_another_table(tmp_path):
     shards = write_shards(tmp_path / "shards")
     first = table_path(shards, {"images": ["png"]})
