@@ -50,6 +50,10 @@ _LABELS = {
 }
 
 
+# What was measured at each prefix, cut and rotated.
+_Prefixes = dict[int, dict[str, dict[str, float | bool | str]]]
+
+
 def run(command: str, arguments: Sequence[str]) -> int:
     """Parse the options of ``capacity`` and run it."""
     return call(capacity, parser(command), arguments)
@@ -67,6 +71,7 @@ def capacity(
     dimension: int | None = None,
     margin: float | None = None,
     relative_bias: float | None = None,
+    compare: str | None = None,
     json: bool = False,
 ) -> int:
     """Say what bounds allow a number of pairs, a dimension, a margin and a relative bias.
@@ -80,6 +85,8 @@ def capacity(
         dimension: of the embeddings.
         margin: half the gap between positive and negative cosines.
         relative_bias: threshold between them, -logit_bias / logit_scale.
+        compare: folder of another run, whose prefixes stand beside those of run_dir: of the same
+            model, trained at prefixes or not.
         json: print JSON instead of a table.
     """
     configurations: dict[str, tuple[float, float]] = {}
@@ -106,10 +113,24 @@ def capacity(
     }
     guaranteed = metrics.get("guaranteed_recall@1", math.nan)
     prefixes = {dim: _of_prefix(pairs, dim, metrics) for dim in measured_prefixes(metrics)}
+    by_run = {"" if run_dir is None else run_dir: prefixes}
+    if compare is not None:
+        if run_dir is None:
+            raise UserError(f"compare ({compare}) stands beside run_dir, which is not given")
+        other = read_evaluation(RunFolder(Path(compare)))
+        for name in ("gallery_pairs", "step"):
+            if other.get(name) != metrics.get(name):
+                raise UserError(
+                    f"compare ({compare}) was evaluated with {name} {other.get(name)}, run_dir "
+                    f"with {metrics.get(name)}; validate both on the same pairs after as many steps"
+                )
+        by_run[compare] = {dim: _of_prefix(pairs, dim, other) for dim in measured_prefixes(other)}
     if json:
         document: dict[str, Any] = {"pairs": pairs, "dimension": dimension, "margins": found}
         if prefixes:
             document["prefixes"] = prefixes
+        if compare is not None:
+            document["compare"] = by_run[compare]
         if math.isfinite(guaranteed):
             document["guaranteed_recall@1"] = guaranteed
         sys.stdout.write(json_text.dumps(document, indent=2) + "\n")
@@ -119,8 +140,8 @@ def capacity(
     console.print("* to first order of the exponent; in few dimensions more pairs fit")
     for name, numbers in found.items():
         console.print(_sentence(name, dimension, numbers))
-    if prefixes:
-        console.print(_table_of_prefixes(prefixes))
+    if any(by_run.values()):
+        console.print(_table_of_prefixes(by_run))
     if math.isfinite(guaranteed):
         measured = min(metrics[f"{way}_recall@1"] for way in ("image_to_text", "text_to_image"))
         console.print(
@@ -199,17 +220,20 @@ def _of_prefix(
     return found
 
 
-def _table_of_prefixes(prefixes: dict[int, dict[str, dict[str, float | bool | str]]]) -> Table:
+def _table_of_prefixes(by_run: dict[str, _Prefixes]) -> Table:
     table = Table(title="in fewer dimensions (pca: rotated, fitted to the evaluated pictures)")
     columns = ("dimensions", "way", "recall@1", "", "margin", "gap", "pairs that fit: at most *")
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    for dim, ways in prefixes.items():
-        for way, facts in ways.items():
-            numbers = [facts.get(f"{each}_recall@1") for _, each in DIRECTIONS]
-            numbers += [facts.get("margin"), facts.get("modality_gap")]
-            bound = _show("log10", facts.get("log10_pairs_bound"))
-            table.add_row(f"{dim:,}", way, *(_show("", number) for number in numbers), bound)
+    for heading in (*columns[:1], *(["run"] if len(by_run) > 1 else []), *columns[1:]):
+        table.add_column(heading, justify="left" if heading in ("run", "way") else "right")
+    for dim in sorted({dim for prefixes in by_run.values() for dim in prefixes}, reverse=True):
+        for run, prefixes in by_run.items():
+            whose = [Path(run).name] if len(by_run) > 1 else []
+            for way, facts in prefixes.get(dim, {}).items():
+                numbers = [facts.get(f"{each}_recall@1") for _, each in DIRECTIONS]
+                numbers += [facts.get("margin"), facts.get("modality_gap")]
+                cells = [_show("", number) for number in numbers]
+                bound = _show("log10", facts.get("log10_pairs_bound"))
+                table.add_row(f"{dim:,}", *whose, way, *cells, bound)
     return table
 
 

@@ -1,6 +1,7 @@
 """``capacity``: bounds for four numbers, and for what a run measured."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -127,18 +128,51 @@ def test_a_run_without_arrays_is_asked_for_its_dimension(run, capsys):
     assert "give --dimension" in capsys.readouterr().err
 
 
-def test_prefixes_that_were_measured_are_shown_with_their_bounds(run, capsys):
+def measure_prefixes(run, prefix=-0.1, **more):
+    """Write metrics of a prefix of 64 columns into an evaluation."""
     path = run / "evaluation" / "metrics.json"
     metrics = json.loads(path.read_text())
-    for way, margin in (("prefix", -0.1), ("pca", 0.08)):
+    for way, margin in (("prefix", prefix), ("pca", 0.08)):
         measured = {"margin": margin, "relative_bias": 0.1, "margin_5_95": 0.05}
         measured |= {"relative_bias_5_95": 0.04, "modality_gap": 0.6}
         measured |= {f"{key}_recall@1": 0.4 for key in ("image_to_text", "text_to_image")}
         metrics |= {f"{way}_64_{name}": value for name, value in measured.items()}
-    path.write_text(json.dumps(metrics))
+    path.write_text(json.dumps(metrics | more))
+
+
+def test_prefixes_that_were_measured_are_shown_with_their_bounds(run, capsys):
+    measure_prefixes(run)
     ways = _json(capsys, f"--run_dir={run}")["prefixes"]["64"]
     assert (ways["prefix"]["margin"], ways["pca"]["margin"]) == (0.05, 0.08)
     assert ways["pca"]["modality_gap"] == 0.6
     assert ways["pca"]["log10_pairs_bound"] < ways["prefix"]["log10_pairs_bound"]
     assert main(["capacity", f"--run_dir={run}"]) == 0
     assert "in fewer dimensions" in capsys.readouterr().out
+
+
+def test_prefixes_of_two_runs_stand_in_one_table(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    other = tmp_path / "nested"
+    shutil.copytree(run, other)
+    measure_prefixes(run)
+    measure_prefixes(other, prefix=0.07)
+    words = [f"--run_dir={run}", f"--compare={other}"]
+    found = _json(capsys, *words)
+    margins = [found[key]["64"]["prefix"]["margin"] for key in ("prefixes", "compare")]
+    assert margins == [0.05, 0.07]
+    assert main(["capacity", *words]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    rows = [line.replace("│", "").split()[:3] for line in lines if "64" in line[:14]]
+    assert rows == [["64", name, way] for name in (run.name, "nested") for way in ("prefix", "pca")]
+
+
+@pytest.mark.parametrize("more", [{"gallery_pairs": 4000.0}, {"step": 7.0}])
+def test_runs_of_other_evaluations_are_not_compared(run, tmp_path, capsys, more):
+    other = tmp_path / "nested"
+    shutil.copytree(run, other)
+    measure_prefixes(other, **more)
+    assert main(["capacity", f"--run_dir={run}", f"--compare={other}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"was evaluated with {next(iter(more))} {next(iter(more.values()))}" in line
+    assert main(["capacity", *GIVEN, f"--compare={other}"]) == 2
+    assert "stands beside run_dir" in capsys.readouterr().err

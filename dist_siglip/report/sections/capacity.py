@@ -1,5 +1,6 @@
 """The number of pairs that fit at the margin of the space, and what fewer dimensions keep."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,9 +25,11 @@ from dist_siglip.report.page import (
     render_table_card,
 )
 from dist_siglip.report.records import RunRecord
+from dist_siglip.report.sections.comparison import data_differences, mean_recall
 
 _NEAR = 0.8  # of the largest margin
 _KEPT = 0.95  # of the recall of whole features
+_ERRORS = 2.0  # standard errors of a difference, below which it is taken for noise
 _PREFIX_NAME = re.compile(r"prefix_(\d{1,9})_margin")
 
 
@@ -97,7 +100,9 @@ def make(runs: Sequence[RunRecord]) -> Section:
     cards = [render_table_card("In numbers", columns_of(runs), rows, note=note)]
     shorter = _fewer_dimensions(runs)
     parts = [render_columns(cards + ([shorter] if shorter else []))]
-    return Section("capacity", "Capacity", judge_each(runs, judge, judge_prefixes), parts)
+    verdicts = judge_each(runs, judge, judge_prefixes)
+    compared = compare_prefixes(runs)
+    return Section("capacity", "Capacity", verdicts + ([compared] if compared else []), parts)
 
 
 def measured_prefixes(metrics: Mapping[str, float]) -> list[int]:
@@ -143,6 +148,61 @@ def judge_prefixes(run: RunRecord) -> Verdict | None:
         else ("Not trained at prefixes: MatryoshkaLoss would be.")
     )
     return Verdict("note", text, f"{how} The rotation was fitted to these pictures.")
+
+
+def compare_prefixes(runs: Sequence[RunRecord]) -> tuple[RunRecord, Verdict] | None:
+    """Compare the first run trained at prefixes with the first that was not, cut and rotated.
+
+    The smallest trained prefix that both measured counts. A difference within two standard errors
+    of the two recalls is noise. None without a run of each kind.
+    """
+    evaluated = [run for run in runs if mean_recall(run) is not None]
+    nested = next((run for run in evaluated if trained_prefixes(run.settings)), None)
+    plain = next((run for run in evaluated if not trained_prefixes(run.settings)), None)
+    if nested is None or plain is None:
+        return None
+    dims = [
+        dim
+        for dim in measured_prefixes(nested.metrics)
+        if dim in trained_prefixes(nested.settings) and dim in measured_prefixes(plain.metrics)
+    ]
+    if not dims:
+        asked = ", ".join(map(str, trained_prefixes(nested.settings)))
+        return nested, Verdict(
+            "unknown",
+            f"{plain.name} was not measured at a prefix that {nested.name} was trained at.",
+            f"Measure it: dist-siglip validate with model.prefix_dims: [{asked}].",
+        )
+    reasons = data_differences([plain, nested])
+    steps = {run.name: run.metrics.get("step") for run in (plain, nested)}
+    if len(set(steps.values())) > 1:
+        told = ", ".join(f"{name} {show(step, '{:,.0f}')}" for name, step in steps.items())
+        reasons.append(f"steps of training ({told})")
+    if reasons:
+        text = f"Prefixes of {plain.name} and {nested.name} cannot be compared."
+        return nested, Verdict("watch", text, f"They differ in {'; '.join(reasons)}.")
+    dim = dims[-1]
+    found = [_mean_recall(plain, begin) for begin in ("", f"prefix_{dim}_", f"pca_{dim}_")]
+    whole, cut, rotated, trained = (*found, _mean_recall(nested, f"prefix_{dim}_"))
+    if whole is None or cut is None or rotated is None or trained is None:
+        return None
+    spread = trained * (1 - trained) + rotated * (1 - rotated)
+    error = math.sqrt(spread / nested.metrics["gallery_pairs"])
+    reason = (
+        f"Mean recall@1 at {dim} dimensions: {plain.name} cut {cut:.3f}, rotated by PCA "
+        f"{rotated:.3f}, whole {whole:.3f}; {nested.name}, trained at prefixes, {trained:.3f}; "
+        f"standard error of a difference {error:.3f}. The rotation was fitted to these pictures."
+    )
+    difference = trained - rotated
+    if difference > _ERRORS * error:
+        return nested, Verdict("good", "Training at prefixes keeps more than the rotation.", reason)
+    if difference < -_ERRORS * error:
+        return nested, Verdict(
+            "watch", "The rotation keeps more than training at prefixes, for nothing.", reason
+        )
+    return nested, Verdict(
+        "note", "Within noise, the rotation keeps what training at prefixes keeps.", reason
+    )
 
 
 def _fewer_dimensions(runs: Sequence[RunRecord]) -> str:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from dist_siglip.metrics.capacity import largest_pairs, required_dimension
-from dist_siglip.report.sections.capacity import judge, judge_prefixes, make, room
+from dist_siglip.report.sections.capacity import (
+    compare_prefixes,
+    judge,
+    judge_prefixes,
+    make,
+    room,
+)
 from tests.support.report_records import record
 
 
@@ -85,6 +91,44 @@ def test_fewer_dimensions_are_compared_cut_rotated_and_trained():
     assert "cut: 64, rotated by PCA: 64" in verdict.text
     assert "Trained at prefixes 64" in verdict.reason
     assert "cut: none of these, rotated by PCA: 64" in judge_prefixes(plain).text
+
+
+def _pair(plain_pca, trained, pairs=500, **more):
+    plain = _measured("plain", prefix_8=0.1, pca_8=plain_pca)
+    nested = _measured("nested", trained=[64, 8], prefix_8=trained, pca_8=0.3)
+    for run in (plain, nested):
+        run.metrics.update(gallery_pairs=pairs, step=600)
+    nested.metrics.update(more)
+    return plain, nested
+
+
+@pytest.mark.parametrize(
+    ("pca", "trained", "tone"), [(0.3, 0.5, "good"), (0.5, 0.52, "note"), (0.5, 0.3, "watch")]
+)
+def test_cut_rotation_and_training_at_prefixes_have_one_conclusion(pca, trained, tone):
+    plain, nested = _pair(pca, trained)
+    run, verdict = compare_prefixes([plain, nested])
+    assert (run, verdict.tone) == (nested, tone)
+    assert f"plain cut 0.100, rotated by PCA {pca:.3f}, whole 0.700" in verdict.reason
+    assert (run, verdict) in make([plain, nested]).verdicts
+    error = float(verdict.reason.partition("difference ")[2][:5])
+    assert error == pytest.approx(
+        ((pca * (1 - pca) + trained * (1 - trained)) / 500) ** 0.5, abs=6e-4
+    )
+
+
+def test_prefixes_of_runs_that_do_not_compare_are_not_compared():
+    for more, told in (({"gallery_pairs": 400}, "numbers of pairs"), ({"step": 90}, "steps of")):
+        verdict = compare_prefixes(_pair(0.3, 0.5, **more))[1]
+        assert verdict.tone == "watch"
+        assert told in verdict.reason
+    plain, nested = _pair(0.3, 0.5)
+    unmeasured = _measured("plain")
+    unmeasured.metrics["gallery_pairs"] = 500
+    verdict = compare_prefixes([unmeasured, nested])[1]
+    assert (verdict.tone, "model.prefix_dims: [64, 8]" in verdict.reason) == ("unknown", True)
+    assert compare_prefixes([plain]) is None
+    assert compare_prefixes([nested, nested]) is None
 
 
 def test_runs_without_measured_prefixes_have_no_such_table():
