@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dist_siglip.errors import RunFailedError, UserError
 from dist_siglip.losses import SigLipLoss
+from dist_siglip.objectives import Captioning, Term
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import SkipBadSteps
 from dist_siglip.training.optim import NormHistory, OptimConfig, StepCheck
@@ -33,13 +34,21 @@ OPTIMS = {
 
 
 class Faults(Callback):
-    """Makes steps go wrong on one rank: {batch: "pixels" | "gradient" | "loss" | "large"}."""
+    """Makes steps go wrong on one rank: {step: fault}.
+
+    Faults: "pixels", "gradient", "loss", "large"; with an objective also "term" (its value),
+    "tokens" (one of those it reads) and "head" (a gradient of its own).
+    """
 
     def __init__(self, bad, is_here):
         self.bad, self.is_here, self.now, self.rates = bad, is_here, None, []
 
     def on_train_start(self, trainer, module):
         module.logits.log_scale.register_hook(self._on_gradient)
+        for objective in module.objectives.values():
+            objective.register_forward_pre_hook(self._on_rows)
+            objective.register_forward_hook(self._on_terms)
+            objective.output.weight.register_hook(self._on_head)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
@@ -52,6 +61,22 @@ class Faults(Callback):
         # Before the reduction over ranks; only a value that a sum over ranks keeps is a fault.
         factor = {"gradient": torch.inf, "large": 1e4}.get(self.now, 1.0)
         return gradient * factor
+
+    def _on_rows(self, objective, arguments):
+        (rows,) = arguments
+        if self.now == "tokens":
+            spoilt = torch.zeros_like(rows.tokens)
+            spoilt[0, 0, 0] = torch.nan
+            return (rows._replace(tokens=rows.tokens + spoilt),)
+        return None
+
+    def _on_terms(self, objective, arguments, terms):
+        if self.now == "term":
+            return {name: Term(term.total + torch.inf, term.number) for name, term in terms.items()}
+        return None
+
+    def _on_head(self, gradient):
+        return gradient * (torch.nan if self.now == "head" else 1.0)
 
 
 class FaultyLoss(nn.Module):
@@ -85,11 +110,11 @@ def train(rank, world_size, model, folder, case):
     """Train one case.
 
     Args:
-        case: "bad" (step -> fault, on the last rank), "keep" (batches that are trained on at
-            all), "guard" (settings of SkipBadSteps), "trainer", "optim" (see OPTIMS), "shard" (of
-            FullyShardedStrategy), "every" (steps between checkpoints), "damage" (step of one that
-            is cut), "start" (a checkpoint), "done" (steps behind it), "alone" (the broken
-            variant), "init_scale" (of a GradScaler).
+        case: "objective" (of Captioning), "bad" (step -> fault, on the last rank), "keep" (batches
+            that are trained on at all), "guard" (settings of SkipBadSteps), "trainer", "optim" (see
+            OPTIMS), "shard" (of FullyShardedStrategy), "every" (steps between checkpoints),
+            "damage" (step of one that is cut), "start" (a checkpoint), "done" (steps behind it),
+            "alone" (the broken variant), "init_scale" (of a GradScaler).
 
     Returns:
         Whole parameters, state of the optimizer, learning rates, counts and lines of skipped
@@ -98,7 +123,12 @@ def train(rank, world_size, model, folder, case):
     folder = Path(folder, case["name"])
     folder.mkdir(exist_ok=True)
     loss = FaultyLoss()
-    module = locked_module(model, loss=loss, optim=OPTIMS[case.get("optim", "AdamW")])
+    module = locked_module(
+        model,
+        loss=loss,
+        optim=OPTIMS[case.get("optim", "AdamW")],
+        objectives=[Captioning(**case["objective"])] if "objective" in case else None,
+    )
     faults = Faults(case.get("bad", {}), rank == world_size - 1)
     loss.faults = faults
     guard = SkipBadSteps(**case.get("guard", {}))

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +118,7 @@ class SkippedStep:
         sample_ids: of the global batch, in rank order.
         bad_ids: of samples with a feature that is not finite.
         scale: of a GradScaler; None if there is none.
+        bad_terms: of objectives, that are not finite.
     """
 
     step: int
@@ -126,6 +127,7 @@ class SkippedStep:
     sample_ids: list[int]
     bad_ids: list[int]
     scale: float | None
+    bad_terms: Sequence[str] = ()
 
     @property
     def is_search_for_scale(self) -> bool:
@@ -137,7 +139,9 @@ class SkippedStep:
     def reason(self) -> str:
         """Why it was skipped, in words."""
         if not math.isfinite(self.loss):
-            return "loss is not finite"
+            # Features that are not finite spoil every term.
+            terms = "" if self.bad_ids else ", ".join(self.bad_terms)
+            return f"loss is not finite by its term {terms}" if terms else "loss is not finite"
         if not math.isfinite(self.norm):
             return "gradient is not finite"
         return f"gradient norm {self.norm:.4g} is a spike"
@@ -157,6 +161,7 @@ def collect(step: int, finding: StepFinding, world_size: int) -> SkippedStep:
         sample_ids=ids,
         bad_ids=[sample_id for sample_id, is_bad in zip(ids, bad, strict=True) if is_bad],
         scale=finding.scale,
+        bad_terms=[name for name, term in finding.terms.items() if not math.isfinite(term.item())],
     )
 
 

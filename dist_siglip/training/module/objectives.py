@@ -4,7 +4,9 @@ One pass of the image tower gives features and tokens to all of them. Tokens sta
 that made them: of each term a sum and a count come out, and are weighed by the counts of all ranks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -209,6 +211,43 @@ def touch(objectives: Iterable[nn.Module]) -> Tensor | float:
     return sum(0.0 * parameter.sum() for parameter in parameters)
 
 
+class TermCheck:
+    """Finds terms that are not finite, alike on every rank; on a GPU nothing waits for it.
+
+    Example:
+        >>> check = TermCheck()
+        >>> check.look({"caption_loss": torch.tensor(torch.inf)}, 3)
+        >>> check.refuse()
+        Traceback (most recent call last):
+        dist_siglip.errors.UserError: caption_loss of objectives is not finite at step 3; lower \
+model.optim.learning_rate or the weight of the objective, or set step_guard.action to skip
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, Tensor] = {}
+
+    def look(self, means: Mapping[str, Tensor], step: int) -> None:
+        """Remember the first step of each mean over all ranks, (), that is not finite."""
+        for name, mean in means.items():
+            first = self._first.get(name, torch.full_like(mean, torch.inf))
+            self._first[name] = torch.where(mean.isfinite(), first, first.clamp(max=step))
+
+    def refuse(self) -> None:
+        """Read what was found.
+
+        Raises:
+            UserError: naming the term that was the first, and its step.
+        """
+        found = {name: float(step) for name, step in self._first.items()}
+        name = min(found, key=found.__getitem__, default="")
+        if name and found[name] < math.inf:
+            raise UserError(
+                f"{name} of objectives is not finite at step {found[name]:.0f}; lower "
+                "model.optim.learning_rate or the weight of the objective, or set "
+                "step_guard.action to skip"
+            )
+
+
 class ObjectiveMeasures:
     """Sums of what objectives measure in an evaluation, and captions of some of its pictures.
 
@@ -285,11 +324,29 @@ def _written(
     return captions
 
 
+def naming_terms(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a training step say so if what its loss refuses comes of a term of steps before."""
+
+    @wraps(training_step)
+    def step(self: "ObjectiveModule", *arguments: Any) -> Tensor:
+        try:
+            return training_step(self, *arguments)
+        except UserError as error:
+            try:
+                self.term_check.refuse()
+            except UserError as earlier:
+                raise earlier from error
+            raise
+
+    return step
+
+
 class ObjectiveModule(RunModule):
     """A module whose steps and evaluations have objectives beside their loss.
 
     Attributes:
         objectives: by name; empty for the loss alone.
+        term_check: of terms that are not finite.
     """
 
     objectives: nn.ModuleDict
@@ -299,6 +356,7 @@ class ObjectiveModule(RunModule):
         self._measures = ObjectiveMeasures()
         self._weights: dict[str, float] = {}
         self._idle_heads: list[nn.Module] = []
+        self.term_check = TermCheck()
 
     @property
     def by_name(self) -> dict[str, Objective]:
@@ -334,11 +392,26 @@ class ObjectiveModule(RunModule):
         if terms:
             share, means = weigh_terms(terms, self._weights, world_size)
             loss, logged = loss + share, logged | means
+            self._look_at(means)
         if not is_sharded:
             loss = loss + touch(self._idle_heads)
         if self._is_logged_step():
             self.log_dict(logged)
         return loss
+
+    def _look_at(self, means: Mapping[str, Tensor | float]) -> None:
+        """Let the step check know terms that are not finite; without one they end the run."""
+        terms = {
+            name.removeprefix("train/"): mean
+            for name, mean in means.items()
+            if isinstance(mean, Tensor)
+        }
+        if self.step_check is not None:
+            self.step_check.note(terms)
+            return
+        self.term_check.look(terms, self.global_step + 1)
+        if self.device.type == "cpu":
+            self.term_check.refuse()
 
     def on_after_backward(self) -> None:
         """Leave heads that did not count in this step as they are, decay included."""

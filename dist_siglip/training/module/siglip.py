@@ -43,7 +43,7 @@ from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
 from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
-from dist_siglip.training.module.objectives import Terms, build_objectives
+from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
 from dist_siglip.training.module.placement import receive_values, shard_module
 from dist_siglip.training.module.run_module import configure
 from dist_siglip.training.optim import OptimConfig, ParameterRule
@@ -268,6 +268,7 @@ class SigLipModule(EncodingModule):
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
         return self.towers(images, texts)
 
+    @naming_terms
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
         counted = self.begin_objectives()
@@ -278,8 +279,7 @@ class SigLipModule(EncodingModule):
         else:
             image_features, text_features = self.encode(batch)
         self.step_timer.end_encoding()
-        # Under autocast the loss's products run in the precision of the towers, and so do the
-        # exchanged features; logits and gradients stay float32 inside the loss.
+        # Under autocast products and exchange are in the towers' precision, logits in float32.
         device_type = image_features.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)

@@ -6,8 +6,8 @@ gradient was not finite. A skipped step leaves parameters, moments and step coun
 the bit.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -182,6 +182,7 @@ class StepFinding:
         sample_ids: (B,), of this rank's pairs.
         bad_rows: (B,), bool; pairs of this rank with a feature that is not finite.
         scale: what a GradScaler multiplied the loss with; None if there is none.
+        terms: (), beside the loss and part of it, by name; means over all ranks.
     """
 
     is_skipped: Tensor
@@ -190,6 +191,7 @@ class StepFinding:
     sample_ids: Tensor
     bad_rows: Tensor
     scale: float | None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StepCheck:
@@ -214,6 +216,7 @@ class StepCheck:
         self._scaler = scaler
         self._loss = self._sample_ids = self._bad_rows = torch.empty(0)
         self._finding: StepFinding | None = None
+        self._terms: Mapping[str, Tensor] = {}
         self._kept: list[Tensor] = []
         self._before: list[Tensor] = []
 
@@ -221,6 +224,10 @@ class StepCheck:
         """Copy what a forward pass is about to change, to put it back if the step is skipped."""
         self._kept = list(values)
         self._before = [value.clone() for value in self._kept]
+
+    def note(self, terms: Mapping[str, Tensor]) -> None:
+        """Take note of terms beside the loss of the step under way, (), means over all ranks."""
+        self._terms = {name: term.detach() for name, term in terms.items()}
 
     def look(
         self, loss: Tensor, image_features: Tensor, text_features: Tensor, sample_ids: Tensor
@@ -257,8 +264,15 @@ class StepCheck:
         restore_where(is_skipped, self._kept, self._before)
         scale = None if self._scaler is None else self._scaler.get_scale()
         self._finding = StepFinding(
-            is_skipped, norm.detach(), self._loss, self._sample_ids, self._bad_rows, scale
+            is_skipped,
+            norm.detach(),
+            self._loss,
+            self._sample_ids,
+            self._bad_rows,
+            scale,
+            self._terms,
         )
+        self._terms = {}
 
     def take(self) -> StepFinding | None:
         """Hand over what was found in the last step; None if nothing was decided in it."""

@@ -109,6 +109,41 @@ def test_one_process_skips_steps_to_the_bit(model, tmp_path):
     check_common([train_all(0, 1, model, str(tmp_path), COMMON[:-1])])
 
 
+# None in parallel: that is drawn by the step, whose number moves where batches are left out.
+OBJECTIVE = {"objective": {"weight": 0.5, "start": 2, "parallel": 0.0}}
+REASONS = {
+    "term": "loss is not finite by its term caption_loss",
+    "tokens": "loss is not finite by its term caption_loss",
+    "head": "gradient is not finite",
+    "pixels": "loss is not finite",
+}
+OF_OBJECTIVES = [
+    {"name": "without", "keep": [0, 1, 4, 5], **OBJECTIVE},
+    # The first steps of the heads, of which the optimizer has no state yet, and later ones.
+    *({"name": kind, "keep": range(6), "bad": {2: kind, 3: kind}, **OBJECTIVE} for kind in REASONS),
+    {"name": "later", "keep": range(7), "bad": {4: "term", 5: "head"}, **OBJECTIVE},
+    {"name": "without later", "keep": [0, 1, 2, 3, 6], **OBJECTIVE},
+]
+
+
+def check_objectives(ranks):
+    for found in ranks:
+        for kind, reason in REASONS.items():
+            assert are_same(found[kind], ranks[0]["without"]), kind
+            assert found[kind]["num_skipped"] == 2
+            assert {line["reason"] for line in found[kind]["lines"]} == {reason}
+        assert are_same(found["later"], ranks[0]["without later"])
+
+
+def test_what_is_not_finite_in_an_objective_leaves_heads_and_moments_to_the_bit(model, tmp_path):
+    check_objectives([train_all(0, 1, model, str(tmp_path), OF_OBJECTIVES)])
+
+
+@pytest.mark.faults
+def test_two_ranks_skip_what_is_not_finite_in_an_objective_of_one(model, tmp_path):
+    check_objectives(run_ranks(train_all, 2, model, str(tmp_path), OF_OBJECTIVES))
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 def test_the_search_of_a_scaler_is_not_counted_and_a_loss_that_is_not_finite_is(model, tmp_path):
     """A factor of 2^40 overflows float16 until it is halved often enough."""
@@ -175,6 +210,14 @@ def test_without_the_guard_a_loss_that_is_not_finite_ends_the_run(model, tmp_pat
     case = {"name": "off", "bad": {1: "pixels"}, "guard": {"action": "off"}}
     with pytest.raises(UserError, match="image_features row 0 is not finite"):
         train_all(0, 1, model, str(tmp_path), [case])
+
+
+def test_without_the_guard_a_term_that_is_not_finite_is_named(model, tmp_path):
+    """At its own step, not as features that are not finite at the next one."""
+    case = {"name": "off", "bad": {3: "tokens"}, "guard": {"action": "off"}, **OBJECTIVE}
+    with pytest.raises(UserError, match="caption_loss of objectives is not finite at step 4") as e:
+        train_all(0, 1, model, str(tmp_path), [case])
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.faults
