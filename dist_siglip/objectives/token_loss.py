@@ -18,7 +18,7 @@ def token_losses(
 
     Products are taken in the precision of autocast, or of ``hidden`` without it; logits, their
     exponentials and the losses in float32 at least. Of the N x V logits one chunk exists at a time,
-    in forward and again in backward.
+    in forward and again in backward, beside it at most its copy in a narrower precision.
 
     Args:
         hidden: (N, C).
@@ -65,6 +65,7 @@ class _TokenLosses(torch.autograd.Function):
             spread = logits.logsumexp(dim=1)
             loss = spread - logits.gather(1, own[:, None]).squeeze(1)
             found.append((spread, loss, logits.argmax(dim=1)))
+            del logits  # before the next ones are made
         spread, losses, best = (torch.cat(column) for column in zip(*found, strict=True))
         ctx.save_for_backward(hidden, weight, bias, labels, spread)
         ctx.dtype, ctx.chunk_rows = dtype, chunk_rows
@@ -93,6 +94,7 @@ class _TokenLosses(torch.autograd.Function):
                 of_weight.addmm_(narrow.T, rows)
             else:
                 of_weight += narrow.T @ rows
+            del slope, narrow
         return of_hidden, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.objectives import token_losses
 from tests.support.reference_captioning import cross_entropy
 
@@ -52,33 +51,37 @@ def test_of_bfloat16_products_the_softmax_is_float32():
     assert not torch.allclose(rounded, expected, atol=1e-3)
 
 
-class Peak(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                self.largest = max(self.largest, each.untyped_storage().nbytes())
-        return made
+def peak_bytes(run):
+    """Most bytes that were alive at once, of what a function made."""
+    with LiveBytes() as counter:
+        run()
+    return counter.peak
 
 
-def test_no_tensor_is_as_large_as_the_logits_of_a_batch_at_256_000_words():
-    """Forward and backward: one chunk of logits, or the matrix and its gradient."""
-    vocab_size, width, num_rows, chunk_rows = 256_000, 4, 64, 16
-    hidden, weight, bias, labels = inputs_of(num_rows, vocab_size, width, torch.float32)
-    chunk = 4 * chunk_rows * vocab_size
-    with Peak() as peak:
-        losses, _ = token_losses(hidden, weight, bias, labels, chunk_rows=chunk_rows)
-        losses.mean().backward()
-    assert peak.largest == chunk
-    with Peak() as peak:
-        F.cross_entropy(F.linear(hidden, weight, bias), labels)
-    assert peak.largest == 4 * chunk
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+def test_peak_bytes_at_256_000_words_are_those_of_a_chunk_whatever_the_batch(narrow):
+    """Forward and backward; the logits of the batch are 4 and 8 chunks."""
+    vocab_size, width, chunk_rows = 256_000, 4, 16
+    chunk, matrix = 4 * chunk_rows * vocab_size, 4 * width * vocab_size
+
+    def ours(num_rows):
+        hidden, weight, bias, labels = inputs_of(num_rows, vocab_size, width, torch.float32)
+
+        def run():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+                losses, _ = token_losses(hidden, weight, bias, labels, chunk_rows=chunk_rows)
+            losses.mean().backward()
+
+        return peak_bytes(run)
+
+    few, many = ours(4 * chunk_rows), ours(8 * chunk_rows)
+    # A chunk; in bfloat16 its copy, and that of the matrix; the gradients of matrix and bias.
+    held = (1.5 * (chunk + matrix) if narrow else chunk + matrix) + 2 * 4 * vocab_size
+    assert few < 1.1 * held
+    assert many < few + chunk / 100
+    hidden, weight, bias, labels = inputs_of(8 * chunk_rows, vocab_size, width, torch.float32)
+    whole = peak_bytes(lambda: F.cross_entropy(F.linear(hidden, weight, bias), labels).backward())
+    assert whole > 8 * chunk
 
 
 def test_the_default_chunk_holds_256_mb_of_logits(monkeypatch):
