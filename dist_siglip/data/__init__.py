@@ -13,8 +13,8 @@ from dist_siglip.data.order.position import (
 )
 from dist_siglip.data.order.sequence import StreamPosition, epoch_order
 from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
-from dist_siglip.data.samples.captions import caption_id
 from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.identity import caption_id
 from dist_siglip.data.samples.transforms import (
     Preprocessing,
     evaluation_transform,

@@ -21,16 +21,9 @@ from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.captions import (
-    EMPTY_CAPTION,
-    CaptionRule,
-    EmptyCaptions,
-    Tokenizer,
-    caption_id,
-    caption_ids_of,
-    picture_id,
-)
+from dist_siglip.data.samples.captions import EMPTY_CAPTION, CaptionRule, EmptyCaptions, Tokenizer
 from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import caption_id, caption_ids_of, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import OutageError, UserError

@@ -14,15 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from dist_siglip.data.index.pairs import PairTable, Span
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError, TruncatedCount
-from dist_siglip.data.samples.captions import (
-    CaptionRule,
-    EmptyCaptions,
-    Tokenizer,
-    caption_ids_of,
-    named_picture_id,
-    picture_id,
-)
+from dist_siglip.data.samples.captions import CaptionRule, EmptyCaptions, Tokenizer
 from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import caption_ids_of, named_picture_id, picture_id
 from dist_siglip.data.samples.loader import prepare_worker
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.runs import RunFolder
 from tests.support.forked_runs import run_forked
+from tests.support.shards import encode, picture, write_shard
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 pytestmark = pytest.mark.e2e
+SYNTHETIC = (b'{"synthetic": ["a brown hen", "a bird in grass"]}', b'{"synthetic": "a hen"}', b"{}")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,12 @@ def parts(tmp_path_factory):
     }
     save_file(weights, folder / "weights.safetensors")
     write_config(folder / "tiny.json", ARCHITECTURES["siglip"])
+    for name in ("first", "second"):  # every third sample lacks the second field
+        members = [
+            (f"{name}{i}", {"png": encode(picture(i)), "txt": b"a hen", "json": SYNTHETIC[i % 3]})
+            for i in range(20)
+        ]
+        write_shard(folder / f"{name}.tar", members)
     return SimpleNamespace(folder=folder, train=shards.train, val=shards.val)
 
 
@@ -45,7 +53,7 @@ def shrunk(recipe, parts, folder):
         "run_dir": folder / "run",
         "model.model": parts.folder / "tiny.json",
         "model.optim.warmup_steps": 1,
-        "data.train_shards": parts.train,
+        "data.train_shards": parts.folder if "captions" in recipe["data"] else parts.train,
         "data.val_shards": parts.val,
         "data.global_batch_size": 8,
         "data.val_local_batch_size": 8,

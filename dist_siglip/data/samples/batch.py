@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_siglip.data.samples.captions import caption_id, caption_ids_of
+from dist_siglip.data.samples.identity import caption_id, caption_ids_of
 
 _WIDE_ROWS = 128  # pictures that are float32 at once on their way to another precision
 
@@ -35,6 +35,9 @@ class ImageTextBatch(NamedTuple):
         teacher_text_features: likewise for texts.
         teacher_texts: (B, L_1 + ...) int64, token ids of the same captions for teachers with
             tokenizers of their own, side by side. None: there are none.
+        more_texts: (B, K - 1, L) int64, token ids of further captions, where K captions of each
+            pair train together. None: K is 1.
+        more_caption_ids: (B, K - 1) int64 >= 0, theirs.
     """
 
     images: Tensor
@@ -50,6 +53,14 @@ class ImageTextBatch(NamedTuple):
     teacher_image_features: Tensor | None = None
     teacher_text_features: Tensor | None = None
     teacher_texts: Tensor | None = None
+    more_texts: Tensor | None = None
+    more_caption_ids: Tensor | None = None
+
+    def all_texts(self) -> Tensor:
+        """Return (K * B, L) token ids: the first captions of all pairs, the second ones, ..."""
+        if self.more_texts is None:
+            return self.texts
+        return torch.cat([self.texts, *self.more_texts.unbind(dim=1)])
 
 
 class BatchPieces(NamedTuple):
@@ -117,6 +128,7 @@ class PairSample(NamedTuple):
         draw: random number of seed, epoch and position, in [0, 2**63).
         teacher_image_features: (d_1 + ... + d_K,) float32, see ``ImageTextBatch``.
         teacher_text_features: likewise.
+        more_captions: stripped texts that train together with ``caption``.
     """
 
     image: Tensor
@@ -131,10 +143,13 @@ class PairSample(NamedTuple):
     draw: int = 0
     teacher_image_features: Tensor | None = None
     teacher_text_features: Tensor | None = None
+    more_captions: tuple[str, ...] = ()
 
 
 class PairCollator:
     """Stack samples into a batch; captions are tokenized here, all at once, and identified.
+
+    All samples have as many ``more_captions``.
 
     Args:
         tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
@@ -158,8 +173,13 @@ class PairCollator:
             texts = torch.empty(len(samples), 0, dtype=torch.long)
             caption_ids = torch.tensor([_stored_caption_id(sample) for sample in samples])
         else:
-            texts = self._tokenizer(captions).long()
-            caption_ids = caption_ids_of(self._tokenizer, captions, texts)
+            columns = zip(*(sample.more_captions for sample in samples), strict=True)
+            every = captions + [text for column in columns for text in column]
+            texts = self._tokenizer(every).long()
+            caption_ids = caption_ids_of(self._tokenizer, every, texts)
+        (texts, more_texts), (caption_ids, more_ids) = (
+            _first_and_more(rows, len(samples)) for rows in (texts, caption_ids)
+        )
         picture_ids = [s.sample_id if s.picture_id is None else s.picture_id for s in samples]
         return ImageTextBatch(
             images=torch.stack([sample.image for sample in samples]),
@@ -175,6 +195,8 @@ class PairCollator:
             teacher_image_features=_stacked([each.teacher_image_features for each in samples]),
             teacher_text_features=_stacked([each.teacher_text_features for each in samples]),
             teacher_texts=self._texts_of_teachers(captions),
+            more_texts=more_texts,
+            more_caption_ids=more_ids,
         )
 
     def _texts_of_teachers(self, captions: list[str]) -> Tensor | None:
@@ -186,6 +208,14 @@ class PairCollator:
 def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     found = [row for row in rows if row is not None]
     return torch.stack(found) if found else None
+
+
+def _first_and_more(rows: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Part the rows of first captions from those of others, (B, K - 1, ...)."""
+    if len(rows) == count:
+        return rows, None
+    first, *more = rows.split(count)
+    return first, torch.stack(more, dim=1)
 
 
 def _stored_caption_id(sample: PairSample) -> int:

@@ -172,6 +172,17 @@ class CachedFeatures:
         """
         if "text" not in self.towers:
             return
+        for name in ("weights", "probabilities"):
+            if getattr(rule, name) is not None:
+                raise UserError(
+                    f"captions.{name} ({', '.join(rule.fields)}) must be null: train_features "
+                    "holds the features of one caption for each sample"
+                )
+        if self._captions.get("caption_field") is not None:
+            raise UserError(
+                f"train_features were made with captions of {self._captions['caption_field']}; "
+                "embed again without captions.weights and captions.probabilities"
+            )
         if rule.pick != "first":
             raise UserError(
                 f"captions.pick ({rule.pick}) must be first: train_features holds the features of "

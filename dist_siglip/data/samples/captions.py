@@ -1,17 +1,14 @@
 """Captions of a sample, and the identity of captions and pictures.
 
 A sample may offer several captions: in several members, lines of one, or entries of a list inside
-its JSON. A ``CaptionRule`` says which are meant and which one a position in the stream gets.
-
-An identity is a number of 63 bits. That of a picture is made of its bytes, or of what a field of
-its JSON says. That of a caption is made of its tokens: two texts that the tokenizer makes equal are
-one caption to the model, and a text without a token is none.
+its JSON. A ``CaptionRule`` says which are meant, and which one, or which ones together, a position
+in the stream gets.
 """
 
-import hashlib
 import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,69 +20,7 @@ from dist_siglip.data.order.sequence import draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.errors import UserError
 
-# What ``picture_id`` of a data module says where no field of the JSON is named.
-PICTURE_BYTES = "bytes"
-
 Tokenizer = Callable[[list[str]], Tensor]
-
-
-def picture_id(data: bytes) -> int:
-    """Hash the bytes of an encoded picture to 63 bits, the same on every machine.
-
-    Example:
-        >>> picture_id(b"a"), picture_id(b"b")
-        (4862746424704685054, 8424985511653054134)
-    """
-    return _to_63_bits(hashlib.sha1(data, usedforsecurity=False).digest())
-
-
-def value_id(value: Any) -> int | None:
-    """Hash what a field of a JSON says of the picture; None if it says nothing.
-
-    Raises:
-        BadSampleError: if it holds neither a text nor a whole number.
-
-    Example:
-        >>> value_id("391895") == value_id(391895), value_id(None), value_id("")
-        (True, None, None)
-    """
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadSampleError(
-            f"its picture id is a {type(value).__name__}, not a text or a whole number"
-        )
-    text = f"picture id {value}".encode("utf-8", "surrogatepass")
-    return picture_id(text)
-
-
-def caption_ids_of(tokenizer: object, texts: Sequence[str], tokens: Tensor) -> Tensor:
-    """Hash captions by their tokens, padding included.
-
-    A tokenizer that leaves out tokens by lot (its ``draws_tokens`` is True) gives a caption other
-    tokens every time; there the cleaned text counts (its ``clean``).
-
-    Args:
-        tokenizer: that made the tokens.
-        texts: B captions.
-        tokens: (B, L) int64.
-
-    Returns:
-        (B,) int64 >= 0.
-
-    Example:
-        >>> caption_ids_of(None, ["a", "A", "b"], torch.tensor([[5], [5], [6]])).unique().numel()
-        2
-    """
-    clean: Callable[[str], str] | None = None
-    if getattr(tokenizer, "draws_tokens", False):
-        clean = getattr(tokenizer, "clean", None)
-    if clean is None:
-        rows = [row.tobytes() for row in tokens.numpy()]
-    else:
-        rows = [clean(text).encode("utf-8", "surrogatepass") for text in texts]
-    ids = [_to_63_bits(hashlib.blake2b(row, digest_size=8).digest()) for row in rows]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 class EmptyCaptions:
@@ -121,14 +56,12 @@ def _is_blank(letter: str) -> bool:
     return letter.isspace() or letter < " " or "\x7f" <= letter <= "\x9f" or letter == "\ufeff"
 
 
-def _to_63_bits(digest: bytes) -> int:
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 MAX_CAPTION_BYTES = 1 << 20
 MAX_CAPTION_CHARACTERS = 4096
 # Parts the draw of a caption from the draws of substitutes, whose keys end in the attempt.
 _CAPTION_DRAW = 1 << 20
+_FIELD_DRAW = 1 << 22
+_SUM_ERROR = 1e-3  # by which probabilities may miss 1
 EMPTY_CAPTION = "caption is empty"
 
 
@@ -146,18 +79,28 @@ class CaptionRule:
             function of the place in the stream: another in the next epoch, the same when a run
             resumes. Evaluations always take the first.
         split_lines: whether each line of a text member is a caption of its own.
+        weights: fields whose captions train together, one of each in every step, with the weight,
+            above 0, of the loss of each. A field is a member ("txt"), a field of the .json
+            ("seo.alt"), or one of another JSON member ("syn.json:syn_text"). A sample without it
+            shows the first field it has once more. Evaluations see the first field alone.
+        probabilities: fields of which each sample shows one in each step, with the probability of
+            each, which sum to 1: a function of the place in the stream. Fields that a sample lacks
+            leave theirs to the others. Evaluations see the first field.
     """
 
     members: tuple[str, ...] = ("txt",)
     json_field: str = "caption"
     pick: Literal["first", "random"] = "first"
     split_lines: bool = False
+    weights: dict[str, float] | None = None
+    probabilities: dict[str, float] | None = None
 
     def check(self) -> None:
         """Refuse what cannot work.
 
         Raises:
-            UserError: if no member is named, or the rule is neither "first" nor "random".
+            UserError: if no member is named, the rule is neither "first" nor "random", or fields
+                are not to be found or have shares that cannot be.
         """
         if not self.members or not all(self.members):
             raise UserError(f'captions.members ({list(self.members)}) must name one, e.g. ["txt"]')
@@ -165,10 +108,52 @@ class CaptionRule:
             raise UserError(f"captions.pick ({self.pick}) must be first or random")
         if not self.json_field:
             raise UserError('captions.json_field ("") must name a field, e.g. caption')
+        if self.weights is not None and self.probabilities is not None:
+            raise UserError(
+                "captions.weights and captions.probabilities are both set: fields train together, "
+                "or one is drawn; leave one of the two out"
+            )
+        for setting, shares in (("weights", self.weights), ("probabilities", self.probabilities)):
+            if shares is not None:
+                self._check_shares(f"captions.{setting}", shares)
+
+    def _check_shares(self, setting: str, shares: dict[str, float]) -> None:
+        if not shares:
+            raise UserError(f"{setting} ({{}}) must name a field, e.g. caption, or be null")
+        least = "above 0; leave the field out" if self.weights else "a number in [0, 1]"
+        for name, share in shares.items():
+            if not (math.isfinite(share) and (share > 0 or (share == 0 and not self.weights))):
+                raise UserError(f"{setting}.{name} ({share}) must be {least}")
+            member, _ = self._place(name)
+            if member not in self._members:
+                raise UserError(
+                    f"{setting}.{name}: its member ({member}) is not one of captions.members "
+                    f"({list(self.members)}); add {member} there, or name another field"
+                )
+        total = sum(shares.values())
+        if self.probabilities and abs(total - 1) > _SUM_ERROR:
+            raise UserError(f"{setting} ({shares}) must sum to 1, not {total:g}")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that weights or probabilities name; none where members alone decide."""
+        return tuple(self.weights or self.probabilities or ())
+
+    @property
+    def _members(self) -> set[str]:
+        return {_plain(name) for name in self.members}
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Return the member of a field, and which field of it counts if it is JSON."""
+        if _plain(name) in self._members:
+            return _plain(name), self.json_field
+        member, colon, path = name.partition(":")
+        return (_plain(member), path) if colon else ("json", name)
 
     def always_first(self) -> "CaptionRule":
         """Return the same rule without a draw, as evaluations need it."""
-        return replace(self, pick="first")
+        in_order = dict.fromkeys(self.fields, 1.0) or None
+        return replace(self, pick="first", weights=in_order, probabilities=None)
 
     def choose(
         self,
@@ -200,6 +185,9 @@ class CaptionRule:
             >>> rule.choose([("json", b'{"seo": {"alt": ["", "a hen", "a bird"]}}')], (0,))
             'a hen'
         """
+        if self.fields:
+            by_field = self.by_field(members, is_empty=is_empty)
+            return self._pick(by_field[self._drawn(by_field, key)], key)
         found: list[str] = []
         problem = EMPTY_CAPTION
         for extension, data in members:
@@ -211,7 +199,90 @@ class CaptionRule:
                 return found[0]
         if not found:
             raise BadSampleError(problem)
-        return found[draw_one(len(found), *key, _CAPTION_DRAW)]
+        return self._pick(found, key)
+
+    def choose_each(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        key: tuple[int, ...],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> list[str]:
+        """Take the captions of a sample that train together: one without ``weights``.
+
+        Args:
+            members: as ``choose``.
+            key: as ``choose``.
+            is_empty: as ``choose``.
+
+        Raises:
+            BadSampleError: as ``choose``, if the sample has none of the fields.
+
+        Example:
+            >>> rule = CaptionRule(members=("json",), weights={"alt": 1.0, "long": 2.0})
+            >>> rule.choose_each([("json", b'{"alt": "a hen", "long": "a hen in grass"}')], (0,))
+            ['a hen', 'a hen in grass']
+            >>> rule.choose_each([("json", b'{"long": "a hen in grass"}')], (0,))
+            ['a hen in grass', 'a hen in grass']
+        """
+        if self.weights is None:
+            return [self.choose(members, key, is_empty=is_empty)]
+        found = self.by_field(members, is_empty=is_empty)
+        first = next(iter(found.values()))
+        return [
+            self._pick(found.get(name, first), key, number)
+            for number, name in enumerate(self.weights)
+        ]
+
+    def by_field(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> dict[str, list[str]]:
+        """List the captions of a sample under each of ``fields`` that it has, in their order.
+
+        Raises:
+            BadSampleError: if a member cannot be read, or there is no caption.
+        """
+        data = {_plain(extension): each for extension, each in members}
+        found: dict[str, list[str]] = {}
+        problem = EMPTY_CAPTION
+        for name in self.fields:
+            member, path = self._place(name)
+            try:
+                texts = (
+                    self._alternatives(member, data[member], is_empty, path)
+                    if member in data
+                    else []
+                )
+            except MissingFieldError as error:
+                problem = str(error)
+                continue
+            if texts:
+                found[name] = texts
+        if not found:
+            raise BadSampleError(problem)
+        return found
+
+    def _drawn(self, found: dict[str, list[str]], key: tuple[int, ...]) -> str:
+        """Name the field that a position shows, of those there are."""
+        first = next(iter(found))
+        if self.probabilities is None:
+            return first
+        likely = {name: self.probabilities[name] for name in found if self.probabilities[name]}
+        left = draw_one(2**53, *key, _FIELD_DRAW) / 2**53 * sum(likely.values())
+        for name, probability in likely.items():
+            left -= probability
+            if left < 0:
+                return name
+        return next(reversed(likely), first)
+
+    def _pick(self, texts: list[str], key: tuple[int, ...], number: int = 0) -> str:
+        """Take one of the captions of the field of a number."""
+        if self.pick == "first":
+            return texts[0]
+        return texts[draw_one(len(texts), *key, _CAPTION_DRAW, *([number] if number else []))]
 
     def all_of(
         self,
@@ -219,7 +290,7 @@ class CaptionRule:
         *,
         is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
     ) -> list[str]:
-        r"""List all captions of a sample, of the first member that has any.
+        r"""List all captions of a sample, of the first member, or field, that has any.
 
         Args:
             members: as ``choose``.
@@ -232,6 +303,8 @@ class CaptionRule:
             >>> CaptionRule(split_lines=True).all_of([("txt", b"a hen\na bird")])
             ['a hen', 'a bird']
         """
+        if self.fields:
+            return next(iter(self.by_field(members, is_empty=is_empty).values()))
         problem = EMPTY_CAPTION
         for extension, data in members:
             try:
@@ -244,16 +317,21 @@ class CaptionRule:
         raise BadSampleError(problem)
 
     def _alternatives(
-        self, extension: str, data: bytes, is_empty: Callable[[str], bool]
+        self, extension: str, data: bytes, is_empty: Callable[[str], bool], path: str | None = None
     ) -> list[str]:
-        """List the captions of one member that are not empty."""
-        if extension == "json":
-            texts = texts_of(field_of(read_json(data), self.json_field), self.json_field)
+        """List the captions of one member that are not empty; of JSON those in a field."""
+        if extension == "json" or extension.endswith(".json"):
+            path = path or self.json_field
+            texts = texts_of(field_of(read_json(data), path), path)
         else:
             text = _decode(data)
             texts = split_lines(text) if self.split_lines else [text]
         cut = (text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts)
         return [text for text in cut if text and not is_empty(text)]
+
+
+def _plain(extension: str) -> str:
+    return extension.lower().lstrip(".")
 
 
 class MissingFieldError(BadSampleError):
@@ -335,22 +413,6 @@ def field_of(record: dict[str, Any], path: str) -> Any:
     raise MissingFieldError(f"JSON has no field {path!r}")
 
 
-def named_picture_id(data: bytes, field: str) -> int | None:
-    """Return the id that a field of a JSON member gives a picture; None if it gives none.
-
-    Raises:
-        BadSampleError: if the JSON cannot be read, or the field holds neither text nor number.
-
-    Example:
-        >>> named_picture_id(b'{"coco": {"id": 7}}', "coco.id") == value_id(7)
-        True
-    """
-    try:
-        return value_id(field_of(read_json(data), field))
-    except MissingFieldError:
-        return None
-
-
 def texts_of(value: Any, path: str) -> list[str]:
     """List the texts of a JSON field: a string, a list of strings, or null for none.
 
@@ -374,29 +436,6 @@ def texts_of(value: Any, path: str) -> list[str]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
             raise BadSampleError(f"JSON field {path!r} is not UTF-8: it holds half a character")
     return texts
-
-
-def caption_id(text: str) -> int:
-    """Hash a text to 63 bits, the same on every machine and in every process.
-
-    Equal ids mean equal texts, up to leading and trailing white space. To a model captions are the
-    same if their tokens are: where a tokenizer is at hand, batches and metrics go by
-    ``identity.caption_ids_of``. Among a million different texts the chance of any clash is 5e-8.
-
-    Args:
-        text: the caption; white space at both ends does not count.
-
-    Returns:
-        An integer in [0, 2**63), which fits an int64 tensor.
-
-    Example:
-        >>> caption_id("a red fox") == caption_id(" a red fox ")
-        True
-        >>> caption_id("a red fox")
-        2024877603437203571
-    """
-    digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _decode(data: bytes) -> str:

@@ -115,6 +115,11 @@ class DataCompDR:
                 f"train_features ({train_features}) stand in for what datacompdr shows; leave one "
                 "of the two out"
             )
+        if captions.fields:
+            raise UserError(
+                f"captions.weights and captions.probabilities ({', '.join(captions.fields)}) must "
+                "be null: datacompdr draws the caption itself, by datacompdr.synthetic_share"
+            )
         if captions.pick != "first":
             raise UserError(
                 f"captions.pick ({captions.pick}) must be first: datacompdr has the row of one "

@@ -8,8 +8,8 @@ seeded for each sample and restored afterwards.
 import io
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,17 +23,10 @@ from dist_siglip.data.order.sequence import StreamPosition, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError, BadSampleLog, TruncatedCount
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures, Tower
-from dist_siglip.data.samples.captions import (
-    PICTURE_BYTES,
-    CaptionRule,
-    EmptyCaptions,
-    Tokenizer,
-    named_picture_id,
-    picture_id,
-    read_json,
-)
+from dist_siglip.data.samples.captions import CaptionRule, EmptyCaptions, Tokenizer, read_json
 from dist_siglip.data.samples.datacompdr import ReinforcedSamples
 from dist_siglip.data.samples.fetch import ShardReader
+from dist_siglip.data.samples.identity import PICTURE_BYTES, named_picture_id, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.stages import (
@@ -78,6 +71,35 @@ def check_ranks_agree(
             )
 
 
+LOOKED_AT = 64  # samples about to be trained on, in which each field of captions is looked for
+
+
+def check_fields(
+    dataset: "PairDataset", upcoming: Iterable[StreamPosition], *, is_told: bool
+) -> None:
+    """Refuse fields of captions that none of the next samples has, as a misspelt one.
+
+    Args:
+        dataset: of the training, whose rule names fields.
+        upcoming: the positions that come next.
+        is_told: whether to log in how many samples each field is.
+
+    Raises:
+        UserError: naming the field.
+    """
+    positions = list(upcoming)
+    counts = dataset.count_fields(positions)
+    for name, count in counts.items():
+        if not count:
+            raise UserError(
+                f"captions: none of the next {len(positions)} training samples has field {name!r}; "
+                "correct its name, or leave it out"
+            )
+    if is_told:
+        listed = ", ".join(f"{name} in {count}" for name, count in counts.items())
+        _LOGGER.info("captions of the next %d training samples: %s", len(positions), listed)
+
+
 @contextmanager
 def seeded_generators(*key: int) -> Iterator[None]:
     """Seed the global CPU generators from a key, and restore them at the end.
@@ -120,7 +142,7 @@ class _Made(NamedTuple):
     """A sample that was read, decoded and transformed."""
 
     image: Tensor
-    caption: str
+    captions: list[str]
     picture_id: int | None
     teacher_image_row: Tensor | None = None
     teacher_text_row: Tensor | None = None
@@ -216,7 +238,7 @@ class PairDataset(Dataset[PairSample]):
                 is_due = sample_id == at.sample_id
                 return PairSample(
                     image=made.image,
-                    caption=made.caption,
+                    caption=made.captions[0],
                     sample_id=sample_id,
                     is_valid=not at.is_padding and (is_due or not self._is_evaluation),
                     is_substitute=num_bad > 0,
@@ -227,6 +249,7 @@ class PairDataset(Dataset[PairSample]):
                     draw=draw_one(2**63, *at.key(self._seed), _DEVICE_DRAWS),
                     teacher_image_features=made.teacher_image_row,
                     teacher_text_features=made.teacher_text_row,
+                    more_captions=tuple(made.captions[1:]),
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -253,6 +276,16 @@ class PairDataset(Dataset[PairSample]):
             self._members(sample_id), (self._seed, sample_id), is_empty=self._is_empty
         )
         return data, sniff_media_type(data), caption
+
+    def count_fields(self, upcoming: Iterable[StreamPosition]) -> dict[str, int]:
+        """Say how many of some samples have each field that the rule of captions names."""
+        counts = dict.fromkeys(self._captions.fields, 0)
+        for at in upcoming:
+            with suppress(BadSampleError):
+                members = self._members(at.sample_id)
+                for name in self._captions.by_field(members, is_empty=self._is_empty):
+                    counts[name] += 1
+        return counts
 
     def shown(self, data: bytes) -> tuple[bytes, str]:
         """Return a picture as a browser shows it the way a model sees it.
@@ -286,12 +319,14 @@ class PairDataset(Dataset[PairSample]):
         if self._reinforced is not None:
             view = self._reinforced.draw(sample_id, key, self._is_empty)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
-        if view is None or view.caption is None:
-            caption = self._captions.choose(members, key, is_empty=self._is_empty)
+        if view is not None and view.caption is not None:
+            captions = [view.caption]
+        elif self._is_evaluation:
+            captions = [self._captions.choose(members, key, is_empty=self._is_empty)]
         else:
-            caption = view.caption
+            captions = self._captions.choose_each(members, key, is_empty=self._is_empty)
         if self._features is not None and "image" in self._features.towers:
-            return _Made(_NO_PIXELS, caption, self._picture_id(sample_id, None))
+            return _Made(_NO_PIXELS, captions, self._picture_id(sample_id, None))
         data = self._reader.read(self.table.image_span(sample_id))
         identity = self._picture_id(sample_id, data)
         picture = EncodedPicture(data, self._pictures)
@@ -301,16 +336,19 @@ class PairDataset(Dataset[PairSample]):
                 if picture.is_truncated:
                     self._truncated.note(sample_id)
                 if view is None:
-                    return _Made(image, caption, identity)
-                return _Made(image, caption, identity, view.image_row, view.text_row)
+                    return _Made(image, captions, identity)
+                return _Made(image, captions, identity, view.image_row, view.text_row)
             shard, name = self.table.name(sample_id)
-            sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": caption}
+            sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": captions[0]}
+            if captions[1:]:
+                sample["more_texts"] = captions[1:]
             sample["image"] = picture.decode() if all_take_rgb(self._stages) else picture.stored()
             if picture.is_truncated:
                 self._truncated.note(sample_id)
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
             changed = run_stages(self._stages, sample, self._pictures.transparency)
-            return _Made(self._transform(changed["image"]), changed["text"], identity)
+            captions = [changed["text"], *changed.get("more_texts", [])]
+            return _Made(self._transform(changed["image"]), captions, identity)
 
     def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:
         """Identify a picture by what the setting names, else by its bytes or those embedded."""

@@ -64,8 +64,8 @@ def run_stages(
     Args:
         stages: functions from an iterator of samples to an iterator of samples.
         sample: ``__key__``, ``__url__`` (the shard), ``image`` (a ``PIL.Image`` in RGB, or in its
-            own mode if ``all_take_rgb`` denies), ``text``, and ``json`` (a dict) if the captions
-            came from there.
+            own mode if ``all_take_rgb`` denies), ``text``, ``more_texts`` (a list) if captions
+            train together with it, and ``json`` (a dict) if the captions came from there.
         transparency: as ``PicturePolicy.transparency``.
 
     Returns:
@@ -74,9 +74,10 @@ def run_stages(
     Raises:
         FilteredError: if a stage yields nothing.
         BadSampleError: if a stage says so, or leaves an empty text.
-        UserError: if a stage yields two samples, or takes away picture or text.
+        UserError: if a stage yields two samples, or takes away picture or texts.
         RuntimeError: if a stage fails; the error of the stage is its cause.
     """
+    num_more = len(sample.get("more_texts", []))
     for stage in stages:
         name = _name(stage)
         sample = {**sample, "image": _in_mode(sample["image"], _picture_mode(stage), transparency)}
@@ -96,12 +97,14 @@ def run_stages(
                 "leave it out"
             )
         sample = results[0]
-        _check(sample, name)
+        _check(sample, name, num_more)
     image: Image.Image = sample["image"]
-    text = sample["text"].strip()
-    if not text:
+    texts = [text.strip() for text in (sample["text"], *sample.get("more_texts", []))]
+    if not all(texts):
         raise BadSampleError("caption is empty")
-    return {**sample, "image": _in_mode(image, "RGB", transparency), "text": text}
+    if "more_texts" in sample:
+        sample = {**sample, "more_texts": texts[1:]}
+    return {**sample, "image": _in_mode(image, "RGB", transparency), "text": texts[0]}
 
 
 def _picture_mode(stage: Stage) -> str:
@@ -115,14 +118,17 @@ def _in_mode(image: Image.Image, mode: str, transparency: str) -> Image.Image:
     return to_rgba(image) if mode == "RGBA" else flatten(image, transparency)
 
 
-def _check(sample: Any, name: str) -> None:
-    """Refuse a sample without a picture and a text."""
+def _check(sample: Any, name: str, num_more: int) -> None:
+    """Refuse a sample without a picture and its texts."""
     for field, kind, wanted in (("image", Image.Image, "a PIL.Image"), ("text", str, "a string")):
         value = sample.get(field) if isinstance(sample, dict) else None
         if not isinstance(value, kind):
             raise UserError(
                 f"stage {name} must leave {wanted} under {field!r}, not {type(value).__name__}"
             )
+    more = sample.get("more_texts", [])
+    if len(more) != num_more or not all(isinstance(text, str) for text in more):
+        raise UserError(f"stage {name} must leave {num_more} strings under 'more_texts'")
 
 
 def _name(stage: Stage) -> str:

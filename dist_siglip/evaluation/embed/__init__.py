@@ -409,6 +409,7 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         "caption_members": list(settings.captions.members),
         "caption_json_field": settings.captions.json_field,
         "caption_split_lines": settings.captions.split_lines,
+        **({"caption_field": settings.captions.fields[0]} if settings.captions.fields else {}),
         "max_image_pixels": settings.max_image_pixels,
         **ids,
         **({"dim": settings.dim} if settings.dim is not None else {}),

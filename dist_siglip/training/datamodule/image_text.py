@@ -5,6 +5,7 @@ It checks the data before anything starts and gives every rank its slice of each
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -26,9 +27,10 @@ from dist_siglip.data.samples.augmentations import Replay
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
-from dist_siglip.data.samples.captions import PICTURE_BYTES, CaptionRule
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import MEMBERS, DataCompDR, ReinforcedSamples
-from dist_siglip.data.samples.dataset import PairDataset, check_ranks_agree
+from dist_siglip.data.samples.dataset import LOOKED_AT, PairDataset, check_fields, check_ranks_agree
+from dist_siglip.data.samples.identity import PICTURE_BYTES
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
     MAX_IMAGE_PIXELS,
@@ -418,6 +420,11 @@ class ImageTextDataModule(BatchTransfer):
         )
         if world.is_first:
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
+        if self.captions.fields:
+            upcoming = chain.from_iterable(
+                GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
+            )
+            check_fields(self.train_dataset, islice(upcoming, LOOKED_AT), is_told=world.is_first)
         if self.trainer is not None and self.trainer.local_rank == 0:
             self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         return self._loader(self.train_dataset, sampler)

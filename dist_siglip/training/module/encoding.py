@@ -83,8 +83,9 @@ class EncodingModule(ObjectiveModule):
         self._cached = []
         later = self._cached if self._is_sharded else None
         images, terms = encode_with_terms(self.towers, objectives, batch, step, size, later=later)
-        texts = self._encode_part("text", batch.texts, self.towers.encode_text, size)
-        return images, texts, terms
+        texts, encode = batch.all_texts(), self.towers.encode_text
+        size = self.micro_batch_size or len(texts)
+        return images, self._encode_part("text", texts, encode, size), terms
 
     @cached_property
     def _trained_towers(self) -> set[str]:

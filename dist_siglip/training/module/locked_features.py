@@ -78,7 +78,7 @@ def encode_beside_features(
         Image features (B, D) and text features (B, D), L2-normalised, float32.
     """
     image_features, text_features = batch.image_features, batch.text_features
-    size = micro_batch_size or len(batch.images)
+    size = micro_batch_size or max(len(batch.images), len(batch.texts))
     if image_features is None:
         image_features = encode_tower_in_micro_batches(towers.encode_image, batch.images, size)
     if text_features is None:

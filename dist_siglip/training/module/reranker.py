@@ -26,6 +26,7 @@ from dist_siglip.models.reranker import (
     token_shapes,
     tower_fingerprints,
 )
+from dist_siglip.training.module.captions import caption_weights_of
 from dist_siglip.training.module.hard_negatives import (
     choose_hard_pairs,
     evaluate_reranking,
@@ -149,6 +150,11 @@ class RerankerModule(RunModule):
         """Check that the towers are those of the checkpoint, too."""
         check_towers(checkpoint["towers"], self.digests, "the head of the checkpoint")
         super().on_load_checkpoint(checkpoint)
+
+    def setup(self, stage: str) -> None:
+        """Refuse captions that would train together: a head is shown one of a pair."""
+        super().setup(stage)
+        caption_weights_of(getattr(self.trainer, "datamodule", None), None)
 
     def on_fit_start(self) -> None:
         """Tell Lightning that the towers are in evaluation mode on purpose."""

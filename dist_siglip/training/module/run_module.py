@@ -304,7 +304,7 @@ class RunModule(LightningModule):
             batch: of the step.
             loss: this rank's share, whose mean over ranks is the loss.
             image_features: (B, D), of the batch.
-            text_features: (B, D), of the batch.
+            text_features: (K * B, D), of the batch, see ``ImageTextBatch.all_texts``.
             logit_scale: of the step.
             logit_bias: of the step.
             duplicate_pairs: of this rank, as the loss counted them; None if it did not.

@@ -16,9 +16,7 @@ from dist_siglip.distributed import World, copy_from_first_rank, max_over_ranks,
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
 from dist_siglip.losses.arguments import (
-    call_loss,
     duplicates_of,
-    ids_for,
     prefix_dims_of,
     uses_logit_bias,
     uses_picture_ids,
@@ -41,6 +39,7 @@ from dist_siglip.models import (
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
+from dist_siglip.training.module.captions import loss_of_captions
 from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
 from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
@@ -277,7 +276,7 @@ class SigLipModule(EncodingModule):
         if counted:
             image_features, text_features, terms = self.encode_with_terms(counted, batch)
         else:
-            image_features, text_features = self.encode(batch)
+            image_features, text_features = self.encode(batch._replace(texts=batch.all_texts()))
         self.step_timer.end_encoding()
         # Under autocast products and exchange are in the towers' precision, logits in float32.
         device_type = image_features.device.type
@@ -287,13 +286,14 @@ class SigLipModule(EncodingModule):
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
-        loss, duplicate_pairs, _ = call_loss(
+        loss, duplicate_pairs, _ = loss_of_captions(
             self.loss,
             image_features,
             text_features,
             logit_scale,
             logit_bias,
-            ids=ids_for(self.loss, batch.caption_ids, batch.picture_ids),
+            batch=batch,
+            weights=self.caption_weights,
             nonfinite="raise" if self.step_check is None else "propagate",
         )
         if self.objectives:

@@ -237,7 +237,7 @@ class StepCheck:
         Args:
             loss: (), this rank's share.
             image_features: (B, D), this rank's.
-            text_features: (B, D).
+            text_features: (K * B, D), those of K captions of each pair after one another.
             sample_ids: (B,).
 
         Returns:
@@ -280,7 +280,7 @@ class StepCheck:
         return found
 
 
-def _bad_rows(*features: Tensor) -> Tensor:
-    """Rows in which any of the (B, D) tensors is not finite: their sums are not, (B,), bool."""
-    sums = torch.stack([each.sum(dim=1, dtype=torch.float32) for each in features])
-    return ~sums.isfinite().all(dim=0)
+def _bad_rows(images: Tensor, texts: Tensor) -> Tensor:
+    """Pairs of which any row is not finite: its sum is not, (B,), bool."""
+    sums = torch.cat([each.sum(dim=1, dtype=torch.float32) for each in (images, texts)])
+    return ~sums.view(-1, len(images)).isfinite().all(dim=0)

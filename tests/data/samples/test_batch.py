@@ -95,3 +95,25 @@ def test_rows_and_tokens_of_teachers_come_along_side_by_side():
     joined = BatchPieces((batch, batch)).join(torch.device("cpu"))
     assert torch.equal(joined.teacher_texts, torch.cat([expected, expected]))
     assert PairCollator(tokenize)([sample._replace(teacher_image_features=None)])[10] is None
+
+
+def test_further_captions_get_rows_and_ids_beside_the_first():
+    texts = [("a fox", "a hen"), ("a hen", "a boat"), ("a fox", "a Hen")]
+    samples = [
+        PairSample(torch.zeros(3, 2, 2), first, i, True, False, more_captions=(first, other))
+        for i, (first, other) in enumerate(texts)
+    ]
+    collate = PairCollator(SimpleTokenizer(context_length=8))
+    whole, alone = collate(samples), collate([s._replace(more_captions=()) for s in samples])
+    assert alone.more_texts is alone.more_caption_ids is None
+    assert torch.equal(whole.texts, alone.texts)
+    assert torch.equal(whole.caption_ids, alone.caption_ids)
+    assert torch.equal(whole.more_texts[:, 0], alone.texts)
+    assert torch.equal(whole.more_caption_ids[:, 0], alone.caption_ids)
+    hen, boat, again = whole.more_caption_ids[:, 1].tolist()
+    assert hen == again == whole.caption_ids[1] != boat
+    columns = [alone.texts, alone.texts, whole.more_texts[:, 1]]
+    assert torch.equal(whole.all_texts(), torch.cat(columns))
+    pieces = BatchPieces((collate(samples[:1]), collate(samples[1:])))
+    joined = pieces.join(torch.device("cpu"))
+    assert torch.equal(joined.all_texts(), whole.all_texts())

@@ -9,10 +9,10 @@ from dist_siglip.data.samples.captions import (
     MAX_CAPTION_CHARACTERS,
     CaptionRule,
     EmptyCaptions,
-    caption_id,
     field_of,
     read_json,
 )
+from dist_siglip.data.samples.identity import caption_id
 from dist_siglip.errors import UserError
 
 
@@ -185,3 +185,97 @@ def test_a_field_of_each_object_of_a_list_is_a_list_of_captions():
 def test_a_rule_that_cannot_work_is_refused(rule, message):
     with pytest.raises(UserError, match=message):
         CaptionRule(**rule).check()
+
+
+SEVERAL = [
+    ("txt", b" alt "),
+    ("json", b'{"caption": ["", "one", "two"], "seo": {"long": "three"}, "none": null}'),
+    ("syn.json", b'{"syn_text": ["four", "five"]}'),
+]
+MEMBERS = ("txt", "json", "syn.json")
+
+
+def rule_of(**settings):
+    rule = CaptionRule(**{"members": MEMBERS, **settings})
+    rule.check()
+    return rule
+
+
+def test_fields_with_weights_come_together_each_by_the_pick():
+    weights = {"seo.long": 1.0, "caption": 1.0, "TXT": 2.0, "syn.json:syn_text": 0.5}
+    first = rule_of(weights=weights)
+    assert first.choose_each(SEVERAL, (0,)) == ["three", "one", "alt", "four"]
+    drawn = rule_of(weights=weights, pick="random")
+    seen = {tuple(drawn.choose_each(SEVERAL, (0, place))) for place in range(60)}
+    assert {each[1:] for each in seen} == {
+        (caption, "alt", synthetic) for caption in ("one", "two") for synthetic in ("four", "five")
+    }
+    for rule in (first, drawn.always_first()):
+        assert rule.choose(SEVERAL, (3,)) == "three"
+        assert rule.all_of(SEVERAL) == ["three"]
+    assert rule_of().choose_each(SEVERAL, (0,)) == ["alt"]
+
+
+def test_a_sample_without_a_field_shows_the_first_that_it_has():
+    rule = rule_of(weights={"none": 1.0, "seo.long": 1.0, "x": 1.0, "txt": 1.0})
+    assert rule.choose_each(SEVERAL, (0,)) == ["three", "three", "three", "alt"]
+    assert rule.choose_each(SEVERAL[:1], (0,)) == ["alt"] * 4
+    assert rule.choose(SEVERAL, (0,)) == "three"
+    with pytest.raises(BadSampleError, match="no field 'x'"):
+        rule.choose_each([("json", b"{}")], (0,))
+    with pytest.raises(BadSampleError, match="caption is empty"):
+        rule.choose_each([("txt", b"  ")], (0,))
+
+
+def test_one_field_is_the_rule_of_its_member_to_the_draw():
+    for settings in ({}, {"pick": "random"}):
+        plain = CaptionRule(members=("json",), **settings)
+        named = rule_of(weights={"caption": 3.0}, **settings)
+        for place in range(30):
+            expected = plain.choose(SEVERAL[1:2], (7, place))
+            assert named.choose_each(SEVERAL, (7, place)) == [expected]
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_fields_are_drawn_by_their_probabilities_of_those_there_are(lacks):
+    chances = {"txt": 0.2, "seo.long": 0.5, "syn.json:syn_text": 0.3, "none": 0.0}
+    rule = rule_of(probabilities=chances, pick="random")
+    members = SEVERAL[1:] if lacks else SEVERAL
+    count = 4000
+    texts = [rule.choose(members, (1, 0, place)) for place in range(count)]
+    assert texts == [rule.choose(members, (1, 0, place)) for place in range(count)]
+    assert texts != [rule.choose(members, (1, 1, place)) for place in range(count)]
+    shares = {text: number / count for text, number in collections.Counter(texts).items()}
+    whole = 0.8 if lacks else 1.0
+    expected = {"three": 0.5 / whole, "four": 0.15 / whole, "five": 0.15 / whole}
+    if not lacks:
+        expected["alt"] = 0.2
+    assert shares == pytest.approx(expected, abs=5 * 0.5 / count**0.5)
+    assert rule.choose_each(members, (1, 0, 5)) == [texts[5]]
+    assert rule.always_first().choose(members, (0,)) == ("three" if lacks else "alt")
+
+
+def test_a_field_of_probability_0_serves_samples_that_have_no_other():
+    rule = rule_of(probabilities={"txt": 0.0, "seo.long": 1.0})
+    assert {rule.choose(SEVERAL, (place,)) for place in range(20)} == {"three"}
+    assert rule.choose(SEVERAL[:1], (0,)) == "alt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weights": {}}, r"captions.weights \({}\) must name a field"),
+        ({"weights": {"txt": 0.0}}, r"captions.weights.txt \(0.0\) must be above 0"),
+        ({"weights": {"txt": 1.0, "a": -1.0}}, r"captions.weights.a \(-1.0\) must be above 0"),
+        ({"weights": {"txt": float("nan")}}, r"captions.weights.txt \(nan\) must be above 0"),
+        ({"probabilities": {"txt": -0.5, "a": 1.5}}, r"captions.probabilities.txt \(-0.5\) must"),
+        ({"probabilities": {"txt": 0.5, "a": 0.4}}, "must sum to 1, not 0.9"),
+        ({"weights": {"foo:a": 1.0}}, r"weights.foo:a: its member \(foo\) is not one of"),
+        ({"weights": {"a": 1.0}, "members": ("txt",)}, r"weights.a: its member \(json\)"),
+        ({"weights": {"txt": 1.0}, "probabilities": {"txt": 1.0}}, "are both set"),
+    ],
+)
+def test_fields_and_shares_that_cannot_be_are_refused_in_a_line(settings, words):
+    with pytest.raises(UserError, match=words) as caught:
+        rule_of(**settings)
+    assert "\n" not in str(caught.value)

@@ -13,8 +13,9 @@ from PIL import Image
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.captions import CaptionRule, picture_id
-from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.dataset import PairDataset, check_fields
+from dist_siglip.data.samples.identity import picture_id
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
@@ -353,3 +354,73 @@ def test_substitutes_stay_in_the_source(tmp_path):
     data = dataset(shards, source_ranges=[(0, 6), (6, 12)])
     ids = {data[StreamPosition(0, place, 0)].sample_id for place in range(100)}
     assert ids == {2, 3, 4, 5}
+
+
+def write_recaptioned(folder):
+    """A shard of six samples with alt texts and, but for the last, synthetic captions."""
+    members = []
+    for i in range(6):
+        said = {"synthetic": [f"picture {i}", f"photo {i}"]} if i < 5 else {}
+        parts = {"png": encode(picture(i)), "txt": caption(i).encode()}
+        members.append((f"key{i}", {**parts, "json": json.dumps(said).encode()}))
+    return [write_shard(folder / "a.tar", members)]
+
+
+def recaptioned(shards, rule, **options):
+    table = build_pair_table(
+        [str(s) for s in shards], image_extensions=("png",), caption_extensions=("txt", "json")
+    )
+    settings = {"seed": 7, "pictures": PicturePolicy(), "captions": rule} | options
+    return PairDataset(table, training_transform(tiny_inputs(), (0.3, 1.0)), **settings)
+
+
+BOTH = CaptionRule(members=("txt", "json"), pick="random", weights={"txt": 1, "synthetic": 1})
+
+
+def test_captions_of_several_fields_come_together_as_a_function_of_the_place(tmp_path):
+    shards = write_recaptioned(tmp_path)
+    data, plain = recaptioned(shards, BOTH), recaptioned(shards, CaptionRule())
+    seen = set()
+    for place in range(20):
+        at = StreamPosition(1, place, 2)
+        sample, alone = data[at], plain[at]
+        assert sample.more_captions == recaptioned(shards, BOTH)[at].more_captions
+        assert sample._replace(more_captions=())[1:] == alone[1:]
+        assert torch.equal(sample.image, alone.image)
+        seen.update(sample.more_captions)
+    assert seen == {"picture 2", "photo 2"}
+    assert data[StreamPosition(0, 0, 5)].more_captions == (caption(5),)
+    evaluated = recaptioned(shards, BOTH, is_evaluation=True)[StreamPosition(0, 0, 2)]
+    assert (evaluated.caption, evaluated.more_captions) == (caption(2), ())
+    assert data.raw(2)[2] == caption(2)
+
+
+def test_a_field_that_none_of_the_next_samples_has_is_refused(tmp_path, caplog):
+    shards = write_recaptioned(tmp_path)
+    upcoming = [StreamPosition(0, place, place) for place in range(6)]
+    with caplog.at_level("INFO"):
+        check_fields(recaptioned(shards, BOTH), upcoming, is_told=True)
+    assert "captions of the next 6 training samples: txt in 6, synthetic in 5" in caplog.text
+    misspelt = CaptionRule(members=("txt", "json"), probabilities={"txt": 0.5, "sythetic": 0.5})
+    with pytest.raises(UserError, match="none of the next 6 training samples has field 'sythetic'"):
+        check_fields(recaptioned(shards, misspelt), upcoming, is_told=True)
+
+
+def shouted(samples):
+    for sample in samples:
+        more = [text.upper() for text in sample["more_texts"]]
+        yield {**sample, "text": sample["text"].upper(), "more_texts": more}
+
+
+def forgetful(samples):
+    for sample in samples:
+        yield {**sample, "more_texts": []}
+
+
+def test_a_stage_sees_all_captions_and_must_leave_as_many(tmp_path):
+    shards = write_recaptioned(tmp_path)
+    sample = recaptioned(shards, BOTH, stages=[shouted])[StreamPosition(0, 0, 2)]
+    assert sample.caption == caption(2).upper()
+    assert sample.more_captions[0] in ("PICTURE 2", "PHOTO 2")
+    with pytest.raises(UserError, match="stage forgetful must leave 1 strings under 'more_texts'"):
+        recaptioned(shards, BOTH, stages=[forgetful])[StreamPosition(0, 0, 2)]

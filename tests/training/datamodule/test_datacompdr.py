@@ -57,6 +57,10 @@ def test_loader_processes_and_a_resume_give_the_same_rows(tmp_path):
         ({"train_crop_scale": (0.9, 1.0)}, r"train_crop_scale .* has no effect on datacompdr"),
         ({"train_features": "rows"}, r"train_features \(rows\) stand in"),
         ({"captions": CaptionRule(pick="random")}, r"captions.pick \(random\) must be first"),
+        (
+            {"captions": CaptionRule(weights={"txt": 1.0})},
+            r"captions.weights .* \(txt\) must be null",
+        ),
         ({"datacompdr": DataCompDR(dims=())}, r"datacompdr.dims \(\[\]\) must be"),
         ({"datacompdr": DataCompDR(synthetic_share=1.5)}, r"synthetic_share \(1.5\) must be in"),
         ({"datacompdr": DataCompDR(picture_size=0)}, r"picture_size \(0\) must be at least 1"),

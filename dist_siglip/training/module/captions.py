@@ -1,0 +1,125 @@
+"""The loss of a step whose pairs have several captions each.
+
+Pictures are encoded once and all captions in one pass of the text tower. The loss is then computed
+once for each field of captions, with its own ids: a text of one field is no negative of another.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.distributed import agree_once
+from dist_siglip.errors import UserError
+from dist_siglip.losses.arguments import (
+    LossOutput,
+    Nonfinite,
+    TeacherFeatures,
+    call_loss,
+    ids_for,
+    uses_teachers,
+)
+
+
+def caption_weights_of(data: object, loss: nn.Module | None) -> dict[str, float]:
+    """Return the weights that a data module gives captions that train together, by field.
+
+    Args:
+        data: data module; one without a rule of captions weighs none.
+        loss: of the run; None for a module that sees one caption of a pair.
+
+    Raises:
+        UserError: if the module, or its loss, has no use for a second caption.
+    """
+    rule: CaptionRule | None = getattr(data, "captions", None)
+    weights = {} if rule is None else dict(rule.weights or {})
+    if len(weights) > 1 and (loss is None or uses_teachers(loss)):
+        who = "this module" if loss is None else f"loss ({type(loss).__name__}) with its teachers"
+        raise UserError(
+            f"captions.weights ({', '.join(weights)}): {who} takes one caption of each pair; set "
+            "captions.probabilities, which draws one, or name one field"
+        )
+    return weights
+
+
+def loss_of_captions(
+    loss: nn.Module,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    batch: ImageTextBatch,
+    weights: Mapping[str, float],
+    nonfinite: Nonfinite,
+    teachers: TeacherFeatures | None = None,
+) -> LossOutput:
+    """Return the weighted mean of a loss over the captions of each pair.
+
+        loss = sum_k w_k L(images, texts_k) / sum_k w_k
+
+    With one caption this is the loss itself, to the bit.
+
+    Distributed contract: that of the loss, called K times in the same order on every rank: K times
+    the bytes of one trip, and one trip's memory.
+
+    Args:
+        loss: a module, as ``call_loss`` takes it.
+        image_features: (B, D).
+        text_features: (K * B, D), in the order of ``batch.all_texts``.
+        logit_scale: one element.
+        logit_bias: one element.
+        batch: the pairs, with the ids of their captions.
+        weights: > 0, by field; empty weighs all alike.
+        nonfinite: as ``call_loss``.
+        teachers: of the only caption.
+
+    Returns:
+        The loss; duplicates summed over fields; terms, and the loss of each field as
+        ``caption_loss_FIELD`` if there are several.
+
+    Raises:
+        UserError: as the loss does, or if ranks weigh differently.
+    """
+    ids = [batch.caption_ids]
+    if batch.more_caption_ids is not None:
+        ids += batch.more_caption_ids.unbind(dim=1)
+    by_field = dict(weights) or {str(number): 1.0 for number in range(len(ids))}
+    if len(ids) > 1:
+        agree_once(f"captions of a pair; weights {by_field}")
+    total = sum(by_field.values())
+    share_of = {name: weight / total for name, weight in by_field.items()}
+    found = [
+        call_loss(
+            loss,
+            image_features,
+            texts,
+            logit_scale,
+            logit_bias,
+            ids=ids_for(loss, caption_ids, batch.picture_ids),
+            nonfinite=nonfinite,
+            teachers=teachers,
+        )
+        for caption_ids, texts in zip(ids, text_features.tensor_split(len(ids)), strict=True)
+    ]
+    if len(found) == 1:
+        return found[0]
+    shares = list(share_of.values())
+    counts = [each.duplicate_pairs for each in found if each.duplicate_pairs is not None]
+    terms = {
+        name: weighted_sum([each.terms[name] for each in found], shares) for name in found[0].terms
+    }
+    for name, each in zip(share_of, found, strict=True):
+        terms[f"caption_loss_{name}"] = each.loss.detach()
+    return LossOutput(
+        weighted_sum([each.loss for each in found], shares),
+        torch.stack(counts).sum(dim=0) if counts else None,
+        terms,
+    )
+
+
+def weighted_sum(values: list[Tensor], shares: list[float]) -> Tensor:
+    """Sum K scalars, each times its share."""
+    return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
