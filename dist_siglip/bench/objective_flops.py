@@ -11,6 +11,7 @@ With T tokens, width C, MLP width M, l layers, context L, vocabulary V and P pat
     decoder, patches   l 4 P C_tower C                               keys and values, per pass
     decoder, logits    2 L C V                                       per pass
     pairwise loss      2 N D                                         N pairs, D columns
+    teachers' logits   2 N (D_1 + ... + D_K)                         once for each pass of the loss
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dist_siglip.errors import UserError
-from dist_siglip.models import BuiltModel
+from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.objectives import Captioning
 
+FORWARD_ALONE = 1
 FORWARD_AND_BACKWARD = 3
 _MADE_TWICE = 4
 
@@ -187,9 +189,46 @@ class Decoder(NamedTuple):
         ]
 
 
-def pair_loss(columns: int, global_batch_size: int) -> Part:
-    """Return the pairwise loss over ``columns`` of features, all prefixes of them together."""
-    return Part("pairwise loss", 2.0 * columns * global_batch_size)
+def pair_loss(columns: int, global_batch_size: int, *, is_softmax: bool = False) -> Part:
+    """Return the pairwise loss over ``columns`` of features, all prefixes of them together.
+
+    The softmax loss makes its logits once for the sums and again for the gradients.
+    """
+    times = _MADE_TWICE if is_softmax else FORWARD_AND_BACKWARD
+    return Part("pairwise loss", 2.0 * columns * global_batch_size, times)
+
+
+def loss_parts(
+    loss: Mapping[str, Any], embed_dim: int, global_batch_size: int, teacher_dims: Sequence[int]
+) -> list[Part] | None:
+    """Return the parts of a loss by its settings; None if it is not known.
+
+    Args:
+        loss: class path and arguments; empty for the sigmoid loss.
+        embed_dim: D.
+        global_batch_size: N.
+        teacher_dims: columns of each teacher.
+    """
+    name, settings = _class_name(loss), loss.get("init_args") or {}
+    base = settings.get("base") or {}
+    if name in ("", "SigLipLoss", "ClipLoss"):
+        return [pair_loss(embed_dim, global_batch_size, is_softmax=name == "ClipLoss")]
+    if name == "MatryoshkaLoss":
+        columns, is_softmax = sum(settings["dims"]), _class_name(base) == "ClipLoss"
+        return [pair_loss(columns, global_batch_size, is_softmax=is_softmax)]
+    if name != "DistillationLoss":
+        return None
+    is_softmax = settings.get("form") == "softmax"
+    student = pair_loss(embed_dim, global_batch_size, is_softmax=is_softmax)
+    teachers = 2.0 * sum(teacher_dims) * global_batch_size
+    parts = [
+        student._replace(name="distillation, student"),
+        Part("distillation, teachers", teachers, 1 + is_softmax),
+    ]
+    if settings.get("share", 0.75) == 1:
+        return parts
+    of_base = loss_parts(base, embed_dim, global_batch_size, teacher_dims)
+    return None if of_base is None else of_base + parts
 
 
 def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
@@ -212,26 +251,45 @@ def step_parts(
 
     Args:
         built: towers.
-        model: settings of ``model``, of which ``loss`` and ``objectives`` count.
+        model: settings of ``model``, of which loss, teachers and objectives count.
         global_batch_size: N.
 
     Raises:
         UserError: as ``Towers.of``, and as an objective says.
     """
-    towers = Towers.of(built)
-    loss = model.get("loss") or {}
-    dims = loss.get("init_args", {}).get("dims", [])
-    is_nested = _class_name(loss) == "MatryoshkaLoss"
-    columns = sum(dims) if is_nested else built.embed_dim
-    parts = [*towers.parts, pair_loss(columns, global_batch_size)]
-    if loss and not is_nested and _class_name(loss) not in ("SigLipLoss", "ClipLoss"):
+    teachers = _teachers(model.get("teachers") or [])
+    if teachers is None:
         return None
+    of_teachers, dims = teachers
+    of_loss = loss_parts(model.get("loss") or {}, built.embed_dim, global_batch_size, dims)
+    if of_loss is None:
+        return None
+    parts = [*Towers.of(built).parts, *of_loss]
     for objective in model.get("objectives") or []:
         count = _COUNTED.get(_class_name(objective))
         if count is None:
             return None
         parts += count(built, objective.get("init_args", {}))
-    return parts
+    return parts + of_teachers
+
+
+def _teachers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Part], list[int]] | None:
+    """Towers of live teachers, forward alone, and columns of all; None if those are not known."""
+    parts, dims = [], []
+    for entry in entries:
+        model, dim = entry.get("model"), entry.get("dim")
+        if model is not None:
+            built = build_dual_encoder(model)
+            dim = dim or built.embed_dim
+            if entry.get("features") is None:
+                parts += [
+                    Part(f"teacher, {part.name}", part.forward, FORWARD_ALONE)
+                    for part in Towers.of(built).parts
+                ]
+        if dim is None:
+            return None
+        dims.append(dim)
+    return parts, dims
 
 
 def step_flops_of(parts: Sequence[Part]) -> float:

@@ -11,10 +11,13 @@ from dist_siglip.bench.objective_flops import (
     Part,
     Towers,
     caption_parts,
+    loss_parts,
     pair_loss,
     step_parts,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.losses import TeacherFeatures
+from dist_siglip.losses.distillation import distillation_loss
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.objectives import Captioning, Rows
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -95,6 +98,53 @@ def test_parts_of_a_step_follow_its_settings(built):
     )
     assert step_parts(built, {"objectives": [{"class_path": "mine.Objective"}]}, 16) is None
     assert step_parts(built, {"loss": {"class_path": "mine.Loss"}}, 16) is None
+
+
+def test_distillation_makes_the_logits_of_every_teacher_in_each_pass():
+    def parts(**settings):
+        loss = {"class_path": "x.DistillationLoss", "init_args": settings}
+        return [part.step / (2 * 100) for part in loss_parts(loss, 8, 100, [8, 4])]
+
+    assert parts() == [3 * 8, 3 * 8, 12]  # base, student, teachers
+    assert parts(share=1.0) == [3 * 8, 12]
+    assert parts(share=1.0, form="softmax") == [4 * 8, 2 * 12]
+    nested = {"class_path": "x.MatryoshkaLoss", "init_args": {"dims": [8, 2]}}
+    assert parts(base=nested) == [3 * 10, 3 * 8, 12]
+    assert pair_loss(8, 100, is_softmax=True).times == 4
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+def test_distillation_is_what_pytorch_counts(form):
+    torch.manual_seed(0)
+    rows, columns, dims = 6, 8, (8, 4)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, rows, columns), dim=-1)
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    stored = torch.randn(2, rows, sum(dims))
+    teachers = TeacherFeatures(*stored, dims=dims, scales=(9.0, 9.0), biases=(-5.0, -5.0))
+    images.requires_grad_()
+    texts.requires_grad_()
+    found = counted(
+        lambda: distillation_loss(images, texts, scale, bias, teachers=teachers, form=form)
+    )
+    loss = {"class_path": "x.DistillationLoss", "init_args": {"share": 1.0, "form": form}}
+    assert 2 * found / rows == sum(part.step for part in loss_parts(loss, columns, rows, dims))
+
+
+def test_a_live_teacher_is_its_towers_forward_and_a_stored_one_is_its_logits(built, tmp_path):
+    model = write_config(tmp_path / "teacher.json", ARCHITECTURES["clip"])
+    towers = Towers.of(build_dual_encoder(model)).parts
+    loss = {"class_path": "x.DistillationLoss"}
+    width = ARCHITECTURES["clip"]["embed_dim"]
+
+    def parts(*teachers):
+        return step_parts(built, {"loss": loss, "teachers": teachers}, 16)
+
+    live, stored = parts({"model": model}), parts({"features": "rows", "dim": width})
+    assert [part.step for part in live[-2:]] == [part.forward for part in towers]
+    assert live[:-2] == stored
+    assert stored[-1] == Part("distillation, teachers", 2.0 * 16 * width, 1)
+    assert parts({"features": "rows", "model": model}) == stored
+    assert parts({"features": "rows"}) is None
 
 
 def test_a_tower_without_blocks_is_refused(tmp_path):
