@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,12 @@ _NOISE = 5.0  # standard deviation, of 255
 
 
 def write_photo_shards(
-    folder: Path, size: tuple[int, int], count: int, num_shards: int
+    folder: Path,
+    size: tuple[int, int],
+    count: int,
+    num_shards: int,
+    *,
+    record: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write shards of photo-like JPEGs with captions.
 
@@ -57,10 +62,12 @@ def write_photo_shards(
         size: (width, height) in pixels.
         count: pictures over all shards.
         num_shards: shards of about equal size.
+        record: the .json of every sample; None for none.
 
     Returns:
         The paths.
     """
+    more = {} if record is None else {"json": json_text.dumps(record).encode()}
     os.environ["WDS_SECURE"] = "1"  # read once, at webdataset's first import
     from webdataset import TarWriter
 
@@ -76,6 +83,7 @@ def write_photo_shards(
                         "__key__": f"{sample:06d}",
                         "jpg": _photo(generator, size),
                         "txt": f"a photo of subject number {sample}".encode(),
+                        **more,
                     }
                 )
         paths.append(path)

@@ -245,18 +245,22 @@ def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
 
 
 def step_parts(
-    built: BuiltModel, model: Mapping[str, Any], global_batch_size: int
+    built: BuiltModel, settings: Mapping[str, Mapping[str, Any]], global_batch_size: int
 ) -> list[Part] | None:
     """Return the parts of a training step with a loss and objectives; None if one is not known.
 
     Args:
         built: towers.
-        model: settings of ``model``, of which loss, teachers and objectives count.
+        settings: of a run, of which model.loss, model.teachers, model.objectives and
+            data.captions.weights count.
         global_batch_size: N.
 
     Raises:
         UserError: as ``Towers.of``, and as an objective says.
     """
+    model = settings.get("model", {})
+    captions = settings.get("data", {}).get("captions") or {}
+    num_captions = len(captions.get("weights") or [1])
     teachers = _teachers(model.get("teachers") or [])
     if teachers is None:
         return None
@@ -264,7 +268,9 @@ def step_parts(
     of_loss = loss_parts(model.get("loss") or {}, built.embed_dim, global_batch_size, dims)
     if of_loss is None:
         return None
-    parts = [*Towers.of(built).parts, *of_loss]
+    of_towers = Towers.of(built).parts
+    of_captions = [of_towers.pop(), *of_loss]
+    parts = of_towers + [each._replace(forward=each.forward * num_captions) for each in of_captions]
     for objective in model.get("objectives") or []:
         count = _COUNTED.get(_class_name(objective))
         if count is None:

@@ -23,6 +23,7 @@ from dist_siglip.bench.data import PICTURE_SIZES, write_photo_shards
 from dist_siglip.bench.plan import mebibytes
 from dist_siglip.bench.train_clock import PHASES, step_flops
 from dist_siglip.bench.train_objectives import (
+    RECORD,
     choose_variants,
     measure_objectives,
     print_objectives,
@@ -138,7 +139,11 @@ def train(
             paths = [""] * num_loaders
         elif shards is None:
             paths = write_photo_shards(
-                folder / "shards", PICTURE_SIZES[0], pictures, max(8, num_loaders)
+                folder / "shards",
+                PICTURE_SIZES[0],
+                pictures,
+                max(8, num_loaders),
+                record=None if objectives is None else RECORD,
             )
         else:
             paths = expand_shards(shards, allow_remote=False)
@@ -167,7 +172,8 @@ def train(
             else:
                 asked = [objectives] if isinstance(objectives, str) else objectives
                 turns = 0 if count_only else rounds
-                rows += measure_objectives(case, turns, choose_variants(asked, case), place)
+                variants = choose_variants(asked, case, has_records=shards is None)
+                rows += measure_objectives(case, turns, variants, place)
     if json:
         sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")
     elif objectives is None:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ALONE = "sigmoid alone"
 _ALL = "all"
+_CAPTIONING = "dist_siglip.objectives.Captioning"
 _COMPUTED = ("towers", "loss")  # phases with arithmetic of the model; the optimizer's is not
 
 
@@ -42,31 +43,44 @@ class Variant(NamedTuple):
     parts: list[Part] | None
 
 
-def _built_in(built: BuiltModel) -> dict[str, dict[str, dict[str, Any]]]:
+Settings = dict[str, dict[str, Any]]  # of a run, by group
+
+# What every sample of shards that are written here has beside picture and caption.
+RECORD = {"long": "a longer text about what can be seen in this photo"}
+
+
+def _built_in(built: BuiltModel, *, has_records: bool) -> dict[str, Settings]:
     """Settings of every objective there is, by name."""
     width = built.embed_dim
     dims = [width // share for share in (1, 2, 4, 8) if width >= share]
     nested = {"class_path": "dist_siglip.losses.MatryoshkaLoss", "init_args": {"dims": dims}}
-    return {
-        "captioning": {"model": {"objectives": [_entry("dist_siglip.objectives.Captioning")]}},
+    found: dict[str, Settings] = {
+        "captioning": {"model": {"objectives": [{"class_path": _CAPTIONING}]}},
         "matryoshka": {"model": {"loss": nested}},
     }
+    if has_records:
+        both = {"members": ["txt", "json"], "weights": {"txt": 1.0, "long": 1.0}}
+        found["two captions"] = {"data": {"captions": both}}
+    return found
 
 
-def choose_variants(asked: Sequence[str], case: TrainCase) -> list[Variant]:
+def choose_variants(
+    asked: Sequence[str], case: TrainCase, *, has_records: bool = False
+) -> list[Variant]:
     """Return the loss alone, and after it what was asked for.
 
     Args:
-        asked: names, "all", or paths of configurations, whose ``model.loss`` and each of
-            ``model.objectives`` are measured one by one.
+        asked: names, "all", or paths of configurations, whose ``model.loss`` (with its teachers),
+            each of ``model.objectives`` and ``data.captions.weights`` are measured one by one.
         case: model and batch.
+        has_records: whether every sample of the shards has ``RECORD``.
 
     Raises:
         UserError: if a name is not known, a file has nothing to measure, or as ``step_parts``.
     """
     built = build_dual_encoder(case.model)
-    known = _built_in(built)
-    chosen: dict[str, dict[str, dict[str, Any]]] = {ALONE: {}}
+    known = _built_in(built, has_records=has_records)
+    chosen: dict[str, Settings] = {ALONE: {}}
     for name in asked:
         if name.endswith((".yaml", ".yml")):
             chosen |= _configured(Path(name))
@@ -80,38 +94,45 @@ def choose_variants(asked: Sequence[str], case: TrainCase) -> list[Variant]:
                 "(.yaml) with model.objectives or model.loss"
             )
     return [
-        Variant(
-            name, settings, step_parts(built, settings.get("model", {}), case.global_batch_size)
-        )
+        Variant(name, settings, step_parts(built, settings, case.global_batch_size))
         for name, settings in chosen.items()
     ]
 
 
-def _entry(class_path: str) -> dict[str, Any]:
-    return {"class_path": class_path}
-
-
-def _configured(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Each objective of a configuration, and its loss if that is one of its own."""
+def _configured(path: Path) -> dict[str, Settings]:
+    """Each objective of a configuration, its loss and its captions if they are of its own."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"objectives ({path}) cannot be read: {reason}") from error
-    model = content.get("model") if isinstance(content, dict) else None
-    model = model if isinstance(model, dict) else {}
-    found = {}
+    model, data = (_group(content, name) for name in ("model", "data"))
+    found: dict[str, Settings] = {}
+    if _group(data, "captions").get("weights"):
+        found["captions"] = {"data": {"captions": data["captions"]}}
     loss, objectives = model.get("loss"), model.get("objectives") or []
     for entry in [*([loss] if loss else []), *(objectives if isinstance(objectives, list) else [])]:
         if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
             raise UserError(
                 f"objectives ({path}) has an entry without class_path: {str(entry)[:60]}"
             )
-        setting = {"loss": entry} if entry is loss else {"objectives": [entry]}
-        found[entry["class_path"].rpartition(".")[2]] = {"model": setting}
+        setting: Settings = {"model": {"objectives": [entry]}}
+        if entry is loss:
+            setting["model"] = {key: model[key] for key in ("loss", "teachers") if key in model}
+        if "regions" in data:
+            setting["data"] = {"regions": data["regions"]}
+        found[entry["class_path"].rpartition(".")[2]] = setting
     if not found:
-        raise UserError(f"objectives ({path}) has neither model.objectives nor model.loss")
+        raise UserError(
+            f"objectives ({path}) has neither model.objectives nor model.loss nor "
+            "data.captions.weights"
+        )
     return found
+
+
+def _group(content: Any, name: str) -> dict[str, Any]:
+    group = content.get(name) if isinstance(content, dict) else None
+    return group if isinstance(group, dict) else {}
 
 
 def measure_objectives(

@@ -87,17 +87,22 @@ def test_the_decoder_is_what_pytorch_counts_forward_and_backward(built):
 
 
 def test_parts_of_a_step_follow_its_settings(built):
+    def parts(**model):
+        return step_parts(built, {"model": model}, 16)
+
     width = built.embed_dim
     plain = step_parts(built, {}, 16)
     assert plain[-1] == pair_loss(width, 16)
     nested = {"class_path": "x.MatryoshkaLoss", "init_args": {"dims": [width, width // 2]}}
-    assert step_parts(built, {"loss": nested}, 16)[-1].forward == 1.5 * plain[-1].forward
+    assert parts(loss=nested)[-1].forward == 1.5 * plain[-1].forward
     decoder = {"class_path": "dist_siglip.objectives.Captioning"}
-    assert step_parts(built, {"objectives": [decoder]}, 16)[len(plain) :] == caption_parts(
-        built, {}
-    )
-    assert step_parts(built, {"objectives": [{"class_path": "mine.Objective"}]}, 16) is None
-    assert step_parts(built, {"loss": {"class_path": "mine.Loss"}}, 16) is None
+    assert parts(objectives=[decoder])[len(plain) :] == caption_parts(built, {})
+    assert parts(objectives=[{"class_path": "mine.Objective"}]) is None
+    assert parts(loss={"class_path": "mine.Loss"}) is None
+    twice = step_parts(built, {"data": {"captions": {"weights": {"txt": 1, "long": 1}}}}, 16)
+    *of_images, text, loss = plain
+    assert twice[:-2] == of_images
+    assert [each.forward for each in twice[-2:]] == [2 * text.forward, 2 * loss.forward]
 
 
 def test_distillation_makes_the_logits_of_every_teacher_in_each_pass():
@@ -137,7 +142,7 @@ def test_a_live_teacher_is_its_towers_forward_and_a_stored_one_is_its_logits(bui
     width = ARCHITECTURES["clip"]["embed_dim"]
 
     def parts(*teachers):
-        return step_parts(built, {"loss": loss, "teachers": teachers}, 16)
+        return step_parts(built, {"model": {"loss": loss, "teachers": teachers}}, 16)
 
     live, stored = parts({"model": model}), parts({"features": "rows", "dim": width})
     assert [part.step for part in live[-2:]] == [part.forward for part in towers]

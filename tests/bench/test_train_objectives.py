@@ -12,7 +12,12 @@ from dist_siglip.cli import main
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 CONFIGURED = """
+data:
+  captions: {members: [txt, json], weights: {txt: 1, long: 2}}
+  regions: {json_field: regions}
 model:
+  loss: {class_path: dist_siglip.losses.MatryoshkaLoss, init_args: {dims: [8, 4]}}
+  optim: {learning_rate: 1}
   objectives:
     - {class_path: dist_siglip.objectives.Captioning, init_args: {layers: 2}}
     - {class_path: mine.Objective}
@@ -23,7 +28,7 @@ model:
 def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
     model = write_config(folder / "tiny.json", ARCHITECTURES["clip"])
-    shards = write_photo_shards(folder / "photos", (96, 80), 48, 2)
+    shards = write_photo_shards(folder / "photos", (96, 80), 48, 2, record=train_objectives.RECORD)
     return ["bench", "train", f"--model={model}", f"--shards={json.dumps(shards)}"]
 
 
@@ -72,16 +77,18 @@ def test_a_configuration_is_measured_entry_by_entry(arguments, pretended, tmp_pa
     config = tmp_path / "mine.yaml"
     config.write_text(CONFIGURED)
     assert main([*arguments, f"--objectives={config}", "--rounds=1", "--json=true"]) == 0
-    _, captioning, mine = json.loads(capsys.readouterr().out)
-    assert captioning["predicted_ratio"] > 1
+    names = ["sigmoid alone", "captions", "MatryoshkaLoss", "Captioning", "Objective"]
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["objective"] for row in rows] == names
+    _, captions, nested, captioning, mine = rows
+    assert min(row["predicted_ratio"] for row in (captions, nested, captioning)) > 1
     assert (mine["objective"], mine["predicted_ratio"], mine["parts"]) == ("Objective", None, None)
-    assert pretended[1] == {
-        "model": {
-            "objectives": [
-                {"class_path": "dist_siglip.objectives.Captioning", "init_args": {"layers": 2}}
-            ]
-        }
-    }
+    _, of_captions, of_loss, of_captioning, _ = pretended
+    assert of_captions["data"]["captions"]["weights"] == {"txt": 1, "long": 2}
+    assert of_loss["model"].keys() == {"loss"}
+    (entry,) = of_captioning["model"]["objectives"]
+    assert entry["init_args"] == {"layers": 2}
+    assert of_captioning["data"] == {"regions": {"json_field": "regions"}}
     assert main([*arguments, f"--objectives={config}", "--rounds=1"]) == 0
     assert "not known" in capsys.readouterr().out
 
@@ -139,12 +146,10 @@ def test_settings_of_an_objective_reach_its_run(arguments, tmp_path):
         warmup_steps=10,
         steps=10,
     )
-    chosen = train_objectives.choose_variants(["captioning", "matryoshka"], case)
-    merged = {
-        "model": {
-            key: value for each in chosen for key, value in each.settings.get("model", {}).items()
-        }
-    }
+    merged = {}
+    for variant in train_objectives.choose_variants(["all"], case, has_records=True):
+        for group, values in variant.settings.items():
+            merged[group] = merged.get(group, {}) | values
     run_ours(case, tmp_path, merged)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert "train/caption_loss" in json.loads(lines[-1])
