@@ -118,9 +118,10 @@ def build_dual_encoder(
     Args:
         model: built-in open_clip name, path of a ``.json`` config, ``local-dir:PATH`` or
             ``hf-hub:ORG/REPO``; the last two bring their weights along.
-        pretrained: an open_clip tag of the model, or a local ``.safetensors``, ``.pt``, ``.bin``
-            or ``.ckpt`` file; None starts from random weights (seed torch before the call), but for
-            towers whose own weights a config asks for: a text tower of Hugging Face unless it says
+        pretrained: an open_clip tag of the model, a local ``.safetensors``, ``.pt``, ``.bin`` or
+            ``.ckpt`` file, or the folder of a run, whose newest sound checkpoint counts; None
+            starts from random weights (seed torch before the call), but for towers whose own
+            weights a config asks for: a text tower of Hugging Face unless it says
             ``hf_model_pretrained: false``, one of timm if it says ``timm_model_pretrained: true``.
         image_size: replaces the model's; position embeddings are resampled. None keeps it.
         context_length: replaces the model's, likewise.

@@ -31,6 +31,7 @@ from dist_siglip.models.interop.transformers_format import (
     weights_in_folder,
 )
 from dist_siglip.models.text_tower import with_places
+from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 from dist_siglip.system.regular_file import read_json
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def resolve_model(
 
     Args:
         model: built-in name, path of a ``.json`` config, ``local-dir:PATH`` or ``hf-hub:ORG/REPO``.
-        pretrained: an open_clip tag of a built-in model, or the path of a local weights file.
+        pretrained: an open_clip tag of a built-in model, the path of a local weights file, or the
+            folder of a run, whose newest sound checkpoint is taken.
             Must be None for ``local-dir:`` and ``hf-hub:``, which bring their own weights.
         with_weights: False neither looks for the weights nor fetches them; ``weights`` is None.
 
@@ -246,8 +248,17 @@ def _weights_file(pretrained: str, model: str, tags: Iterable[str]) -> Path:
     path = Path(pretrained).expanduser()
     if path.is_file():
         return path
+    if (path / "checkpoints").is_dir():
+        newest = newest_sound_checkpoint(RunFolder(path))
+        if newest is None:
+            raise UserError(f"pretrained ({pretrained}) is a run without a checkpoint; train it")
+        logger.info("weights are those of %s", newest)
+        return newest
     if path.suffix in WEIGHT_SUFFIXES or "/" in pretrained:
-        raise UserError(f"pretrained ({pretrained}) is not a file; give the path of a weights file")
+        raise UserError(
+            f"pretrained ({pretrained}) is not a file, nor the folder of a run; give the path of a "
+            "weights file"
+        )
     known = ", ".join(tags)
     remedy = f"give one of {known}, or" if known else "the model has no tags; give"
     raise UserError(f"pretrained ({pretrained}) is unknown for model {model}; {remedy} a file path")

@@ -5,6 +5,8 @@ import pytest
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.weight_source import resolve_model
+from dist_siglip.runs import RunFolder
+from dist_siglip.runs.checkpoints.io import AtomicCheckpointIO
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
@@ -74,7 +76,7 @@ def test_config_is_a_copy():
         ("zzzz", None, r"model \(zzzz\) is unknown; give a built-in open_clip name"),
         ("ViT-B-32", "opneai", r"pretrained \(opneai\) is unknown .* one of openai, laion400m"),
         ("ViT-M-32", "openai", r"the model has no tags; give a file path"),
-        ("ViT-B-32", "no/such.pt", r"pretrained \(no/such.pt\) is not a file"),
+        ("ViT-B-32", "no/such.pt", r"pretrained \(no/such.pt\) is not a file, nor the folder of"),
         ("no/such.json", None, r"model \(no/such.json\) is not a file"),
         ("local-dir:no/such", None, r"model \(local-dir:no/such\) names no folder"),
         ("local-dir:", None, "names no folder"),
@@ -86,6 +88,21 @@ def test_wrong_name_is_refused_with_its_remedy(model, pretrained, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_model(model, pretrained)
     assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_run_names_its_newest_sound_checkpoint(tmp_path, caplog):
+    run = RunFolder(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"pretrained \(.*run\) is a run without a checkpoint"):
+        resolve_model("ViT-B-32", str(run.path))
+    for step in (2, 4, 6):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, run.checkpoint(step))
+    newest = bytearray(run.checkpoint(6).read_bytes())
+    newest[len(newest) // 2] ^= 1
+    run.checkpoint(6).write_bytes(newest)
+    assert resolve_model("ViT-B-32", str(run.path)).weights == run.checkpoint(4)
+    assert f"{run.checkpoint(6)} is damaged" in caplog.text
+    assert resolve_model("ViT-B-32", str(run.path), with_weights=False).weights is None
 
 
 def test_folder_without_prefix_is_pointed_out(tmp_path):

@@ -150,6 +150,13 @@ def test_the_example_of_the_readme_runs():
     assert re.fullmatch(r"\d+\.\d torch\.Size\(\[1\]\)\n", done.stdout)
 
 
+CONFIGURATIONS = [
+    path
+    for part in ("*", "stages/*")
+    for path in sorted((REPOSITORY / "configs").glob(f"{part}.yaml"))
+]
+
+
 def documented_commands():
     """Every dist-siglip command of the pages and of the heads of the configurations."""
     texts = [(page, (REPOSITORY / page).read_text(encoding="utf-8")) for page in PAGES]
@@ -159,7 +166,7 @@ def documented_commands():
         for block in blocks(text, "bash")
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
+    for path in CONFIGURATIONS:
         head = path.read_text(encoding="utf-8").split("\n\n")[0]
         comment = "\n".join(line.lstrip("# ") for line in head.splitlines() if line.startswith("#"))
         commands += [(path.name, line) for line in comment.replace("\\\n", " ").splitlines()]
@@ -218,10 +225,10 @@ def test_every_test_that_proves_a_guarantee_exists():
     assert all("::test_" in row for row in rows)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=str)
 def test_every_configuration_has_a_command_at_its_head(path):
     text = path.read_text(encoding="utf-8")
-    assert f"configs/{path.name}" in text.split("\n\n")[0]
+    assert str(path.relative_to(REPOSITORY)) in text.split("\n\n")[0]
     assert yaml.safe_load(text)["run_dir"] == f"runs/{path.stem}"
 
 

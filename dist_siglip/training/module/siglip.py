@@ -88,10 +88,11 @@ class SigLipModule(EncodingModule):
     Args:
         model: an open_clip architecture: built-in name, path of a JSON config, ``local-dir:PATH``
             or ``hf-hub:ORG/REPO`` (the last two bring weights).
-        pretrained: weights: an open_clip tag of the model, or a local .safetensors, .pt, .bin or
-            .ckpt file. Null starts at random, but for a text tower of Hugging Face (hf_model_name
-            in the model's config), whose own weights are taken, and an image tower of timm whose
-            config says timm_model_pretrained: true.
+        pretrained: weights: an open_clip tag of the model, a local .safetensors, .pt, .bin or
+            .ckpt file, or the folder of a run, of which the newest checkpoint counts. Null starts
+            at random, but for a text tower of Hugging Face (hf_model_name in the model's config),
+            whose own weights are taken, and an image tower of timm whose config says
+            timm_model_pretrained: true.
         weights_average: of weights with an average beside them (state_dict_ema, checkpoints of
             Lightning's weight averaging and ours): true takes the average, false the weights. Null
             takes what the file puts first: the average in checkpoints of Lightning and ours.
