@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from dist_siglip.objectives import Captioning
 from dist_siglip.runs import RunFolder
 from dist_siglip.system import signals
 from dist_siglip.training.callbacks import Preemption, RunCheckpoint
@@ -57,18 +58,29 @@ class EachForItself(Preemption):
 
 
 def train(
-    rank, world_size, model, folder, moment, signalled, callback=Preemption, done=0, **options
+    rank,
+    world_size,
+    model,
+    folder,
+    moment,
+    signalled,
+    callback=Preemption,
+    done=0,
+    objective=None,
+    **options,
 ):
     """Train the steps after ``done`` while one rank gets signals; return what this rank did."""
     logging.getLogger("dist_siglip").setLevel(logging.ERROR)
-    module = locked_module(model)
+    objectives = None if objective is None else [Captioning(**objective)]
+    module = locked_module(model, objectives=objectives)
     sender = Signals(moment if rank == signalled else None)
     stop = callback(agree_every_steps=3)
     with signals.listening():
         trainer = fit(
             module,
             folder,
-            batches_of(NUM_STEPS, rank, world_size)[done:],
+            # More batches than steps: Lightning would begin an epoch where they end.
+            batches_of(2 * NUM_STEPS, rank, world_size)[done:],
             rank,
             world_size,
             val_batches=batches_of(1),
@@ -91,6 +103,7 @@ def train(
         "evaluated": sender.evaluated,
         "checkpoints": RunFolder(Path(folder)).steps_with_checkpoint(),
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
     }
 
 
@@ -113,6 +126,21 @@ def train_at_each_moment(rank, world_size, model, folder, moments, signalled):
         ckpt_path=last.newest_checkpoint(),
     )
     found["never"] = train(rank, world_size, model, f"{folder}/never", None, signalled)
+    return found
+
+
+def train_with_objective(rank, world_size, model, folder, moments, objective):
+    """A run that is not stopped, and for each moment one that is and goes on."""
+    common = {"signalled": world_size - 1, "objective": objective}
+    where = (rank, world_size, model)
+    found = {None: train(*where, f"{folder}/never", None, **common)}
+    for number, moment in enumerate(moments):
+        parts = RunFolder(Path(f"{folder}/{number}"))
+        stopped = train(*where, str(parts.path), moment, **common)["step"]
+        torch.distributed.barrier()
+        start = {"done": stopped, "ckpt_path": parts.checkpoint(stopped)}
+        rest = train(*where, f"{folder}/{number}-rest", None, **start, **common)
+        found[moment] = {**rest, "stopped": stopped}
     return found
 
 

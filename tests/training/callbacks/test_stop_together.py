@@ -11,7 +11,7 @@ from dist_siglip.system import signals
 from dist_siglip.training.callbacks import Preemption
 from dist_siglip.training.callbacks.preemption import requeue_job
 from tests.support.processes import run_ranks
-from tests.support.stop_ranks import train_alone, train_at_each_moment
+from tests.support.stop_ranks import train_alone, train_at_each_moment, train_with_objective
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 # The boundary after each: agreed every 3 steps, evaluated at 6 and 12, saved at 5 and 10.
@@ -47,6 +47,25 @@ def test_three_signals_to_one_rank_stop_all_at_the_next_boundary(
         assert found["never"]["evaluated"] == [6, 12]
     never, resumed = ranks[0]["never"]["weights"], ranks[0]["resumed"]["weights"]
     assert all(torch.equal(never[name], resumed[name]) for name in never)
+
+
+@pytest.mark.faults
+def test_runs_stopped_around_the_beginning_of_an_objective_go_on_to_the_bit(model, tmp_path):
+    """It begins at step 6 of 12 and rises over 4: stopped before, there, and on the rise."""
+    moments = {"setup": 3, "step": 6, "evaluation": 9}
+    objective = {"start": 0.5, "ramp_steps": 4, "parallel": 0.5}
+    ranks = run_ranks(train_with_objective, 2, model, str(tmp_path), [*moments], objective)
+    for found in ranks:
+        never = found[None]
+        assert not never["has_stopped"]
+        assert never["metrics"]["val/caption_loss"] > 0
+        for moment, step in moments.items():
+            assert found[moment]["stopped"] == step, moment
+            assert found[moment]["metrics"] == never["metrics"], moment
+            weights = found[moment]["weights"]
+            assert weights.keys() == never["weights"].keys()
+            for name, value in never["weights"].items():
+                assert torch.equal(weights[name], value), (moment, name)
 
 
 def test_ranks_that_do_not_agree_lose_each_other(model, tmp_path):
