@@ -30,6 +30,7 @@ from dist_siglip.runs.checkpoints.sharded import (
     is_sharded,
     read_into,
     read_values,
+    stored_shapes,
     stored_states,
     write_sharded,
 )
@@ -38,6 +39,7 @@ from dist_siglip.system.lightning_compat import (
     set_mesh_sizes,
     writes_sharded_checkpoints,
 )
+from dist_siglip.training.module.objectives import refuse_other_heads
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -144,6 +146,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(path)
+        refuse_other_heads(self.model, checkpoint["state_dict"], path)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -156,6 +159,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
+        refuse_other_heads(self.model, stored_shapes(path), path)
         values = read_values(path)
         groups = values.pop("param_groups")
         model = get_model_state_dict(self.model)

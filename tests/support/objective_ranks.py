@@ -3,10 +3,12 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_siglip.data import ImageTextBatch
-from dist_siglip.losses import LogitScaleBias, siglip_loss
+from dist_siglip.losses import LogitScaleBias, SigLipLoss
 from dist_siglip.models import build_dual_encoder, encode_tower_in_micro_batches
 from dist_siglip.objectives import Captioning, Term
 from dist_siglip.training.module.objectives import (
@@ -14,6 +16,7 @@ from dist_siglip.training.module.objectives import (
     encode_with_terms,
     weigh_terms,
 )
+from dist_siglip.training.module.placement import shard_module
 
 LAYOUTS = {1: (6,), 2: (4, 2), 3: (3, 1, 2)}  # local batch sizes by rank
 MICRO_BATCH_SIZES = (None, 2)
@@ -51,7 +54,7 @@ class Step(nn.Module):
         self.objectives = build_objectives([Captioning(WEIGHT, parallel=0.5)], built)
         for parameter in self.objectives.parameters():
             nn.init.normal_(parameter, std=0.3)
-        self.logits = LogitScaleBias(5.0, -2.0)
+        self.logits, self.loss = LogitScaleBias(5.0, -2.0), SigLipLoss()
         self.micro_batch_size, self.world_size = micro_batch_size, world_size
         self.broken = broken
         self.double()
@@ -60,7 +63,7 @@ class Step(nn.Module):
         size = self.micro_batch_size or len(batch.images)
         images, terms = encode_with_terms(self.towers, self.objectives, batch, 0, size)
         texts = encode_tower_in_micro_batches(self.towers.encode_text, batch.texts, size)
-        loss = siglip_loss(images, texts, *self.logits())
+        loss = self.loss(images, texts, *self.logits())
         if self.broken == "mean of this rank":
             term = terms["captioning"]["caption_loss"]
             return loss + WEIGHT * term.total / term.number
@@ -70,13 +73,19 @@ class Step(nn.Module):
 
 
 def gradients_of(rank, world_size, model, cases):
-    """Gradients after DDP's exchange and the loss, for each (micro-batch size, broken variant)."""
+    """Gradients after the exchange of ranks and the loss, for each case.
+
+    A case is a size of micro-batches, and "" for DDP, "shards" for FSDP2, or a broken variant.
+    """
     sizes = LAYOUTS[world_size]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     found = []
-    for micro_batch_size, broken in cases:
-        step = Step(model, micro_batch_size, world_size, broken)
-        wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01) if world_size > 1 else step
+    for micro_batch_size, variant in cases:
+        step = wrapped = Step(model, micro_batch_size, world_size, variant)
+        if variant == "shards":
+            shard_module(step, init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",)))
+        elif world_size > 1:
+            wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01)
         loss = wrapped(rows_of(batch_of(sum(sizes)), rows))
         loss.backward()
         if world_size > 1:
@@ -85,10 +94,14 @@ def gradients_of(rank, world_size, model, cases):
             {
                 "loss": loss.detach() / world_size,
                 "logged": getattr(step, "logged", torch.zeros(())),
-                **{name: parameter.grad for name, parameter in step.named_parameters()},
+                **{name: _whole(parameter.grad) for name, parameter in step.named_parameters()},
             }
         )
     return found
+
+
+def _whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def weighed(rank, world_size):

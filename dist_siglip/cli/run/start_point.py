@@ -28,6 +28,7 @@ from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.regular_file import read_json, read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module.objectives import refuse_other_heads
 from dist_siglip.training.optim import OptimConfig, describe_schedule_change
 
 logger = logging.getLogger(__name__)
@@ -342,6 +343,7 @@ def check_fits(model: torch.nn.Module, path: Path) -> None:
         UserError: if it cannot be read or belongs to another model; names the first differences.
     """
     loaded = read_shapes(path)
+    refuse_other_heads(model, loaded, path)
     wanted = {key: value.shape for key, value in model.state_dict().items()}
     problems = [f"missing {key}" for key in wanted if key not in loaded]
     problems += [f"unexpected {key}" for key in loaded if key not in wanted]

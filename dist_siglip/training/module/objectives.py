@@ -103,6 +103,24 @@ def refuse_cached(data: object, objectives: Iterable[Objective]) -> None:
                 )
 
 
+def refuse_other_heads(module: nn.Module, stored: Iterable[str], path: object) -> None:
+    """Refuse a checkpoint whose objectives are not those of a module, by names of parameters.
+
+    Raises:
+        UserError: naming both.
+    """
+    ours, theirs = (
+        sorted({name.split(".")[1] for name in names if name.startswith("objectives.")})
+        for names in (module.state_dict(), stored)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"checkpoint ({path}) has heads of objectives ({', '.join(theirs) or 'none'}), and "
+            f"model.objectives has ({', '.join(ours) or 'none'}); have the same ones, or begin "
+            "another run with the checkpoint as model.pretrained, which takes its towers alone"
+        )
+
+
 def encode_with_terms(
     towers: DualEncoder,
     objectives: Mapping[str, nn.Module],
@@ -377,6 +395,12 @@ class ObjectiveModule(RunModule):
         super().check_data(data)
         self.caption_weights = caption_weights_of(data, self.loss)
         refuse_cached(data, self.by_name.values())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the objectives, too; shards have been loaded by now."""
+        if "state_dict" in checkpoint:
+            refuse_other_heads(self, checkpoint["state_dict"], self.trainer.ckpt_path)
+        super().on_load_checkpoint(checkpoint)
 
     def begin_objectives(self) -> dict[str, Objective]:
         """Weigh the objectives for the step under way; return those that count in it."""

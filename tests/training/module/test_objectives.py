@@ -8,11 +8,14 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from dist_siglip.cli.run.start_point import check_fits
 from dist_siglip.cli.run.training import train as train_run
 from dist_siglip.errors import UserError
+from dist_siglip.losses import siglip_loss
 from dist_siglip.models import build_dual_encoder, compile_towers
 from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.objectives import Captioning, Rows
+from dist_siglip.training.callbacks import WeightAverage
 from dist_siglip.training.module import SigLipModule, load_trained
 from dist_siglip.training.module.objectives import (
     ObjectiveMeasures,
@@ -20,6 +23,7 @@ from dist_siglip.training.module.objectives import (
     encode_with_terms,
     refuse_cached,
 )
+from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.command import write_settings
 from tests.support.objective_ranks import (
     LAYOUTS,
@@ -46,13 +50,14 @@ def model(tmp_path_factory):
 
 
 CASES = [(size, "") for size in MICRO_BATCH_SIZES] + [(None, "mean of this rank")]
+SHARDED = [(None, "shards")]
 
 
 @lru_cache
 def results_of(world_size, model):
     if world_size == 1:
         return [gradients_of(0, 1, model, CASES)]
-    return run_ranks(gradients_of, world_size, model, CASES)
+    return run_ranks(gradients_of, world_size, model, CASES + SHARDED)
 
 
 def worst(found, expected):
@@ -74,13 +79,21 @@ def test_loss_and_gradients_are_those_of_one_process_at_any_micro_batch(world_si
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_on_ranks_with_uneven_batches_give_those_of_one_process(world_size, model):
+    expected = results_of(1, model)[0][0]
+    for cases in results_of(world_size, model):
+        found = cases[-1]
+        assert found.keys() == expected.keys()
+        assert worst(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_the_comparison_rejects_the_mean_of_each_rank(world_size, model):
     expected = {**results_of(1, model)[0][0], "logged": torch.zeros(())}
-    assert worst(results_of(world_size, model)[0][-1], expected) > 1e-3
+    assert worst(results_of(world_size, model)[0][len(MICRO_BATCH_SIZES)], expected) > 1e-3
 
 
-def test_an_objective_reaches_image_tower_and_decoder_and_leaves_the_rest_alone(model):
-    """Of the gradients with and without it, those of text tower, scale and bias are the same."""
+def test_of_a_term_gradients_reach_image_tower_and_decoder_alone(model):
     torch.manual_seed(1)
     built = build_dual_encoder(model)
     towers = built.encoder
@@ -97,6 +110,36 @@ def test_an_objective_reaches_image_tower_and_decoder_and_leaves_the_rest_alone(
     }
     assert reached == {"visual"}
     assert all(parameter.grad.any() for parameter in objective.parameters())
+
+
+class Gradients(Callback):
+    """Keeps those of the first step, in which an output matrix of zeros would give none."""
+
+    def on_train_start(self, trainer, pl_module):
+        for objective in pl_module.objectives.values():
+            torch.nn.init.normal_(objective.output.weight, std=0.3)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found = {name: value.grad.clone() for name, value in pl_module.named_parameters()}
+
+
+def test_a_step_without_objectives_is_that_of_towers_and_loss_to_the_bit(model, tmp_path):
+    """And beside one the gradients of text tower, scale and bias are still those."""
+    batch = batch_of(4, 0, torch.float32)
+    plain = locked_module(model)
+    features = plain.towers(batch.images, batch.texts)
+    siglip_loss(*features, *plain.logits()).backward()
+    expected = {name: value.grad for name, value in plain.named_parameters()}
+    for objectives in (None, [], [Captioning(0.7)]):
+        keep = Gradients()
+        settings = {"gradient_clip_val": None, "callbacks": [keep]}
+        train(model, tmp_path, 1, objectives=objectives, trainer=settings)
+        moved = {
+            name.split(".")[2]
+            for name, value in expected.items()
+            if not torch.equal(keep.found[name], value)
+        }
+        assert moved == ({"visual"} if objectives else set())
 
 
 def test_the_shares_of_the_published_case():
@@ -183,7 +226,7 @@ def train(model, folder, num_steps=3, start=None, objectives=None, done=0, **set
         folder,
         batches,
         ckpt_path=start,
-        callbacks=[watch],
+        callbacks=[watch, *trainer_settings.pop("callbacks", [])],
         **{"max_steps": num_steps, "gradient_clip_val": 1.0, **trainer_settings},
     )
     return module, trainer, watch.logged
@@ -210,6 +253,8 @@ def test_one_pass_of_each_tower_serves_loss_and_objective(model, tmp_path, micro
     alone = train(model, tmp_path, 1, **size)[2]
     assert sorted(logged[0]["passes"]) == sorted(alone[0]["passes"])
     assert logged[0]["passes"].count("image") == (1 if micro_batch_size is None else 4)
+    later = train(model, tmp_path, 3, objectives=[Captioning(start=1)], **size)[2]
+    assert [sorted(entry["passes"]) for entry in later] == [sorted(alone[0]["passes"])] * 3
 
 
 def test_an_objective_of_weight_0_and_one_that_has_not_begun_change_nothing(model, tmp_path):
@@ -316,6 +361,92 @@ def test_heads_are_no_part_of_towers_and_weights_of_a_run_load_without_them(mode
     assert all_equal(dict(alone.towers.state_dict()), dict(module.towers.state_dict()))
 
 
+def test_a_checkpoint_with_other_objectives_is_refused_in_one_line(model, tmp_path):
+    paths = {}
+    for name, objectives in (("none", None), ("captioning", [Captioning(layers=1)])):
+        paths[name] = tmp_path / f"{name}.ckpt"
+        _, trainer, _ = train(model, tmp_path, 1, objectives=objectives)
+        trainer.save_checkpoint(paths[name])
+    for start, objectives in (("captioning", None), ("none", [Captioning(layers=1)])):
+        with pytest.raises(UserError, match=rf"objectives \({start}\), and .* model.pretr") as e:
+            train(model, tmp_path, 2, objectives=objectives, start=paths[start], done=1)
+        assert "\n" not in str(e.value)
+        with pytest.raises(UserError, match=rf"objectives \({start}\), and"):
+            check_fits(locked_module(model, objectives=objectives), paths[start])
+    for found in run_ranks(_starts_from, 2, model, str(tmp_path), paths["captioning"]):
+        assert all("has heads of objectives (captioning), and" in text for text in found)
+        assert len(found) == 2
+
+
+def _starts_from(rank, world_size, model, folder, path):
+    """What sharded runs without objectives say to a file and to a folder that have some."""
+    said = []
+    batches = [batch_of(2, seed, torch.float32) for seed in range(8)]
+    common = {"rank": rank, "world_size": world_size, "max_steps": 1}
+    module = locked_module(model, objectives=[Captioning(layers=1)])
+    strategy = FullyShardedStrategy(checkpoint="sharded")
+    trainer = fit(module, folder, batches, strategy=strategy, **common)
+    trainer.save_checkpoint(f"{folder}/shards.ckpt")
+    for start in (path, f"{folder}/shards.ckpt"):
+        strategy = FullyShardedStrategy()
+        try:
+            fit(locked_module(model), folder, batches, ckpt_path=start, strategy=strategy, **common)
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_an_average_takes_in_heads_and_a_run_goes_on_with_it_to_the_bit(model, tmp_path):
+    """Stopped before and after the objective begins."""
+    name = "objectives.captioning.output.weight"
+
+    def run(num_steps, path, start=None, done=0):
+        objectives = [Captioning(layers=1, start=2)]
+        keep = AtEnd(path, name)
+        settings = {"callbacks": [WeightAverage(decay=0.6), keep]}
+        module, *_ = train(
+            model,
+            tmp_path,
+            num_steps,
+            start,
+            objectives,
+            done,
+            trainer=settings,
+        )
+        return module, keep
+
+    module, whole = run(5, tmp_path / "whole.ckpt")
+    assert not any(value.any() for value in whole.values[:2])
+    average = whole.values[0]
+    for value in whole.values[1:]:
+        average = 0.6 * average + 0.4 * value
+    assert torch.allclose(whole.saved["state_dict"][name], average, atol=1e-7)
+    assert torch.equal(module.get_parameter(name), whole.saved["state_dict"][name])
+    assert torch.equal(whole.saved["current_model_state"][name], whole.values[-1])
+    for stop in (1, 3):
+        run(stop, tmp_path / "part.ckpt")
+        _, rest = run(5, tmp_path / "rest.ckpt", str(tmp_path / "part.ckpt"), stop)
+        for state in ("state_dict", "current_model_state"):
+            assert all_equal(rest.saved[state], whole.saved[state])
+    # Towers of the average are those of a file without heads.
+    alone = SigLipModule(model, pretrained=str(tmp_path / "whole.ckpt"))
+    assert all_equal(dict(alone.towers.state_dict()), dict(module.towers.state_dict()))
+
+
+class AtEnd(Callback):
+    """Keeps a parameter after each step, and the checkpoint at the end."""
+
+    def __init__(self, path, name):
+        self.path, self.name, self.values = path, name, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.values.append(pl_module.get_parameter(self.name).detach().clone())
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+        self.saved = torch.load(self.path, weights_only=True)
+
+
 def test_heads_are_built_without_values_as_with_them(model):
     """As on ranks that get theirs from the first one."""
     with torch.device("meta"):
@@ -349,7 +480,20 @@ def test_what_makes_no_sense_is_refused_in_one_line(model):
     Cached.features.towers = ("text",)
     with pytest.raises(UserError, match="need captions"):
         refuse_cached(Cached, [Captioning()])
-    locked_module(model, objectives=[Captioning()], text_tower=TowerConfig(locked=True))
+
+
+def test_with_a_locked_text_tower_image_tower_and_decoder_train(model, tmp_path):
+    locked = {"text_tower": TowerConfig(locked=True)}
+    module, _, logged = train(model, tmp_path, 3, objectives=[Captioning()], **locked)
+    start = locked_module(model, objectives=[Captioning()], **locked).state_dict()
+    moved = {
+        ".".join(name.split(".")[:3])
+        for name, value in module.state_dict().items()
+        if not torch.equal(value, start[name])
+    }
+    assert "towers.clip.text" not in moved
+    assert moved > {"towers.clip.visual", "objectives.captioning.decoder"}
+    assert logged[-1]["train/caption_loss"] < logged[0]["train/caption_loss"]
 
 
 @pytest.mark.e2e
