@@ -295,7 +295,7 @@ def check_ranges(settings: Namespace) -> None:
     """
     for place, value, is_own in _numbers(settings, "", True):
         key = re.sub(r"\[\d+\]", "", place)  # which of a list it is does not change its range
-        allowed = range_of(key) if is_own else None
+        allowed = range_of(_owner_of(key)) if is_own else None
         if allowed is not None and not allowed.holds(value):
             is_infinite = isinstance(value, float) and math.isinf(value)
             remedy = _REMEDIES.get(key)
@@ -316,6 +316,21 @@ def range_of(key: str) -> Range | None:
     if ".init_args." in key:
         return _INIT_ARGUMENTS.get(key.rpartition(".init_args.")[2])
     return RANGES.get(key)
+
+
+# Settings whose names below are a user's own, dots included.
+_BY_NAME = re.compile(r"((?:.+\.)?captions\.(?:weights|probabilities))\..+")
+
+
+def _owner_of(key: str) -> str:
+    """Return the setting that a number belongs to.
+
+    Example:
+        >>> _owner_of("data.captions.weights.seo.alt"), _owner_of("data.seed")
+        ('data.captions.weights', 'data.seed')
+    """
+    found = _BY_NAME.fullmatch(key)
+    return found.group(1) if found else key
 
 
 def _numbers(value: Any, place: str, is_own: bool) -> Iterator[tuple[str, float, bool]]:

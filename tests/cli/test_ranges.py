@@ -126,6 +126,10 @@ COMMANDS = {
     "seed": ([*FIT, "--seed_everything=-1"], r"seed_everything \(-1\)"),
     "huge": ([*FIT, f"--trainer.max_steps={10**30}"], r"max_steps \(1000.*\) must be"),
     "list": ([*FIT, "--trainer.max_steps=[]"], "max_steps"),
+    "name": (
+        [*FIT, "--data.captions.weights={{a.b: -1}}"],
+        r"weights.a.b \(-1.*\) must be above 0",
+    ),
     "digits": ([*FIT, "--config={digits}"], "4300 digits"),
     "nest": ([*FIT, "--config={nest}"], "nest"),
     "command": (

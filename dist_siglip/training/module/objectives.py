@@ -367,7 +367,8 @@ class ObjectiveModule(RunModule):
         objectives: by name; empty for the loss alone.
         term_check: of terms that are not finite.
         loss: of the pairs.
-        caption_weights: by field, of captions that train together; empty weighs them alike.
+        caption_weights: by field, of captions that train together, as a data module of ours says;
+            empty weighs them alike.
     """
 
     objectives: nn.ModuleDict
@@ -393,7 +394,8 @@ class ObjectiveModule(RunModule):
             UserError: as ``check_features``, ``refuse_cached`` and ``caption_weights_of``.
         """
         super().check_data(data)
-        self.caption_weights = caption_weights_of(data, self.loss)
+        if hasattr(data, "captions"):
+            self.caption_weights = caption_weights_of(data, self.loss)
         refuse_cached(data, self.by_name.values())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

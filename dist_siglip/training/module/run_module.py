@@ -287,6 +287,13 @@ class RunModule(LightningModule):
         dataset = getattr(data, "val_dataset", None)
         return {} if dataset is None else {"available_pairs": float(len(dataset))}
 
+    def log_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Log what a loss says beside its value, if it is due; one small all-reduce."""
+        if terms and self._is_logged_step():
+            sums = sum_over_ranks(torch.stack(list(terms.values())))
+            means = (sums / self.trainer.world_size).unbind()
+            self.log_dict({f"train/{name}": mean for name, mean in zip(terms, means, strict=True)})
+
     def finish_step(
         self,
         batch: ImageTextBatch,

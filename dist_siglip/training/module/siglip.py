@@ -287,7 +287,7 @@ class SigLipModule(EncodingModule):
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
-        loss, duplicate_pairs, _ = loss_of_captions(
+        loss, duplicate_pairs, loss_terms = loss_of_captions(
             self.loss,
             image_features,
             text_features,
@@ -297,6 +297,7 @@ class SigLipModule(EncodingModule):
             weights=self.caption_weights,
             nonfinite="raise" if self.step_check is None else "propagate",
         )
+        self.log_terms(loss_terms)
         if self.objectives:
             loss = self.add_objectives(loss, terms, is_sharded=self._is_sharded)
         return self.finish_step(

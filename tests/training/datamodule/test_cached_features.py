@@ -167,6 +167,8 @@ def test_a_shard_that_changed_has_no_features(shards, model, tmp_path):
     ("rule", "message"),
     [
         (CaptionRule(pick="random"), r"captions.pick \(random\) must be first"),
+        (CaptionRule(weights={"txt": 1.0}), r"captions.weights \(txt\) must be null"),
+        (CaptionRule(probabilities={"txt": 1.0}), r"captions.probabilities \(txt\) must be null"),
         (CaptionRule(split_lines=True), r"captions.split_lines \(True\) is not what"),
     ],
 )

@@ -12,6 +12,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import SigLipLoss
 from dist_siglip.losses.arguments import call_loss, ids_for
 from dist_siglip.objectives import Captioning
+from dist_siglip.training.callbacks import SkipBadSteps
 from dist_siglip.training.module.captions import caption_weights_of, loss_of_captions
 from dist_siglip.training.module.objectives import encode_with_terms
 from dist_siglip.training.optim.step_check import StepCheck
@@ -184,7 +185,11 @@ def train(model, folder, num_steps=3, start=None, done=0, **settings):
 def test_a_run_encodes_pictures_once_and_all_captions_in_one_pass(model, tmp_path):
     _, trainer, passes = train(model, tmp_path, 1)
     assert sorted(passes) == ["image", "text"]
-    whole = trainer.callback_metrics["train/loss"]
+    logged = trainer.callback_metrics
+    whole = logged["train/loss"]
+    parts = [logged[f"train/caption_loss_{name}"].item() for name in WEIGHTS]
+    assert whole.item() == pytest.approx((parts[0] + 3 * parts[1]) / 4, rel=1e-6)
+    assert parts[0] != parts[1]
     # Four pairs by two: two passes of pictures and four of captions, each made again in backward.
     for objectives in (None, [Captioning()]):
         _, _, passes = train(model, tmp_path, 1, micro_batch_size=2, objectives=objectives)
@@ -193,6 +198,21 @@ def test_a_run_encodes_pictures_once_and_all_captions_in_one_pass(model, tmp_pat
     _, trainer, passes = train(model, tmp_path, 1, objectives=[Captioning()])
     assert sorted(passes) == ["image", "text"]
     assert trainer.callback_metrics["train/pair_loss"] == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_a_run_that_skips_bad_steps_skips_one_whose_second_caption_is_not_finite(model, tmp_path):
+    """As where a text tower overflows on a caption."""
+    module = locked_module(model)
+    module.towers.clip.text.register_forward_hook(
+        lambda tower, inputs, rows: torch.where(
+            torch.arange(len(rows))[:, None] == 5, torch.nan, rows
+        )
+    )
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    guard = SkipBadSteps(abort_after=9)
+    batches = [batch_of(4, seed, torch.float32) for seed in range(9)]
+    fit(module, tmp_path, batches, max_steps=1, callbacks=[guard])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_an_objective_reads_the_first_caption(model):
