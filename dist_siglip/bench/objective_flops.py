@@ -238,7 +238,8 @@ def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
         objective = Captioning(**settings)
         objective.build(built, shape)
     decoder = objective.decoder
-    length, width = decoder.positions.shape
+    longest, width = decoder.positions.shape
+    length = built.context_length + (len(objective.tasks) - 1) * longest  # rows go through together
     inner: Any = decoder.blocks[0]
     blocks = Blocks(length, width, inner.mlp[1].out_features, len(decoder.blocks))
     return Decoder(blocks, *shape, len(objective.output.weight)).parts()

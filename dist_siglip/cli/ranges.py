@@ -115,6 +115,8 @@ _RUN: dict[str, Range] = {
     "data.max_image_pixels": Range(1, 2**62),
     "data.prefetch_factor": _FROM_1,
     "data.workers_per_rank": _FROM_0,
+    "data.regions.min_left": _PART,
+    "data.regions.min_score": Range(),
     "data.train_crop_scale": _PART,
     "data.datacompdr.dims": _FROM_1,
     "data.datacompdr.picture_size": Range(1, 65_536),
@@ -252,6 +254,7 @@ _COMMANDS: dict[str, Range] = {
 # init_args of classes of this package that a class_path may name.
 _INIT_ARGUMENTS: dict[str, Range] = {
     "alignment": _NOT_NEGATIVE,
+    "box_bins": Range(2, 65_536),
     "chunk_rows": _FROM_1,
     "cross_uniformity": _NOT_NEGATIVE,
     "decay": Range(0, 1, "()"),

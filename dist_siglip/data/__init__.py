@@ -15,6 +15,8 @@ from dist_siglip.data.order.sequence import StreamPosition, epoch_order
 from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, PairCollator, PairSample
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import caption_id
+from dist_siglip.data.samples.regions import RegionRule
+from dist_siglip.data.samples.stages import RandomFlip
 from dist_siglip.data.samples.transforms import (
     Preprocessing,
     evaluation_transform,
@@ -35,6 +37,8 @@ __all__ = [
     "PairTable",
     "Preprocessing",
     "Progress",
+    "RandomFlip",
+    "RegionRule",
     "StreamPosition",
     "build_pair_table",
     "caption_id",

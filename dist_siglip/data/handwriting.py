@@ -111,6 +111,8 @@ def _words_below_thousand(value: int) -> list[str]:
     return [*words, _TENS[rest // 10], *[_UNITS[rest % 10]] * (rest % 10 > 0)]
 
 
+_DIGITS = ("zero", *_UNITS[1:10])
+_INK = 0.1  # of black, from which on a pixel of a digit is inside of its box
 _FORMAT_VERSION = 1  # raised whenever equal arguments give other bytes
 _MANIFEST = "manifest.json"
 _VALIDATION_FRACTION = 0.2
@@ -142,6 +144,11 @@ class _Recipe:
     digits_per_image: int
     image_size: int
     seed: int
+    regions: bool
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says; without regions, what it said before there were any."""
+        return {name: value for name, value in asdict(self).items() if value is not False}
 
 
 class _Handwriting(NamedTuple):
@@ -160,6 +167,7 @@ def write_handwriting_shards(
     digits_per_image: int = 4,
     image_size: int = 64,
     seed: int = 0,
+    regions: bool = False,
 ) -> HandwritingShards:
     """Write webdataset shards of handwritten numbers and their names, once.
 
@@ -177,6 +185,9 @@ def write_handwriting_shards(
         digits_per_image: 2 to 6.
         image_size: Side of the square picture in pixels, at least 8 a digit.
         seed: Decides the numbers, the handwriting, its split and its looks.
+        regions: Whether the JSON has ``regions``, too: of each digit that occurs once in the number
+            its English name as ``text`` and the ``box`` of its ink, (top, left, bottom, right) in
+            shares of the picture. Everything else stays as it is without them.
 
     Returns:
         The paths of both splits, below ``folder`` as given.
@@ -192,6 +203,7 @@ def write_handwriting_shards(
         digits_per_image=digits_per_image,
         image_size=image_size,
         seed=seed,
+        regions=regions,
     )
     _check(recipe)
     folder = Path(folder)
@@ -217,7 +229,7 @@ def write_handwriting_shards(
         _write_shard(folder, split, shard, _pairs(recipe, handwriting, rows, numbers, split, shard))
         for split, shard, numbers, rows in jobs
     ]
-    manifest = {"recipe": asdict(recipe), "shards": names}
+    manifest = {"recipe": recipe.facts(), "shards": names}
     write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     _LOGGER.info("wrote %d shards of handwritten numbers to %s", len(names), folder)
     return shards
@@ -239,6 +251,23 @@ def compose_pictures(
     Returns:
         (N, image_size, image_size, 3), RGB.
     """
+    return compose_with_boxes(ink, image_size, generator)[0]
+
+
+def compose_with_boxes(
+    ink: NDArray[np.float32], image_size: int, generator: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Compose pictures, and say where the ink of each digit is.
+
+    Args:
+        ink: As ``compose_pictures``.
+        image_size: Likewise.
+        generator: Likewise.
+
+    Returns:
+        (N, image_size, image_size, 3), RGB; (N, digits, 4), top, left, bottom and right of each
+        digit in shares of the picture, cut off at its edges.
+    """
     num_pictures, num_digits = ink.shape[:2]
     shape = (num_pictures, num_digits)
     cell = image_size / num_digits  # pixels of width for one digit
@@ -254,7 +283,19 @@ def compose_pictures(
     pen = generator.uniform(0, 110, (num_pictures, 1, 1, 3)).astype(np.float32)
     noise = generator.standard_normal(coverage.shape, dtype=np.float32) * 4
     pictures = paper + coverage * (pen - paper) + noise
-    return np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
+    top, bottom = _extent(ink.max(axis=-1) >= _INK, row, height)
+    left, right = _extent(ink.max(axis=-2) >= _INK, column, width)
+    boxes = np.stack([top, left, bottom, right], axis=-1) / image_size
+    return np.clip(np.rint(pictures), 0, 255).astype(np.uint8), boxes.clip(0, 1)
+
+
+def _extent(
+    is_inked: NDArray[np.bool_], center: NDArray[np.float64], extent: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Start and stop in pixels of what is marked of (..., 8) samples stretched over a length."""
+    first = is_inked.argmax(axis=-1)
+    stop = 8 - is_inked[..., ::-1].argmax(axis=-1)
+    return center + extent * (first / 8 - 0.5), center + extent * (stop / 8 - 0.5)
 
 
 def _interpolation_weights(
@@ -288,16 +329,24 @@ def _pairs(
         chosen[wanted] = generator.choice(candidates, size=int(wanted.sum()))
     for start in range(0, len(numbers), _CHUNK_PAIRS):
         part = slice(start, start + _CHUNK_PAIRS)
-        pictures = compose_pictures(handwriting.ink[chosen[part]], recipe.image_size, generator)
+        pictures, boxes = compose_with_boxes(
+            handwriting.ink[chosen[part]], recipe.image_size, generator
+        )
         for offset, picture in enumerate(pictures):
             index = start + offset
             stream = io.BytesIO()
             Image.fromarray(picture).save(stream, format="PNG", compress_level=1)
-            facts = {
+            facts: dict[str, Any] = {
                 "number": int(numbers[index]),
                 "digits": digits[index].tolist(),
                 "handwriting": chosen[index].tolist(),
             }
+            if recipe.regions:
+                facts["regions"] = [
+                    {"text": _DIGITS[digit], "box": box.round(6).tolist()}
+                    for digit, box in zip(facts["digits"], boxes[offset], strict=True)
+                    if facts["digits"].count(digit) == 1
+                ]
             yield {
                 "__key__": f"{split}-{shard:05d}-{index:06d}",
                 "png": stream.getvalue(),
@@ -372,6 +421,7 @@ def _is_written(folder: Path, recipe: _Recipe) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest of handwriting shards; {remedy}") from error
     wanted = asdict(recipe)
+    found.setdefault("regions", False)
     differences = [
         f"{name} is {found.get(name)} there and {value} was asked for"
         for name, value in wanted.items()

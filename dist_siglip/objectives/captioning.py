@@ -1,8 +1,6 @@
-"""Captioning: a decoder that writes the caption from the patch tokens, beside the pairwise loss."""
+"""Captioning: a decoder that writes captions and boxes from patch tokens, beside the loss."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,188 +11,67 @@ from torch import Tensor, nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, TokenShape
-from dist_siglip.models.attention import Attention
-from dist_siglip.objectives.objective import Need, Objective, Rows, Term, uniform
+from dist_siglip.objectives.decoder import CaptionDecoder, CaptionWriting
+from dist_siglip.objectives.objective import Objective, Rows, Term, uniform
 from dist_siglip.objectives.token_loss import token_losses
 
-_START_ID = 0
+Task = Literal["caption", "referring", "grounded"]
+
 _PARALLEL_STREAM = 0  # of ``uniform``
-_STD = 0.02
-
-
-@dataclass(frozen=True)
-class CaptionWriting:
-    """How a tokenizer writes a caption into a row of token ids.
-
-    Attributes:
-        prefix: tokens before the text, the same in every row.
-        end_id: the token behind the text.
-        pad_id: what fills a row up; it may be ``end_id``.
-    """
-
-    prefix: tuple[int, ...]
-    end_id: int
-    pad_id: int
-
-    @classmethod
-    def of(cls, tokenizer: Callable[[list[str]], Tensor]) -> "CaptionWriting":
-        """Find out by writing an empty caption: prefix, end, padding.
-
-        A row that repeats one token has no prefix, and ends with its padding.
-
-        Raises:
-            UserError: if padding stands on the left.
-
-        Example:
-            >>> CaptionWriting.of(lambda texts: torch.tensor([[7, 8, 0, 0, 0]]))
-            CaptionWriting(prefix=(7,), end_id=8, pad_id=0)
-            >>> CaptionWriting.of(lambda texts: torch.tensor([[1, 1, 1, 1]]))
-            CaptionWriting(prefix=(), end_id=1, pad_id=1)
-        """
-        with torch.device("cpu"):  # a module may be under construction without values
-            row: list[int] = tokenizer([""])[0].tolist()
-        pad = row[-1]
-        own = [place for place, token in enumerate(row) if token != pad]
-        if not own:
-            return cls((), pad, pad)
-        if own[-1] >= 3:
-            raise UserError(
-                "the tokenizer of the model pads captions on the left, or begins them with "
-                "several tokens; Captioning needs padding on the right and at most two"
-            )
-        return cls(tuple(row[: own[-1]]), row[own[-1]], pad)
-
-    def is_target(self, texts: Tensor) -> Tensor:
-        """Mark what a decoder must write: behind the prefix, up to and with the end.
-
-        Args:
-            texts: (b, L) token ids. A row without an end counts up to its padding.
-
-        Returns:
-            (b, L) bool.
-        """
-        places = torch.arange(texts.shape[1], device=texts.device)
-        behind = places >= len(self.prefix)
-        is_end = (texts == self.end_id) & behind
-        ends_before = is_end.cumsum(dim=1) - is_end.long() > 0
-        found = behind & ~ends_before
-        if self.pad_id != self.end_id:
-            found = found & ((texts != self.pad_id) | is_end)
-        return found
-
-
-class _Block(nn.Module):
-    """Self-attention, attention to the patches, MLP; each on the normalised stream, added to it."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int, token_width: int) -> None:
-        super().__init__()
-        self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads, token_width=token_width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width)
-        )
-
-    def forward(self, stream: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        normed = self.self_norm(stream)
-        stream = stream + self.self_attention(normed, normed, mask)
-        stream = stream + self.cross_attention(self.cross_norm(stream), tokens, None)
-        found: Tensor = stream + self.mlp(stream)
-        return found
-
-
-class CaptionDecoder(nn.Module):
-    """A transformer that reads patch tokens and turns input ids into one vector per position.
-
-    Args:
-        vocab_size: V; the id V is that of a masked input.
-        length: L, positions.
-        width: channels.
-        heads: of every attention.
-        layers: blocks.
-        mlp_width: channels inside of the MLPs.
-        token_width: channels of the patch tokens.
-    """
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        length: int,
-        width: int,
-        heads: int,
-        layers: int,
-        mlp_width: int,
-        token_width: int,
-    ) -> None:
-        super().__init__()
-        self.mask_id = vocab_size
-        self.embedding = nn.Embedding(vocab_size + 1, width)
-        self.positions = nn.Parameter(torch.randn(length, width) * _STD)
-        self.blocks = nn.ModuleList(
-            _Block(width, heads, mlp_width, token_width) for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.embedding.weight, std=_STD)
-
-    def forward(self, texts: Tensor, tokens: Tensor, is_parallel: Tensor) -> Tensor:
-        """Return (b, L, width); row l of a caption is what its token l is predicted from.
-
-        Args:
-            texts: (b, L) token ids; position l sees those before it.
-            tokens: (b, T, C) patches.
-            is_parallel: (b,) bool; True where all inputs are masked and every position sees all.
-        """
-        length = texts.shape[1]
-        inputs = F.pad(texts[:, :-1], (1, 0), value=_START_ID)
-        inputs = torch.where(is_parallel[:, None], self.mask_id, inputs)
-        causal = torch.ones(length, length, dtype=torch.bool, device=texts.device).tril()
-        mask = causal | is_parallel[:, None, None, None]
-        stream = self.embedding(inputs) + self.positions[:length]
-        tokens = tokens.to(self.positions.dtype)
-        for block in self.blocks:
-            stream = block(stream, tokens, mask)
-        found: Tensor = self.norm(stream)
-        return found
+_START_ID = 0  # of a caption
+_SIDES = 4  # of a box
+MOST_BINS = 65_536
 
 
 class Captioning(Objective):
-    """Cross-entropy of the caption, written by a decoder that sees the patches.
+    """Cross-entropy of captions, and of boxes, written by a decoder that sees the patches.
 
-        L = 1/N sum_i ( sum_l w_il CE(z_il, y_il) / sum_l w_il )
+        L = 1/N sum_i ( sum_l w_il CE(z_il, y_il) / sum_l w_il )        for each task, added up
 
-    with w_il = 1 from the first token of caption i to its end, and else 0. The decoder has width,
-    heads and MLP of the text tower and half of its layers, with attention to the patches in each;
-    inputs are shifted right behind the id 0; positions are learned; the output matrix is its own
-    and starts at 0, so that the first loss is log V. No attention leaves out padding.
+    with w_il = 1 from the first token of a text to its end and on every side of a box, and else 0.
+    The decoder has width, heads and MLP of the text tower and half of its layers, with attention to
+    the patches in each; inputs are shifted right behind the id that stands for the task; positions
+    are learned; the output matrix is its own and starts at 0, so that the first loss is log V. No
+    attention leaves out padding.
 
-    A share of the examples is predicted in parallel: all inputs are one mask id, and every position
+    The tasks are "caption"; "referring" (a text, then its box); "grounded" (a box, then its text).
+    Every picture gets all of them, in one pass of the tower. Where it has no region only its
+    caption counts. A box is four ids of the decoder's own beside those of the tokenizer, of its
+    top, left, bottom and right in ``box_bins`` equal parts of the image, and stands behind, or
+    before, a row of the tokenizer as it is.
+
+    A share of the captions is predicted in parallel: all inputs are one mask id, and every position
     sees all. An evaluation writes from left to right, and measures how much of the loss the picture
     takes away: the loss with the patches of another picture, less the loss.
 
     Args:
-        weight: as ``Objective``.
+        weight: as ``Objective``; of each task.
         start: as ``Objective``.
         ramp_steps: as ``Objective``.
-        parallel: share of the examples predicted in parallel, in [0, 1].
+        parallel: share of the captions predicted in parallel, in [0, 1].
         layers: of the decoder; null is half of those of the text tower, rounded up.
         width: channels of the decoder; null is that of the text tower.
         heads: of its attention; null is those of the text tower.
+        tasks: "caption" and, with ``data.regions``, "referring" and "grounded".
+        box_bins: parts of a side of the image that a box is told in.
 
     Raises:
-        UserError: if a number is out of range; later, if tower or tokenizer do not fit.
+        UserError: if a number is out of range; later, if tower or tokenizer do not fit, or batches
+            have no regions.
 
     Source:
         Decoder and loss: Tschannen et al. 2023 (CapPa), arXiv:2306.07915, and its public code.
-        Sizes, place beside the sigmoid loss, share in parallel: Tschannen et al. 2025 (SigLIP 2),
-        arXiv:2502.14786, sections 2.1 and 2.2. Standard deviation .02 of the embeddings is ours.
+        Regions: Wan et al. 2024 (LocCa), arXiv:2403.19596, which writes prefixes and numbers as
+        text. Sizes, place beside the sigmoid loss, share in parallel: Tschannen et al. 2025
+        (SigLIP 2), arXiv:2502.14786, sections 2.1 and 2.2. Equal shares of the tasks, and the
+        standard deviation .02 of the embeddings, are ours.
     """
 
     name: ClassVar[str] = "captioning"
-    needs: ClassVar[frozenset[Need]] = frozenset({"image tokens", "captions"})
     decoder: CaptionDecoder
     output: nn.Linear
     writing: CaptionWriting
+    num_words: int
 
     def __init__(
         self,
@@ -205,6 +82,8 @@ class Captioning(Objective):
         layers: int | None = None,
         width: int | None = None,
         heads: int | None = None,
+        tasks: tuple[Task, ...] = ("caption",),
+        box_bins: int = 500,
     ) -> None:
         super().__init__(weight, start, ramp_steps)
         if not 0 <= parallel <= 1:
@@ -212,7 +91,19 @@ class Captioning(Objective):
         for name, value in (("layers", layers), ("width", width), ("heads", heads)):
             if value is not None and value < 1:
                 raise UserError(f"{name} ({value}) of Captioning must be at least 1")
-        self.parallel = parallel
+        known = get_args(Task)
+        if "caption" not in tasks or len({*tasks} & {*known}) != len(tasks):
+            raise UserError(
+                f"tasks ({list(tasks)}) of Captioning must be caption and, if you like, referring "
+                "and grounded, each once"
+            )
+        if not 2 <= box_bins <= MOST_BINS:
+            raise UserError(f"box_bins ({box_bins}) of Captioning must be 2 to {MOST_BINS}")
+        self.tasks = tuple(task for task in known if task in tasks)
+        self.needs = frozenset({"image tokens", "captions"})
+        if len(tasks) > 1:
+            self.needs |= {"regions"}
+        self.parallel, self.box_bins = parallel, box_bins
         self._sizes = {"layers": layers, "width": width, "heads": heads}
 
     def build(self, built: BuiltModel, image: TokenShape) -> None:
@@ -228,43 +119,63 @@ class Captioning(Objective):
         if width % heads:
             raise UserError(f"width ({width}) of Captioning must be a multiple of heads ({heads})")
         self.writing = CaptionWriting.of(built.tokenizer)
+        self.num_words = sizes["vocab_size"]
+        has_boxes = len(self.tasks) > 1
+        num_ids = self.num_words + has_boxes * self.box_bins
         self.decoder = CaptionDecoder(
-            vocab_size=sizes["vocab_size"],
-            length=built.context_length,
+            vocab_size=num_ids,
+            num_starts=len(self.tasks) - 1,
+            length=built.context_length + has_boxes * _SIDES,
             width=width,
             heads=heads,
             layers=sizes["layers"],
             mlp_width=width * tower["mlp_width"] // tower["width"],
             token_width=image.width,
         )
-        self.output = nn.Linear(width, sizes["vocab_size"])
+        self.output = nn.Linear(width, num_ids)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, rows: Rows) -> dict[str, Term]:
-        """Return ``caption_loss``, in nats per token, summed over the captions of the rows."""
+        """Return the loss of each task, in nats per token, summed over the rows that have it.
+
+        ``caption_loss``, ``referring_loss``, ``grounded_loss``.
+        """
         is_parallel = uniform(rows.draws, _PARALLEL_STREAM) < self.parallel
-        losses, _ = self._losses(rows.texts, rows.tokens, is_parallel)
-        return {"caption_loss": self._term(losses, rows)}
+        asked = self._asked(rows)
+        losses = self._losses(asked, rows.tokens, is_parallel)
+        return {f"{task}_loss": _term(losses[task][0], each) for task, each in asked.items()}
 
     def measure(self, rows: Rows) -> dict[str, Term]:
-        """Measure the captions of some rows, written from left to right.
+        """Measure the captions and boxes of some rows, written from left to right.
 
         Returns:
-            ``caption_loss``; ``caption_token_accuracy``, share of tokens that are the likeliest;
-            ``caption_picture_gain``, loss with the patches of the row before, less the loss.
+            Of each task its ``_loss``; its ``_token_accuracy``, share of tokens that are the
+            likeliest; its ``_picture_gain``, loss with the patches of the row before, less the
+            loss. Of boxes that are written behind their text: ``box_exact``, share with all four
+            ids right, and ``box_iou_50``, share that overlap theirs by half of what both cover.
         """
-        causal = torch.zeros_like(rows.draws, dtype=torch.bool)
-        losses, best = self._losses(rows.texts, rows.tokens, causal)
-        found = {
-            "caption_loss": self._term(losses, rows),
-            "caption_token_accuracy": self._term((best == rows.texts).to(losses), rows),
-        }
-        other, _ = self._losses(rows.texts, rows.tokens.roll(1, dims=0), causal)
-        gain = self._term(other - losses, rows)
-        # One row has no other.
-        number = gain.number if len(rows.texts) > 1 else torch.zeros_like(gain.number)
-        return {**found, "caption_picture_gain": Term(gain.total, number)}
+        asked = self._asked(rows)
+        found, others = (
+            self._losses(asked, tokens, None) for tokens in (rows.tokens, rows.tokens.roll(1, 0))
+        )
+        terms: dict[str, Term] = {}
+        for task, each in asked.items():
+            losses, best = found[task]
+            terms[f"{task}_loss"] = _term(losses, each)
+            terms[f"{task}_token_accuracy"] = _term((best == each.ids).to(losses), each)
+            gain = _term(others[task][0] - losses, each)
+            # One row has no other.
+            number = gain.number if len(rows.texts) > 1 else torch.zeros_like(gain.number)
+            terms[f"{task}_picture_gain"] = Term(gain.total, number)
+        if "referring" in asked and rows.regions is not None:
+            counts = asked["referring"].counts
+            bins = self.write_boxes(rows.tokens, rows.regions.texts)
+            is_exact = (bins == box_bins_of(rows.regions.boxes, self.box_bins)).all(dim=1)
+            overlap = box_overlap(boxes_of(bins, self.box_bins), rows.regions.boxes)
+            for name, hits in (("box_exact", is_exact), ("box_iou_50", overlap >= 0.5)):
+                terms[name] = Term((hits & counts).sum(), counts.sum())
+        return terms
 
     def write(self, tokens: Tensor) -> Tensor:
         """Write captions greedily, token by token.
@@ -277,36 +188,138 @@ class Captioning(Objective):
             a caption has no meaning. The decoder is computed once for each position, whatever it
             writes, so that sharded ranks stay together.
         """
-        length = len(self.decoder.positions)
+        length = len(self.decoder.positions) - (_SIDES if len(self.tasks) > 1 else 0)
         texts = torch.full(
             (len(tokens), length), self.writing.pad_id, dtype=torch.long, device=tokens.device
         )
-        causal = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         prefix = self.writing.prefix
         texts[:, : len(prefix)] = torch.tensor(prefix, device=tokens.device)
         for place in range(len(prefix), length):
-            hidden = self.decoder(texts, tokens, causal)
-            texts[:, place] = self.output(hidden[:, place]).argmax(dim=1)
+            hidden = self.decoder([texts], [_START_ID], tokens)[:, place]
+            texts[:, place] = self.output(hidden)[:, : self.num_words].argmax(dim=1)
         return texts
+
+    def write_boxes(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        """Write the box of a text greedily, side by side.
+
+        Args:
+            tokens: (b, T, C) patches.
+            texts: (b, L) token ids of what to find in each picture.
+
+        Returns:
+            (b, 4) int64 in [0, box_bins): top, left, bottom, right.
+        """
+        ids = F.pad(texts, (0, _SIDES), value=self.num_words)
+        for place in range(texts.shape[1], ids.shape[1]):
+            hidden = self.decoder([ids], [self._start_of("referring")], tokens)[:, place]
+            ids[:, place] = self.num_words + self.output(hidden)[:, self.num_words :].argmax(dim=1)
+        return ids[:, -_SIDES:] - self.num_words
 
     def compile_heads(self, backend: str) -> None:
         """Let ``torch.compile`` translate the decoder, without its output matrix."""
         self.decoder.compile(backend=backend)
 
-    def _losses(self, texts: Tensor, tokens: Tensor, is_parallel: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, L) losses and likeliest ids."""
-        hidden = self.decoder(texts, tokens, is_parallel).flatten(0, 1)
-        found = token_losses(hidden, self.output.weight, self.output.bias, texts.flatten())
-        losses, best = (each.unflatten(0, texts.shape) for each in found)
-        return losses, best
+    def _start_of(self, task: Task) -> int:
+        """The id that a row of a task begins behind; ids above that of the mask are free."""
+        place = self.tasks.index(task)
+        return _START_ID if place == 0 else self.decoder.mask_id + place
 
-    def _term(self, values: Tensor, rows: Rows) -> Term:
-        """Sum, over the captions, the mean of (b, L) values over what is to be written."""
-        is_target = self.writing.is_target(rows.texts)
-        num_targets = is_target.sum(dim=1)
-        counts = rows.valid & (num_targets > 0)
-        means = (values * is_target).sum(dim=1) / num_targets.clamp(min=1)
-        return Term((means * counts).sum(), counts.sum())
+    def _asked(self, rows: Rows) -> dict[Task, "_Written"]:
+        """What is to be written of some rows, by task."""
+        captions = _Written(rows.texts, self.writing.is_target(rows.texts), rows.valid)
+        if len(self.tasks) == 1:
+            return {"caption": captions}
+        if rows.regions is None:
+            raise UserError(
+                f"tasks ({list(self.tasks)}) of Captioning need batches with regions; set "
+                "data.regions.json_field, or leave caption alone"
+            )
+        texts = rows.regions.texts
+        sides = self.num_words + box_bins_of(rows.regions.boxes, self.box_bins)
+        is_text = self.writing.is_target(texts)
+        is_side = torch.ones_like(sides, dtype=torch.bool)
+        counts = rows.valid & rows.regions.exist
+        every: dict[Task, _Written] = {
+            "caption": captions,
+            "referring": _Written(
+                torch.cat([texts, sides], dim=1), torch.cat([is_text, is_side], dim=1), counts
+            ),
+            "grounded": _Written(
+                torch.cat([sides, texts], dim=1), torch.cat([is_side, is_text], dim=1), counts
+            ),
+        }
+        return {task: every[task] for task in self.tasks}
+
+    def _losses(
+        self, asked: dict[Task, "_Written"], tokens: Tensor, is_parallel: Tensor | None
+    ) -> dict[Task, tuple[Tensor, Tensor]]:
+        """(b, L) losses and likeliest ids of each task, in one pass of the decoder."""
+        rows = [each.ids for each in asked.values()]
+        starts = [self._start_of(task) for task in asked]
+        hidden = self.decoder(rows, starts, tokens, is_parallel).flatten(0, 1)
+        labels = torch.cat(rows, dim=1)
+        found = token_losses(hidden, self.output.weight, self.output.bias, labels.flatten())
+        lengths = [ids.shape[1] for ids in rows]
+        losses, best = (each.unflatten(0, labels.shape).split(lengths, dim=1) for each in found)
+        return dict(zip(asked, zip(losses, best, strict=True), strict=True))
+
+
+class _Written(NamedTuple):
+    """Rows of a task: (b, L) ids, which of them are to be written, (b,) rows that count."""
+
+    ids: Tensor
+    is_target: Tensor
+    counts: Tensor
+
+
+def _term(values: Tensor, written: _Written) -> Term:
+    """Sum, over rows, the mean of (b, L) values over what is to be written."""
+    num_targets = written.is_target.sum(dim=1)
+    counts = written.counts & (num_targets > 0)
+    means = (values * written.is_target).sum(dim=1) / num_targets.clamp(min=1)
+    return Term((means * counts).sum(), counts.sum())
+
+
+def box_bins_of(boxes: Tensor, num_bins: int) -> Tensor:
+    """Return which of equal parts of [0, 1] each side of (b, 4) boxes lies in, int64.
+
+    Example:
+        >>> box_bins_of(torch.tensor([[0.0, 0.24, 0.25, 1.0]]), 4)
+        tensor([[0, 0, 1, 3]])
+    """
+    return (boxes * num_bins).long().clamp(0, num_bins - 1)
+
+
+def boxes_of(bins: Tensor, num_bins: int) -> Tensor:
+    """Return boxes whose sides lie in the middle of their parts, (b, 4) float32.
+
+    Example:
+        >>> boxes_of(torch.tensor([[0, 0, 1, 3]]), 4)
+        tensor([[0.1250, 0.1250, 0.3750, 0.8750]])
+    """
+    return (bins.to(torch.float32) + 0.5) / num_bins
+
+
+def box_overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return what two boxes share of what both cover, (b,) in [0, 1]; 0 of a box without area.
+
+    Args:
+        boxes: (b, 4), top, left, bottom, right.
+        others: (b, 4).
+
+    Example:
+        >>> box_overlap(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.0, 0, 0.5, 1]]))
+        tensor([0.5000])
+    """
+    start, stop = (
+        torch.maximum(boxes[:, :2], others[:, :2]),
+        torch.minimum(boxes[:, 2:], others[:, 2:]),
+    )
+    shared, *areas = (
+        (side[:, 0].clamp(min=0) * side[:, 1].clamp(min=0))
+        for side in (stop - start, boxes[:, 2:] - boxes[:, :2], others[:, 2:] - others[:, :2])
+    )
+    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-12)
 
 
 def _text_sizes(built: BuiltModel) -> dict[str, int]:

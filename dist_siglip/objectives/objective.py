@@ -18,7 +18,24 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, TokenShape
 
-Need = Literal["image tokens", "captions"]
+Need = Literal["image tokens", "captions", "regions"]
+
+
+class Regions(NamedTuple):
+    """A region of each picture.
+
+    Attributes:
+        texts: (b, L) int64, token ids of what it shows.
+        boxes: (b, 4), its top, left, bottom, right in shares of the image; 0 where there is none.
+    """
+
+    texts: Tensor
+    boxes: Tensor
+
+    @property
+    def exist(self) -> Tensor:
+        """(b,) bool; False where a picture has none."""
+        return self.boxes[:, 2] > self.boxes[:, 0]
 
 
 class Rows(NamedTuple):
@@ -29,12 +46,14 @@ class Rows(NamedTuple):
         texts: (b, L) int64, token ids of the captions.
         draws: (b,) int64 >= 0, random numbers of seed, epoch and position; see ``uniform``.
         valid: (b,) bool; False where the row must not count.
+        regions: of the pictures; None where the data have none.
     """
 
     tokens: Tensor
     texts: Tensor
     draws: Tensor
     valid: Tensor
+    regions: Regions | None = None
 
 
 class Term(NamedTuple):
@@ -67,7 +86,7 @@ class Objective(nn.Module):
     """
 
     name: ClassVar[str] = "objective"
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: frozenset[Need] = frozenset()
 
     def __init__(self, weight: float = 1.0, start: float = 0.0, ramp_steps: int = 0) -> None:
         super().__init__()

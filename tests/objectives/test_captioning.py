@@ -31,7 +31,7 @@ def of_logits(logits):
     """The objective with a decoder that gives these logits, (B, L, V)."""
     objective = Captioning(parallel=0.0)
     objective.writing = WRITING
-    objective.decoder = lambda texts, tokens, is_parallel: logits
+    objective.decoder = lambda rows, starts, tokens, is_parallel: logits
     objective.output = torch.nn.Linear(4, 4).double()
     torch.nn.init.eye_(objective.output.weight)
     torch.nn.init.zeros_(objective.output.bias)
@@ -134,15 +134,17 @@ def test_a_position_sees_the_tokens_before_it_and_in_parallel_none(captioning):
     tokens = torch.randn(5, 4, 6, dtype=torch.float64)
     for parallel in (False, True):
         mode = torch.full((5,), parallel)
-        hidden = captioning.decoder(texts, tokens, mode)
+        hidden = captioning.decoder([texts], [0], tokens, mode)
         for place in range(texts.shape[1]):
             changed = texts.clone()
             changed[:, place:] = 7
-            other = captioning.decoder(changed, tokens, mode)
+            other = captioning.decoder([changed], [0], tokens, mode)
             assert torch.equal(other[:, : place + 1], hidden[:, : place + 1])
             seen = other[:, place + 1 :].ne(hidden[:, place + 1 :]).any().item()
             assert seen == (not parallel and place + 1 < texts.shape[1])
-        assert not torch.allclose(captioning.decoder(texts, tokens.flip(1) * 2, mode), hidden)
+        assert not torch.allclose(
+            captioning.decoder([texts], [0], tokens.flip(1) * 2, mode), hidden
+        )
 
 
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary(built):
@@ -183,7 +185,7 @@ def test_measures_tell_a_decoder_that_looks_from_one_that_does_not(captioning):
     right = torch.zeros(5, 8, 49408, dtype=torch.float64)
     right.scatter_(2, texts[..., None], 9.0)
     right[0, 1] = 0  # one of the two targets of the first caption
-    captioning._losses = lambda texts, tokens, mode: (right.sum(2), right.argmax(2))
+    captioning._losses = lambda *_: {"caption": (right.sum(2), right.argmax(2))}
     accuracy = captioning.measure(rows_of(texts, tokens))["caption_token_accuracy"]
     assert (accuracy.total / accuracy.number).item() == pytest.approx((0.5 + 4) / 5)
 

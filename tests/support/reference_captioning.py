@@ -24,14 +24,39 @@ def caption_loss(logits, labels, is_target):
     return sum(means) / len(means)
 
 
-def decode(state, texts, tokens, is_parallel, *, heads, mask_id):
+def task_row(task, text, region_text, box, *, num_words, num_bins, end):
+    """Ids of a row of a task, and which of them are to be written; None without a region.
+
+    A row of the tokenizer has one token before the text; ``end`` is the one behind it.
+    """
+    if task == "caption":
+        return text, [0 < place <= text.index(end) for place in range(len(text))]
+    if not box[2] > box[0]:
+        return None
+    sides = [num_words + min(math.floor(side * num_bins), num_bins - 1) for side in box]
+    is_text = [0 < place <= region_text.index(end) for place in range(len(region_text))]
+    if task == "referring":
+        return region_text + sides, is_text + [True] * 4
+    return sides + region_text, [True] * 4 + is_text
+
+
+def box_overlap(box, other):
+    """Intersection over union of two boxes (top, left, bottom, right)."""
+    rows = min(box[2], other[2]) - max(box[0], other[0])
+    columns = min(box[3], other[3]) - max(box[1], other[1])
+    shared = max(rows, 0) * max(columns, 0)
+    areas = [(each[2] - each[0]) * (each[3] - each[1]) for each in (box, other)]
+    return shared / (sum(areas) - shared)
+
+
+def decode(state, texts, tokens, is_parallel, *, heads, mask_id, start_id=0):
     """Logits (B, L, V) of a decoder by its state_dict (names of the package, values float64)."""
     state = {name: value.numpy() for name, value in state.items()}
     found = []
     for text, patches, parallel in zip(
         texts.tolist(), tokens.numpy(), is_parallel.tolist(), strict=True
     ):
-        inputs = [mask_id] * len(text) if parallel else [0, *text[:-1]]
+        inputs = [mask_id] * len(text) if parallel else [start_id, *text[:-1]]
         stream = np.stack(
             [
                 state["decoder.embedding.weight"][token] + state["decoder.positions"][place]

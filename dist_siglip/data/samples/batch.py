@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.data.samples.identity import caption_id, caption_ids_of
+from dist_siglip.data.samples.regions import Region
 
 _WIDE_ROWS = 128  # pictures that are float32 at once on their way to another precision
 
@@ -38,6 +39,10 @@ class ImageTextBatch(NamedTuple):
         more_texts: (B, K - 1, L) int64, token ids of further captions, where K captions of each
             pair train together. None: K is 1.
         more_caption_ids: (B, K - 1) int64 >= 0, theirs.
+        region_texts: (B, L) int64, token ids of the text of a region of each picture. None: there
+            are no regions.
+        region_boxes: (B, 4) float32, its top, left, bottom and right in shares of the image; 0
+            where the picture has no region.
     """
 
     images: Tensor
@@ -55,6 +60,8 @@ class ImageTextBatch(NamedTuple):
     teacher_texts: Tensor | None = None
     more_texts: Tensor | None = None
     more_caption_ids: Tensor | None = None
+    region_texts: Tensor | None = None
+    region_boxes: Tensor | None = None
 
     def all_texts(self) -> Tensor:
         """Return (K * B, L) token ids: the first captions of all pairs, the second ones, ..."""
@@ -129,6 +136,7 @@ class PairSample(NamedTuple):
         teacher_image_features: (d_1 + ... + d_K,) float32, see ``ImageTextBatch``.
         teacher_text_features: likewise.
         more_captions: stripped texts that train together with ``caption``.
+        region: of the picture, its box in shares of the image; None where nobody asks for regions.
     """
 
     image: Tensor
@@ -144,6 +152,7 @@ class PairSample(NamedTuple):
     teacher_image_features: Tensor | None = None
     teacher_text_features: Tensor | None = None
     more_captions: tuple[str, ...] = ()
+    region: Region | None = None
 
 
 class PairCollator:
@@ -180,6 +189,8 @@ class PairCollator:
         (texts, more_texts), (caption_ids, more_ids) = (
             _first_and_more(rows, len(samples)) for rows in (texts, caption_ids)
         )
+        regions = [sample.region for sample in samples if sample.region is not None]
+        region_texts = self._tokenizer([each.text for each in regions]) if regions else None
         picture_ids = [s.sample_id if s.picture_id is None else s.picture_id for s in samples]
         return ImageTextBatch(
             images=torch.stack([sample.image for sample in samples]),
@@ -197,6 +208,8 @@ class PairCollator:
             teacher_texts=self._texts_of_teachers(captions),
             more_texts=more_texts,
             more_caption_ids=more_ids,
+            region_texts=None if region_texts is None else region_texts.long(),
+            region_boxes=torch.tensor([each.box for each in regions]) if regions else None,
         )
 
     def _texts_of_teachers(self, captions: list[str]) -> Tensor | None:

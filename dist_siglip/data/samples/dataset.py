@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
@@ -29,6 +30,7 @@ from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.identity import PICTURE_BYTES, named_picture_id, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.regions import Region, RegionRule
 from dist_siglip.data.samples.stages import (
     FilteredError,
     Stage,
@@ -36,7 +38,7 @@ from dist_siglip.data.samples.stages import (
     check_stages,
     run_stages,
 )
-from dist_siglip.data.samples.transforms import ImageTransform
+from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
@@ -146,6 +148,7 @@ class _Made(NamedTuple):
     picture_id: int | None
     teacher_image_row: Tensor | None = None
     teacher_text_row: Tensor | None = None
+    region: Region | None = None
 
 
 class PairDataset(Dataset[PairSample]):
@@ -173,9 +176,14 @@ class PairDataset(Dataset[PairSample]):
         picture_id: when pictures are the same, see ``ImageTextDataModule``.
         reinforced: augmentations, synthetic captions and rows of teachers that shards store; in
             place of ``transform`` the augmentations are replayed.
+        regions: where regions of pictures are, and which one a sample gets.
 
     Attributes:
         picture_id: may be set to None until the data set is loaded from, where nobody asks.
+
+    Raises:
+        UserError: if regions are asked for of a table without JSON members, with ``reinforced``, or
+            of a transform that does not say which part of a picture is seen.
     """
 
     def __init__(
@@ -194,7 +202,24 @@ class PairDataset(Dataset[PairSample]):
         tokenizer: Tokenizer | None = None,
         picture_id: str | None = PICTURE_BYTES,
         reinforced: ReinforcedSamples | None = None,
+        regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
     ) -> None:
+        regions.check()
+        if regions.json_field is not None and "json" not in table.caption_extensions:
+            raise UserError(
+                f"regions.json_field ({regions.json_field}) needs a table that knows the .json "
+                "members; build it with other_extensions=('json',)"
+            )
+        if regions.json_field is not None and not isinstance(transform, WindowedTransform):
+            raise UserError(
+                f"regions.json_field ({regions.json_field}) needs to know what the transform "
+                f"({type(transform).__name__}) cuts away; make it a WindowedTransform"
+            )
+        if regions.json_field is not None and reinforced is not None:
+            raise UserError(
+                f"regions.json_field ({regions.json_field}) cannot follow stored augmentations; "
+                "leave out regions or datacompdr"
+            )
         self.table = table
         self._transform = transform
         self._seed = seed
@@ -211,6 +236,7 @@ class PairDataset(Dataset[PairSample]):
         self._is_empty = EmptyCaptions(tokenizer)
         self.picture_id = picture_id
         self._reinforced = reinforced
+        self._regions = regions
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
@@ -250,6 +276,7 @@ class PairDataset(Dataset[PairSample]):
                     teacher_image_features=made.teacher_image_row,
                     teacher_text_features=made.teacher_text_row,
                     more_captions=tuple(made.captions[1:]),
+                    region=made.region,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -329,14 +356,18 @@ class PairDataset(Dataset[PairSample]):
             return _Made(_NO_PIXELS, captions, self._picture_id(sample_id, None))
         data = self._reader.read(self.table.image_span(sample_id))
         identity = self._picture_id(sample_id, data)
+        regions = self._all_regions(sample_id)
         picture = EncodedPicture(data, self._pictures)
         with seeded_generators(*key):
             if not self._stages:
-                image = self._transform(picture) if view is None else view.replay(picture)
+                if view is None:
+                    image, region = self._seen(picture, regions, key)
+                else:
+                    image, region = view.replay(picture), None
                 if picture.is_truncated:
                     self._truncated.note(sample_id)
                 if view is None:
-                    return _Made(image, captions, identity)
+                    return _Made(image, captions, identity, region=region)
                 return _Made(image, captions, identity, view.image_row, view.text_row)
             shard, name = self.table.name(sample_id)
             sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": captions[0]}
@@ -346,9 +377,35 @@ class PairDataset(Dataset[PairSample]):
             if picture.is_truncated:
                 self._truncated.note(sample_id)
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
+            if self._regions.json_field is not None:
+                sample["regions"] = [{"text": each.text, "box": [*each.box]} for each in regions]
             changed = run_stages(self._stages, sample, self._pictures.transparency)
             captions = [changed["text"], *changed.get("more_texts", [])]
-            return _Made(self._transform(changed["image"]), captions, identity)
+            if self._regions.json_field is not None:
+                moved = {self._regions.json_field: changed["regions"]}
+                regions = self._regions.read(moved, is_empty=self._is_empty)
+            image, region = self._seen(changed["image"], regions, key)
+            return _Made(image, captions, identity, region=region)
+
+    def _seen(
+        self, picture: EncodedPicture | Image.Image, regions: Sequence[Region], key: tuple[int, ...]
+    ) -> tuple[Tensor, Region | None]:
+        """Transform a picture, and draw one of the regions that are left of it."""
+        if not isinstance(self._transform, WindowedTransform):
+            return self._transform(picture), None
+        image, window = self._transform.with_window(picture)
+        if self._regions.json_field is None:
+            return image, None
+        return image, self._regions.choose(regions, window, key)
+
+    def _all_regions(self, sample_id: int) -> list[Region]:
+        """Read the regions of a stored picture."""
+        span = None
+        if self._regions.json_field is not None:
+            span = self.table.member_span(sample_id, "json")
+        if span is None:
+            return []
+        return self._regions.read(read_json(self._reader.read(span)), is_empty=self._is_empty)
 
     def _picture_id(self, sample_id: int, data: bytes | None) -> int | None:
         """Identify a picture by what the setting names, else by its bytes or those embedded."""

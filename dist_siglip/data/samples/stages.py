@@ -9,12 +9,18 @@ resumes.
 A stage gets pictures in RGB, as a model would. One that has an attribute ``picture_mode`` says
 otherwise: "RGBA" for pictures with their alpha, "stored" for the mode of the file, such as "I;16"
 with all its bits. Such stages come first, since what is laid on a colour stays there.
+
+Where regions are read a sample has them under ``regions``. A stage that returns another picture
+says with an attribute ``moves_regions`` whether it moves pixels, and their boxes with them (True),
+or leaves every pixel in its place (False).
 """
 
+import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture import flatten, to_rgba
@@ -65,7 +71,8 @@ def run_stages(
         stages: functions from an iterator of samples to an iterator of samples.
         sample: ``__key__``, ``__url__`` (the shard), ``image`` (a ``PIL.Image`` in RGB, or in its
             own mode if ``all_take_rgb`` denies), ``text``, ``more_texts`` (a list) if captions
-            train together with it, and ``json`` (a dict) if the captions came from there.
+            train together with it, ``json`` (a dict) if the captions came from there, and
+            ``regions`` (a list of dicts) if regions are read.
         transparency: as ``PicturePolicy.transparency``.
 
     Returns:
@@ -74,13 +81,15 @@ def run_stages(
     Raises:
         FilteredError: if a stage yields nothing.
         BadSampleError: if a stage says so, or leaves an empty text.
-        UserError: if a stage yields two samples, or takes away picture or texts.
+        UserError: if a stage yields two samples, takes away picture, texts or regions, or does not
+            say whether it moves pixels.
         RuntimeError: if a stage fails; the error of the stage is its cause.
     """
     num_more = len(sample.get("more_texts", []))
     for stage in stages:
         name = _name(stage)
         sample = {**sample, "image": _in_mode(sample["image"], _picture_mode(stage), transparency)}
+        before, has_regions = sample["image"], "regions" in sample
         try:
             results = list(stage(iter([sample])))
         except (BadSampleError, UserError):
@@ -98,6 +107,8 @@ def run_stages(
             )
         sample = results[0]
         _check(sample, name, num_more)
+        if has_regions:
+            _check_regions(stage, before, sample)
     image: Image.Image = sample["image"]
     texts = [text.strip() for text in (sample["text"], *sample.get("more_texts", []))]
     if not all(texts):
@@ -133,3 +144,54 @@ def _check(sample: Any, name: str, num_more: int) -> None:
 
 def _name(stage: Stage) -> str:
     return getattr(stage, "__qualname__", None) or type(stage).__qualname__
+
+
+def _check_regions(stage: Stage, before: Image.Image, sample: dict[str, Any]) -> None:
+    """Refuse a stage that may have moved pixels under their boxes."""
+    if not isinstance(sample.get("regions"), list):
+        raise UserError(f"stage {_name(stage)} must leave the list under 'regions'")
+    if sample["image"] is not before and not hasattr(stage, "moves_regions"):
+        raise UserError(
+            f"stage {_name(stage)} makes another picture and does not say whether its pixels move; "
+            "give it an attribute moves_regions: True if it moves the boxes in sample['regions'] "
+            "with them, False if every pixel stays in its place"
+        )
+
+
+class RandomFlip:
+    """A stage that mirrors pictures, boxes included, left to right.
+
+    A sample whose caption or regions speak of left or right (in English) stays as it is.
+
+    Args:
+        probability: share of the samples, in [0, 1].
+    """
+
+    moves_regions = True
+
+    def __init__(self, probability: float = 0.5) -> None:
+        if not 0 <= probability <= 1:
+            raise UserError(f"probability ({probability}) of RandomFlip must be in [0, 1]")
+        self.probability = probability
+
+    def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Mirror some of the samples."""
+        for sample in samples:
+            regions = sample.get("regions", [])
+            texts = [sample["text"], *sample.get("more_texts", [])]
+            texts += [region["text"] for region in regions]
+            if random.random() >= self.probability or any(map(_NAMES_A_SIDE, texts)):
+                yield sample
+                continue
+            flipped = {**sample, "image": ImageOps.mirror(sample["image"])}
+            if "regions" in sample:
+                flipped["regions"] = [_mirrored(region) for region in regions]
+            yield flipped
+
+
+_NAMES_A_SIDE = re.compile(r"\b(left|right)", re.IGNORECASE).search
+
+
+def _mirrored(region: dict[str, Any]) -> dict[str, Any]:
+    top, left, bottom, right = region["box"]
+    return {**region, "box": [top, 1 - right, bottom, 1 - left]}

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import CenterCropOrPad, PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Normalize, RandomResizedCrop
+from torchvision.transforms import CenterCrop, Normalize, RandomResizedCrop
 
 from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture, flatten
 from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.regions import WHOLE, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,22 +144,36 @@ class CropResize:
         )
 
 
-class _RandomCrop:
+class WindowedTransform:
+    """A transform that can say which part of the picture its pixels are."""
+
+    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+        """Return (3, H, W) uint8."""
+        return self.with_window(picture)[0]
+
+    def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
+        """Return (3, H, W) uint8, and the part of the picture that is seen."""
+        raise NotImplementedError
+
+
+class _RandomCrop(WindowedTransform):
     """open_clip's training transform, its crop drawn before anything is decoded."""
 
     def __init__(self, crop_resize: CropResize, crop_scale: tuple[float, float]) -> None:
         self._crop_resize = crop_resize
         self._crop_scale = list(crop_scale)
 
-    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+    def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
         width, height = picture.size
         # torchvision's own draw needs something of this size, not its pixels.
         shape_only = torch.empty(1).expand(3, height, width)
         crop = RandomResizedCrop.get_params(shape_only, self._crop_scale, list(_RATIO))
-        return to_pixels(self._crop_resize(picture, crop))
+        top, left, rows, columns = crop
+        window = Window(top / height, left / width, (top + rows) / height, (left + columns) / width)
+        return to_pixels(self._crop_resize(picture, crop)), window
 
 
-class _Evaluation:
+class _Evaluation(WindowedTransform):
     """open_clip's evaluation transform without its last two steps."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -175,14 +190,26 @@ class _Evaluation:
         self._steps = steps
         self._transparency = preprocessing.pictures.transparency
 
-    def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
+    def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
         if isinstance(picture, Image.Image):
             image = _in_rgb(picture, self._transparency)
         else:
             image = picture.decode()
+        window = WHOLE
         for step in self._steps:
+            size = image.size
             image = step(image)
-        return to_pixels(image)
+            if isinstance(step, CenterCrop | CenterCropOrPad):
+                left, right = _middle(size[0], image.width)
+                top, bottom = _middle(size[1], image.height)
+                window = Window(top, left, bottom, right)
+        return to_pixels(image), window
+
+
+def _middle(length: int, kept: int) -> tuple[float, float]:
+    """Start and stop, in shares, of the middle that torchvision cuts out of a side or pads."""
+    first = round((length - kept) / 2) if kept <= length else -((kept - length) // 2)
+    return first / length, (first + kept) / length
 
 
 def _in_rgb(image: Image.Image, transparency: str) -> Image.Image:

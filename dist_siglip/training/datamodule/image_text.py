@@ -38,6 +38,7 @@ from dist_siglip.data.samples.picture_policy import (
     ExifOrientation,
     TruncatedPictures,
 )
+from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.data.samples.stages import Stage, check_stages
 from dist_siglip.data.samples.transforms import (
     CropResize,
@@ -209,6 +210,7 @@ class ImageTextDataModule(BatchTransfer):
         picture_id: when two pictures are the same, as rows of one picture with several captions
             have it: "bytes", if their files are equal; the name of a field in their .json member,
             as ``captions.json_field``, if it is (the bytes where it is missing); null, never.
+        regions: where regions of pictures are, texts with boxes, for objectives that need them.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -245,6 +247,7 @@ class ImageTextDataModule(BatchTransfer):
         transparency: str = AUTO,
         exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
         truncated_pictures: TruncatedPictures = "replace",
+        regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
     ) -> None:
         super().__init__()
         check_least(
@@ -259,6 +262,7 @@ class ImageTextDataModule(BatchTransfer):
         )
         check_shares(max_bad_fraction, train_crop_scale)
         captions.check()
+        regions.check()
         cache.check()
         if picture_id == "":
             raise UserError(
@@ -272,7 +276,8 @@ class ImageTextDataModule(BatchTransfer):
                 train_crop_scale=train_crop_scale,
                 train_features=train_features,
             )
-        others = () if picture_id in (None, PICTURE_BYTES) else ("json",)
+        reads_json = picture_id not in (None, PICTURE_BYTES) or regions.json_field is not None
+        others = ("json",) if reads_json else ()
         self.cache = ShardCache(cache)
         self.tables = ShardTables(
             train_shards=train_shards,
@@ -303,6 +308,7 @@ class ImageTextDataModule(BatchTransfer):
         _ = self.pictures  # checks them
         self.scaled_decode = scaled_decode
         self.captions = captions
+        self.regions = regions
         self.stages = check_stages(stages or [])
         self.bad_sample_log = bad_sample_log
         self.picture_id = picture_id
@@ -403,6 +409,7 @@ class ImageTextDataModule(BatchTransfer):
             bad_sample_log=self.bad_sample_log,
             tokenizer=None if self.inputs is None else self.inputs.tokenizer,
             picture_id=self.picture_id,
+            regions=self.regions,
             **options,
         )
 

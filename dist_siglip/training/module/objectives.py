@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.cached_features import CachedFeatures
+from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.distributed import agree_once, gather_rows, max_over_ranks, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.metrics.evaluation import ARRAY_PAIRS
@@ -26,7 +27,7 @@ from dist_siglip.models import (
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.text_tower import ModelTokenizer
 from dist_siglip.models.tuning import layer_groups
-from dist_siglip.objectives import Captioning, Objective, Rows, Term
+from dist_siglip.objectives import Captioning, Objective, Regions, Rows, Term
 from dist_siglip.training.module.captions import caption_weights_of
 from dist_siglip.training.module.run_module import RunModule
 
@@ -121,6 +122,28 @@ def refuse_other_heads(module: nn.Module, stored: Iterable[str], path: object) -
         )
 
 
+def require_regions(data: object, objectives: Iterable[Objective]) -> None:
+    """Refuse a data module that reads no regions where an objective needs them.
+
+    Raises:
+        UserError: naming the objective.
+    """
+    rule: RegionRule | None = getattr(data, "regions", None)
+    for objective in objectives:
+        if rule is not None and rule.json_field is None and "regions" in objective.needs:
+            raise UserError(
+                f"objectives ({type(objective).__name__}) need regions of pictures; name their "
+                "field of the .json as data.regions.json_field, or ask for tasks without boxes"
+            )
+
+
+def regions_of(batch: ImageTextBatch) -> Regions | None:
+    """Return the regions of a batch, if its data have any."""
+    if batch.region_texts is None or batch.region_boxes is None:
+        return None
+    return Regions(batch.region_texts, batch.region_boxes)
+
+
 def encode_with_terms(
     towers: DualEncoder,
     objectives: Mapping[str, nn.Module],
@@ -148,7 +171,8 @@ def encode_with_terms(
 
     def encode(images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         features, tokens = towers.encode_image_tokens(images)
-        seen = Rows(tokens, *rows)
+        texts, draws, valid, *regions = rows
+        seen = Rows(tokens, texts, draws, valid, Regions(*regions) if regions else None)
         found = {name: objective(seen) for name, objective in objectives.items()}
         names[:] = [(name, term) for name, terms in found.items() for term in terms]
         terms = [found[name][term] for name, term in names]
@@ -158,7 +182,13 @@ def encode_with_terms(
             torch.stack([each.number for each in terms]),
         )
 
-    columns = (batch.images, batch.texts, draws_of(batch, step), batch.valid)
+    columns = (
+        batch.images,
+        batch.texts,
+        draws_of(batch, step),
+        batch.valid,
+        *(regions_of(batch) or ()),
+    )
     if later is not None and len(batch.images) > micro_batch_size:
         cached = CachedEncoding(encode, columns, micro_batch_size)
         later.append(cached)
@@ -292,7 +322,7 @@ class ObjectiveMeasures:
             tokens: (B, T, C) of its pictures.
             num_pictures: of the evaluation, of which a few are kept to write captions of.
         """
-        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid)
+        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid, regions_of(batch))
         for objective in objectives.values():
             for name, term in objective.measure(rows).items():
                 both = torch.stack([term.total.float(), term.number.float()])
@@ -391,12 +421,14 @@ class ObjectiveModule(RunModule):
         """Check what a data module reads against towers, objectives and loss.
 
         Raises:
-            UserError: as ``check_features``, ``refuse_cached`` and ``caption_weights_of``.
+            UserError: as ``check_features``, ``refuse_cached``, ``require_regions`` and
+                ``caption_weights_of``.
         """
         super().check_data(data)
         if hasattr(data, "captions"):
             self.caption_weights = caption_weights_of(data, self.loss)
         refuse_cached(data, self.by_name.values())
+        require_regions(data, self.by_name.values())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the objectives, too; shards have been loaded by now."""

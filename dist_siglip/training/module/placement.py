@@ -72,7 +72,7 @@ def shard_module(
                 block.compile()
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
-        for method in ("measure", "write"):
+        for method in ("measure", "write", "write_boxes"):
             if hasattr(objective, method):
                 register_fsdp_forward_method(objective, method)
     # Apart, so that the loss can ask for them outside of the towers; never in half precision.
