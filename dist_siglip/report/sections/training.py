@@ -22,6 +22,7 @@ from dist_siglip.report.records import RunRecord
 _MANY_BAD = 0.001  # of the samples seen
 _MANY_SKIPPED = 0.01  # of the steps
 _MOST_REASONS = 8
+_OF_CAPTIONS = "train/pair_loss_"  # of one field, where several train together
 _SPEED, _WAIT = "train/pairs_per_second", "train/data_wait_percent"
 _BOUND, _SOME = 33.0, 10.0  # percent of the time spent waiting for data
 _SLOWER = 0.8  # of the first half, below which a run has become slow
@@ -296,6 +297,11 @@ def _training_loss(run: RunRecord) -> Series | None:
     return run.series.get("train/pair_loss", run.series.get("train/loss"))
 
 
+def _caption_losses(run: RunRecord) -> list[str]:
+    """Names of the logged losses of captions that train together."""
+    return sorted(name for name in run.series if name.startswith(_OF_CAPTIONS))
+
+
 def draw_loss(runs: Sequence[RunRecord]) -> str | None:
     """Training and validation loss over steps; None if neither was logged."""
     alone = len(runs) == 1
@@ -311,6 +317,9 @@ def draw_loss(runs: Sequence[RunRecord]) -> str | None:
             name = label if alone else f"{run.short_name}, {label}"
             colour = TEXT_COLOUR if alone and marker else colour_of(index)
             curves.append(Curve(name, series, colour, style, marker))
+        for place, key in enumerate(_caption_losses(run) if alone else [], start=1):
+            label = f"captions {key.removeprefix(_OF_CAPTIONS)}"
+            curves.append(Curve(label, run.series[key], colour_of(place), ":"))
     return draw_curves(
         "loss",
         "Loss over optimizer steps, training and validation",

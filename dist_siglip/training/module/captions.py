@@ -78,7 +78,7 @@ def loss_of_captions(
 
     Returns:
         The loss; duplicates summed over fields; terms, and the loss of each field as
-        ``caption_loss_FIELD`` if there are several.
+        ``pair_loss_FIELD`` if there are several.
 
     Raises:
         UserError: as the loss does, or if ranks weigh differently.
@@ -112,7 +112,7 @@ def loss_of_captions(
         name: weighted_sum([each.terms[name] for each in found], shares) for name in found[0].terms
     }
     for name, each in zip(share_of, found, strict=True):
-        terms[f"caption_loss_{name}"] = each.loss.detach()
+        terms[f"pair_loss_{name}"] = each.loss.detach()
     return LossOutput(
         weighted_sum([each.loss for each in found], shares),
         torch.stack(counts).sum(dim=0) if counts else None,

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 
 from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import CaptionRule
@@ -424,3 +426,30 @@ def test_a_stage_sees_all_captions_and_must_leave_as_many(tmp_path):
     assert sample.more_captions[0] in ("PICTURE 2", "PHOTO 2")
     with pytest.raises(UserError, match="stage forgetful must leave 1 strings under 'more_texts'"):
         recaptioned(shards, BOTH, stages=[forgetful])[StreamPosition(0, 0, 2)]
+
+
+@pytest.mark.parametrize("field", ["weights", "probabilities"])
+def test_on_other_ranks_from_a_position_on_captions_are_those_of_the_whole_run(tmp_path, field):
+    rule = CaptionRule(
+        members=("txt", "json"), pick="random", **{field: {"txt": 0.5, "synthetic": 0.5}}
+    )
+    data = recaptioned(write_recaptioned(tmp_path), rule)
+    plan = BatchPlan(
+        counts=data.table.counts, fingerprint="", seed=7, global_batch_size=2, block_shards=1
+    )
+
+    def seen(world_size, done, num_batches):
+        """Captions of the batches after ``done`` samples, in the order of the run."""
+        ranks = [
+            islice(
+                GlobalBatchSampler(plan, rank=rank, world_size=world_size, progress=Progress(done)),
+                num_batches,
+            )
+            for rank in range(world_size)
+        ]
+        positions = [at for batch in zip(*ranks, strict=True) for part in batch for at in part]
+        return [(s.caption, *s.more_captions) for s in (data[at] for at in positions)]
+
+    whole = seen(1, 0, 30)
+    assert whole == seen(1, 0, 13) + seen(2, 26, 17)
+    assert len({caption for each in whole for caption in each}) > 10

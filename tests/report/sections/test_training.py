@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_siglip.report.sections.training import draw_scale_and_bias, judge
+from dist_siglip.report.sections.training import draw_loss, draw_scale_and_bias, judge
 from tests.support.report_records import record
 
 
@@ -38,3 +38,10 @@ def test_relative_bias_is_computed_when_it_was_not_logged():
 
 def test_scale_of_nothing_gives_no_drawing():
     assert draw_scale_and_bias([record()]) is None
+
+
+def test_losses_of_captions_that_train_together_are_drawn_of_one_run():
+    losses = {"train/loss": [3, 2], "train/pair_loss_alt": [4, 3], "train/pair_loss_long": [2, 1]}
+    run = record(series=losses)
+    assert all(f"captions {name}" in draw_loss([run]) for name in ("alt", "long"))
+    assert "captions" not in draw_loss([run, record("other", series=losses)])

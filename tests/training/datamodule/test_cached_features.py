@@ -178,6 +178,13 @@ def test_features_of_other_captions_are_refused(shards, model, features, rule, m
         data.check(1)
 
 
+def test_features_of_one_of_several_fields_are_refused(shards, model, tmp_path):
+    folder = embed(shards, model, tmp_path, "text", captions=CaptionRule(weights={"txt": 1.0}))
+    data = data_of(shards, module_of(model, "text"), train_features=folder)
+    with pytest.raises(UserError, match="were made with captions of txt; embed again without"):
+        data.check(1)
+
+
 def test_features_in_half_precision_are_near(shards, model, tmp_path):
     live = run(model, shards, tmp_path)
     folder = embed(shards, model, tmp_path / "half", dtype="float16")

@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_plain_loops():
     assert torch.allclose(texts.grad, by_text, rtol=1e-12, atol=1e-14)
     assert found.duplicate_pairs == parts[0]["duplicates"] + parts[1]["duplicates"] == 4
     for part, name in zip(parts, WEIGHTS, strict=True):
-        assert torch.allclose(found.terms[f"caption_loss_{name}"], part["loss"], rtol=1e-12)
+        assert torch.allclose(found.terms[f"pair_loss_{name}"], part["loss"], rtol=1e-12)
 
 
 def test_a_step_is_that_of_separate_losses_with_a_pass_each(model):
@@ -187,7 +187,7 @@ def test_a_run_encodes_pictures_once_and_all_captions_in_one_pass(model, tmp_pat
     assert sorted(passes) == ["image", "text"]
     logged = trainer.callback_metrics
     whole = logged["train/loss"]
-    parts = [logged[f"train/caption_loss_{name}"].item() for name in WEIGHTS]
+    parts = [logged[f"train/pair_loss_{name}"].item() for name in WEIGHTS]
     assert whole.item() == pytest.approx((parts[0] + 3 * parts[1]) / 4, rel=1e-6)
     assert parts[0] != parts[1]
     # Four pairs by two: two passes of pictures and four of captions, each made again in backward.
