@@ -245,6 +245,7 @@ def check_teacher_logits(
     scales: tuple[float | None, ...],
     biases: tuple[float | None, ...],
     form: str,
+    names: tuple[str, ...] = (),
 ) -> None:
     """Check that every teacher has what a form of distillation makes its logits of.
 
@@ -253,25 +254,27 @@ def check_teacher_logits(
         scales: of each; None where it is not known.
         biases: likewise.
         form: "sigmoid" or "softmax".
+        names: of teachers, for error texts; () counts them from 0.
 
     Raises:
-        UserError: naming the teacher, counted from 0.
+        UserError: naming the teacher.
     """
     if not dims or not len(dims) == len(scales) == len(biases):
         raise UserError(
             f"teachers have {len(dims)} dims, {len(scales)} scales and {len(biases)} biases; give "
             "one of each for every teacher, and at least one teacher"
         )
-    for number, (scale, bias) in enumerate(zip(scales, biases, strict=True)):
+    names = names or tuple(f"teacher {number}" for number in range(len(dims)))
+    for name, scale, bias in zip(names, scales, biases, strict=True):
         if scale is None or not 0 < scale < math.inf:
             raise UserError(
-                f"scale ({scale}) of teacher {number} must be a number above 0, by which its "
-                "cosines become logits (CLIP models: 100); give teachers.scale"
+                f"scale ({scale}) of {name} must be a number above 0, by which its "
+                "cosines become logits (CLIP models: 100); give its scale"
             )
         if form == "sigmoid" and (bias is None or not math.isfinite(bias)):
             raise UserError(
-                f"bias ({bias}) of teacher {number} must be a number: the sigmoid form needs one, "
-                "and a teacher of a softmax loss has none; give teachers.bias, or take form softmax"
+                f"bias ({bias}) of {name} must be a number: the sigmoid form needs one, "
+                "and a teacher of a softmax loss has none; give its bias, or take form softmax"
             )
 
 

@@ -69,6 +69,8 @@ class BuiltModel:
             they do not say.
         pictures: what decides the pixels of an encoded picture.
         prefix_dims: prefixes of the features that training made useful alone; () if it did not.
+        own_scale: logit scale that the weights brought; None if they had none.
+        own_bias: likewise.
         awaits_weights: nothing was read, and values are those of another process yet to come; start
             values and the trained global batch are not known.
     """
@@ -90,6 +92,8 @@ class BuiltModel:
     prefix_dims: tuple[int, ...] = ()
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     awaits_weights: bool = False
+    own_scale: float | None = None
+    own_bias: float | None = None
 
     @property
     def weights_loaded(self) -> bool:
@@ -166,6 +170,8 @@ def build_dual_encoder(
     if text_config.get("hf_model_name") and check_tokenizer:
         check_tokens(network, tokenizer.loaded(), tokenizer.context_length, model)
     start_scale, start_bias = START_SCALE, START_BIAS
+    own_scale: float | None = None
+    own_bias: float | None = None
     trained_global_batch: int | None = None
     loaded: list[str] = []
     if source.weights is not None:
@@ -174,6 +180,8 @@ def build_dual_encoder(
             load_towers(network, weights, source.weights, kept_positions=kept_positions)
             start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
             trained_global_batch = weights.global_batch_size
+            own_scale = weights.logit_scale
+            own_bias = source.logit_bias if weights.logit_bias is None else weights.logit_bias
         loaded.append("")
     if takes_trunk:
         if not awaits_weights:
@@ -215,6 +223,8 @@ def build_dual_encoder(
         trained_global_batch=trained_global_batch,
         pictures=PicturePolicy.of_preprocessing(source.preprocessing, model),
         awaits_weights=awaits_weights,
+        own_scale=own_scale,
+        own_bias=own_bias,
     )
 
 

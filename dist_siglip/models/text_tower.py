@@ -307,6 +307,13 @@ class ModelTokenizer:
         """Whether a long caption loses tokens by lot, others every time."""
         return self.options.get("reduction_mask") in ("simple", "random", "shuffle")
 
+    def makes_tokens_of(self, other: object) -> bool:
+        """Whether it turns every caption into the same row of tokens as another tokenizer."""
+        if not isinstance(other, ModelTokenizer) or self.draws_tokens:
+            return False
+        names = ("context_length", "options", "mode", "hugging_face")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
     def clean(self, text: str) -> str:
         """Clean a caption as is done before it is cut into tokens."""
         self.load()

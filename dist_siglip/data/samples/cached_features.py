@@ -108,6 +108,10 @@ class FeatureFile:
         """Samples that have a row."""
         return int((self._rows >= 0).sum())
 
+    def width(self, tower: Tower) -> int:
+        """D of the features of a tower."""
+        return int(self._slices[tower].get_shape()[1])
+
     def row(self, place: int, tower: Tower) -> Tensor | None:
         """Return the features (D,) of the sample at a place of the shard; None if it has none."""
         row = int(self._rows[place])
@@ -135,18 +139,22 @@ class CachedFeatures:
         folders: that ``embed --format features`` wrote, of one model; together they have every
             shard of the table.
         table: the data set.
+        name: of the setting, for error texts.
 
     Attributes:
         towers: whose features are there.
         digests: what decides the features of each tower, see ``models.digest``.
+        manifest: what else ``embed`` wrote down about them.
         has_ids: whether all folders say which pictures and captions are the same.
 
     Raises:
         UserError: if a folder is not of that format, folders differ, or a shard has no file.
     """
 
-    def __init__(self, folders: Sequence[str], table: PairTable) -> None:
-        manifests = [_read_manifest(Path(folder)) for folder in folders]
+    def __init__(
+        self, folders: Sequence[str], table: PairTable, name: str = "train_features"
+    ) -> None:
+        manifests = [_read_manifest(Path(folder), name) for folder in folders]
         first = manifests[0]
         self.digests: dict[Tower, str] = {
             tower: first[f"{tower}_tower"] for tower in TOWERS if first.get(f"{tower}_tower")
@@ -156,12 +164,13 @@ class CachedFeatures:
         for folder, manifest in zip(folders, manifests, strict=True):
             if any(manifest.get(f"{tower}_tower") != self.digests.get(tower) for tower in TOWERS):
                 raise UserError(
-                    f"train_features ({folder}) are of another model than those in {folders[0]}; "
+                    f"{name} ({folder}) are of another model than those in {folders[0]}; "
                     "embed all shards with the same"
                 )
-        self._captions = first
+        self.manifest = first
+        self._name = name
         self._starts = table.starts
-        self._paths = [_find(folders, line) for line in table.shard_lines.split("\n")]
+        self._paths = [_find(folders, line, name) for line in table.shard_lines.split("\n")]
         self._open: dict[int, FeatureFile] = {}
 
     def check_captions(self, rule: CaptionRule) -> None:
@@ -175,26 +184,37 @@ class CachedFeatures:
         for name in ("weights", "probabilities"):
             if getattr(rule, name) is not None:
                 raise UserError(
-                    f"captions.{name} ({', '.join(rule.fields)}) must be null: train_features "
+                    f"captions.{name} ({', '.join(rule.fields)}) must be null: {self._name} "
                     "holds the features of one caption for each sample"
                 )
-        if self._captions.get("caption_field") is not None:
+        if self.manifest.get("caption_field") is not None:
             raise UserError(
-                f"train_features were made with captions of {self._captions['caption_field']}; "
+                f"{self._name} were made with captions of {self.manifest['caption_field']}; "
                 "embed again without captions.weights and captions.probabilities"
             )
         if rule.pick != "first":
             raise UserError(
-                f"captions.pick ({rule.pick}) must be first: train_features holds the features of "
+                f"captions.pick ({rule.pick}) must be first: {self._name} holds the features of "
                 "one caption for each sample"
             )
         for name in ("members", "json_field", "split_lines"):
-            now, then = getattr(rule, name), self._captions.get(f"caption_{name}")
+            now, then = getattr(rule, name), self.manifest.get(f"caption_{name}")
             if (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(
-                    f"captions.{name} ({now}) is not what train_features were made with ({then}); "
+                    f"captions.{name} ({now}) is not what {self._name} were made with ({then}); "
                     "set it so, or embed again"
                 )
+
+    def width(self, tower: Tower) -> int:
+        """Return D of the features of a tower.
+
+        Raises:
+            UserError: if the first file cannot be read.
+        """
+        try:
+            return FeatureFile(self._paths[0]).width(tower)
+        except OSError as error:
+            raise UserError(f"{self._name}: {error}; embed the shards again") from error
 
     def row(self, sample_id: int, tower: Tower) -> Tensor:
         """Return the features (D,) of a sample, float32.
@@ -235,28 +255,28 @@ class CachedFeatures:
         return {**self.__dict__, "_open": {}}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, name: str) -> dict[str, Any]:
     try:
         manifest = read_json(folder / MANIFEST)
         kind = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"train_features ({folder}) is no folder of embeddings ({MANIFEST}: "
+            f"{name} ({folder}) is no folder of embeddings ({MANIFEST}: "
             f"{' '.join(str(error).split())[:80]}); make one: dist-siglip embed --format features"
         ) from error
     if kind != "features":
         raise UserError(
-            f"train_features ({folder}) has format {kind}; embed the shards with --format features"
+            f"{name} ({folder}) has format {kind}; embed the shards with --format features"
         )
     return dict(manifest)
 
 
-def _find(folders: Sequence[str], line: str) -> Path:
+def _find(folders: Sequence[str], line: str, name: str) -> Path:
     for folder in folders:
         path = feature_path(Path(folder), line)
         if path.is_file():
             return path
     raise UserError(
-        f"train_features ({', '.join(folders)}) lack shard {line.split(chr(9))[0]}, or hold those "
+        f"{name} ({', '.join(folders)}) lack shard {line.split(chr(9))[0]}, or hold those "
         "of another version of it; run dist-siglip embed --format features again"
     )

@@ -23,7 +23,7 @@ from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.sequence import StreamPosition, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError, BadSampleLog, TruncatedCount
 from dist_siglip.data.samples.batch import PairSample
-from dist_siglip.data.samples.cached_features import CachedFeatures, Tower
+from dist_siglip.data.samples.cached_features import TOWERS, CachedFeatures, Tower
 from dist_siglip.data.samples.captions import CaptionRule, EmptyCaptions, Tokenizer, read_json
 from dist_siglip.data.samples.datacompdr import ReinforcedSamples
 from dist_siglip.data.samples.fetch import ShardReader
@@ -170,6 +170,7 @@ class PairDataset(Dataset[PairSample]):
         bad_sample_log: file for a JSON line about every bad sample: shard, key, sample_id, epoch,
             position, source, reason. None writes none.
         features: rows that stand in for pictures, captions or both; a sample without one is bad.
+        teacher_features: rows of teachers, which go beside each other; likewise.
         is_evaluation: take the first caption, and mark substitutes as not valid, so that they do
             not count.
         tokenizer: of the model; a caption without a token is empty.
@@ -198,6 +199,7 @@ class PairDataset(Dataset[PairSample]):
         source_ranges: Sequence[tuple[int, int]] = (),
         bad_sample_log: str | None = None,
         features: CachedFeatures | None = None,
+        teacher_features: Sequence[CachedFeatures] = (),
         is_evaluation: bool = False,
         tokenizer: Tokenizer | None = None,
         picture_id: str | None = PICTURE_BYTES,
@@ -230,6 +232,7 @@ class PairDataset(Dataset[PairSample]):
         self._log = BadSampleLog(bad_sample_log)
         self._truncated = TruncatedCount(table.describe)
         self._features = features
+        self._teacher_features = tuple(teacher_features)
         self._is_evaluation = is_evaluation
         # The table may know further members, which hold no captions.
         self._caption_members = {name.lower().lstrip(".") for name in captions.members}
@@ -255,6 +258,7 @@ class PairDataset(Dataset[PairSample]):
             try:
                 made = self._make(sample_id, at, num_bad + num_filtered)
                 features = self._rows(sample_id)
+                teachers = self._teacher_rows(sample_id)
             except BadSampleError as error:
                 num_bad += 1
                 self._report(sample_id, at, error)
@@ -273,8 +277,8 @@ class PairDataset(Dataset[PairSample]):
                     picture_id=made.picture_id,
                     caption_id=self._stored_id(sample_id, "text"),
                     draw=draw_one(2**63, *at.key(self._seed), _DEVICE_DRAWS),
-                    teacher_image_features=made.teacher_image_row,
-                    teacher_text_features=made.teacher_text_row,
+                    teacher_image_features=teachers.get("image", made.teacher_image_row),
+                    teacher_text_features=teachers.get("text", made.teacher_text_row),
                     more_captions=tuple(made.captions[1:]),
                     region=made.region,
                 )
@@ -433,6 +437,15 @@ class PairDataset(Dataset[PairSample]):
         if self._features is None:
             return {}
         return {tower: self._features.row(sample_id, tower) for tower in self._features.towers}
+
+    def _teacher_rows(self, sample_id: int) -> dict[str, Tensor]:
+        """Read the rows of teachers, side by side, by tower."""
+        if not self._teacher_features:
+            return {}
+        return {
+            tower: torch.cat([each.row(sample_id, tower) for each in self._teacher_features])
+            for tower in TOWERS
+        }
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

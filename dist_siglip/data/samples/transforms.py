@@ -22,6 +22,23 @@ from dist_siglip.data.samples.regions import WHOLE, Window
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherInputs:
+    """What teachers of a training want to be fed beside the model, in plain values.
+
+    Attributes:
+        tokenizers: of live teachers whose tokens are not the model's.
+        features: folders of each teacher whose rows are stored.
+        other_crops: whether these rows may be of other parts of the pictures than the model sees.
+        live: whether a teacher sees pictures and captions of the batch.
+    """
+
+    tokenizers: tuple[Callable[[list[str]], Tensor], ...] = ()
+    features: tuple[tuple[str, ...], ...] = ()
+    other_crops: bool = False
+    live: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """Preprocessing that belongs to a model, in plain values.
 
@@ -35,6 +52,7 @@ class Preprocessing:
         context_length: tokens of a text.
         tokenizer: list of B strings to (B, context_length) token ids.
         pictures: what decides the pixels of an encoded picture.
+        teachers: of a training by distillation.
     """
 
     image_size: int | tuple[int, int]
@@ -45,11 +63,13 @@ class Preprocessing:
     context_length: int
     tokenizer: Callable[[list[str]], Tensor]
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
+    teachers: TeacherInputs = field(default_factory=TeacherInputs)
 
     @classmethod
     def of(cls, model: Any) -> "Preprocessing":
         """Take the values from a built model, which has attributes of the same names."""
-        return cls(**{each.name: getattr(model, each.name) for each in fields(cls)})
+        names = {each.name for each in fields(cls)} - {"teachers"}
+        return cls(**{name: getattr(model, name) for name in names})
 
 
 ImageTransform = Callable[[EncodedPicture | Image.Image], Tensor]

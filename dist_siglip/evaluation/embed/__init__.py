@@ -395,7 +395,18 @@ def _all_read(batches: Iterable[ShardBatch], job: ShardJob) -> Iterator[ShardBat
 def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> dict[str, Any]:
     """Everything that decides the numbers, as plain values by name."""
     # Which pictures and captions are the same, for training; older folders lack it.
-    ids = {"ids": "picture bytes, caption tokens"} if settings.format == "features" else {}
+    # And what makes the rows logits of a teacher, and which part of a picture they are of.
+    ids = (
+        {
+            "ids": "picture bytes, caption tokens",
+            "logit_scale": built.own_scale,
+            "logit_bias": built.own_bias,
+            "global_batch_size": built.trained_global_batch,
+            "resize_mode": built.resize_mode,
+        }
+        if settings.format == "features"
+        else {}
+    )
     truncated = built.pictures.truncated_pictures
     return {
         "version": 1,

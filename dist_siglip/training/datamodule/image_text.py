@@ -4,7 +4,7 @@ It checks the data before anything starts and gives every rank its slice of each
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
-from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import (
     BLOCK_SHARDS,
     BatchPlan,
@@ -50,6 +49,7 @@ from dist_siglip.data.samples.transforms import (
 from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import check_ranks_started_alike
 from dist_siglip.training.datamodule.sources import ShardTables, TrainSource
+from dist_siglip.training.datamodule.stored_features import load_features, load_teacher_features
 from dist_siglip.training.datamodule.training_position import (
     TrainingPosition,
     count_first,
@@ -58,44 +58,6 @@ from dist_siglip.training.datamodule.training_position import (
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def load_features(
-    folders: str | list[str] | None,
-    table: PairTable,
-    *,
-    captions: CaptionRule,
-    stages: Sequence[Stage],
-    train_crop_scale: tuple[float, float] | None,
-) -> CachedFeatures | None:
-    """Open the features of a training set.
-
-    Args:
-        folders: the setting ``train_features``; None has none.
-        table: of the training set.
-        captions: rule of the run.
-        stages: of the run.
-        train_crop_scale: of the run.
-
-    Raises:
-        UserError: if pictures or captions would differ from epoch to epoch, or as
-            ``CachedFeatures``.
-    """
-    if folders is None:
-        return None
-    features = CachedFeatures([folders] if isinstance(folders, str) else folders, table)
-    if stages:
-        raise UserError(
-            f"stages ({len(stages)}) change samples that train_features were made of without "
-            "them; leave one of the two out"
-        )
-    if "image" in features.towers and train_crop_scale is not None:
-        raise UserError(
-            f"train_crop_scale ({train_crop_scale}) has no effect on train_features, which hold "
-            "whole pictures; set it to null"
-        )
-    features.check_captions(captions)
-    return features
 
 
 logger = logging.getLogger(__name__)
@@ -316,6 +278,7 @@ class ImageTextDataModule(BatchTransfer):
         self.datacompdr = datacompdr
         self.max_incomplete = max_bad_fraction if on_damage == "skip" else 0.0
         self.features: CachedFeatures | None = None
+        self.teacher_features: tuple[CachedFeatures, ...] = ()
         self.position = TrainingPosition(accept_changed_data=accept_changed_data)
         self.train_dataset: PairDataset | None = None
         self.val_dataset: PairDataset | None = None
@@ -347,7 +310,7 @@ class ImageTextDataModule(BatchTransfer):
         if self.tables.trains:
             check_divisible(self.global_batch_size, world_size)
             self._make_plan()
-            self.features = self._load_features()
+            self._open_features()
             self._reinforced()
         if self.val_shards is not None:
             self.tables.of("val_shards")
@@ -378,12 +341,13 @@ class ImageTextDataModule(BatchTransfer):
             transform = training_transform(
                 self.inputs, self.train_crop_scale, scaled_decode=self.scaled_decode
             )
-            self.features = self.features or self._load_features()
+            self._open_features()
             replay = CropResize(self.inputs, self.scaled_decode)
             self.train_dataset = self.dataset_of(
                 "train_shards",
                 transform,
                 features=self.features,
+                teacher_features=self.teacher_features,
                 reinforced=self._reinforced(replay),
             )
             if self.trainer is not None:
@@ -484,14 +448,19 @@ class ImageTextDataModule(BatchTransfer):
             block_shards=self.block_shards,
         )
 
-    def _load_features(self) -> CachedFeatures | None:
-        return load_features(
-            self.train_features,
-            self.tables.of("train_shards"),
-            captions=self.captions,
-            stages=self.stages,
-            train_crop_scale=self.train_crop_scale,
-        )
+    def _open_features(self) -> None:
+        """Open stored features of the model and of its teachers, if that has not happened yet."""
+        table = self.tables.of("train_shards")
+        options: Any = {
+            "captions": self.captions,
+            "stages": self.stages,
+            "train_crop_scale": self.train_crop_scale,
+        }
+        if self.features is None:
+            self.features = load_features(self.train_features, table, **options)
+        if self.inputs is not None and not self.teacher_features:
+            teachers = self.inputs.teachers
+            self.teacher_features = load_teacher_features(teachers, table, **options)
 
     def _reinforced(self, crop_resize: CropResize | None = None) -> ReinforcedSamples | None:
         """Look at what the training shards hold of teachers; with a crop, to draw from it."""

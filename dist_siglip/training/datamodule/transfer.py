@@ -137,10 +137,11 @@ class BatchTransfer(LightningDataModule):
         self, dataset: PairDataset, sampler: GlobalBatchSampler | EvaluationBatchSampler
     ) -> DataLoader[PairSample]:
         assert self.inputs is not None  # setup has checked it
+        trains = isinstance(sampler, GlobalBatchSampler)
         return build_loader(
             dataset,
             sampler,
-            PairCollator(self.inputs.tokenizer),
+            PairCollator(self.inputs.tokenizer, self.inputs.teachers.tokenizers if trains else ()),
             workers_per_rank=self.workers_per_rank,
             prefetch_factor=self.prefetch_factor,
             pin_memory=self._device().type == "cuda",

@@ -230,7 +230,7 @@ class RunModule(LightningModule):
     def use_pictures(self, policy: PicturePolicy) -> None:
         """Take over what decides the pixels of pictures, which benchmarks and digests ask for."""
         self.built = replace(self.built, pictures=policy)
-        self.inputs = Preprocessing.of(self.built)
+        self.inputs = replace(self.inputs, pictures=policy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the optimizer's parameters."""

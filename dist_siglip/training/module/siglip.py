@@ -45,6 +45,7 @@ from dist_siglip.training.module.locked_features import settle_identities
 from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
 from dist_siglip.training.module.placement import receive_values, shard_module
 from dist_siglip.training.module.run_module import configure
+from dist_siglip.training.module.teachers import TeacherConfig, Teachers
 from dist_siglip.training.optim import OptimConfig, ParameterRule
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class SigLipModule(EncodingModule):
         text_tower: what of the text tower trains, and how fast.
         prefix_dims: prefixes of the dimension whose recall, margin and gap an evaluation measures,
             as they are cut and after a rotation. Null: those of the loss, if it has any.
+        teachers: whose logits a loss such as ``dist_siglip.losses.DistillationLoss`` learns, each
+            live or from stored rows; several are averaged. Null: none.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class SigLipModule(EncodingModule):
         image_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         prefix_dims: list[int] | None = None,
+        teachers: list[TeacherConfig] | None = None,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -180,7 +184,8 @@ class SigLipModule(EncodingModule):
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
-        self.inputs = Preprocessing.of(built)
+        self.teachers = Teachers(teachers or [], built, self.loss)
+        self.inputs = replace(Preprocessing.of(built), teachers=self.teachers.inputs)
         self.optim = optim
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -221,6 +226,7 @@ class SigLipModule(EncodingModule):
             self._is_sharded = True
         elif self._compiles:
             translate_towers(self.towers)
+            self.teachers.compile()
             for objective in self.by_name.values():
                 objective.compile_heads("inductor")
         if some_await:
@@ -253,8 +259,19 @@ class SigLipModule(EncodingModule):
         self.check_data(data)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
+    def check_data(self, data: object) -> None:
+        """Check what a data module brings for teachers, too.
+
+        Raises:
+            UserError: as ``Teachers.check_data``.
+        """
+        super().check_data(data)
+        self.teachers.check_data(data)
+
     def on_fit_start(self) -> None:
         """Tell Lightning that locked parts are in evaluation mode on purpose."""
+        if self.trainer.is_global_zero:
+            self.teachers.warn_of_batch(self.global_batch_size)
         if self.towers.is_kept_in_evaluation:
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
@@ -278,12 +295,18 @@ class SigLipModule(EncodingModule):
             image_features, text_features, terms = self.encode_with_terms(counted, batch)
         else:
             image_features, text_features = self.encode(batch._replace(texts=batch.all_texts()))
+        teachers = None
+        if self.teachers:
+            teachers = self.teachers.features_of(batch, self.micro_batch_size)
         self.step_timer.end_encoding()
         # Under autocast products and exchange are in the towers' precision, logits in float32.
         device_type = image_features.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             image_features, text_features = image_features.to(dtype), text_features.to(dtype)
+            if teachers is not None:
+                image, text = teachers.image.to(dtype), teachers.text.to(dtype)
+                teachers = teachers._replace(image=image, text=text)
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
@@ -296,6 +319,7 @@ class SigLipModule(EncodingModule):
             batch=batch,
             weights=self.caption_weights,
             nonfinite="raise" if self.step_check is None else "propagate",
+            teachers=teachers,
         )
         self.log_terms(loss_terms)
         if self.objectives:

@@ -126,6 +126,8 @@ def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> B
         built,
         start_scale=weights.logit_scale,
         start_bias=weights.logit_bias,
+        own_scale=weights.logit_scale,
+        own_bias=weights.logit_bias,
         random_parameters=frozenset(),
         trained_global_batch=weights.global_batch_size,
         pictures=built.pictures.of_run(data if isinstance(data, Mapping) else {}),
