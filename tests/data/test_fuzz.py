@@ -28,16 +28,23 @@ from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.packing import SampleMaker
 from dist_siglip.data.packing.table import Columns, read_rows
+from dist_siglip.data.samples.augmentations import (
+    Replay,
+    UnknownOperationError,
+    parse_augmentation,
+)
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import MAX_CAPTION_CHARACTERS, CaptionRule
+from dist_siglip.data.samples.datacompdr import read_teacher_rows, teacher_row
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.transforms import training_transform
+from dist_siglip.data.samples.transforms import CropResize, training_transform
 from dist_siglip.errors import UserError
 from tests.support.broken_pictures import break_jpeg, break_png, break_webp
 from tests.support.hostile import EXTENSIONS, ChildError, in_child
 from tests.support.mutations import (
+    NUMBERS,
     break_blocks,
     break_bytes,
     break_header,
@@ -45,7 +52,8 @@ from tests.support.mutations import (
     make_json,
     make_location,
 )
-from tests.support.shards import tiny_inputs, write_shard
+from tests.support.reinforced import DIMS, augmentation, members
+from tests.support.shards import picture, tiny_inputs, write_shard
 from tests.support.sound_files import sources
 
 MAX_PIXELS = 4_000_000
@@ -79,7 +87,7 @@ def any_tar(draw, folder):
 
 def of_members(draw, folder):
     """A sound tar whose members are broken."""
-    members = []
+    broken = []
     for key, parts in sources()["members"]:
         changed = dict(parts)
         name = draw.choice((*changed, "none", "none"))
@@ -89,8 +97,8 @@ def of_members(draw, folder):
             changed[name] = make_json(draw)
         elif name in changed:
             changed[name] = any_picture(draw)
-        members.append((key, changed))
-    return through_dataset(draw, folder, write_shard(folder / "source.tar", members).read_bytes())
+        broken.append((key, changed))
+    return through_dataset(draw, folder, write_shard(folder / "source.tar", broken).read_bytes())
 
 
 def of_pictures(draw, folder):
@@ -118,11 +126,34 @@ def of_captions(draw, folder):
         pick=draw.choice(("first", "random")),
         split_lines=draw.random() < 0.5,
     )
-    members = [("json", make_json(draw)), ("txt", break_bytes(draw, "a hen\né\n".encode()))]
+    texts = [("json", make_json(draw)), ("txt", break_bytes(draw, "a hen\né\n".encode()))]
     try:
-        check_caption(rule.choose(draw.sample(members, draw.choice((1, 2))), (1, 2)))
+        check_caption(rule.choose(draw.sample(texts, draw.choice((1, 2))), (1, 2)))
     except BadSampleError:
         return "bad sample"
+    return "used"
+
+
+def of_teachers(draw, folder):
+    """Broken rows of teachers, or a broken augmentation, of a reinforced sample."""
+    parts = members(0)
+    rows = parts["npz"] if draw.random() < 0.3 else break_bytes(draw, parts["npz"])
+    stored = augmentation(0, draw.randrange(3))
+    for _ in range(draw.choice((0, 1, 2))):
+        numbers = draw.choice([stored[0], *stored[1]])
+        numbers[draw.randrange(len(numbers))] = draw.choice(
+            (*NUMBERS, -1, 0.5, -1e9, 1e400, float("nan"), "Solarize", "", None, True, [], 10**40)
+        )
+    try:
+        for found in read_teacher_rows(rows, sum(DIMS)):
+            teacher_row(found[-1], DIMS)
+        replay = Replay(CropResize(tiny_inputs(), scaled_decode=False), 16)
+        image = replay(picture(0), parse_augmentation(stored))
+    except BadSampleError:
+        return "bad sample"
+    except UnknownOperationError:
+        return "refused"
+    assert image.shape == (3, 16, 16)
     return "used"
 
 
@@ -258,7 +289,8 @@ KINDS = {
     "bytes of a tar": (of_tar_bytes, 1300),
     "headers of a tar": (of_headers, 2500),
     "members": (of_members, 600),
-    "pictures": (of_pictures, 9000),
+    "pictures": (of_pictures, 8000),
+    "rows and augmentations of teachers": (of_teachers, 1000),
     "captions and JSON": (of_captions, 2500),
     "side-cars": (of_side_cars, 2100),
     "locations": (of_locations, 2000),

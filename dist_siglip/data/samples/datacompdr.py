@@ -134,7 +134,7 @@ class TeacherRows(NamedTuple):
     text: NDArray[Any]
 
 
-def read_rows(data: bytes, width: int) -> TeacherRows:
+def read_teacher_rows(data: bytes, width: int) -> TeacherRows:
     """Read the arrays of a sample; memory stays bounded, nothing is unpickled.
 
     Args:
@@ -296,7 +296,7 @@ class ReinforcedSamples:
         texts = texts_of(
             field_of(read_json(self._member(sample_id, _SYNTHETIC)), "syn_text"), "syn_text"
         )
-        rows = read_rows(self._member(sample_id, _ROWS), sum(self._settings.dims))
+        rows = read_teacher_rows(self._member(sample_id, _ROWS), sum(self._settings.dims))
         for name, found, wanted, what in (
             ("image_emb", len(rows.image), len(listed), f"{len(listed)} augmentations"),
             ("text_emb", len(rows.text), 1 + len(texts), f"a caption and {len(texts)} synthetic"),

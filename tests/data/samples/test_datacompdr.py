@@ -30,7 +30,7 @@ from dist_siglip.data.samples.datacompdr import (
     MEMBERS,
     DataCompDR,
     ReinforcedSamples,
-    read_rows,
+    read_teacher_rows,
     teacher_row,
 )
 from dist_siglip.data.samples.dataset import PairDataset
@@ -219,7 +219,7 @@ def test_rows_of_every_kind_of_number_are_read_and_normalised(bits):
     else:
         stored = (3 * values).astype(bits)
     for compressed in (False, True):
-        rows = read_rows(npz(stored, stored[:1], compressed=compressed), 5)
+        rows = read_teacher_rows(npz(stored, stored[:1], compressed=compressed), 5)
         found = teacher_row(rows.image[2], DIMS)
         assert found.dtype == torch.float32
         assert found.split(DIMS)[0].norm().item() == pytest.approx(1, abs=1e-6)
@@ -282,9 +282,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_rows_are_bad_samples_and_run_nothing(kind, tmp_path):
-    assert read_rows(archive(image_emb=SOUND, text_emb=SOUND), 5).image.tolist() == ROWS.tolist()
+    assert (
+        read_teacher_rows(archive(image_emb=SOUND, text_emb=SOUND), 5).image.tolist()
+        == ROWS.tolist()
+    )
     with pytest.raises(BadSampleError):
-        read_rows(HOSTILE[kind](tmp_path / "made"), 5)
+        read_teacher_rows(HOSTILE[kind](tmp_path / "made"), 5)
     assert not (tmp_path / "made").exists()
 
 
