@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dist_siglip.report.canvas import TEXT_COLOUR, Curve, colour_of, draw_curves
 from dist_siglip.report.measures import known, show
 from dist_siglip.report.page import (
@@ -21,7 +23,8 @@ _MEASURES = (
     ("caption_token_accuracy", "tokens that are the likeliest"),
     ("caption_picture_gain", "worth of the picture\nrise of the loss with another's patches"),
 )
-_BLIND = 0.02  # of the loss, below which the decoder might as well not look
+_BLIND = 0.02  # of the loss, below which the decoder might as well not look, or has not learned
+_FEWEST = 4  # values of a term that show whether it falls
 
 
 def make(runs: Sequence[RunRecord]) -> Section | None:
@@ -48,6 +51,9 @@ def judge(run: RunRecord) -> Verdict | None:
     """Say whether the decoder reads its captions off the pictures; None without an objective."""
     if not _weights(run):
         return None
+    trouble = _judge_beginning(run) or _judge_fall(run)
+    if trouble is not None:
+        return trouble
     found = known(run.metrics, "caption_loss", "caption_token_accuracy", "caption_picture_gain")
     if found is None:
         return Verdict("unknown", "No evaluation has measured what the objectives have learned.")
@@ -64,6 +70,38 @@ def judge(run: RunRecord) -> Verdict | None:
         "good",
         f"The decoder reads captions off the pictures, which are worth {gain:.2g} nats per token.",
         f"{told} With the patches of another picture it would be {loss + gain:.3g}.",
+    )
+
+
+def _judge_beginning(run: RunRecord) -> Verdict | None:
+    """Name objectives whose weight is still 0; None if all count."""
+    idle = [name for name in _weights(run) if not run.series[name].values.any()]
+    if not idle:
+        return None
+    names = ", ".join(name.removeprefix("train/").removesuffix(_WEIGHT) for name in idle)
+    return Verdict(
+        "watch",
+        f"Not begun by step {run.series[idle[0]].steps[-1]}: {names}.",
+        "Its weight was 0 in every step that was logged; see weight and start in the "
+        "configuration. Its heads are as they were built.",
+    )
+
+
+def _judge_fall(run: RunRecord) -> Verdict | None:
+    """Say so if the caption loss stays where it began; None if it falls, or has too few values."""
+    series = run.series.get("train/caption_loss")
+    if series is None or len(series.values) < _FEWEST:
+        return None
+    first, now = float(series.values[0]), float(np.median(series.tail(0.25)))
+    if now < (1 - _BLIND) * first:
+        return None
+    return Verdict(
+        "watch",
+        f"The decoder does not learn: the caption loss is {now:.3g} nats per token, and was "
+        f"{first:.3g} at step {series.steps[0]}.",
+        "It begins at the logarithm of the number of words, which is to guess any word alike, and "
+        "falls within the first hundreds of steps; look at the learning rate, at the weight of "
+        "the objective, and at whether captions reach the model as they should.",
     )
 
 

@@ -1,9 +1,11 @@
 """What can be wrong with a checkpoint, a tower, a strategy: one line, code 2, nothing written."""
 
+import json
 import os
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from dist_siglip.cli import main
@@ -11,6 +13,7 @@ from tests.support.command import write_settings
 from tests.support.hugging_face import write_folder
 from tests.support.tiny_models import ARCHITECTURES, network_of
 
+CAPTIONING = '{{"class_path": "dist_siglip.objectives.Captioning"}}'
 SHARDED = "dist_siglip.training.strategies.FullyShardedStrategy"
 CASES = {
     "a checkpoint of another width": (
@@ -67,6 +70,27 @@ CASES = {
     ),
     "an unknown alarm": (["--collapse_alarm.action=shout"], "action"),
     "an alarm out of range": (["--collapse_alarm.rank_share=2"], "collapse_alarm.rank_share (2.0)"),
+    "an objective on a locked image tower": (
+        [
+            "--model.pretrained={wrong}/whole.safetensors",
+            "--model.image_tower.locked=true",
+            f"--model.objectives=[{CAPTIONING}]",
+        ],
+        "objectives train the image tower, which is locked whole",
+    ),
+    "an objective beside features of what it reads": (
+        [
+            "--model.pretrained={wrong}/whole.safetensors",
+            "--model.text_tower.locked=true",
+            "--data.train_features={wrong}/features",
+            f"--model.objectives=[{CAPTIONING}]",
+        ],
+        "objectives (Captioning) need captions, and train_features stand in for the text tower",
+    ),
+    "an objective twice": (
+        [f"--model.objectives=[{CAPTIONING}, {CAPTIONING}]"],
+        "objectives name Captioning twice",
+    ),
     "too many unlocked groups": (
         ["--model.image_tower.locked=true", "--model.image_tower.unlocked_groups=9"],
         "image_tower.unlocked_groups (9) must be at most",
@@ -90,14 +114,22 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
-    """Weights of another width, cut files, a pickle with code, a folder without tokenizer."""
+def wrong(tmp_path_factory, settings):
+    """Weights of another width, cut files, a pickle with code, a folder without tokenizer.
+
+    And sound ones: weights, and features of captions by them.
+    """
     folder = tmp_path_factory.mktemp("wrong")
     wide = {**ARCHITECTURES["clip"], "embed_dim": 12}
     save_file(network_of(wide).state_dict(), folder / "wide.safetensors")
     own = network_of(ARCHITECTURES["clip"]).state_dict()
     save_file(own, folder / "whole.safetensors")
     torch.save(own, folder / "whole.pt")
+    content = yaml.safe_load(settings.read_text())
+    words = [f"--model={content['model']['model']}", f"--pretrained={folder}/whole.safetensors"]
+    words += [json.dumps(content["data"]["train_shards"]), "--format=features"]
+    words += ["--towers=text", "--workers=0", "--dtype=float32"]
+    assert main(["embed", *words, f"--out={folder}/features"]) == 0
     for kind in ("safetensors", "pt"):
         content = (folder / f"whole.{kind}").read_bytes()
         (folder / f"cut.{kind}").write_bytes(content[: len(content) // 2])

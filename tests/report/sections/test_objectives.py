@@ -37,6 +37,24 @@ def test_a_decoder_that_does_not_look_is_told_from_one_that_does():
     assert objectives.judge(record(series=LOGGED)).tone == "unknown"
 
 
+def test_a_decoder_whose_loss_stays_at_the_logarithm_of_the_words_is_told():
+    weights = {"train/captioning_weight": [1.0] * 8}
+    metrics = run_of(1.5).metrics
+    stuck = {**weights, "train/caption_loss": [10.8, 10.81, 10.79, 10.8, 10.8, 10.7, 10.8, 10.8]}
+    found = objectives.judge(record(series=stuck, metrics=metrics))
+    assert found.tone == "watch"
+    assert "does not learn: the caption loss is 10.8 nats per token, and was 10.8" in found.text
+    falling = {**weights, "train/caption_loss": [10.8, 10.7, 9.9, 8.0, 7.0, 6.5, 6.0, 5.0]}
+    assert objectives.judge(record(series=falling, metrics=metrics)).tone == "good"
+
+
+def test_an_objective_that_has_not_begun_is_told():
+    series = {"train/captioning_weight": [0.0, 0.0], "train/pair_loss": [3.0, 2.0]}
+    found = objectives.judge(record(series=series, metrics=run_of(0.0).metrics))
+    assert found.tone == "watch"
+    assert found.text == "Not begun by step 10: captioning."
+
+
 def test_the_section_draws_terms_and_weights_and_lists_the_measures():
     html = objectives.make([run_of(1.5)]).render()
     for text in (

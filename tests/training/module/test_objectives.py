@@ -1,6 +1,7 @@
 """Objectives in a training step: one pass of each tower, and the mean over the global batch."""
 
 import json
+import shutil
 from functools import lru_cache
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from dist_siglip.cli import main
 from dist_siglip.cli.run.start_point import check_fits
 from dist_siglip.cli.run.training import train as train_run
 from dist_siglip.errors import UserError
@@ -15,8 +17,9 @@ from dist_siglip.losses import siglip_loss
 from dist_siglip.models import build_dual_encoder, compile_towers
 from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.objectives import Captioning, Rows
-from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.module import SigLipModule, load_trained
+from dist_siglip.runs import RunFolder
+from dist_siglip.training.callbacks import AtomicCheckpointIO, WeightAverage
+from dist_siglip.training.module import SigLipModule, load_trained, siglip
 from dist_siglip.training.module.objectives import (
     ObjectiveMeasures,
     build_objectives,
@@ -34,6 +37,7 @@ from tests.support.objective_ranks import (
     weighed,
 )
 from tests.support.processes import run_ranks
+from tests.support.sharded_ranks import worst_error
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import CALM, fit, locked_module
 
@@ -333,6 +337,42 @@ def test_compiled_parts_give_what_eager_ones_give(model):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.e2e
+def test_a_compiled_run_takes_the_steps_of_an_eager_one_with_as_many_graphs_as_parts(
+    model, tmp_path, monkeypatch
+):
+    """The towers; from where it begins the decoder, and the image tower with its tokens."""
+    settings = {"objectives": [Captioning(layers=1, start=1, parallel=0.5)], "optim": CALM}
+    eager, _, expected = train(model, tmp_path, 4, **settings)
+    own, translate = Captioning.compile_heads, siglip.translate_towers
+    monkeypatch.setattr(Captioning, "compile_heads", lambda self, _: own(self, "aot_eager"))
+    monkeypatch.setattr(
+        siglip, "translate_towers", lambda towers: translate(towers, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = Graphs()
+    settings["objectives"] = [Captioning(layers=1, start=1, parallel=0.5)]
+    trainer = {"callbacks": [graphs]}
+    compiled, _, found = train(model, tmp_path, 4, compile_towers=True, trainer=trainer, **settings)
+    assert graphs.counts == [2, 4, 4, 4]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("train/loss", "train/pair_loss", "train/caption_loss"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-5), name
+    start = locked_module(model, **settings).state_dict()
+    assert worst_error(compiled.state_dict(), eager.state_dict(), start) < 1e-3
+
+
+class Graphs(Callback):
+    """Counts, after each step, the graphs that were translated so far."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_end(self, *_):
+        self.counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def test_an_evaluation_measures_captions_and_writes_those_of_its_pictures(model):
     module = locked_module(model, objectives=[Captioning(layers=1)])
     batch = batch_of(6, dtype=torch.float32)
@@ -525,6 +565,10 @@ def test_fit_with_an_objective_logs_it_writes_captions_and_goes_on(tmp_path):
     assert '<section id="objectives">' in report
     # A command that uses the model sees the towers alone.
     assert not hasattr(load_trained(run_dir=str(run_dir)).encoder, "objectives")
+    made = made_of(run_dir, content["data"]["val_shards"], tmp_path / "with")
+    leave_heads_out(run_dir)
+    assert made_of(run_dir, content["data"]["val_shards"], tmp_path / "without") == made
+    shutil.copy(tmp_path / "whole.ckpt", RunFolder(run_dir).newest_checkpoint())
     longer = ["--trainer.max_steps", "8", "--model.optim.accept_rate_jump", "true"]
     train_run(["fit", "--config", str(settings), *longer]).let_go()
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
@@ -532,3 +576,24 @@ def test_fit_with_an_objective_logs_it_writes_captions_and_goes_on(tmp_path):
     settings.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=r"init_args.parallel \(2.0\) must be in \[0, 1\]"):
         train_run(["fit", "--config", str(settings)])
+
+
+def made_of(run_dir, shards, out):
+    """Bytes of all files that an export of a run and its embeddings consist of."""
+    assert main(["export", f"--run_dir={run_dir}", "--to=open_clip", f"--out={out}/export"]) == 0
+    words = [f"--run_dir={run_dir}", json.dumps(shards), f"--out={out}/rows"]
+    assert main(["embed", *words, "--workers=0"]) == 0
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def leave_heads_out(run_dir):
+    """Write the newest checkpoint of a run anew, without any tensor of an objective."""
+    path = RunFolder(run_dir).newest_checkpoint()
+    shutil.copy(path, run_dir.parent / "whole.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    names = [name for name in checkpoint["state_dict"] if name.startswith("objectives.")]
+    assert names
+    for name in names:
+        del checkpoint["state_dict"][name]
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
