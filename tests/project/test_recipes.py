@@ -70,6 +70,10 @@ def shrunk(recipe, parts, folder):
             found[f"model.{name}"] = value
     if "pretrained" in model:
         found["model.pretrained"] = parts.folder / "weights.safetensors"
+    if "teachers" in model:
+        teacher = {"model": parts.folder / "tiny.json", "scale": 30.0}
+        teacher["pretrained"] = parts.folder / "weights.safetensors"
+        found["model.teachers"] = json.dumps([teacher] * len(model["teachers"]), default=str)
     if "cooldown_steps" in model.get("optim", {}):
         found["model.optim.cooldown_steps"] = 1
     if recipe["data"].get("train_features"):

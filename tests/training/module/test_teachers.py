@@ -1,12 +1,15 @@
 """Teachers of a training: what they see and say, and that they are no part of what trains."""
 
+import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.losses import DistillationLoss, WeightedLoss, siglip_loss
@@ -17,6 +20,7 @@ from dist_siglip.training.callbacks import WeightAverage
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.module.teachers import TeacherConfig
+from tests.support.hugging_face import write_folder
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import worst_error
 from tests.support.shards import caption, encode, picture, write_shard
@@ -90,6 +94,21 @@ def test_each_teacher_sees_the_crop_at_its_size_and_the_caption_in_its_tokens(mo
         start = columns.stop
 
 
+def test_a_folder_of_transformers_teaches_with_its_scale_bias_and_tokens(model, tmp_path):
+    theirs = write_folder(tmp_path / "hf", "siglip")
+    module = module_of(model, [{"model": f"local-dir:{tmp_path / 'hf'}"}])
+    (tokenizer,) = module.inputs.teachers.tokenizers
+    texts = tokenizer(["one two three", "nine ten", "five", "six seven eight"])
+    batch = batches_of(1)[0]._replace(teacher_texts=texts)
+    found = module.teachers.features_of(batch, None)
+    assert (found.scales, found.biases) == (pytest.approx((math.exp(3.0),)), (-11.5,))
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.5, 0.4, 0.3)))
+    with torch.no_grad():
+        expected = theirs(input_ids=texts, pixel_values=(batch.images / 255 - mean) / std)
+    assert torch.allclose(found.image, expected.image_embeds, atol=1e-5)
+    assert torch.allclose(found.text, expected.text_embeds, atol=1e-5)
+
+
 def test_a_step_weighs_base_and_distillation_and_logs_both(model, teachers, tmp_path):
     _, _, logged, _ = train(model, tmp_path, teachers, {"loss": {"share": 0.25}, "steps": 1})
     module = module_of(model, teachers)
@@ -126,6 +145,10 @@ def test_micro_batches_and_bf16_change_nothing_but_rounding(model, teachers, tmp
 
 def test_teachers_are_no_part_of_the_module_and_do_not_change(model, teachers, tmp_path):
     alone = locked_module(model)
+    with torch.device("meta"):  # as on ranks that get their values from the first one
+        awaiting = module_of(model, teachers)
+    assert all(each.is_meta for each in awaiting.parameters())
+    assert not any(p.is_meta for e in awaiting.teachers._teachers for p in e.encoder.parameters())
     average = WeightAverage(decay=0.5)
     case = {"trainer": {"callbacks": [average]}}
     module, state, _, trainer = train(model, tmp_path, teachers, case)
@@ -263,6 +286,20 @@ def test_rows_of_the_batch_stand_beside_a_live_teacher_in_the_order_of_the_setti
     assert found.dims == (3, 8, 2)
     assert torch.equal(found.image[:, [0, 1, 2, 11, 12]], rows)
     assert torch.equal(found.text[:, [0, 1, 2, 11, 12]], -rows)
+
+
+def test_blocks_of_reinforced_shards_are_those_of_the_entries_without_a_source(model, teachers):
+    given = {"scale": 10.0, "bias": -5.0}
+    module = module_of(model, [given, teachers[0], given])
+    data = SimpleNamespace(datacompdr=DataCompDR(dims=(3, 2)))
+    module.teachers.check_data(data)
+    rows = torch.randn(4, 5)
+    batch = batches_of(1)[0]._replace(teacher_image_features=rows, teacher_text_features=-rows)
+    assert module.teachers.features_of(batch, None).dims == (3, 8, 2)
+    with pytest.raises(UserError, match=r"dims \(\[3\]\) are of 1 teachers, and 2 of"):
+        module.teachers.check_data(SimpleNamespace(datacompdr=DataCompDR(dims=(3,))))
+    with pytest.raises(UserError, match=r"teachers\[0\].dim \(3\) differs from the 4"):
+        module.teachers.check_data(SimpleNamespace(datacompdr=DataCompDR(dims=(4, 2))))
 
 
 @pytest.fixture(scope="module")
