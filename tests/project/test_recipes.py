@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.runs import RunFolder
 from tests.support.forked_runs import run_forked
+from tests.support.reinforced import write_reinforced
 from tests.support.shards import encode, picture, write_shard
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
@@ -43,6 +44,7 @@ def parts(tmp_path_factory):
             for i in range(20)
         ]
         write_shard(folder / f"{name}.tar", members)
+    write_reinforced(folder / "reinforced", (10, 10), dims=(768, 768))
     return SimpleNamespace(folder=folder, train=shards.train, val=shards.val)
 
 
@@ -76,6 +78,8 @@ def shrunk(recipe, parts, folder):
         found["model.teachers"] = json.dumps([teacher] * len(model["teachers"]), default=str)
     if "cooldown_steps" in model.get("optim", {}):
         found["model.optim.cooldown_steps"] = 1
+    if recipe["data"].get("datacompdr"):
+        found["data.train_shards"] = parts.folder / "reinforced"
     if recipe["data"].get("train_features"):
         found["data.train_features"] = folder / "features"
     return [word for name, value in found.items() for word in (f"--{name}", str(value))]

@@ -2,20 +2,28 @@
 
 import io
 import json
+import warnings
 
 import numpy as np
+from lightning.pytorch import Trainer
 
+from dist_siglip.data.samples.datacompdr import DataCompDR
+from dist_siglip.losses import DistillationLoss
+from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module.teachers import TeacherConfig
 from tests.support.shards import caption, encode, picture, write_shard
+from tests.support.torchrun import pretend_torchrun
+from tests.support.tuning_ranks import locked_module
 
 DIMS = (3, 2)
 SIDE = 20  # of the pictures
 NUM_AUGMENTATIONS, NUM_SYNTHETIC = 4, 2
 
 
-def row(sample_id, kind, number):
+def row(sample_id, kind, number, dims=DIMS):
     """A row of both teachers, L2-normalised by teacher: another for each picture and text."""
-    values = np.random.default_rng([sample_id, "image text".find(kind), number]).normal(size=5)
-    parts = np.split(values, [DIMS[0]])
+    draw = np.random.default_rng([sample_id, "image text".find(kind), number])
+    parts = np.split(draw.normal(size=sum(dims)), [dims[0]])
     return np.concatenate([part / np.linalg.norm(part) for part in parts]).astype(np.float32)
 
 
@@ -38,10 +46,10 @@ def npz(image, text, **options):
     return buffer.getvalue()
 
 
-def members(sample_id, **changed):
+def members(sample_id, dims=DIMS, **changed):
     """Members of one sample; ``changed`` replaces arrays, lists or, by extension, whole members."""
-    image = [row(sample_id, "image", number) for number in range(NUM_AUGMENTATIONS)]
-    text = [row(sample_id, "text", number) for number in range(1 + NUM_SYNTHETIC)]
+    image = [row(sample_id, "image", number, dims) for number in range(NUM_AUGMENTATIONS)]
+    text = [row(sample_id, "text", number, dims) for number in range(1 + NUM_SYNTHETIC)]
     listed = [augmentation(sample_id, number) for number in range(NUM_AUGMENTATIONS)]
     texts = [synthetic(sample_id, number) for number in range(NUM_SYNTHETIC)]
     found = {
@@ -59,14 +67,65 @@ def members(sample_id, **changed):
     return {kind: data for kind, data in found.items() if data is not None}
 
 
-def write_reinforced(folder, counts=(7, 5), bad=None):
+def write_reinforced(folder, counts=(7, 5), bad=None, dims=DIMS):
     """Write shards; ``bad`` has changes by sample id."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, first = [], 0
     for number, count in enumerate(counts):
-        samples = [
-            (f"{i:06d}", members(i, **(bad or {}).get(i, {}))) for i in range(first, first + count)
-        ]
+        ids = range(first, first + count)
+        samples = [(f"{i:06d}", members(i, dims, **(bad or {}).get(i, {}))) for i in ids]
         paths.append(str(write_shard(folder / f"{number:05d}.tar", samples)))
         first += count
     return paths
+
+
+SCALES = (20.0, 30.0)
+
+
+def student_of(model, **settings):
+    """A module that learns from the rows of the shards alone."""
+    return locked_module(
+        model,
+        loss=DistillationLoss(share=1.0, form="softmax"),
+        teachers=[TeacherConfig(scale=scale) for scale in SCALES],
+        **settings,
+    )
+
+
+def reinforced_data(shards, module, **options):
+    settings = {
+        "train_shards": shards,
+        "inputs": module.inputs,
+        "datacompdr": DataCompDR(dims=DIMS, picture_size=SIDE),
+        "train_crop_scale": None,
+        "global_batch_size": 4,
+        "workers_per_rank": 0,
+    }
+    return ImageTextDataModule(**settings | options)
+
+
+def train(model, shards, folder, rank=0, world_size=1):
+    """Train three steps; return the parameters."""
+    warnings.simplefilter("ignore")
+    if world_size > 1:
+        pretend_torchrun(rank, world_size)
+    module = student_of(model)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="auto" if world_size == 1 else "ddp",
+        max_epochs=-1,
+        max_steps=3,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=reinforced_data(shards, module))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def train_rank(rank, world_size, model, shards, folder):
+    return train(model, shards, folder, rank, world_size)

@@ -1,14 +1,28 @@
 """Reinforced shards through the data module: settings, loader processes, a run that goes on."""
 
+import math
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from dist_siglip.cli import main
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.errors import UserError
-from tests.support.reinforced import DIMS, write_reinforced
+from tests.support.processes import run_ranks
+from tests.support.reinforced import (
+    DIMS,
+    SCALES,
+    reinforced_data,
+    student_of,
+    train,
+    train_rank,
+    write_reinforced,
+)
+from tests.support.sharded_ranks import worst_error
 from tests.support.shards import write_shards
+from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.training.datamodule.test_datamodule import (
     Recorder,
     make_data,
@@ -85,3 +99,76 @@ def test_numbers_of_the_command_line_have_ranges(capsys):
     assert "picture_size: 224" in capsys.readouterr().out
     assert main([*words, "--data.datacompdr.synthetic_share=1.5"]) == 2
     assert "data.datacompdr.synthetic_share (1.5) must be in [0, 1]" in capsys.readouterr().err
+
+
+def distillation_by_hand(u, v, batch, scale):
+    """Cross-entropy with the mean of the teachers' softmaxes, both ways, in plain loops."""
+
+    def softmax(logits):
+        most = max(logits)
+        parts = [math.exp(each - most) for each in logits]
+        return [part / sum(parts) for part in parts]
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    n, total = len(u), 0.0
+    start = [0, DIMS[0], sum(DIMS)]
+    images, texts = batch.teacher_image_features.tolist(), batch.teacher_text_features.tolist()
+    for left, right, a, b in ((u, v, images, texts), (v, u, texts, images)):
+        for i in range(n):
+            wanted = [0.0] * n
+            for k, factor in enumerate(SCALES):
+                part = slice(start[k], start[k + 1])
+                said = softmax([factor * dot(a[i][part], b[j][part]) for j in range(n)])
+                wanted = [w + s / len(SCALES) for w, s in zip(wanted, said, strict=True)]
+            shown = softmax([scale * dot(left[i], right[j]) for j in range(n)])
+            total -= sum(w * math.log(s) for w, s in zip(wanted, shown, strict=True)) / (2 * n)
+    return total
+
+
+def test_the_loss_of_a_step_is_that_of_the_stored_rows(tmp_path):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
+    module = student_of(model)
+    data = reinforced_data(write_reinforced(tmp_path / "shards"), module)
+    losses = []
+    trainer = make_trainer(tmp_path, max_steps=1, log_every_n_steps=1, callbacks=[LossOf(losses)])
+    trainer.fit(module, datamodule=data)
+    batch, u, v, scale, loss = losses[0]
+    assert loss == pytest.approx(distillation_by_hand(u, v, batch, scale), abs=1e-5)
+    rolled = batch._replace(teacher_text_features=batch.teacher_text_features.roll(1, 0))
+    assert loss != pytest.approx(distillation_by_hand(u, v, rolled, scale), abs=1e-3)
+
+
+class LossOf(Callback):
+    """Keeps batch, features before the step, scale, and the logged loss."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        with torch.no_grad():
+            u, v = module.towers(batch.images, batch.texts)
+        self.before = batch, u.tolist(), v.tolist(), module.logits.log_scale.exp().item()
+
+    def on_train_batch_end(self, trainer, *_):
+        self.found.append((*self.before, trainer.callback_metrics["train/loss"].item()))
+
+
+@pytest.mark.e2e
+def test_two_ranks_learn_what_one_process_does(tmp_path):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
+    shards = write_reinforced(tmp_path / "shards")
+    start = student_of(model).state_dict()
+    alone = train(model, shards, tmp_path)
+    for state in run_ranks(train_rank, 2, model, shards, str(tmp_path)):
+        assert worst_error(state, alone, start) < 1e-4
+
+
+def test_teachers_of_other_numbers_than_the_rows_are_refused(tmp_path):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
+    module = student_of(model)
+    shards = write_reinforced(tmp_path / "shards")
+    data = reinforced_data(shards, module, datacompdr=DataCompDR(dims=(5,)))
+    with pytest.raises(UserError, match=r"datacompdr.dims \(\[5\]\) are of 1 teachers, and 2"):
+        module.teachers.check_data(data)
