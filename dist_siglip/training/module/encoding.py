@@ -5,13 +5,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.models import encode_in_micro_batches, encode_tower_in_micro_batches
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import layer_groups
 from dist_siglip.objectives import Objective
+from dist_siglip.training.module.captions import caption_weights_of
 from dist_siglip.training.module.locked_features import encode_beside_features
 from dist_siglip.training.module.objectives import ObjectiveModule, Terms, encode_with_terms
 
@@ -21,14 +22,29 @@ class EncodingModule(ObjectiveModule):
 
     Attributes:
         micro_batch_size: rows that a tower encodes together; None for all.
+        loss: of the pairs.
+        caption_weights: by field, of captions that train together, as a data module of ours says;
+            empty weighs them alike.
     """
 
     micro_batch_size: int | None
+    loss: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
+        self.caption_weights: dict[str, float] = {}
         self._is_sharded = False
         self._cached: list[CachedEncoding] = []
+
+    def check_data(self, data: object) -> None:
+        """Check what a data module reads; take its weights of captions.
+
+        Raises:
+            UserError: as ``check_features``, or as ``caption_weights_of``.
+        """
+        super().check_data(data)
+        if hasattr(data, "captions"):
+            self.caption_weights = caption_weights_of(data, self.loss)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward from the loss, then through the towers whose micro-batches wait for it."""

@@ -28,7 +28,6 @@ from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.text_tower import ModelTokenizer
 from dist_siglip.models.tuning import layer_groups
 from dist_siglip.objectives import Captioning, Objective, Regions, Rows, Term
-from dist_siglip.training.module.captions import caption_weights_of
 from dist_siglip.training.module.run_module import RunModule
 
 Terms = dict[str, dict[str, Term]]
@@ -396,17 +395,12 @@ class ObjectiveModule(RunModule):
     Attributes:
         objectives: by name; empty for the loss alone.
         term_check: of terms that are not finite.
-        loss: of the pairs.
-        caption_weights: by field, of captions that train together, as a data module of ours says;
-            empty weighs them alike.
     """
 
     objectives: nn.ModuleDict
-    loss: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
-        self.caption_weights: dict[str, float] = {}
         self._measures = ObjectiveMeasures()
         self._weights: dict[str, float] = {}
         self._idle_heads: list[nn.Module] = []
@@ -418,15 +412,12 @@ class ObjectiveModule(RunModule):
         return cast("dict[str, Objective]", dict(self.objectives.items()))
 
     def check_data(self, data: object) -> None:
-        """Check what a data module reads against towers, objectives and loss.
+        """Check what a data module reads against the towers, and against the objectives.
 
         Raises:
-            UserError: as ``check_features``, ``refuse_cached``, ``require_regions`` and
-                ``caption_weights_of``.
+            UserError: as ``check_features``, ``refuse_cached`` and ``require_regions``.
         """
         super().check_data(data)
-        if hasattr(data, "captions"):
-            self.caption_weights = caption_weights_of(data, self.loss)
         refuse_cached(data, self.by_name.values())
         require_regions(data, self.by_name.values())
 
