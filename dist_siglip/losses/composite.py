@@ -15,6 +15,7 @@ from dist_siglip.losses.arguments import (
     Nonfinite,
     TeacherFeatures,
     call_loss,
+    duplicates_of,
     ids_for,
     prefix_dims_of,
     uses_logit_bias,
@@ -22,7 +23,7 @@ from dist_siglip.losses.arguments import (
 from dist_siglip.losses.distillation import Form, distillation_loss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.kernels.pair_terms import Kernel, check_kernel
-from dist_siglip.losses.modules import SigLipLoss
+from dist_siglip.losses.modules import ClipLoss, SigLipLoss, check_world
 
 
 class WeightedLoss(LossOverBase):
@@ -167,18 +168,18 @@ class DistillationLoss(LossOverBase):
 
         loss = (1 - share) * base + share * distillation
 
-    Distributed contract: that of ``siglip_loss``. The passes of distillation are its own: features
-    of the student travel once for the base and once, or twice, here.
+    Distributed contract: that of ``siglip_loss``. A base of the same kind as the form (SigLipLoss
+    without duplicates for sigmoid, ClipLoss for softmax) is computed in the passes of distillation;
+    another one has its own.
 
     Args:
         base: a pairwise loss by its class path. Null is ``dist_siglip.losses.SigLipLoss``.
         share: of distillation, in (0, 1]; 1 does not compute the base. MobileCLIP takes .75 for
             ViT-B and 1 for its small models.
         form: sigmoid, a probability for each pair, or softmax, as DataCompDR.
-        exchange: how features reach other ranks for distillation; the base has its own.
-        group: process group of distillation; the default group if None.
-        chunk_rows: side of the largest tile of distillation. Null is 1024 on a CPU, 8192 x 4096 on
-            a GPU.
+        exchange: how features reach other ranks for distillation, and for a base in its passes.
+        group: process group of these; the default group if None.
+        chunk_rows: side of their largest tile. Null is 1024 on a CPU, 8192 x 4096 on a GPU.
         check_finite: raise on every rank if a row of a teacher, or any other input or value of
             distillation, is not finite, and name it. On a GPU a step or two late.
 
@@ -270,23 +271,36 @@ class DistillationLoss(LossOverBase):
                 "teachers"
             )
         agree_once(f"distillation loss; share {self.share}, form {self.form}", self.group)
+        is_joined = self.share < 1 and self._joins_base()
         pairs = (image_features, text_features, logit_scale, logit_bias)
         learned = distillation_loss(
             *pairs,
             teachers=teachers,
             form=self.form,
+            share=self.share if is_joined else 1.0,
             nonfinite=nonfinite,
             finite_check=self.finite_check,
             exchange=self.exchange,
             group=self.group,
             chunk_rows=self.chunk_rows,
         )
-        terms = {"distillation_loss": learned.loss.detach(), **learned.terms}
-        if self.share == 1:
-            return learned._replace(terms=terms) if return_statistics else learned.loss
+        if self.share == 1 or is_joined:
+            return learned if return_statistics else learned.loss
         ids = ids_for(self.base, caption_ids, picture_ids)
         base = call_loss(self.base, *pairs, ids=ids, nonfinite=nonfinite, teachers=teachers)
         loss = (1 - self.share) * base.loss + self.share * learned.loss
-        terms = {**base.terms, "base_loss": base.loss.detach(), **terms}
+        terms = {**base.terms, "base_loss": base.loss.detach(), **learned.terms}
         output = LossOutput(loss, base.duplicate_pairs, terms)
         return output if return_statistics else loss
+
+    def _joins_base(self) -> bool:
+        """Whether the base is what the passes of distillation give beside it."""
+        base = self.base
+        if type(base) not in (SigLipLoss, ClipLoss):
+            return False
+        assert isinstance(base, SigLipLoss | ClipLoss)
+        is_alike = base.group is self.group and base.exchange == self.exchange
+        if not is_alike or duplicates_of(base) is not None:
+            return False
+        check_world(base.rank, base.world_size, base.group)
+        return isinstance(base, SigLipLoss) == (self.form == "sigmoid")

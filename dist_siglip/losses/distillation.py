@@ -55,6 +55,7 @@ def distillation_loss(
     *,
     teachers: TeacherFeatures,
     form: Form = "sigmoid",
+    share: float = 1.0,
     nonfinite: Nonfinite = "raise",
     finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
@@ -76,6 +77,9 @@ def distillation_loss(
             log sum_{j < N} exp(z[i, j]) - sum_j p[i, j] z[i, j]
             + log sum_{j < N} exp(z[j, i]) - sum_j p'[j, i] z[j, i] )
 
+    With ``share`` below 1 the value is (1 - share) * ``siglip_loss`` (or ``softmax_loss``) plus
+    share * this loss, in the same passes: the targets of both are mixed.
+
     Distributed contract: that of ``siglip_loss`` and ``softmax_loss``; each pass sends the rows of
     all teachers beside those of the student. Teachers get no gradient.
 
@@ -86,6 +90,7 @@ def distillation_loss(
         logit_bias: one element; None for none. Without effect in the softmax form.
         teachers: features of the same pairs; a bias of each is needed in the sigmoid form alone.
         form: see above.
+        share: see above; in (0, 1].
         nonfinite: as in ``siglip_loss``, features of teachers included.
         finite_check: as in ``siglip_loss``.
         exchange: as in ``siglip_loss``.
@@ -93,10 +98,10 @@ def distillation_loss(
         chunk_rows: as in ``siglip_loss``.
 
     Returns:
-        The loss, (), float32 (float64 for float64 features), with the terms distillation_kl, the
-        loss less the entropy of the teachers, which is 0 for a student that agrees; and
-        distillation_gain, by how much it is below that of a student for which each text is as
-        likely as any other, 1/N.
+        The value, (), float32 (float64 for float64 features), with the terms distillation_loss;
+        distillation_kl, this loss less the entropy of the teachers, which is 0 for a student that
+        agrees; distillation_gain, by how much it is below that of a student for which each text is
+        as likely as any other, 1/N; and base_loss, if ``share`` is below 1.
 
     Raises:
         UserError: as ``siglip_loss``, or if features of teachers do not fit the pairs or their
@@ -138,6 +143,7 @@ def distillation_loss(
         scale.detach(),
         bias.detach(),
         teachers,
+        share,
         tile_shape_of(chunk_rows, image_features.device),
     )
 
@@ -162,7 +168,8 @@ def distillation_loss(
             exchange=exchange,
             group=group,
             purpose=(
-                f"distillation in the {form} form; {'images' if swapped else 'texts'} travel; "
+                f"distillation in the {form} form, share {share}; "
+                f"{'images' if swapped else 'texts'} travel; "
                 f"teachers: dims {teachers.dims}, scales {teachers.scales}, biases "
                 f"{teachers.biases}; gradients: {describe_wanted(wanted)}"
             ),
@@ -194,9 +201,9 @@ def distillation_loss(
             by_scale = inner_product(sides.columns, brought[0])
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
     factor = plan.world_size / max(plan.total_rows, 1) * ring_pass.part
-    value, entropy, even = (
-        (each * factor).to(dtype) for each in ring_pass.values(max(plan.total_rows, 2))
-    )
+    found = ring_pass.values(max(plan.total_rows, 2))
+    learned, entropy, even, base = ((each * factor).to(dtype) for each in found)
+    value = learned if share == 1 else (1 - share) * base + share * learned
     if finite_check is not None:
         finite_check.remember(value)
     loss = attach_gradients(
@@ -211,7 +218,12 @@ def distillation_loss(
             PrecomputedGradient(bias, ring_pass.by_bias if wanted["bias"] else None, factor),
         ],
     )
-    terms = {"distillation_kl": value - entropy, "distillation_gain": even - value}
+    terms = {
+        "distillation_loss": learned,
+        "distillation_kl": learned - entropy,
+        "distillation_gain": even - learned,
+        **({} if share == 1 else {"base_loss": base}),
+    }
     return LossOutput(loss, None, terms)
 
 
@@ -288,6 +300,7 @@ class _Sides(NamedTuple):
     scale: Tensor
     bias: Tensor
     teachers: TeacherFeatures
+    share: float
     tile_shape: tuple[int, int]
 
     @property
@@ -326,13 +339,20 @@ class _DistillationPass(RingPass):
         super().__init__(sides.home, plan, sides.tile_shape, with_home_gradient=with_home)
         self.sides = sides
         wide = sum_dtype(sides.home.device)
-        self.value, self.entropy, self.expected, self.by_bias = sides.home.new_zeros(
-            4, dtype=wide
-        ).unbind()
+        zeros = sides.home.new_zeros(5, dtype=wide)
+        self.value, self.entropy, self.expected, self.base, self.by_bias = zeros.unbind()
 
-    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, entropy, and loss of a student for which all of N texts are alike."""
+    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return loss, entropy, loss of a student for which all of N texts are alike, and base."""
         raise NotImplementedError
+
+    def _mix(self, target: Tensor, diagonal: int | None) -> Tensor:
+        """Mix the matching pairs into the target of a tile, in place."""
+        if self.sides.share < 1:
+            target.mul_(self.sides.share)
+            if diagonal is not None:
+                target.diagonal(diagonal).add_(1 - self.sides.share)
+        return target
 
     def _add(self, total: Tensor, terms: Tensor) -> None:
         total += terms.sum(dim=1).sum(dtype=total.dtype)
@@ -351,20 +371,26 @@ class _SigmoidPass(_DistillationPass):
         is_pair = _mean(of_teachers, torch.sigmoid)
         is_none = _mean(of_teachers, lambda t: torch.sigmoid(-t))
         terms = softplus(-z.abs())
+        if self.sides.share < 1:
+            of_base = terms + z.clamp(min=0)
+            if place.diagonal is not None:
+                matching = z.diagonal(place.diagonal)
+                of_base.diagonal(place.diagonal).copy_(torch.logaddexp(-matching, 0 * matching))
+            self._add(self.base, of_base)
         terms.add_(z.clamp(min=0).mul_(is_none)).sub_(z.clamp(max=0).mul_(is_pair))
         self._add(self.value, terms)
         self._add(self.entropy, torch.special.entr(is_pair) + torch.special.entr(is_none))
         self._add(self.expected, is_pair)
         self.num_visited += z.numel()
-        derivative = z.sigmoid_().sub_(is_pair)
+        derivative = z.sigmoid_().sub_(self._mix(is_pair, place.diagonal))
         self._add(self.by_bias, derivative)
         return derivative
 
-    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, entropy, and the loss of probabilities 1/N."""
+    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums; all texts alike have probabilities 1/N."""
         others = self.num_visited - self.expected
         even = self.expected * math.log(num_pairs) - others * math.log1p(-1 / num_pairs)
-        return self.value, self.entropy, even
+        return self.value, self.entropy, even, self.base
 
 
 class _LogSumPass(RingPass):
@@ -413,12 +439,14 @@ class _SoftmaxPass(_DistillationPass):
             self._add(self.value, -target * log_student)
             self._add(self.entropy, torch.special.entr(target))
             self._add(self.expected, target)
-            derivative.add_(log_student.exp_()).sub_(target)
+            if self.sides.share < 1 and place.diagonal is not None:
+                self.base -= log_student.diagonal(place.diagonal).sum(dtype=self.base.dtype)
+            derivative.add_(log_student.exp_()).sub_(self._mix(target, place.diagonal))
         return derivative
 
-    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, entropy, and the loss of probabilities 1/N."""
-        return self.value, self.entropy, self.expected * math.log(num_pairs)
+    def values(self, num_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums; all texts alike have probabilities 1/N."""
+        return self.value, self.entropy, self.expected * math.log(num_pairs), self.base
 
 
 def _mean(logits: list[Tensor], of: Callable[[Tensor], Tensor]) -> Tensor:

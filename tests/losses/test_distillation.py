@@ -5,18 +5,26 @@ the softmax, and negatives of this rank alone.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.losses import ClipLoss, DistillationLoss, SigLipLoss, WeightedLoss, siglip_loss
+from dist_siglip.losses import (
+    ClipLoss,
+    DistillationLoss,
+    SigLipLoss,
+    WeightedLoss,
+    ring_pass,
+    siglip_loss,
+)
 from dist_siglip.losses.arguments import TeacherFeatures, uses_logit_bias, uses_teachers
 from dist_siglip.losses.distillation import distillation_loss
 from tests.support.parity import (
     EXCHANGES,
     LAYOUTS,
+    WIDTH,
     global_result,
     largest_error,
     layouts_of,
@@ -24,6 +32,8 @@ from tests.support.parity import (
     make_rows,
 )
 from tests.support.processes import run_ranks
+from tests.support.reference import sigmoid_loss_and_gradients
+from tests.support.reference_pairwise import softmax_loss_and_gradients
 
 DIMS, SCALES, BIASES = (2, 5), (6.0, 9.0), (-2.0, -4.0)
 SCALE, BIAS = 7.0, -3.0
@@ -127,6 +137,10 @@ def ours(teachers, form, term=None, **options):
     return loss
 
 
+def mixed(module, teachers, image, text, scale, bias):
+    return module(image, text, scale, bias, teachers=teachers)
+
+
 def logits_averaged(teachers):
     """The softmax of the mean of the teachers' logits: one teacher of scaled columns."""
     factors = torch.cat(
@@ -162,7 +176,13 @@ def all_cases(rank, world_size):
     results = {}
     for name in layouts_of(world_size):
         layout = LAYOUTS[name]
-        for form in FORMS:
+        for form, base in (("sigmoid", SigLipLoss), ("softmax", ClipLoss)):
+            # Joined, and with a base in passes of its own, which any other class has.
+            for kind in (base, type("Other", (base,), {})):
+                given, teachers = arguments(layout, rank)
+                module = DistillationLoss(kind(), 0.25, form, chunk_rows=2)
+                fn = partial(mixed, module, teachers)
+                results[name, form, kind is base] = global_result(fn, given)
             for exchange in EXCHANGES:
                 given, teachers = arguments(layout, rank)
                 fn = ours(teachers, form, exchange=exchange, chunk_rows=2)
@@ -209,6 +229,40 @@ def test_loss_gradients_and_terms_match_one_process(form, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_in_the_passes_of_distillation_is_that_in_its_own(form, layout):
+    num_rows = sum(LAYOUTS[layout])
+    learned, rows = reference_of(form, num_rows), all_rows(num_rows)
+    if form == "sigmoid":
+        base = sigmoid_loss_and_gradients(rows["image"], rows["text"], SCALE, BIAS)
+    else:
+        base = softmax_loss_and_gradients(rows["image"], rows["text"], SCALE)
+    truth = {
+        name: 0.75 * torch.as_tensor(base.get(name, 0.0)) + 0.25 * learned[name]
+        for name in ("loss", "image", "text", "scale", "bias")
+    }
+    for results in results_of(len(LAYOUTS[layout])):
+        for is_joined in (True, False):
+            assert largest_error(results[layout, form, is_joined], truth) < 1e-12, is_joined
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_joined_base_costs_no_pass_and_rows_of_teachers_travel_once_in_each(form, monkeypatch):
+    sent, real = [], ring_pass.prepare_exchange
+
+    def spy(columns, **options):
+        sent.append([tuple(column.shape[1:]) for column in columns])
+        return real(columns, **options)
+
+    monkeypatch.setattr(ring_pass, "prepare_exchange", spy)
+    given, teachers = arguments((6,), 0)
+    base = SigLipLoss() if form == "sigmoid" else ClipLoss()
+    mixed(DistillationLoss(base, 0.5, form), teachers, **given)
+    rows = [(WIDTH,), (sum(DIMS),)]
+    assert sent == ([rows] if form == "sigmoid" else [rows, [*rows, (1 + len(DIMS),)]])
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_the_comparison_rejects_logits_averaged_and_local_negatives(layout):
     results = results_of(len(LAYOUTS[layout]))[0]
     truth = reference_of("softmax", sum(LAYOUTS[layout]))
@@ -230,8 +284,8 @@ def test_the_pairs_worked_out_by_hand():
     found = distillation_loss(IMAGES, TEXTS, ten, None, teachers=one, form="softmax")
     assert found.loss.item() == pytest.approx(0.123735, abs=2e-6)
     assert found.terms["distillation_kl"].item() == pytest.approx(0.033640, abs=2e-6)
-    mixed = DistillationLoss(ClipLoss(), 0.75, "softmax")
-    output = mixed(IMAGES, TEXTS, ten, None, teachers=one, return_statistics=True)
+    loss = DistillationLoss(ClipLoss(), 0.75, "softmax")
+    output = loss(IMAGES, TEXTS, ten, None, teachers=one, return_statistics=True)
     assert output.terms["base_loss"].item() == pytest.approx(0.077370, abs=2e-6)
     assert output.loss.item() == pytest.approx(0.112143, abs=2e-6)
     second = torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]])
