@@ -72,7 +72,7 @@ def shrunk(recipe, parts, folder):
             found[f"model.{name}"] = value
     if "pretrained" in model:
         found["model.pretrained"] = parts.folder / "weights.safetensors"
-    if "teachers" in model:
+    if any("model" in teacher for teacher in model.get("teachers", [])):
         teacher = {"model": parts.folder / "tiny.json", "scale": 30.0}
         teacher["pretrained"] = parts.folder / "weights.safetensors"
         found["model.teachers"] = json.dumps([teacher] * len(model["teachers"]), default=str)
