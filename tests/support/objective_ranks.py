@@ -17,6 +17,8 @@ from dist_siglip.training.module.objectives import (
     weigh_terms,
 )
 from dist_siglip.training.module.placement import shard_module
+from dist_siglip.training.strategies import FullyShardedStrategy
+from tests.support.tuning_ranks import fit, locked_module
 
 LAYOUTS = {1: (6,), 2: (4, 2), 3: (3, 1, 2)}  # local batch sizes by rank
 MICRO_BATCH_SIZES = (None, 2)
@@ -97,6 +99,42 @@ def gradients_of(rank, world_size, model, cases):
                 **{name: _whole(parameter.grad) for name, parameter in step.named_parameters()},
             }
         )
+    return found
+
+
+def evaluated(rank, world_size, model, folder, shardings):
+    """What an evaluation after two steps measures and writes; a sharding of None is DDP."""
+    found = []
+    rows = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+    batches, val = (
+        [rows_of(batch_of(4, seed, torch.float32), rows) for seed in seeds]
+        for seeds in (range(9), (20, 21))
+    )
+    # Ids of the whole evaluation; the last picture of it stands in for none.
+    val[1] = val[1]._replace(sample_ids=val[1].sample_ids + 4)
+    if rank == world_size - 1:
+        val[1].valid[-1] = False
+    for sharding in shardings:
+        module = locked_module(model, objectives=[Captioning(layers=1)])
+        nn.init.normal_(module.by_name["captioning"].output.weight, std=0.3)  # else nothing to say
+        module.available_pairs = lambda: {"available_pairs": 7.0}
+        settings = {} if sharding is None else {"strategy": FullyShardedStrategy(**sharding)}
+        trainer = fit(
+            module,
+            folder,
+            batches,
+            rank,
+            world_size,
+            val_batches=val,
+            max_steps=2,
+            val_check_interval=2,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            **settings,
+        )
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        found.append((metrics, module.written_captions))
     return found
 
 

@@ -4,13 +4,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dist_siglip.errors import UserError
+from dist_siglip.objectives import Captioning
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import SkipBadSteps, WeightAverage
 from tests.support.guard_ranks import are_same, train_all
 from tests.support.processes import run_ranks
 from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import locked_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -126,6 +129,22 @@ OF_OBJECTIVES = [
 ]
 
 
+_BACK = {"keep": range(8), "bad": dict.fromkeys((4, 5, 6), "term"), "every": 2}
+_BACK["guard"] = {"abort_after": 9, "roll_back_after": 2}
+_EARLIER, _LATER = ({"objective": {**OBJECTIVE["objective"], "start": step}} for step in (2, 3))
+# Sharded, and sent back to a checkpoint of before the objective began.
+OF_TWO = [
+    *OF_OBJECTIVES,
+    {"name": "shards", "keep": range(6), "bad": {2: "term", 3: "tokens"}, "shard": {}, **OBJECTIVE},
+    {"name": "shards without", "keep": [0, 1, 4, 5], "shard": {}, **OBJECTIVE},
+    {"name": "back", **_BACK, **_LATER},
+    {"name": "as if back", "keep": [0, 1, 7], **_EARLIER},
+    {"name": "shards back", "shard": {"checkpoint": "sharded"}, **_BACK, **_LATER},
+    {"name": "file back", "shard": {"checkpoint": "full"}, **_BACK, **_LATER},
+    {"name": "shards as if back", "keep": [0, 1, 7], "shard": {}, **_EARLIER},
+]
+
+
 def check_objectives(ranks):
     for found in ranks:
         for kind, reason in REASONS.items():
@@ -141,7 +160,30 @@ def test_what_is_not_finite_in_an_objective_leaves_heads_and_moments_to_the_bit(
 
 @pytest.mark.faults
 def test_two_ranks_skip_what_is_not_finite_in_an_objective_of_one(model, tmp_path):
-    check_objectives(run_ranks(train_all, 2, model, str(tmp_path), OF_OBJECTIVES))
+    ranks = run_ranks(train_all, 2, model, str(tmp_path), OF_TWO)
+    check_objectives(ranks)
+    for found in ranks:
+        assert are_same(found["back"], ranks[0]["as if back"])
+        assert found["back"]["num_skipped"] == found["shards back"]["num_skipped"] == 3
+    first = ranks[0]  # shards are whole on it
+    assert are_same(first["shards"], first["shards without"])
+    assert are_same(first["shards back"], first["shards as if back"])
+    assert are_same(first["file back"], first["shards as if back"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_gradients_that_overflow_float16_leave_heads_and_moments_alone(model, tmp_path):
+    """A factor of 2^60 overflows in all steps, one of 2^10 in none."""
+    common = {"keep": range(3), "trainer": {"precision": "16-mixed"}, "objective": {"weight": 0.5}}
+    cases = [{"name": str(power), "init_scale": 2.0**power, **common} for power in (60, 10)]
+    found = train_all(0, 1, model, str(tmp_path), cases)
+    start = locked_module(model, objectives=[Captioning(0.5)]).state_dict()
+    for name, value in start.items():
+        assert torch.equal(found["60"]["state"][name], value)
+    assert not any(value.any() for value in found["60"]["moments"])
+    output = "objectives.captioning.output.weight"
+    assert not torch.equal(found["10"]["state"][output], start[output])
+    assert found["60"]["num_skipped"] == found["10"]["num_skipped"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")

@@ -32,6 +32,7 @@ from tests.support.objective_ranks import (
     LAYOUTS,
     MICRO_BATCH_SIZES,
     batch_of,
+    evaluated,
     gradients_of,
     rows_of,
     weighed,
@@ -389,6 +390,18 @@ def test_an_evaluation_measures_captions_and_writes_those_of_its_pictures(model)
     assert metrics["caption_picture_gain"] == pytest.approx(0, abs=1e-5)
     assert sorted(written) == [0, 1, 2, 3, 4]  # all valid ones, of which there are few
     assert all(isinstance(text, str) for text in written.values())
+
+
+@pytest.mark.e2e
+def test_ranks_and_shards_measure_and_write_what_one_process_does(model, tmp_path):
+    ((alone, written),) = evaluated(0, 1, model, str(tmp_path), [None])
+    assert sorted(written) == list(range(7))
+    assert any(written.values())
+    for results in run_ranks(evaluated, 2, model, str(tmp_path), [None, {}]):
+        for metrics, captions in results:
+            assert captions == written
+            for name in ("val/caption_loss", "val/caption_token_accuracy", "val/loss"):
+                assert metrics[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
 def test_heads_are_no_part_of_towers_and_weights_of_a_run_load_without_them(model, tmp_path):
