@@ -4,14 +4,15 @@ A multiplication and an addition are two. Matrix products count and nothing else
 one pair; ``Part.times`` says how often a training step does them: once forward, twice backward, and
 again where backward makes the result anew.
 
-With T tokens, width C, MLP width M, l layers, context L, vocabulary V and P patches:
+With T tokens, width C, MLP width M, l layers, vocabulary V, P patches, and L positions of the rows
+that the decoder writes:
 
-    blocks             l (T (8 C^2 + 4 C M) + 4 T^2 C)
-    decoder, body      l (L (12 C^2 + 4 C M) + 4 L^2 C + 4 L P C)    per pass
-    decoder, patches   l 4 P C_tower C                               keys and values, per pass
-    decoder, logits    2 L C V                                       per pass
-    pairwise loss      2 N D                                         N pairs, D columns
-    teachers' logits   2 N (D_1 + ... + D_K)                         once for each pass of the loss
+    blocks              l (T (8 C^2 + 4 C M) + 4 T^2 C)
+    decoder, body       l (L (12 C^2 + 4 C M) + 4 L^2 C + 4 L P C)
+    decoder, patches    l 4 P C_tower C                   keys and values
+    decoder, logits     2 L C V
+    pairwise loss       2 N D                             N pairs, D columns
+    logits of teachers  2 N (D_1 + ... + D_K)             once for each pass of the loss
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -165,7 +166,7 @@ class Decoder(NamedTuple):
     """Sizes of a decoder with attention to the patches.
 
     Attributes:
-        blocks: as those of a tower; tokens are the positions of a caption.
+        blocks: as those of a tower; tokens are the positions of the rows of all tasks.
         num_patches: P.
         patch_width: channels of a patch token.
         vocab_size: V.
@@ -176,16 +177,17 @@ class Decoder(NamedTuple):
     patch_width: int
     vocab_size: int
 
-    def parts(self, passes: int = 1) -> list[Part]:
+    @property
+    def parts(self) -> list[Part]:
         """Body, keys and values of the patches, and logits, which are made twice."""
         length, width, _, layers = self.blocks
         queries = layers * length * (4.0 * width + 4 * self.num_patches) * width
         patches = layers * 4.0 * self.num_patches * self.patch_width * width
         logits = 2.0 * length * width * self.vocab_size
         return [
-            Part("decoder, body", passes * (self.blocks.flops + queries)),
-            Part("decoder, keys and values of patches", passes * patches),
-            Part("decoder, logits", passes * logits, _MADE_TWICE),
+            Part("decoder, body", self.blocks.flops + queries),
+            Part("decoder, keys and values of patches", patches),
+            Part("decoder, logits", logits, _MADE_TWICE),
         ]
 
 
@@ -242,7 +244,7 @@ def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
     length = built.context_length + (len(objective.tasks) - 1) * longest  # rows go through together
     inner: Any = decoder.blocks[0]
     blocks = Blocks(length, width, inner.mlp[1].out_features, len(decoder.blocks))
-    return Decoder(blocks, *shape, len(objective.output.weight)).parts()
+    return Decoder(blocks, *shape, len(objective.output.weight)).parts
 
 
 def step_parts(

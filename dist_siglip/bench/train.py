@@ -172,7 +172,9 @@ def train(
             else:
                 asked = [objectives] if isinstance(objectives, str) else objectives
                 turns = 0 if count_only else rounds
-                variants = choose_variants(asked, case, has_records=shards is None)
+                variants = choose_variants(
+                    asked, case, folder, has_records=shards is None, writes=not count_only
+                )
                 rows += measure_objectives(case, turns, variants, place)
     if json:
         sys.stdout.write(json_text.dumps(rows, indent=2) + "\n")

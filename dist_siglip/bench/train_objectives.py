@@ -5,7 +5,9 @@ for all. A ratio is that of two runs of one round, and the median round counts. 
 what the operations predict (``objective_flops``).
 """
 
+import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -17,15 +19,19 @@ from rich.table import Table
 
 from dist_siglip.bench.objective_flops import Part, step_flops_of, step_parts
 from dist_siglip.bench.plan import mebibytes
-from dist_siglip.bench.train_runs import TrainCase, TrainSpeed, run_ours
+from dist_siglip.bench.train_runs import TrainCase, TrainSpeed, run_command, run_ours
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, build_dual_encoder
+from dist_siglip.models.averaging import Ingredient, write_weights
 
 logger = logging.getLogger(__name__)
 
 ALONE = "sigmoid alone"
 _ALL = "all"
 _CAPTIONING = "dist_siglip.objectives.Captioning"
+_DISTILLATION = "dist_siglip.losses.DistillationLoss"
+_LIVE, _STORED = "live teacher", "stored teacher"
+_TEACHER_LOGITS = (10.0, -10.0)  # scale and bias
 _COMPUTED = ("towers", "loss")  # phases with arithmetic of the model; the optimizer's is not
 
 
@@ -46,40 +52,103 @@ class Variant(NamedTuple):
 Settings = dict[str, dict[str, Any]]  # of a run, by group
 
 # What every sample of shards that are written here has beside picture and caption.
-RECORD = {"long": "a longer text about what can be seen in this photo"}
+RECORD = {
+    "long": "a longer text about what can be seen in this photo",
+    "regions": [{"text": "a subject", "box": [0.25, 0.25, 0.75, 0.75]}],
+}
 
 
-def _built_in(built: BuiltModel, *, has_records: bool) -> dict[str, Settings]:
+class TeacherFiles(NamedTuple):
+    """A teacher of the student's architecture: its weights, and its rows for the shards."""
+
+    weights: Path
+    rows: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> "TeacherFiles":
+        """Names of the files in a folder; they need not be there."""
+        return cls(folder / "teacher.safetensors", folder / "rows")
+
+    def write(self, built: BuiltModel, case: TrainCase, *, with_rows: bool) -> None:
+        """Write random weights, and, if asked for, what they make of the shards, once.
+
+        Raises:
+            UserError: if that fails.
+        """
+        if not self.weights.exists():
+            scale, bias = _TEACHER_LOGITS
+            tensors = built.encoder.clip.state_dict()
+            write_weights(self.weights, Ingredient("teacher", tensors, scale, bias))
+        if with_rows and not self.rows.exists():
+            options = {
+                "out": self.rows,
+                "model": case.model,
+                "pretrained": self.weights,
+                "format": "features",
+                "dtype": "float32",
+                "device": case.device,
+            }
+            words = [f"--{name}={value}" for name, value in options.items()]
+            command = [sys.executable, "-m", "dist_siglip", "embed", json.dumps(case.shards)]
+            run_command([*command, *words], case, "dist-siglip embed")
+
+
+def _built_in(
+    built: BuiltModel, model: str, teacher: TeacherFiles, *, has_records: bool
+) -> dict[str, Settings]:
     """Settings of every objective there is, by name."""
     width = built.embed_dim
     dims = [width // share for share in (1, 2, 4, 8) if width >= share]
     nested = {"class_path": "dist_siglip.losses.MatryoshkaLoss", "init_args": {"dims": dims}}
+    scale, bias = _TEACHER_LOGITS
+    live = {"model": model, "pretrained": str(teacher.weights), "scale": scale, "bias": bias}
+    stored = {"features": str(teacher.rows), "dim": width, "scale": scale, "bias": bias}
+    stored["other_crops"] = True  # so that nothing but the teacher differs
+    distil = {"class_path": _DISTILLATION}
     found: dict[str, Settings] = {
         "captioning": {"model": {"objectives": [{"class_path": _CAPTIONING}]}},
         "matryoshka": {"model": {"loss": nested}},
+        _STORED: {"model": {"loss": distil, "teachers": [stored]}},
+        _LIVE: {"model": {"loss": distil, "teachers": [live]}},
     }
     if has_records:
+        tasks = {"tasks": ["caption", "referring", "grounded"]}
+        locca = {"class_path": _CAPTIONING, "init_args": tasks}
         both = {"members": ["txt", "json"], "weights": {"txt": 1.0, "long": 1.0}}
-        found["two captions"] = {"data": {"captions": both}}
+        found |= {
+            "captioning, 3 tasks": {
+                "model": {"objectives": [locca]},
+                "data": {"regions": {"json_field": "regions"}},
+            },
+            "two captions": {"data": {"captions": both}},
+        }
     return found
 
 
 def choose_variants(
-    asked: Sequence[str], case: TrainCase, *, has_records: bool = False
+    asked: Sequence[str],
+    case: TrainCase,
+    folder: Path,
+    *,
+    has_records: bool = False,
+    writes: bool = True,
 ) -> list[Variant]:
     """Return the loss alone, and after it what was asked for.
 
     Args:
         asked: names, "all", or paths of configurations, whose ``model.loss`` (with its teachers),
             each of ``model.objectives`` and ``data.captions.weights`` are measured one by one.
-        case: model and batch.
+        case: model, shards and batch.
+        folder: for weights and rows of a teacher.
         has_records: whether every sample of the shards has ``RECORD``.
+        writes: whether a teacher that is asked for is made, too.
 
     Raises:
         UserError: if a name is not known, a file has nothing to measure, or as ``step_parts``.
     """
     built = build_dual_encoder(case.model)
-    known = _built_in(built, has_records=has_records)
+    teacher = TeacherFiles.of(folder)
+    known = _built_in(built, case.model, teacher, has_records=has_records)
     chosen: dict[str, Settings] = {ALONE: {}}
     for name in asked:
         if name.endswith((".yaml", ".yml")):
@@ -93,6 +162,8 @@ def choose_variants(
                 f"objectives ({name}) must be of {', '.join([_ALL, *known])}, or a configuration "
                 "(.yaml) with model.objectives or model.loss"
             )
+    if writes and not chosen.keys().isdisjoint((_LIVE, _STORED)):
+        teacher.write(built, case, with_rows=_STORED in chosen)
     return [
         Variant(name, settings, step_parts(built, settings, case.global_batch_size))
         for name, settings in chosen.items()

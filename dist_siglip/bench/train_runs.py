@@ -121,7 +121,9 @@ def run_ours(
         settings[group] = {**settings[group], **values}
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings))
-    _run([sys.executable, "-m", "dist_siglip", "fit", "--config", str(config)], case, "dist-siglip")
+    run_command(
+        [sys.executable, "-m", "dist_siglip", "fit", "--config", str(config)], case, "dist-siglip"
+    )
     measured: dict[str, Any] = json.loads(found.read_text())
     seconds = sum(measured["seconds"].values())
     return TrainSpeed(
@@ -177,7 +179,7 @@ def run_open_clip(case: TrainCase, folder: Path, python: str) -> TrainSpeed:
         f"--nproc_per_node={case.world_size}",
     ]
     command = [python, *(launcher if case.world_size > 1 else []), script, str(settings)]
-    lines = _run(command, case, "open_clip_train")
+    lines = run_command(command, case, "open_clip_train")
     return _read_peer(lines, case.warmup_steps * case.global_batch_size)
 
 
@@ -204,8 +206,12 @@ def _read_peer(lines: Sequence[tuple[float, str]], first_samples: int) -> TrainS
     )
 
 
-def _run(command: Sequence[str], case: TrainCase, name: str) -> list[tuple[float, str]]:
-    """Run a command to its end and return its lines, each with the moment it came."""
+def run_command(command: Sequence[str], case: TrainCase, name: str) -> list[tuple[float, str]]:
+    """Run a command to its end and return its lines, each with the moment it came.
+
+    Raises:
+        UserError: if it fails; with its complaint.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(case.threads),

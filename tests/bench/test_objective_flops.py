@@ -19,7 +19,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import TeacherFeatures
 from dist_siglip.losses.distillation import distillation_loss
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.objectives import Captioning, Rows
+from dist_siglip.objectives import Captioning, Regions, Rows
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 # ViT-B/16 at 256 pixels, texts of 64 tokens.
@@ -33,16 +33,20 @@ def giga(parts):
 def test_numbers_of_a_published_size():
     assert giga(Towers(IMAGE, TEXT, 256, 768, 768).parts) == [46.2, 11.0]
     half = TEXT._replace(layers=6)
-    assert giga(Decoder(half, 256, 768, 256_000).parts()) == [6.7, 3.6, 25.2]
-    assert giga(Decoder(half, 256, 768, 32_000).parts()) == [6.7, 3.6, 3.1]
+    assert giga(Decoder(half, 256, 768, 256_000).parts) == [6.7, 3.6, 25.2]
+    assert giga(Decoder(half, 256, 768, 32_000).parts) == [6.7, 3.6, 3.1]
     assert pair_loss(768, 1000).step == 3 * 2 * 768 * 1000
 
 
-def test_logits_are_made_twice_and_passes_multiply_everything():
-    decoder = Decoder(Blocks(2, 4, 8, 1), 3, 4, 10)
-    once, thrice = decoder.parts(), decoder.parts(3)
-    assert [part.times for part in once] == [3, 3, 4]
-    assert [part.forward for part in thrice] == [3 * part.forward for part in once]
+def test_three_tasks_share_the_keys_of_patches():
+    three = Decoder(Blocks(3 * 64, 768, 3072, 6), 256, 768, 256_000).parts
+    # The published sum, and what rows of all tasks in one attention add to it.
+    more = 6 * 4 * (192**2 - 3 * 64**2) * 768
+    assert round((sum(part.forward for part in three) - more) / 1e9) == 99
+
+
+def test_logits_are_made_twice():
+    assert [part.times for part in Decoder(Blocks(2, 4, 8, 1), 3, 4, 10).parts] == [3, 3, 4]
     assert Part("", 5.0, 4).step == 20
 
 
@@ -70,18 +74,22 @@ def test_towers_are_those_that_pytorch_counts(built):
     assert counted(lambda: clip.encode_text(texts)) == text
 
 
-def test_the_decoder_is_what_pytorch_counts_forward_and_backward(built):
+@pytest.mark.parametrize("tasks", [["caption"], ["caption", "referring", "grounded"]])
+def test_the_decoder_is_what_pytorch_counts_forward_and_backward(built, tasks):
     shape = built.encoder.image_token_shape(built.image_size)
-    body, patches, logits = caption_parts(built, {"layers": 2})
-    objective = Captioning(layers=2)
+    settings = {"layers": 2, "tasks": tasks}
+    body, patches, logits = caption_parts(built, settings)
+    objective = Captioning(**settings)
     objective.build(built, shape)
     tokens = torch.zeros(2, *shape, requires_grad=True)
     texts = torch.zeros(2, built.context_length, dtype=torch.int64)
-    rows = Rows(tokens, texts, torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=bool))
-    found = {}
+    regions = Regions(texts, torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2))
+    none = torch.zeros(2, dtype=torch.int64)
+    rows = Rows(tokens, texts, none, none == 0, regions)
     with sdpa_kernel(SDPBackend.MATH):
+        found = {}
         forward = counted(lambda: found.update(objective(rows)))
-        backward = counted(found["caption_loss"].total.backward)
+        backward = counted(sum(term.total for term in found.values()).backward)
     assert forward == body.forward + patches.forward + logits.forward
     assert forward + backward == body.step + patches.step + logits.step
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,12 @@ def pretended(monkeypatch):
             shares |= {"towers": 0.7, "data": 0.0}
         return TrainSpeed(samples_per_second=rate, shares=shares, peak_bytes=2**30)
 
+    def embed(command, case, name):
+        assert command[-1] == f"--device={case.device}"
+        seen.append(command[3:5])
+
     monkeypatch.setattr(train_objectives, "run_ours", ours)
+    monkeypatch.setattr(train_objectives, "run_command", embed)
     return seen
 
 
@@ -70,7 +76,11 @@ def test_all_are_measured_by_turns_and_printed(arguments, pretended, capsys, mon
     printed = capsys.readouterr().out
     for word in ("captioning", "matryoshka", "2.50", "1,024 MiB", "decoder, logits", "over that"):
         assert word in printed
-    assert pretended[: len(pretended) // 3] * 3 == pretended
+    (command, shards), *runs = pretended
+    assert (command, len(json.loads(shards))) == ("embed", 2)
+    assert runs[: len(runs) // 3] * 3 == runs
+    (live,) = runs[4]["model"]["teachers"]
+    assert Path(live["pretrained"]).suffix == ".safetensors"
 
 
 def test_a_configuration_is_measured_entry_by_entry(arguments, pretended, tmp_path, capsys):
@@ -132,7 +142,17 @@ def test_a_configuration_without_objectives_is_one_line(arguments, tmp_path, tex
 
 
 @pytest.mark.e2e
-def test_settings_of_an_objective_reach_its_run(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "logged"),
+    [
+        (
+            ["captioning, 3 tasks", "matryoshka", "two captions"],
+            ["train/grounded_loss", "train/pair_loss_long"],
+        ),
+        (["live teacher", "stored teacher"], ["train/distillation_kl"]),
+    ],
+)
+def test_settings_of_objectives_reach_their_runs(arguments, tmp_path, names, logged):
     case = TrainCase(
         world_size=1,
         model=arguments[2].removeprefix("--model="),
@@ -146,10 +166,14 @@ def test_settings_of_an_objective_reach_its_run(arguments, tmp_path):
         warmup_steps=10,
         steps=10,
     )
-    merged = {}
-    for variant in train_objectives.choose_variants(["all"], case, has_records=True):
+    merged = {"model": {"teachers": []}, "data": {}}
+    for variant in train_objectives.choose_variants(names, case, tmp_path, has_records=True):
+        teachers = merged["model"]["teachers"]
         for group, values in variant.settings.items():
-            merged[group] = merged.get(group, {}) | values
+            merged[group] |= values
+        merged["model"]["teachers"] = teachers + variant.settings.get("model", {}).get(
+            "teachers", []
+        )
     run_ours(case, tmp_path, merged)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert "train/caption_loss" in json.loads(lines[-1])
+    assert set(logged) <= json.loads(lines[-1]).keys()
