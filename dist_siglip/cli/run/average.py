@@ -128,6 +128,8 @@ def average(
         mixed = average_weights(ingredients, [1 / len(ingredients)] * len(ingredients))
     if measure is not None and method != "greedy":
         tried = [("average", measure(mixed))]
+    if _is_lower_better(metric):
+        tried = [(name, -value) for name, value in tried]
     if refit_for is not None and measure is not None:
         mixed = measure.refit(mixed, refit_for)
     write_weights(Path(out), mixed)
@@ -196,6 +198,10 @@ def _of_file(path: Path, built: BuiltModel | None) -> Ingredient:
     return Ingredient(str(path), tensors, weights.logit_scale, weights.logit_bias)
 
 
+def _is_lower_better(metric: str) -> bool:
+    return metric.endswith(_LOWER_IS_BETTER)
+
+
 class _Measure:
     """Metric of weights on pairs; the higher, the better."""
 
@@ -237,7 +243,7 @@ class _Measure:
                 "or margin_5_95; docs/geometry.md and docs/evaluation.md list them"
             )
         value = metrics[self._metric]
-        return -value if self._metric.endswith(_LOWER_IS_BETTER) else value
+        return -value if _is_lower_better(self._metric) else value
 
     def refit(self, weights: Ingredient, global_batch_size: int) -> Ingredient:
         """Fit scale and bias to the pairs, for a global batch."""

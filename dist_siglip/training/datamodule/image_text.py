@@ -391,13 +391,13 @@ class ImageTextDataModule(BatchTransfer):
         )
         if world.is_first:
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
+        if self.trainer is not None and self.trainer.local_rank == 0:
+            self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         if self.captions.fields:
             upcoming = chain.from_iterable(
                 GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
             )
             check_fields(self.train_dataset, islice(upcoming, LOOKED_AT), is_told=world.is_first)
-        if self.trainer is not None and self.trainer.local_rank == 0:
-            self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         return self._loader(self.train_dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[PairSample] | list[DataLoader[PairSample]]:

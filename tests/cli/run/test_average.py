@@ -68,6 +68,13 @@ def test_soups_are_judged_on_pairs(run, tmp_path, capsys):
     assert len(facts["tried"]) == 3
     again = build_dual_encoder(str(tmp_path / "tiny.json"), str(out))
     assert again.start_scale == pytest.approx(facts["logit_scale"], rel=1e-6)
+    # Of a loss the lowest is best, and it is shown as it is.
+    out = tmp_path / "low.safetensors"
+    assert main([*words, f"--out={out}", "--metric=loss"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    losses = {each["name"]: each["loss"] for each in facts["tried"][:2]}
+    assert min(losses.values()) > 0
+    assert facts["kept"][0] == min(losses, key=lambda name: losses[name])
 
 
 def test_what_cannot_be_averaged_is_one_line(run, tmp_path, capsys):

@@ -441,3 +441,15 @@ def test_check_finds_what_is_wrong_before_any_rank_starts(shards, tmp_path):
 def test_values_out_of_range_are_named(shards, option, value):
     with pytest.raises(UserError, match=rf"^{option} \("):
         make_data(shards, **{option: value})
+
+
+def test_a_misspelt_field_of_captions_ends_a_run_before_its_first_step(tmp_path):
+    shards = write_shards(tmp_path)
+    rule = CaptionRule(members=("txt", "json"), weights={"txt": 1.0, "sythetic": 1.0})
+    data = ImageTextDataModule(
+        shards, inputs=tiny_inputs(), global_batch_size=4, workers_per_rank=0, captions=rule
+    )
+    data.setup("fit")
+    words = "none of the next 64 training samples has field 'sythetic'"
+    with pytest.raises(UserError, match=words):
+        data.train_dataloader()
