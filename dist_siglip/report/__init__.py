@@ -40,6 +40,7 @@ _SECTIONS: dict[str, _Maker] = {
     "comparison": comparison.make,
     "training": training.make,
     "objectives": objectives.make,
+    "distillation": objectives.make_distillation,
     "speed": training.make_speed,
     "data_health": training.make_data,
     "retrieval": retrieval.make,

@@ -1,4 +1,4 @@
-"""What trains beside the loss: terms and weights over steps, and whether captions need pictures."""
+"""What trains beside the labels of pairs: objectives on patch tokens, and what teachers say."""
 
 from collections.abc import Sequence
 
@@ -127,4 +127,65 @@ def _draw(runs: Sequence[RunRecord]) -> str | None:
             panels.setdefault(term.replace("_", " "), []).append(curve)
     return draw_curves(
         "objectives", "Terms and weights of objectives over steps", [*panels.items()]
+    )
+
+
+_LOSS, _KL, _GAIN = (f"train/distillation_{name}" for name in ("loss", "kl", "gain"))
+_SURE = 0.02  # entropy of teachers by what a guess costs, below which their answers are labels
+
+
+def make_distillation(runs: Sequence[RunRecord]) -> Section | None:
+    """Draw what was learned of teachers; None if no run has any."""
+    if not any(_LOSS in run.series for run in runs):
+        return None
+    panels = [
+        (
+            label,
+            [
+                Curve("" if len(runs) == 1 else run.short_name, run.series[key], colour_of(index))
+                for index, run in enumerate(runs)
+                if key in run.series
+            ],
+        )
+        for key, label in ((_LOSS, "distillation"), (_KL, "kl divergence"), (_GAIN, "gain"))
+    ]
+    figure = render_figure(
+        "Teachers over the run",
+        draw_curves("distillation", "Cross-entropy with the teachers over steps", panels),
+        "Kl divergence: the distillation loss less the teachers' own entropy; 0 for a student that "
+        "agrees. Gain: how far it is below that of a guess for which all texts are alike.",
+        missing="Nothing was logged.",
+    )
+    return Section("distillation", "Distillation", judge_each(runs, judge_distillation), [figure])
+
+
+def judge_distillation(run: RunRecord) -> Verdict | None:
+    """Say how much of what the teachers know was learned; None without teachers."""
+    found = [run.series.get(key) for key in (_LOSS, _KL, _GAIN)]
+    if None in found:
+        return None
+    loss, kl, gain = (float(np.median(each.tail(0.25))) for each in found if each is not None)
+    entropy, known_by_teachers = loss - kl, gain + kl
+    told = (
+        f"The cross-entropy is {loss:.3g}, of which {entropy:.3g} is the teachers' own entropy; a "
+        f"guess for which all texts are alike costs {gain + loss:.3g}."
+    )
+    if gain <= 0 or known_by_teachers <= 0:
+        return Verdict(
+            "watch",
+            "The student tells no more of the teachers' answers than a guess.",
+            f"{told} That is usual early in training; later look at the learning rate, and at "
+            "scale and bias of the teachers.",
+        )
+    if entropy < _SURE * (gain + loss):
+        return Verdict(
+            "watch",
+            "The teachers' answers are little else than the labels.",
+            f"{told} They are that sure of pictures they were trained on, or their scale is too "
+            "large; distillation then adds little where captions are right.",
+        )
+    return Verdict(
+        "good",
+        f"The student has {100 * gain / known_by_teachers:.0f} % of what the teachers tell.",
+        told,
     )

@@ -293,7 +293,12 @@ def judge(run: RunRecord) -> Verdict:
 
 
 def _training_loss(run: RunRecord) -> Series | None:
-    """Pairwise loss, as the validation has it; of a run with objectives a part of what trains."""
+    """Pairwise loss, as the validation has it; with objectives or teachers a part of what trains.
+
+    None if teachers are all there is.
+    """
+    if "train/distillation_loss" in run.series:
+        return run.series.get("train/base_loss")
     return run.series.get("train/pair_loss", run.series.get("train/loss"))
 
 

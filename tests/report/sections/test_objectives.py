@@ -81,3 +81,22 @@ def test_the_training_curve_is_that_of_the_pairwise_loss():
     """The whole loss is no number to set beside the validation loss."""
     run = record(series={"train/loss": [9.0, 9.0, 9.0], "train/pair_loss": [3.0, 2.0, 1.0]})
     assert "Training loss 3 at step 0" in training.judge(run).reason
+
+
+def test_what_was_learned_of_teachers_is_told_and_drawn():
+    def run_with(loss, kl, gain):
+        values = {"loss": loss, "kl": kl, "gain": gain}
+        series = {f"train/distillation_{name}": [each] * 4 for name, each in values.items()}
+        return record(series={**series, "train/loss": [9.0] * 4, "train/base_loss": [2.0] * 4})
+
+    good = objectives.judge_distillation(run_with(2.0, 0.5, 1.5))
+    assert (good.tone, good.text) == ("good", "The student has 75 % of what the teachers tell.")
+    assert "costs 3.5" in good.reason
+    assert "than a guess" in objectives.judge_distillation(run_with(4.0, 2.5, -0.5)).text
+    assert "than the labels" in objectives.judge_distillation(run_with(1.0, 0.99, 3.0)).text
+    assert objectives.judge_distillation(record()) is None
+    assert objectives.make_distillation([record()]) is None
+    html = objectives.make_distillation([run_with(2.0, 0.5, 1.5), record("other")]).render()
+    assert "kl divergence" in html
+    # The loss of pairs alone compares with that of the validation.
+    assert training._training_loss(run_with(2.0, 0.5, 1.5)).last == 2.0
