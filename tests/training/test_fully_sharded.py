@@ -12,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import MatryoshkaLoss, siglip_loss
-from dist_siglip.models import build, compile_towers, encode_in_micro_batches
+from dist_siglip.models import build, compile_towers
 from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
+from dist_siglip.objectives import Captioning
 from dist_siglip.training.callbacks import WeightAverage
+from dist_siglip.training.module.objectives import encode_with_terms
 from dist_siglip.training.module.placement import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
@@ -169,7 +171,10 @@ def _train_on_nodes(rank, world_size, model, folder, per_node, settings):
 
 
 def test_blocks_are_gathered_in_bfloat16_and_translated_without_breaks(model):
-    """Sums, shards, scale and bias stay in float32; towers translated as a whole would break."""
+    """Sums, shards, scale and bias stay in float32; towers translated as a whole would break.
+
+    Blocks of a decoder are like those of towers.
+    """
     ((ours, whole),) = run_ranks(_look_inside, 1, model)
     assert ours == {
         "gathered": {torch.bfloat16},
@@ -190,18 +195,20 @@ def _look_inside(rank, world_size, model):
     for by_block in (True, False):
         torch._dynamo.reset()
         counters.clear()
-        module, dtypes = locked_module(model), set()
+        module, dtypes = locked_module(model, objectives=[Captioning(layers=1)]), set()
         if not by_block:
             compile_towers(module.towers, backend="eager")
         shard_module(module, mesh, precision="bf16-mixed", compile_blocks=by_block)
-        block = module.towers.get_submodule(block_names(module.towers)[0])
-        block.register_forward_pre_hook(
-            lambda block, *_, dtypes=dtypes: dtypes.update(p.dtype for p in block.parameters())
-        )
+        for part in (module.towers, module.by_name["captioning"]):
+            part.get_submodule(block_names(part)[0]).register_forward_pre_hook(
+                lambda block, *_, dtypes=dtypes: dtypes.update(p.dtype for p in block.parameters())
+            )
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = encode_in_micro_batches(module.towers, batch.images, batch.texts, 4)
+            images, terms = encode_with_terms(module.towers, module.by_name, batch, 0, 4)
+            texts = module.towers.encode_text(batch.texts)
         logits = module.logits()
-        siglip_loss(*features, *logits).backward()
+        loss = siglip_loss(images, texts, *logits)
+        (loss + terms["captioning"]["caption_loss"].total).backward()
         shards = list(module.parameters())
         found.append(
             {

@@ -26,6 +26,7 @@ from dist_siglip.training.module.objectives import (
     encode_with_terms,
     refuse_cached,
 )
+from dist_siglip.training.optim import OptimConfig
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.command import write_settings
 from tests.support.objective_ranks import (
@@ -38,6 +39,7 @@ from tests.support.objective_ranks import (
     weighed,
 )
 from tests.support.processes import run_ranks
+from tests.support.schedule_free import ScheduleFreeSGD
 from tests.support.sharded_ranks import worst_error
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import CALM, fit, locked_module
@@ -291,18 +293,30 @@ def test_terms_weights_and_the_pairwise_loss_are_logged(model, tmp_path):
     assert logged[0]["train/caption_loss"] == pytest.approx(10.80787, abs=1e-4)
 
 
+# Of the blocks of towers and heads, and, beside it, one with weights of its own to evaluate.
+MUON = OptimConfig(
+    learning_rate=0.01,
+    weight_decay=0.0,
+    schedule="constant",
+    optimizer=torch.optim.Muon,
+    fallback_optimizer=ScheduleFreeSGD,
+)
+
+
+@pytest.mark.parametrize("optim", [CALM, MUON], ids=["AdamW", "Muon beside a schedule-free one"])
 def test_a_run_that_is_stopped_goes_on_to_the_bit_across_the_beginning_of_an_objective(
-    model, tmp_path
+    model, tmp_path, optim
 ):
     objective = {"start": 2, "parallel": 0.5}
-    whole, _, logged = train(model, tmp_path, 4, objectives=[Captioning(**objective)])
+    settings = {"optim": optim}
+    whole, _, logged = train(model, tmp_path, 4, objectives=[Captioning(**objective)], **settings)
     for stop in (1, 3):
         path = tmp_path / f"{stop}.ckpt"
-        _, trainer, _ = train(model, tmp_path, stop, objectives=[Captioning(**objective)])
+        settings["objectives"] = [Captioning(**objective)]
+        _, trainer, _ = train(model, tmp_path, stop, **settings)
         trainer.save_checkpoint(path)
-        module, _, rest = train(
-            model, tmp_path, 4, objectives=[Captioning(**objective)], start=path, done=stop
-        )
+        settings["objectives"] = [Captioning(**objective)]
+        module, _, rest = train(model, tmp_path, 4, start=path, done=stop, **settings)
         assert all_equal(dict(module.state_dict()), dict(whole.state_dict()))
         assert rest[-1]["train/loss"] == logged[-1]["train/loss"]
 
