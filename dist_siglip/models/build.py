@@ -113,6 +113,7 @@ def build_dual_encoder(
     gradient_checkpointing: bool = False,
     check_tokenizer: bool = True,
     with_weights: bool = True,
+    warns_of_logits: bool = True,
 ) -> BuiltModel:
     """Build a dual encoder from an open_clip architecture, with or without weights.
 
@@ -139,6 +140,8 @@ def build_dual_encoder(
         check_tokenizer: load the tokenizer now, so that a missing one is noticed here rather
             than by a loader process.
         with_weights: False leaves the weights that the names stand for unread and unfetched.
+        warns_of_logits: whether a training is to start from scale and bias of the weights, so that
+            the log says what they lack.
 
     Raises:
         UserError: If a name, tag or file is unknown or missing, the weights do not fit the
@@ -178,7 +181,9 @@ def build_dual_encoder(
         if not awaits_weights:
             weights = read_weights(source.weights, average=weights_average)
             load_towers(network, weights, source.weights, kept_positions=kept_positions)
-            start_scale, start_bias = _start_values(weights, source.weights, source.logit_bias)
+            start_scale, start_bias = _start_values(
+                weights, source.weights, source.logit_bias, warns=warns_of_logits
+            )
             trained_global_batch = weights.global_batch_size
             own_scale = weights.logit_scale
             own_bias = source.logit_bias if weights.logit_bias is None else weights.logit_bias
@@ -281,17 +286,21 @@ def _check_options(
             raise UserError(f"{name} ({value}) is of weights, and there are none; name pretrained")
 
 
-def _start_values(weights: Weights, path: Path, stated_bias: float | None) -> tuple[float, float]:
+def _start_values(
+    weights: Weights, path: Path, stated_bias: float | None, *, warns: bool
+) -> tuple[float, float]:
     """The file's own scale and bias; where it lacks one, ours, with a warning."""
     scale = weights.logit_scale
     bias = stated_bias if weights.logit_bias is None else weights.logit_bias
     if bias is not None and not math.isfinite(bias):
         raise UserError(f"logit_bias ({bias}) of the model of {path} must be a number; correct it")
+    level = logging.WARNING if warns else logging.DEBUG
     if scale is None:
-        logger.warning("weights %s have no logit scale; starting at %g", path, START_SCALE)
+        logger.log(level, "weights %s have no logit scale; starting at %g", path, START_SCALE)
         scale = START_SCALE
     if bias is None:
-        logger.warning(
+        logger.log(
+            level,
             "weights %s have no logit bias (trained with a softmax loss?): the sigmoid loss starts "
             "at scale %.4g and bias %g, may be very high unless calibrated; run dist-siglip "
             "calibrate, or set model.calibration_pairs",

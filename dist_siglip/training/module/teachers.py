@@ -93,7 +93,10 @@ class _Teacher:
         # On the CPU even where the student awaits its values; the student's start is not moved.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             built = build_dual_encoder(
-                model, config.pretrained, weights_average=config.weights_average
+                model,
+                config.pretrained,
+                weights_average=config.weights_average,
+                warns_of_logits=False,
             )
         if not built.weights_loaded:
             raise UserError(

@@ -250,13 +250,14 @@ class _Code:
 
 
 def test_a_teacher_of_a_softmax_loss_is_for_the_softmax_form_unless_a_bias_is_given(
-    model, clip_teacher
+    model, clip_teacher, caplog
 ):
     with pytest.raises(UserError, match=r"bias \(None\) of teachers\[0\]"):
         module_of(model, [clip_teacher])
     module_of(model, [{**clip_teacher, "bias": -60.0}])
     found = module_of(model, [clip_teacher], DistillationLoss(form="softmax"))
     assert found.teachers.features_of(batches_of(1)[0], None).scales[0] == pytest.approx(100.0)
+    assert "have no logit bias" not in caplog.text  # which is of a student
 
 
 def test_batches_without_what_teachers_need_are_refused(model, teachers):
