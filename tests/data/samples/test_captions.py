@@ -241,7 +241,7 @@ def test_fields_are_drawn_by_their_probabilities_of_those_there_are(lacks):
     chances = {"txt": 0.2, "seo.long": 0.5, "syn.json:syn_text": 0.3, "none": 0.0}
     rule = rule_of(probabilities=chances, pick="random")
     members = SEVERAL[1:] if lacks else SEVERAL
-    count = 4000
+    count = 1500
     texts = [rule.choose(members, (1, 0, place)) for place in range(count)]
     assert texts == [rule.choose(members, (1, 0, place)) for place in range(count)]
     assert texts != [rule.choose(members, (1, 1, place)) for place in range(count)]
