@@ -84,19 +84,15 @@ SCALES = (20.0, 30.0)
 
 def student_of(model, **settings):
     """A module that learns from the rows of the shards alone."""
-    return locked_module(
-        model,
-        loss=DistillationLoss(share=1.0, form="softmax"),
-        teachers=[TeacherConfig(scale=scale) for scale in SCALES],
-        **settings,
-    )
+    settings = {"teachers": [TeacherConfig(scale=scale) for scale in SCALES]} | settings
+    return locked_module(model, loss=DistillationLoss(share=1.0, form="softmax"), **settings)
 
 
 def reinforced_data(shards, module, **options):
     settings = {
         "train_shards": shards,
         "inputs": module.inputs,
-        "datacompdr": DataCompDR(dims=DIMS, picture_size=SIDE),
+        "datacompdr": DataCompDR(dims=DIMS, picture_size=SIDE, synthetic="beside"),
         "train_crop_scale": None,
         "global_batch_size": 4,
         "workers_per_rank": 0,

@@ -33,7 +33,7 @@ class ImageTextBatch(NamedTuple):
             about a pair on the device is made of. None: they are not known.
         teacher_image_features: (B, d_1 + ... + d_K) float32, stored rows of K teachers side by
             side, each block L2-normalised by itself. None: no teacher has stored rows.
-        teacher_text_features: likewise for texts.
+        teacher_text_features: likewise for texts, those of ``more_texts`` behind: (B, K * D).
         teacher_texts: (B, L_1 + ...) int64, token ids of the same captions for teachers with
             tokenizers of their own, side by side. None: there are none.
         more_texts: (B, K - 1, L) int64, token ids of further captions, where K captions of each
@@ -134,7 +134,7 @@ class PairSample(NamedTuple):
         caption_id: that was stored with text_features, if it was.
         draw: random number of seed, epoch and position, in [0, 2**63).
         teacher_image_features: (d_1 + ... + d_K,) float32, see ``ImageTextBatch``.
-        teacher_text_features: likewise.
+        teacher_text_features: likewise; those of ``more_captions`` behind.
         more_captions: stripped texts that train together with ``caption``.
         region: of the picture, its box in shares of the image; None where nobody asks for regions.
     """

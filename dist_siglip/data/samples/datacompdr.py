@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -62,13 +62,16 @@ class DataCompDR:
 
     Args:
         dims: numbers of each teacher in a row; the teachers stand side by side.
-        synthetic_share: share of the samples that get one of their synthetic captions, drawn by
-            their place in the stream; the others get their own.
+        synthetic: "drawn" gives a sample its own caption or one of the synthetic ones; "beside"
+            both, which then train together in each step, as in the published runs.
+        synthetic_share: of "drawn": share of the samples that get a synthetic caption, by their
+            place in the stream.
         picture_size: side in pixels of the pictures that the teachers saw; stored shifts count
             these.
     """
 
     dims: tuple[int, ...] = (768, 768)
+    synthetic: Literal["drawn", "beside"] = "drawn"
     synthetic_share: float = 0.5
     picture_size: int = 224
 
@@ -84,8 +87,15 @@ class DataCompDR:
             raise UserError(
                 f"datacompdr.synthetic_share ({self.synthetic_share}) must be in [0, 1]"
             )
+        if self.synthetic not in ("drawn", "beside"):
+            raise UserError(f"datacompdr.synthetic ({self.synthetic}) must be drawn or beside")
         if self.picture_size < 1:
             raise UserError(f"datacompdr.picture_size ({self.picture_size}) must be at least 1")
+
+    @property
+    def caption_weights(self) -> dict[str, float]:
+        """Weights of the captions that train together, by name; none if one is drawn."""
+        return {"own": 1.0, "synthetic": 1.0} if self.synthetic == "beside" else {}
 
     def check_settings(
         self,
@@ -207,13 +217,13 @@ class DrawnView(NamedTuple):
 
     Attributes:
         replay: makes the pixels of the encoded picture: (3, H, W) uint8.
-        caption: a synthetic one; None for the sample's own.
+        captions: synthetic ones; None for the sample's own.
         image_row: (D,) float32, see ``teacher_row``.
-        text_row: likewise, of the caption.
+        text_row: likewise, of the captions, one behind the other.
     """
 
     replay: Callable[[EncodedPicture], Tensor]
-    caption: str | None
+    captions: list[str | None]
     image_row: Tensor
     text_row: Tensor
 
@@ -267,20 +277,23 @@ class ReinforcedSamples:
             augmentation = parse_augmentation(stored[number])
         except UnknownOperationError as error:
             raise self._cannot_replay(sample_id, error) from error
-        place, caption = 0, None
-        if draw_one(_SHARES, *key, _IS_SYNTHETIC_DRAW) < self._settings.synthetic_share * _SHARES:
+        captions: list[str | None] = [None]
+        places = [0]
+        share = self._settings.synthetic_share
+        is_beside = self._settings.synthetic == "beside"
+        if is_beside or draw_one(_SHARES, *key, _IS_SYNTHETIC_DRAW) < share * _SHARES:
             cut = [text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts]
             usable = [i for i, text in enumerate(cut) if text and not is_empty(text)]
             if not usable:
                 raise BadSampleError("synthetic captions are empty")
             place = usable[draw_one(len(usable), *key, _SYNTHETIC_DRAW)]
-            caption = cut[place]
-            place += 1
+            kept = 1 if is_beside else 0  # of the sample's own
+            captions, places = [*captions[:kept], cut[place]], [*places[:kept], 1 + place]
         return DrawnView(
             partial(self._replay, augmentation=augmentation),
-            caption,
+            captions,
             teacher_row(rows.image[number], self._settings.dims),
-            teacher_row(rows.text[place], self._settings.dims),
+            torch.cat([teacher_row(rows.text[i], self._settings.dims) for i in places]),
         )
 
     def _read(self, sample_id: int) -> tuple[list[Any], list[str], TeacherRows]:

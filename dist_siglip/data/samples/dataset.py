@@ -350,8 +350,13 @@ class PairDataset(Dataset[PairSample]):
         if self._reinforced is not None:
             view = self._reinforced.draw(sample_id, key, self._is_empty)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
-        if view is not None and view.caption is not None:
-            captions = [view.caption]
+        if view is not None:
+            captions = [
+                self._captions.choose(members, key, is_empty=self._is_empty)
+                if text is None
+                else text
+                for text in view.captions
+            ]
         elif self._is_evaluation:
             captions = [self._captions.choose(members, key, is_empty=self._is_empty)]
         else:

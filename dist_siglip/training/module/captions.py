@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.distributed import agree_once
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
@@ -35,6 +36,14 @@ def caption_weights_of(data: object, loss: nn.Module | None) -> dict[str, float]
     """
     rule: CaptionRule | None = getattr(data, "captions", None)
     weights = {} if rule is None else dict(rule.weights or {})
+    reinforced: DataCompDR | None = getattr(data, "datacompdr", None)
+    if reinforced is not None and reinforced.caption_weights:
+        if loss is None:
+            raise UserError(
+                "datacompdr.synthetic (beside): this module takes one caption of each pair; set it "
+                "to drawn"
+            )
+        return reinforced.caption_weights  # with rows of teachers for each
     if len(weights) > 1 and (loss is None or uses_teachers(loss)):
         who = "this module" if loss is None else f"loss ({type(loss).__name__}) with its teachers"
         raise UserError(
@@ -74,7 +83,8 @@ def loss_of_captions(
         batch: the pairs, with the ids of their captions.
         weights: > 0, by field; empty weighs all alike.
         nonfinite: as ``call_loss``.
-        teachers: of the only caption.
+        teachers: of the captions; their text rows (K * B, D) are in the order of
+            ``batch.all_texts``.
 
     Returns:
         The loss; duplicates summed over fields; terms, and the loss of each field as
@@ -91,6 +101,7 @@ def loss_of_captions(
         agree_once(f"captions of a pair; weights {by_field}")
     total = sum(by_field.values())
     share_of = {name: weight / total for name, weight in by_field.items()}
+    rows = [None] * len(ids) if teachers is None else _by_caption(teachers, len(ids))
     found = [
         call_loss(
             loss,
@@ -100,9 +111,11 @@ def loss_of_captions(
             logit_bias,
             ids=ids_for(loss, caption_ids, batch.picture_ids),
             nonfinite=nonfinite,
-            teachers=teachers,
+            teachers=of_caption,
         )
-        for caption_ids, texts in zip(ids, text_features.tensor_split(len(ids)), strict=True)
+        for caption_ids, texts, of_caption in zip(
+            ids, text_features.tensor_split(len(ids)), rows, strict=True
+        )
     ]
     if len(found) == 1:
         return found[0]
@@ -118,6 +131,11 @@ def loss_of_captions(
         torch.stack(counts).sum(dim=0) if counts else None,
         terms,
     )
+
+
+def _by_caption(teachers: TeacherFeatures, count: int) -> list[TeacherFeatures | None]:
+    """Cut the text rows of teachers into those of each caption."""
+    return [teachers._replace(text=text) for text in teachers.text.tensor_split(count)]
 
 
 def weighted_sum(values: list[Tensor], shares: list[float]) -> Tensor:

@@ -278,6 +278,15 @@ class Teachers:
                 "data.datacompdr replays crops, and teachers.features are of whole pictures; leave "
                 "one of the two out"
             )
+        if (
+            reinforced is not None
+            and reinforced.caption_weights
+            and len(self._from_batch) < len(self._teachers)
+        ):
+            raise UserError(
+                "data.datacompdr.synthetic (beside): model.teachers that are live, or have "
+                "features of their own, answer to one caption of each pair; set it to drawn"
+            )
         opened: Sequence[CachedFeatures] = getattr(data, "teacher_features", ())
         stored = [each for each in self._teachers if each.folders]
         if opened:
@@ -346,6 +355,14 @@ class Teachers:
             )
         if len(stored) == 1 and stored[0].dim is None:
             stored[0].dim = image.shape[1]
+        if batch.more_texts is not None:  # rows of each caption, one behind the other
+            count = 1 + batch.more_texts.shape[1]
+            if text.shape[1] != count * image.shape[1]:
+                raise UserError(
+                    f"rows of teachers for texts ({text.shape[1]}) must be those of {count} "
+                    f"captions of {image.shape[1]} numbers"
+                )
+            text = torch.cat(text.tensor_split(count, dim=1))
         dims = [each.dim for each in stored]
         if None in dims or not sum(d or 0 for d in dims) == image.shape[1] == text.shape[1]:
             raise UserError(

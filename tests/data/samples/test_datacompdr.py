@@ -54,9 +54,9 @@ from tests.support.shards import caption, photo, picture, tiny_inputs, tokenize
 ROWS = np.ones((2, 5), np.float32)
 
 
-def dataset(shards, share=0.5, max_incomplete=0.0, **options):
+def dataset(shards, share=0.5, max_incomplete=0.0, synthetic_is="drawn", **options):
     table = build_pair_table(shards, image_extensions=("png",), other_extensions=MEMBERS)
-    settings = DataCompDR(dims=DIMS, synthetic_share=share, picture_size=16)
+    settings = DataCompDR(dims=DIMS, synthetic=synthetic_is, synthetic_share=share, picture_size=16)
     replay = Replay(CropResize(tiny_inputs(), scaled_decode=False), 16)
     reinforced = ReinforcedSamples(settings, table, replay, max_incomplete=max_incomplete)
     return PairDataset(
@@ -162,6 +162,21 @@ def test_pixels_caption_and_rows_of_a_place_belong_together(tmp_path):
         assert sample.caption == says[of_text]
         drawn.add((of_image, of_text))
     assert len(drawn) == NUM_AUGMENTATIONS * (1 + NUM_SYNTHETIC)  # each with each
+
+
+def test_both_captions_come_with_the_rows_of_both(tmp_path):
+    data = dataset(write_reinforced(tmp_path), synthetic_is="beside")
+    drawn = set()
+    for position in range(24):
+        sample_id = position % 12
+        sample = data[place(sample_id, position)]
+        assert sample.caption == caption(sample_id)
+        (other,) = sample.more_captions
+        number = [synthetic(sample_id, n) for n in range(NUM_SYNTHETIC)].index(other)
+        want = np.concatenate([row(sample_id, "text", 0), row(sample_id, "text", 1 + number)])
+        assert np.allclose(sample.teacher_text_features, want, atol=1e-6)
+        drawn.add(number)
+    assert len(drawn) == NUM_SYNTHETIC
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

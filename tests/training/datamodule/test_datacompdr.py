@@ -10,6 +10,8 @@ from dist_siglip.cli import main
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.errors import UserError
+from dist_siglip.training.module.captions import caption_weights_of
+from dist_siglip.training.module.teachers import TeacherConfig
 from tests.support.processes import run_ranks
 from tests.support.reinforced import (
     DIMS,
@@ -23,6 +25,7 @@ from tests.support.reinforced import (
 from tests.support.sharded_ranks import worst_error
 from tests.support.shards import write_shards
 from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import weights_beside
 from tests.training.datamodule.test_datamodule import (
     Recorder,
     make_data,
@@ -77,6 +80,7 @@ def test_loader_processes_and_a_resume_give_the_same_rows(tmp_path):
         ),
         ({"datacompdr": DataCompDR(dims=())}, r"datacompdr.dims \(\[\]\) must be"),
         ({"datacompdr": DataCompDR(synthetic_share=1.5)}, r"synthetic_share \(1.5\) must be in"),
+        ({"datacompdr": DataCompDR(synthetic="all")}, r"synthetic \(all\) must be drawn or beside"),
         ({"datacompdr": DataCompDR(picture_size=0)}, r"picture_size \(0\) must be at least 1"),
     ],
 )
@@ -127,17 +131,36 @@ def distillation_by_hand(u, v, batch, scale):
     return total
 
 
-def test_the_loss_of_a_step_is_that_of_the_stored_rows(tmp_path):
+@pytest.mark.parametrize("synthetic", ["drawn", "beside"])
+def test_the_loss_of_a_step_is_that_of_the_stored_rows(tmp_path, synthetic):
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
     module = student_of(model)
-    data = reinforced_data(write_reinforced(tmp_path / "shards"), module)
+    settings = DataCompDR(dims=DIMS, picture_size=20, synthetic=synthetic)
+    shards = write_reinforced(tmp_path / "shards")
+    data = reinforced_data(shards, module, datacompdr=settings)
     losses = []
     trainer = make_trainer(tmp_path, max_steps=1, log_every_n_steps=1, callbacks=[LossOf(losses)])
     trainer.fit(module, datamodule=data)
     batch, u, v, scale, loss = losses[0]
-    assert loss == pytest.approx(distillation_by_hand(u, v, batch, scale), abs=1e-5)
-    rolled = batch._replace(teacher_text_features=batch.teacher_text_features.roll(1, 0))
-    assert loss != pytest.approx(distillation_by_hand(u, v, rolled, scale), abs=1e-3)
+    count = len(v) // len(u)
+    assert count == (2 if synthetic == "beside" else 1)
+
+    def mean_by_hand(rows):
+        parts = zip(range(0, len(v), len(u)), rows.tensor_split(count, dim=1), strict=True)
+        return (
+            sum(
+                distillation_by_hand(
+                    u, v[first : first + len(u)], batch._replace(teacher_text_features=text), scale
+                )
+                for first, text in parts
+            )
+            / count
+        )
+
+    rows = batch.teacher_text_features
+    assert loss == pytest.approx(mean_by_hand(rows), abs=1e-5)
+    for wrong in (rows.roll(1, 0), *([rows.roll(sum(DIMS), 1)] if count == 2 else [])):
+        assert loss != pytest.approx(mean_by_hand(wrong), abs=1e-3)
 
 
 class LossOf(Callback):
@@ -148,7 +171,7 @@ class LossOf(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         with torch.no_grad():
-            u, v = module.towers(batch.images, batch.texts)
+            u, v = module.towers(batch.images, batch.all_texts())
         self.before = batch, u.tolist(), v.tolist(), module.logits.log_scale.exp().item()
 
     def on_train_batch_end(self, trainer, *_):
@@ -163,6 +186,19 @@ def test_two_ranks_learn_what_one_process_does(tmp_path):
     alone = train(model, shards, tmp_path)
     for state in run_ranks(train_rank, 2, model, shards, str(tmp_path)):
         assert worst_error(state, alone, start) < 1e-4
+
+
+def test_two_captions_are_refused_where_teachers_answer_to_one(tmp_path):
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
+    beside = DataCompDR(dims=DIMS, synthetic="beside")
+    data = reinforced_data("nowhere", student_of(model), datacompdr=beside)
+    live = TeacherConfig(model=model, pretrained=weights_beside(model), scale=9.0)
+    rows = [TeacherConfig(scale=scale) for scale in SCALES]
+    module = student_of(model, teachers=[*rows, live])
+    with pytest.raises(UserError, match=r"synthetic \(beside\): model.teachers that are live"):
+        module.teachers.check_data(data)
+    with pytest.raises(UserError, match=r"synthetic \(beside\): this module takes one caption"):
+        caption_weights_of(data, None)
 
 
 def test_teachers_of_other_numbers_than_the_rows_are_refused(tmp_path):
