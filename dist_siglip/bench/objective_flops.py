@@ -227,7 +227,11 @@ def loss_parts(
         student._replace(name="distillation, student"),
         Part("distillation, teachers", teachers, 1 + is_softmax),
     ]
-    if settings.get("share", 0.75) == 1:
+    # A base of the same kind is computed in the passes of distillation.
+    kind = _class_name(base)
+    is_alike = kind == "ClipLoss" if is_softmax else kind in ("", "SigLipLoss")
+    is_joined = is_alike and not (base.get("init_args") or {}).get("duplicates")
+    if settings.get("share", 0.75) == 1 or is_joined:
         return parts
     of_base = loss_parts(base, embed_dim, global_batch_size, teacher_dims)
     return None if of_base is None else of_base + parts

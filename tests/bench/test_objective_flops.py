@@ -118,7 +118,11 @@ def test_distillation_makes_the_logits_of_every_teacher_in_each_pass():
         loss = {"class_path": "x.DistillationLoss", "init_args": settings}
         return [part.step / (2 * 100) for part in loss_parts(loss, 8, 100, [8, 4])]
 
-    assert parts() == [3 * 8, 3 * 8, 12]  # base, student, teachers
+    assert parts() == [3 * 8, 12]  # student and base together, teachers
+    ids = {"class_path": "x.SigLipLoss", "init_args": {"duplicates": "positive"}}
+    assert parts(base=ids) == [3 * 8, 3 * 8, 12]  # base, student, teachers
+    assert parts(form="softmax") == [3 * 8, 4 * 8, 2 * 12]
+    assert parts(form="softmax", base={"class_path": "x.ClipLoss"}) == [4 * 8, 2 * 12]
     assert parts(share=1.0) == [3 * 8, 12]
     assert parts(share=1.0, form="softmax") == [4 * 8, 2 * 12]
     nested = {"class_path": "x.MatryoshkaLoss", "init_args": {"dims": [8, 2]}}
@@ -137,9 +141,12 @@ def test_distillation_is_what_pytorch_counts(form):
     images.requires_grad_()
     texts.requires_grad_()
     found = counted(
-        lambda: distillation_loss(images, texts, scale, bias, teachers=teachers, form=form)
+        lambda: distillation_loss(
+            images, texts, scale, bias, teachers=teachers, form=form, share=0.75
+        )
     )
-    loss = {"class_path": "x.DistillationLoss", "init_args": {"share": 1.0, "form": form}}
+    base = {"class_path": "x.ClipLoss" if form == "softmax" else "x.SigLipLoss"}
+    loss = {"class_path": "x.DistillationLoss", "init_args": {"base": base, "form": form}}
     assert 2 * found / rows == sum(part.step for part in loss_parts(loss, columns, rows, dims))
 
 
