@@ -124,7 +124,7 @@ class Captioning(Objective):
         num_ids = self.num_words + has_boxes * self.box_bins
         self.decoder = CaptionDecoder(
             vocab_size=num_ids,
-            num_starts=len(self.tasks) - 1,
+            num_starts=has_boxes * (len(get_args(Task)) - 1),
             length=built.context_length + has_boxes * _SIDES,
             width=width,
             heads=heads,
@@ -221,7 +221,7 @@ class Captioning(Objective):
 
     def _start_of(self, task: Task) -> int:
         """The id that a row of a task begins behind; ids above that of the mask are free."""
-        place = self.tasks.index(task)
+        place = get_args(Task).index(task)
         return _START_ID if place == 0 else self.decoder.mask_id + place
 
     def _asked(self, rows: Rows) -> dict[Task, "_Written"]:

@@ -96,11 +96,19 @@ def _read(path: Path) -> BenchmarkFile | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the evaluation, the row of its pair, and the caption a decoder wrote of it."""
+    """An image of the evaluation, the row of its pair, and what a decoder wrote of it.
+
+    Attributes:
+        row: of its pair.
+        data_uri: of its bytes; with the boxes of a region, if it was sought.
+        written: caption.
+        sought: text of the region.
+    """
 
     row: int
     data_uri: str
     written: str | None = None
+    sought: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,9 +369,13 @@ def _picture(entry: object) -> Picture | None:
         return None
     if not content.startswith(_MAGIC[media_type]):
         return None
-    written = entry.get("written")
+    written, sought = (
+        printable(text) if isinstance(text, str) else None
+        for text in (entry.get("written"), entry.get("sought"))
+    )
     return Picture(
         row,
         f"data:{media_type};base64,{base64.b64encode(content).decode()}",
-        printable(written) if isinstance(written, str) else None,
+        written,
+        sought,
     )

@@ -12,7 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import dist_siglip.models
-from dist_siglip.data.handwriting import compose_pictures, number_in_words, write_handwriting_shards
+from dist_siglip.data import RegionRule
+from dist_siglip.data.handwriting import (
+    compose_pictures,
+    compose_with_boxes,
+    number_in_words,
+    write_handwriting_shards,
+)
 from dist_siglip.errors import UserError
 
 SMALL = {"num_train_pairs": 101, "num_val_pairs": 20, "num_train_shards": 4}
@@ -292,3 +298,44 @@ def test_every_caption_fits_the_context(towers):
     captions = [number_in_words(value, 4) for value in range(1000, 10000)]
     last = tokenizer(captions)[:, -1]
     assert (last == 0).all()
+
+
+def test_boxes_enclose_the_ink_of_each_digit():
+    """Of a digit with ink in a part of its samples; one sample blurs half over each edge."""
+    ink = np.zeros((16, 4, 8, 8), np.float32)
+    ink[..., 2:7, 1:6] = 1.0
+    pictures, boxes = compose_with_boxes(ink, 96, np.random.default_rng(2))
+    assert np.array_equal(pictures, compose_pictures(ink, 96, np.random.default_rng(2)))
+    grey = pictures.mean(axis=-1)
+    paper, pen = np.median(grey, axis=(1, 2)), grey.min(axis=(1, 2))
+    for picture, middle, places in zip(grey, (paper + pen) / 2, boxes * 96, strict=True):
+        for place, (top, left, bottom, right) in enumerate(places):
+            cell = slice(24 * place, 24 * place + 24)
+            rows, columns = np.nonzero(picture[:, cell] < middle)
+            found = [rows.min(), 24 * place + columns.min()]
+            found += [rows.max() + 1, 24 * place + columns.max() + 1]
+            assert np.abs(np.array(found) - [top, left, bottom, right]).max() < 1.5
+
+
+def test_regions_are_written_beside_what_is_written_without_them(tmp_path, shards):
+    settings = {**SMALL, "regions": True}
+    written = write_handwriting_shards(tmp_path, **settings)
+    assert write_handwriting_shards(tmp_path, **settings) == written
+    number_of_regions = set()
+    for ours, theirs in zip(read_pairs(written.val), read_pairs(shards.val), strict=True):
+        regions = ours[3].pop("regions")
+        assert ours[0] == theirs[0]
+        assert ours[1].tobytes() == theirs[1].tobytes()
+        assert ours[2:] == theirs[2:]
+        digits = ours[3]["digits"]
+        single = [digit for digit in digits if digits.count(digit) == 1]
+        assert [{**WORDS, "zero": 0}[region["text"]] for region in regions] == single
+        number_of_regions.add(len(regions))
+        lefts = [region["box"][1] for region in regions]
+        assert lefts == sorted(lefts)
+        assert len(RegionRule(json_field="regions").read({"regions": regions})) == len(single)
+    assert max(number_of_regions) == 4 > min(number_of_regions)
+    with pytest.raises(UserError, match="regions is True there and False was asked for"):
+        write_handwriting_shards(tmp_path, **SMALL)
+    with pytest.raises(UserError, match="regions is False there and True was asked for"):
+        write_handwriting_shards(Path(shards.val[0]).parent, **settings)

@@ -26,7 +26,12 @@ def parts(tmp_path_factory):
     """Shards, a model as JSON, and weights of it."""
     folder = tmp_path_factory.mktemp("parts")
     shards = write_handwriting_shards(
-        folder / "data", num_train_pairs=40, num_val_pairs=16, num_train_shards=2, image_size=32
+        folder / "data",
+        num_train_pairs=40,
+        num_val_pairs=16,
+        num_train_shards=2,
+        image_size=32,
+        regions=True,
     )
     # Weights whose pairs are a little more alike than its other pictures and captions, so that some
     # scale fits.

@@ -23,10 +23,14 @@ from tests.support.tuning_ranks import fit, locked_module
 LAYOUTS = {1: (6,), 2: (4, 2), 3: (3, 1, 2)}  # local batch sizes by rank
 MICRO_BATCH_SIZES = (None, 2)
 WEIGHT = 0.7
+TASKS = ("caption", "referring", "grounded")
 
 
 def batch_of(num_pairs=6, seed=2, dtype=torch.float64):
-    """Pairs whose captions have different lengths, with draws of their own."""
+    """Pairs whose captions have different lengths, with draws of their own.
+
+    The first half has regions: in no layout do ranks have as many, and the last rank has none.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_pairs, 3, 32, 32, generator=generator, dtype=dtype)
     texts = torch.randint(1, 40000, (num_pairs, 8), generator=generator)
@@ -37,7 +41,20 @@ def batch_of(num_pairs=6, seed=2, dtype=torch.float64):
     ids = torch.arange(num_pairs)
     draws = torch.randint(2**62, (num_pairs,), generator=generator)
     yes, no = torch.ones(num_pairs).bool(), torch.zeros(num_pairs).bool()
-    return ImageTextBatch(images, texts, ids, ids, yes, no, None, None, ids, draws)
+    corners = 0.4 * torch.rand(num_pairs, 2, generator=generator)
+    boxes = torch.cat([corners, corners + 0.5], dim=1) * (ids < (num_pairs + 1) // 2)[:, None]
+    return ImageTextBatch(
+        images,
+        texts,
+        ids,
+        ids,
+        yes,
+        no,
+        picture_ids=ids,
+        draws=draws,
+        region_texts=texts.roll(1, dims=0),
+        region_boxes=boxes,
+    )
 
 
 def rows_of(batch, rows):
@@ -48,17 +65,18 @@ def rows_of(batch, rows):
 class Step(nn.Module):
     """Towers, scale and bias, loss and objective, as a training step joins them."""
 
-    def __init__(self, model, micro_batch_size, world_size, broken):
+    def __init__(self, model, micro_batch_size, world_size, variant):
         super().__init__()
         torch.manual_seed(1)
         built = build_dual_encoder(model)
         self.towers = built.encoder.train()
-        self.objectives = build_objectives([Captioning(WEIGHT, parallel=0.5)], built)
+        tasks = {"tasks": TASKS, "box_bins": 20} if "regions" in variant else {}
+        self.objectives = build_objectives([Captioning(WEIGHT, parallel=0.5, **tasks)], built)
         for parameter in self.objectives.parameters():
             nn.init.normal_(parameter, std=0.3)
         self.logits, self.loss = LogitScaleBias(5.0, -2.0), SigLipLoss()
         self.micro_batch_size, self.world_size = micro_batch_size, world_size
-        self.broken = broken
+        self.variant = variant
         self.double()
 
     def forward(self, batch):
@@ -66,25 +84,26 @@ class Step(nn.Module):
         images, terms = encode_with_terms(self.towers, self.objectives, batch, 0, size)
         texts = encode_tower_in_micro_batches(self.towers.encode_text, batch.texts, size)
         loss = self.loss(images, texts, *self.logits())
-        if self.broken == "mean of this rank":
+        if self.variant == "mean of this rank":
             term = terms["captioning"]["caption_loss"]
             return loss + WEIGHT * term.total / term.number
         share, logged = weigh_terms(terms, {"captioning": WEIGHT}, self.world_size)
-        self.logged = logged["train/caption_loss"]
+        self.logged = torch.stack([logged[f"train/{term}"] for term in terms["captioning"]])
         return loss + share
 
 
 def gradients_of(rank, world_size, model, cases):
     """Gradients after the exchange of ranks and the loss, for each case.
 
-    A case is a size of micro-batches, and "" for DDP, "shards" for FSDP2, or a broken variant.
+    A case is a size of micro-batches, and "" for DDP, "shards" for FSDP2, with "regions" for all
+    tasks of the decoder, or a broken variant.
     """
     sizes = LAYOUTS[world_size]
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     found = []
     for micro_batch_size, variant in cases:
         step = wrapped = Step(model, micro_batch_size, world_size, variant)
-        if variant == "shards":
+        if "shards" in variant:
             shard_module(step, init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",)))
         elif world_size > 1:
             wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01)
@@ -115,7 +134,7 @@ def evaluated(rank, world_size, model, folder, shardings):
     if rank == world_size - 1:
         val[1].valid[-1] = False
     for sharding in shardings:
-        module = locked_module(model, objectives=[Captioning(layers=1)])
+        module = locked_module(model, objectives=[Captioning(layers=1, tasks=TASKS)])
         nn.init.normal_(module.by_name["captioning"].output.weight, std=0.3)  # else nothing to say
         module.available_pairs = lambda: {"available_pairs": 7.0}
         settings = {} if sharding is None else {"strategy": FullyShardedStrategy(**sharding)}
@@ -134,7 +153,7 @@ def evaluated(rank, world_size, model, folder, shardings):
             **settings,
         )
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        found.append((metrics, module.written_captions))
+        found.append((metrics, module.written))
     return found
 
 

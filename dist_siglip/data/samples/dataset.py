@@ -30,7 +30,7 @@ from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.identity import PICTURE_BYTES, named_picture_id, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.regions import Region, RegionRule
+from dist_siglip.data.samples.regions import Region, RegionRule, Window
 from dist_siglip.data.samples.stages import (
     FilteredError,
     Stage,
@@ -340,6 +340,19 @@ class PairDataset(Dataset[PairSample]):
         image.info.clear()
         image.save(buffer, kind)
         return buffer.getvalue(), f"image/{kind.lower()}"
+
+    def seen(self, data: bytes) -> tuple[Image.Image, Window] | None:
+        """Return a stored picture in RGB, and the part of it that a model sees.
+
+        None if stages or the transform do not say which it is.
+
+        Raises:
+            BadSampleError: if it cannot be decoded.
+        """
+        if self._stages or not isinstance(self._transform, WindowedTransform):
+            return None
+        image = EncodedPicture(data, self._pictures).decode()
+        return image, self._transform.with_window(image)[1]
 
     def _make(self, sample_id: int, at: StreamPosition, attempt: int) -> "_Made":
         """Read, decode and transform a sample with the randomness of a position and an attempt."""

@@ -22,6 +22,13 @@ _MEASURES = (
     ("caption_loss", "caption loss\nnats per token, written from left to right"),
     ("caption_token_accuracy", "tokens that are the likeliest"),
     ("caption_picture_gain", "worth of the picture\nrise of the loss with another's patches"),
+    ("referring_loss", "text, then box\nloss, nats per token"),
+    ("referring_picture_gain", "worth of the picture for it"),
+    ("box_exact", "boxes that are exact\nall four parts, written for the text of a region"),
+    ("box_iou_50", "boxes that overlap theirs by half\nintersection over union"),
+    ("grounded_loss", "box, then text\nloss, nats per token"),
+    ("grounded_token_accuracy", "its tokens that are the likeliest"),
+    ("grounded_picture_gain", "worth of the picture for it"),
 )
 _BLIND = 0.02  # of the loss, below which the decoder might as well not look, or has not learned
 _FEWEST = 4  # values of a term that show whether it falls
@@ -59,6 +66,12 @@ def judge(run: RunRecord) -> Verdict | None:
         return Verdict("unknown", "No evaluation has measured what the objectives have learned.")
     loss, accuracy, gain = found
     told = f"The caption loss is {loss:.3g} nats per token, {100 * accuracy:.0f} % of them right."
+    if (boxes := known(run.metrics, "box_exact", "box_iou_50")) is not None:
+        exact, near = (100 * share for share in boxes)
+        told += (
+            f" Of the boxes it writes for texts {near:.0f} % overlap theirs by half, {exact:.0f} % "
+            "are exact."
+        )
     if gain <= _BLIND * loss:
         return Verdict(
             "watch",

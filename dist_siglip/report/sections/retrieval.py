@@ -129,6 +129,12 @@ def _exhibit(exhibit: Exhibit) -> str:
     if exhibit.picture.written is not None:
         text = escape(exhibit.picture.written) or "nothing"
         listed += f'<p class="written"><span class="soft">the decoder writes</span> {text}</p>'
+    if exhibit.picture.sought is not None:
+        listed += (
+            '<p class="written"><span class="soft">in green the place of</span> '
+            f'{escape(exhibit.picture.sought)}<span class="soft">, in orange where the decoder '
+            "finds it</span></p>"
+        )
     return (
         f'<article class="card"><img src="{escape(exhibit.picture.data_uri)}" '
         f'alt="{escape(exhibit.caption)}"><h4>{escape(exhibit.caption)}</h4>{listed}</article>'

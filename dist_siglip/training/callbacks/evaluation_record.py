@@ -16,14 +16,21 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image, ImageDraw
 
 from dist_siglip.data import PairDataset
+from dist_siglip.data.samples.regions import Window
 from dist_siglip.metrics import Evaluation
 from dist_siglip.metrics.evaluation import describe_num_pairs
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
-from dist_siglip.training.module.objectives import GALLERY_PICTURES, spread_rows
+from dist_siglip.training.module.objective_measures import (
+    GALLERY_PICTURES,
+    FoundRegion,
+    Written,
+    spread_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -157,12 +164,12 @@ class EvaluationRecord(Callback):
         keep_evaluation(run, step, evaluation.arrays)
         dataset = getattr(getattr(trainer, "datamodule", None), "val_dataset", None)
         if dataset is not None:
-            written = getattr(pl_module, "written_captions", {})
+            written = getattr(pl_module, "written", {})
             examples = self._examples(dataset, evaluation, written)
             _replace(folder / "examples.json", json.dumps(examples))
 
     def _examples(
-        self, dataset: PairDataset, evaluation: Evaluation, written: Mapping[int, str]
+        self, dataset: PairDataset, evaluation: Evaluation, written: Mapping[int, Written]
     ) -> dict[str, object]:
         captions, images = [], []
         sample_ids = evaluation.arrays["sample_ids"].tolist()
@@ -171,13 +178,49 @@ class EvaluationRecord(Callback):
             image_bytes, _, caption = dataset.raw(sample_id)
             captions.append(caption)
             if row in chosen:
-                image_bytes, media_type = dataset.shown(image_bytes)
-                encoded = base64.b64encode(image_bytes).decode()
-                image = {"row": row, "media_type": media_type, "base64": encoded}
-                if sample_id in written:
-                    image["written"] = written[sample_id]
-                images.append(image)
+                images.append({"row": row, **_image(dataset, image_bytes, written.get(sample_id))})
         return {"captions": captions, "images": images}
+
+
+def _image(dataset: PairDataset, data: bytes, written: Written | None) -> dict[str, str]:
+    """An entry of examples.json: a stored picture as it is shown, and what was written of it."""
+    region = None if written is None else written.region
+    seen = None if region is None else dataset.seen(data)
+    data, media_type = dataset.shown(data)
+    found = {} if written is None else {"written": written.caption}
+    if region is not None and seen is not None:
+        kind = "PNG" if media_type == "image/png" else "JPEG"
+        data, media_type = with_boxes(*seen, region, kind), f"image/{kind.lower()}"
+        found["sought"] = region.text
+    return {"media_type": media_type, "base64": base64.b64encode(data).decode(), **found}
+
+
+_BOX_COLOURS = ("#00a000", "#ff6a00")  # of the region, and of what the decoder wrote
+
+
+def with_boxes(image: Image.Image, window: Window, region: FoundRegion, kind: str) -> bytes:
+    """Draw the box of a region and the one that a decoder wrote.
+
+    Args:
+        image: RGB; drawn into.
+        window: the part of it that the model saw.
+        region: boxes in shares of that part.
+        kind: format of the result.
+    """
+    pen = ImageDraw.Draw(image)
+    for box, colour in zip((region.box, region.written), _BOX_COLOURS, strict=True):
+        top, left, bottom, right = window.place(box)
+        columns = sorted((left * image.width, right * image.width - 1))
+        rows = sorted((top * image.height, bottom * image.height - 1))
+        pen.rectangle(
+            (columns[0], rows[0], columns[1], rows[1]),
+            outline=colour,
+            width=max(1, min(image.size) // 64),
+        )
+    image.info.clear()
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=90, subsampling=0)  # thin lines keep their colours
+    return stream.getvalue()
 
 
 def _replace(path: Path, content: str | bytes) -> None:

@@ -16,33 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.regions import RegionRule
-from dist_siglip.distributed import agree_once, gather_rows, max_over_ranks, sum_over_ranks
+from dist_siglip.distributed import agree_once, sum_over_ranks
 from dist_siglip.errors import UserError
-from dist_siglip.metrics.evaluation import ARRAY_PAIRS
 from dist_siglip.models import (
     BuiltModel,
     DualEncoder,
     TokenShape,
 )
 from dist_siglip.models.dual_encoder import CachedEncoding
-from dist_siglip.models.text_tower import ModelTokenizer
 from dist_siglip.models.tuning import layer_groups
-from dist_siglip.objectives import Captioning, Objective, Regions, Rows, Term
+from dist_siglip.objectives import Objective, Regions, Rows, Term
+from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.run_module import RunModule
 
 Terms = dict[str, dict[str, Term]]
-GALLERY_PICTURES = 24  # that a report shows
-
-
-def spread_rows(num_rows: int, count: int) -> set[int]:
-    """Choose rows that lie evenly, so that the choice depends on nothing but their number.
-
-    Example:
-        >>> sorted(spread_rows(10, 3)), spread_rows(2, 3)
-        ([0, 3, 7], {0, 1})
-    """
-    count = min(count, num_rows)
-    return {round(index * num_rows / count) for index in range(count)}
 
 
 def build_objectives(asked: Sequence[Objective], built: BuiltModel) -> nn.ModuleDict:
@@ -134,13 +121,6 @@ def require_regions(data: object, objectives: Iterable[Objective]) -> None:
                 f"objectives ({type(objective).__name__}) need regions of pictures; name their "
                 "field of the .json as data.regions.json_field, or ask for tasks without boxes"
             )
-
-
-def regions_of(batch: ImageTextBatch) -> Regions | None:
-    """Return the regions of a batch, if its data have any."""
-    if batch.region_texts is None or batch.region_boxes is None:
-        return None
-    return Regions(batch.region_texts, batch.region_boxes)
 
 
 def encode_with_terms(
@@ -296,82 +276,6 @@ model.optim.learning_rate or the weight of the objective, or set step_guard.acti
             )
 
 
-class ObjectiveMeasures:
-    """Sums of what objectives measure in an evaluation, and captions of some of its pictures.
-
-    Distributed contract: ranks call each method equally often, as batches of an evaluation are.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def update(
-        self,
-        objectives: Mapping[str, Any],
-        batch: ImageTextBatch,
-        tokens: Tensor,
-        num_pictures: int,
-    ) -> None:
-        """Measure one batch of this rank.
-
-        Args:
-            objectives: by name.
-            batch: of the evaluation.
-            tokens: (B, T, C) of its pictures.
-            num_pictures: of the evaluation, of which a few are kept to write captions of.
-        """
-        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid, regions_of(batch))
-        for objective in objectives.values():
-            for name, term in objective.measure(rows).items():
-                both = torch.stack([term.total.float(), term.number.float()])
-                self._sums[name] = self._sums.get(name, 0) + both
-        shown = spread_rows(min(num_pictures, ARRAY_PAIRS), GALLERY_PICTURES)
-        chosen = torch.tensor(sorted(shown), dtype=torch.int64)
-        is_kept = batch.valid & torch.isin(batch.sample_ids, chosen.to(batch.sample_ids))
-        self._kept.append((batch.sample_ids[is_kept], tokens[is_kept]))
-
-    def compute(
-        self, objectives: Mapping[str, Any], built: BuiltModel
-    ) -> tuple[dict[str, float], dict[int, str]]:
-        """Return the means over all ranks by name, and written captions by sample id."""
-        names = list(self._sums)
-        if not names:
-            return {}, {}
-        sums = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
-        means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-        ids, tokens = (torch.cat(column) for column in zip(*self._kept, strict=True))
-        captions: dict[int, str] = {}
-        for objective in objectives.values():
-            if isinstance(objective, Captioning):
-                captions = _written(objective.write, objective, ids, tokens, built)
-        return dict(zip(names, means, strict=True)), captions
-
-
-def _written(
-    write: Callable[[Tensor], Tensor],
-    objective: Captioning,
-    ids: Tensor,
-    tokens: Tensor,
-    built: BuiltModel,
-) -> dict[int, str]:
-    """Captions of the pictures of all ranks by sample id; each rank writes as many rows."""
-    most = int(max_over_ranks(torch.tensor(len(ids), device=ids.device)))
-    if most == 0 or not isinstance(built.tokenizer, ModelTokenizer):
-        return {}
-    missing = most - len(ids)
-    texts = write(torch.cat([tokens, tokens.new_zeros(missing, *tokens.shape[1:])]))
-    marked = torch.cat([ids, ids.new_full((missing,), -1)])
-    found = gather_rows(torch.cat([marked[:, None], texts], dim=1)).cpu()
-    captions = {}
-    for sample_id, text, is_target in zip(
-        found[:, 0].tolist(), found[:, 1:], objective.writing.is_target(found[:, 1:]), strict=True
-    ):
-        if sample_id >= 0:
-            captions[sample_id] = built.tokenizer.decode(text[is_target].tolist())
-    return captions
-
-
 def naming_terms(training_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a training step say so if what its loss refuses comes of a term of steps before."""
 
@@ -490,7 +394,7 @@ class ObjectiveModule(RunModule):
 
     def compute_measures(self) -> dict[str, float]:
         """Return what objectives measured over all ranks, and keep the captions they wrote."""
-        found, self.written_captions = self._measures.compute(self._measured, self.built)
+        found, self.written = self._measures.compute(self._measured, self.built)
         return found
 
     @property

@@ -177,8 +177,8 @@ class RunModule(LightningModule):
         last_evaluation: newest evaluation of this process.
         last_evaluated_step: optimizer steps behind it.
         timer: how this rank spends its time.
-        written_captions: of some pictures of that evaluation, by sample id; empty without a
-            decoder.
+        written: what a decoder wrote of some pictures of that evaluation, by sample id; empty
+            without one.
         step_check: of the callback SkipBadSteps: skips a step that is not finite, which else is an
             error.
         normalizes_pictures: whether batches hold pixels as uint8, which the towers normalise
@@ -195,7 +195,7 @@ class RunModule(LightningModule):
         super().__init__()
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step: int | None = None
-        self.written_captions: dict[int, str] = {}
+        self.written: dict[int, Any] = {}
         self.step_timer = StepTimer()
         self.step_check: StepCheck | None = None
         self._loaded_steps = 0

@@ -35,6 +35,12 @@ def test_a_decoder_that_does_not_look_is_told_from_one_that_does():
     assert "worth 1.5 nats" in seeing.text
     assert "25 % of them right" in seeing.reason
     assert objectives.judge(record(series=LOGGED)).tone == "unknown"
+    assert "boxes" not in seeing.reason
+    run = run_of(1.5)
+    run.metrics.update(box_exact=0.25, box_iou_50=0.75)
+    told = "Of the boxes it writes for texts 75 % overlap theirs by half, 25 % are exact."
+    assert told in objectives.judge(run).reason
+    assert "boxes that are exact" in objectives.make([run]).render()
 
 
 def test_a_decoder_whose_loss_stays_at_the_logarithm_of_the_words_is_told():
@@ -73,6 +79,10 @@ def test_the_gallery_shows_what_the_decoder_writes_escaped():
     picture = Picture(0, "data:,", "<b>a fox")
     shown = render_gallery("", [Exhibit(picture, "fox", [Answer("fox", 0.5, True)])], "")
     assert "the decoder writes</span> &lt;b&gt;a fox" in shown
+    assert "in orange" not in shown
+    picture = Picture(0, "data:,", "a fox", "<i>its tail")
+    shown = render_gallery("", [Exhibit(picture, "fox", [Answer("fox", 0.5, True)])], "")
+    assert "in green the place of</span> &lt;i&gt;its tail" in shown
     silent = render_gallery("", [Exhibit(Picture(0, ""), "fox", [Answer("fox", 0.5, True)])], "")
     assert "the decoder" not in silent
 

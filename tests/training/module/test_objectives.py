@@ -1,6 +1,7 @@
 """Objectives in a training step: one pass of each tower, and the mean over the global batch."""
 
 import json
+import math
 import shutil
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from dist_siglip.cli import main
 from dist_siglip.cli.run.start_point import check_fits
 from dist_siglip.cli.run.training import train as train_run
+from dist_siglip.data.handwriting import number_in_words, write_handwriting_shards
 from dist_siglip.errors import UserError
 from dist_siglip.losses import siglip_loss
 from dist_siglip.models import build_dual_encoder, compile_towers
@@ -20,8 +22,8 @@ from dist_siglip.objectives import Captioning, Rows
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import AtomicCheckpointIO, WeightAverage
 from dist_siglip.training.module import SigLipModule, load_trained, siglip
+from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.objectives import (
-    ObjectiveMeasures,
     build_objectives,
     encode_with_terms,
     refuse_cached,
@@ -32,6 +34,7 @@ from tests.support.command import write_settings
 from tests.support.objective_ranks import (
     LAYOUTS,
     MICRO_BATCH_SIZES,
+    TASKS,
     batch_of,
     evaluated,
     gradients_of,
@@ -56,15 +59,20 @@ def model(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("model") / "tiny.json", ARCHITECTURES["siglip"])
 
 
-CASES = [(size, "") for size in MICRO_BATCH_SIZES] + [(None, "mean of this rank")]
-SHARDED = [(None, "shards")]
+CASES = [*((size, "") for size in MICRO_BATCH_SIZES), (2, "regions")]
+WHOLE = [(None, "regions")]
+BROKEN = [(None, "mean of this rank")]
+SHARDED = [(None, "regions shards")]
 
 
 @lru_cache
 def results_of(world_size, model):
     if world_size == 1:
-        return [gradients_of(0, 1, model, CASES)]
-    return run_ranks(gradients_of, world_size, model, CASES + SHARDED)
+        cases = CASES + WHOLE
+        return [dict(zip(cases, gradients_of(0, 1, model, cases), strict=True))]
+    cases = CASES + BROKEN + SHARDED
+    found = run_ranks(gradients_of, world_size, model, cases)
+    return [dict(zip(cases, each, strict=True)) for each in found]
 
 
 def worst(found, expected):
@@ -75,29 +83,34 @@ def worst(found, expected):
     )
 
 
+@pytest.mark.parametrize("kind", ["", "regions"])
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_loss_and_gradients_are_those_of_one_process_at_any_micro_batch(world_size, model):
-    expected = results_of(1, model)[0][0]
+def test_loss_and_gradients_are_those_of_one_process_at_any_micro_batch(world_size, kind, model):
+    """With regions on some ranks alone, too."""
+    expected = results_of(1, model)[0][None, kind]
     assert "objectives.captioning.output.weight" in expected
+    assert expected["logged"].all()
+    assert len(expected["logged"]) == (3 if kind else 1)
     for cases in results_of(world_size, model):
-        for found in cases[: len(MICRO_BATCH_SIZES)]:
-            assert found.keys() == expected.keys()
-            assert worst(found, expected) < 1e-10
+        for case in CASES:
+            if case[1] == kind:
+                assert cases[case].keys() == expected.keys()
+                assert worst(cases[case], expected) < 1e-10
 
 
+@pytest.mark.parametrize("case", SHARDED)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shards_on_ranks_with_uneven_batches_give_those_of_one_process(world_size, model):
-    expected = results_of(1, model)[0][0]
+def test_shards_on_ranks_with_uneven_batches_give_those_of_one_process(world_size, case, model):
+    expected = results_of(1, model)[0][None, "regions"]
     for cases in results_of(world_size, model):
-        found = cases[-1]
-        assert found.keys() == expected.keys()
-        assert worst(found, expected) < 1e-10
+        assert cases[case].keys() == expected.keys()
+        assert worst(cases[case], expected) < 1e-10
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_comparison_rejects_the_mean_of_each_rank(world_size, model):
-    expected = {**results_of(1, model)[0][0], "logged": torch.zeros(())}
-    assert worst(results_of(world_size, model)[0][len(MICRO_BATCH_SIZES)], expected) > 1e-3
+    expected = {**results_of(1, model)[0][None, ""], "logged": torch.zeros(())}
+    assert worst(results_of(world_size, model)[0][BROKEN[0]], expected) > 1e-3
 
 
 def test_of_a_term_gradients_reach_image_tower_and_decoder_alone(model):
@@ -206,7 +219,7 @@ class Watch(Callback):
     """Counts passes through the towers, and keeps what is logged of each step."""
 
     def __init__(self):
-        self.passes, self.logged = [], []
+        self.passes, self.logged, self.decoded = [], [], 0
 
     def on_train_start(self, trainer, pl_module):
         clip = pl_module.towers.clip
@@ -215,10 +228,15 @@ class Watch(Callback):
             ("text", clip.text.transformer.resblocks[0]),
         ):
             block.register_forward_hook(lambda *_, name=name: self.passes.append(name))
+        for objective in pl_module.objectives.values():
+            objective.decoder.register_forward_hook(self._count_decoded)
+
+    def _count_decoded(self, *_):
+        self.decoded += 1
 
     def on_train_batch_end(self, trainer, *_):
         kept = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        self.logged.append({**kept, "passes": list(self.passes)})
+        self.logged.append({**kept, "passes": list(self.passes), "decoded": self.decoded})
         self.passes.clear()
 
 
@@ -256,10 +274,13 @@ def all_equal(ours, theirs):
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_one_pass_of_each_tower_serves_loss_and_objective(model, tmp_path, micro_batch_size):
     size = {"micro_batch_size": micro_batch_size}
-    logged = train(model, tmp_path, 1, objectives=[Captioning()], **size)[2]
     alone = train(model, tmp_path, 1, **size)[2]
-    assert sorted(logged[0]["passes"]) == sorted(alone[0]["passes"])
-    assert logged[0]["passes"].count("image") == (1 if micro_batch_size is None else 4)
+    passes = 1 if micro_batch_size is None else 4
+    for tasks in (("caption",), TASKS):
+        logged = train(model, tmp_path, 1, objectives=[Captioning(tasks=tasks)], **size)[2]
+        assert sorted(logged[0]["passes"]) == sorted(alone[0]["passes"])
+        assert logged[0]["passes"].count("image") == passes
+        assert logged[0]["decoded"] == passes  # all tasks in one
     later = train(model, tmp_path, 3, objectives=[Captioning(start=1)], **size)[2]
     assert [sorted(entry["passes"]) for entry in later] == [sorted(alone[0]["passes"])] * 3
 
@@ -307,7 +328,7 @@ MUON = OptimConfig(
 def test_a_run_that_is_stopped_goes_on_to_the_bit_across_the_beginning_of_an_objective(
     model, tmp_path, optim
 ):
-    objective = {"start": 2, "parallel": 0.5}
+    objective = {"start": 2, "parallel": 0.5, "tasks": TASKS}
     settings = {"optim": optim}
     whole, _, logged = train(model, tmp_path, 4, objectives=[Captioning(**objective)], **settings)
     for stop in (1, 3):
@@ -322,33 +343,35 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit_across_the_beginning_of_an_obj
 
 
 def test_under_autocast_terms_are_float32_and_near_those_without(model, tmp_path):
-    exact = train(model, tmp_path, objectives=[Captioning()])[2]
-    rounded = train(
-        model, tmp_path, objectives=[Captioning()], trainer={"precision": "bf16-mixed"}
-    )[2]
+    exact = train(model, tmp_path, objectives=[Captioning(tasks=TASKS)])[2]
+    settings = {"precision": "bf16-mixed"}
+    rounded = train(model, tmp_path, objectives=[Captioning(tasks=TASKS)], trainer=settings)[2]
     for ours, theirs in zip(rounded, exact, strict=True):
-        assert ours["train/caption_loss"] == pytest.approx(theirs["train/caption_loss"], rel=0.01)
+        for name in (f"train/{task}_loss" for task in TASKS):
+            assert ours[name] == pytest.approx(theirs[name], rel=0.01)
     assert rounded[-1]["train/caption_loss"] != exact[-1]["train/caption_loss"]
 
 
 @pytest.mark.e2e
-def test_compiled_parts_give_what_eager_ones_give(model):
+@pytest.mark.parametrize("tasks", [("caption",), TASKS])
+def test_compiled_parts_give_what_eager_ones_give(model, tasks):
     torch.manual_seed(1)
     built = build_dual_encoder(model)
     batch, images = batch_of(2), torch.randn(2, 3, 32, 32)
     features, tokens = built.encoder.encode_image_tokens(images)
-    objective = build_objectives([Captioning(layers=1)], built)["captioning"]
+    objective = build_objectives([Captioning(layers=1, tasks=tasks)], built)["captioning"]
     torch.nn.init.normal_(objective.output.weight, std=0.3)
-    rows = Rows(tokens, *(part[:2] for part in (batch.texts, batch.draws, batch.valid)))
-    (expected,) = objective(rows).values()
+    rows = Rows(tokens, batch.texts, batch.draws, batch.valid, regions_of(batch))
+    expected = objective(rows)
     compile_towers(built.encoder, backend="aot_eager")
     objective.compile_heads("aot_eager")
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = built.encoder.encode_image_tokens(images)
     assert torch.allclose(found[0], features, atol=1e-5)
     assert torch.allclose(found[1], tokens, atol=1e-5)
-    (term,) = objective(rows).values()
-    assert term.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    for name, term in objective(rows).items():
+        assert term.total.item() == pytest.approx(expected[name].total.item(), rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -389,7 +412,7 @@ class Graphs(Callback):
 
 
 def test_an_evaluation_measures_captions_and_writes_those_of_its_pictures(model):
-    module = locked_module(model, objectives=[Captioning(layers=1)])
+    module = locked_module(model, objectives=[Captioning(layers=1, tasks=TASKS)])
     batch = batch_of(6, dtype=torch.float32)
     batch = batch._replace(valid=torch.tensor([True] * 5 + [False]))
     measures = ObjectiveMeasures()
@@ -399,22 +422,36 @@ def test_an_evaluation_measures_captions_and_writes_those_of_its_pictures(model)
             _, tokens = module.towers.encode_image_tokens(part.images)
             measures.update(module._measured, part, tokens, 5)
         metrics, written = measures.compute(module._measured, module.built)
-    assert metrics["caption_loss"] == pytest.approx(10.80787, abs=1e-4)
+    assert metrics["caption_loss"] == pytest.approx(math.log(49408 + 500), abs=1e-4)
     assert metrics["caption_token_accuracy"] == 0
     assert metrics["caption_picture_gain"] == pytest.approx(0, abs=1e-5)
+    assert metrics["referring_loss"] == pytest.approx(math.log(49408 + 500), abs=1e-4)
+    assert metrics["box_exact"] == metrics["box_iou_50"] == 0
     assert sorted(written) == [0, 1, 2, 3, 4]  # all valid ones, of which there are few
-    assert all(isinstance(text, str) for text in written.values())
+    assert all(isinstance(each.caption, str) for each in written.values())
+    assert [number for number, each in written.items() if each.region] == [0, 1, 2]
+    texts = batch.region_texts[1]
+    assert written[1].region.text == module.built.tokenizer.decode(
+        texts[1 : texts.argmax()].tolist()
+    )
+    assert written[1].region.box == pytest.approx(batch.region_boxes[1].tolist())
+    assert written[1].region.written == pytest.approx((0.001,) * 4)
+
+
+MEASURED = [f"val/{task}_{kind}" for task in TASKS for kind in ("loss", "token_accuracy")]
+MEASURED += ["val/box_exact", "val/box_iou_50"]
 
 
 @pytest.mark.e2e
 def test_ranks_and_shards_measure_and_write_what_one_process_does(model, tmp_path):
     ((alone, written),) = evaluated(0, 1, model, str(tmp_path), [None])
     assert sorted(written) == list(range(7))
-    assert any(written.values())
+    assert any(each.caption for each in written.values())
+    assert sum(each.region is not None for each in written.values()) == 4
     for results in run_ranks(evaluated, 2, model, str(tmp_path), [None, {}]):
         for metrics, captions in results:
             assert captions == written
-            for name in ("val/caption_loss", "val/caption_token_accuracy", "val/loss"):
+            for name in (*MEASURED, "val/loss"):
                 assert metrics[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
@@ -624,3 +661,37 @@ def leave_heads_out(run_dir):
     for name in names:
         del checkpoint["state_dict"][name]
     AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+@pytest.mark.e2e
+def test_fit_with_regions_writes_boxes_and_is_refused_without(tmp_path):
+    settings = write_settings(tmp_path, max_steps=2, val_check_interval=2)
+    content = yaml.safe_load(settings.read_text())
+    shards = write_handwriting_shards(
+        tmp_path / "regions",
+        num_train_pairs=72,
+        num_val_pairs=20,
+        num_train_shards=3,
+        image_size=48,
+        regions=True,
+    )
+    content["data"] |= {"train_shards": shards.train, "val_shards": shards.val}
+    content["model"]["objectives"] = [
+        {
+            "class_path": "dist_siglip.objectives.Captioning",
+            "init_args": {"tasks": list(TASKS), "box_bins": 16},
+        }
+    ]
+    settings.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="need regions of pictures; name their field") as caught:
+        train_run(["fit", "--config", str(settings)])
+    assert "\n" not in str(caught.value)
+    train_run(["fit", "--config", str(settings), "--data.regions.json_field", "regions"]).let_go()
+    metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    assert 0 < metrics["referring_loss"] < 10.9
+    assert {"box_exact", "box_iou_50", "grounded_token_accuracy"} < metrics.keys()
+    examples = json.loads((tmp_path / "run/evaluation/examples.json").read_text())
+    sought = [image["sought"] for image in examples["images"] if "sought" in image]
+    assert len(sought) > 10
+    assert {*sought} <= {"zero", *(number_in_words(digit, 1) for digit in range(1, 10))}
+    assert "in orange where the decoder" in (tmp_path / "run/report.html").read_text()
