@@ -21,6 +21,7 @@ from dist_siglip.losses import (
 )
 from dist_siglip.losses.arguments import TeacherFeatures, uses_logit_bias, uses_teachers
 from dist_siglip.losses.distillation import distillation_loss
+from tests.support.devices import on_devices
 from tests.support.parity import (
     EXCHANGES,
     LAYOUTS,
@@ -271,6 +272,18 @@ def test_the_comparison_rejects_logits_averaged_and_local_negatives(layout):
         truth = reference_of(form, sum(LAYOUTS[layout]))
         error = largest_error(results[layout, form, "local"], truth)
         assert error > 1e-2 if len(LAYOUTS[layout]) > 1 else error < 1e-3
+
+
+@on_devices
+@pytest.mark.parametrize("form", FORMS)
+def test_each_device_gives_loss_and_gradients(form, device):
+    truth = reference_of(form, 6)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-2)):
+        given, teachers = arguments((6,), 0, dtype)
+        given = {name: value.detach().to(device).requires_grad_() for name, value in given.items()}
+        teachers = teachers._replace(image=teachers.image.to(device), text=teachers.text.to(device))
+        found = global_result(ours(teachers, form, chunk_rows=4), given)
+        assert largest_error({k: v.cpu() for k, v in found.items()}, truth) < bound
 
 
 IMAGES = torch.tensor([[0.6, 0.8, 0.0, 0.0], [1 / 3, 2 / 3, 2 / 3, 0.0]])

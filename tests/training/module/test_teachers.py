@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.errors import UserError
@@ -20,6 +21,7 @@ from dist_siglip.training.callbacks import WeightAverage
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 from dist_siglip.training.module.teachers import TeacherConfig
+from tests.support.devices import on_devices
 from tests.support.hugging_face import write_folder
 from tests.support.processes import run_ranks
 from tests.support.sharded_ranks import worst_error
@@ -92,6 +94,18 @@ def test_each_teacher_sees_the_crop_at_its_size_and_the_caption_in_its_tokens(mo
         for ours, theirs in zip((found.image, found.text), expected, strict=True):
             assert torch.allclose(ours[:, columns], theirs, atol=1e-5)
         start = columns.stop
+
+
+@on_devices
+def test_each_device_hears_what_teachers_say(model, teachers, device):
+    module = module_of(model, teachers)
+    batch = batches_of(1)[0]
+    expected = module.teachers.features_of(batch, None)
+    there = ImageTextBatch(*(None if part is None else part.to(device) for part in batch))
+    found = module.teachers.features_of(there, 3)
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert ours.device.type == device
+        assert torch.allclose(ours.cpu(), theirs, atol=5e-3)  # convolutions in TF32
 
 
 def test_a_folder_of_transformers_teaches_with_its_scale_bias_and_tokens(model, tmp_path):
