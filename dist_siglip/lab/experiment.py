@@ -78,11 +78,13 @@ class LabSettings:
         quick: run fewer cases, each as long as in the full experiment, so that what is left
             in the table keeps its tolerance.
         seed: added to the seed that the authors used; 0 repeats theirs.
+        processes: that the experiment may compute in; with 1 it computes in this one.
         progress: called with the share of the work that is done, from 0 to 1.
     """
 
     quick: bool = False
     seed: int = 0
+    processes: int = 1
     progress: Callable[[float], None] = _ignore
 
     def part(self, number: int, of: int) -> "LabSettings":

@@ -212,7 +212,8 @@ def run_experiments(
 
     Args:
         lab_run: what to run.
-        workers: processes at a time; with 1 everything runs in this process.
+        workers: processes at a time; with 1 everything runs in this process. Experiments fewer
+            than these may compute in several.
         on_progress: called with a name and the share of that experiment that is done.
 
     Raises:
@@ -225,8 +226,9 @@ def run_experiments(
     )
     if workers == 1:
         for name in longest_first:
-            yield _run_here(name, lab_run, on_progress)
+            yield _run_here(name, lab_run, 1, on_progress)
         return
+    processes = max(1, workers // len(longest_first))
     context = multiprocessing.get_context("spawn")
     messages: multiprocessing.Queue[tuple[str, float]] = context.Queue()
     with ProcessPoolExecutor(
@@ -236,7 +238,7 @@ def run_experiments(
         initargs=(messages,),
     ) as pool:
         try:
-            futures = {pool.submit(_run_there, name, lab_run) for name in longest_first}
+            futures = {pool.submit(_run_there, name, lab_run, processes) for name in longest_first}
             yield from _finished(futures, lambda: _forward(messages, on_progress))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -264,7 +266,7 @@ def _set_queue(messages: Any) -> None:
     _messages = messages
 
 
-def _run_there(name: str, lab_run: LabRun) -> Record:
+def _run_there(name: str, lab_run: LabRun, processes: int) -> Record:
     last = 0.0
 
     def report(_: str, done: float) -> None:
@@ -273,10 +275,12 @@ def _run_there(name: str, lab_run: LabRun) -> Record:
             last = done
             _messages.put((name, done))
 
-    return _run_here(name, lab_run, report)
+    return _run_here(name, lab_run, processes, report)
 
 
-def _run_here(name: str, lab_run: LabRun, on_progress: Callable[[str, float], None]) -> Record:
+def _run_here(
+    name: str, lab_run: LabRun, processes: int, on_progress: Callable[[str, float], None]
+) -> Record:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = _cpu_seconds()
@@ -285,6 +289,7 @@ def _run_here(name: str, lab_run: LabRun, on_progress: Callable[[str, float], No
             LabSettings(
                 quick=lab_run.quick,
                 seed=lab_run.seed,
+                processes=processes,
                 progress=lambda done: on_progress(name, done),
             )
         )

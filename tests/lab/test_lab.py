@@ -8,7 +8,7 @@ import pytest
 
 from dist_siglip.cli import main
 from dist_siglip.errors import UserError
-from dist_siglip.lab import LabSettings, Row
+from dist_siglip.lab import LabSettings, Row, running
 from dist_siglip.lab.experiments import EXPERIMENTS, Entry
 from dist_siglip.lab.running import (
     LabRun,
@@ -137,6 +137,42 @@ def test_an_experiment_that_fails_is_told_after_the_others():
 def test_a_name_given_twice_is_run_once(catalogue, tmp_path):
     order = LabRun(["tiny", "tiny"], tmp_path)
     assert len(list(run_experiments(order, workers=1, on_progress=lambda *message: None))) == 1
+
+
+class PoolThatTells:
+    """Instead of running an experiment, its result is how many processes it may compute in."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def submit(self, run, name, lab_run, processes):
+        future = Future()
+        future.set_result(processes)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("names", "workers", "processes"),
+    [
+        (["parity"], 2, [2]),
+        (["parity", "separator"], 2, [1, 1]),
+        (["parity", "separator", "modalities"], 2, [1, 1, 1]),
+        (["parity", "separator"], 5, [2, 2]),
+    ],
+)
+def test_fewer_experiments_than_workers_compute_in_several(
+    names, workers, processes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(running, "ProcessPoolExecutor", PoolThatTells)
+    order = LabRun(names, tmp_path)
+    found = run_experiments(order, workers=workers, on_progress=lambda *message: None)
+    assert list(found) == processes
 
 
 def test_the_seed_reaches_the_experiment(catalogue, tmp_path):

@@ -33,6 +33,10 @@ def _arxiv(number: str) -> str:
 PAPERS: dict[str, tuple[str, str]] = {
     "constellations": ("Constellations", f"Bangachev et al. 2025 {_arxiv('2509.18552')}."),
     "siglip": ("SigLIP", f"Zhai et al. 2023 {_arxiv('2303.15343')}."),
+    "siglip2": (
+        "SigLIP 2",
+        f"Tschannen et al. 2025 {_arxiv('2502.14786')}, who compare the whole, not its parts.",
+    ),
     "subset_retrieval": (
         "Retrieval of sets of documents",
         f"Bangachev et al. 2026 {_arxiv('2605.23556')}.",
@@ -127,6 +131,12 @@ EXPERIMENTS: dict[str, Entry] = {
         "does the sigmoid loss win at small batches?",
         1.0,
         "siglip",
+    ),
+    "siglip2_parts": Entry(
+        "dist_siglip.lab.experiments.siglip2_parts",
+        "what do captions, boxes, prefixes and a teacher change beside the sigmoid loss?",
+        16.0,
+        "siglip2",
     ),
     "closed_forms": Entry(
         "dist_siglip.lab.experiments.closed_forms",

@@ -1,0 +1,259 @@
+"""Training of small towers on pictures of digits, and what is measured of them.
+
+The step is that of a run: one pass of each tower, a pairwise loss of the features, and the terms
+of an objective on the patch tokens beside it.
+"""
+
+import math
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_siglip.lab.digit_scenes import (
+    BACKGROUND,
+    NUM_CLASSES,
+    Scenes,
+    build_digit_towers,
+    draw_scenes,
+    token_table,
+)
+from dist_siglip.losses import (
+    DistillationLoss,
+    LogitScaleBias,
+    MatryoshkaLoss,
+    SigLipLoss,
+    TeacherFeatures,
+)
+from dist_siglip.metrics import (
+    cut_rows,
+    linear_label_map,
+    pca_rotation,
+    pointing_accuracy,
+    recall_at_k,
+    retrieval_ranks_both_ways,
+    segmentation,
+    vote_labels,
+)
+from dist_siglip.objectives import Captioning, Regions, Rows
+from dist_siglip.objectives.captioning import Task
+
+POOL = 20_000  # pictures to train on
+BATCH, LEARNING_RATE = 64, 4e-3
+SHARE_WRONG = 0.4  # of captions, where some are
+CUTS = (16, 8)  # dimensions that features are cut to
+CURVE_POINTS = 8
+_WARMUP = 50
+_HELD_OUT, _DENSE, _ROTATED = 600, 300, 2000  # pictures measured
+_BOX_BINS = 16
+# Of words and positions of the decoder, and 0.02 in a wide one: at that, one of 48 channels is slow
+# to learn which of the two boxes a text means.
+_DECODER_STD = 0.5
+Numbers = dict[str, float]
+
+
+class Arm(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        width: channels of the towers.
+        tasks: of the captioning decoder.
+        dims: prefixes of the Matryoshka loss.
+        is_noisy: whether some captions are those of other pictures.
+        is_distilled: whether it learns from the teacher, too.
+    """
+
+    width: int = 48
+    tasks: tuple[Task, ...] = ()
+    dims: tuple[int, ...] = ()
+    is_noisy: bool = False
+    is_distilled: bool = False
+
+
+class Trained(NamedTuple):
+    """Measures of an arm.
+
+    Attributes:
+        curve: recall@1 at equal distances, the last one at the end.
+        early: all measures, a third of the way.
+        late: all measures at the end.
+    """
+
+    curve: list[float]
+    early: Numbers
+    late: Numbers
+
+
+class Teacher(NamedTuple):
+    """Features of a trained pair of towers: of the training pictures, and of every caption id."""
+
+    pictures: Tensor
+    captions: Tensor
+    scale: float
+    bias: float
+
+
+class DigitTraining:
+    """The training of one arm, and what is measured of it.
+
+    Args:
+        arm: what is trained.
+        scenes: ``POOL`` pictures to train on.
+        seed: of values, order of the batches, and the pictures measured.
+        steps: of the training.
+        teacher: of an arm that is distilled.
+    """
+
+    def __init__(
+        self, arm: Arm, scenes: Scenes, *, seed: int, steps: int, teacher: Teacher | None = None
+    ) -> None:
+        self.arm, self.scenes, self.steps = arm, scenes, steps
+        self.held_out = draw_scenes(_HELD_OUT, is_training=False, seed=seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        built = build_digit_towers(arm.width, seed)
+        self.towers = built.encoder
+        self.logits = LogitScaleBias(10.0, -5.0)
+        self.loss, self.teacher = _loss_of(arm), teacher if arm.is_distilled else None
+        self.objective: Captioning | None = None
+        if arm.tasks:
+            self.objective = Captioning(tasks=arm.tasks, box_bins=_BOX_BINS, layers=2)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.objective.build(built, self.towers.image_token_shape(16))
+            decoder = self.objective.decoder
+            for values in (decoder.embedding.weight, decoder.positions):
+                nn.init.normal_(values, std=_DECODER_STD, generator=self.generator)
+        modules = (self.towers, self.logits, self.loss, self.objective)
+        self.parameters = [
+            p for module in modules if module is not None for p in module.parameters()
+        ]
+        self.caption_rows, self.digit_rows = token_table()
+        self.captions = scenes.caption_ids
+        if arm.is_noisy:
+            wrong = torch.rand(POOL, generator=self.generator) < SHARE_WRONG
+            others = self.captions[torch.randperm(POOL, generator=self.generator)]
+            self.captions = torch.where(wrong, others, self.captions)
+
+    def run(self) -> Trained:
+        """Train, and measure on the way."""
+        steps = self.steps
+        optimizer = torch.optim.AdamW(
+            self.parameters, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+        )
+        curve: list[float] = []
+        early: Numbers = {}
+        for step in range(steps):
+            warm, cosine = (step + 1) / _WARMUP, (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(warm, cosine)
+            optimizer.zero_grad()
+            self._loss().backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            if (step + 1) * CURVE_POINTS % steps < CURVE_POINTS:
+                curve.append(self.measure_recall()["recall@1"])
+            if step + 1 == steps // 3:
+                early = self.measure()
+        return Trained(curve, early, self.measure())
+
+    def _loss(self) -> Tensor:
+        rows = torch.randint(POOL, (BATCH,), generator=self.generator)
+        captions = self.captions[rows]
+        images, tokens = self.towers.encode_image_tokens(self.scenes.pixels(rows))
+        texts = self.towers.encode_text(self.caption_rows[captions])
+        pairs = (images, texts, *self.logits())
+        if self.teacher is None:
+            loss: Tensor = self.loss(*pairs, caption_ids=captions)
+        else:
+            teachers = TeacherFeatures(
+                self.teacher.pictures[rows],
+                self.teacher.captions[captions],
+                dims=(images.shape[1],),
+                scales=(self.teacher.scale,),
+                biases=(self.teacher.bias,),
+            )
+            loss = self.loss(*pairs, caption_ids=captions, teachers=teachers)
+        if self.objective is not None:
+            draws = torch.randint(2**62, (BATCH,), generator=self.generator)
+            terms = self.objective(self.rows_of(self.scenes, rows, tokens, draws))
+            loss = loss + sum(term.total / term.number for term in terms.values())
+        return loss
+
+    def rows_of(self, scenes: Scenes, rows: Tensor, tokens: Tensor, draws: Tensor) -> Rows:
+        """Rows of an objective, with one digit of each picture as its region."""
+        digits, boxes = scenes.digits[rows], scenes.boxes[rows]
+        which, every = draws % 2, torch.arange(len(rows))
+        # Of two equal digits nobody could tell which one is meant: no region.
+        boxes = boxes[every, which] * (digits[:, :1] != digits[:, 1:])
+        regions = Regions(self.digit_rows[digits[every, which]], boxes)
+        texts = self.caption_rows[scenes.caption_ids[rows]]
+        return Rows(tokens, texts, draws, torch.ones(len(rows), dtype=torch.bool), regions)
+
+    @torch.no_grad()
+    def as_teacher(self) -> Teacher:
+        """Features of all training pictures and captions."""
+        parts = torch.arange(POOL).split(500)
+        pictures = [self.towers.encode_image(self.scenes.pixels(part)) for part in parts]
+        scale, bias = (float(value) for value in self.logits())
+        captions = self.towers.encode_text(self.caption_rows)
+        return Teacher(torch.cat(pictures), captions, scale, bias)
+
+    @torch.no_grad()
+    def measure_recall(self, *, is_cut: bool = False) -> Numbers:
+        """Recall@1 of pictures not trained on, whole and cut; equal captions are pairs."""
+        held_out = self.held_out
+        pictures = self.towers.encode_image(held_out.pixels(slice(None)))
+        texts = self.towers.encode_text(self.caption_rows)[held_out.caption_ids]
+        found = {"recall@1": _recall(pictures, texts, held_out.caption_ids)}
+        if is_cut:
+            rotation = pca_rotation(self.towers.encode_image(self.scenes.pixels(slice(_ROTATED))))
+            for dim in CUTS:
+                for way, turned in (("first", None), ("PCA to", rotation)):
+                    found[f"recall@1, {way} {dim}"] = _recall(
+                        cut_rows(pictures, dim, turned),
+                        cut_rows(texts, dim, turned),
+                        held_out.caption_ids,
+                    )
+        return found
+
+    @torch.no_grad()
+    def measure(self) -> Numbers:
+        """All measures of pictures that were not trained on."""
+        found = self.measure_recall(is_cut=self.arm.width > 32 and not self.arm.tasks)
+        held_out = self.held_out
+        tokens = self.towers.encode_image_tokens(held_out.pixels(slice(_DENSE)))[1]
+        labels = held_out.patch_labels[:_DENSE]
+        known = self.towers.encode_image_tokens(self.scenes.pixels(slice(_DENSE)))[1]
+        bank, bank_labels = known.flatten(0, 1), self.scenes.patch_labels[:_DENSE].flatten()
+        votes = vote_labels(tokens.flatten(0, 1), bank, bank_labels, NUM_CLASSES)
+        told = segmentation(
+            votes.argmax(dim=1), labels.flatten(), NUM_CLASSES, background=BACKGROUND
+        )
+        by_map = F.pad(tokens.double(), (0, 1), value=1.0) @ linear_label_map(
+            bank, bank_labels, NUM_CLASSES
+        )
+        found |= {
+            "patch accuracy": told.accuracy,
+            "mIoU": told.mean_iou,
+            "pointing": pointing_accuracy(by_map, labels, background=BACKGROUND),
+        }
+        if self.objective is not None and len(self.arm.tasks) > 1:
+            every = torch.arange(_HELD_OUT)
+            tokens = self.towers.encode_image_tokens(held_out.pixels(every))[1]
+            terms = self.objective.measure(self.rows_of(held_out, every, tokens, every))
+            found["box exact"] = float(terms["box_exact"].total / terms["box_exact"].number)
+        return found
+
+
+def _loss_of(arm: Arm) -> nn.Module:
+    sigmoid = SigLipLoss(duplicates="positive")
+    if arm.is_distilled:
+        return DistillationLoss(sigmoid)
+    return MatryoshkaLoss(list(arm.dims), sigmoid) if arm.dims else sigmoid
+
+
+def _recall(pictures: Tensor, texts: Tensor, caption_ids: Tensor) -> float:
+    """Mean recall@1 of both directions."""
+    ranks = retrieval_ranks_both_ways(pictures, texts, caption_ids, caption_ids)
+    return fmean(recall_at_k(each, 1) for each in ranks)

@@ -1,0 +1,121 @@
+"""Pictures of digits at known places, towers that learn from them, and the experiment on both."""
+
+import pytest
+import torch
+
+from dist_siglip.lab import LabSettings
+from dist_siglip.lab.digit_scenes import BACKGROUND, build_digit_towers, draw_scenes, tokenize
+from dist_siglip.lab.digit_training import POOL, Arm, DigitTraining
+from dist_siglip.lab.experiments import siglip2_parts
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return draw_scenes(POOL, is_training=True, seed=0)
+
+
+def test_ink_captions_boxes_and_patches_say_the_same(scenes):
+    for place in range(200):
+        labels = scenes.patch_labels[place].view(4, 4)
+        assert (labels < BACKGROUND).sum() == 8
+        for digit, box in zip(scenes.digits[place], scenes.boxes[place], strict=True):
+            top, left, bottom, right = (4 * box).long()
+            assert (labels[top:bottom, left:right] == digit).all()
+            window = scenes.pictures[place, 0, 4 * top : 4 * bottom, 4 * left : 4 * right]
+            assert window.max() > 1.5
+        ground = scenes.pictures[place, 0][
+            (labels == BACKGROUND).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        ]
+        assert ground.max() < 0
+    assert (scenes.digits[:, 0] <= scenes.digits[:, 1]).all()
+    assert len(scenes.caption_ids.unique()) == 55
+
+
+def test_pictures_depend_on_their_seed_and_are_of_other_handwriting_than_those_held_out(scenes):
+    again, other, held_out = (
+        draw_scenes(POOL, is_training=is_training, seed=seed)
+        for is_training, seed in ((True, 0), (True, 1), (False, 0))
+    )
+    assert torch.equal(scenes.pictures, again.pictures)
+    assert not torch.equal(scenes.pictures, other.pictures)
+
+    def writing(found):
+        """Grey levels of digits in the upper left corner, above those of the noise."""
+        corner = found.pictures[(found.boxes[:, :, :2] == 0).all(dim=2).any(dim=1), 0, :8, :8]
+        levels = (16 * (0.4 * corner + 0.2)).round().int()
+        return {row.tobytes() for row in (levels * (levels > 2)).flatten(1).numpy()}
+
+    assert len(writing(held_out)) > 300
+    assert not writing(scenes) & writing(held_out)
+    assert len(writing(scenes) & writing(other)) > 1000
+
+
+def test_towers_are_of_timm_and_open_clip_and_the_same_at_one_seed(scenes):
+    towers = build_digit_towers(32, seed=3).encoder
+    features, tokens = towers.encode_image_tokens(scenes.pixels(slice(5)))
+    assert tokens.shape == (5, 16, 32)
+    assert torch.equal(features, towers.encode_image(scenes.pixels(slice(5))))
+    assert towers.encode_text(tokenize(["3 7", "0 0"])).shape == features[:2].shape
+    again = build_digit_towers(32, seed=3).encoder
+    assert torch.equal(features, again.encode_image(scenes.pixels(slice(5))))
+
+
+def test_a_region_is_a_digit_of_the_picture_and_none_where_both_are_equal(scenes):
+    training = DigitTraining(Arm(), scenes, seed=0, steps=1)
+    rows = torch.arange(300)
+    found = training.rows_of(scenes, rows, torch.zeros(300, 16, 48), rows)
+    equal = scenes.digits[:300, 0] == scenes.digits[:300, 1]
+    assert torch.equal(found.regions.exist, ~equal)
+    for place in rows[~equal].tolist():
+        box = (4 * found.regions.boxes[place]).long()
+        labels = scenes.patch_labels[place].view(4, 4)[box[0] : box[2], box[1] : box[3]]
+        assert torch.equal(tokenize([str(int(labels[0, 0]))])[0, :1], found.regions.texts[place])
+
+
+def test_four_in_ten_captions_are_wrong_where_some_are(scenes):
+    captions = DigitTraining(Arm(is_noisy=True), scenes, seed=0, steps=1).captions
+    wrong = float((captions != scenes.caption_ids).float().mean())
+    assert wrong == pytest.approx(0.4 * (1 - 1 / 50), abs=0.02)
+
+
+def test_several_processes_give_the_numbers_of_one():
+    jobs = [siglip2_parts.Job((siglip2_parts.SIGMOID,), seed, steps=3) for seed in (0, 1)]
+    found = [dict(siglip2_parts.run_jobs(jobs, processes)) for processes in (1, 2)]
+    assert found[0] == found[1]
+
+
+def test_the_quick_run_shows_that_boxes_are_learned():
+    done = []
+    outcome = siglip2_parts.run(LabSettings(quick=True, progress=done.append))
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    assert [row for row in outcome.rows if not row.is_sound] == []
+    assert outcome.figure.axes
+    assert any("captions and boxes" in note for note in outcome.notes)
+
+
+def results(**late):
+    """Two seeds of two arms, that differ in one number."""
+    base = dict.fromkeys(("recall@1", "patch accuracy", "mIoU", "pointing"), 0.5)
+    arms = {siglip2_parts.SIGMOID: (base, base), siglip2_parts.CAPTIONS: ()}
+    first, second = ({**base, **{k: v[seed] for k, v in late.items()}} for seed in (0, 1))
+    arms[siglip2_parts.CAPTIONS] = (first, second)
+    return {
+        name: [siglip2_parts.Trained([0.3, 0.4, 0.5], base, numbers) for numbers in seeds]
+        for name, seeds in arms.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("recall", "kind"),
+    [
+        ((0.6, 0.7), "help: captions: recall@1 +0.150"),
+        ((0.3, 0.4), "hurt: captions: recall@1 -0.150"),
+        ((0.51, 0.52), "make no clear difference: captions: recall@1 +0.015"),
+        ((0.49, 0.7), "make no clear difference: captions: recall@1 +0.095"),
+    ],
+)
+def test_the_conclusion_follows_from_the_numbers(recall, kind):
+    notes = list(siglip2_parts.conclusion(results(**{"recall@1": recall})))
+    assert any(note.startswith(f"At the end these {kind}") for note in notes)
+    assert notes[-1].endswith("steps: sigmoid +0.200; with captions +0.200.")
