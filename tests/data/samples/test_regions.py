@@ -318,6 +318,8 @@ def test_what_regions_cannot_be_read_from_is_refused(shard):
         )
     with pytest.raises(UserError, match="needs to know what the transform"):
         dataset_of(shard, transform=lambda picture: torch.zeros(3, 16, 16))
+    with pytest.raises(UserError, match="cannot follow stored augmentations; leave out"):
+        dataset_of(shard, reinforced=object())
 
 
 def test_a_huge_json_is_a_bad_sample(tmp_path):
