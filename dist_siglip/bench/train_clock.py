@@ -160,6 +160,7 @@ class StepClock(Callback):
     towers: forward and backward, with the exchange of their gradients. loss: forward, backward up
     to the gradients of the features, and its exchange. data: waiting for a batch, its way to the
     device and normalisation. optimizer: clipping and step. rest: logging, callbacks, Lightning.
+    Beside them the time of the processors, which other processes do not make longer.
 
     Args:
         path: of the JSON to write.
@@ -198,12 +199,15 @@ class StepClock(Callback):
     ) -> None:
         """Cut the line at the end of a step."""
         self._line.end_step()
+        if trainer.global_step == self.first_step:
+            self._processor_start = _processor_seconds()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what was measured."""
         found = {
             "steps": trainer.max_steps - self.first_step,
             "seconds": self._line.seconds(self.first_step),
+            "processor_seconds": _processor_seconds() - self._processor_start,
             "peak_bytes": peak_bytes(self._device),
             "gemm_flops_per_second": max(self._gemm_rate, self._measure_products(trainer)),
             "threads": torch.get_num_threads(),
@@ -258,6 +262,12 @@ def _watch_loss(loss: nn.Module, line: PhaseLine) -> None:
 
     loss.register_forward_pre_hook(begins)
     loss.register_forward_hook(ends)
+
+
+def _processor_seconds() -> float:
+    """Time that the processors worked for this process, whoever else uses them."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -259,12 +259,16 @@ def _measured(
     pairs = list(zip(own, alone, strict=True))
     ratios = [seconds(each) / seconds(other) for each, other in pairs]
     computed = [seconds(each, _COMPUTED) / seconds(other, _COMPUTED) for each, other in pairs]
+    worked = [
+        (each.processor_seconds or 0) / (other.processor_seconds or 1) for each, other in pairs
+    ]
     return {
         "step_seconds": median(map(seconds, own)) if own else None,
         "ratio": median(ratios) if own else None,
         "least_ratio": min(ratios, default=None),
         "most_ratio": max(ratios, default=None),
         "computed_ratio": median(computed) if own else None,
+        "processor_ratio": median(worked) if own else None,
         "peak_bytes": median(speed.peak_bytes for speed in own) if own else None,
     }
 
@@ -281,14 +285,16 @@ def _costs(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(
         title=title,
         caption="time of a step over that of the loss alone in the same round, median, least and "
-        "most; towers and loss: without data, optimizer and the rest; FLOPs: what the operations "
-        "below predict for towers and loss; peak: of the first rank",
+        "most; towers and loss: without data, optimizer and the rest; processors: time that they "
+        "worked for the first rank, which a busy machine does not change; FLOPs: what the "
+        "operations below predict for towers and loss; peak: of the first rank",
     )
     headings = ("W", "b", "objective", "ms a step", "ratio", "least", "most", "towers and loss")
-    for heading in (*headings, "FLOPs", "peak"):
+    for heading in (*headings, "processors", "FLOPs", "peak"):
         table.add_column(heading, justify="left" if heading == "objective" else "right")
     for row in rows:
-        keys = ("ratio", "least_ratio", "most_ratio", "computed_ratio", "predicted_ratio")
+        names = ("ratio", "least", "most", "computed", "processor", "predicted")
+        keys = [name if name == "ratio" else f"{name}_ratio" for name in names]
         cells = ["-" if row[key] is None else f"{row[key]:.2f}" for key in keys]
         sizes = [str(row[key]) for key in ("world_size", "local_batch_size", "objective")]
         step = f"{row['step_seconds'] * 1e3:,.0f}"

@@ -76,12 +76,14 @@ class TrainSpeed:
         shares: of the time, by phase; open_clip's log tells of data alone.
         peak_bytes: of the first rank: its process on a CPU, its tensors on a GPU.
         gemm_flops_per_second: of one rank; None for open_clip.
+        processor_seconds: of the processors for a step of the first rank; None for open_clip.
     """
 
     samples_per_second: float
     shares: Mapping[str, float]
     peak_bytes: int
     gemm_flops_per_second: float | None = None
+    processor_seconds: float | None = None
 
 
 def run_ours(
@@ -131,6 +133,7 @@ def run_ours(
         shares={phase: part / seconds for phase, part in measured["seconds"].items()},
         peak_bytes=measured["peak_bytes"],
         gemm_flops_per_second=measured["gemm_flops_per_second"],
+        processor_seconds=measured["processor_seconds"] / measured["steps"],
     )
 
 

@@ -1,6 +1,7 @@
 """The clock of ``bench train`` cuts a real step where Lightning, loss and autograd say so."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,7 @@ def test_every_phase_of_a_step_has_its_time(build, tmp_path):
     assert min(found["seconds"].values()) > 0
     assert (found["steps"], found["gemm_flops_per_second"]) == (4, 1e9)
     assert found["peak_bytes"] > 50e6
+    assert 0 < found["processor_seconds"] < time.process_time()
 
 
 def longest(found):

@@ -45,7 +45,10 @@ def pretended(monkeypatch):
         shares = {"data": 0.1, "towers": 0.6, "loss": 0.1, "optimizer": 0.1, "rest": 0.1}
         if more:
             shares |= {"towers": 0.7, "data": 0.0}
-        return TrainSpeed(samples_per_second=rate, shares=shares, peak_bytes=2**30)
+        worked = 0.9 if more else 0.3
+        return TrainSpeed(
+            samples_per_second=rate, shares=shares, peak_bytes=2**30, processor_seconds=worked
+        )
 
     def embed(command, case, name):
         assert command[-1] == f"--device={case.device}"
@@ -63,6 +66,7 @@ def test_a_ratio_is_that_of_two_runs_of_one_round(arguments, pretended, capsys):
     found = [captioning[key] for key in ("least_ratio", "ratio", "most_ratio")]
     assert found == [2.0, 2.5, 2.5]
     assert captioning["computed_ratio"] == pytest.approx(2.5 * 0.8 / 0.7)
+    assert captioning["processor_ratio"] == pytest.approx(3)
     assert captioning["step_seconds"] == pytest.approx(64 / 40)
     whole = sum(part["forward"] * part["times"] for part in captioning["parts"])
     part = sum(part["forward"] * part["times"] for part in alone["parts"])
