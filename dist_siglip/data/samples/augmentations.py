@@ -162,6 +162,28 @@ _REPLAYS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
+def check_inside(augmentation: Augmentation, size: tuple[int, int]) -> None:
+    """Refuse a crop that is not inside of a picture.
+
+    Args:
+        augmentation: with the crop.
+        size: width and height of the picture.
+
+    Raises:
+        BadSampleError: naming both.
+    """
+    top, left, rows, columns = augmentation.crop
+    width, height = size
+    if min(top, left) < 0 or min(rows, columns) < 1:
+        raise BadSampleError(f"augmentation crops {augmentation.crop}, which is no rectangle")
+    if top + rows > height or left + columns > width:
+        raise BadSampleError(
+            f"augmentation crops rows {top} to {top + rows} and columns {left} to "
+            f"{left + columns} of a picture of {height} rows and {width} columns: the teachers "
+            "saw it in another size"
+        )
+
+
 class Replay:
     """Makes the pixels that an augmentation describes.
 
@@ -183,16 +205,7 @@ class Replay:
         Raises:
             BadSampleError: if the crop is not inside of the picture.
         """
-        top, left, rows, columns = augmentation.crop
-        width, height = picture.size
-        if min(top, left) < 0 or min(rows, columns) < 1:
-            raise BadSampleError(f"augmentation crops {augmentation.crop}, which is no rectangle")
-        if top + rows > height or left + columns > width:
-            raise BadSampleError(
-                f"augmentation crops rows {top} to {top + rows} and columns {left} to "
-                f"{left + columns} of a picture of {height} rows and {width} columns: the teachers "
-                "saw it in another size"
-            )
+        check_inside(augmentation, picture.size)
         image = self._crop_resize(picture, augmentation.crop)
         if augmentation.is_flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

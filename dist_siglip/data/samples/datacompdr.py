@@ -31,8 +31,10 @@ from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.order.sequence import draw_one
 from dist_siglip.data.samples.augmentations import (
     OPERATIONS,
+    Augmentation,
     Replay,
     UnknownOperationError,
+    check_inside,
     parse_augmentation,
 )
 from dist_siglip.data.samples.bad_samples import BadSampleError
@@ -268,13 +270,12 @@ class ReinforcedSamples:
 
         Raises:
             BadSampleError: if a member cannot be used.
-            UserError: if the augmentation drawn cannot be replayed.
+            UserError: if one of its augmentations cannot be replayed.
         """
-        assert self._replay is not None
         stored, texts, rows = self._read(sample_id)
         number = draw_one(len(stored), *key, _AUGMENTATION_DRAW)
         try:
-            augmentation = parse_augmentation(stored[number])
+            augmentations = [parse_augmentation(each) for each in stored]
         except UnknownOperationError as error:
             raise self._cannot_replay(sample_id, error) from error
         captions: list[str | None] = [None]
@@ -290,11 +291,20 @@ class ReinforcedSamples:
             kept = 1 if is_beside else 0  # of the sample's own
             captions, places = [*captions[:kept], cut[place]], [*places[:kept], 1 + place]
         return DrawnView(
-            partial(self._replay, augmentation=augmentation),
+            partial(self._show, augmentations=augmentations, number=number),
             captions,
             teacher_row(rows.image[number], self._settings.dims),
             torch.cat([teacher_row(rows.text[i], self._settings.dims) for i in places]),
         )
+
+    def _show(
+        self, picture: EncodedPicture, *, augmentations: list[Augmentation], number: int
+    ) -> Tensor:
+        """Replay one augmentation of a picture that has room for all: a smaller one is another."""
+        assert self._replay is not None
+        for each in augmentations:
+            check_inside(each, picture.size)
+        return self._replay(picture, augmentations[number])
 
     def _read(self, sample_id: int) -> tuple[list[Any], list[str], TeacherRows]:
         """Read augmentations, synthetic captions and rows, which must fit together."""
