@@ -206,22 +206,11 @@ class PairDataset(Dataset[PairSample]):
         reinforced: ReinforcedSamples | None = None,
         regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
     ) -> None:
-        regions.check()
-        if regions.json_field is not None and "json" not in table.caption_extensions:
-            raise UserError(
-                f"regions.json_field ({regions.json_field}) needs a table that knows the .json "
-                "members; build it with other_extensions=('json',)"
-            )
-        if regions.json_field is not None and not isinstance(transform, WindowedTransform):
-            raise UserError(
-                f"regions.json_field ({regions.json_field}) needs to know what the transform "
-                f"({type(transform).__name__}) cuts away; make it a WindowedTransform"
-            )
-        if regions.json_field is not None and reinforced is not None:
-            raise UserError(
-                f"regions.json_field ({regions.json_field}) cannot follow stored augmentations; "
-                "leave out regions or datacompdr"
-            )
+        regions.check_reading(
+            table.caption_extensions,
+            has_windows=isinstance(transform, WindowedTransform),
+            is_reinforced=reinforced is not None,
+        )
         self.table = table
         self._transform = transform
         self._seed = seed

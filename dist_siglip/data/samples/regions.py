@@ -121,6 +121,38 @@ class RegionRule:
         if not 0 < self.min_left <= 1:
             raise UserError(f"regions.min_left ({self.min_left}) must be in (0, 1]")
 
+    def check_reading(
+        self, extensions: Sequence[str], *, has_windows: bool, is_reinforced: bool
+    ) -> None:
+        """Refuse data that regions cannot be read from, and pixels that they cannot follow.
+
+        Args:
+            extensions: of the members that the table knows.
+            has_windows: whether the transform is a ``WindowedTransform``.
+            is_reinforced: whether stored augmentations are replayed.
+
+        Raises:
+            UserError: as ``check``, or saying which of the three does not fit.
+        """
+        self.check()
+        if self.json_field is None:
+            return
+        problem = ""
+        if "json" not in extensions:
+            problem = (
+                "needs a table that knows the .json members; build it with other_extensions="
+                "('json',)"
+            )
+        elif not has_windows:
+            problem = (
+                "needs to know what the transform cuts away; make it a WindowedTransform of "
+                "dist_siglip.data.samples.transforms"
+            )
+        elif is_reinforced:
+            problem = "cannot follow stored augmentations; leave out regions or datacompdr"
+        if problem:
+            raise UserError(f"regions.json_field ({self.json_field}) {problem}")
+
     def read(
         self,
         record: dict[str, Any],
