@@ -1,9 +1,12 @@
 """Pictures of digits at known places, towers that learn from them, and the experiment on both."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from dist_siglip.lab import LabSettings
+from dist_siglip.lab import LabSettings, digit_training
 from dist_siglip.lab.digit_scenes import BACKGROUND, build_digit_towers, draw_scenes, tokenize
 from dist_siglip.lab.digit_training import POOL, Arm, DigitTraining
 from dist_siglip.lab.experiments import siglip2_parts
@@ -78,10 +81,43 @@ def test_four_in_ten_captions_are_wrong_where_some_are(scenes):
     assert wrong == pytest.approx(0.4 * (1 - 1 / 50), abs=0.02)
 
 
-def test_several_processes_give_the_numbers_of_one():
-    jobs = [siglip2_parts.Job((siglip2_parts.SIGMOID,), seed, steps=3) for seed in (0, 1)]
-    found = [dict(siglip2_parts.run_jobs(jobs, processes)) for processes in (1, 2)]
-    assert found[0] == found[1]
+class PoolHere(ThreadPoolExecutor):
+    """Instead of processes one thread, that gets and gives copies as they would."""
+
+    def __init__(self, processes, mp_context):
+        super().__init__(1)
+
+    def submit(self, run, job):
+        return super().submit(lambda: copied(run)(copied(job)))
+
+
+def copied(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def test_the_whole_run_has_every_arm_measure_and_claim(monkeypatch):
+    """With eight steps, which prove nothing: each verdict follows from its number all the same."""
+    for name in ("_HELD_OUT", "_DENSE", "_ROTATED"):
+        monkeypatch.setattr(digit_training, name, 40)
+    for module in (digit_training, siglip2_parts):
+        monkeypatch.setattr(module, "POOL", 400)
+    monkeypatch.setattr(siglip2_parts, "ProcessPoolExecutor", PoolHere)
+    monkeypatch.setattr(siglip2_parts, "_FULL", (8, 1, siglip2_parts._GROUPS, 0.5))
+    done = []
+    outcome = siglip2_parts.run(LabSettings(processes=2, progress=done.append))
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    shown = [row.quantity for row in outcome.rows if row.published is None]
+    assert len(shown) == len(set(shown)) == 82
+    for arm in siglip2_parts._ARMS:
+        for measure in ("recall@1", "patch accuracy"):
+            assert sum(name.startswith(f"{arm}, 8 steps: {measure} (") for name in shown) == 1
+    claims = [row for row in outcome.rows if row.published is not None]
+    limits = [float(row.published.split(";")[0].removeprefix("above ")) for row in claims]
+    assert limits == [0.5, 0, 0, -0.02, 0.1, -0.05]
+    for row, limit in zip(claims, limits, strict=True):
+        assert (row.verdict == "reproduced") == (row.ours > limit)
+    assert [len(axes.patches) > 0 for axes in outcome.figure.axes] == [False, True, True, True]
 
 
 def test_the_quick_run_shows_that_boxes_are_learned():
