@@ -13,6 +13,7 @@ round, and every source goes through its own epochs, leaving out no sample.
 
 import heapq
 from collections.abc import Iterator, Sequence
+from enum import IntEnum, unique
 from typing import NamedTuple
 
 import numpy as np
@@ -366,6 +367,23 @@ class _Orders:
             kept = epoch, EpochOrder(*self.key(source, epoch))
             self._kept[source] = kept
         return kept[1]
+
+
+@unique
+class Draw(IntEnum):
+    """What a number is drawn for at a place in the stream: the end of its key.
+
+    Draws of one purpose have nothing to do with those of another, nor with those of the attempts at
+    a substitute, whose keys end in their number.
+    """
+
+    CAPTION = 1 << 20
+    REGION = CAPTION + 1
+    DEVICE = CAPTION + 2
+    AUGMENTATION = 1 << 21
+    IS_SYNTHETIC = AUGMENTATION + 1
+    SYNTHETIC = AUGMENTATION + 2
+    FIELD = 1 << 22
 
 
 def draw_one(num_choices: int, *key: int) -> int:

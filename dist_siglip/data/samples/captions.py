@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dist_siglip.data.order.sequence import draw_one
+from dist_siglip.data.order.sequence import Draw, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.errors import UserError
 
@@ -58,9 +58,6 @@ def _is_blank(letter: str) -> bool:
 
 MAX_CAPTION_BYTES = 1 << 20
 MAX_CAPTION_CHARACTERS = 4096
-# Parts the draw of a caption from the draws of substitutes, whose keys end in the attempt.
-_CAPTION_DRAW = 1 << 20
-_FIELD_DRAW = 1 << 22
 _SUM_ERROR = 1e-3  # by which probabilities may miss 1
 EMPTY_CAPTION = "caption is empty"
 
@@ -271,7 +268,7 @@ class CaptionRule:
         if self.probabilities is None:
             return first
         likely = {name: self.probabilities[name] for name in found if self.probabilities[name]}
-        left = draw_one(2**53, *key, _FIELD_DRAW) / 2**53 * sum(likely.values())
+        left = draw_one(2**53, *key, Draw.FIELD) / 2**53 * sum(likely.values())
         for name, probability in likely.items():
             left -= probability
             if left < 0:
@@ -282,7 +279,7 @@ class CaptionRule:
         """Take one of the captions of the field of a number."""
         if self.pick == "first":
             return texts[0]
-        return texts[draw_one(len(texts), *key, _CAPTION_DRAW, *([number] if number else []))]
+        return texts[draw_one(len(texts), *key, Draw.CAPTION, *([number] if number else []))]
 
     def all_of(
         self,

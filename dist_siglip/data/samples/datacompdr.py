@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
-from dist_siglip.data.order.sequence import draw_one
+from dist_siglip.data.order.sequence import Draw, draw_one
 from dist_siglip.data.samples.augmentations import (
     OPERATIONS,
     Augmentation,
@@ -53,8 +53,6 @@ _AUGMENTATIONS, _SYNTHETIC, _ROWS = "paug.json", "syn.json", "npz"
 MEMBERS = (_AUGMENTATIONS, _SYNTHETIC, _ROWS)
 _MOST_BYTES = 1 << 24  # of the rows of a sample: 85 times those of 30 augmentations in float32
 _PROBED = 8  # samples that may be bad before the shards are
-# Keep these draws apart from each other, and from those of captions and substitutes.
-_AUGMENTATION_DRAW, _IS_SYNTHETIC_DRAW, _SYNTHETIC_DRAW = range(1 << 21, (1 << 21) + 3)
 _SHARES = 1 << 30
 
 
@@ -273,7 +271,7 @@ class ReinforcedSamples:
             UserError: if one of its augmentations cannot be replayed.
         """
         stored, texts, rows = self._read(sample_id)
-        number = draw_one(len(stored), *key, _AUGMENTATION_DRAW)
+        number = draw_one(len(stored), *key, Draw.AUGMENTATION)
         try:
             augmentations = [parse_augmentation(each) for each in stored]
         except UnknownOperationError as error:
@@ -282,12 +280,12 @@ class ReinforcedSamples:
         places = [0]
         share = self._settings.synthetic_share
         is_beside = self._settings.synthetic == "beside"
-        if is_beside or draw_one(_SHARES, *key, _IS_SYNTHETIC_DRAW) < share * _SHARES:
+        if is_beside or draw_one(_SHARES, *key, Draw.IS_SYNTHETIC) < share * _SHARES:
             cut = [text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts]
             usable = [i for i, text in enumerate(cut) if text and not is_empty(text)]
             if not usable:
                 raise BadSampleError("synthetic captions are empty")
-            place = usable[draw_one(len(usable), *key, _SYNTHETIC_DRAW)]
+            place = usable[draw_one(len(usable), *key, Draw.SYNTHETIC)]
             kept = 1 if is_beside else 0  # of the sample's own
             captions, places = [*captions[:kept], cut[place]], [*places[:kept], 1 + place]
         return DrawnView(

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
 from dist_siglip.data.index.pairs import PairTable
-from dist_siglip.data.order.sequence import StreamPosition, draw_one
+from dist_siglip.data.order.sequence import Draw, StreamPosition, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError, BadSampleLog, TruncatedCount
 from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import TOWERS, CachedFeatures, Tower
@@ -136,7 +136,6 @@ _NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _BAD_ATTEMPTS = 20  # bad samples in a row for one position
 _FILTERED_ATTEMPTS = 1000  # samples in a row that stages leave out
 _SAME_SHARD = 10  # attempts at a substitute of the same shard, which is open and at hand
-_DEVICE_DRAWS = 1 << 20  # keeps these draws apart from those of attempts at a substitute
 _NAMED = 20  # bad samples named by each process; then every hundredth
 
 
@@ -265,7 +264,7 @@ class PairDataset(Dataset[PairSample]):
                     text_features=features.get("text"),
                     picture_id=made.picture_id,
                     caption_id=self._stored_id(sample_id, "text"),
-                    draw=draw_one(2**63, *at.key(self._seed), _DEVICE_DRAWS),
+                    draw=draw_one(2**63, *at.key(self._seed), Draw.DEVICE),
                     teacher_image_features=teachers.get("image", made.teacher_image_row),
                     teacher_text_features=teachers.get("text", made.teacher_text_row),
                     more_captions=tuple(made.captions[1:]),

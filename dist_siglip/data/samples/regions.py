@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dist_siglip.data.order.sequence import draw_one
+from dist_siglip.data.order.sequence import Draw, draw_one
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import (
     MAX_CAPTION_CHARACTERS,
@@ -23,7 +23,6 @@ from dist_siglip.errors import UserError
 
 MAX_REGIONS = 1000
 _SLACK = 0.01  # that detectors put a box outside of the picture by
-_REGION_DRAW = (1 << 20) + 1  # apart from the draws of captions and substitutes
 
 Box = tuple[float, float, float, float]
 
@@ -200,7 +199,7 @@ class RegionRule:
         """
         moved = [(each.text, *window.move(each.box)) for each in regions]
         kept = [Region(text, box) for text, box, left in moved if left >= self.min_left]
-        return kept[draw_one(len(kept), *key, _REGION_DRAW)] if kept else NO_REGION
+        return kept[draw_one(len(kept), *key, Draw.REGION)] if kept else NO_REGION
 
     def _region(self, entry: Any) -> Region | None:
         """Check an entry of the list; None if its score is too low."""

@@ -203,6 +203,15 @@ def test_one_of_several_captions_is_drawn_by_the_place(tmp_path):
     assert data.raw(3)[2] in {"a3", "b3", "c3", "d3"}
 
 
+def test_the_draw_of_the_device_says_nothing_of_the_caption(tmp_path):
+    rule = CaptionRule(members=("txt", "json"), pick="random", split_lines=True)
+    data = captioned(several(tmp_path), rule)
+    samples = [data[StreamPosition(0, place, 3)] for place in range(400)]
+    # Two draws of one key would agree in all 400, those of two keys in a quarter.
+    agree = sum("abcd"[sample.draw % 4] == sample.caption[0] for sample in samples)
+    assert 50 <= agree <= 150
+
+
 def test_an_evaluation_takes_the_first_caption(tmp_path):
     rule = CaptionRule(members=("json",), pick="random")
     data = captioned(several(tmp_path), rule, is_evaluation=True)
