@@ -351,17 +351,13 @@ class PairDataset(Dataset[PairSample]):
         if self._reinforced is not None:
             view = self._reinforced.draw(sample_id, key, self._is_empty)
         members = list(self._members(sample_id)) if self._stages else self._members(sample_id)
-        if view is not None:
-            captions = [
-                self._captions.choose(members, key, is_empty=self._is_empty)
-                if text is None
-                else text
-                for text in view.captions
-            ]
-        elif self._is_evaluation:
-            captions = [self._captions.choose(members, key, is_empty=self._is_empty)]
-        else:
+        synthetic = [] if view is None else [text for text in view.captions if text is not None]
+        if view is None and not self._is_evaluation:
             captions = self._captions.choose_each(members, key, is_empty=self._is_empty)
+        elif view is None or None in view.captions:
+            captions = [self._captions.choose(members, key, is_empty=self._is_empty), *synthetic]
+        else:
+            captions = synthetic
         if self._features is not None and "image" in self._features.towers:
             return _Made(_NO_PIXELS, captions, self._picture_id(sample_id, None))
         data = self._reader.read(self.table.image_span(sample_id))
