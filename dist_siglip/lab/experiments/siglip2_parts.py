@@ -274,12 +274,15 @@ def conclusion(results: Results) -> Iterator[str]:
 
 def _notes(steps: int) -> tuple[str, ...]:
     return (
+        "None of this was published: in that column stand claims of this experiment.",
         f"A difference counts if its mean is at least {_NEAR} and all seeds have its sign. Numbers "
         "in brackets are those of the seeds; recall@1 is the mean of both directions.",
         f"Pictures of 16 x 16 pixels, 16 patches, two digits of scikit-learn at nine places, "
         f"{POOL:,} for training; captions name the digits (55 different, equal ones are positive "
         f"pairs). Batch {BATCH}, {steps:,} steps of AdamW at {LEARNING_RATE} with a cosine; "
-        "towers of timm and open_clip, 3 and 2 blocks of 48 channels (small: 32), 32 dimensions.",
+        "towers of timm and open_clip, 3 and 2 blocks of 48 channels (small: 32), 32 dimensions. "
+        "Places of patches, and words and places of the decoder, start at a standard deviation of "
+        "0.5.",
         f"Wrong captions: {SHARE_WRONG:.0%} are those of other pictures. The teacher is the "
         "sigmoid run, which saw the same pictures with clean captions: the favourable case.",
         "Patches: votes of the 10 nearest patches of training pictures, accuracy on digits, mIoU "
