@@ -180,6 +180,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     if unknown is None:
         return folded if len(folded) <= 600 else f"{folded[:600]} ..."
     key = re.sub(r"^(fit|validate|test|calibrate)\.", "", unknown.group(1))
+    if any(action.dest == key and not action.option_strings for action in parser._actions):
+        return f"{key} is given by its place: leave out --{key}, and see --help for the order"
     near = get_close_matches(key, known_keys(parser), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help for the keys there are"
     return f"configuration key ({key}) is unknown; {hint}"

@@ -99,6 +99,7 @@ def test_rows_of_a_run_are_the_features_of_its_last_evaluation(tmp_path):
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         (["--cache.max_gib=0"], "cache.max_gib (0.0) must be in (0, 1000000000]"),
         (["--outt=x"], "configuration key (outt) is unknown; did you mean out?"),
+        (["--shards=x"], "shards is given by its place: leave out --shards"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(words, capsys, options, message):

@@ -404,6 +404,13 @@ class PairDataset(Dataset[PairSample]):
             return image, None
         return image, self._regions.choose(regions, window, key)
 
+    def shows_region(self, at: StreamPosition) -> bool:
+        """Whether a sample has a region, or is bad, of which others tell."""
+        try:
+            return bool(self._all_regions(at.sample_id))
+        except BadSampleError:
+            return True
+
     def _all_regions(self, sample_id: int) -> list[Region]:
         """Read the regions of a stored picture."""
         span = None

@@ -28,7 +28,12 @@ from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import MEMBERS, DataCompDR, ReinforcedSamples
-from dist_siglip.data.samples.dataset import LOOKED_AT, PairDataset, check_fields, check_ranks_agree
+from dist_siglip.data.samples.dataset import (
+    LOOKED_AT,
+    PairDataset,
+    check_fields,
+    check_ranks_agree,
+)
 from dist_siglip.data.samples.identity import PICTURE_BYTES
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -57,10 +62,8 @@ from dist_siglip.training.datamodule.training_position import (
 )
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
 
+_MOST_LOOKED_AT = 1024  # samples about to be trained on, in which any region is looked for
 _LOGGER = logging.getLogger(__name__)
-
-
-logger = logging.getLogger(__name__)
 
 
 def batches_to_repeat(trainer: Trainer | None) -> int | None:
@@ -81,7 +84,7 @@ def batches_to_repeat(trainer: Trainer | None) -> int | None:
             "data has no end to take a share of"
         )
     trainer.limit_train_batches = 1.0
-    logger.info(
+    _LOGGER.info(
         "overfit_batches: trains on the first %d batches of the run, in turns; an evaluation sees "
         "as many batches of each rank",
         asked,
@@ -393,11 +396,18 @@ class ImageTextDataModule(BatchTransfer):
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
         if self.trainer is not None and self.trainer.local_rank == 0:
             self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
+        batches = GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
         if self.captions.fields:
-            upcoming = chain.from_iterable(
-                GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
-            )
-            check_fields(self.train_dataset, islice(upcoming, LOOKED_AT), is_told=world.is_first)
+            upcoming = islice(chain.from_iterable(batches), LOOKED_AT)
+            check_fields(self.train_dataset, upcoming, is_told=world.is_first)
+        if self.regions.json_field is not None:
+            next_ones = list(islice(chain.from_iterable(batches), _MOST_LOOKED_AT))
+            if next_ones and not any(map(self.train_dataset.shows_region, next_ones)):
+                raise UserError(
+                    f"regions.json_field ({self.regions.json_field}): none of the next "
+                    f"{len(next_ones)} training samples has a region there, of regions.min_score "
+                    "or more; correct its name, or leave out what needs regions"
+                )
         return self._loader(self.train_dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[PairSample] | list[DataLoader[PairSample]]:

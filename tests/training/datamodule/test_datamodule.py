@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 
 from dist_siglip.data.order.sequence import epoch_order
 from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.errors import UserError
 from dist_siglip.training.datamodule import ImageTextDataModule, TrainSource
 from tests.support.shards import (
@@ -453,3 +455,19 @@ def test_a_misspelt_field_of_captions_ends_a_run_before_its_first_step(tmp_path)
     words = "none of the next 64 training samples has field 'sythetic'"
     with pytest.raises(UserError, match=words):
         data.train_dataloader()
+
+
+def test_a_misspelt_field_of_regions_ends_a_run_before_its_first_step(tmp_path):
+    region = {"text": "a spot", "box": [0.0, 0.0, 0.5, 0.5], "score": 0.2}
+    record = json.dumps({"spots": [region]}).encode()
+    parts = {"png": encode(picture(0)), "txt": b"a", "json": record}
+    shard = str(write_shard(tmp_path / "0.tar", [(f"{number}", parts) for number in range(8)]))
+    for rule in (RegionRule(json_field="sopts"), RegionRule(json_field="spots")):
+        data = make_data([shard], global_batch_size=4, regions=rule)
+        data.setup("fit")
+        words = rf"json_field \({rule.json_field}\): none of the next 1024 training samples"
+        with pytest.raises(UserError, match=words):
+            data.train_dataloader()
+    data = make_data([shard], regions=RegionRule(json_field="spots", min_score=0.1))
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())) is not None
