@@ -274,6 +274,11 @@ class LossOverBase(nn.Module):
         """How the base treats duplicates."""
         return duplicates_of(self.base)
 
+    @property
+    def prefix_dims(self) -> tuple[int, ...]:
+        """Prefixes that the base is computed at."""
+        return prefix_dims_of(self.base)
+
 
 def prefix_dims_of(loss: nn.Module) -> tuple[int, ...]:
     """Return the prefixes that the module is computed at, by its ``prefix_dims``; none if none."""

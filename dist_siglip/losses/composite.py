@@ -1,7 +1,6 @@
 """A pairwise loss and more: terms that shape the space (CUA, CUAXU), or what teachers say."""
 
 import math
-from typing import get_args
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -17,10 +16,9 @@ from dist_siglip.losses.arguments import (
     call_loss,
     duplicates_of,
     ids_for,
-    prefix_dims_of,
     uses_logit_bias,
 )
-from dist_siglip.losses.distillation import Form, distillation_loss
+from dist_siglip.losses.distillation import Form, check_form, distillation_loss
 from dist_siglip.losses.geometry import alignment_loss, cross_uniformity_loss, uniformity_loss
 from dist_siglip.losses.kernels.pair_terms import Kernel, check_kernel
 from dist_siglip.losses.modules import ClipLoss, SigLipLoss, check_world
@@ -91,11 +89,6 @@ class WeightedLoss(LossOverBase):
         self.group = group
         self.chunk_rows = chunk_rows
         self.kernel: Kernel = kernel
-
-    @property
-    def prefix_dims(self) -> tuple[int, ...]:
-        """Prefixes that the base is computed at."""
-        return prefix_dims_of(self.base)
 
     def forward(
         self,
@@ -213,8 +206,7 @@ class DistillationLoss(LossOverBase):
             raise UserError(
                 f"share ({share}) must be in (0, 1]; for the base alone leave DistillationLoss out"
             )
-        if form not in get_args(Form):
-            raise UserError(f"form ({form!r}) must be one of {', '.join(get_args(Form))}")
+        check_form(form)
         self.base = SigLipLoss() if base is None else base
         self.share = share
         self.form: Form = form
@@ -224,19 +216,9 @@ class DistillationLoss(LossOverBase):
         self.finite_check = FiniteCheck() if check_finite else None
 
     @property
-    def prefix_dims(self) -> tuple[int, ...]:
-        """Prefixes that the base is computed at."""
-        return prefix_dims_of(self.base)
-
-    @property
     def uses_teachers(self) -> bool:
         """Teachers are what it is about."""
         return True
-
-    @property
-    def distillation_form(self) -> Form:
-        """What the logits of teachers must be good for."""
-        return self.form
 
     @property
     def uses_logit_bias(self) -> bool:

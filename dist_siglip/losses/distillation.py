@@ -227,6 +227,12 @@ def distillation_loss(
     return LossOutput(loss, None, terms)
 
 
+def check_form(form: str) -> None:
+    """Raise ``UserError`` unless the name is that of a form."""
+    if form not in get_args(Form):
+        raise UserError(f"form ({form!r}) must be one of {', '.join(get_args(Form))}")
+
+
 def _check(
     image_features: Tensor,
     text_features: Tensor,
@@ -238,8 +244,7 @@ def _check(
     check_pairs(image_features, text_features)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
-    if form not in get_args(Form):
-        raise UserError(f"form ({form!r}) must be one of {', '.join(get_args(Form))}")
+    check_form(form)
     rows = {"teacher_image_features": teachers.image, "teacher_text_features": teachers.text}
     check_rows(**rows)
     for name, given in rows.items():

@@ -303,7 +303,7 @@ class MatryoshkaLoss(LossOverBase):
                 f"base ({type(base).__name__}) must be SigLipLoss or ClipLoss; put MatryoshkaLoss "
                 "inside of a loss that adds terms to a base"
             )
-        self.prefix_dims = check_dims(dims)
+        check_dims(dims)
         prefix_shares(dims, weights)
         self.dims, self.weights = list(dims), weights
         self.log_scale_offsets: nn.Parameter | None = None
@@ -312,6 +312,11 @@ class MatryoshkaLoss(LossOverBase):
             self.log_scale_offsets = nn.Parameter(torch.zeros(len(dims) - 1))
             if uses_logit_bias(self.base):
                 self.bias_offsets = nn.Parameter(torch.zeros(len(dims) - 1))
+
+    @property
+    def prefix_dims(self) -> tuple[int, ...]:
+        """Prefixes that the loss is computed at, from the largest to the smallest."""
+        return check_dims(self.dims)
 
     def forward(
         self,
