@@ -212,7 +212,8 @@ def test_two_ranks_wrapped_or_sharded_train_as_one(model, teachers, tmp_path):
                 assert worst_error(state, whole, start) < 1e-4
             for ours, theirs in zip(logged, log, strict=True):
                 for name in ("loss", "distillation_kl", "distillation_gain"):
-                    theirs_now = pytest.approx(theirs[f"train/{name}"], rel=1e-4)
+                    # the gain is a small difference of entropies of order one, in float32
+                    theirs_now = pytest.approx(theirs[f"train/{name}"], rel=1e-4, abs=2e-6)
                     assert ours[f"train/{name}"] == theirs_now
 
 
