@@ -65,6 +65,7 @@ def embed(
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     dim: int | None = None,
     rotate: str | None = None,
+    num_patches: int | None = None,
     json: bool = False,
 ) -> int:
     """Write an embedding for every picture and caption; called again, go on where it stopped.
@@ -109,6 +110,8 @@ def embed(
         rotate: "pca" turns both sides so that the first columns hold most of the pictures: fitted
             to the first 16,384 pictures of the shards and kept as rotation.safetensors in the
             folder; or such a file, so that other shards, or queries, are turned alike. Null: none.
+        num_patches: most patches of a picture, for towers of pictures of any shape (NaFlex). Null
+            is as the run or the model says.
         json: print JSON instead of a table.
     """
     settings = EmbedSettings(
@@ -135,6 +138,7 @@ def embed(
         model=model,
         pretrained=pretrained,
         weights_average=weights_average,
+        num_patches=num_patches,
     )
     report = embed_shards(table, built, Path(out), settings)
     if json:

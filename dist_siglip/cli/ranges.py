@@ -73,6 +73,7 @@ _SEED = Range(0, 2**32 - 1)
 _STEPS = Range(1, 10**12)
 _NOT_NEGATIVE, _POSITIVE = Range(0), Range(0, opens="(")
 _SHARE, _PART, _DECAY = Range(0, 1), Range(0, 1, "("), Range(0, 1, ")")
+_PATCHES = Range(1, 65_535)
 _MINUTES = Range(0, 1e6, "(")
 
 _CACHE = {
@@ -121,6 +122,8 @@ _RUN: dict[str, Range] = {
     "data.datacompdr.dims": _FROM_1,
     "data.datacompdr.picture_size": Range(1, 65_536),
     "data.datacompdr.synthetic_share": _SHARE,
+    "data.sequence_lengths": _PATCHES,
+    "data.length_weights": _NOT_NEGATIVE,
     "data.train_sources.weight": _POSITIVE,
     **{f"data.cache.{name}": allowed for name, allowed in _CACHE.items()},
     "model.global_batch_size": _FROM_1,
@@ -134,6 +137,8 @@ _RUN: dict[str, Range] = {
     "model.teachers.scale": _POSITIVE,
     "model.calibration_pairs": _FROM_2,
     "model.micro_batch_size": _FROM_1,
+    "model.micro_batch_patches": _FROM_1,
+    "model.num_patches": _PATCHES,
     "model.logits.start_scale": _POSITIVE,
     "model.logits.start_bias": Range(),
     **{f"model.optim.{name}": allowed for name, allowed in _OPTIM.items()},
@@ -225,6 +230,7 @@ _COMMANDS: dict[str, Range] = {
     "nic_gb_s": _POSITIVE,
     "nodes": _FROM_1,
     "num_parts": _FROM_1,
+    "num_patches": _PATCHES,
     "num_rows": _FROM_1,
     "num_shards": _FROM_1,
     "nvlink_gb_s": _POSITIVE,

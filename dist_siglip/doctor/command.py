@@ -16,6 +16,7 @@ import torch
 
 from dist_siglip.cli.parser import CommandParser, call, parser_of_function
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings
+from dist_siglip.data.order.position import SEQUENCE_LENGTHS
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.loader import Feed
@@ -33,6 +34,8 @@ from dist_siglip.doctor.together import (
     examine_together,
 )
 from dist_siglip.errors import UserError
+from dist_siglip.models.architecture import override_architecture
+from dist_siglip.models.naflex import is_naflex
 from dist_siglip.models.weight_source import HF_HUB, resolve_model
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
@@ -111,16 +114,28 @@ def read_needs(path: str) -> RunNeeds:
         accelerator=str(trainer.accelerator),
         workers_per_rank=data.workers_per_rank,
         prefetch_factor=data.prefetch_factor,
-        picture=_picture_size(config.model.model, config.model.image_size),
+        picture=_picture_size(config.model, data.sequence_lengths),
     )
 
 
-def _picture_size(model: str, image_size: int | None) -> tuple[int, int]:
-    """Height and width of what a model sees; that of most where a server would have to say."""
+def _picture_size(model: Any, lengths: list[int] | None) -> tuple[int, int]:
+    """Height and width of what a model sees; that of most where a server would have to say.
+
+    Of pictures of any shape that of the longest strip of patches.
+    """
+    image_size: int | None = model.image_size
     size: int | list[int] = image_size or 224
-    if image_size is None and not model.startswith(HF_HUB):
-        vision = resolve_model(model, with_weights=False).architecture["vision_cfg"]
+    if image_size is None and not model.model.startswith(HF_HUB):
+        architecture = override_architecture(
+            resolve_model(model.model, with_weights=False).architecture,
+            num_patches=model.num_patches,
+            name=model.model,
+        )
+        vision = architecture["vision_cfg"]
         size = vision.get("image_size", size)
+        if is_naflex(architecture):
+            patch: int = vision.get("patch_size") or 16
+            return patch, patch * max(lengths or SEQUENCE_LENGTHS)
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 

@@ -178,9 +178,9 @@ class ShardCollator:
     Args:
         tokenizer: list of strings to token ids; None encodes no text.
         most_texts: kept of each sample; None keeps all.
-        placeholder_size: (height, width) of the grey picture that stands in a batch without rows,
-            with an empty text, so that towers are called equally often on every rank; None leaves
-            such a batch without tensors.
+        placeholder: picture, as the transform makes them, that stands in a batch without rows, with
+            an empty text, so that towers are called equally often on every rank; None leaves such a
+            batch without tensors.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class ShardCollator:
         tokenizer: Callable[[list[str]], Tensor] | None,
         *,
         most_texts: int | None,
-        placeholder_size: tuple[int, int] | None = None,
+        placeholder: Tensor | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._wanted = slice(most_texts)
-        self._placeholder_size = placeholder_size
+        self._placeholder = placeholder
 
     def __call__(self, samples: Sequence[ShardSample]) -> ShardBatch:
         """Collate samples in their order; padding is left out."""
@@ -201,12 +201,12 @@ class ShardCollator:
         texts = [list(sample.texts[self._wanted]) for sample in sound]
         wanted = [text for own in texts for text in own]
         tokens, caption_ids = None, torch.empty(0)
-        if self._tokenizer is not None and (wanted or self._placeholder_size is not None):
+        if self._tokenizer is not None and (wanted or self._placeholder is not None):
             tokens = self._tokenizer(wanted or [""]).long()
             caption_ids = caption_ids_of(self._tokenizer, wanted, tokens[: len(wanted)])
         images = [sample.image for sample in sound if sample.image is not None]
-        if not images and self._placeholder_size is not None:
-            images = [torch.full((3, *self._placeholder_size), 128, dtype=torch.uint8)]
+        if not images and self._placeholder is not None:
+            images = [self._placeholder]
         return ShardBatch(
             sample_ids=[sample.sample_id for sample in sound],
             texts=texts,

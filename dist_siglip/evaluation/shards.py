@@ -11,6 +11,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
@@ -191,11 +192,11 @@ class BenchmarkShards:
     def _loader(
         self, inputs: Preprocessing, encoded_texts: int | None, rank: int, world_size: int
     ) -> DataLoader[ShardSample]:
-        loading, size = self._loading, inputs.image_size
+        loading, transform = self._loading, evaluation_transform(inputs)
         tokenizer = None if encoded_texts == 0 else inputs.tokenizer
         dataset = ShardDataset(
             self.table,
-            evaluation_transform(inputs),
+            transform,
             captions=self._captions,
             pictures=inputs.pictures.changed(max_image_pixels=loading.max_image_pixels),
             tokenizer=tokenizer,
@@ -210,7 +211,7 @@ class BenchmarkShards:
         collator = ShardCollator(
             tokenizer,
             most_texts=encoded_texts or None,
-            placeholder_size=(size, size) if isinstance(size, int) else size,
+            placeholder=transform(Image.new("RGB", (16, 16), (128, 128, 128))),
         )
         return shard_loader(dataset, sampler, collator, workers=loading.workers_per_rank)
 

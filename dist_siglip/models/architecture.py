@@ -15,9 +15,11 @@ from typing import Any
 
 import open_clip
 import timm
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.naflex import NaFlexTower, change_form, is_naflex
 from dist_siglip.models.text_tower import check_text_config
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -54,11 +56,17 @@ def override_architecture(
     image_size: int | tuple[int, int] | None = None,
     context_length: int | None = None,
     patch_dropout: float | None = None,
+    num_patches: int | None = None,
+    name: str = "the model",
 ) -> dict[str, Any]:
     """Return a copy of a model config with some values replaced; None keeps the config's value.
 
+    ``num_patches`` makes the image tower one of pictures of any shape (NaFlex), ``image_size`` one
+    of pictures of a fixed size.
+
     Raises:
-        UserError: If a value is out of range, or the image tower cannot drop patches.
+        UserError: If a value is out of range, the image tower cannot drop patches, or it has no
+            form for such pictures.
 
     Example:
         >>> tiny = {"embed_dim": 8, "vision_cfg": {"image_size": 224}, "text_cfg": {}}
@@ -68,6 +76,16 @@ def override_architecture(
         {'image_size': 224}
     """
     changed = deepcopy(architecture)
+    if num_patches is not None:
+        if image_size is not None:
+            raise UserError(
+                f"num_patches ({num_patches}) is of pictures of any shape, image_size "
+                f"({image_size}) of one size; set one of them to null"
+            )
+        if not is_naflex(changed):
+            changed = change_form(changed, name, setting=f"num_patches ({num_patches})")
+    if image_size is not None and is_naflex(changed):
+        changed = change_form(changed, name, setting=f"image_size ({image_size})")
     if image_size is not None:
         sides = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         if not all(side > 0 for side in sides):
@@ -127,6 +145,8 @@ def instantiate(
             visual: Any = network.visual
             visual.trunk = timm.create_model(**trunk)
         _fit_image_size(network)
+        if isinstance(getattr(network.visual, "trunk", None), NaFlexVit):
+            network.visual = NaFlexTower(network.visual)
     except UserError:
         raise
     except _CANNOT_BUILD as error:
@@ -162,16 +182,20 @@ def siglip_trunk(vision: dict[str, Any]) -> dict[str, Any] | None:
     a SigLIP tower, which are those of open_clip's own towers; then they decide.
     """
     name = vision.get("timm_model_name") or ""
-    if "_siglip_" not in name or "width" not in vision:
+    flex = name.startswith("naflexvit")
+    if not (flex or "_siglip_" in name) or "width" not in vision:
         return None
     norm = partial(nn.LayerNorm, **(vision.get("norm_kwargs") or {"eps": 1e-6}))
+    size, patch = vision["image_size"], vision["patch_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    grid = {"pos_embed_grid_size": (height // patch, width // patch)}
     return {
         "model_name": name,
         "pretrained": False,
         "num_classes": 0,
         "global_pool": vision.get("timm_pool", "map"),
-        "img_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
+        **(grid if flex else {"img_size": size}),
+        "patch_size": patch,
         "embed_dim": vision["width"],
         "depth": vision["layers"],
         "num_heads": vision["width"] // vision["head_width"],

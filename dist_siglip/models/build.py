@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.cached_features import Tower
+from dist_siglip.data.samples.patches import PatchBudget
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.losses.logit_scale import START_BIAS, START_SCALE
@@ -31,6 +32,8 @@ from dist_siglip.models.architecture import (
     override_architecture,
 )
 from dist_siglip.models.dual_encoder import DualEncoder
+from dist_siglip.models.interop.transformers_format import MAX_NUM_PATCHES
+from dist_siglip.models.naflex import budget_of
 from dist_siglip.models.text_tower import (
     ModelTokenizer,
     check_tokens,
@@ -73,6 +76,8 @@ class BuiltModel:
         own_bias: likewise.
         awaits_weights: nothing was read, and values are those of another process yet to come; start
             values and the trained global batch are not known.
+        patches: what an image tower of pictures of any shape takes (NaFlex), whose ``image_size``
+            is that of its grid of positions; None for pictures of ``image_size``.
     """
 
     encoder: DualEncoder
@@ -94,6 +99,7 @@ class BuiltModel:
     awaits_weights: bool = False
     own_scale: float | None = None
     own_bias: float | None = None
+    patches: PatchBudget | None = None
 
     @property
     def weights_loaded(self) -> bool:
@@ -110,6 +116,7 @@ def build_dual_encoder(
     kept_positions: int = 0,
     weights_average: bool | None = None,
     patch_dropout: float | None = None,
+    num_patches: int | None = None,
     gradient_checkpointing: bool = False,
     check_tokenizer: bool = True,
     with_weights: bool = True,
@@ -136,6 +143,9 @@ def build_dual_encoder(
             the weights, None what the file puts first.
         patch_dropout: share of image patches left out in training, in [0, 1). None keeps the
             model's.
+        num_patches: of a picture where a batch does not say otherwise, for an image tower that
+            takes pictures of any shape (NaFlex); a ViT of timm with attention pooling becomes one.
+            None keeps what the model is; ``image_size`` makes it one of pictures of that size.
         gradient_checkpointing: recompute the blocks of both towers in backward to save memory.
         check_tokenizer: load the tokenizer now, so that a missing one is noticed here rather
             than by a loader process.
@@ -155,6 +165,8 @@ def build_dual_encoder(
         image_size=image_size,
         context_length=context_length,
         patch_dropout=patch_dropout,
+        num_patches=num_patches,
+        name=model,
     )
     text_config = architecture["text_cfg"]
     tokenizer = _tokenizer_of(model, text_config, source)
@@ -206,6 +218,10 @@ def build_dual_encoder(
             network.set_grad_checkpointing(True)
 
     preprocessing = {**source.preprocessing, "size": network.visual.image_size}
+    said: int | None = preprocessing.pop(MAX_NUM_PATCHES, None)
+    patches = budget_of(network, said if num_patches is None else num_patches)
+    if patches is not None:
+        preprocessing |= {"interpolation": "bilinear", "resize_mode": "squash"}
     set_model_preprocess_cfg(network, preprocessing)
     mean, std = (_per_channel(preprocessing[name]) for name in ("mean", "std"))
     encoder = DualEncoder(network, ImageNormalizer(mean, std))
@@ -230,7 +246,24 @@ def build_dual_encoder(
         awaits_weights=awaits_weights,
         own_scale=own_scale,
         own_bias=own_bias,
+        patches=patches,
     )
+
+
+def with_num_patches(built: BuiltModel, num_patches: int | None) -> BuiltModel:
+    """Let a model see pictures with another budget of patches; None changes nothing.
+
+    Raises:
+        UserError: if its pictures have a fixed size.
+    """
+    if num_patches is None:
+        return built
+    if built.patches is None:
+        raise UserError(
+            f"num_patches ({num_patches}) is of pictures of any shape (NaFlex), and this model "
+            f"sees one size, {built.image_size}; leave it out"
+        )
+    return replace(built, patches=built.patches._replace(num_patches=num_patches).check())
 
 
 def _instantiate_without_values(architecture: dict[str, Any], name: str) -> nn.Module:
@@ -358,6 +391,8 @@ def tower_fingerprint(built: BuiltModel, tower: Tower) -> str:
             built.interpolation,
             built.resize_mode,
         ]
+        if built.patches is not None:
+            inputs.append(list(built.patches))
         policy = built.pictures.of_model
         # Digests of before there was a choice stay valid.
         inputs += [[key, policy[key]] for key in policy if policy[key] != BEFORE_THE_SETTINGS[key]]

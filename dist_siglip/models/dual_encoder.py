@@ -29,7 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from dist_siglip.data.samples.batch import ImageNormalizer
+from dist_siglip.data.samples.patches import PatchBudget
 from dist_siglip.errors import UserError
+from dist_siglip.models.naflex import NaFlexTower
 
 
 class TokenShape(NamedTuple):
@@ -77,7 +79,10 @@ class DualEncoder(nn.Module):
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) pixels, normalised or uint8, to (B, D) fp32 features of length 1."""
+        """Encode (B, 3, H, W) pixels, normalised or uint8, to (B, D) fp32 features of length 1.
+
+        A NaFlex tower takes packed patches as well, see ``data.samples.patches``.
+        """
         return unit_rows(self.clip.encode_image(self.pixels(images)))
 
     def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +156,8 @@ def require_image_tokens(visual: nn.Module) -> None:
     tower = visual.trunk if isinstance(visual, TimmModel) else visual
     if isinstance(tower, OwnVisionTransformer) and tower.attn_pool is None:
         return
+    if isinstance(visual, NaFlexTower):
+        return
     if not isinstance(visual, TimmModel) or not isinstance(tower, VisionTransformer):
         raise UserError(
             f"the image tower ({type(tower).__name__}) gives no patch tokens to objectives; choose "
@@ -161,6 +168,8 @@ def require_image_tokens(visual: nn.Module) -> None:
 
 def _pool_and_tokens(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Pass pixels through an image tower by its parts; what its ``forward`` gives, and tokens."""
+    if isinstance(visual, NaFlexTower):
+        return visual.pool_and_tokens(pixels)
     if isinstance(visual, TimmModel):
         trunk: Any = visual.trunk
         tokens = trunk.forward_features(pixels)
@@ -257,6 +266,30 @@ def encode_tower_in_micro_batches(
     return torch.cat(
         [checkpoint(encode, p, use_reentrant=False, preserve_rng_state=True) for p in parts]
     )
+
+
+def check_micro_batch(
+    patches: PatchBudget | None, micro_batch_patches: int | None, micro_batch_size: int | None
+) -> None:
+    """Check a budget of patches that are encoded together.
+
+    Raises:
+        UserError: if it is below one, not of a NaFlex tower, or stands beside a number of rows.
+    """
+    if micro_batch_patches is None:
+        return
+    name = f"micro_batch_patches ({micro_batch_patches})"
+    if patches is None:
+        raise UserError(
+            f"{name} is of pictures of any shape (NaFlex), and the image tower sees one size; set "
+            "micro_batch_size, or make it one of such pictures by num_patches"
+        )
+    if micro_batch_size is not None:
+        raise UserError(
+            f"{name} and micro_batch_size ({micro_batch_size}): set one of them to null"
+        )
+    if micro_batch_patches < 1:
+        raise UserError(f"{name} must be at least 1, and at least the longest sequence length")
 
 
 class CachedEncoding:

@@ -97,6 +97,11 @@ def token_shapes(built: BuiltModel) -> dict[Tower, TokenShape]:
     Raises:
         UserError: if a tower gives none.
     """
+    if built.patches is not None:
+        raise UserError(
+            "a reranker reads one number of patches from each picture, and pictures of this model "
+            "have any shape (NaFlex); choose a model of one size"
+        )
     size = built.image_size
     height, width = (size, size) if isinstance(size, int) else size
     device = next(built.encoder.parameters()).device

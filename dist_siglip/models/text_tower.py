@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 from dist_siglip.models.interop.transformers_format import CONFIG_NAME
 from dist_siglip.models.weights_file import refuse_not_finite
+from dist_siglip.system.regular_file import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 # open_clip has a fourth, max_pooler, which cannot run: its mask is of numbers.
 _POOLERS = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 _PROJECTIONS = ("linear", "mlp", None)
+# In a tokenizer config: tokenizer.json is all there is to it. transformers 5 makes a tokenizer of
+# its own of the words in any folder of ``Siglip2Model``, whatever class the folder names.
+WHOLE_TOKENIZER = "dist_siglip_whole_tokenizer"
 
 
 def with_places(architecture: dict[str, Any], folder: Path, *, is_export: bool) -> dict[str, Any]:
@@ -61,6 +65,22 @@ def with_places(architecture: dict[str, Any], folder: Path, *, is_export: bool) 
     if is_export and _is_text_config(folder / CONFIG_NAME):
         text["hf_model_name"] = str(folder)
     return architecture
+
+
+def is_whole_tokenizer(folder: Path) -> bool:
+    """Whether a folder says that its tokenizer.json is the whole tokenizer."""
+    try:
+        said = read_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever loads the tokenizer says what is wrong
+    return isinstance(said, dict) and bool(said.get(WHOLE_TOKENIZER))
+
+
+def load_whole_tokenizer(folder: Path) -> Any:
+    """Load what tokenizer.json holds, whatever kind of model lies beside it."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def wants_weights(text_config: dict[str, Any]) -> bool:
@@ -356,13 +376,15 @@ class ModelTokenizer:
                 "code of the tokenizer's author; remove it from the config"
             )
         try:
-            return HFTokenizer(
+            made = HFTokenizer(
                 self.hugging_face,
                 context_length=self.context_length,
                 tokenizer_mode=self.mode,
                 trust_remote_code=False,
                 **self.options,
             )
+            if is_whole_tokenizer(Path(str(self.hugging_face))):
+                made.tokenizer = load_whole_tokenizer(Path(str(self.hugging_face)))
         except ImportError as error:
             raise UserError(
                 f"model {self.name} needs the Hugging Face tokenizer {self.hugging_face} "
@@ -373,6 +395,7 @@ class ModelTokenizer:
                 f"tokenizer {self.hugging_face} of model {self.name} cannot be loaded "
                 f"({' '.join(str(error).split())[:200]}); check its files or the network"
             ) from error
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}

@@ -30,7 +30,7 @@ from dist_siglip.models.interop.transformers_format import (
     read_folder,
     weights_in_folder,
 )
-from dist_siglip.models.text_tower import with_places
+from dist_siglip.models.text_tower import is_whole_tokenizer, with_places
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
 from dist_siglip.system.regular_file import read_json
 
@@ -160,6 +160,8 @@ def _resolve_folder(model: str, path: str, with_weights: bool) -> ModelSource:
     logit_bias: float | None = None
     if not (folder / CONFIG_NAME).exists() and (folder / HUGGING_FACE_CONFIG).exists():
         architecture, preprocessing = read_folder(folder)
+        if is_whole_tokenizer(folder):  # it cleans captions itself
+            architecture["text_cfg"]["tokenizer_kwargs"] = {"clean": "whitespace"}
         if not architecture.get("custom_text"):  # CLIPModel, which has no tensor for it
             logit_bias = architecture.get("init_logit_bias")
         if with_weights:

@@ -28,6 +28,7 @@ from dist_siglip.models.interop.transformers_format import (
     is_foreign,
     to_own_names,
 )
+from dist_siglip.models.naflex import to_form_of
 from dist_siglip.models.weights_file import choose_towers, read_content, refuse_not_finite
 
 logger = logging.getLogger(__name__)
@@ -357,6 +358,7 @@ def _to_current_names(network: nn.Module, tensors: dict[str, Tensor]) -> dict[st
         logger.debug("the weights are of MobileCLIP, the network is not", exc_info=True)
     if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)
+    tensors = to_form_of(network, tensors)
     # transformers stopped storing this buffer with version 4.31.
     tensors.pop("text.transformer.embeddings.position_ids", None)
     return tensors

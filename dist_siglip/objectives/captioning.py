@@ -32,7 +32,7 @@ class Captioning(Objective):
     The decoder has width, heads and MLP of the text tower and half of its layers, with attention to
     the patches in each; inputs are shifted right behind the id that stands for the task; positions
     are learned; the output matrix is its own and starts at 0, so that the first loss is log V. No
-    attention leaves out padding.
+    attention leaves out padding of texts; patches that are padding (NaFlex) are not seen.
 
     The tasks are "caption"; "referring" (a text, then its box); "grounded" (a box, then its text).
     Every picture gets all of them, in one pass of the tower. Where it has no region only its
@@ -68,6 +68,7 @@ class Captioning(Objective):
     """
 
     name: ClassVar[str] = "captioning"
+    takes_padding: ClassVar[bool] = True
     decoder: CaptionDecoder
     output: nn.Linear
     writing: CaptionWriting
@@ -143,7 +144,7 @@ class Captioning(Objective):
         """
         is_parallel = uniform(rows.draws, _PARALLEL_STREAM) < self.parallel
         asked = self._asked(rows)
-        losses = self._losses(asked, rows.tokens, is_parallel)
+        losses = self._losses(asked, rows.tokens, is_parallel, rows.token_mask)
         return {f"{task}_loss": _term(losses[task][0], each) for task, each in asked.items()}
 
     def measure(self, rows: Rows) -> dict[str, Term]:
@@ -156,9 +157,10 @@ class Captioning(Objective):
             ids right, and ``box_iou_50``, share that overlap theirs by half of what both cover.
         """
         asked = self._asked(rows)
-        found, others = (
-            self._losses(asked, tokens, None) for tokens in (rows.tokens, rows.tokens.roll(1, 0))
-        )
+        mask = rows.token_mask
+        found = self._losses(asked, rows.tokens, None, mask)
+        other_mask = None if mask is None else mask.roll(1, 0)
+        others = self._losses(asked, rows.tokens.roll(1, 0), None, other_mask)
         terms: dict[str, Term] = {}
         for task, each in asked.items():
             losses, best = found[task]
@@ -170,18 +172,19 @@ class Captioning(Objective):
             terms[f"{task}_picture_gain"] = Term(gain.total, number)
         if "referring" in asked and rows.regions is not None:
             counts = asked["referring"].counts
-            bins = self.write_boxes(rows.tokens, rows.regions.texts)
+            bins = self.write_boxes(rows.tokens, rows.regions.texts, mask)
             is_exact = (bins == box_bins_of(rows.regions.boxes, self.box_bins)).all(dim=1)
             overlap = box_overlap(boxes_of(bins, self.box_bins), rows.regions.boxes)
             for name, hits in (("box_exact", is_exact), ("box_iou_50", overlap >= 0.5)):
                 terms[name] = Term((hits & counts).sum(), counts.sum())
         return terms
 
-    def write(self, tokens: Tensor) -> Tensor:
+    def write(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Write captions greedily, token by token.
 
         Args:
             tokens: (b, T, C) patches.
+            token_mask: as ``Rows.token_mask``.
 
         Returns:
             (b, L) token ids, which begin as the tokenizer's rows do; what stands behind the end of
@@ -195,23 +198,27 @@ class Captioning(Objective):
         prefix = self.writing.prefix
         texts[:, : len(prefix)] = torch.tensor(prefix, device=tokens.device)
         for place in range(len(prefix), length):
-            hidden = self.decoder([texts], [_START_ID], tokens)[:, place]
+            hidden = self.decoder([texts], [_START_ID], tokens, None, token_mask)[:, place]
             texts[:, place] = self.output(hidden)[:, : self.num_words].argmax(dim=1)
         return texts
 
-    def write_boxes(self, tokens: Tensor, texts: Tensor) -> Tensor:
+    def write_boxes(
+        self, tokens: Tensor, texts: Tensor, token_mask: Tensor | None = None
+    ) -> Tensor:
         """Write the box of a text greedily, side by side.
 
         Args:
             tokens: (b, T, C) patches.
             texts: (b, L) token ids of what to find in each picture.
+            token_mask: as ``Rows.token_mask``.
 
         Returns:
             (b, 4) int64 in [0, box_bins): top, left, bottom, right.
         """
         ids = F.pad(texts, (0, _SIDES), value=self.num_words)
         for place in range(texts.shape[1], ids.shape[1]):
-            hidden = self.decoder([ids], [self._start_of("referring")], tokens)[:, place]
+            starts = [self._start_of("referring")]
+            hidden = self.decoder([ids], starts, tokens, None, token_mask)[:, place]
             ids[:, place] = self.num_words + self.output(hidden)[:, self.num_words :].argmax(dim=1)
         return ids[:, -_SIDES:] - self.num_words
 
@@ -251,12 +258,16 @@ class Captioning(Objective):
         return {task: every[task] for task in self.tasks}
 
     def _losses(
-        self, asked: dict[Task, "_Written"], tokens: Tensor, is_parallel: Tensor | None
+        self,
+        asked: dict[Task, "_Written"],
+        tokens: Tensor,
+        is_parallel: Tensor | None,
+        token_mask: Tensor | None,
     ) -> dict[Task, tuple[Tensor, Tensor]]:
         """(b, L) losses and likeliest ids of each task, in one pass of the decoder."""
         rows = [each.ids for each in asked.values()]
         starts = [self._start_of(task) for task in asked]
-        hidden = self.decoder(rows, starts, tokens, is_parallel).flatten(0, 1)
+        hidden = self.decoder(rows, starts, tokens, is_parallel, token_mask).flatten(0, 1)
         labels = torch.cat(rows, dim=1)
         found = token_losses(hidden, self.output.weight, self.output.bias, labels.flatten())
         lengths = [ids.shape[1] for ids in rows]

@@ -86,10 +86,12 @@ class _Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width)
         )
 
-    def forward(self, stream: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, stream: Tensor, tokens: Tensor, mask: Tensor, token_mask: Tensor | None
+    ) -> Tensor:
         normed = self.self_norm(stream)
         stream = stream + self.self_attention(normed, normed, mask)
-        stream = stream + self.cross_attention(self.cross_norm(stream), tokens, None)
+        stream = stream + self.cross_attention(self.cross_norm(stream), tokens, token_mask)
         found: Tensor = stream + self.mlp(stream)
         return found
 
@@ -137,6 +139,7 @@ class CaptionDecoder(nn.Module):
         starts: Sequence[int],
         tokens: Tensor,
         is_parallel: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
         """Return (b, sum of L, width); vector l of a row is what its id l is predicted from.
 
@@ -149,6 +152,7 @@ class CaptionDecoder(nn.Module):
             tokens: (b, T, C) patches.
             is_parallel: (b,) bool; True where all inputs of the first row are masked and each of
                 its positions sees all. None: nowhere.
+            token_mask: (b, T) bool; False at patches of padding, which are not seen. None: none is.
         """
         inputs = [
             F.pad(ids[:, :-1], (1, 0), value=start) for ids, start in zip(rows, starts, strict=True)
@@ -163,7 +167,8 @@ class CaptionDecoder(nn.Module):
         positions = torch.cat([self.positions[: ids.shape[1]] for ids in rows])
         stream = self.embedding(torch.cat(inputs, dim=1)) + positions
         tokens = tokens.to(self.positions.dtype)
+        seen = None if token_mask is None else token_mask[:, None, None]
         for block in self.blocks:
-            stream = block(stream, tokens, mask)
+            stream = block(stream, tokens, mask, seen)
         found: Tensor = self.norm(stream)
         return found

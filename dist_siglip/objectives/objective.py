@@ -47,6 +47,8 @@ class Rows(NamedTuple):
         draws: (b,) int64 >= 0, random numbers of seed, epoch and position; see ``uniform``.
         valid: (b,) bool; False where the row must not count.
         regions: of the pictures; None where the data have none.
+        token_mask: (b, T) bool, False at tokens of padding, of pictures of any shape (NaFlex); None
+            where there is no padding.
     """
 
     tokens: Tensor
@@ -54,6 +56,7 @@ class Rows(NamedTuple):
     draws: Tensor
     valid: Tensor
     regions: Regions | None = None
+    token_mask: Tensor | None = None
 
 
 class Term(NamedTuple):
@@ -87,6 +90,8 @@ class Objective(nn.Module):
 
     name: ClassVar[str] = "objective"
     needs: frozenset[Need] = frozenset()
+    # Whether it leaves out tokens of padding (``Rows.token_mask``); if not, NaFlex is refused.
+    takes_padding: ClassVar[bool] = False
 
     def __init__(self, weight: float = 1.0, start: float = 0.0, ramp_steps: int = 0) -> None:
         super().__init__()
@@ -94,6 +99,19 @@ class Objective(nn.Module):
             if not 0 <= value < math.inf:
                 raise UserError(f"{name} ({value}) of {type(self).__name__} must be 0 or above")
         self.weight, self.start, self.ramp_steps = weight, start, ramp_steps
+
+    def check_pictures(self, built: BuiltModel) -> None:
+        """Refuse pictures of any shape, unless padding is left out.
+
+        Raises:
+            UserError: if the image tower takes such, and the objective does not.
+        """
+        if built.patches is not None and not self.takes_padding:
+            raise UserError(
+                f"objectives ({type(self).__name__}) take pictures of one size, and those of this "
+                "image tower have any shape (NaFlex); leave it out, or set model.image_size in "
+                "place of num_patches"
+            )
 
     def build(self, built: BuiltModel, image: TokenShape) -> None:
         """Make the heads.

@@ -36,6 +36,7 @@ FREE_KEYS = frozenset(
         "model.compile_towers",
         "model.gradient_checkpointing",
         "model.micro_batch_size",
+        "model.micro_batch_patches",
         "model.calibration_pairs",  # only of a new run
         "model.optim.schedule_start_step",  # with max_steps; a jump of the rate is refused
         "model.optim.accept_rate_jump",

@@ -252,7 +252,7 @@ def test_boxes_are_written_side_by_side_and_measured(captioning):
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 4 + [[0.0] * 4])
     bins = box_bins_of(boxes, BINS)
     bins[2, 2], bins[3] = 6, 9
-    captioning.write_boxes = lambda tokens, texts: bins
+    captioning.write_boxes = lambda tokens, texts, *mask: bins
     found = captioning.measure(rows._replace(regions=rows.regions._replace(boxes=boxes)))
     assert found["box_exact"] == (2, 4)
     assert found["box_iou_50"] == (3, 4)

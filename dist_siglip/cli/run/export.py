@@ -36,6 +36,7 @@ def export(
     model: str | None = None,
     pretrained: str | None = None,
     weights_average: bool | None = None,
+    num_patches: int | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write a model for another library, read it back with it, and compare the features.
@@ -51,6 +52,8 @@ def export(
         pretrained: weights of model, as model.pretrained names them.
         weights_average: true takes the average that a checkpoint holds, false the weights it was
             made of; null the average of a run, of other weights what they put first.
+        num_patches: most patches of a picture that the export says, for towers of pictures of any
+            shape (NaFlex). Null is as the run or the model says.
         overwrite: replace an earlier export in this folder.
     """
     built = load_trained(
@@ -59,6 +62,7 @@ def export(
         model=model,
         pretrained=pretrained,
         weights_average=weights_average,
+        num_patches=num_patches,
     )
     done = export_model(built, Path(out), to=to, overwrite=overwrite)
     sys.stdout.write(

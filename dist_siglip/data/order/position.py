@@ -13,22 +13,103 @@ global batch is left out; another order leaves out other samples in the next epo
 sources positions go through all of them at once, and no tail is left out.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
+from itertools import accumulate, repeat
 
 from dist_siglip.data.order.sequence import (
     ROUND,
+    Draw,
     MixtureSequence,
     SingleSequence,
     Source,
     StreamPosition,
     apportion,
+    draw_one,
 )
 from dist_siglip.errors import UserError
 
 BLOCK_SHARDS = 16
+# Of SigLIP 2's NaFlex training, each as likely: arXiv:2502.14786, section 2.4.2.
+SEQUENCE_LENGTHS = (128, 256, 576, 784, 1024)
+
+
+@dataclass(frozen=True)
+class SequenceLengths:
+    """How many patches the pictures of a batch have at most, batch by batch (NaFlex).
+
+    Args:
+        lengths: to draw from, >= 1.
+        weights: of the lengths, only their ratios matter; None draws all alike.
+
+    Raises:
+        UserError: if there is no length, one is below 1 or listed twice, or weights are not one
+            each, finite and >= 0 with one above 0.
+
+    Example:
+        >>> lengths = SequenceLengths((128, 256), (1, 0))
+        >>> [lengths.of_batch(0, batch) for batch in range(3)]
+        [128, 128, 128]
+    """
+
+    lengths: tuple[int, ...] = SEQUENCE_LENGTHS
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        listed, weights = self.lengths, self.weights
+        if not listed or min(listed) < 1 or len(set(listed)) < len(listed):
+            raise UserError(
+                f"sequence_lengths ({list(listed)}) must be different numbers of patches, each at "
+                "least 1"
+            )
+        if weights is None:
+            return
+        are_numbers = all(0 <= each < math.inf for each in weights)
+        if len(weights) != len(listed) or not are_numbers or not any(weights):
+            raise UserError(
+                f"length_weights ({list(weights)}) must be a number >= 0 for each of "
+                f"sequence_lengths ({list(listed)}), one of them above 0; null draws all alike"
+            )
+
+    @classmethod
+    def of(
+        cls, asked: tuple[Sequence[int] | None, Sequence[float] | None], *, is_flexible: bool
+    ) -> "SequenceLengths | None":
+        """Return lengths as they are asked for, None for an image tower of pictures of one size.
+
+        Args:
+            asked: lengths and weights; None leaves them as by default.
+            is_flexible: whether pictures may have any shape (NaFlex).
+
+        Raises:
+            UserError: if they are asked for where there is nothing to draw, or out of range.
+        """
+        lengths, weights = asked
+        if is_flexible:
+            return cls(
+                SEQUENCE_LENGTHS if lengths is None else tuple(lengths),
+                None if weights is None else tuple(weights),
+            )
+        for name, value in (("sequence_lengths", lengths), ("length_weights", weights)):
+            if value is not None:
+                raise UserError(
+                    f"{name} ({list(value)}) are of pictures of any shape (NaFlex), and the image "
+                    "tower sees one size; set model.num_patches, or leave them out"
+                )
+        return None
+
+    def of_batch(self, seed: int, batch: int) -> int:
+        """Return the length of global batch number ``batch``; the same on every rank and resume."""
+        sums = list(accumulate(self.weights or (1.0,) * len(self.lengths)))
+        at = draw_one(2**53, seed, batch, Draw.LENGTH) / 2**53 * sums[-1]
+        return next(length for length, end in zip(self.lengths, sums, strict=True) if at < end)
+
+    def __str__(self) -> str:
+        weights = self.weights or (1,) * len(self.lengths)
+        pairs = zip(self.lengths, weights, strict=True)
+        return ", ".join(f"{length} x {weight:g}" for length, weight in pairs)
 
 
 @dataclass
@@ -54,6 +135,7 @@ class BatchPlan:
         block_shards: shards shuffled together.
         sources: the sources of a mixture, which share out ``counts`` in order; empty for a single
             source.
+        lengths: most patches of the pictures of each batch; None leaves that to the model.
 
     Raises:
         UserError: if there are fewer samples than one global batch needs, of all sources or of
@@ -66,6 +148,7 @@ class BatchPlan:
     global_batch_size: int
     block_shards: int
     sources: tuple[Source, ...] = ()
+    lengths: SequenceLengths | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch_size > self.num_samples:
@@ -135,6 +218,7 @@ class BatchPlan:
             "num_samples": self.num_samples,
             "fingerprint": self.fingerprint,
             "sources": ", ".join(f"{s.name} x {s.weight:g}" for s in self.sources),
+            **({} if self.lengths is None else {"sequence_lengths": str(self.lengths)}),
         }
 
     def _shares(self) -> list[float]:
@@ -185,7 +269,11 @@ class GlobalBatchSampler:
         first = self._rank * self.local_batch_size
         while True:
             number = batch % self._repeat if self._repeat else batch
-            yield sequence.positions(number, first, first + self.local_batch_size)
+            positions = sequence.positions(number, first, first + self.local_batch_size)
+            if self._plan.lengths is not None:
+                length = self._plan.lengths.of_batch(self._plan.seed, number)
+                positions = [at._replace(num_patches=length) for at in positions]
+            yield positions
             batch += 1
 
     def batch_sizes(self) -> Iterator[int]:

@@ -198,6 +198,7 @@ class StreamPosition(NamedTuple):
         is_padding: whether it only fills up the batches of an evaluation.
         source: number of the source of a mixture it was drawn from; epoch and position count
             within that source.
+        num_patches: budget of patches that the pictures of its batch have; 0: that of the model.
     """
 
     epoch: int
@@ -205,6 +206,7 @@ class StreamPosition(NamedTuple):
     sample_id: int
     is_padding: bool = False
     source: int = 0
+    num_patches: int = 0
 
     def key(self, seed: int) -> tuple[int, ...]:
         """Return the key of every random draw about this position: (seed, epoch, position, source).
@@ -384,6 +386,7 @@ class Draw(IntEnum):
     IS_SYNTHETIC = AUGMENTATION + 1
     SYNTHETIC = AUGMENTATION + 2
     FIELD = 1 << 22
+    LENGTH = 1 << 23
 
 
 def draw_one(num_choices: int, *key: int) -> int:

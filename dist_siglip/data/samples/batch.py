@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.data.samples.identity import caption_id, caption_ids_of
+from dist_siglip.data.samples.patches import is_packed
 from dist_siglip.data.samples.regions import Region
 
 _WIDE_ROWS = 128  # pictures that are float32 at once on their way to another precision
@@ -17,7 +18,8 @@ class ImageTextBatch(NamedTuple):
 
     Attributes:
         images: (B, 3, H, W) uint8, which the image tower normalises, or floats that are; (B, 3,
-            0, 0) where image_features stand in.
+            0, 0) where image_features stand in. Of a NaFlex tower packed patches, (B, 1 + N, 3
+            p^2).
         texts: (B, L) int64, token ids; (B, 0) where text_features stand in.
         caption_ids: (B,) int64 >= 0; equal captions, those of equal tokens, have equal ids.
         sample_ids: (B,) int64, index of the sample in the data set, in shard order. For a
@@ -262,7 +264,7 @@ class ImageNormalizer:
         return batch._replace(images=self.pixels(batch.images))
 
     def pixels(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalise (B, 3, H, W) pixels.
+        """Normalise (B, 3, H, W) pixels, or packed patches (B, 1 + N, 3 p^2) but for their row 0.
 
         Args:
             images: uint8, or floats, which pass unchanged.
@@ -272,12 +274,16 @@ class ImageNormalizer:
         if images.is_floating_point():
             return images
         mean, std = self._constants(images.device)
-        if dtype == torch.float32:
+        if dtype == torch.float32 and not is_packed(images):
             return images.to(torch.float32).div_(255).sub_(mean).div_(std)
-        pixels = torch.empty_like(images, dtype=dtype)
-        for place, part in zip(pixels.split(_WIDE_ROWS), images.split(_WIDE_ROWS), strict=True):
+        found = images.to(dtype)
+        places, values = found, images
+        if is_packed(images):  # row 0 stays; behind it colours stand last
+            mean, std = mean.flatten(), std.flatten()
+            places, values = (each[:, 1:].unflatten(-1, (-1, 3)) for each in (found, images))
+        for place, part in zip(places.split(_WIDE_ROWS), values.split(_WIDE_ROWS), strict=True):
             place.copy_(part.to(torch.float32).div_(255).sub_(mean).div_(std))
-        return pixels
+        return found
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std, (3, 1, 1), sent to a device once: each copy may wait for it."""

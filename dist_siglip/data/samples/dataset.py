@@ -38,7 +38,7 @@ from dist_siglip.data.samples.stages import (
     check_stages,
     run_stages,
 )
-from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform
+from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform, at_length
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
@@ -364,10 +364,11 @@ class PairDataset(Dataset[PairSample]):
         identity = self._picture_id(sample_id, data)
         regions = self._all_regions(sample_id)
         picture = EncodedPicture(data, self._pictures)
+        transform = at_length(self._transform, at.num_patches)
         with seeded_generators(*key):
             if not self._stages:
                 if view is None:
-                    image, region = self._seen(picture, regions, key)
+                    image, region = self._seen(transform, picture, regions, key)
                 else:
                     image, region = view.replay(picture), None
                 if picture.is_truncated:
@@ -390,16 +391,20 @@ class PairDataset(Dataset[PairSample]):
             if self._regions.json_field is not None:
                 moved = {self._regions.json_field: changed["regions"]}
                 regions = self._regions.read(moved, is_empty=self._is_empty)
-            image, region = self._seen(changed["image"], regions, key)
+            image, region = self._seen(transform, changed["image"], regions, key)
             return _Made(image, captions, identity, region=region)
 
     def _seen(
-        self, picture: EncodedPicture | Image.Image, regions: Sequence[Region], key: tuple[int, ...]
+        self,
+        transform: ImageTransform,
+        picture: EncodedPicture | Image.Image,
+        regions: Sequence[Region],
+        key: tuple[int, ...],
     ) -> tuple[Tensor, Region | None]:
         """Transform a picture, and draw one of the regions that are left of it."""
-        if not isinstance(self._transform, WindowedTransform):
-            return self._transform(picture), None
-        image, window = self._transform.with_window(picture)
+        if not isinstance(transform, WindowedTransform):
+            return transform(picture), None
+        image, window = transform.with_window(picture)
         if self._regions.json_field is None:
             return image, None
         return image, self._regions.choose(regions, window, key)

@@ -6,7 +6,7 @@ move.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Normalize, RandomResizedCrop
 
+from dist_siglip.data.samples.patches import PatchBudget, pack_pictures, target_grid
 from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture, flatten
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.regions import WHOLE, Window
@@ -53,6 +54,9 @@ class Preprocessing:
         tokenizer: list of B strings to (B, context_length) token ids.
         pictures: what decides the pixels of an encoded picture.
         teachers: of a training by distillation.
+        patches: of a tower that takes pictures of any shape as packed patches (NaFlex), resized
+            bilinearly whatever ``interpolation`` and ``resize_mode`` say; None: its pictures have
+            ``image_size``.
     """
 
     image_size: int | tuple[int, int]
@@ -64,6 +68,7 @@ class Preprocessing:
     tokenizer: Callable[[list[str]], Tensor]
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     teachers: TeacherInputs = field(default_factory=TeacherInputs)
+    patches: PatchBudget | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Preprocessing":
@@ -83,7 +88,7 @@ def training_transform(
     *,
     scaled_decode: bool = True,
 ) -> ImageTransform:
-    """Return the training transform: a random crop, resized.
+    """Return the training transform: a random crop, resized; for NaFlex, one of its own shape.
 
     Args:
         preprocessing: preprocessing of the model.
@@ -94,9 +99,16 @@ def training_transform(
             a little from those of open_clip. False: the same pixels.
 
     Returns:
-        A function from a picture to (3, H, W) uint8. It draws from the random generators of
-        torch.
+        A function from a picture to (3, H, W) uint8, or to packed patches. It draws from the random
+        generators of torch.
     """
+    if preprocessing.patches is not None:
+        return PatchTransform(
+            preprocessing.patches,
+            preprocessing.pictures.transparency,
+            crop_scale=crop_scale,
+            scaled_decode=scaled_decode,
+        )
     if crop_scale is None:
         return evaluation_transform(preprocessing)
     return _RandomCrop(CropResize(preprocessing, scaled_decode), crop_scale)
@@ -109,9 +121,20 @@ def evaluation_transform(preprocessing: Preprocessing) -> ImageTransform:
         preprocessing: preprocessing of the model.
 
     Returns:
-        A function from a picture to (3, H, W) uint8: open_clip's pixels before normalisation.
+        A function from a picture to (3, H, W) uint8: open_clip's pixels before normalisation; of a
+        NaFlex tower, to packed patches.
     """
+    if preprocessing.patches is not None:
+        return PatchTransform(preprocessing.patches, preprocessing.pictures.transparency)
     return _Evaluation(preprocessing)
+
+
+def at_length(transform: ImageTransform, num_patches: int) -> ImageTransform:
+    """Let a transform to packed patches keep to another budget; 0 leaves any as it is."""
+    if not num_patches:
+        return transform
+    assert isinstance(transform, PatchTransform)  # who draws lengths has looked at the tower
+    return replace(transform, budget=transform.budget._replace(num_patches=num_patches))
 
 
 class CropResize:
@@ -168,12 +191,62 @@ class WindowedTransform:
     """A transform that can say which part of the picture its pixels are."""
 
     def __call__(self, picture: EncodedPicture | Image.Image) -> Tensor:
-        """Return (3, H, W) uint8."""
+        """Return (3, H, W) uint8, or packed patches."""
         return self.with_window(picture)[0]
 
     def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
         """Return (3, H, W) uint8, and the part of the picture that is seen."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PatchTransform(WindowedTransform):
+    """From a picture to packed patches: resized bilinearly to the grid that its budget allows.
+
+    A random crop has the shape of its picture: of its sides the square root of the share.
+
+    Args:
+        budget: patch size, and most patches.
+        transparency: as ``PicturePolicy.transparency``.
+        crop_scale: share of the area that a crop keeps, (least, most); None keeps all.
+        scaled_decode: decode a JPEG at the smallest fraction of its size that has the pixels.
+    """
+
+    budget: PatchBudget
+    transparency: str
+    crop_scale: tuple[float, float] | None = None
+    scaled_decode: bool = False
+
+    def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
+        """Return (1 + N, 3 p^2) uint8, see ``pack_pictures``, and the part that is seen."""
+        width, height = picture.size
+        side, num_patches = self.budget
+        left, top, right, bottom = self._crop(width, height)
+        grid = target_grid(round(bottom - top), round(right - left), side, num_patches)
+        rows, columns = (count * side for count in grid)
+        if isinstance(picture, Image.Image):
+            image = _in_rgb(picture, self.transparency)
+        else:
+            reduction = 1
+            if self.scaled_decode:
+                least = min((right - left) / columns, (bottom - top) / rows)
+                reduction = next(each for each in REDUCTIONS if each == 1 or least >= each)
+            image = picture.decode(reduction)
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, right * across, bottom * down)
+        resized = image.resize((columns, rows), Image.Resampling.BILINEAR, box=box)
+        window = Window(top / height, left / width, bottom / height, right / width)
+        return pack_pictures(to_pixels(resized), side, num_patches), window
+
+    def _crop(self, width: int, height: int) -> tuple[float, float, float, float]:
+        if self.crop_scale is None:
+            return 0, 0, width, height
+        share, across, down = torch.rand(3).tolist()
+        least, most = self.crop_scale
+        factor = (least + share * (most - least)) ** 0.5
+        columns, rows = max(1, round(width * factor)), max(1, round(height * factor))
+        left, top = int(across * (width - columns + 1)), int(down * (height - rows + 1))
+        return left, top, left + columns, top + rows
 
 
 class _RandomCrop(WindowedTransform):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_siglip.data.samples.patches import PatchBudget, pack_pictures, target_grid
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.models.dual_encoder import evaluation_mode
@@ -27,7 +28,8 @@ class Reader(NamedTuple):
     """A model as another library reads it; both features have length 1.
 
     Attributes:
-        encode_image: (B, 3, H, W) normalised pixels to (B, D) features.
+        encode_image: (B, 3, H, W) normalised pixels, or packed patches of a NaFlex tower, to (B, D)
+            features.
         encode_captions: B captions to (B, D) features, with the tokenizer that was written.
     """
 
@@ -47,6 +49,8 @@ def largest_difference(built: BuiltModel, reader: Reader) -> float:
     size = built.image_size
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    if built.patches is not None:
+        images = _flexible(built.patches)
     captions = list(CAPTIONS)
     with torch.inference_mode(), evaluation_mode(built.encoder):
         ours = torch.cat(
@@ -62,3 +66,15 @@ def largest_difference(built: BuiltModel, reader: Reader) -> float:
             )
         theirs = torch.cat((reader.encode_image(images), reader.encode_captions(captions)))
     return float((ours - theirs).abs().max())
+
+
+def _flexible(budget: PatchBudget) -> Tensor:
+    """Packed patches of random pictures: a square, a wide one, a high one and a strip."""
+    generator = torch.Generator().manual_seed(0)
+    side, num_patches = budget
+    packed = []
+    for height, width in ((100, 100), (100, 290), (300, 110), (10, 2000)):
+        rows, columns = target_grid(height, width, side, num_patches)
+        pixels = torch.randn(3, rows * side, columns * side, generator=generator)
+        packed.append(pack_pictures(pixels, side, num_patches))
+    return torch.stack(packed)

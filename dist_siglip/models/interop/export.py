@@ -158,15 +158,16 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
             "logit_bias": built.start_bias,
             "largest_difference": difference,
             "matryoshka_dims": list(built.prefix_dims),
+            **({} if built.patches is None else built.patches._asdict()),
             **built.pictures.of_model,
         }
-        (beside / "README.md").write_text(_card(built), encoding="utf-8")
+        (beside / "README.md").write_text(_card(built, to), encoding="utf-8")
         (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return Exported(folder=folder, largest_difference=difference)
 
 
-def _card(built: BuiltModel) -> str:
-    """Model card: what the features are, and how many of their dimensions may be used."""
+def _card(built: BuiltModel, to: Form) -> str:
+    """Model card: what the features are made of, and how many of their dimensions may be used."""
     lines = [
         "---",
         "library_name: dist_siglip",
@@ -176,6 +177,17 @@ def _card(built: BuiltModel) -> str:
         f"Image and text features of {built.embed_dim} dimensions, divided by their length; the "
         f"logit of a pair is {built.start_scale:.6g} * cosine + ({built.start_bias:.6g}).",
     ]
+    if built.patches is not None:
+        lines.append(
+            f"Pictures keep their shape (NaFlex): resized bilinearly to at most "
+            f"{built.patches.num_patches} patches of {built.patches.patch_size} pixels; other "
+            "numbers can be asked for."
+        )
+        if to == "hf":
+            lines.append(
+                "Texts are read by `PreTrainedTokenizerFast.from_pretrained` of this folder: of a "
+                "`Siglip2Model` `AutoTokenizer` of transformers 5 makes a tokenizer of its own."
+            )
     if built.prefix_dims:
         dims = ", ".join(map(str, built.prefix_dims))
         lines.append(

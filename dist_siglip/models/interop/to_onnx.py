@@ -6,6 +6,9 @@
     dual_encoder.json   preprocessing, context length, scale and absolute bias
 
 B is free, H, W and L are those of the model. Logits are scale * image @ text.T + bias.
+
+Of a NaFlex tower the first graph takes patches (B, N, 3 p^2) fp32, each its pixels in the order
+(row, column, colour), normalised, and shapes (B, 2) int64, rows and columns of patches; N is free.
 """
 
 import importlib
@@ -21,9 +24,10 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
+from dist_siglip.data.samples.patches import is_packed, pack_pictures, unpack
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode
+from dist_siglip.models.dual_encoder import DualEncoder, evaluation_mode, unit_rows
 from dist_siglip.models.interop.comparison import Reader
 from dist_siglip.models.interop.tokenizer_files import tokenizer_of, whole_tokenizer
 
@@ -42,6 +46,17 @@ class _Image(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.encoder.encode_image(pixels)
+
+
+class _Patches(nn.Module):
+    """The image tower of pictures of any shape alone."""
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        super().__init__()
+        self.visual: Any = encoder.clip.visual
+
+    def forward(self, patches: Tensor, shapes: Tensor) -> Tensor:
+        return unit_rows(self.visual.read_patches(patches, shapes)[0])
 
 
 class _Text(nn.Module):
@@ -72,10 +87,14 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
     height, width = (size, size) if isinstance(size, int) else size
     # Two rows: a single one would be taken for a constant.
     pixels = torch.zeros(2, 3, height, width)
+    image: tuple[nn.Module, dict[str, Tensor]] = (_Image(built.encoder), {"pixels": pixels})
+    if built.patches is not None:
+        patches, shapes = unpack(pack_pictures(pixels, built.patches.patch_size))
+        image = (_Patches(built.encoder), {"patches": patches, "shapes": shapes})
     tokens = built.tokenizer(["a", "b"])
     with evaluation_mode(built.encoder), _quiet():
-        _write_graph(_Image(built.encoder), pixels, "pixels", folder / "image.onnx")
-        _write_graph(_Text(built.encoder), tokens, "tokens", folder / "text.onnx")
+        _write_graph(*image, folder / "image.onnx")
+        _write_graph(_Text(built.encoder), {"tokens": tokens}, folder / "text.onnx")
     config = {
         "embed_dim": built.embed_dim,
         "logit_scale": built.start_scale,
@@ -87,6 +106,7 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
         "interpolation": built.interpolation,
         "resize_mode": built.resize_mode,
         **built.pictures.of_model,
+        **({} if built.patches is None else built.patches._asdict()),
     }
     (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -103,10 +123,15 @@ def read_onnx(built: BuiltModel, folder: Path) -> Reader:
         tokens = torch.tensor([row.ids for row in tokenizer.encode_batch(captions)])
         return torch.from_numpy(text.run(None, {"tokens": tokens.numpy()})[0])
 
+    def encode_image(images: Tensor) -> Tensor:
+        inputs = {"pixels": images}
+        if is_packed(images):
+            inputs = dict(zip(("patches", "shapes"), unpack(images), strict=True))
+        arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
+        return torch.from_numpy(image.run(None, arrays)[0])
+
     return Reader(
-        encode_image=lambda pixels: torch.from_numpy(
-            image.run(None, {"pixels": pixels.numpy()})[0]
-        ),
+        encode_image=encode_image,
         encode_captions=encode_captions,
     )
 
@@ -124,20 +149,22 @@ def _write_tokenizer(built: BuiltModel, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8")
 
 
-def _write_graph(tower: nn.Module, example: Tensor, name: str, path: Path) -> None:
+def _write_graph(tower: nn.Module, examples: dict[str, Tensor], path: Path) -> None:
+    names = list(examples)
+    batch, free = torch.export.Dim("batch"), {"patches": {1: torch.export.Dim("num_patches")}}
     try:
         program: Any = torch.onnx.export(
             tower.eval(),
-            (example,),
+            tuple(examples.values()),
             dynamo=True,
             verbose=False,
-            input_names=[name],
+            input_names=names,
             output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=tuple({0: batch, **free.get(name, {})} for name in names),
         )
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
-            f"to (onnx): torch cannot turn the tower that takes {name} into a graph "
+            f"to (onnx): torch cannot turn the tower that takes {' and '.join(names)} into a graph "
             f"({str(error).splitlines()[0][:100]}); use open_clip or safetensors"
         ) from error
     for node in program.model.graph:

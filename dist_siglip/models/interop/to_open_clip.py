@@ -26,13 +26,14 @@ from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
+from dist_siglip.data.samples.patches import is_packed, unpack_pictures
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel, build_dual_encoder
 from dist_siglip.models.dual_encoder import unit_rows
 from dist_siglip.models.interop.comparison import Reader
 from dist_siglip.models.interop.tokenizer_files import tokenizer_of
 from dist_siglip.models.interop.transformers_format import CONFIG_NAME as TEXT_CONFIG_NAME
-from dist_siglip.models.interop.transformers_format import activation_name
+from dist_siglip.models.interop.transformers_format import MAX_NUM_PATCHES, activation_name
 from dist_siglip.models.text_tower import describe_config
 from dist_siglip.models.weight_source import CONFIG_NAME, LOCAL_DIR, WEIGHT_NAMES
 
@@ -49,6 +50,8 @@ def name_of_tower(visual: nn.Module, embed_dim: int, vision: dict[str, Any]) -> 
     """
     own: str = vision["timm_model_name"]
     names = [own]
+    if own.startswith("naflexvit"):
+        names += timm.list_models("naflexvit_*_siglip*")
     if "_siglip_" in own:
         names += [n for n in timm.list_models("vit_*_siglip_*") if _side(n) == vision["image_size"]]
     for name in names:
@@ -77,6 +80,7 @@ def _facts(visual: nn.Module) -> Iterator[Any]:
     for key, value in visual.state_dict().items():
         yield key, tuple(value.shape)
     trunk: Any = visual.trunk
+    yield trunk.embeds.patch_size if hasattr(trunk, "embeds") else None
     # Towers with positions take pictures of one size only.
     yield getattr(trunk.patch_embed, "img_size", None) if hasattr(trunk, "patch_embed") else None
     for layer in trunk.modules():
@@ -130,9 +134,17 @@ def read_open_clip(built: BuiltModel, folder: Path) -> Reader:
     network.eval()
     tokenizer = open_clip.get_tokenizer(name)
     return Reader(
-        encode_image=lambda images: unit_rows(network.encode_image(images)),
+        encode_image=lambda images: unit_rows(_encode_pictures(network, images)),
         encode_captions=lambda captions: unit_rows(network.encode_text(tokenizer(captions))),
     )
+
+
+def _encode_pictures(network: Any, images: Tensor) -> Tensor:
+    """Let open_clip encode pictures; those of a NaFlex tower one by one, each of its own shape."""
+    if not is_packed(images):
+        found: Tensor = network.encode_image(images)
+        return found
+    return torch.cat([network.encode_image(picture) for picture in unpack_pictures(images)])
 
 
 def read_safetensors(built: BuiltModel, folder: Path) -> Reader:
@@ -190,6 +202,7 @@ def _write(built: BuiltModel, architecture: dict[str, Any], folder: Path) -> Non
         "resize_mode": built.resize_mode,
         "fill_color": 0,
         **built.pictures.of_model,  # open_clip passes over what it has no word for
+        **({} if built.patches is None else {MAX_NUM_PATCHES: built.patches.num_patches}),
     }
     config = {"model_cfg": architecture, "preprocess_cfg": preprocessing}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,11 +6,13 @@
 
 Sizes are read from the towers themselves. ``SiglipModel`` takes an image tower of timm with
 attention pooling and a text tower without causal mask, pooled at its last token (SigLIP, and
-SigLIP 2 at a fixed image size); ``CLIPModel`` takes open_clip's own CLIP.
+SigLIP 2 at a fixed image size), ``Siglip2Model`` one whose pictures have any shape (NaFlex);
+``CLIPModel`` takes open_clip's own CLIP.
 """
 
 import importlib.util
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,26 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
+from dist_siglip.data.samples.patches import is_packed, patch_mask, unpack
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.interop.comparison import Reader
-from dist_siglip.models.interop.tokenizer_files import write_for_transformers
+from dist_siglip.models.interop.comparison import CAPTIONS, Reader
+from dist_siglip.models.interop.tokenizer_files import set_option, write_for_transformers
 from dist_siglip.models.interop.transformers_format import (
     CONFIG_NAME,
+    MAX_NUM_PATCHES,
     Family,
     activation_name,
     to_foreign_names,
 )
-from dist_siglip.models.text_tower import quiet_transformers
+from dist_siglip.models.naflex import NaFlexTower, to_fixed_names
+from dist_siglip.models.text_tower import (
+    WHOLE_TOKENIZER,
+    load_whole_tokenizer,
+    quiet_transformers,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def family_of(built: BuiltModel) -> Family:
@@ -48,6 +59,8 @@ def family_of(built: BuiltModel) -> Family:
     text_model = built.architecture["text_cfg"].get("hf_model_name")
     if text_model:
         raise _no_class(f"a text tower {text_model}")
+    if isinstance(visual, NaFlexTower):
+        return "siglip2"
     if isinstance(visual, TimmModel) and isinstance(visual.trunk, timm.models.VisionTransformer):
         return "siglip"
     if isinstance(visual, VisionTransformer):
@@ -66,7 +79,7 @@ def describe(built: BuiltModel, family: Family) -> dict[str, Any]:
     Raises:
         UserError: If transformers combines the tensors in another way.
     """
-    return _siglip(built) if family == "siglip" else _clip(built)
+    return _clip(built) if family == "clip" else _siglip(built)
 
 
 def _siglip(built: BuiltModel) -> dict[str, Any]:
@@ -75,17 +88,21 @@ def _siglip(built: BuiltModel) -> dict[str, Any]:
     if not text.get("no_causal_mask") or text.get("pool_type") != "last":
         raise _no_class("a SigLIP whose text tower has a causal mask or is not pooled last")
     block = trunk.blocks[0]
+    size: dict[str, Any] = {"image_size": built.image_size}
+    if built.patches is not None:
+        size = {"num_patches": math.prod(clip.visual.grid), "patch_size": built.patches.patch_size}
+    else:
+        size["patch_size"] = trunk.patch_embed.patch_size[0]
     return {
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
+        "architectures": ["SiglipModel" if built.patches is None else "Siglip2Model"],
+        "model_type": "siglip" if built.patches is None else "siglip2",
         "text_config": {**_text_tower(built), "projection_size": built.embed_dim},
         "vision_config": {
             "hidden_size": trunk.embed_dim,
             "intermediate_size": block.mlp.fc1.out_features,
             "num_hidden_layers": len(trunk.blocks),
             "num_attention_heads": block.attn.num_heads,
-            "image_size": built.image_size,
-            "patch_size": trunk.patch_embed.patch_size[0],
+            **size,
             "hidden_act": activation_name(block.mlp.act),
             "layer_norm_eps": block.norm1.eps,
         },
@@ -150,6 +167,7 @@ def _no_class(what: str) -> UserError:
 
 # PIL's numbers of its filters.
 _BILINEAR, _BICUBIC = 2, 3
+_TO_FLOATS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
 
 def write_hugging_face(built: BuiltModel, folder: Path) -> None:
@@ -165,8 +183,10 @@ def write_hugging_face(built: BuiltModel, folder: Path) -> None:
     config = describe(built, family)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # SiglipModel looks at padding, as it has learned to; it must not get a mask.
-    names = ["input_ids"] if family == "siglip" else ["input_ids", "attention_mask"]
+    names = ["input_ids", "attention_mask"] if family == "clip" else ["input_ids"]
     special = write_for_transformers(built, folder, names=names)
+    if family == "siglip2":
+        set_option(folder, WHOLE_TOKENIZER, True)
     config["text_config"] = {**special, **config["text_config"]}
     _write_json(folder / CONFIG_NAME, config)
     _write_json(folder / "preprocessor_config.json", _preprocessing(built, family))
@@ -178,18 +198,42 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    if built.patches is not None:
+        tokenizer = _whole_tokenizer(folder, tokenizer)
 
     def encode_captions(captions: list[str]) -> Tensor:
-        tokens = processor(
-            text=captions, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return _unit(model.get_text_features(**tokens))
 
+    def encode_image(images: Tensor) -> Tensor:
+        if not is_packed(images):
+            return _unit(model.get_image_features(pixel_values=images))
+        patches, shapes = unpack(images)
+        mask = patch_mask(images)
+        found = model.get_image_features(
+            pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
+        )
+        return _unit(found)
+
     return Reader(
-        encode_image=lambda images: _unit(model.get_image_features(pixel_values=images)),
+        encode_image=encode_image,
         encode_captions=encode_captions,
     )
+
+
+def _whole_tokenizer(folder: Path, theirs: Any) -> Any:
+    """Load the tokenizer that was written, and say where ``AutoTokenizer`` gives another."""
+    whole = load_whole_tokenizer(folder)
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True}
+    captions = list(CAPTIONS)
+    if theirs(captions, **options)["input_ids"] != whole(captions, **options)["input_ids"]:
+        logger.warning(
+            "AutoTokenizer of this transformers makes other tokens of some captions than the model "
+            "was trained with, as of any folder of Siglip2Model; take "
+            "transformers.PreTrainedTokenizerFast.from_pretrained(FOLDER)"
+        )
+    return whole
 
 
 def _unit(features: Any) -> Tensor:
@@ -199,7 +243,8 @@ def _unit(features: Any) -> Tensor:
 
 def _tensors(built: BuiltModel, family: Family) -> dict[str, Tensor]:
     try:
-        towers = to_foreign_names(family, built.encoder.clip.state_dict())
+        own = to_fixed_names(built.encoder.clip.state_dict(), flat_patches=True)
+        towers = to_foreign_names(family, own)
     except KeyError as error:
         raise UserError(
             f"to (hf): transformers has no counterpart for {error.args[0]} of this model; use "
@@ -223,6 +268,21 @@ def _preprocessing(built: BuiltModel, family: Family) -> dict[str, Any]:
         )
     is_squashed = built.resize_mode == "squash"
     crop = {"do_center_crop": not is_squashed, "crop_size": square}
+    if built.patches is not None:
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            # Siglip2Processor pads texts to 64 tokens, whatever the model has.
+            "processor_class": "SiglipProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "resample": _BILINEAR,
+            **_TO_FLOATS,
+            "image_mean": built.mean,
+            "image_std": built.std,
+            "patch_size": built.patches.patch_size,
+            MAX_NUM_PATCHES: built.patches.num_patches,
+            **built.pictures.of_model,
+        }
     is_siglip = family == "siglip"
     # SigLIP's own cannot crop.
     is_plain = is_siglip and is_squashed
@@ -234,9 +294,7 @@ def _preprocessing(built: BuiltModel, family: Family) -> dict[str, Any]:
         "size": square if is_squashed else {"shortest_edge": side},
         "resample": _BILINEAR if built.interpolation == "bilinear" else _BICUBIC,
         **({} if is_plain else crop),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        **_TO_FLOATS,
         "image_mean": built.mean,
         "image_std": built.std,
         **built.pictures.of_model,

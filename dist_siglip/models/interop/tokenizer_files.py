@@ -62,7 +62,7 @@ def write_for_transformers(
         _refuse_options(ours)
         inner.tokenizer.model_max_length = built.context_length
         inner.save_pretrained(folder)
-        _set(folder, "model_input_names", names)
+        set_option(folder, "model_input_names", names)
         return _special_ids(inner.tokenizer)
     whole = whole_tokenizer(built)
     file = whole.to_str(pretty=True)
@@ -94,11 +94,12 @@ def write_for_transformers(
     if isinstance(inner, SimpleTokenizer) and _cleaning(ours) == "lower":
         whole.model.save(str(folder))  # vocab.json and merges.txt, for CLIPTokenizer
     # The class that takes tokenizer.json as it is, by the name all versions know.
-    _set(folder, "tokenizer_class", "PreTrainedTokenizerFast")
+    set_option(folder, "tokenizer_class", "PreTrainedTokenizerFast")
     return _special_ids(made)
 
 
-def _set(folder: Path, key: str, value: str | list[str]) -> None:
+def set_option(folder: Path, key: str, value: str | list[str] | bool) -> None:
+    """Set a key of the tokenizer config in a folder."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config[key] = value

@@ -25,7 +25,7 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_json
 
-Family = Literal["siglip", "clip"]
+Family = Literal["siglip", "siglip2", "clip"]
 _PATCHES = "vision_model.embeddings.patch_embedding.weight"
 CONFIG_NAME = "config.json"
 WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -50,6 +50,9 @@ _CLIP_TEXT = {
     "eos_token_id": 49407,
 }
 _SIGLIP_TEXT = {**_SIGLIP_TOWER, "vocab_size": 32000, "max_position_embeddings": 64}
+# timm's names of SigLIP's image towers, whose sizes a config states: of one size, of any shape.
+FIXED_TOWER, NAFLEX_TOWER = "vit_base_patch16_siglip_224", "naflexvit_base_patch16_siglip"
+MAX_NUM_PATCHES = "max_num_patches"  # of a picture, in a preprocessing config
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "gelu": {},
@@ -111,7 +114,8 @@ def to_foreign_names(family: Family, tensors: Mapping[str, Tensor]) -> dict[str,
     """Give the towers of an open_clip network the names of transformers.
 
     Args:
-        family: "siglip" for ``SiglipModel``, "clip" for ``CLIPModel``.
+        family: "siglip" for ``SiglipModel``, "siglip2" for ``Siglip2Model``, whose patches stay as
+            they are, "clip" for ``CLIPModel``.
         tensors: the whole state of the network, without logit scale and bias.
 
     Raises:
@@ -299,6 +303,9 @@ def fetch_folder(repository: str, with_weights: bool) -> str:
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what a folder that ``save_pretrained`` of transformers wrote says of its model.
 
+    One of ``Siglip2Model`` whose processor cuts pictures of any shape into patches is of a NaFlex
+    tower; without a word of that, of one that sees squares.
+
     Returns:
         open_clip's model config and its preprocessing config.
 
@@ -312,7 +319,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"folder {folder} holds no tokenizer (none of {', '.join(TOKENIZER_NAMES)}); copy the "
             "tokenizer files of the model into it"
         )
-    return architecture, _preprocessing(folder, architecture)
+    said = _processor(folder)
+    preprocessing = _preprocessing(said, architecture)
+    if _read(path).get("model_type") == "siglip2" and _cuts_patches(said):
+        architecture["vision_cfg"]["timm_model_name"] = NAFLEX_TOWER
+        preprocessing.setdefault(MAX_NUM_PATCHES, 256)
+    return architecture, preprocessing
 
 
 def weights_in_folder(folder: Path) -> Path:
@@ -364,7 +376,7 @@ def _siglip(kind: str, image: dict[str, Any], text: dict[str, Any], path: Path) 
         raise UserError(f"{path} has no pooling head (vision_use_head: false), so no features")
     vision = {
         "image_size": size,
-        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_model_name": FIXED_TOWER,
         "timm_pool": "map",
         "timm_proj": "none",
         "patch_size": patch_size,
@@ -446,12 +458,22 @@ def _sizes(tower: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _preprocessing(folder: Path, architecture: dict[str, Any]) -> dict[str, Any]:
+def _processor(folder: Path) -> dict[str, Any]:
+    """What a folder says of pictures."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         path = folder / "processor_config.json"
     said = _read(path) if path.is_file() else {}
-    said = said.get("image_processor", said)
+    found: dict[str, Any] = said.get("image_processor", said)
+    return found
+
+
+def _cuts_patches(said: dict[str, Any]) -> bool:
+    kind = said.get("image_processor_type") or said.get("feature_extractor_type") or ""
+    return MAX_NUM_PATCHES in said or str(kind).startswith("Siglip2")
+
+
+def _preprocessing(said: dict[str, Any], architecture: dict[str, Any]) -> dict[str, Any]:
     is_clip = not architecture.get("custom_text")
     size = said.get("size")
     is_shortest = "shortest_edge" in size if isinstance(size, dict) else is_clip
@@ -464,11 +486,14 @@ def _preprocessing(folder: Path, architecture: dict[str, Any]) -> dict[str, Any]
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if said.get(theirs):
             overlay[ours] = tuple(said[theirs])
-    overlay |= {key: said[key] for key in PicturePolicy().of_model if key in said}
+    overlay |= {
+        key: said[key] for key in (*PicturePolicy().of_model, MAX_NUM_PATCHES) if key in said
+    }
     return complete_preprocessing(overlay)
 
 
 def complete_preprocessing(stated: dict[str, Any]) -> dict[str, Any]:
     """Fill in open_clip's defaults, and keep what an export of ours adds to its names."""
-    added = {key: stated[key] for key in PicturePolicy().of_model if key in stated}
+    own = (*PicturePolicy().of_model, MAX_NUM_PATCHES)
+    added = {key: stated[key] for key in own if key in stated}
     return {**merge_preprocess_dict(PreprocessCfg(), stated), **added}

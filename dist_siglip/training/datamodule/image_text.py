@@ -5,6 +5,7 @@ It checks the data before anything starts and gives every rank its slice of each
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from dist_siglip.data.order.position import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Progress,
+    SequenceLengths,
     check_divisible,
 )
 from dist_siglip.data.remote import CacheSettings, ShardCache
@@ -176,6 +178,11 @@ class ImageTextDataModule(BatchTransfer):
             have it: "bytes", if their files are equal; the name of a field in their .json member,
             as ``captions.json_field``, if it is (the bytes where it is missing); null, never.
         regions: where regions of pictures are, texts with boxes, for objectives that need them.
+        sequence_lengths: most patches of training pictures of a NaFlex tower: one length is drawn
+            for each global batch, from seed and number of the batch. Null: 128, 256, 576, 784, 1024
+            for such a tower. Evaluations have ``model.num_patches``.
+        length_weights: how often each of ``sequence_lengths`` is drawn, in relation to the others.
+            Null draws all alike.
         accept_changed_data: resume although the training shards changed since the checkpoint: a
             single source begins its next epoch, a mixture keeps its position.
 
@@ -213,6 +220,8 @@ class ImageTextDataModule(BatchTransfer):
         exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
         truncated_pictures: TruncatedPictures = "replace",
         regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
+        sequence_lengths: list[int] | None = None,
+        length_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         check_least(
@@ -257,6 +266,8 @@ class ImageTextDataModule(BatchTransfer):
         )
         self.val_shards = val_shards
         self.inputs = inputs
+        self._asked_lengths = (sequence_lengths, length_weights)
+        _ = self.lengths  # checks them
         self.global_batch_size = global_batch_size
         self.val_local_batch_size = val_local_batch_size
         self.workers_per_rank = workers_per_rank
@@ -279,6 +290,11 @@ class ImageTextDataModule(BatchTransfer):
         self.picture_id = picture_id
         self.train_features = train_features
         self.datacompdr = datacompdr
+        if datacompdr is not None and self.lengths is not None:
+            raise UserError(
+                "datacompdr replays crops of one size, and pictures of the image tower have any "
+                "shape (NaFlex); leave one of the two out"
+            )
         self.max_incomplete = max_bad_fraction if on_damage == "skip" else 0.0
         self.features: CachedFeatures | None = None
         self.teacher_features: tuple[CachedFeatures, ...] = ()
@@ -293,6 +309,12 @@ class ImageTextDataModule(BatchTransfer):
     def plan(self) -> BatchPlan | None:
         """The sequence of training batches; None before ``setup("fit")``."""
         return self.position.plan
+
+    @property
+    def lengths(self) -> SequenceLengths | None:
+        """How long the pictures of training batches are; None where they have one size."""
+        is_flexible = self.inputs is not None and self.inputs.patches is not None
+        return SequenceLengths.of(self._asked_lengths, is_flexible=is_flexible)
 
     @property
     def progress(self) -> Progress:
@@ -452,11 +474,12 @@ class ImageTextDataModule(BatchTransfer):
         self.bad_samples.finish_step(self.global_batch_size, self._device())
 
     def _make_plan(self) -> BatchPlan:
-        return self.tables.plan(
+        plan = self.tables.plan(
             seed=self.seed,
             global_batch_size=self.global_batch_size,
             block_shards=self.block_shards,
         )
+        return replace(plan, lengths=self.lengths)
 
     def _open_features(self) -> None:
         """Open stored features of the model and of its teachers, if that has not happened yet."""

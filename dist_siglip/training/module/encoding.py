@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.order.position import SequenceLengths
+from dist_siglip.data.samples.patches import is_packed
+from dist_siglip.errors import UserError
 from dist_siglip.models import encode_in_micro_batches, encode_tower_in_micro_batches
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import layer_groups
@@ -22,12 +25,15 @@ class EncodingModule(ObjectiveModule):
 
     Attributes:
         micro_batch_size: rows that a tower encodes together; None for all.
+        micro_batch_patches: of a NaFlex tower, patches that it encodes together in place of rows;
+            None for no such limit.
         loss: of the pairs.
         caption_weights: by field, of captions that train together, as a data module of ours says;
             empty weighs them alike.
     """
 
     micro_batch_size: int | None
+    micro_batch_patches: int | None
     loss: nn.Module
 
     def __init__(self) -> None:
@@ -37,14 +43,28 @@ class EncodingModule(ObjectiveModule):
         self._cached: list[CachedEncoding] = []
 
     def check_data(self, data: object) -> None:
-        """Check what a data module reads; take its weights of captions.
+        """Check what a data module reads, and the longest pictures; take its weights of captions.
 
         Raises:
-            UserError: as ``check_features``, or as ``caption_weights_of``.
+            UserError: as ``check_features``, as ``caption_weights_of``, or if a picture of training
+                has more patches than are encoded together.
         """
         super().check_data(data)
         if hasattr(data, "captions"):
             self.caption_weights = caption_weights_of(data, self.loss)
+        lengths: SequenceLengths | None = getattr(data, "lengths", None)
+        budget = self.micro_batch_patches
+        if budget is not None and lengths is not None and budget < max(lengths.lengths):
+            raise UserError(
+                f"micro_batch_patches ({budget}) must be at least the longest of "
+                f"data.sequence_lengths ({max(lengths.lengths)}): a picture is encoded whole"
+            )
+
+    def _rows_at_once(self, batch: ImageTextBatch) -> int | None:
+        """Rows of a batch that a tower encodes together; None for all."""
+        if self.micro_batch_patches is None or not is_packed(batch.images):
+            return self.micro_batch_size
+        return max(1, self.micro_batch_patches // (batch.images.shape[1] - 1))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward from the loss, then through the towers whose micro-batches wait for it."""
@@ -61,7 +81,7 @@ class EncodingModule(ObjectiveModule):
 
     def encode(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """Encode a batch; features it brings along stand in for a locked tower."""
-        size = self.micro_batch_size
+        size = self._rows_at_once(batch)
         if size is not None and self._is_sharded and torch.is_grad_enabled():
             return self._encode_by_parts(batch, size)
         if batch.image_features is not None or batch.text_features is not None:
@@ -95,13 +115,14 @@ class EncodingModule(ObjectiveModule):
         self, objectives: Mapping[str, Objective], batch: ImageTextBatch
     ) -> tuple[Tensor, Tensor, Terms]:
         """Encode both sides once, and compute the terms of objectives on the tokens."""
-        size, step = self.micro_batch_size or len(batch.images), self.global_step
+        asked, step = self._rows_at_once(batch), self.global_step
         self._cached = []
         later = self._cached if self._is_sharded else None
-        images, terms = encode_with_terms(self.towers, objectives, batch, step, size, later=later)
+        images, terms = encode_with_terms(
+            self.towers, objectives, batch, step, asked or len(batch.images), later=later
+        )
         texts, encode = batch.all_texts(), self.towers.encode_text
-        size = self.micro_batch_size or len(texts)
-        return images, self._encode_part("text", texts, encode, size), terms
+        return images, self._encode_part("text", texts, encode, asked or len(texts)), terms
 
     @cached_property
     def _trained_towers(self) -> set[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.samples.patches import patch_mask
 from dist_siglip.data.samples.regions import Box
 from dist_siglip.distributed import gather_rows, max_over_ranks, sum_over_ranks
 from dist_siglip.metrics.evaluation import ARRAY_PAIRS
@@ -87,7 +88,8 @@ class ObjectiveMeasures:
             tokens: (B, T, C) of its pictures.
             num_pictures: of the evaluation, of which a few are kept to write about.
         """
-        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid, regions_of(batch))
+        mask, regions = patch_mask(batch.images), regions_of(batch)
+        rows = Rows(tokens, batch.texts, batch.sample_ids, batch.valid, regions, mask)
         for objective in objectives.values():
             for name, term in objective.measure(rows).items():
                 both = torch.stack([term.total.float(), term.number.float()])
@@ -95,7 +97,8 @@ class ObjectiveMeasures:
         shown = spread_rows(min(num_pictures, ARRAY_PAIRS), GALLERY_PICTURES)
         chosen = torch.tensor(sorted(shown), dtype=torch.int64)
         is_kept = batch.valid & torch.isin(batch.sample_ids, chosen.to(batch.sample_ids))
-        kept = (batch.sample_ids, tokens, *(rows.regions or ()))
+        seen = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+        kept = (batch.sample_ids, tokens, seen, *(rows.regions or ()))
         self._kept.append(tuple(each[is_kept] for each in kept))
 
     def compute(
@@ -127,6 +130,7 @@ def _written(
     built: BuiltModel,
     ids: Tensor,
     tokens: Tensor,
+    seen: Tensor,
     region_texts: Tensor | None = None,
     boxes: Tensor | None = None,
 ) -> dict[int, Written]:
@@ -146,12 +150,13 @@ def _written(
         ]
 
     tokens = filled(tokens)
+    mask = None if bool(seen.all()) else filled(seen, 1)
     every = gather_rows(filled(ids, -1)).tolist()
-    captions = read(gather_rows(objective.write(tokens)).cpu())
+    captions = read(gather_rows(objective.write(tokens, mask)).cpu())
     regions: list[FoundRegion | None] = [None] * len(every)
     if "referring" in objective.tasks and region_texts is not None and boxes is not None:
         texts = filled(region_texts)
-        bins = gather_rows(objective.write_boxes(tokens, texts))
+        bins = gather_rows(objective.write_boxes(tokens, texts, mask))
         found = boxes_of(bins, objective.box_bins).tolist()
         true = gather_rows(filled(boxes)).tolist()
         regions = [

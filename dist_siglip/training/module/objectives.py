@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.cached_features import CachedFeatures
+from dist_siglip.data.samples.patches import patch_mask
 from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.distributed import agree_once, sum_over_ranks
 from dist_siglip.errors import UserError
@@ -43,8 +44,8 @@ def build_objectives(asked: Sequence[Objective], built: BuiltModel) -> nn.Module
         Objectives by name, in their order.
 
     Raises:
-        UserError: if an objective is named twice, the image tower gives no tokens or is locked as
-            a whole, or as the objectives say.
+        UserError: if an objective is named twice or takes pictures of one size alone, the image
+            tower gives no tokens or is locked as a whole, or as the objectives say.
     """
     found = nn.ModuleDict()
     shape = _image_tokens(built) if asked else TokenShape(0, 0)
@@ -54,6 +55,7 @@ def build_objectives(asked: Sequence[Objective], built: BuiltModel) -> nn.Module
                 raise UserError(
                     f"objectives name {type(objective).__name__} twice; leave one of them out"
                 )
+            objective.check_pictures(built)
             objective.build(built, shape)
             found[objective.name] = objective
     return found
@@ -151,7 +153,8 @@ def encode_with_terms(
     def encode(images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         features, tokens = towers.encode_image_tokens(images)
         texts, draws, valid, *regions = rows
-        seen = Rows(tokens, texts, draws, valid, Regions(*regions) if regions else None)
+        found_regions = Regions(*regions) if regions else None
+        seen = Rows(tokens, texts, draws, valid, found_regions, patch_mask(images))
         found = {name: objective(seen) for name, objective in objectives.items()}
         names[:] = [(name, term) for name, terms in found.items() for term in terms]
         terms = [found[name][term] for name, term in names]

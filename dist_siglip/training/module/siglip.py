@@ -37,6 +37,7 @@ from dist_siglip.models import (
     refuse_batch_norm,
 )
 from dist_siglip.models import compile_towers as translate_towers
+from dist_siglip.models.dual_encoder import check_micro_batch
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
 from dist_siglip.training.module.captions import loss_of_captions
@@ -111,6 +112,9 @@ class SigLipModule(EncodingModule):
         kept_positions: first text positions that stay as they are where context_length stretches
             the others, so that short captions keep their features in towers that read from left to
             right (CLIP). Long-CLIP keeps 20 of 77; 0 stretches all.
+        num_patches: most patches of a picture in evaluations, for an image tower of pictures of any
+            shape (NaFlex); a SigLIP tower of timm becomes one. Null: what the model is. Lengths of
+            training are those of ``data.sequence_lengths``.
         patch_dropout: share of image patches left out in training. Null keeps the model's.
         gradient_checkpointing: recompute the blocks of the towers in backward to save memory.
         compile_towers: translate both towers, or their blocks if they are sharded, with
@@ -120,6 +124,9 @@ class SigLipModule(EncodingModule):
         micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
             whole batch at once and the gradients are the same, for one more forward pass. Null
             encodes the local batch at once.
+        micro_batch_patches: in place of ``micro_batch_size`` for a NaFlex tower: patches of a rank
+            that it encodes together, padding included, so that a step of longer pictures takes more
+            micro-batches.
         calibration_pairs: training pairs over all ranks, about 4096, to fit scale and bias to
             before the first step of a new run: for weights of another loss or global batch. Null
             leaves scale and bias as they are.
@@ -143,11 +150,13 @@ class SigLipModule(EncodingModule):
         image_size: int | None = None,
         context_length: int | None = None,
         kept_positions: int = 0,
+        num_patches: int | None = None,
         patch_dropout: float | None = None,
         gradient_checkpointing: bool = False,
         compile_towers: bool = False,
         global_batch_size: int | None = None,
         micro_batch_size: int | None = None,
+        micro_batch_patches: int | None = None,
         calibration_pairs: int | None = None,
         image_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
@@ -162,6 +171,7 @@ class SigLipModule(EncodingModule):
             context_length=context_length,
             kept_positions=kept_positions,
             weights_average=weights_average,
+            num_patches=num_patches,
             patch_dropout=patch_dropout,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -189,6 +199,8 @@ class SigLipModule(EncodingModule):
         self.optim = optim
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_patches = micro_batch_patches
+        check_micro_batch(built.patches, micro_batch_patches, micro_batch_size)
         self.calibration_pairs = calibration_pairs
         if micro_batch_size is not None:
             refuse_batch_norm(self.towers, micro_batch_size)

@@ -228,6 +228,11 @@ class Teachers:
                 "have features: rows are read from folders or from the shards; give it one"
             )
         live = [each for each in self._teachers if not each.has_rows]
+        if live and student.patches is not None:
+            raise UserError(
+                f"{live[0].name} would see the patches of the student, whose pictures have any "
+                "shape (NaFlex); store its rows, and name them as features"
+            )
         self._own_tokens = [e for e in live if not _tokens_alike(e.tokenizer, student.tokenizer)]
         self.inputs = TeacherInputs(
             tokenizers=tuple(each.tokenizer for each in self._own_tokens),

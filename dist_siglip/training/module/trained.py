@@ -15,6 +15,7 @@ import yaml
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, build_dual_encoder
+from dist_siglip.models.build import with_num_patches
 from dist_siglip.models.tuning import LoraSettings, add_adapters, merge_adapters
 from dist_siglip.models.weights import load_towers, read_weights
 from dist_siglip.runs import RunFolder, newest_sound_checkpoint
@@ -31,6 +32,7 @@ def load_trained(
     model: str | None = None,
     pretrained: str | None = None,
     weights_average: bool | None = None,
+    num_patches: int | None = None,
 ) -> BuiltModel:
     """Load the model of a run, or one by name, on the CPU and in evaluation mode.
 
@@ -41,6 +43,7 @@ def load_trained(
         pretrained: weights of ``model``, as ``model.pretrained`` names them.
         weights_average: True takes the average that the checkpoint or the weights hold, False what
             it is an average of; None the average of a run, of other weights what they put first.
+        num_patches: most patches of a picture (NaFlex); None is as the run or the model says.
 
     Returns:
         Towers, preprocessing and tokenizer; ``start_scale`` and ``start_bias`` are the trained
@@ -55,7 +58,9 @@ def load_trained(
     if model is not None:
         if ckpt_path is not None:
             raise UserError(f"ckpt_path ({ckpt_path}) is of a run; name its run_dir, not model")
-        built = build_dual_encoder(model, pretrained, weights_average=weights_average)
+        built = build_dual_encoder(
+            model, pretrained, weights_average=weights_average, num_patches=num_patches
+        )
         if not built.weights_loaded:
             logger.warning(
                 "model %s has random weights (%s, ...); name pretrained weights",
@@ -66,6 +71,7 @@ def load_trained(
         raise UserError(f"pretrained ({pretrained}) is of model; with run_dir leave it out")
     else:
         built = _of_run(RunFolder(Path(str(run_dir))), ckpt_path, weights_average)
+        built = with_num_patches(built, num_patches)
     built.encoder.eval().requires_grad_(False)
     return built
 
@@ -84,6 +90,7 @@ def load_start(run_dir: str) -> BuiltModel:
         context_length=settings.get("context_length"),
         kept_positions=settings.get("kept_positions") or 0,
         weights_average=settings.get("weights_average"),
+        num_patches=settings.get("num_patches"),
     )
     if not built.weights_loaded:
         raise UserError(
@@ -109,6 +116,7 @@ def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> B
         settings.get("pretrained"),
         image_size=settings.get("image_size"),
         context_length=settings.get("context_length"),
+        num_patches=settings.get("num_patches"),
         with_weights=False,
     )
     towers: tuple[Tower, ...] = ("image", "text")
