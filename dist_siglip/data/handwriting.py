@@ -111,7 +111,8 @@ def _words_below_thousand(value: int) -> list[str]:
     return [*words, _TENS[rest // 10], *[_UNITS[rest % 10]] * (rest % 10 > 0)]
 
 
-_DIGITS = ("zero", *_UNITS[1:10])
+DIGITS = ("zero", *_UNITS[1:10])
+NO_DIGIT = -1  # of masks, where two digits meet
 _INK = 0.1  # of black, from which on a pixel of a digit is inside of its box
 _FORMAT_VERSION = 1  # raised whenever equal arguments give other bytes
 _MANIFEST = "manifest.json"
@@ -122,6 +123,8 @@ _STREAMS = {
     "numbers": 1,
     "train": 2,
     "val": 3,
+    "masks of train": 4,
+    "masks of val": 5,
 }  # independent random streams of one seed
 
 
@@ -289,6 +292,57 @@ def compose_with_boxes(
     return np.clip(np.rint(pictures), 0, 255).astype(np.uint8), boxes.clip(0, 1)
 
 
+def draw_masked_numbers(
+    count: int,
+    *,
+    is_training: bool,
+    digits_per_image: int = 4,
+    image_size: int = 64,
+    seed: int = 0,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw pictures as those of ``write_handwriting_shards``, and say which digit is where.
+
+    Handwriting of the pictures that are not for training is in none for training, nor in a training
+    pair of shards of the same seed.
+
+    Args:
+        count: N.
+        is_training: Which of the two.
+        digits_per_image: 2 to 6.
+        image_size: As there.
+        seed: As there.
+
+    Returns:
+        (N, image_size, image_size, 3), RGB; (N, image_size, image_size), the digit in whose box
+        each pixel is, 10 on bare paper and ``NO_DIGIT`` in two boxes.
+
+    Example:
+        >>> pictures, masks = draw_masked_numbers(2, is_training=False)
+        >>> pictures.shape, masks.shape, int(masks.max())
+        ((2, 64, 64, 3), (2, 64, 64), 10)
+    """
+    handwriting = _load_handwriting()
+    train_rows, val_rows = _split_rows(handwriting.classes, seed)
+    generator = _generator(seed, f"masks of {'train' if is_training else 'val'}")
+    rows = train_rows if is_training else val_rows
+    chosen = generator.choice(rows, size=(count, digits_per_image))
+    masks = np.full((count, image_size, image_size), len(DIGITS))
+    parts = []
+    for start in range(0, count, _CHUNK_PAIRS):
+        ink = handwriting.ink[chosen[start : start + _CHUNK_PAIRS]]
+        pictures, boxes = compose_with_boxes(ink, image_size, generator)
+        parts.append(pictures)
+        edges = np.rint(boxes * image_size).astype(np.int64)
+        for offset, of_picture in enumerate(edges.tolist(), start):
+            num_boxes = np.zeros((image_size, image_size), np.int64)
+            for row, (top, left, bottom, right) in zip(chosen[offset], of_picture, strict=True):
+                box = slice(top, bottom), slice(left, right)
+                masks[offset][box] = handwriting.classes[row]
+                num_boxes[box] += 1
+            masks[offset][num_boxes > 1] = NO_DIGIT
+    return np.concatenate(parts), masks
+
+
 def _extent(
     is_inked: NDArray[np.bool_], center: NDArray[np.float64], extent: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -343,7 +397,7 @@ def _pairs(
             }
             if recipe.regions:
                 facts["regions"] = [
-                    {"text": _DIGITS[digit], "box": box.round(6).tolist()}
+                    {"text": DIGITS[digit], "box": box.round(6).tolist()}
                     for digit, box in zip(facts["digits"], boxes[offset], strict=True)
                     if facts["digits"].count(digit) == 1
                 ]

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -24,6 +24,7 @@ from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def write_result(
@@ -105,6 +106,12 @@ class Benchmarks(Callback):
             UserError: as ``check_benchmarks``.
         """
         check_benchmarks(self.tasks)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model that a benchmark cannot evaluate."""
+        towers: Any = pl_module.get_submodule("towers") if self.tasks else None
+        for task in self.tasks:
+            task.check_towers(towers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the results of the last time."""
@@ -198,14 +205,17 @@ def _watched(model: EvaluatedModel, trainer: Trainer) -> EvaluatedModel:
     """Let every batch tell the watchdog that the evaluation gets on: it may take hours."""
     watchdogs = [each for each in getattr(trainer, "callbacks", ()) if isinstance(each, Watchdog)]
 
-    def watched(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def encode_and_tell(rows: Tensor) -> Tensor:
+    def watched(encode: Callable[[Tensor], _T]) -> Callable[[Tensor], _T]:
+        def encode_and_tell(rows: Tensor) -> _T:
             for each in watchdogs:
                 each.note_evaluation(trainer)
             return encode(rows)
 
         return encode_and_tell
 
+    assert model.encode_patches is not None
     return model._replace(
-        encode_image=watched(model.encode_image), encode_text=watched(model.encode_text)
+        encode_image=watched(model.encode_image),
+        encode_text=watched(model.encode_text),
+        encode_patches=watched(model.encode_patches),
     )
