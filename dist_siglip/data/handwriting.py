@@ -490,16 +490,7 @@ def _is_written(folder: Path, recipe: _Recipe) -> bool:
 
 def _check(recipe: _Recipe) -> None:
     """Refuse a recipe that cannot be cooked."""
-    if not 2 <= recipe.digits_per_image <= MOST_DIGITS:
-        raise UserError(
-            f"digits_per_image ({recipe.digits_per_image}) must be 2 to {MOST_DIGITS}; use 4"
-        )
-    lowest_size = 8 * recipe.digits_per_image
-    if not lowest_size <= recipe.image_size <= 1024:
-        raise UserError(
-            f"image_size ({recipe.image_size}) must be {lowest_size} to 1024 pixels "
-            f"for {recipe.digits_per_image} digits; use 64"
-        )
+    check_numbers(recipe.digits_per_image, recipe.image_size, recipe.seed)
     lowest, highest = number_range(recipe.digits_per_image)
     if not 1 <= recipe.num_val_pairs < highest - lowest:
         raise UserError(
@@ -512,5 +503,21 @@ def _check(recipe: _Recipe) -> None:
             f"num_train_shards ({recipe.num_train_shards}) must be 1 to num_train_pairs "
             f"({recipe.num_train_pairs}), so that no shard is empty"
         )
-    if recipe.seed < 0:
-        raise UserError(f"seed ({recipe.seed}) must be 0 or above; use 0")
+
+
+def check_numbers(digits_per_image: int, image_size: int, seed: int) -> None:
+    """Refuse pictures of numbers that cannot be drawn.
+
+    Raises:
+        UserError: If one of them is out of range.
+    """
+    if not 2 <= digits_per_image <= MOST_DIGITS:
+        raise UserError(f"digits_per_image ({digits_per_image}) must be 2 to {MOST_DIGITS}; use 4")
+    lowest_size = 8 * digits_per_image
+    if not lowest_size <= image_size <= 1024:
+        raise UserError(
+            f"image_size ({image_size}) must be {lowest_size} to 1024 pixels for "
+            f"{digits_per_image} digits; use 64"
+        )
+    if seed < 0:
+        raise UserError(f"seed ({seed}) must be 0 or above; use 0")

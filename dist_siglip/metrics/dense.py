@@ -1,5 +1,4 @@
-"""What patch tokens know of places: votes of the nearest labelled patches, a linear map, pointing,
-and texts that look for patches.
+"""What patch tokens know of places: votes of labelled patches, a linear map, pointing, and texts.
 
 Labels are class numbers, one for each token. A token whose label is below 0 counts nowhere, as the
 border of an object does in public masks.
@@ -131,7 +130,8 @@ def linear_label_map(
     problem = problem_of_ridge(ridge) or _problem_of_labels("labels", labels, num_classes)
     raise_together(problem, device=tokens.device, group=group)
     check_features([("tokens", tokens)], [("labels", labels)], unit_norm=False, group=group)
-    return solve_label_map(sum_over_ranks(label_map_sums(tokens, labels, num_classes), group), ridge)
+    sums = label_map_sums(tokens, labels, num_classes)
+    return solve_label_map(sum_over_ranks(sums, group), ridge)
 
 
 def problem_of_ridge(ridge: float) -> str | None:
@@ -336,8 +336,9 @@ def patch_text_retrieval(
 
     Example:
         >>> scores = torch.tensor([[[0.9, 0.2], [0.3, 0.4], [0.5, 0.1]]])
-        >>> patch_text_retrieval(scores, torch.tensor([[0, 0, 1]]))
-        PatchTextRetrieval(recall_at_1=0.3333333333333333, mean_average_precision=0.5833333333333333)
+        >>> found = patch_text_retrieval(scores, torch.tensor([[0, 0, 1]]))
+        >>> round(found.recall_at_1, 4), round(found.mean_average_precision, 4)
+        (0.3333, 0.5833)
     """
     problem = _problem_of_scores(scores, labels)
     raise_together(problem, device=labels.device, group=group)

@@ -1,0 +1,699 @@
+"""What patch tokens know of places, on pictures with masks: votes, a linear map, pointing, texts.
+
+Patches of the pictures of one split teach, those of another are asked. A patch has the class of most
+of its pixels. Votes come from a bank of patches of bounded size, chosen by a seed; the linear map is
+fitted to all of them. Neither depends on how many ranks share the pictures.
+
+Source: definitions of the votes and of the linear map in ``metrics.dense``; evaluations of this kind
+in Tschannen et al. 2025, arXiv:2502.14786, section 3.2, there of pixels and with a trained layer.
+"""
+
+import base64
+import colorsys
+import hashlib
+import io
+import logging
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dist_siglip.data.handwriting import DIGITS, check_numbers, draw_masked_numbers
+from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PicturePolicy
+from dist_siglip.distributed import fetch_rows, gather_rows, sum_over_ranks
+from dist_siglip.errors import UserError, check_least
+from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.classification import class_vectors, read_templates
+from dist_siglip.evaluation.encoding import rank_and_size
+from dist_siglip.evaluation.masked_pictures import (
+    MaskedFiles,
+    MaskedFolder,
+    MaskedPicture,
+    MaskedSource,
+    masked_batches,
+)
+from dist_siglip.metrics.dense import (
+    Segmentation,
+    confusion_counts,
+    label_map_sums,
+    patch_labels,
+    patch_text_shares,
+    patch_text_sums,
+    pointing_counts,
+    problem_of_ridge,
+    segmentation_of,
+    share_of,
+    solve_label_map,
+    vote_labels,
+)
+from dist_siglip.metrics.rows import check_same_settings, raise_together
+from dist_siglip.metrics.tiles import exact_similarity
+from dist_siglip.models.dual_encoder import DualEncoder, require_image_tokens
+
+_LOGGER = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 30.0
+_SHOWN = 4  # pictures in the report
+_SHOWN_SIDE = 224  # pixels
+_KEYS = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings:
+    """How patches are labelled from others, and how pictures are read.
+
+    Args:
+        k: nearest patches of the bank that vote.
+        temperature: of the votes, see ``metrics.vote_labels``.
+        bank_patches: most patches in the bank, of all ranks together. Of more, those with the
+            lowest of random numbers are taken, one drawn for each patch from seed and picture.
+        seed: of these numbers.
+        ridge: of the linear map, see ``metrics.linear_label_map``; all patches fit it.
+        local_batch_size: pictures that a rank encodes together.
+        workers_per_rank: loader processes of each rank; 0 loads in its own.
+    """
+
+    k: int = 10
+    temperature: float = 0.07
+    bank_patches: int = 20_000
+    seed: int = 0
+    ridge: float = 1e-2
+    local_batch_size: int = 32
+    workers_per_rank: int = 2
+
+    def check(self) -> None:
+        """Refuse numbers out of range."""
+        check_least(
+            1,
+            of="settings.",
+            k=self.k,
+            bank_patches=self.bank_patches,
+            local_batch_size=self.local_batch_size,
+        )
+        check_least(0, of="settings.", seed=self.seed, workers_per_rank=self.workers_per_rank)
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"settings.temperature ({self.temperature}) must be above 0; try 0.07")
+        if problem := problem_of_ridge(self.ridge):
+            raise UserError(f"settings.{problem}")
+
+
+class _Sources(NamedTuple):
+    """Pictures that teach, pictures that are asked, and the K classes of both.
+
+    Attributes:
+        train: teach.
+        test: are asked.
+        classes: names.
+        background: number of the class that is no object; None if all are objects.
+        facts: what must be equal on all ranks.
+    """
+
+    train: MaskedSource
+    test: MaskedSource
+    classes: list[str]
+    background: int | None
+    facts: dict[str, object]
+
+
+class _Patches(NamedTuple):
+    """Patches of the B pictures of a batch, on the device of the model.
+
+    Attributes:
+        numbers: of the pictures.
+        pixels: (B, 3, H, W) uint8.
+        tokens: (B, T, C) float32.
+        features: (B, T, D) float32.
+        labels: (B, T) int64; -1 for no class.
+        grid: rows and columns.
+    """
+
+    numbers: list[int]
+    pixels: Tensor
+    tokens: Tensor
+    features: Tensor
+    labels: Tensor
+    grid: tuple[int, int]
+
+
+class _DenseBenchmark(Benchmark):
+    """Evaluates patches, wherever pictures and masks come from."""
+
+    def __init__(
+        self, name: str, templates: str | list[str], background: str | None, settings: PatchSettings
+    ) -> None:
+        super().__init__(name)
+        self._templates = templates
+        self._background = background
+        self._settings = settings
+
+    @abstractmethod
+    def sources(self) -> _Sources:
+        """Find pictures and classes; ``UserError`` says what is wrong with them."""
+
+    def check(self) -> None:
+        """Find what is wrong with settings, names of files, and the first picture of each split."""
+        super().check()
+        self._settings.check()
+        read_templates(self._templates, [])
+        sources = self.sources()
+        try:
+            for source in (sources.train, sources.test):
+                source.read(0, PicturePolicy())
+        except BadSampleError as error:
+            raise UserError(f"benchmark {self.name!r}: {error}") from error
+
+    def check_towers(self, towers: DualEncoder) -> None:
+        """Refuse an image tower without patch tokens."""
+        require_image_tokens(towers.clip.visual)
+
+    def evaluate(
+        self, model: EvaluatedModel, *, group: ProcessGroup | None = None
+    ) -> BenchmarkResult:
+        """Label the patches of the second split; see the base class for the contract.
+
+        Memory of a rank: one batch, the bank and a copy of it in float64, and sums of
+        (C + 1)(C + 1 + K) numbers.
+
+        Raises:
+            UserError: on every rank: the model gives no patch tokens, a picture or mask cannot be
+                used, no patch has a class, or tokens are not finite.
+        """
+        sources, settings = self.sources(), self._settings
+        check_same_settings(sources.facts, device=model.device, group=group)
+        num_classes, background = len(sources.classes), sources.background
+        templates = read_templates(self._templates, [])
+        texts = class_vectors(model, sources.classes, templates, group=group)
+        bank = _Bank(settings.bank_patches, settings.seed)
+        own_sums: Tensor | None = None
+        for batch in self._encode(model, sources.train, num_classes, group):
+            bank.add(batch)
+            part = label_map_sums(batch.tokens.flatten(0, 1), batch.labels.flatten(), num_classes)
+            own_sums = part if own_sums is None else own_sums.add_(part)
+        assert own_sums is not None  # every rank has a batch
+        sums = sum_over_ranks(own_sums, group)
+        if not bool(sums.isfinite().all()):
+            raise UserError(
+                f"patch tokens of benchmark {self.name!r} hold a value that is not finite; the "
+                "model has diverged: use an earlier checkpoint or a lower learning rate"
+            )
+        taught = int(sums[-1, -num_classes:].sum())  # the constant meets every class
+        self._refuse_nothing(taught, "train")
+        label_map = solve_label_map(sums, settings.ridge)
+        bank_tokens, bank_labels = bank.shared_out(group)
+        found = _Found(num_classes, background, model.device)
+        shown = _Shown(len(sources.test))
+        for batch in self._encode(model, sources.test, num_classes, group):
+            tokens = batch.tokens.flatten(0, 1)
+            votes = vote_labels(
+                tokens,
+                bank_tokens,
+                bank_labels,
+                num_classes,
+                k=settings.k,
+                temperature=settings.temperature,
+                group=group,
+            )
+            shape = (*batch.labels.shape, num_classes)
+            scores = {
+                "knn": votes.view(shape),
+                "linear": (F.pad(tokens.double(), (0, 1), value=1.0) @ label_map).view(shape),
+                "text": exact_similarity(batch.features.flatten(0, 1), texts).view(shape),
+            }
+            shown.add(batch, found.add(scores, batch.labels))
+        found.sum_over_ranks(group)
+        self._refuse_nothing(found.num_patches, "test")
+        metrics, details = found.summarise(sources.classes)
+        return BenchmarkResult(
+            metrics,
+            {
+                "train_pictures": len(sources.train),
+                "train_patches": taught,
+                "bank_patches": min(taught, settings.bank_patches),
+                "pictures": len(sources.test),
+                "templates": templates,
+                **details,
+                "examples": shown.render(sources.classes, background, group),
+            },
+        )
+
+    def _encode(
+        self,
+        model: EvaluatedModel,
+        source: MaskedSource,
+        num_classes: int,
+        group: ProcessGroup | None,
+    ) -> Iterator[_Patches]:
+        """Encode this rank's share, in equally many batches on every rank."""
+        if model.encode_patches is None:
+            raise UserError(f"the model gives no patch tokens, which benchmark {self.name!r} needs")
+        (rank, world_size), settings = rank_and_size(group), self._settings
+        batches = masked_batches(
+            source,
+            model.inputs,
+            rank=rank,
+            world_size=world_size,
+            local_batch_size=settings.local_batch_size,
+            workers=settings.workers_per_rank,
+        )
+        last_line = time.monotonic()
+        for number, batch in enumerate(batches, start=1):
+            problem = f"benchmark {self.name!r}: {batch.problem}" if batch.problem else None
+            raise_together(problem, device=model.device, group=group)
+            encoded = model.encode_patches(batch.pixels)
+            count = len(batch.numbers)
+            size = batch.pixels.shape[2:]
+            rows, columns = (
+                side // patch for side, patch in zip(size, encoded.patch_size, strict=True)
+            )
+            masks = batch.masks.to(model.device)
+            yield _Patches(
+                batch.numbers,
+                batch.pixels[:count],
+                encoded.tokens[:count].float(),
+                encoded.features[:count],
+                patch_labels(masks, encoded.patch_size, num_classes),
+                (rows, columns),
+            )
+            if rank == 0 and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                _LOGGER.info("benchmark %s: batch %d", self.name, number)
+                last_line = time.monotonic()
+
+    def _refuse_nothing(self, num_patches: int, split: str) -> None:
+        if not num_patches:
+            raise UserError(
+                f"no patch of the {split} pictures of benchmark {self.name!r} has a class; look at "
+                "masks, classes and ignore"
+            )
+
+    def _background_of(self, classes: Sequence[str]) -> int | None:
+        """Number of the class that is no object."""
+        if self._background is None:
+            return None
+        if self._background in classes:
+            return list(classes).index(self._background)
+        if self._background == "background":  # the default; not every data set has one
+            return None
+        raise UserError(
+            f"background ({self._background!r}) of benchmark {self.name!r} must be one of its "
+            "classes, or null if all of them are objects"
+        )
+
+
+class _Bank:
+    """Labelled patches that may vote: at most so many, chosen without regard to ranks and order.
+
+    Every patch has a random number, drawn from the seed, its picture and its place. Those with the
+    lowest numbers of all ranks stay.
+
+    Args:
+        most: patches of all ranks.
+        seed: of the numbers.
+    """
+
+    def __init__(self, most: int, seed: int) -> None:
+        self._most = most
+        self._seed = seed
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._num_rows = 0
+
+    def add(self, batch: _Patches) -> None:
+        """Take over what may be among the lowest; memory stays below twice the bank and a batch."""
+        count = batch.labels.shape[1]
+        keys = torch.from_numpy(
+            np.concatenate(
+                [
+                    np.empty(0, np.int64),
+                    *(self._numbers_of(picture, count) for picture in batch.numbers),
+                ]
+            )
+        ).to(batch.labels.device)
+        labels = batch.labels.flatten()
+        has_class = labels >= 0
+        rows = (keys[has_class], batch.tokens.flatten(0, 1)[has_class], labels[has_class])
+        self._parts.append(rows)
+        self._num_rows += len(rows[0])
+        if self._num_rows > 2 * self._most:
+            self._cut()
+
+    def shared_out(self, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """Give each rank its part of the bank, (M, C) tokens and (M,) labels, in one order.
+
+        Distributed contract: one ``gather_rows`` of numbers and one ``fetch_rows``.
+        """
+        self._cut()
+        ((keys, tokens, labels),) = self._parts
+        order = gather_rows(keys, group).argsort(stable=True)[: self._most]
+        rank, world_size = rank_and_size(group)
+        own = order[len(order) * rank // world_size : len(order) * (rank + 1) // world_size]
+        tokens, labels = fetch_rows([tokens, labels], own, group=group)
+        return tokens, labels
+
+    def _cut(self) -> None:
+        keys, tokens, labels = (torch.cat(each) for each in zip(*self._parts, strict=True))
+        kept = keys.argsort(stable=True)[: self._most]
+        self._parts = [(keys[kept], tokens[kept], labels[kept])]
+        self._num_rows = len(kept)
+
+    def _numbers_of(self, picture: int, count: int) -> NDArray[np.int64]:
+        stream = np.random.Philox(np.random.SeedSequence([self._seed, picture]))
+        return np.random.Generator(stream).integers(_KEYS, size=count)
+
+
+class _Found:
+    """Counts of what was told of the patches, first of this rank, then of all."""
+
+    def __init__(self, num_classes: int, background: int | None, device: torch.device) -> None:
+        self._background = background
+        self._num_classes = num_classes
+        square = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._confusions = {way: square.clone() for way in ("knn", "linear", "text")}
+        self._hits = {
+            way: torch.zeros(2, dtype=torch.int64, device=device) for way in ("linear", "text")
+        }
+        self._retrieved = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches with a class."""
+        return int(self._confusions["knn"].sum())
+
+    def add(self, scores: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Count the patches of a batch.
+
+        Args:
+            scores: (B, T, K) by way.
+            labels: (B, T).
+
+        Returns:
+            (B, T) told classes by way; texts tell objects only.
+        """
+        background, told = self._background, {}
+        for way, each in scores.items():
+            own = labels
+            if way == "text" and background is not None:
+                numbers = torch.arange(self._num_classes, device=labels.device)
+                each = each.masked_fill(numbers == background, -math.inf)
+                own = labels.where(labels != background, -1)
+            told[way] = each.argmax(dim=2)
+            self._confusions[way] += confusion_counts(
+                told[way].flatten(), own.flatten(), self._num_classes
+            )
+        for way, counts in self._hits.items():
+            counts += pointing_counts(scores[way], labels, background)
+        self._retrieved += patch_text_sums(scores["text"], labels, background)
+        return told
+
+    def sum_over_ranks(self, group: ProcessGroup | None) -> None:
+        """Add the counts of all ranks."""
+        for counts in (self._confusions, self._hits):
+            for way, each in counts.items():
+                counts[way] = sum_over_ranks(each, group)
+        self._retrieved = sum_over_ranks(self._retrieved, group)
+
+    def summarise(self, classes: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+        """Make metrics and details."""
+        told = {
+            way: segmentation_of(counts, self._background)
+            for way, counts in self._confusions.items()
+        }
+        metrics = {}
+        for way in ("knn", "linear"):
+            metrics[f"{way}_mean_iou"] = told[way].mean_iou
+            metrics[f"{way}_accuracy"] = told[way].accuracy
+        retrieved = patch_text_shares(self._retrieved)
+        metrics |= {
+            "linear_pointing": share_of(self._hits["linear"]),
+            "text_pointing": share_of(self._hits["text"]),
+            "patch_to_text_recall@1": retrieved.recall_at_1,
+            "text_to_patch_map": retrieved.mean_average_precision,
+            "text_mean_iou": told["text"].mean_iou,
+        }
+        counts = self._confusions["knn"].sum(dim=1).tolist()
+        by_class = [
+            {"name": name, "patches": counts[number], **_ious(told, number)}
+            for number, name in enumerate(classes)
+        ]
+        details = {
+            "patches": self.num_patches,
+            "background": None if self._background is None else classes[self._background],
+            "classes": by_class,
+        }
+        return metrics, details
+
+
+def _ious(told: dict[str, Segmentation], number: int) -> dict[str, float]:
+    found = {f"{way}_iou": float(each.ious[number]) for way, each in told.items()}
+    return {name: iou for name, iou in found.items() if math.isfinite(iou)}
+
+
+class _Shown:
+    """A few pictures with their patches as they are and as they are told to be.
+
+    Args:
+        num_pictures: of the split; those shown are spread over it.
+    """
+
+    def __init__(self, num_pictures: int) -> None:
+        self._wanted = {num_pictures * place // _SHOWN for place in range(_SHOWN)}
+        self._kept: list[tuple[Tensor, ...]] = []
+        self._grid = (1, 1)
+
+    def add(self, batch: _Patches, told: dict[str, Tensor]) -> None:
+        """Keep the wanted ones among the pictures of a batch."""
+        self._grid = batch.grid
+        rows = [row for row, number in enumerate(batch.numbers) if number in self._wanted]
+        device = batch.labels.device
+        maps = torch.stack([batch.labels, *told.values()], dim=1)
+        numbers = torch.tensor([batch.numbers[row] for row in rows], device=device).long()
+        self._kept.append((numbers, batch.pixels[rows].to(device), maps[rows]))
+
+    def render(
+        self, classes: Sequence[str], background: int | None, group: ProcessGroup | None
+    ) -> list[dict[str, Any]]:
+        """Draw each as the picture, and over it its masks, votes, linear map and texts.
+
+        Distributed contract: three ``gather_rows``; all ranks get the same.
+        """
+        numbers, pixels, maps = (
+            gather_rows(torch.cat(each), group).cpu() for each in zip(*self._kept, strict=True)
+        )
+        examples = []
+        for row in numbers.argsort().tolist():
+            picture = pixels[row].permute(1, 2, 0).numpy()
+            panels = [picture]
+            for each in maps[row]:
+                own = each.view(self._grid).numpy()
+                panels.append(_overlay(picture, own, background))
+            seen = [number for number in maps[row].unique().tolist() if number >= 0]
+            examples.append(
+                {
+                    "media_type": "image/jpeg",
+                    "base64": _encoded(panels),
+                    "classes": [
+                        {"name": classes[number], "colour": _hex(_colour(number))}
+                        for number in seen
+                        if number != background
+                    ],
+                }
+            )
+        return examples
+
+
+def _overlay(
+    picture: NDArray[np.uint8], labels: NDArray[np.int64], background: int | None
+) -> NDArray[np.uint8]:
+    """Tint each patch in the colour of its class, but for background; no class is white."""
+    height, width = picture.shape[:2]
+    rows = np.minimum(np.arange(height) * labels.shape[0] // height, labels.shape[0] - 1)
+    columns = np.minimum(np.arange(width) * labels.shape[1] // width, labels.shape[1] - 1)
+    own = labels[rows[:, None], columns]
+    tint = np.zeros((height, width, 3))
+    for label in np.unique(own).tolist():
+        tint[own == label] = (255, 255, 255) if label < 0 else _colour(label)
+    mixed = np.rint(0.4 * picture + 0.6 * tint).astype(np.uint8)
+    return np.where((own == background)[:, :, None], picture, mixed)
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """A colour that differs from those of the numbers near by: hues a golden section apart."""
+    light = (0.95, 0.7)[number // 16 % 2]
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, light)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _encoded(panels: Sequence[NDArray[np.uint8]]) -> str:
+    """Put pictures beside each other, none larger than the report has room for."""
+    height, width = panels[0].shape[:2]
+    scale = _SHOWN_SIDE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    gap, step = 4, size[0] + 4
+    sheet = Image.new("RGB", (step * len(panels) - gap, size[1]), "white")
+    for place, panel in enumerate(panels):
+        sheet.paste(
+            Image.fromarray(panel).resize(size, Image.Resampling.NEAREST), (place * step, 0)
+        )
+    stream = io.BytesIO()
+    sheet.save(stream, "JPEG", quality=85)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+class PatchSegmentation(_DenseBenchmark):
+    """Patches of pictures with masks, from a folder.
+
+    Metrics: ``knn_mean_iou`` and ``knn_accuracy`` of the votes of the nearest patches of the train
+    split, ``linear_mean_iou`` and ``linear_accuracy`` of the linear map (accuracies leave background
+    out); ``linear_pointing`` and ``text_pointing``: the best patch of a class, by the map and by the
+    cosine with its text, lies on the object; ``patch_to_text_recall@1``, ``text_to_patch_map`` of
+    ``metrics.patch_text_retrieval``; ``text_mean_iou`` of the nearest text, over patches of objects.
+
+    Args:
+        folder: of the data set, in the layout of Pascal VOC (VOC2012), of ADE20k
+            (ADEChallengeData2016), or images/train, masks/train, images/val, masks/val.
+        classes: names of the labels: a list from 0 on, or a text, JSON or YAML file. Null: such a
+            file in the folder, or VOC's names; see ``read_label_names``.
+        name: of this benchmark.
+        train: split that teaches. Null: train, or training.
+        test: split that is asked. Null: val, or validation.
+        ignore: labels of pixels that count nowhere. Null: 255, and in ADE20k's layout 0.
+        background: name of the class that is no object, if there is one; null if all are objects.
+        templates: of the texts, as those of ``Classification``.
+        max_image_pixels: pictures and masks with more are refused.
+        settings: how patches are labelled.
+    """
+
+    task = "patch_segmentation"
+
+    def __init__(
+        self,
+        folder: str,
+        classes: str | list[str] | None = None,
+        name: str = "patch_segmentation",
+        train: str | None = None,
+        test: str | None = None,
+        ignore: list[int] | None = None,
+        background: str | None = "background",
+        templates: str | list[str] = ["a photo of a {c}."],  # noqa: B006 - never changed
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        settings: PatchSettings = PatchSettings(),  # noqa: B008 - frozen dataclass
+    ) -> None:
+        super().__init__(name, templates, background, settings)
+        self._folder = MaskedFolder(folder, classes, ignore, name=name)
+        self._train = train
+        self._test = test
+        self._max_image_pixels = max_image_pixels
+
+    def sources(self) -> _Sources:
+        """List the pictures of both splits."""
+        check_least(1, max_image_pixels=self._max_image_pixels)
+        train = self._folder.files(self._train, "train", "training")
+        test = self._folder.files(self._test, "val", "validation")
+        labels = self._folder.labels()
+        names = "\n".join(each.picture.name for each in (*train, *test)).encode()
+        facts = {
+            "train pictures": len(train),
+            "test pictures": len(test),
+            "classes": labels.names,
+            "names of pictures": hashlib.sha256(names).hexdigest()[:16],
+        }
+        return _Sources(
+            MaskedFiles(train, labels, self._max_image_pixels),
+            MaskedFiles(test, labels, self._max_image_pixels),
+            labels.names,
+            self._background_of(labels.names),
+            facts,
+        )
+
+
+class HandwritingPatches(_DenseBenchmark):
+    """Patches of pictures of handwritten digits, drawn as those of the quickstart; needs no data.
+
+    The class of a pixel is the digit in whose box it lies. Metrics: those of ``PatchSegmentation``;
+    texts are the names of the digits.
+
+    Args:
+        name: of this benchmark.
+        train_pictures: that teach.
+        test_pictures: that are asked; of other handwriting.
+        digits_per_image: 2 to 6.
+        image_size: side of a picture in pixels, before the model's own size.
+        seed: of the pictures.
+        templates: of the texts.
+        settings: how patches are labelled.
+    """
+
+    task = "patch_segmentation"
+
+    def __init__(
+        self,
+        name: str = "handwriting_patches",
+        train_pictures: int = 400,
+        test_pictures: int = 200,
+        digits_per_image: int = 4,
+        image_size: int = 64,
+        seed: int = 0,
+        templates: str | list[str] = ["{c}"],  # noqa: B006 - never changed
+        settings: PatchSettings = PatchSettings(),  # noqa: B008 - frozen dataclass
+    ) -> None:
+        super().__init__(name, templates, "background", settings)
+        self._counts = (train_pictures, test_pictures)
+        self._digits_per_image = digits_per_image
+        self._image_size = image_size
+        self._seed = seed
+
+    def sources(self) -> _Sources:
+        """Draw nothing yet: pictures are drawn where they are read."""
+        train, test = self._counts
+        check_least(1, train_pictures=train, test_pictures=test)
+        check_numbers(self._digits_per_image, self._image_size, self._seed)
+        classes = [*DIGITS, "background"]
+        return _Sources(
+            _Numbers(self, train, is_training=True),
+            _Numbers(self, test, is_training=False),
+            classes,
+            len(DIGITS),
+            {"pictures": self._counts, "seed": self._seed},
+        )
+
+    def draw(self, count: int, *, is_training: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Draw pictures and masks of one split."""
+        return draw_masked_numbers(
+            count,
+            is_training=is_training,
+            digits_per_image=self._digits_per_image,
+            image_size=self._image_size,
+            seed=self._seed,
+        )
+
+
+class _Numbers:
+    """Pictures of numbers, drawn when the first is read."""
+
+    def __init__(self, benchmark: HandwritingPatches, count: int, *, is_training: bool) -> None:
+        self._benchmark = benchmark
+        self._count = count
+        self._is_training = is_training
+        self._drawn: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, number: int, policy: PicturePolicy) -> MaskedPicture:
+        """Read one; see ``MaskedSource``."""
+        if self._drawn is None:
+            self._drawn = self._benchmark.draw(self._count, is_training=self._is_training)
+        pictures, masks = self._drawn
+        return MaskedPicture(Image.fromarray(pictures[number]), masks[number].astype(np.int16))
