@@ -1,17 +1,11 @@
 """What patch tokens know of places, on pictures with masks: votes, a linear map, pointing, texts.
 
-Patches of the pictures of one split teach, those of another are asked. A patch has the class of most
-of its pixels. Votes come from a bank of patches of bounded size, chosen by a seed; the linear map is
-fitted to all of them. Neither depends on how many ranks share the pictures.
-
-Source: definitions of the votes and of the linear map in ``metrics.dense``; evaluations of this kind
-in Tschannen et al. 2025, arXiv:2502.14786, section 3.2, there of pixels and with a trained layer.
+Patches of the pictures of one split teach, those of another are asked. A patch has the class of
+most of its pixels. Votes come from a bank of patches of bounded size, chosen by a seed; the linear
+map is fitted to all of them. Neither depends on how many ranks share the pictures.
 """
 
-import base64
-import colorsys
 import hashlib
-import io
 import logging
 import math
 import time
@@ -43,6 +37,7 @@ from dist_siglip.evaluation.masked_pictures import (
     MaskedSource,
     masked_batches,
 )
+from dist_siglip.evaluation.patch_overlays import ShownPictures
 from dist_siglip.metrics.dense import (
     Segmentation,
     confusion_counts,
@@ -63,8 +58,6 @@ from dist_siglip.models.dual_encoder import DualEncoder, require_image_tokens
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0
-_SHOWN = 4  # pictures in the report
-_SHOWN_SIDE = 224  # pixels
 _KEYS = 2**62
 
 
@@ -125,7 +118,7 @@ class _Sources(NamedTuple):
     facts: dict[str, object]
 
 
-class _Patches(NamedTuple):
+class Patches(NamedTuple):
     """Patches of the B pictures of a batch, on the device of the model.
 
     Attributes:
@@ -211,7 +204,7 @@ class _DenseBenchmark(Benchmark):
         label_map = solve_label_map(sums, settings.ridge)
         bank_tokens, bank_labels = bank.shared_out(group)
         found = _Found(num_classes, background, model.device)
-        shown = _Shown(len(sources.test))
+        shown = ShownPictures(len(sources.test))
         for batch in self._encode(model, sources.test, num_classes, group):
             tokens = batch.tokens.flatten(0, 1)
             votes = vote_labels(
@@ -229,7 +222,8 @@ class _DenseBenchmark(Benchmark):
                 "linear": (F.pad(tokens.double(), (0, 1), value=1.0) @ label_map).view(shape),
                 "text": exact_similarity(batch.features.flatten(0, 1), texts).view(shape),
             }
-            shown.add(batch, found.add(scores, batch.labels))
+            told = found.add(scores, batch.labels)
+            shown.add(batch.numbers, batch.pixels, {"mask": batch.labels, **told}, batch.grid)
         found.sum_over_ranks(group)
         self._refuse_nothing(found.num_patches, "test")
         metrics, details = found.summarise(sources.classes)
@@ -252,7 +246,7 @@ class _DenseBenchmark(Benchmark):
         source: MaskedSource,
         num_classes: int,
         group: ProcessGroup | None,
-    ) -> Iterator[_Patches]:
+    ) -> Iterator[Patches]:
         """Encode this rank's share, in equally many batches on every rank."""
         if model.encode_patches is None:
             raise UserError(f"the model gives no patch tokens, which benchmark {self.name!r} needs")
@@ -276,7 +270,7 @@ class _DenseBenchmark(Benchmark):
                 side // patch for side, patch in zip(size, encoded.patch_size, strict=True)
             )
             masks = batch.masks.to(model.device)
-            yield _Patches(
+            yield Patches(
                 batch.numbers,
                 batch.pixels[:count],
                 encoded.tokens[:count].float(),
@@ -326,7 +320,7 @@ class _Bank:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_rows = 0
 
-    def add(self, batch: _Patches) -> None:
+    def add(self, batch: Patches) -> None:
         """Take over what may be among the lowest; memory stays below twice the bank and a batch."""
         count = batch.labels.shape[1]
         keys = torch.from_numpy(
@@ -456,109 +450,17 @@ def _ious(told: dict[str, Segmentation], number: int) -> dict[str, float]:
     return {name: iou for name, iou in found.items() if math.isfinite(iou)}
 
 
-class _Shown:
-    """A few pictures with their patches as they are and as they are told to be.
-
-    Args:
-        num_pictures: of the split; those shown are spread over it.
-    """
-
-    def __init__(self, num_pictures: int) -> None:
-        self._wanted = {num_pictures * place // _SHOWN for place in range(_SHOWN)}
-        self._kept: list[tuple[Tensor, ...]] = []
-        self._grid = (1, 1)
-
-    def add(self, batch: _Patches, told: dict[str, Tensor]) -> None:
-        """Keep the wanted ones among the pictures of a batch."""
-        self._grid = batch.grid
-        rows = [row for row, number in enumerate(batch.numbers) if number in self._wanted]
-        device = batch.labels.device
-        maps = torch.stack([batch.labels, *told.values()], dim=1)
-        numbers = torch.tensor([batch.numbers[row] for row in rows], device=device).long()
-        self._kept.append((numbers, batch.pixels[rows].to(device), maps[rows]))
-
-    def render(
-        self, classes: Sequence[str], background: int | None, group: ProcessGroup | None
-    ) -> list[dict[str, Any]]:
-        """Draw each as the picture, and over it its masks, votes, linear map and texts.
-
-        Distributed contract: three ``gather_rows``; all ranks get the same.
-        """
-        numbers, pixels, maps = (
-            gather_rows(torch.cat(each), group).cpu() for each in zip(*self._kept, strict=True)
-        )
-        examples = []
-        for row in numbers.argsort().tolist():
-            picture = pixels[row].permute(1, 2, 0).numpy()
-            panels = [picture]
-            for each in maps[row]:
-                own = each.view(self._grid).numpy()
-                panels.append(_overlay(picture, own, background))
-            seen = [number for number in maps[row].unique().tolist() if number >= 0]
-            examples.append(
-                {
-                    "media_type": "image/jpeg",
-                    "base64": _encoded(panels),
-                    "classes": [
-                        {"name": classes[number], "colour": _hex(_colour(number))}
-                        for number in seen
-                        if number != background
-                    ],
-                }
-            )
-        return examples
-
-
-def _overlay(
-    picture: NDArray[np.uint8], labels: NDArray[np.int64], background: int | None
-) -> NDArray[np.uint8]:
-    """Tint each patch in the colour of its class, but for background; no class is white."""
-    height, width = picture.shape[:2]
-    rows = np.minimum(np.arange(height) * labels.shape[0] // height, labels.shape[0] - 1)
-    columns = np.minimum(np.arange(width) * labels.shape[1] // width, labels.shape[1] - 1)
-    own = labels[rows[:, None], columns]
-    tint = np.zeros((height, width, 3))
-    for label in np.unique(own).tolist():
-        tint[own == label] = (255, 255, 255) if label < 0 else _colour(label)
-    mixed = np.rint(0.4 * picture + 0.6 * tint).astype(np.uint8)
-    return np.where((own == background)[:, :, None], picture, mixed)
-
-
-def _colour(number: int) -> tuple[int, int, int]:
-    """A colour that differs from those of the numbers near by: hues a golden section apart."""
-    light = (0.95, 0.7)[number // 16 % 2]
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.85, light)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _hex(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _encoded(panels: Sequence[NDArray[np.uint8]]) -> str:
-    """Put pictures beside each other, none larger than the report has room for."""
-    height, width = panels[0].shape[:2]
-    scale = _SHOWN_SIDE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    gap, step = 4, size[0] + 4
-    sheet = Image.new("RGB", (step * len(panels) - gap, size[1]), "white")
-    for place, panel in enumerate(panels):
-        sheet.paste(
-            Image.fromarray(panel).resize(size, Image.Resampling.NEAREST), (place * step, 0)
-        )
-    stream = io.BytesIO()
-    sheet.save(stream, "JPEG", quality=85)
-    return base64.b64encode(stream.getvalue()).decode()
-
-
 class PatchSegmentation(_DenseBenchmark):
     """Patches of pictures with masks, from a folder.
 
-    Metrics: ``knn_mean_iou`` and ``knn_accuracy`` of the votes of the nearest patches of the train
-    split, ``linear_mean_iou`` and ``linear_accuracy`` of the linear map (accuracies leave background
-    out); ``linear_pointing`` and ``text_pointing``: the best patch of a class, by the map and by the
-    cosine with its text, lies on the object; ``patch_to_text_recall@1``, ``text_to_patch_map`` of
-    ``metrics.patch_text_retrieval``; ``text_mean_iou`` of the nearest text, over patches of objects.
+    Metrics:
+
+    - ``knn_mean_iou``, ``knn_accuracy``: votes of the nearest patches of the train split;
+    - ``linear_mean_iou``, ``linear_accuracy``: the linear map; accuracies leave background out;
+    - ``linear_pointing``, ``text_pointing``: the best patch of a class, by the map and by the cosine
+      with its text, lies on the object;
+    - ``patch_to_text_recall@1``, ``text_to_patch_map``: as ``metrics.patch_text_retrieval``;
+    - ``text_mean_iou``: the nearest text, over patches of objects.
 
     Args:
         folder: of the data set, in the layout of Pascal VOC (VOC2012), of ADE20k
@@ -570,7 +472,7 @@ class PatchSegmentation(_DenseBenchmark):
         test: split that is asked. Null: val, or validation.
         ignore: labels of pixels that count nowhere. Null: 255, and in ADE20k's layout 0.
         background: name of the class that is no object, if there is one; null if all are objects.
-        templates: of the texts, as those of ``Classification``.
+        templates: "openai", "simple", a list, or a text or YAML file. Null: a photo of a {c}.
         max_image_pixels: pictures and masks with more are refused.
         settings: how patches are labelled.
     """
@@ -586,11 +488,11 @@ class PatchSegmentation(_DenseBenchmark):
         test: str | None = None,
         ignore: list[int] | None = None,
         background: str | None = "background",
-        templates: str | list[str] = ["a photo of a {c}."],  # noqa: B006 - never changed
+        templates: str | list[str] | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
-        settings: PatchSettings = PatchSettings(),  # noqa: B008 - frozen dataclass
+        settings: PatchSettings = PatchSettings(),
     ) -> None:
-        super().__init__(name, templates, background, settings)
+        super().__init__(name, templates or ["a photo of a {c}."], background, settings)
         self._folder = MaskedFolder(folder, classes, ignore, name=name)
         self._train = train
         self._test = test
@@ -631,7 +533,7 @@ class HandwritingPatches(_DenseBenchmark):
         digits_per_image: 2 to 6.
         image_size: side of a picture in pixels, before the model's own size.
         seed: of the pictures.
-        templates: of the texts.
+        templates: likewise; null: the name of the digit alone.
         settings: how patches are labelled.
     """
 
@@ -645,10 +547,10 @@ class HandwritingPatches(_DenseBenchmark):
         digits_per_image: int = 4,
         image_size: int = 64,
         seed: int = 0,
-        templates: str | list[str] = ["{c}"],  # noqa: B006 - never changed
-        settings: PatchSettings = PatchSettings(),  # noqa: B008 - frozen dataclass
+        templates: str | list[str] | None = None,
+        settings: PatchSettings = PatchSettings(),
     ) -> None:
-        super().__init__(name, templates, "background", settings)
+        super().__init__(name, templates or ["{c}"], "background", settings)
         self._counts = (train_pictures, test_pictures)
         self._digits_per_image = digits_per_image
         self._image_size = image_size
