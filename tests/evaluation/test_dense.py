@@ -116,9 +116,8 @@ def loop_metrics(train, test, background):
                 best = max(range(TOKENS), key=lambda place, c=c, rows=each: rows[place][c])
                 hits[way].append(labels[best] == c)
             order = sorted((-scores["text"][p][c], p) for p in range(TOKENS) if labels[p] >= 0)
-            seen = right = total = 0
-            for _, place in order:
-                seen += 1
+            right = total = 0
+            for seen, (_, place) in enumerate(order, 1):
                 if labels[place] == c:
                     right += 1
                     total += right / seen

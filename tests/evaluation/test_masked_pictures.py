@@ -138,16 +138,16 @@ def test_splits_and_files_that_do_not_fit_are_told(tmp_path):
     write_scenes(tmp_path / "data", (2, 1))
     made = folder_of(tmp_path / "data")
     assert [len(made.files(None, "train")), len(made.files("val"))] == [2, 1]
-    with pytest.raises(UserError, match="neither SegmentationClass .* nor images/test with"):
+    with pytest.raises(UserError, match=r"neither SegmentationClass .* nor images/test with"):
         made.files("test")
     with pytest.raises(UserError, match=r"folder \(.*nowhere\) of benchmark 'x' has neither"):
         folder_of(tmp_path / "nowhere").files(None, "train")
     (tmp_path / "data/masks/train/001.png").unlink()
-    with pytest.raises(UserError, match="no mask for 1 of 2 files, first .*images/train/001.png"):
+    with pytest.raises(UserError, match=r"no mask for 1 of 2 files, first .*images/train/001.png"):
         made.files("train")
     (tmp_path / "data/images/train/001.png").unlink()
     (tmp_path / "data/images/val/002.png").unlink()
-    with pytest.raises(UserError, match="no picture for 1 of 1 files, first .*masks/val/002.png"):
+    with pytest.raises(UserError, match=r"no picture for 1 of 1 files, first .*masks/val/002.png"):
         made.files("val")
     (tmp_path / "data/masks/val/002.png").unlink()
     with pytest.raises(UserError, match=r"has no picture in split \(val\)"):
