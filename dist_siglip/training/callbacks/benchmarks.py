@@ -19,6 +19,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation import EvaluatedModel
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, check_benchmarks
 from dist_siglip.health.callback import Watchdog
+from dist_siglip.models import DualEncoder
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
@@ -99,18 +100,17 @@ class Benchmarks(Callback):
         self.results: dict[str, BenchmarkResult] = {}
         self.weights_name: str | None = None
 
-    def check(self) -> None:
+    def check(self, towers: DualEncoder | None = None) -> None:
         """Find what is wrong with the benchmarks before anything starts.
 
+        Args:
+            towers: of the model, if it is there to be looked at.
+
         Raises:
-            UserError: as ``check_benchmarks``.
+            UserError: as ``check_benchmarks``, or the model lacks what one of them needs.
         """
         check_benchmarks(self.tasks)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a model that a benchmark cannot evaluate."""
-        towers: Any = pl_module.get_submodule("towers") if self.tasks else None
-        for task in self.tasks:
+        for task in self.tasks if towers is not None else ():
             task.check_towers(towers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
