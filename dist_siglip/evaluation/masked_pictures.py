@@ -509,7 +509,7 @@ def masked_batches(
     )
     yield from DataLoader(
         _MaskedDataset(source, inputs),
-        batch_sampler=sampler,  # type: ignore[arg-type]  # positions, not numbers
+        batch_sampler=sampler,
         collate_fn=_Collator(inputs),
         num_workers=workers,
         worker_init_fn=prepare_worker,

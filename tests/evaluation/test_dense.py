@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -406,9 +407,7 @@ def test_masks_follow_the_crop_of_their_pictures(tmp_path):
             (tmp_path / f"images/{split}/{number}.png").write_bytes(encode(wide))
             (tmp_path / f"masks/{split}/{number}.png").write_bytes(mask_png(far))
     model = patch_model()
-    model = model._replace(inputs=model.inputs.__class__(**{
-        **vars(model.inputs), "resize_mode": "shortest"
-    }))  # fmt: skip
+    model = model._replace(inputs=replace(model.inputs, resize_mode="shortest"))
     result = PatchSegmentation(str(tmp_path), classes=NAMES, settings=HERE).evaluate(model)
     by_name = {each["name"]: each["patches"] for each in result.details["classes"]}
     expected = [own for number in range(3) for own in loop_scene(number)[2]]
