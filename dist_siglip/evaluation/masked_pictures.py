@@ -41,6 +41,7 @@ _UNKNOWN = -2
 _NUM_LABELS = 2**16
 _IGNORED = 255
 _MOST_CLASSES = 4096
+_ROWS = 256  # of a mask whose labels are looked up together
 _GREY, _PALETTE = 0, 3  # colour types of a PNG
 _VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
@@ -307,14 +308,17 @@ def read_mask(data: bytes, table: NDArray[np.int16], max_pixels: int) -> NDArray
         raise BadSampleError(
             "has colours or transparency; a mask has one label for each pixel, grey or of a palette"
         )
-    labels = np.asarray(mask.stored()).astype(np.int64)
-    if colour_type == _GREY and bits in (2, 4):
-        labels //= 255 // (2**bits - 1)
-    found = table[labels]
-    if (unknown := found == _UNKNOWN).any():
-        raise BadSampleError(
-            f"has the label {labels[unknown].min()}, which is neither in classes nor in ignore"
-        )
+    stored = np.asarray(mask.stored())
+    stretch = 255 // (2**bits - 1) if colour_type == _GREY and bits in (2, 4) else 1
+    found = np.empty(stored.shape, dtype=np.int16)
+    for start in range(0, len(stored), _ROWS):  # eight bytes for each pixel, a while
+        rows = slice(start, start + _ROWS)
+        labels = stored[rows].astype(np.int64) // stretch
+        found[rows] = table[labels]
+        if (unknown := found[rows] == _UNKNOWN).any():
+            raise BadSampleError(
+                f"has the label {labels[unknown].min()}, which is neither in classes nor in ignore"
+            )
     return found
 
 
