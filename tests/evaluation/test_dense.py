@@ -302,9 +302,9 @@ def test_digits_have_the_class_of_their_box():
     for picture, mask in zip(pictures, masks, strict=True):
         grey = picture.astype(float).mean(axis=2)
         paper = grey[mask == 10]
-        # All ink lies in boxes: bare paper has one shade but for noise of 4 / sqrt(3).
-        assert paper.std() < 6
-        assert grey[mask != 10].std() > 20
+        # Ink lies in boxes; outside there is noise of 4 / sqrt(3), and ink that was blurred.
+        assert (paper < np.median(paper) - 20).mean() < 0.03
+        assert (grey[mask != 10] < np.median(paper) - 20).mean() > 0.3
     again, _ = draw_masked_numbers(3, is_training=True, seed=1)
     assert np.array_equal(again, pictures)
     other, _ = draw_masked_numbers(3, is_training=False, seed=1)
@@ -312,7 +312,11 @@ def test_digits_have_the_class_of_their_box():
 
 
 def tiny_vit(folder, kind):
-    built = build_dual_encoder(write_config(folder / "tiny.json", ARCHITECTURES[kind]))
+    vision = {**ARCHITECTURES[kind]["vision_cfg"], "image_size": 64}
+    if kind == "clip":
+        vision |= {"layers": 2, "width": 32, "head_width": 16}
+    architecture = {**ARCHITECTURES[kind], "vision_cfg": vision}
+    built = build_dual_encoder(write_config(folder / "tiny.json", architecture))
     return EvaluatedModel.of(
         built.encoder.eval(),
         Preprocessing.of(built),
@@ -326,14 +330,15 @@ def tiny_vit(folder, kind):
 def test_handwriting_needs_no_data_and_the_map_beats_chance(tmp_path, kind):
     torch.manual_seed(0)
     settings = PatchSettings(workers_per_rank=0, bank_patches=500)
-    benchmark = HandwritingPatches(train_pictures=60, test_pictures=20, settings=settings)
+    benchmark = HandwritingPatches(train_pictures=150, test_pictures=40, settings=settings)
     benchmark.check()
     result = benchmark.evaluate(tiny_vit(tmp_path, kind))
-    assert result.metrics["linear_mean_iou"] > 0.1
-    assert result.metrics["linear_pointing"] > 0.1
+    # Towers of random weights: their tokens tell ink from paper at least.
+    assert result.metrics["linear_pointing"] > 0.25
+    assert all(0 <= value < 1 for value in result.metrics.values())
     write_result(tmp_path, benchmark, result, model="m", pretrained="p", step=1)
     details = json.loads((tmp_path / "details/handwriting_patches.json").read_text())
-    assert details["train_pictures"] == 60
+    assert details["train_pictures"] == 150
     assert [each["name"] for each in details["classes"]][::10] == ["zero", "background"]
 
 

@@ -16,18 +16,22 @@ WIDTH = 5  # of tokens
 
 
 def scene(number, side=SIDE):
-    """A picture of coloured rectangles with noise, and their labels; 255 on some edges."""
+    """A picture of coloured rectangles with noise, and their labels; 255 in some places."""
     generator = np.random.default_rng(number)
     labels = np.zeros((side, side), dtype=np.int64)
     for _ in range(2):
-        top, left = generator.integers(0, side - 5, 2)
-        height, width = generator.integers(4, side // 2, 2)
+        top, left = generator.integers(0, side - 7, 2)
+        height, width = generator.integers(5, 12, 2)
         box = slice(top, top + height), slice(left, left + width)
         labels[box] = generator.integers(1, 4)
         labels[top, box[1]] = 255
+    if number % 2:
+        labels[-PATCH:, -3:] = 255
     colours = np.array([[40, 40, 40], [200, 60, 40], [60, 190, 60], [50, 60, 210]])
     pixels = colours[np.where(labels == 255, 0, labels)]
-    pixels = pixels + generator.normal(0, 45, pixels.shape)
+    # One error for all pixels of a patch: a mean would take smaller ones away.
+    noise = generator.normal(0, 45, (side // PATCH, side // PATCH, 3))
+    pixels = pixels + noise.repeat(PATCH, 0).repeat(PATCH, 1)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), labels
 
 

@@ -110,8 +110,9 @@ class Benchmarks(Callback):
             UserError: as ``check_benchmarks``, or the model lacks what one of them needs.
         """
         check_benchmarks(self.tasks)
-        for task in self.tasks if towers is not None else ():
-            task.check_towers(towers)
+        if towers is not None:
+            for task in self.tasks:
+                task.check_towers(towers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the results of the last time."""
