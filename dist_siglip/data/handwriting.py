@@ -238,10 +238,10 @@ def write_handwriting_shards(
     return shards
 
 
-def compose_pictures(
+def compose_with_boxes(
     ink: NDArray[np.float32], image_size: int, generator: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Set handwritten digits in a row, with jitter, on coloured paper.
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Set handwritten digits in a row, with jitter, on coloured paper; say where their ink is.
 
     A digit is stretched by bilinear interpolation, which is separable: with row weights R (H, 8)
     and column weights C (W, 8) its picture is R @ digit @ C.T, so two products draw all digits.
@@ -250,22 +250,6 @@ def compose_pictures(
         ink: (N, digits, 8, 8) in [0, 1].
         image_size: Side of the square pictures in pixels.
         generator: Source of place, size, colours and noise.
-
-    Returns:
-        (N, image_size, image_size, 3), RGB.
-    """
-    return compose_with_boxes(ink, image_size, generator)[0]
-
-
-def compose_with_boxes(
-    ink: NDArray[np.float32], image_size: int, generator: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Compose pictures, and say where the ink of each digit is.
-
-    Args:
-        ink: As ``compose_pictures``.
-        image_size: Likewise.
-        generator: Likewise.
 
     Returns:
         (N, image_size, image_size, 3), RGB; (N, digits, 4), top, left, bottom and right of each
@@ -300,17 +284,10 @@ def draw_masked_numbers(
     image_size: int = 64,
     seed: int = 0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Draw pictures as those of ``write_handwriting_shards``, and say which digit is where.
+    """Draw N pictures as those of ``write_handwriting_shards``, and say which digit is where.
 
     Handwriting of the pictures that are not for training is in none for training, nor in a training
     pair of shards of the same seed.
-
-    Args:
-        count: N.
-        is_training: Which of the two.
-        digits_per_image: 2 to 6.
-        image_size: As there.
-        seed: As there.
 
     Returns:
         (N, image_size, image_size, 3), RGB; (N, image_size, image_size), the digit in whose box

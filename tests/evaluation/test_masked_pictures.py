@@ -11,12 +11,11 @@ from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.regions import WHOLE, Window
 from dist_siglip.errors import UserError
+from dist_siglip.evaluation.label_names import LabelNames, read_label_names
 from dist_siglip.evaluation.masked_pictures import (
-    LabelNames,
     MaskedFile,
     MaskedFiles,
     MaskedFolder,
-    read_label_names,
     read_mask,
     see_mask,
 )
