@@ -111,7 +111,8 @@ def _words_below_thousand(value: int) -> list[str]:
     return [*words, _TENS[rest // 10], *[_UNITS[rest % 10]] * (rest % 10 > 0)]
 
 
-_DIGITS = ("zero", *_UNITS[1:10])
+DIGITS = ("zero", *_UNITS[1:10])
+NO_DIGIT = -1  # of masks, where two digits meet
 _INK = 0.1  # of black, from which on a pixel of a digit is inside of its box
 _FORMAT_VERSION = 1  # raised whenever equal arguments give other bytes
 _MANIFEST = "manifest.json"
@@ -122,6 +123,8 @@ _STREAMS = {
     "numbers": 1,
     "train": 2,
     "val": 3,
+    "masks of train": 4,
+    "masks of val": 5,
 }  # independent random streams of one seed
 
 
@@ -235,10 +238,10 @@ def write_handwriting_shards(
     return shards
 
 
-def compose_pictures(
+def compose_with_boxes(
     ink: NDArray[np.float32], image_size: int, generator: np.random.Generator
-) -> NDArray[np.uint8]:
-    """Set handwritten digits in a row, with jitter, on coloured paper.
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Set handwritten digits in a row, with jitter, on coloured paper; say where their ink is.
 
     A digit is stretched by bilinear interpolation, which is separable: with row weights R (H, 8)
     and column weights C (W, 8) its picture is R @ digit @ C.T, so two products draw all digits.
@@ -247,22 +250,6 @@ def compose_pictures(
         ink: (N, digits, 8, 8) in [0, 1].
         image_size: Side of the square pictures in pixels.
         generator: Source of place, size, colours and noise.
-
-    Returns:
-        (N, image_size, image_size, 3), RGB.
-    """
-    return compose_with_boxes(ink, image_size, generator)[0]
-
-
-def compose_with_boxes(
-    ink: NDArray[np.float32], image_size: int, generator: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Compose pictures, and say where the ink of each digit is.
-
-    Args:
-        ink: As ``compose_pictures``.
-        image_size: Likewise.
-        generator: Likewise.
 
     Returns:
         (N, image_size, image_size, 3), RGB; (N, digits, 4), top, left, bottom and right of each
@@ -287,6 +274,50 @@ def compose_with_boxes(
     left, right = _extent(ink.max(axis=-2) >= _INK, column, width)
     boxes = np.stack([top, left, bottom, right], axis=-1) / image_size
     return np.clip(np.rint(pictures), 0, 255).astype(np.uint8), boxes.clip(0, 1)
+
+
+def draw_masked_numbers(
+    count: int,
+    *,
+    is_training: bool,
+    digits_per_image: int = 4,
+    image_size: int = 64,
+    seed: int = 0,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw N pictures as those of ``write_handwriting_shards``, and say which digit is where.
+
+    Handwriting of the pictures that are not for training is in none for training, nor in a training
+    pair of shards of the same seed.
+
+    Returns:
+        (N, image_size, image_size, 3), RGB; (N, image_size, image_size), the digit in whose box
+        each pixel is, 10 on bare paper and ``NO_DIGIT`` in two boxes.
+
+    Example:
+        >>> pictures, masks = draw_masked_numbers(2, is_training=False)
+        >>> pictures.shape, masks.shape, int(masks.max())
+        ((2, 64, 64, 3), (2, 64, 64), 10)
+    """
+    handwriting = _load_handwriting()
+    train_rows, val_rows = _split_rows(handwriting.classes, seed)
+    generator = _generator(seed, f"masks of {'train' if is_training else 'val'}")
+    rows = train_rows if is_training else val_rows
+    chosen = generator.choice(rows, size=(count, digits_per_image))
+    masks = np.full((count, image_size, image_size), len(DIGITS))
+    parts = []
+    for start in range(0, count, _CHUNK_PAIRS):
+        ink = handwriting.ink[chosen[start : start + _CHUNK_PAIRS]]
+        pictures, boxes = compose_with_boxes(ink, image_size, generator)
+        parts.append(pictures)
+        edges = np.rint(boxes * image_size).astype(np.int64)
+        for offset, of_picture in enumerate(edges.tolist(), start):
+            num_boxes = np.zeros((image_size, image_size), np.int64)
+            for row, (top, left, bottom, right) in zip(chosen[offset], of_picture, strict=True):
+                box = slice(top, bottom), slice(left, right)
+                masks[offset][box] = handwriting.classes[row]
+                num_boxes[box] += 1
+            masks[offset][num_boxes > 1] = NO_DIGIT
+    return np.concatenate(parts), masks
 
 
 def _extent(
@@ -343,7 +374,7 @@ def _pairs(
             }
             if recipe.regions:
                 facts["regions"] = [
-                    {"text": _DIGITS[digit], "box": box.round(6).tolist()}
+                    {"text": DIGITS[digit], "box": box.round(6).tolist()}
                     for digit, box in zip(facts["digits"], boxes[offset], strict=True)
                     if facts["digits"].count(digit) == 1
                 ]
@@ -436,16 +467,7 @@ def _is_written(folder: Path, recipe: _Recipe) -> bool:
 
 def _check(recipe: _Recipe) -> None:
     """Refuse a recipe that cannot be cooked."""
-    if not 2 <= recipe.digits_per_image <= MOST_DIGITS:
-        raise UserError(
-            f"digits_per_image ({recipe.digits_per_image}) must be 2 to {MOST_DIGITS}; use 4"
-        )
-    lowest_size = 8 * recipe.digits_per_image
-    if not lowest_size <= recipe.image_size <= 1024:
-        raise UserError(
-            f"image_size ({recipe.image_size}) must be {lowest_size} to 1024 pixels "
-            f"for {recipe.digits_per_image} digits; use 64"
-        )
+    check_numbers(recipe.digits_per_image, recipe.image_size, recipe.seed)
     lowest, highest = number_range(recipe.digits_per_image)
     if not 1 <= recipe.num_val_pairs < highest - lowest:
         raise UserError(
@@ -458,5 +480,21 @@ def _check(recipe: _Recipe) -> None:
             f"num_train_shards ({recipe.num_train_shards}) must be 1 to num_train_pairs "
             f"({recipe.num_train_pairs}), so that no shard is empty"
         )
-    if recipe.seed < 0:
-        raise UserError(f"seed ({recipe.seed}) must be 0 or above; use 0")
+
+
+def check_numbers(digits_per_image: int, image_size: int, seed: int) -> None:
+    """Refuse pictures of numbers that cannot be drawn.
+
+    Raises:
+        UserError: If one of them is out of range.
+    """
+    if not 2 <= digits_per_image <= MOST_DIGITS:
+        raise UserError(f"digits_per_image ({digits_per_image}) must be 2 to {MOST_DIGITS}; use 4")
+    lowest_size = 8 * digits_per_image
+    if not lowest_size <= image_size <= 1024:
+        raise UserError(
+            f"image_size ({image_size}) must be {lowest_size} to 1024 pixels for "
+            f"{digits_per_image} digits; use 64"
+        )
+    if seed < 0:
+        raise UserError(f"seed ({seed}) must be 0 or above; use 0")

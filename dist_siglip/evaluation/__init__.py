@@ -3,6 +3,7 @@
 from dist_siglip.evaluation.arithmetic import HandwritingArithmetic, Simat
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.classification import Classification
+from dist_siglip.evaluation.dense import HandwritingPatches, PatchSegmentation
 from dist_siglip.evaluation.retrieval import PairMetrics, Retrieval
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Classification",
     "EvaluatedModel",
     "HandwritingArithmetic",
+    "HandwritingPatches",
     "PairMetrics",
+    "PatchSegmentation",
     "Retrieval",
     "Simat",
 ]

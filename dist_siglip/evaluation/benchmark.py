@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.errors import UserError
-from dist_siglip.models.dual_encoder import DualEncoder
+from dist_siglip.models.dual_encoder import DualEncoder, PatchTokens
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -38,6 +38,8 @@ class EvaluatedModel(NamedTuple):
         logit_scale: multiplier of the model.
         logit_bias: bias of the model, added.
         device: where features are.
+        encode_patches: pixels as ``encode_image`` takes them, to patch tokens; None if there is no
+            way to them.
     """
 
     encode_image: Callable[[Tensor], Tensor]
@@ -47,6 +49,7 @@ class EvaluatedModel(NamedTuple):
     logit_scale: float
     logit_bias: float
     device: torch.device
+    encode_patches: Callable[[Tensor], PatchTokens] | None = None
 
     @classmethod
     def of(
@@ -77,12 +80,25 @@ class EvaluatedModel(NamedTuple):
                 return encoder.encode_image(normalizer.pixels(pixels.to(device, non_blocking=True)))
 
         @torch.no_grad()
+        def encode_patches(pixels: Tensor) -> PatchTokens:
+            with precision():
+                pixels = normalizer.pixels(pixels.to(device, non_blocking=True))
+                return encoder.encode_patches(pixels)
+
+        @torch.no_grad()
         def encode_text(tokens: Tensor) -> Tensor:
             with precision():
                 return encoder.encode_text(tokens.to(device, non_blocking=True))
 
         return cls(
-            encode_image, encode_text, inputs.tokenizer, inputs, logit_scale, logit_bias, device
+            encode_image,
+            encode_text,
+            inputs.tokenizer,
+            inputs,
+            logit_scale,
+            logit_bias,
+            device,
+            encode_patches,
         )
 
 
@@ -127,6 +143,13 @@ class Benchmark(ABC):
                 f"name ({self.name!r}) of a benchmark must be letters, digits and _ . -, and begin "
                 "with a letter or digit"
             )
+
+    def check_towers(self, towers: DualEncoder) -> None:  # noqa: B027 - most have no demands
+        """Find what is wrong with a model before anything is started.
+
+        Raises:
+            UserError: if it has no part that this benchmark needs.
+        """
 
     @abstractmethod
     def evaluate(

@@ -31,8 +31,11 @@ from dist_siglip.metrics.constructions import (
     subset_code,
 )
 from dist_siglip.metrics.dense import (
+    PatchTextRetrieval,
     Segmentation,
     linear_label_map,
+    patch_labels,
+    patch_text_retrieval,
     pointing_accuracy,
     segmentation,
     vote_labels,
@@ -98,6 +101,7 @@ __all__ = [
     "Neighbors",
     "PairEvaluation",
     "PairStatistics",
+    "PatchTextRetrieval",
     "RelevanceMargins",
     "RequiredDimension",
     "RetrievalGuarantee",
@@ -135,6 +139,8 @@ __all__ = [
     "median_rank",
     "modality_gap",
     "nearest_neighbors",
+    "patch_labels",
+    "patch_text_retrieval",
     "pca_rotation",
     "pointing_accuracy",
     "quantile_constellation",

@@ -41,6 +41,21 @@ class TokenShape(NamedTuple):
     width: int
 
 
+class PatchTokens(NamedTuple):
+    """Patches of B pictures, T of each, row by row.
+
+    Attributes:
+        tokens: (B, T, C) behind the last norm of the tower, without class and register tokens.
+        features: (B, T, D) float32 of length 1, comparable with those of texts.
+        patch_size: (height, width) in pixels; what is left of a picture at the right and below
+            belongs to no patch.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    patch_size: tuple[int, int]
+
+
 class DualEncoder(nn.Module):
     """The image and the text tower of an open_clip network.
 
@@ -104,6 +119,26 @@ class DualEncoder(nn.Module):
         pooled, tokens = self._pool_and_tokens(self.clip.visual, self.pixels(images))
         return unit_rows(pooled), tokens
 
+    def encode_patches(self, images: Tensor) -> PatchTokens:
+        """Encode pixels to patch tokens, and each of these to a feature as the picture has one.
+
+        The feature of a patch is what the pooling and the projection of the tower make of its token
+        alone: with attention pooling (SigLIP) that of a picture of this one token, with a class
+        token (CLIP) the projection of the patch in its place.
+
+        Args:
+            images: as ``encode_image`` takes them.
+
+        Raises:
+            UserError: as ``require_image_tokens``.
+        """
+        visual = self.clip.visual
+        require_image_tokens(visual)
+        _, tokens = self._pool_and_tokens(visual, self.pixels(images))
+        tower = visual.trunk.patch_embed if isinstance(visual, TimmModel) else visual
+        height, width = tower.patch_size
+        return PatchTokens(tokens, unit_rows(_project_tokens(visual, tokens)), (height, width))
+
     @torch.no_grad()
     def image_token_shape(self, image_size: int | tuple[int, int]) -> TokenShape:
         """Find the tokens of ``encode_image_tokens``, by an empty picture; needs no values.
@@ -160,7 +195,7 @@ def require_image_tokens(visual: nn.Module) -> None:
         return
     if not isinstance(visual, TimmModel) or not isinstance(tower, VisionTransformer):
         raise UserError(
-            f"the image tower ({type(tower).__name__}) gives no patch tokens to objectives; choose "
+            f"the image tower ({type(tower).__name__}) gives no patch tokens; choose "
             "a ViT without attention pooling of open_clip's own, or one of timm, such as "
             "ViT-B-16-SigLIP"
         )
@@ -179,6 +214,18 @@ def _pool_and_tokens(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     if visual.final_ln_after_pool:
         tokens = visual.ln_post(tokens)
     return pooled if visual.proj is None else pooled @ visual.proj, tokens
+
+
+def _project_tokens(visual: Any, tokens: Tensor) -> Tensor:
+    """Pool and project each of (B, T, C) tokens as if it were the only one: (B, T, D)."""
+    if not isinstance(visual, TimmModel):
+        return tokens if visual.proj is None else tokens @ visual.proj
+    trunk: Any = visual.trunk
+    rows = tokens.flatten(0, 1)
+    if trunk.attn_pool is not None:
+        rows = trunk.attn_pool(rows[:, None])
+    rows = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(rows))))
+    return rows.unflatten(0, tokens.shape[:2])
 
 
 def unit_rows(features: Tensor) -> Tensor:

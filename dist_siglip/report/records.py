@@ -8,6 +8,7 @@ import base64
 import binascii
 import logging
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ _MOST_JSON = 2**28
 _MOST_TEXT = 2**20
 _MOST_NAMES = 2000
 _MOST_PICTURES = 1000
+_MOST_OVERLAYS = 16
+_DENSE = "patch_segmentation"
+_COLOUR = re.compile(r"#[0-9a-f]{6}")
 _MAGIC = {
     "image/png": b"\x89PNG\r\n\x1a\n",
     "image/jpeg": b"\xff\xd8\xff",
@@ -59,11 +63,28 @@ class BenchmarkFile:
         dataset: what was measured on.
         task: what was asked, such as "zeroshot_retrieval".
         metrics: name to number, finite ones only.
+        examples: pictures, of dense evaluations.
     """
 
     dataset: str
     task: str
     metrics: dict[str, float]
+    examples: tuple["Overlay", ...] = ()
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A picture beside itself with masks over it.
+
+    Attributes:
+        data_uri: of its bytes.
+        panels: what stands side by side.
+        classes: names and colours, as "#rrggbb", of what is seen.
+    """
+
+    data_uri: str
+    panels: tuple[str, ...]
+    classes: tuple[tuple[str, str], ...]
 
 
 def read_benchmarks(folder: Path, notes: list[str]) -> list[BenchmarkFile]:
@@ -87,11 +108,37 @@ def _read(path: Path) -> BenchmarkFile | None:
     if not isinstance(metrics, dict):
         return None
     found = ((printable(name), number_of(value)) for name, value in metrics.items())
+    task = printable(str(content.get("task", "")))
     return BenchmarkFile(
         dataset=printable(str(content.get("dataset", path.stem))),
-        task=printable(str(content.get("task", ""))),
+        task=task,
         metrics={name: n for name, n in found if n is not None and math.isfinite(n)},
+        examples=_read_overlays(path) if task == _DENSE else (),
     )
+
+
+def _read_overlays(path: Path) -> tuple[Overlay, ...]:
+    """Read the pictures of a dense evaluation; those that are none are left out."""
+    try:
+        content = read_json(path.parent / "details" / path.name, _MOST_BYTES)
+    except (OSError, ValueError):
+        return ()
+    entries = _as_list(content.get("examples") if isinstance(content, dict) else None)
+    found = []
+    for entry in entries[:_MOST_OVERLAYS]:
+        uri = _data_uri(entry) if isinstance(entry, dict) else None
+        if uri is None:
+            continue
+        classes = [each for each in _as_list(entry.get("classes")) if isinstance(each, dict)]
+        named = ((printable(str(e.get("name"))), str(e.get("colour"))) for e in classes)
+        found.append(
+            Overlay(
+                uri,
+                tuple(printable(str(each)) for each in _as_list(entry.get("panels"))),
+                tuple(each for each in named if _COLOUR.fullmatch(each[1])),
+            )
+        )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -353,15 +400,23 @@ def _picture(entry: object) -> Picture | None:
     """Check an image; the data URI is built from decoded bytes, never from the given text."""
     if not isinstance(entry, dict):
         return None
-    row, media_type = entry.get("row"), entry.get("media_type")
-    if (
-        not isinstance(row, int)
-        or isinstance(row, bool)
-        or row < 0
-        or not isinstance(media_type, str)
-    ):
+    row = entry.get("row")
+    if not isinstance(row, int) or isinstance(row, bool) or row < 0:
         return None
-    if media_type not in _MAGIC:
+    uri = _data_uri(entry)
+    if uri is None:
+        return None
+    written, sought = (
+        printable(text) if isinstance(text, str) else None
+        for text in (entry.get("written"), entry.get("sought"))
+    )
+    return Picture(row, uri, written, sought)
+
+
+def _data_uri(entry: Mapping[str, Any]) -> str | None:
+    """Write the bytes of an image as a URI; None if they are not what they say they are."""
+    media_type = entry.get("media_type")
+    if not isinstance(media_type, str) or media_type not in _MAGIC:
         return None
     try:
         content = base64.b64decode(str(entry.get("base64")), validate=True)
@@ -369,13 +424,4 @@ def _picture(entry: object) -> Picture | None:
         return None
     if not content.startswith(_MAGIC[media_type]):
         return None
-    written, sought = (
-        printable(text) if isinstance(text, str) else None
-        for text in (entry.get("written"), entry.get("sought"))
-    )
-    return Picture(
-        row,
-        f"data:{media_type};base64,{base64.b64encode(content).decode()}",
-        written,
-        sought,
-    )
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

@@ -33,7 +33,7 @@ def build(tasks):
 def test_the_tasks_of_the_page_are_benchmarks():
     (block,) = blocks("yaml")
     names = [each.name for each in build(yaml.safe_load(block))]
-    assert names == ["pets", "my_parts", "coco", "other_pairs"]
+    assert names == ["pets", "my_parts", "coco", "other_pairs", "voc"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

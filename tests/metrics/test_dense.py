@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from dist_siglip.errors import UserError
-from dist_siglip.metrics import linear_label_map, pointing_accuracy, segmentation, vote_labels
+from dist_siglip.metrics import (
+    linear_label_map,
+    patch_labels,
+    patch_text_retrieval,
+    pointing_accuracy,
+    segmentation,
+    vote_labels,
+)
 from tests.support.processes import run_ranks
 
 CLASSES, TOKENS, WIDTH, BACKGROUND = 5, 6, 4, 3
@@ -77,6 +84,34 @@ def loop_pointing(scores, labels):
     return sum(hits) / len(hits)
 
 
+def loop_retrieval(scores, labels):
+    """Share of tokens whose own text is first, and mean over objects of the average precision."""
+    objects = [c for c in range(CLASSES) if c != BACKGROUND]
+    first, precisions = [], []
+    for picture, own in zip(scores, labels, strict=True):
+        for row, label in zip(picture, own, strict=True):
+            if label in objects:
+                first.append(all(row[label] > row[c] for c in objects if c != label))
+        for c in set(own) & set(objects):
+            known = [
+                (row[c], label == c) for row, label in zip(picture, own, strict=True) if label >= 0
+            ]
+            own_scores = [score for score, is_right in known if is_right]
+            shares = [
+                sum(is_right for s, is_right in known if s >= score)
+                / sum(s >= score for s, _ in known)
+                for score in own_scores
+            ]
+            precisions.append(sum(shares) / len(shares))
+    return sum(first) / len(first), sum(precisions) / len(precisions)
+
+
+def text_scores():
+    """(9, T, K) cosines of tokens and texts; coarse, so that some are equal."""
+    scores = torch.rand(9, TOKENS, CLASSES, generator=torch.Generator().manual_seed(8))
+    return (scores * 12).round() / 12
+
+
 def measure(rank, world_size):
     tokens, labels = (column.split(COUNTS[world_size])[rank] for column in pictures())
     flat, own = tokens.flatten(0, 1), labels.flatten()
@@ -101,6 +136,9 @@ def measure(rank, world_size):
         "pointing": pointing_accuracy(
             votes["ring"].view(*labels.shape, CLASSES), labels, background=BACKGROUND
         ),
+        "retrieval": patch_text_retrieval(
+            text_scores().split(COUNTS[world_size])[rank], labels, background=BACKGROUND
+        ),
     }
 
 
@@ -122,6 +160,7 @@ def expected():
         "map": loop_map(rows, flat),
         "segmentation": loop_segmentation(predicted, flat),
         "pointing": loop_pointing(by_picture, labels.tolist()),
+        "retrieval": loop_retrieval(text_scores().tolist(), labels.tolist()),
     }
 
 
@@ -144,6 +183,50 @@ def test_shares_count_the_tokens_of_all_ranks(everyone, expected):
         assert mine["segmentation"].mean_iou == pytest.approx(mean_iou)
         assert mine["segmentation"].ious.tolist() == pytest.approx(ious, nan_ok=True)
         assert mine["pointing"] == pytest.approx(expected["pointing"])
+        assert mine["retrieval"] == pytest.approx(expected["retrieval"])
+
+
+def test_average_precision_is_that_of_scikit_learn():
+    from sklearn.metrics import average_precision_score
+
+    labels = torch.tensor([[0, 1, 1, 0, 2, 1, -1]])
+    scores = torch.tensor([[0.5, 0.5, 0.9, 0.1, 0.3, 0.2, 0.7]])[:, :, None].expand(1, 7, 3)
+    known, values = labels[0, :6], scores[0, :6, 0]
+    each = [average_precision_score(known == c, values) for c in range(3)]
+    found = patch_text_retrieval(scores, labels)
+    assert found.mean_average_precision == pytest.approx(sum(each) / 3)
+    assert found.recall_at_1 == 0  # all classes have one score: ties count against the query
+
+
+def test_rows_and_columns_of_tokens_and_texts_swapped_are_another_number():
+    scores = text_scores()
+    labels = pictures()[1]
+    swapped = scores.flip(2)
+    assert patch_text_retrieval(scores, labels) != patch_text_retrieval(swapped, labels)
+
+
+def loop_patch_labels(mask, height, width):
+    """The most frequent label of each patch; of equals the lowest, those below 0 last."""
+    found = []
+    for top in range(0, len(mask) - height + 1, height):
+        for left in range(0, len(mask[0]) - width + 1, width):
+            block = [
+                mask[i][j] for i in range(top, top + height) for j in range(left, left + width)
+            ]
+            order = [*range(CLASSES), -1]
+            found.append(max(order, key=lambda c, b=block: (b.count(c), -order.index(c))))
+    return found
+
+
+@pytest.mark.parametrize("patch_size", [(2, 2), (3, 2), (2, 5), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
+def test_patches_have_the_class_of_most_of_their_pixels(patch_size, dtype):
+    masks = torch.randint(-1, CLASSES, (6, 7, 11), generator=torch.Generator().manual_seed(1))
+    masks = masks.clamp_max(2)  # so that majorities and ties are frequent
+    found = patch_labels(masks.to(dtype), patch_size, CLASSES)
+    assert found.tolist() == [loop_patch_labels(mask, *patch_size) for mask in masks.tolist()]
+    assert found.dtype == torch.int64
+    assert patch_labels(masks[:0], patch_size, CLASSES).shape == (0, found.shape[1])
 
 
 def test_a_mean_of_the_means_of_ranks_is_another_number():
@@ -172,7 +255,9 @@ def test_nothing_to_measure_is_no_number():
     found = segmentation(empty, empty, 2)
     assert math.isnan(found.accuracy)
     assert math.isnan(found.mean_iou)
-    assert math.isnan(pointing_accuracy(torch.zeros(1, 2, 1), torch.zeros(1, 2).long() - 1))
+    none = torch.zeros(1, 2).long() - 1
+    assert math.isnan(pointing_accuracy(torch.zeros(1, 2, 1), none))
+    assert all(math.isnan(each) for each in patch_text_retrieval(torch.zeros(1, 2, 1), none))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +272,11 @@ def test_nothing_to_measure_is_no_number():
         (lambda t, c: segmentation(-c, c, 3), "predicted has a class -2; they must be at least 0"),
         (lambda t, c: segmentation(c[:2], c, 3), r"predicted \(2,\) must be \(3,\)"),
         (lambda t, c: segmentation(c, c, 0), r"num_classes \(0\) must be at least 1"),
+        (lambda t, c: patch_text_retrieval(t[None], c), r"scores \(1, 3, 3\) must be \(B, T, K\)"),
+        (
+            lambda t, c: patch_text_retrieval(t[None], c[None] + 1),
+            "labels has a class 3; they must",
+        ),
         (lambda t, c: pointing_accuracy(t[None], c), r"scores \(1, 3, 3\) must be \(B, T, K\)"),
     ],
 )

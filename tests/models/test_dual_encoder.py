@@ -1,9 +1,10 @@
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from dist_siglip.models import DualEncoder, compile_towers
 from dist_siglip.models.dual_encoder import unit_rows
-from tests.support.tiny_models import ARCHITECTURES, inputs_of, network_of
+from tests.support.tiny_models import ARCHITECTURES, TIMM, VIT, inputs_of, network_of
 
 
 def test_features_have_length_one_and_are_fp32_under_autocast():
@@ -28,6 +29,66 @@ def test_forward_is_both_encoders():
     image_features, text_features = encoder(images, texts)
     assert torch.equal(image_features, encoder.encode_image(images))
     assert torch.equal(text_features, encoder.encode_text(texts))
+
+
+def one_patch_network(kind):
+    """A network that sees one patch a picture, and pools nothing but patches."""
+    if kind.startswith("open_clip"):
+        vision = {**VIT, "image_size": 8, "pool_type": "avg", "final_ln_after_pool": "late" in kind}
+        return network_of({**ARCHITECTURES["clip"], "vision_cfg": vision}), 8
+    config = {**TIMM, "image_size": 16, "timm_pool": "avg", "timm_proj": "linear"}
+    network = network_of({**ARCHITECTURES["siglip"], "vision_cfg": config})
+    if kind == "timm map":
+        network = network_of(ARCHITECTURES["siglip"])
+        network.visual.trunk = VisionTransformer(
+            img_size=16,
+            patch_size=16,
+            num_classes=0,
+            global_pool="map",
+            class_token=False,
+            embed_dim=64,
+            depth=1,
+            num_heads=2,
+        ).eval()
+    return network, 16
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "open_clip late norm", "timm avg", "timm map"])
+def test_a_patch_has_the_feature_of_a_picture_of_this_patch_alone(kind):
+    network, side = one_patch_network(kind)
+    encoder, images = DualEncoder(network), torch.randn(2, 3, side, side)
+    found = encoder.encode_patches(images)
+    assert found.patch_size == (side, side)
+    assert found.features.shape[:2] == (2, 1)
+    torch.testing.assert_close(found.features[:, 0], encoder.encode_image(images))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_patches_are_the_tokens_and_have_features_of_length_one(kind):
+    encoder = DualEncoder(network_of(ARCHITECTURES[kind]))
+    images, _ = inputs_of(ARCHITECTURES[kind])
+    found = encoder.encode_patches(images)
+    assert torch.equal(found.tokens, encoder.encode_image_tokens(images)[1])
+    rows, columns = (side // patch for side, patch in zip((32, 32), found.patch_size, strict=True))
+    assert found.tokens.shape[:2] == (3, rows * columns)
+    lengths = found.features.norm(dim=2)
+    torch.testing.assert_close(lengths, torch.ones(3, rows * columns))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert encoder.encode_patches(images).features.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_changed_patch_changes_most_at_its_place(kind):
+    """The order of the patches is row by row: wrong by a transposition, this fails."""
+    encoder = DualEncoder(network_of(ARCHITECTURES[kind]))
+    images, _ = inputs_of(ARCHITECTURES[kind], 1)
+    before = encoder.encode_patches(images)
+    height, width = before.patch_size
+    columns = 32 // width
+    changed = images.clone()
+    changed[:, :, :height, width : 2 * width] += 3  # row 0, column 1
+    moved = (encoder.encode_patches(changed).tokens - before.tokens).norm(dim=2)[0]
+    assert int(moved.argmax()) == 1 != columns
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -222,6 +222,23 @@ def _look_inside(rank, world_size, model):
     return found
 
 
+def test_patches_of_sharded_towers_are_those_of_whole_ones(model):
+    for difference in run_ranks(_patch_difference, 2, model):
+        assert difference < 1e-6
+
+
+def _patch_difference(rank, world_size, model):
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+    module, images = locked_module(model), batches_of(1)[0].images
+    with torch.no_grad():
+        whole = module.towers.encode_patches(images)
+        shard_module(module, mesh)
+        found = module.towers.encode_patches(images)
+    assert found.patch_size == whole.patch_size
+    pairs = zip(found[:2], whole[:2], strict=True)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+
+
 def test_a_wrong_gradient_would_be_noticed(model, tmp_path):
     """The comparison rejects parameters that are only almost those of one process."""
     alone = train(model, tmp_path, {})

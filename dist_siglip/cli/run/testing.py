@@ -105,7 +105,7 @@ class BenchmarkCLI(TrainingCLI):
                 "benchmarks.tasks (null) must name at least one, e.g. class_path: "
                 "dist_siglip.evaluation.Retrieval with init_args: {shards: ...}"
             )
-        self.benchmarks.check()
+        self.benchmarks.check(self.model.towers)
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._choose(
             lambda: checkpoint_to_look_at(self.folder, given, self.model)

@@ -215,7 +215,7 @@ class TrainingCLI(LightningCLI):
         if self.datamodule.bad_sample_log is None:
             self.datamodule.bad_sample_log = str(self.folder.bad_samples)
         check_data_once_per_node(self.trainer, self.model, self.datamodule)
-        self._get(self.config_init, "benchmarks").check()
+        self._get(self.config_init, "benchmarks").check(self.model.towers)
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.check_world()
         self.model.check_data(self.datamodule)
@@ -346,7 +346,7 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Check the data and the checkpoint to evaluate."""
         check_data_once_per_node(self.trainer, self.model, self.datamodule)
-        self._get(self.config_init, "benchmarks").check()
+        self._get(self.config_init, "benchmarks").check(self.model.towers)
         given = self._get(self.config, "ckpt_path")
         self.start_checkpoint = self._choose(
             lambda: checkpoint_to_look_at(self.folder, given, self.model)

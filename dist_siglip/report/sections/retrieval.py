@@ -23,13 +23,14 @@ from dist_siglip.report.page import (
     Verdict,
     columns_of,
     judge_each,
+    name_of,
     render_card,
     render_columns,
     render_figure,
     render_missing,
     render_table_card,
 )
-from dist_siglip.report.records import Picture, RunRecord
+from dist_siglip.report.records import Overlay, Picture, RunRecord
 
 _MOST_METRICS = 12
 _MOST_CURVES = 3
@@ -177,7 +178,41 @@ def make_benchmarks(runs: Sequence[RunRecord]) -> Section | None:
             caption = "Over the steps at which it was run."
             cards.append(render_figure(heading, drawing, caption, missing=""))
     verdicts = judge_each(runs, judge_benchmarks)
-    return Section("benchmarks", "Benchmarks", verdicts, [render_columns(cards)])
+    overlays = [
+        render_overlays(f"{each.dataset}: patches" + name_of(run, runs), each.examples)
+        for run in runs
+        for each in run.benchmarks
+        if each.examples
+    ]
+    return Section("benchmarks", "Benchmarks", verdicts, [render_columns(cards), *overlays])
+
+
+def render_overlays(heading: str, examples: Sequence[Overlay]) -> str:
+    """Show pictures beside themselves with masks over them.
+
+    Args:
+        heading: plain text.
+        examples: pictures, all with the same panels.
+    """
+    order = ", ".join(examples[0].panels)
+    shown = "".join(_overlay(each) for each in examples)
+    note = f"From left to right: {order}. Patches without a class are white."
+    return (
+        f'<div class="card overlays"><h3>{escape(heading)}</h3>'
+        f'<p class="soft">{escape(note)}</p>{shown}</div>'
+    )
+
+
+def _overlay(example: Overlay) -> str:
+    names = ", ".join(name for name, _ in example.classes)
+    legend = " ".join(
+        f'<span><b style="color:{escape(colour)}">\N{BLACK SQUARE}</b> {escape(name)}</span>'
+        for name, colour in example.classes
+    )
+    return (
+        f'<p><img src="{escape(example.data_uri)}" alt="{escape(names)}"></p>'
+        f'<p class="soft">{legend}</p>'
+    )
 
 
 def judge_benchmarks(run: RunRecord) -> Verdict | None:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -19,11 +19,13 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation import EvaluatedModel
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, check_benchmarks
 from dist_siglip.health.callback import Watchdog
+from dist_siglip.models import DualEncoder
 from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def write_result(
@@ -98,13 +100,19 @@ class Benchmarks(Callback):
         self.results: dict[str, BenchmarkResult] = {}
         self.weights_name: str | None = None
 
-    def check(self) -> None:
+    def check(self, towers: DualEncoder | None = None) -> None:
         """Find what is wrong with the benchmarks before anything starts.
 
+        Args:
+            towers: of the model, if it is there to be looked at.
+
         Raises:
-            UserError: as ``check_benchmarks``.
+            UserError: as ``check_benchmarks``, or the model lacks what one of them needs.
         """
         check_benchmarks(self.tasks)
+        if towers is not None:
+            for task in self.tasks:
+                task.check_towers(towers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the results of the last time."""
@@ -198,14 +206,17 @@ def _watched(model: EvaluatedModel, trainer: Trainer) -> EvaluatedModel:
     """Let every batch tell the watchdog that the evaluation gets on: it may take hours."""
     watchdogs = [each for each in getattr(trainer, "callbacks", ()) if isinstance(each, Watchdog)]
 
-    def watched(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def encode_and_tell(rows: Tensor) -> Tensor:
+    def watched(encode: Callable[[Tensor], _T]) -> Callable[[Tensor], _T]:
+        def encode_and_tell(rows: Tensor) -> _T:
             for each in watchdogs:
                 each.note_evaluation(trainer)
             return encode(rows)
 
         return encode_and_tell
 
+    assert model.encode_patches is not None
     return model._replace(
-        encode_image=watched(model.encode_image), encode_text=watched(model.encode_text)
+        encode_image=watched(model.encode_image),
+        encode_text=watched(model.encode_text),
+        encode_patches=watched(model.encode_patches),
     )

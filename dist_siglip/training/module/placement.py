@@ -63,7 +63,7 @@ def shard_module(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(towers, mesh=mesh, mp_policy=policy)
-    for method in ("encode_image", "encode_image_tokens", "encode_text"):
+    for method in ("encode_image", "encode_image_tokens", "encode_patches", "encode_text"):
         register_fsdp_forward_method(towers, method)
     for objective in module.get_submodule("objectives").children():
         for name in block_names(objective):

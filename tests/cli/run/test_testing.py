@@ -10,12 +10,13 @@ from dist_siglip.cli.run.start_point import evaluated_step
 from dist_siglip.runs import RunFolder
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
+from tests.support.tiny_models import ARCHITECTURES, write_config
 
 pytestmark = pytest.mark.e2e
 
 
 def write_tasks(folder, shards):
-    """Two benchmarks on the validation shards, in a file of their own."""
+    """Two benchmarks on the validation shards and one of patches, in a file of their own."""
     loading = {"workers_per_rank": 0, "local_batch_size": 6}
     tasks = [
         {"class_path": f"dist_siglip.evaluation.{name}", "init_args": settings}
@@ -24,6 +25,8 @@ def write_tasks(folder, shards):
             ("PairMetrics", {"shards": shards, "name": "pairs", "loading": loading}),
         )
     ]
+    few = {"train_pictures": 9, "test_pictures": 5, "name": "patches", "settings": loading}
+    tasks.append({"class_path": "dist_siglip.evaluation.HandwritingPatches", "init_args": few})
     path = folder / "tasks.yaml"
     path.write_text(yaml.safe_dump(tasks))
     return path
@@ -45,7 +48,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(trained):
     """What ``fit`` left, by benchmark."""
-    return {name: read(trained, name) for name in ("val", "pairs")}
+    return {name: read(trained, name) for name in ("val", "pairs", "patches")}
 
 
 def read(folder, name):
@@ -88,6 +91,22 @@ def test_benchmarks_on_the_validation_pairs_agree_with_the_validation(trained, r
         assert float(pairs[name]) == pytest.approx(float(evaluation[name]), rel=1e-4, abs=1e-5)
     recall = results["val"]["metrics"]["text_retrieval_recall@5"]
     assert recall == pytest.approx(evaluation["image_to_text_recall@5"])
+
+
+def test_the_report_shows_the_patches(trained):
+    page = trained.report.read_text()
+    assert "patches, patch_segmentation" in page
+    assert "From left to right: picture, mask, knn, linear, text." in page
+    assert page.count("data:image/jpeg;base64,") >= 4
+
+
+def test_a_tower_without_patches_is_refused_before_anything_starts(trained, tmp_path, capsys):
+    model = write_config(tmp_path / "resnet.json", ARCHITECTURES["resnet"])
+    for command in ("fit", "test"):
+        words = [command, "--config", str(trained.config), f"--run_dir={tmp_path / 'new'}"]
+        assert main([*words, f"--model.model={model}"]) == 2
+        assert "gives no patch tokens" in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "new").exists()
 
 
 def test_test_finds_what_fit_found_at_its_last_step(trained, results, capsys):

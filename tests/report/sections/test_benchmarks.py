@@ -1,6 +1,8 @@
-"""Results of benchmarks: listed, drawn where there are several, told in a sentence."""
+"""Results of benchmarks: listed, drawn where there are several, told in a sentence, and shown."""
 
-from dist_siglip.report.records import BenchmarkFile
+import json
+
+from dist_siglip.report.records import BenchmarkFile, Overlay, read_benchmarks
 from dist_siglip.report.sections.retrieval import judge_benchmarks, make_benchmarks
 from tests.support.report_records import record
 
@@ -25,3 +27,42 @@ def test_benchmarks_are_listed_where_any_run_has_them():
     (table,) = make_benchmarks([some, record("b")]).parts
     assert "coco, zeroshot_retrieval" in table
     assert "<td>0.5</td><td>n/a</td>" in table
+
+
+def test_pictures_of_a_dense_evaluation_stand_under_the_numbers():
+    pictures = (Overlay("data:image/png;base64,AA", ("picture", "mask"), (("<b>", "#102030"),)),)
+    results = [BenchmarkFile("voc", "patch_segmentation", {"knn_mean_iou": 0.5}, pictures)]
+    _, shown = make_benchmarks([record(benchmarks=results)]).parts
+    assert 'src="data:image/png;base64,AA"' in shown
+    assert "From left to right: picture, mask." in shown
+    assert "color:#102030" in shown
+    assert "&lt;b&gt;" in shown
+
+
+def write_dense(folder, examples):
+    (folder / "details").mkdir(parents=True)
+    result = {"dataset": "voc", "task": "patch_segmentation", "metrics": {"knn_mean_iou": 0.5}}
+    (folder / "voc.json").write_text(json.dumps(result))
+    (folder / "details/voc.json").write_text(json.dumps({"examples": examples}))
+    (found,) = read_benchmarks(folder, [])
+    return found.examples
+
+
+def test_what_is_no_picture_or_colour_does_not_reach_the_page(tmp_path):
+    sound = {
+        "media_type": "image/jpeg",
+        "base64": "/9j/",
+        "panels": ["picture"],
+        "classes": [
+            {"name": "cat", "colour": "#00ff00"},
+            {"name": "dog", "colour": "red;background:url(x)"},
+            "text",
+        ],
+    }
+    broken = [{**sound, "base64": "AAAA"}, {**sound, "media_type": "text/html"}, "text", None]
+    (found,) = write_dense(tmp_path / "a", [*broken, sound])
+    assert found == Overlay("data:image/jpeg;base64,/9j/", ("picture",), (("cat", "#00ff00"),))
+    assert write_dense(tmp_path / "b", "text") == ()
+    assert len(write_dense(tmp_path / "c", [sound] * 99)) == 16
+    (tmp_path / "c/details/voc.json").unlink()
+    assert read_benchmarks(tmp_path / "c", [])[0].examples == ()
