@@ -97,6 +97,7 @@ _OPTIM = {
     "cooldown_steps": Range(0, 10**12),
     "min_learning_rate_fraction": _SHARE,
     "schedule_start_step": Range(0, 10**12),
+    "schedule_steps": _STEPS,
     "fallback_learning_rate": _POSITIVE,
 }
 # A share of all batches, or a number of them.

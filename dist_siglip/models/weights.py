@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _IMAGE_GRID = "visual.positional_embedding"
 _TIMM_GRID = "visual.trunk.pos_embed"
+IMAGE_POSITIONS = (_IMAGE_GRID, _TIMM_GRID)
 _TEXTS = ("positional_embedding", "text.positional_embedding")
 # Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
 TOWERS_PREFIX = "towers."
@@ -77,7 +78,7 @@ def resize_positions(
         UserError: If more positions are to be kept than there are.
     """
     visual: Any = network.visual
-    for key in (_IMAGE_GRID, _TIMM_GRID, *_TEXTS):
+    for key in (*IMAGE_POSITIONS, *_TEXTS):
         old = tensors.get(key)
         if old is None or key not in own or not _differ_in_length(old, own[key]):
             continue
@@ -187,6 +188,22 @@ class Weights:
     logit_bias: float | None
     global_batch_size: int | None = None
     resampling: ImageResampling = _OF_OPEN_CLIP
+
+
+def resample_image_positions(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Resample ``IMAGE_POSITIONS`` of a checkpoint, in place, as open_clip does.
+
+    Raises:
+        UserError: If the old ones are no square grid.
+    """
+    own = {name: value for name, value in network.state_dict().items() if name in tensors}
+    resize_positions(network, tensors, own, path, resampling=_OF_OPEN_CLIP, kept_positions=0)
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"{name} {tuple(value.shape)} of {path} is no square grid, which alone can be "
+                "resampled; keep the image size"
+            )
 
 
 def read_weights(path: Path, *, average: bool | None = None) -> Weights:

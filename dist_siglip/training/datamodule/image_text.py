@@ -53,6 +53,7 @@ from dist_siglip.training.datamodule.stored_features import load_features, load_
 from dist_siglip.training.datamodule.training_position import (
     TrainingPosition,
     count_first,
+    position_to_resume_at,
     refuse_accumulation,
 )
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
@@ -314,6 +315,24 @@ class ImageTextDataModule(BatchTransfer):
             self._reinforced()
         if self.val_shards is not None:
             self.tables.of("val_shards")
+
+    def check_position(self, state: Mapping[str, Any], remedy: str) -> None:
+        """Check that the data would go on where a checkpoint was written, before ranks start.
+
+        Args:
+            state: what ``state_dict`` was.
+            remedy: what the error advises.
+
+        Raises:
+            UserError: as ``load_state_dict``.
+        """
+        position_to_resume_at(
+            self._make_plan(),
+            self.tables.of("train_shards").shard_lines,
+            state,
+            accept_changed_data=self.position.accept_changed_data,
+            remedy=remedy,
+        )
 
     def prepare_data(self) -> None:
         """Index the shards, on the first rank of each node; the others read the side-cars."""

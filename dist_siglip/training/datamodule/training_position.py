@@ -30,6 +30,7 @@ def position_to_resume_at(
     saved: Mapping[str, int | str],
     *,
     accept_changed_data: bool = False,
+    remedy: str = _REMEDY,
 ) -> int:
     """Return the samples consumed from which a run goes on.
 
@@ -39,6 +40,7 @@ def position_to_resume_at(
         saved: what the checkpoint kept: ``plan.identity()`` of then, "samples_consumed", "shards".
         accept_changed_data: go on although the data changed. A single source begins its next epoch;
             a mixture keeps its position. Everything but the data must still be the same.
+        remedy: what the error advises.
 
     Raises:
         UserError: if a value differs; names it, the value then and the value now.
@@ -51,7 +53,6 @@ def position_to_resume_at(
     of_the_batches = [name for name in differing if name not in _OF_THE_DATA]
     if of_the_batches or not accept_changed_data:
         name = (of_the_batches or differing)[0]
-        remedy = _REMEDY
         if of_the_batches:
             change = f"{name} was {saved.get(name, 'not recorded')} when the checkpoint was written"
             change += f" and is {now[name]} now"
@@ -182,6 +183,7 @@ class TrainingPosition:
         accept_changed_data: resume although the shards changed.
 
     Attributes:
+        accept_changed_data: as given.
         progress: samples consumed.
         plan: the sequence of batches, once it has begun.
     """
@@ -189,7 +191,7 @@ class TrainingPosition:
     def __init__(self, *, accept_changed_data: bool) -> None:
         self.progress = Progress()
         self.plan: BatchPlan | None = None
-        self._accept_changed_data = accept_changed_data
+        self.accept_changed_data = accept_changed_data
         self._table: PairTable | None = None
         self._sequence: SingleSequence | MixtureSequence | None = None
         self._restored: dict[str, Any] | None = None
@@ -258,6 +260,6 @@ class TrainingPosition:
             self.plan,
             self._table.shard_lines,
             self._restored,
-            accept_changed_data=self._accept_changed_data,
+            accept_changed_data=self.accept_changed_data,
         )
         self._restored = None

@@ -103,8 +103,9 @@ def refuse_other_heads(module: nn.Module, stored: Iterable[str], path: object) -
     if ours != theirs:
         raise UserError(
             f"checkpoint ({path}) has heads of objectives ({', '.join(theirs) or 'none'}), and "
-            f"model.objectives has ({', '.join(ours) or 'none'}); have the same ones, or begin "
-            "another run with the checkpoint as model.pretrained, which takes its towers alone"
+            f"model.objectives has ({', '.join(ours) or 'none'}); have the same ones, go on in "
+            "another run by from_run, or begin another with the checkpoint as model.pretrained, "
+            "which takes its towers alone"
         )
 
 
@@ -327,7 +328,7 @@ class ObjectiveModule(RunModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the objectives, too; shards have been loaded by now."""
-        if "state_dict" in checkpoint:
+        if "state_dict" in checkpoint and not self.goes_on_from(self.trainer.ckpt_path):
             refuse_other_heads(self, checkpoint["state_dict"], self.trainer.ckpt_path)
         super().on_load_checkpoint(checkpoint)
 
