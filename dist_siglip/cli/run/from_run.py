@@ -23,7 +23,6 @@ from dist_siglip.training.module.from_run import compare
 from dist_siglip.training.optim import OptimConfig, how_to_go_on
 
 _OPTIMIZERS = ("model.optim.optimizer", "model.optim.fallback_optimizer")
-_DATA = "ImageTextDataModule"
 
 
 def split(text: str) -> tuple[RunFolder, str]:
@@ -138,8 +137,8 @@ def read_origin(
         resolved: settings of that run.
 
     Raises:
-        UserError: if no step is left, another optimizer has other states, or the data, their seed or
-            the global batch are others.
+        UserError: if no step is left, another optimizer has other states, or the data, their seed
+            or the global batch are others.
     """
     folder = RunFolder(path.parent.parent)
     settings = _read_settings(folder)
@@ -158,10 +157,9 @@ def read_origin(
                 f"{name} ({classes[1]}) was {classes[0]} in from_run ({folder.path}), whose state "
                 "goes on; set it back, or take the weights alone as model.pretrained"
             )
-    if _DATA in values:
-        data.check_position(
-            values[_DATA], "set it back, or take the weights alone as model.pretrained"
-        )
+    position = values.get(type(data).__qualname__)
+    if position is not None:
+        data.check_position(position, "set it back, or take the weights alone as model.pretrained")
     this = {"run": str(folder.path.resolve()), "checkpoint": path.name, "step": step}
     return Origin(
         folder=folder,

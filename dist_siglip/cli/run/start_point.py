@@ -92,7 +92,7 @@ def checkpoint_to_start_from(
         folder: of the run.
         given: a checkpoint of the same model; None: none.
         model: of the run.
-        from_run: of another run, see ``checkpoint_of``; a run that has begun has its own. None: none.
+        from_run: of another run, see ``checkpoint_of``, where the run has none of its own yet.
 
     Raises:
         UserError: as ``check_fits``; if one is given and is damaged, or the run has its own; if
@@ -100,7 +100,7 @@ def checkpoint_to_start_from(
     """
     if given is not None and from_run is not None:
         raise UserError(
-            f"ckpt_path ({given}) and from_run ({from_run}) both name a start; leave one of them out"
+            f"ckpt_path ({given}) and from_run ({from_run}) both name a start; leave one out"
         )
     newest = newest_sound_checkpoint(folder)
     if from_run is not None and newest is None:

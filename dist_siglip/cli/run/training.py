@@ -150,8 +150,8 @@ class TrainingCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Run that a new one goes on from, with its step, schedule, optimizer and data: "
-            "FOLDER takes its newest sound checkpoint, FOLDER:STEP another. What that lacks, such as "
-            "heads of more objectives, begins fresh.",
+            "FOLDER takes its newest sound checkpoint, FOLDER:STEP another. What that lacks, such "
+            "as heads of more objectives, begins fresh.",
         )
         parser.add_argument(
             "--evaluate_at_start",

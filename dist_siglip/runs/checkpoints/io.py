@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.runs import check_sound
-from dist_siglip.runs.checkpoints.selection import save_sealed
 from dist_siglip.runs.checkpoints import sharded
+from dist_siglip.runs.checkpoints.selection import save_sealed
 from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole, stored_shapes
 from dist_siglip.system.atomic import open_atomically
 from dist_siglip.system.regular_file import check_regular
