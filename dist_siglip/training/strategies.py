@@ -154,10 +154,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(path)
-        weights, is_of_other, resampled = checkpoint.pop("state_dict"), self._adopts(path), ()
+        weights, is_of_other = checkpoint.pop("state_dict"), self._adopts(path)
         if is_of_other:
-            weights = checkpoint.get(UNAVERAGED, weights)
-            weights, (_, _, resampled) = adopt_weights(self.model, weights, path)
+            weights = checkpoint.pop(UNAVERAGED, weights)
+            weights, found = adopt_weights(self.model, weights, path)
+            self._run_module.note_differences(found)
         else:
             refuse_other_heads(self.model, weights, path)
         options = StateDictOptions(full_state_dict=True, strict=not is_of_other)
@@ -166,7 +167,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             named = by_name(state, optimizer, self.model)
             if is_of_other:
                 current = get_optimizer_state_dict(self.model, optimizer)
-                named = adopt_optimizer(named, current, resampled)
+                named = adopt_optimizer(named, current, found.resampled)
             late = self._stateless(optimizer, named["state"], path)
             options = StateDictOptions(full_state_dict=True, strict=not late)
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
@@ -175,11 +176,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
-        shapes, is_of_other, resampled = stored_shapes(path), self._adopts(path), ()
+        shapes, is_of_other = stored_shapes(path), self._adopts(path)
         model = get_model_state_dict(self.model)
+        resampled: tuple[str, ...] = ()
         if is_of_other:
-            fresh, _, resampled = compare(self.model, shapes, path)
-            model = {name: each for name, each in model.items() if name not in fresh + resampled}
+            found = compare(self.model, shapes, path)
+            self._run_module.note_differences(found)
+            resampled, others = found.resampled, found.fresh + found.resampled
+            model = {name: value for name, value in model.items() if name not in others}
         else:
             refuse_other_heads(self.model, shapes, path)
         values = read_values(path)
@@ -214,9 +218,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             _forget(optimizer, late)
         return values
 
+    @property
+    def _run_module(self) -> Any:
+        return self.lightning_module
+
     def _adopts(self, path: Path) -> bool:
         """Whether a checkpoint is of another run, that this one goes on from."""
-        goes_on_from = getattr(self.lightning_module, "goes_on_from", None)
+        goes_on_from = getattr(self._run_module, "goes_on_from", None)
         return goes_on_from is not None and goes_on_from(path)
 
     def _stateless(

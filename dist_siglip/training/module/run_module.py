@@ -27,7 +27,7 @@ from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning import lies_in_block
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import by_name, by_number, has_numbers
-from dist_siglip.training.module.from_run import adopt_optimizer, adopt_weights
+from dist_siglip.training.module.from_run import Differences, adopt_optimizer, adopt_weights
 from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
 from dist_siglip.training.optim.evaluation_weights import (
@@ -70,7 +70,7 @@ def configure(
     )
     if averaging_parts([optimizer]):
         _check_averaging(trainer, config, is_sharded=is_sharded)
-    if module.other_checkpoint is not None:
+    if module.other_checkpoint is not None and not is_sharded:
         optimizer.register_load_state_dict_pre_hook(partial(_take_by_name, module))
     return {
         "optimizer": optimizer,
@@ -298,14 +298,20 @@ class RunModule(LightningModule):
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [by_number(state) for state in states]
 
+    def note_differences(self, found: Differences) -> None:
+        """Remember what the checkpoint of another run lacked, and what it had on another grid."""
+        self.fresh_names = frozenset(found.fresh)
+        self.resampled_names = frozenset(found.resampled)
+
     def _adopt(self, checkpoint: dict[str, Any]) -> None:
-        """Complete the weights of another run by those there are; sharded ones are by now."""
+        """Complete the weights of another run by those there are; shards are loaded by now."""
+        if "state_dict" not in checkpoint:
+            return
         for key in ("state_dict", UNAVERAGED):
             if key in checkpoint:
                 path = Path(str(self.trainer.ckpt_path))
                 weights, found = adopt_weights(self, checkpoint[key], path)
-                self.fresh_names = frozenset(found.fresh)
-                self.resampled_names = frozenset(found.resampled)
+                self.note_differences(found)
                 checkpoint[key] = {**self.state_dict(), **weights}
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning's
         averages = any(isinstance(each, WeightAveraging) for each in callbacks)
