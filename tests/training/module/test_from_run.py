@@ -202,7 +202,7 @@ def test_other_models_are_refused_in_one_line(model, tmp_path):
     with_heads = {name: value.shape for name, value in with_heads.items()}
     wider = dict(ARCHITECTURES["siglip"], embed_dim=32)
     other = write_config(tmp_path / "other.json", wider)
-    relative = LogitConfig(parameterization="relative")
+    relative = LogitConfig(bias_parameterization="relative")
     cases = [
         (locked_module(other), stored, r"clip.text.text_projection.weight is \(64, 16\)"),
         (locked_module(model, logits=relative), stored, "missing logits.relative_bias"),
