@@ -58,7 +58,7 @@ class ImageResampling(NamedTuple):
 def resize_positions(
     network: nn.Module,
     tensors: dict[str, Tensor],
-    own: dict[str, Tensor],
+    own: Mapping[str, Tensor],
     path: Path,
     *,
     resampling: ImageResampling,
@@ -190,20 +190,20 @@ class Weights:
     resampling: ImageResampling = _OF_OPEN_CLIP
 
 
-def resample_image_positions(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Resample ``IMAGE_POSITIONS`` of a checkpoint, in place, as open_clip does.
+def resample_image_positions(network: nn.Module, name: str, old: Tensor, path: Path) -> Tensor:
+    """Bring one of ``IMAGE_POSITIONS`` to the grid of a network, as open_clip does.
 
     Raises:
         UserError: If the old ones are no square grid.
     """
-    own = {name: value for name, value in network.state_dict().items() if name in tensors}
+    tensors, own = {name: old}, {name: network.get_parameter(name)}
     resize_positions(network, tensors, own, path, resampling=_OF_OPEN_CLIP, kept_positions=0)
-    for name, value in tensors.items():
-        if value.shape != own[name].shape:
-            raise UserError(
-                f"{name} {tuple(value.shape)} of {path} is no square grid, which alone can be "
-                "resampled; keep the image size"
-            )
+    if tensors[name].shape != own[name].shape:
+        raise UserError(
+            f"{name} {tuple(old.shape)} of {path} is no square grid, which alone can be resampled; "
+            "keep the image size"
+        )
+    return tensors[name]
 
 
 def read_weights(path: Path, *, average: bool | None = None) -> Weights:

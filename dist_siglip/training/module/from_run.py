@@ -15,14 +15,12 @@ from torch import Size, Tensor, nn
 from dist_siglip.errors import UserError
 from dist_siglip.models.weights import (
     IMAGE_POSITIONS,
-    NETWORK_PREFIX,
     SHOWN_KEYS,
     TOWERS_PREFIX,
     resample_image_positions,
 )
 
 _SAME = (TOWERS_PREFIX, "logits.")
-_POSITIONS = frozenset(TOWERS_PREFIX + NETWORK_PREFIX + name for name in IMAGE_POSITIONS)
 # Of a group of the optimizer: what the settings say now. Anything else goes on.
 _OF_THE_SETTINGS = frozenset({"params", "name", "weight_decay", "betas", "eps"})
 
@@ -75,7 +73,7 @@ def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differ
     fresh = tuple(name for name in own if name not in stored)
     left_out = tuple(name for name in stored if name not in own)
     reshaped = [name for name in own if name in stored and own[name] != stored[name]]
-    resampled = tuple(n for n in reshaped if n in _POSITIONS and _is_grid(stored[n], own[n]))
+    resampled = tuple(n for n in reshaped if _is_grid(n, stored[n], own[n]))
     problems = [f"missing {name}" for name in fresh if name.startswith(_SAME)]
     problems += [f"unexpected {name}" for name in left_out if name.startswith(_SAME)]
     problems += [
@@ -93,8 +91,10 @@ def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differ
     return Differences(fresh, left_out, resampled)
 
 
-def _is_grid(before: Size, now: Size) -> bool:
-    """Whether shapes of positions, (L, C) or (1, L, C), differ in their number alone."""
+def _is_grid(name: str, before: Size, now: Size) -> bool:
+    """Whether it is positions of a tower, or a copy, (L, C) or (1, L, C), that differ in L alone."""
+    if not name.endswith(IMAGE_POSITIONS):
+        return False
     return len(before) == len(now) and before[-1] == now[-1] and before[:-2] == now[:-2]
 
 
@@ -120,15 +120,16 @@ def adopt_weights(
 
 
 def resample(module: Any, positions: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Bring positions of patches to the grid of a module.
+    """Bring positions of patches, of the tower or of a copy of it, to the grid of a module.
 
     Raises:
         UserError: if they are not of a square, which has no such grid.
     """
-    prefix = TOWERS_PREFIX + NETWORK_PREFIX
-    bare = {name.removeprefix(prefix): value for name, value in positions.items()}
-    resample_image_positions(module.towers.clip, bare, path)
-    return {prefix + name: value for name, value in bare.items()}
+    found = {}
+    for name, value in positions.items():
+        bare = next(each for each in IMAGE_POSITIONS if name.endswith(each))
+        found[name] = resample_image_positions(module.towers.clip, bare, value, path)
+    return found
 
 
 def adopt_optimizer(
