@@ -92,7 +92,7 @@ def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differ
 
 
 def _is_grid(name: str, before: Size, now: Size) -> bool:
-    """Whether it is positions of a tower, or a copy, (L, C) or (1, L, C), that differ in L alone."""
+    """Whether it is positions of a tower or a copy, (L, C) or (1, L, C), that differ in L alone."""
     if not name.endswith(IMAGE_POSITIONS):
         return False
     return len(before) == len(now) and before[-1] == now[-1] and before[:-2] == now[:-2]
