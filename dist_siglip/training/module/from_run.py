@@ -2,22 +2,23 @@
 
 A second ``fit`` may have objectives that the first did not have, or pictures of another size. It
 takes weights and states of the optimizer by their names. Towers and logits must be those of the
-checkpoint, but for the positions of patches, which are resampled. What else the checkpoint lacks
-stays as it was built, and what it has beyond that is left out.
+checkpoint, but for positions and kernel of patches, which are resampled for another grid. What else
+the checkpoint lacks stays as it was built, and what it has beyond that is left out.
 """
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.weights import (
-    IMAGE_POSITIONS,
+    OF_THE_GRID,
     SHOWN_KEYS,
     TOWERS_PREFIX,
-    resample_image_positions,
+    is_of_another_grid,
+    resample_for_grid,
 )
 
 _SAME = (TOWERS_PREFIX, "logits.")
@@ -31,7 +32,7 @@ class Differences(NamedTuple):
     Attributes:
         fresh: that a checkpoint lacks.
         left_out: that it has and the module does not.
-        resampled: positions of patches on a grid of another size.
+        resampled: positions of patches on a grid of another size, and kernels of other patches.
     """
 
     fresh: tuple[str, ...]
@@ -58,7 +59,7 @@ class Differences(NamedTuple):
         return "; ".join(parts)
 
 
-def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differences:
+def compare(module: Any, stored: Mapping[str, Size], path: Path) -> Differences:
     """Compare a module with the weights of a checkpoint of another run, by name and shape.
 
     Args:
@@ -73,7 +74,12 @@ def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differ
     fresh = tuple(name for name in own if name not in stored)
     left_out = tuple(name for name in stored if name not in own)
     reshaped = [name for name in own if name in stored and own[name] != stored[name]]
-    resampled = tuple(n for n in reshaped if _is_grid(n, stored[n], own[n]))
+    resampled = tuple(
+        name
+        for name in reshaped
+        if name.endswith(OF_THE_GRID)
+        and is_of_another_grid(module.towers.clip, _bare(name), stored[name], own[name])
+    )
     problems = [f"missing {name}" for name in fresh if name.startswith(_SAME)]
     problems += [f"unexpected {name}" for name in left_out if name.startswith(_SAME)]
     problems += [
@@ -91,17 +97,15 @@ def compare(module: nn.Module, stored: Mapping[str, Size], path: Path) -> Differ
     return Differences(fresh, left_out, resampled)
 
 
-def _is_grid(name: str, before: Size, now: Size) -> bool:
-    """Whether it is positions of a tower or a copy, (L, C) or (1, L, C), that differ in L alone."""
-    if not name.endswith(IMAGE_POSITIONS):
-        return False
-    return len(before) == len(now) and before[-1] == now[-1] and before[:-2] == now[:-2]
+def _bare(name: str) -> str:
+    """Name in the network of what the tower, or a copy of it, has."""
+    return next(each for each in OF_THE_GRID if name.endswith(each))
 
 
 def adopt_weights(
     module: Any, state: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], Differences]:
-    """Return what a checkpoint has of a module's state, positions resampled.
+    """Return what a checkpoint has of a module's state, resampled where the grid is another.
 
     Args:
         module: with ``towers``; sharded or not.
@@ -119,17 +123,12 @@ def adopt_weights(
     return adopted, found
 
 
-def resample(module: Any, positions: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Bring positions of patches, of the tower or of a copy of it, to the grid of a module.
-
-    Raises:
-        UserError: if they are not of a square, which has no such grid.
-    """
-    found = {}
-    for name, value in positions.items():
-        bare = next(each for each in IMAGE_POSITIONS if name.endswith(each))
-        found[name] = resample_image_positions(module.towers.clip, bare, value, path)
-    return found
+def resample(module: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Bring what ``compare`` calls resampled, of the tower or a copy of it, to a module's grid."""
+    return {
+        name: resample_for_grid(module.towers.clip, _bare(name), value, path)
+        for name, value in tensors.items()
+    }
 
 
 def adopt_optimizer(

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
+from dist_siglip.models.weights import is_of_another_grid, resample_for_grid
 from dist_siglip.objectives import Captioning
 from dist_siglip.runs.checkpoints.sharded import by_name
 from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.module.from_run import adopt_optimizer, adopt_weights, compare
+from dist_siglip.training.module.from_run import adopt_optimizer, compare
 from dist_siglip.training.optim import OptimConfig
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.objective_ranks import batch_of, rows_of
@@ -218,10 +219,26 @@ def test_other_models_are_refused_in_one_line(model, tmp_path):
         assert "\n" not in str(caught.value)
     # Positions that are no square grid.
     name = "towers.clip.visual.trunk.pos_embed"
-    module = locked_module(model)
-    odd = {**module.state_dict(), name: torch.zeros(1, 3, module.state_dict()[name].shape[-1])}
-    with pytest.raises(UserError, match="is no square grid, which alone can be resampled"):
-        adopt_weights(module, odd, tmp_path)
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 3, 64\) instead of \(1, 4, 64\)"):
+        compare(locked_module(model), {**stored, name: torch.Size([1, 3, 64])}, tmp_path)
+
+
+def test_a_kernel_of_other_patches_gives_the_same_for_pictures_enlarged_alike(model):
+    """From patches of 8 to those of 16, as from those of 16 to 14 in the largest published towers."""
+    torch.manual_seed(0)
+    network = locked_module(model).towers.clip
+    name = "visual.trunk.patch_embed.proj.weight"
+    shape = network.get_parameter(name).shape
+    old = torch.randn(*shape[:2], 8, 8)
+    assert is_of_another_grid(network, name, old.shape, shape)
+    assert not is_of_another_grid(network, name, torch.Size([1, 3, 8, 8]), shape)
+    new = resample_for_grid(network, name, old, Path("of.ckpt"))
+    patches = torch.randn(5, 3, 8, 8)
+    larger = functional.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
+    expected = torch.einsum("bchw,ochw->bo", patches, old)
+    assert torch.allclose(torch.einsum("bchw,ochw->bo", larger, new), expected, atol=1e-3)
+    plain = functional.interpolate(old, (16, 16), mode="bicubic", antialias=True) / 4
+    assert not torch.allclose(torch.einsum("bchw,ochw->bo", larger, plain), expected, atol=0.1)
 
 
 def test_groups_keep_what_they_count_and_take_decay_from_the_settings():
