@@ -195,7 +195,7 @@ class Weights:
 
 
 def is_of_another_grid(network: Any, name: str, before: torch.Size, now: torch.Size) -> bool:
-    """Whether ``resample_for_grid`` makes one of ``OF_THE_GRID`` of another shape that of a network.
+    """Whether ``resample_for_grid`` can bring one of ``OF_THE_GRID`` to the shape in a network.
 
     Args:
         network: open_clip's.

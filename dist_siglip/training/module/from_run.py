@@ -6,7 +6,7 @@ checkpoint, but for positions and kernel of patches, which are resampled for ano
 the checkpoint lacks stays as it was built, and what it has beyond that is left out.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ def compare(module: Any, stored: Mapping[str, Size], path: Path) -> Differences:
         path: of the checkpoint, for the error.
 
     Raises:
-        UserError: if towers or logits are others, or anything has another shape.
+        UserError: if towers, logits or the heads of an objective that both have are others.
     """
     own = {name: value.shape for name, value in module.state_dict().items()}
     fresh = tuple(name for name in own if name not in stored)
@@ -80,8 +80,9 @@ def compare(module: Any, stored: Mapping[str, Size], path: Path) -> Differences:
         if name.endswith(OF_THE_GRID)
         and is_of_another_grid(module.towers.clip, _bare(name), stored[name], own[name])
     )
-    problems = [f"missing {name}" for name in fresh if name.startswith(_SAME)]
-    problems += [f"unexpected {name}" for name in left_out if name.startswith(_SAME)]
+    whole = (*_SAME, *(_objectives_of(own) & _objectives_of(stored)))
+    problems = [f"missing {name}" for name in fresh if name.startswith(whole)]
+    problems += [f"unexpected {name}" for name in left_out if name.startswith(whole)]
     problems += [
         f"{name} is {tuple(stored[name])} instead of {tuple(own[name])}"
         for name in reshaped
@@ -95,6 +96,12 @@ def compare(module: Any, stored: Mapping[str, Size], path: Path) -> Differences:
             f"{more}; build the model and the heads of that run, or leave heads out"
         )
     return Differences(fresh, left_out, resampled)
+
+
+def _objectives_of(names: Iterable[str]) -> set[str]:
+    """Beginnings of the names of heads, one of each objective."""
+    parts = (name.split(".") for name in names if name.startswith("objectives."))
+    return {f"objectives.{part[1]}." for part in parts}
 
 
 def _bare(name: str) -> str:

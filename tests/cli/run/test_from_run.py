@@ -119,7 +119,7 @@ def test_a_third_run_has_more_objectives_larger_pictures_and_both_names_in_its_l
     assert said in done.stderr
     assert "other settings: model.objectives" in done.stderr
     words = ["--trainer.max_steps", 12, *end, "--model.objectives", HEADS]
-    words += ["--model.image_size", 48]
+    words += ["--model.image_size", 48, "--trainer.devices", 2]
     done = go_on(runs, tmp_path / "third", *words, from_run=tmp_path / "second", world_size=2)
     assert done.returncode == 0, done.stderr
     assert "resampled: towers.clip (1)" in done.stderr

@@ -62,6 +62,16 @@ class Start(Callback):
         }
 
 
+class AtEnd(Callback):
+    """Saves while an average and the weights under training are both there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
 def stage(model, folder, max_steps, *, start=None, done=0, save=None, rank=0, world_size=1, **more):
     """A run up to a step, from another run's checkpoint or from the beginning."""
     trainer_settings = more.pop("trainer", {})
@@ -76,11 +86,10 @@ def stage(model, folder, max_steps, *, start=None, done=0, save=None, rank=0, wo
         batches.append(rows_of(batch._replace(images=images), rows))
     seen = Start()
     callbacks = [seen, *trainer_settings.pop("callbacks", [])]
+    callbacks += [] if save is None else [AtEnd(save)]
     settings = {"max_steps": max_steps, "gradient_clip_val": 1.0, **trainer_settings}
     settings |= {"callbacks": callbacks, "ckpt_path": start}
     trainer = fit(module, folder, batches, rank, world_size, **settings)
-    if save is not None:
-        trainer.save_checkpoint(save)
     return module, trainer, seen
 
 
@@ -163,19 +172,9 @@ def test_heads_that_a_run_no_longer_has_are_left_out(model, tmp_path):
 def test_an_average_without_its_callback_goes_on_with_the_weights_that_trained(model, tmp_path):
     path = tmp_path / "first.ckpt"
     whole, *_ = stage(model, tmp_path, STEPS)
-    stage(model, tmp_path, STOP, trainer={"callbacks": [WeightAverage(decay=0.6), AtEnd(path)]})
+    stage(model, tmp_path, STOP, save=path, trainer=averaged())
     module, *_ = stage(model, tmp_path, STEPS, start=path, done=STOP)
     assert equal(dict(module.state_dict()), dict(whole.state_dict()))
-
-
-class AtEnd(Callback):
-    """Saves while an average and the weights under training are both there."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_train_end(self, trainer, pl_module):
-        trainer.save_checkpoint(self.path)
 
 
 def test_positions_are_resampled_for_larger_pictures_and_their_moments_begin_anew(model, tmp_path):
@@ -201,14 +200,20 @@ def test_other_models_are_refused_in_one_line(model, tmp_path):
     stored = {k: v.shape for k, v in locked_module(model).state_dict().items()}
     with_heads = locked_module(model, objectives=[Captioning(layers=1)]).state_dict()
     with_heads = {name: value.shape for name, value in with_heads.items()}
-    wider = dict(ARCHITECTURES["siglip"], embed_dim=32)
+    tiny = ARCHITECTURES["siglip"]
+    wider = {**tiny, "text_cfg": {**tiny["text_cfg"], "width": 32}}
     other = write_config(tmp_path / "other.json", wider)
     relative = LogitConfig(bias_parameterization="relative")
     cases = [
-        (locked_module(other), stored, r"clip.text.text_projection.weight is \(64, 16\)"),
+        (locked_module(other), stored, r"text.positional_embedding is \(8, 16\) instead"),
         (locked_module(model, logits=relative), stored, "missing logits.relative_bias"),
         (
             locked_module(model, objectives=[Captioning(layers=2)]),
+            with_heads,
+            rf"missing {HEADS}decoder.",  # the half of a decoder is none
+        ),
+        (
+            locked_module(model, objectives=[Captioning(layers=1)]),
             {**with_heads, f"{HEADS}output.weight": torch.Size([7, 16])},
             rf"{HEADS}output.weight is \(7, 16\) instead",
         ),
@@ -224,7 +229,7 @@ def test_other_models_are_refused_in_one_line(model, tmp_path):
 
 
 def test_a_kernel_of_other_patches_gives_the_same_for_pictures_enlarged_alike(model):
-    """From patches of 8 to those of 16, as from those of 16 to 14 in the largest published towers."""
+    """From patches of 8 to those of 16."""
     torch.manual_seed(0)
     network = locked_module(model).towers.clip
     name = "visual.trunk.patch_embed.proj.weight"
