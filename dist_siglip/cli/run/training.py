@@ -241,15 +241,9 @@ class TrainingCLI(LightningCLI):
         resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
         settings = yaml.safe_load(resolved)
         check_same_run(self.folder, settings)
-        optim, lineage = self.model.optim, []
         if from_run is not None and start is not None:
-            if start.parent == self.folder.checkpoints:
-                lineage = read_values(start).get("lineage", [])
-            else:
-                self._origin = read_origin(start, self.model, self.datamodule, optim, settings)
-                lineage, self.model.other_checkpoint = self._origin.lineage, start
-        self.model.lineage = lineage
-        change = schedule_change(self.folder, settings, optim, start, self._origin)
+            self._trace(start, settings)
+        change = schedule_change(self.folder, settings, self.model.optim, start, self._origin)
         self.datamodule.start_facts = self._start_facts(settings, world_size)
         if self.trainer.is_global_zero:
             self._lock = self.folder.lock()
@@ -260,7 +254,7 @@ class TrainingCLI(LightningCLI):
                 if redact(resolved) != resolved:  # a start from this file needs them
                     self.folder.config.chmod(0o600)
             provenance = collect_provenance(sys.argv, world_size=world_size)
-            provenance |= {"lineage": lineage} if lineage else {}
+            provenance |= {"lineage": self.model.lineage} if self.model.lineage else {}
             with best_effort(str(self.folder.provenance)):
                 content = json.dumps(provenance, indent=1) + "\n"
                 write_atomically(self.folder.provenance, content)
@@ -278,6 +272,15 @@ class TrainingCLI(LightningCLI):
                 logger.info("%s", self._origin.describe(settings))
             if change:
                 logger.info("%s", change)
+
+    def _trace(self, start: Path, settings: dict[str, Any]) -> None:
+        """Find out which runs are behind a checkpoint of this run or, at its beginning, another."""
+        if start.parent == self.folder.checkpoints:
+            self.model.lineage = read_values(start).get("lineage", [])
+            return
+        optim = self.model.optim
+        self._origin = read_origin(start, self.model, self.datamodule, optim, settings)
+        self.model.lineage, self.model.other_checkpoint = self._origin.lineage, start
 
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
