@@ -95,7 +95,7 @@ def test_stages_share_one_schedule_and_go_on_from_each_other(name, parts, tmp_pa
         assert steps == list(range(ENDS[stage - 2] + 1 if stage > 1 else 1, end + 1))
         rates += [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
         state = torch.load(run.checkpoint(end), weights_only=True)["state_dict"]
-        assert state["towers.clip.visual.trunk.pos_embed"].shape[1] == (size // 16) ** 2
+        assert state["towers.clip.visual.trunk.pos_embed"].shape[1] == 1 + (size // 16) ** 2
     assert rates == sorted(rates, reverse=True)  # of one cosine, after a step of warm-up
     assert rates[-1] < 0.2 * rates[0]
     out = tmp_path / "export"

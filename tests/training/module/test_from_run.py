@@ -183,11 +183,12 @@ def test_positions_are_resampled_for_larger_pictures_and_their_moments_begin_ane
     settings = {"start": path, "done": STOP, "image_size": 64}
     module, second, seen = stage(model, tmp_path, STOP + 1, **settings)
     assert module.resampled_names == {name}
-    old = first.state_dict()[name]
-    side = round(old.shape[1] ** 0.5)
+    token, old = first.state_dict()[name].split((1, 4), dim=1)
+    side = 2
     grid = old.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     bigger = functional.interpolate(grid, (2 * side, 2 * side), mode="bicubic", antialias=True)
     expected = bigger.permute(0, 2, 3, 1).reshape(1, 4 * side * side, -1)
+    expected = torch.cat([token, expected], dim=1)
     assert torch.allclose(seen.weights[name], expected, atol=1e-6)
     states = states_of(trainer, first)
     del states[name]
@@ -224,8 +225,8 @@ def test_other_models_are_refused_in_one_line(model, tmp_path):
         assert "\n" not in str(caught.value)
     # Positions that are no square grid.
     name = "towers.clip.visual.trunk.pos_embed"
-    with pytest.raises(UserError, match=r"pos_embed is \(1, 3, 64\) instead of \(1, 4, 64\)"):
-        compare(locked_module(model), {**stored, name: torch.Size([1, 3, 64])}, tmp_path)
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 4, 64\) instead of \(1, 5, 64\)"):
+        compare(locked_module(model), {**stored, name: torch.Size([1, 4, 64])}, tmp_path)
 
 
 def test_a_kernel_of_other_patches_gives_the_same_for_pictures_enlarged_alike(model):
