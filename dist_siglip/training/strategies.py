@@ -202,11 +202,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         read_into(path, model, states)
         set_model_state_dict(self.model, model, options=StateDictOptions(strict=not is_of_other))
         if resampled:
-            positions = {name: torch.empty(shapes[name]) for name in resampled}
-            read_into(path, positions)
+            before = {name: torch.empty(shapes[name]) for name in resampled}
+            read_into(path, before)
             options = StateDictOptions(full_state_dict=True, strict=False)
-            positions = resample(self.model, positions, path)
-            set_model_state_dict(self.model, positions, options=options)
+            after: dict[str, Any] = {**resample(self.model, before, path)}
+            set_model_state_dict(self.model, after, options=options)
         for optimizer, state, saved, late in zip(
             self.optimizers, states, groups, lacking, strict=False
         ):
