@@ -77,8 +77,9 @@ class Objective(nn.Module):
 
     Args:
         weight: factor of its terms, >= 0; at 0 it is not computed.
-        start: steps before it begins; below 1 a share of ``trainer.max_steps``. Before that it is
-            not computed, and its heads stay as they were built.
+        start: steps before it begins; below 1 a share of ``trainer.max_steps``, or of
+            ``optim.schedule_steps`` if that is given. Before that it is not computed, and its heads
+            stay as they were built.
         ramp_steps: steps over which the weight then rises, by equal parts.
 
     Raises:

@@ -28,6 +28,7 @@ from dist_siglip.models.tuning import layer_groups
 from dist_siglip.objectives import Objective, Regions, Rows, Term
 from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.run_module import RunModule
+from dist_siglip.training.optim import OptimConfig
 
 Terms = dict[str, dict[str, Term]]
 
@@ -303,6 +304,7 @@ class ObjectiveModule(RunModule):
     """
 
     objectives: nn.ModuleDict
+    optim: OptimConfig
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,8 +336,9 @@ class ObjectiveModule(RunModule):
 
     def begin_objectives(self) -> dict[str, Objective]:
         """Weigh the objectives for the step under way; return those that count in it."""
+        total_steps = self.optim.total_steps(self.trainer.max_steps)
         self._weights = {
-            name: objective.weight_at(self.global_step, self.trainer.max_steps)
+            name: objective.weight_at(self.global_step, total_steps)
             for name, objective in self.by_name.items()
         }
         return {name: each for name, each in self.by_name.items() if self._weights[name]}

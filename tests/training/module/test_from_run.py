@@ -136,6 +136,14 @@ def test_without_anything_new_a_second_run_is_the_first_one_going_on(
     assert not module.fresh_names
 
 
+def test_a_share_of_the_steps_is_one_of_the_schedule(model, tmp_path):
+    """An objective that begins at 60 % of five steps does not begin in a run of three."""
+    for steps, begins in ((STOP, False), (STOP + 1, True)):
+        heads = Captioning(layers=1, start=0.6)
+        module, *_ = stage(model, tmp_path, steps, objectives=[heads])
+        assert bool(module.state_dict()[f"{HEADS}output.weight"].any()) == begins
+
+
 def test_heads_that_a_run_lacks_begin_fresh_and_all_else_goes_on(model, tmp_path):
     path = tmp_path / "first.ckpt"
     first, trainer, _ = stage(model, tmp_path, STOP, save=path)
