@@ -128,6 +128,7 @@ _RUN: dict[str, Range] = {
     "model.context_length": Range(2, _MOST),
     "model.kept_positions": _FROM_0,
     "model.patch_dropout": _DECAY,
+    "model.teacher_momentum": _DECAY,
     "model.prefix_dims": _FROM_1,
     "model.teachers.bias": Range(),
     "model.teachers.dim": _FROM_1,

@@ -152,6 +152,18 @@ class Objective(nn.Module):
             >>> [objective.weight_at(step, 10) for step in (4, 5, 6, 9)]
             [0.0, 0.5, 1.0, 2.0]
         """
+        start = self.first_step(max_steps)
+        if step < start:
+            return 0.0
+        ramp = max(self.ramp_steps, 1)
+        return self.weight * min((step - start + 1) / ramp, 1.0)
+
+    def first_step(self, max_steps: int) -> int:
+        """Return the first step, counted from 0, in which the weight is above 0.
+
+        Raises:
+            UserError: as ``weight_at``.
+        """
         start = self.start
         if 0 < start < 1:
             if max_steps < 1:
@@ -160,10 +172,7 @@ class Objective(nn.Module):
                     f"({max_steps}), which must be at least 1; or give start in steps"
                 )
             start = round(start * max_steps)
-        if step < start:
-            return 0.0
-        ramp = max(self.ramp_steps, 1)
-        return self.weight * min((step - start + 1) / ramp, 1.0)
+        return math.ceil(start)
 
 
 def uniform(draws: Tensor, stream: int) -> Tensor:

@@ -257,7 +257,8 @@ class SelfDistillation(TeacherObjective):
 class MaskedPrediction(TeacherObjective):
     """Cross-entropy of hidden patches against what the teacher, which sees them, says there.
 
-        L = 1/N sum_i ( sum_n m_in H_in / sum_n m_in ),    H_in = - sum_k p_ink log softmax(h_in/tau_s)_k
+        L    = 1/N sum_i ( sum_n m_in H_in / sum_n m_in )
+        H_in = - sum_k p_ink log softmax(h_in / tau_s)_k
 
     Hidden is what the tower embeds of a patch: a learned vector stands in for it, and its position
     stays. Teacher and student see the same view. A share of the patches of each picture, the same
@@ -374,7 +375,8 @@ class MaskedPrediction(TeacherObjective):
 
     def forward(self, rows: Rows) -> dict[str, Term]:
         """Return ``masked_prediction_loss``, in nats per patch, summed over pictures."""
-        assert rows.masked_tokens is not None and rows.mask is not None
+        assert rows.masked_tokens is not None
+        assert rows.mask is not None
         tokens = rows.masked_tokens
         if not self.all_patches:
             tokens = _patches(tokens, rows.mask, self.num_hidden)
@@ -384,7 +386,7 @@ class MaskedPrediction(TeacherObjective):
 
 
 def _patches(tokens: Tensor, mask: Tensor, number: int) -> Tensor:
-    """(b, number, C) of (b, T, C), where a mask with as many in each row is True, in their order."""
+    """(b, number, C) of (b, T, C) where a mask is True, which has as many in each row."""
     places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :number]
     return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
 
