@@ -1,10 +1,11 @@
 """Where the values of a module are: in shards over the ranks, and first of all on the first one.
 
 For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third, what a loss learns a fourth; objectives and their teacher are split likewise. A block is gathered when
-it is needed and freed after. Blocks are gathered in bfloat16 where training runs in it, gradients
-are added up in float32; scale, bias and loss stay in float32. Micro-batches go backward one after
-the other: of no more than one block, and of what is in none, gradients are whole at a time.
+bias a third, what a loss learns a fourth; objectives and their teacher are split likewise. A block
+is gathered when it is needed and freed after. Blocks are gathered in bfloat16 where training runs
+in it, gradients are added up in float32; scale, bias and loss stay in float32. Micro-batches go
+backward one after the other: of no more than one block, and of what is in none, gradients are whole
+at a time.
 """
 
 from collections.abc import Iterable
