@@ -64,9 +64,9 @@ def test_compiled_towers_keep_names_and_features(kind):
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip", "custom_text"])
-def test_a_view_of_the_model_s_size_has_the_tokens_of_a_whole_pass(kind, tmp_path):
+def test_a_view_of_the_model_s_size_has_the_tokens_of_a_whole_pass(kind):
     torch.manual_seed(1)
-    towers = build_dual_encoder(write_config(tmp_path / "m.json", ARCHITECTURES[kind])).encoder
+    towers = DualEncoder(network_of(ARCHITECTURES[kind]))
     images = torch.randn(3, 3, 32, 32)
     features, tokens = towers.encode_image_tokens(images)
     pooled, of_view = towers.encode_view(images)
@@ -80,10 +80,10 @@ def test_a_view_of_the_model_s_size_has_the_tokens_of_a_whole_pass(kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
-def test_a_hidden_patch_is_replaced_behind_its_embedding_and_keeps_its_position(kind, tmp_path):
+def test_a_hidden_patch_is_replaced_behind_its_embedding_and_keeps_its_position(kind):
     """Pixels of it do not matter; hiding pixels instead gives something else, and is rejected."""
     torch.manual_seed(1)
-    towers = build_dual_encoder(write_config(tmp_path / "m.json", ARCHITECTURES[kind])).encoder
+    towers = DualEncoder(network_of(ARCHITECTURES[kind]))
     patch, per_side = (16, 2) if kind == "siglip" else (8, 4)
     images = torch.randn(2, 3, 32, 32)
     mask = torch.zeros(2, per_side**2, dtype=torch.bool)
