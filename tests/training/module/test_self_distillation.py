@@ -1,18 +1,21 @@
 """Self-distillation and masked prediction in a training step, and the teacher they learn of."""
 
 import copy
+import json
 from functools import lru_cache
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 
+from dist_siglip.cli.run.training import train as train_run
 from dist_siglip.errors import UserError
-from dist_siglip.models import build_dual_encoder
+from dist_siglip.models import build_dual_encoder, compile_towers
 from dist_siglip.models.tuning import TowerConfig
 from dist_siglip.objectives import Captioning, MaskedPrediction, SelfDistillation
 from dist_siglip.training.callbacks import SkipBadSteps, WeightAverage
-from dist_siglip.training.module import SigLipModule
+from dist_siglip.training.module import SigLipModule, load_trained
 from dist_siglip.training.module.ema_teacher import EmaTeacher
 from dist_siglip.training.module.objectives import (
     build_objectives,
@@ -21,6 +24,7 @@ from dist_siglip.training.module.objectives import (
     refuse_cached,
 )
 from dist_siglip.training.strategies import FullyShardedStrategy
+from tests.support.command import write_settings
 from tests.support.objective_ranks import LAYOUTS, batch_of, rows_of
 from tests.support.processes import run_ranks
 from tests.support.self_distillation_ranks import (
@@ -332,6 +336,54 @@ def _run(rank, world_size, model, folder, sharding):
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     wanted = (*(f"train/{name}_{term}" for name in NAMES for term in TERMS), "train/grad_norm")
     return {name: logged[name] for name in wanted}
+
+
+@pytest.mark.e2e
+def test_compiled_views_give_what_eager_ones_give_with_a_graph_for_each_kind(model):
+    torch.manual_seed(1)
+    towers = build_dual_encoder(model).encoder
+    images, token = torch.randn(4, 3, 32, 32), torch.randn(64)
+    small = torch.randn(8, 3, 16, 16)
+    masks = [torch.rand(4, 4, generator=torch.Generator().manual_seed(s)) < 0.5 for s in (0, 1)]
+    views = [(images,), (small,), *((images, mask, token) for mask in masks)]
+    expected = [towers.encode_view(*view) for view in views]
+    compile_towers(towers, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for view, whole in zip(views, expected, strict=True):
+        for ours, theirs in zip(towers.encode_view(*view), whole, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.e2e
+def test_fit_reads_views_from_shards_and_tells_of_the_teacher(tmp_path):
+    settings = write_settings(tmp_path, max_steps=4, val_check_interval=4)
+    content = yaml.safe_load(settings.read_text())
+    sizes = {"prototypes": 64, "hidden": 16, "bottleneck": 8}
+    asked = {"SelfDistillation": {"local_views": 2, "start": 0.25}, "MaskedPrediction": {}}
+    content["model"]["objectives"] = [
+        {"class_path": f"dist_siglip.objectives.{name}", "init_args": {**sizes, **own}}
+        for name, own in asked.items()
+    ]
+    settings.write_text(yaml.safe_dump(content))
+    run_dir = tmp_path / "run"
+    train_run(["fit", "--config", str(settings)]).let_go()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "train/masked_prediction_entropy" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert "train/self_distillation_loss" not in logged[0]
+    for term in TERMS:
+        assert f"train/self_distillation_{term}" in logged[1]
+    report = (run_dir / "report.html").read_text()
+    assert "The teacher of masked prediction" in report
+    assert "The teacher of self distillation" in report
+    found = load_trained(run_dir=str(run_dir)).encoder
+    assert not any("teacher" in name for name in found.state_dict())
+    content["model"]["objectives"][0]["init_args"]["centre_momentum"] = 1.0
+    settings.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"centre_momentum \(1.0\) must be in \[0, 1\)"):
+        train_run(["fit", "--config", str(settings)])
 
 
 TERMS = ("loss", "entropy", "mean_entropy", "kl", "centre_norm")
