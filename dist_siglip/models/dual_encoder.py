@@ -202,14 +202,16 @@ def require_views(visual: nn.Module, who: str) -> int:
         UserError: unless it embeds square patches by one convolution, and drops none.
     """
     require_image_tokens(visual)
-    tower: Any = visual.trunk if isinstance(visual, TimmModel) else visual
-    stem = tower.patch_embed if isinstance(visual, TimmModel) else tower
-    if isinstance(visual, TimmModel) and not isinstance(stem, PatchEmbed):
+    is_timm = isinstance(visual, TimmModel)
+    tower: Any = visual.trunk if is_timm else visual
+    stem = getattr(tower, "patch_embed", None) if is_timm else tower
+    if not isinstance(stem, PatchEmbed | OwnVisionTransformer):
         raise UserError(
-            f"{who} needs an image tower that embeds patches by themselves, and this one has "
-            f"{type(stem).__name__}; choose a plain ViT, such as ViT-B-16-SigLIP"
+            f"{who} needs an image tower that sees one size and embeds patches by one convolution, "
+            f"and this one ({type(tower).__name__}) does not; choose a plain ViT, such as "
+            "ViT-B-16-SigLIP"
         )
-    dropout = tower.patch_drop if isinstance(visual, TimmModel) else tower.patch_dropout
+    dropout = tower.patch_drop if is_timm else tower.patch_dropout
     if not isinstance(dropout, nn.Identity):
         raise UserError(
             f"{who} needs every patch, and the image tower drops some in training; set "

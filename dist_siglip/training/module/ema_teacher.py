@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.transforms import ViewRule
 from dist_siglip.distributed import max_over_ranks, sum_over_ranks
 from dist_siglip.errors import UserError
@@ -63,6 +64,31 @@ def refuse_sinkhorn(objectives: Mapping[str, Objective], micro_batch_size: int |
                 f"assignment (sinkhorn) of {type(each).__name__} needs the whole batch at once, "
                 f"and micro_batch_size is {micro_batch_size}; set it to null, or take centre"
             )
+
+
+def student_views(objectives: Mapping[str, Objective], batch: ImageTextBatch) -> dict[str, Tensor]:
+    """Return the fields of a batch with the views that its student sees.
+
+    Raises:
+        UserError: if an objective needs views that the batch does not bring.
+    """
+    found: dict[str, Tensor] = {}
+    for need, name in (("local views", "local_views"), ("masked view", "views")):
+        users = [each for each in objectives.values() if need in each.needs]
+        column: Tensor | None = getattr(batch, name)
+        if users and column is None:
+            raise missing_views(users[0])
+        if users and column is not None:
+            found[name] = column
+    return found
+
+
+def missing_views(objective: Objective) -> UserError:
+    """The error of a batch without the views that an objective needs."""
+    return UserError(
+        f"objectives ({type(objective).__name__}) need views of the pictures in every batch; give "
+        "the data set a ViewTransform of module.inputs.views, as ImageTextDataModule does"
+    )
 
 
 class EmaTeacher(nn.Module):

@@ -33,7 +33,12 @@ from dist_siglip.objectives import (
     Targets,
     Term,
 )
-from dist_siglip.training.module.ema_teacher import EmaTeacher, with_teacher
+from dist_siglip.training.module.ema_teacher import (
+    EmaTeacher,
+    missing_views,
+    student_views,
+    with_teacher,
+)
 from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.run_module import RunModule
 
@@ -171,7 +176,7 @@ def encode_with_terms(
     regions = regions_of(batch)
     if regions is not None:
         columns |= {"region_texts": regions.texts, "region_boxes": regions.boxes}
-    columns |= _view_columns(objectives, batch)
+    columns |= student_views(objectives, batch)
     columns |= {f"targets {name}": each.rows for name, each in targets.items()}
 
     def encode(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -228,27 +233,6 @@ def encode_with_terms(
     for (name, term), total, number in zip(names, totals, numbers, strict=True):
         terms[name][term] = Term(total, number)
     return features, terms
-
-
-def _view_columns(objectives: Mapping[str, nn.Module], batch: ImageTextBatch) -> dict[str, Tensor]:
-    """Views of a batch that the student sees."""
-    found: dict[str, Tensor] = {}
-    for need, name in (("local views", "local_views"), ("masked view", "views")):
-        users = [e for e in objectives.values() if need in cast("Objective", e).needs]
-        column: Tensor | None = getattr(batch, name)
-        if users and column is None:
-            raise missing_views(users[0])
-        if users and column is not None:
-            found[name] = column
-    return found
-
-
-def missing_views(objective: nn.Module) -> UserError:
-    """The error of a batch without the views that an objective needs."""
-    return UserError(
-        f"objectives ({type(objective).__name__}) need views of the pictures in every batch; give "
-        "the data set a ViewTransform of module.inputs.views, as ImageTextDataModule does"
-    )
 
 
 def draws_of(batch: ImageTextBatch, step: int) -> Tensor:
