@@ -191,10 +191,10 @@ def balanced(rows):
     return ((rows - sinkhorn_centre(rows, axes, 0.1)) / 0.1).softmax(dim=1)
 
 
-def balanced_on_ranks(rank, world_size, uneven):
-    cut = 1 if uneven else 2
-    rows = exact(BALANCED)[:cut] if rank == 0 else exact(BALANCED)[cut:]
-    return balanced(rows)[:, 0].tolist()
+def balanced_on_ranks(rank, world_size):
+    """With two rows on each rank, then with one and three."""
+    parts = [exact(BALANCED)[:cut] if rank == 0 else exact(BALANCED)[cut:] for cut in (2, 1)]
+    return [balanced(rows)[:, 0].tolist() for rows in parts]
 
 
 def test_the_published_case_of_sinkhorn_on_one_process_and_two():
@@ -203,9 +203,8 @@ def test_the_published_case_of_sinkhorn_on_one_process_and_two():
     assert torch.allclose(found, exact(reference.sinkhorn(BALANCED, 0.1)), atol=1e-12)
     plain = (exact(BALANCED) / 0.1).softmax(dim=1)[:, 0]
     assert plain.tolist() == pytest.approx([0.731059, 0.689974, 0.549834, 0.450166], abs=1e-6)
-    for uneven in (False, True):
-        parts = run_ranks(balanced_on_ranks, 2, uneven)
-        assert parts[0] + parts[1] == pytest.approx(GLOBAL, abs=1e-6)
+    for first, second in zip(*run_ranks(balanced_on_ranks, 2), strict=True):
+        assert first + second == pytest.approx(GLOBAL, abs=1e-6)
     # The comparison rejects one that each rank balances by itself.
     alone = [*balanced(exact(BALANCED)[:2])[:, 0], *balanced(exact(BALANCED)[2:])[:, 0]]
     assert [value.item() for value in alone] == pytest.approx(LOCAL, abs=1e-6)

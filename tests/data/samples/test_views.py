@@ -24,7 +24,7 @@ def dataset_of(shards, rule):
     inputs = tiny_inputs()
     views = None if rule is None else ViewTransform(rule, inputs, scaled_decode=True)
     return PairDataset(
-        build_pair_table(shards),
+        build_pair_table(shards, image_extensions=("png",)),
         training_transform(inputs, (0.5, 1.0)),
         seed=3,
         pictures=PicturePolicy(),
