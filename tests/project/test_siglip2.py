@@ -21,7 +21,7 @@ POSITIONS = {
     "b16": "towers.clip.visual.trunk.pos_embed",
     "quickstart": "towers.clip.visual.positional_embedding",
 }
-ENDS = (4, 5, 6)  # steps at which the runs end, the last one with the schedule
+ENDS = (8, 9, 10)  # steps at which the runs end, the last one with the schedule
 pytestmark = pytest.mark.e2e
 
 
@@ -99,6 +99,15 @@ def test_stages_share_one_schedule_and_go_on_from_each_other(name, parts, tmp_pa
         assert steps == list(range(ENDS[stage - 2] + 1 if stage > 1 else 1, end + 1))
         rates += [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
         state = torch.load(run.checkpoint(end), weights_only=True)["state_dict"]
+        if stage > 1:
+            teacher = state[f"teacher.{POSITIONS[name].removeprefix('towers.clip.')}"]
+            assert teacher.shape == state[POSITIONS[name]].shape
+            assert not torch.equal(teacher, state[POSITIONS[name]])
+            assert all(
+                line["train/self_distillation_weight"] == 0.25
+                for line in lines
+                if "train/self_distillation_weight" in line
+            )
         assert state[POSITIONS[name]].shape[-2] == 1 + (size // 16) ** 2
     assert rates == sorted(rates, reverse=True)  # of one cosine, after a step of warm-up
     assert rates[-1] < 0.2 * rates[0]

@@ -39,6 +39,7 @@ from dist_siglip.data.samples.stages import (
     run_stages,
 )
 from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform
+from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
@@ -148,6 +149,8 @@ class _Made(NamedTuple):
     teacher_image_row: Tensor | None = None
     teacher_text_row: Tensor | None = None
     region: Region | None = None
+    view: Tensor | None = None
+    local_views: Tensor | None = None
 
 
 class PairDataset(Dataset[PairSample]):
@@ -177,6 +180,7 @@ class PairDataset(Dataset[PairSample]):
         reinforced: augmentations, synthetic captions and rows of teachers that shards store; in
             place of ``transform`` the augmentations are replayed.
         regions: where regions of pictures are, and which one a sample gets.
+        views: further views of each picture, drawn behind everything else of it. None: no others.
 
     Attributes:
         picture_id: may be set to None until the data set is loaded from, where nobody asks.
@@ -204,6 +208,7 @@ class PairDataset(Dataset[PairSample]):
         picture_id: str | None = PICTURE_BYTES,
         reinforced: ReinforcedSamples | None = None,
         regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
+        views: ViewTransform | None = None,
     ) -> None:
         regions.check_reading(
             table.caption_extensions,
@@ -228,6 +233,7 @@ class PairDataset(Dataset[PairSample]):
         self.picture_id = picture_id
         self._reinforced = reinforced
         self._regions = regions
+        self._views = views
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
@@ -269,6 +275,8 @@ class PairDataset(Dataset[PairSample]):
                     teacher_text_features=teachers.get("text", made.teacher_text_row),
                     more_captions=tuple(made.captions[1:]),
                     region=made.region,
+                    view=made.view,
+                    local_views=made.local_views,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -370,11 +378,13 @@ class PairDataset(Dataset[PairSample]):
                     image, region = self._seen(picture, regions, key)
                 else:
                     image, region = view.replay(picture), None
+                views = self._more_views(picture)
                 if picture.is_truncated:
                     self._truncated.note(sample_id)
                 if view is None:
-                    return _Made(image, captions, identity, region=region)
-                return _Made(image, captions, identity, view.image_row, view.text_row)
+                    return _Made(image, captions, identity, None, None, region, *views)
+                rows = view.image_row, view.text_row
+                return _Made(image, captions, identity, *rows, None, *views)
             shard, name = self.table.name(sample_id)
             sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": captions[0]}
             if captions[1:]:
@@ -391,7 +401,14 @@ class PairDataset(Dataset[PairSample]):
                 moved = {self._regions.json_field: changed["regions"]}
                 regions = self._regions.read(moved, is_empty=self._is_empty)
             image, region = self._seen(changed["image"], regions, key)
-            return _Made(image, captions, identity, region=region)
+            views = self._more_views(changed["image"])
+            return _Made(image, captions, identity, None, None, region, *views)
+
+    def _more_views(
+        self, picture: EncodedPicture | Image.Image
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Make what objectives see of a picture beside the pair; last of all that is drawn."""
+        return (None, None) if self._views is None else self._views(picture)
 
     def _seen(
         self, picture: EncodedPicture | Image.Image, regions: Sequence[Region], key: tuple[int, ...]

@@ -46,6 +46,7 @@ from dist_siglip.data.samples.transforms import (
     evaluation_transform,
     training_transform,
 )
+from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import check_ranks_started_alike
 from dist_siglip.training.datamodule.sources import ShardTables, TrainSource
@@ -368,6 +369,9 @@ class ImageTextDataModule(BatchTransfer):
                 features=self.features,
                 teacher_features=self.teacher_features,
                 reinforced=self._reinforced(replay),
+                views=None
+                if self.inputs.views is None
+                else ViewTransform(self.inputs.views, self.inputs, self.scaled_decode),
             )
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)

@@ -98,7 +98,10 @@ class EncodingModule(ObjectiveModule):
         size, step = self.micro_batch_size or len(batch.images), self.global_step
         self._cached = []
         later = self._cached if self._is_sharded else None
-        images, terms = encode_with_terms(self.towers, objectives, batch, step, size, later=later)
+        targets = self.look_at_teacher(objectives, batch, size)
+        images, terms = encode_with_terms(
+            self.towers, objectives, batch, step, size, later=later, targets=targets
+        )
         texts, encode = batch.all_texts(), self.towers.encode_text
         size = self.micro_batch_size or len(texts)
         return images, self._encode_part("text", texts, encode, size), terms

@@ -203,6 +203,8 @@ class RunModule(LightningModule):
         fresh_names: parameters and buffers that it lacked, once it is loaded.
         resampled_names: positions that it had on another grid.
         lineage: runs that this one goes on from, earliest first, as checkpoints keep them.
+        is_step_skipped: (), bool, whether the optimizer leaves out the step under way; None where
+            none is left out.
         normalizes_pictures: whether batches hold pixels as uint8, which the towers normalise
             micro-batch by micro-batch; a subclass that needs floats in ``batch.images`` sets it to
             False.
@@ -224,6 +226,7 @@ class RunModule(LightningModule):
         self.fresh_names: frozenset[str] = frozenset()
         self.resampled_names: frozenset[str] = frozenset()
         self.lineage: list[dict[str, Any]] = []
+        self.is_step_skipped: Tensor | None = None
         self._loaded_steps = 0
         self._evaluation_weights = EvaluationWeights()
         # Stays on the device of the batches: reading it each step would wait for the GPU.
@@ -399,12 +402,16 @@ class RunModule(LightningModule):
         Lightning's own clipping refuses fused AdamW under mixed precision.
         """
         is_logged, check = self._is_logged_step(), self.step_check
-        is_wanted = is_logged or check is not None
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        is_wanted = is_logged or check is not None or is_scaled
         norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
         if norm is not None and is_logged:
             self.log("train/grad_norm", norm)
+        self.is_step_skipped = None
         if norm is not None and check is not None:
-            check.decide(optimizer, norm)
+            self.is_step_skipped = check.decide(optimizer, norm)
+        elif norm is not None and is_scaled:
+            self.is_step_skipped = ~norm.isfinite()
 
     def _is_logged_step(self) -> bool:
         """Whether the step under way is one Lightning writes to its loggers."""
