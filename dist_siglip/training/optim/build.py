@@ -214,15 +214,7 @@ class OptimConfig:
         _require("cooldown_steps", self.cooldown_steps, cools, f"0 with schedule {self.schedule}")
 
     def total_steps(self, max_steps: int) -> int:
-        """Return the step at which the schedule of a run of so many steps ends.
-
-        Raises:
-            UserError: If schedule_steps ends before the run.
-
-        Example:
-            >>> OptimConfig(schedule_steps=10).total_steps(8), OptimConfig().total_steps(8)
-            (10, 8)
-        """
+        """Return the step at which the schedule ends; a UserError if the run is longer."""
         end = max_steps if self.schedule_steps is None else self.schedule_steps
         _require("schedule_steps", end, end >= max_steps, f"at least max_steps ({max_steps})")
         return end
