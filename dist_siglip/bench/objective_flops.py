@@ -13,6 +13,8 @@ that the decoder writes:
     decoder, logits     2 L C V
     pairwise loss       2 N D                             N pairs, D columns
     logits of teachers  2 N (D_1 + ... + D_K)             once for each pass of the loss
+    head of prototypes  2 (C H + H^2 + H D)               hidden width H, D numbers, a vector
+    its logits          2 D K                             K prototypes
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,12 @@ from torch import nn
 
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, build_dual_encoder
-from dist_siglip.objectives import Captioning
+from dist_siglip.objectives import (
+    Captioning,
+    MaskedPrediction,
+    SelfDistillation,
+    TeacherObjective,
+)
 
 FORWARD_ALONE = 1
 FORWARD_AND_BACKWARD = 3
@@ -100,17 +107,28 @@ class Towers(NamedTuple):
     @property
     def parts(self) -> list[Part]:
         """The towers, and the pooling of the image tower where it attends."""
-        width = self.image.width
-        image = 2.0 * self.num_patches * self.patch_values * width + self.image.flops
         found = [
-            Part("image tower", image + 2 * self.projections[0]),
+            Part("image tower", self._view(self.num_patches) + 2 * self.projections[0]),
             Part("text tower", self.text.flops + 2 * self.projections[1]),
         ]
         if self.pool_mlp_width:
-            row = 4.0 * width + 4 * self.pool_mlp_width  # of the one query: in, out, MLP
-            pool = width * (row + self.num_patches * (4 * width + 4))
-            found.insert(1, Part("attention pooling", pool))
+            found.insert(1, Part("attention pooling", self._pool(self.num_patches)))
         return found
+
+    def view_flops(self, num_patches: int) -> float:
+        """FLOPs of a pass of the image tower, pooling included, over so many patches."""
+        pool = self._pool(num_patches) if self.pool_mlp_width else 0.0
+        return self._view(num_patches) + pool
+
+    def _view(self, num_patches: int) -> float:
+        prefix = self.image.tokens - self.num_patches
+        blocks = self.image._replace(tokens=prefix + num_patches).flops
+        return 2.0 * num_patches * self.patch_values * self.image.width + blocks
+
+    def _pool(self, num_patches: int) -> float:
+        width = self.image.width
+        row = 4.0 * width + 4 * self.pool_mlp_width  # of the one query: in, out, MLP
+        return width * (row + num_patches * (4 * width + 4))
 
     @classmethod
     def of(cls, built: BuiltModel) -> "Towers":
@@ -251,6 +269,40 @@ def caption_parts(built: BuiltModel, settings: Mapping[str, Any]) -> list[Part]:
     return Decoder(blocks, *shape, len(objective.output.weight)).parts
 
 
+def teacher_parts(built: BuiltModel, entries: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Return what objectives with one teacher add to a model: its pass, then views and heads."""
+    shape = built.encoder.image_token_shape(built.image_size)
+    towers = Towers.of(built)
+    whole = towers.view_flops(towers.num_patches)
+    parts = [Part("teacher, global view", whole, FORWARD_ALONE)]
+    for entry in entries:
+        with torch.device("meta"):
+            objective: TeacherObjective = _OF_TEACHERS[_class_name(entry)](
+                **entry.get("init_args", {})
+            )
+            objective.build(built, shape)
+        if isinstance(objective, MaskedPrediction):
+            seen = shape.num_tokens if objective.all_patches else objective.num_hidden
+            told, vectors = seen, seen
+            parts.append(Part("global view with hidden patches", whole))
+        else:
+            views = objective.views
+            pixels = towers.patch_values / 3
+            told, vectors = 1, views.local_views
+            local = towers.view_flops(round(views.local_size**2 / pixels))
+            parts.append(Part("local views", views.local_views * local))
+        row = 2.0 * sum(each.numel() for each in objective.head.mlp.parameters() if each.ndim == 2)
+        logits = 2.0 * objective.head.directions.numel()
+        name = objective.name.replace("_", " ")
+        parts += [
+            Part(f"{name}, head", vectors * row),
+            Part(f"{name}, logits", vectors * logits, _MADE_TWICE),
+            Part(f"{name}, head of the teacher", told * row, FORWARD_ALONE),
+            Part(f"{name}, logits of the teacher", told * logits, 2 * FORWARD_ALONE),
+        ]
+    return parts
+
+
 def step_parts(
     built: BuiltModel, settings: Mapping[str, Mapping[str, Any]], global_batch_size: int
 ) -> list[Part] | None:
@@ -278,7 +330,13 @@ def step_parts(
     of_towers = Towers.of(built).parts
     of_captions = [of_towers.pop(), *of_loss]
     parts = of_towers + [each._replace(forward=each.forward * num_captions) for each in of_captions]
-    for objective in model.get("objectives") or []:
+    objectives = model.get("objectives") or []
+    with_teacher = [each for each in objectives if _class_name(each) in _OF_TEACHERS]
+    if with_teacher:
+        parts += teacher_parts(built, with_teacher)
+    for objective in objectives:
+        if objective in with_teacher:
+            continue
         count = _COUNTED.get(_class_name(objective))
         if count is None:
             return None
@@ -312,6 +370,10 @@ def step_flops_of(parts: Sequence[Part]) -> float:
 
 _COUNTED: dict[str, Callable[[BuiltModel, Mapping[str, Any]], list[Part]]] = {
     "Captioning": caption_parts
+}
+_OF_TEACHERS: dict[str, Callable[..., TeacherObjective]] = {
+    "MaskedPrediction": MaskedPrediction,
+    "SelfDistillation": SelfDistillation,
 }
 
 

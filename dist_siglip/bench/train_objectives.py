@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 ALONE = "sigmoid alone"
 _ALL = "all"
 _CAPTIONING = "dist_siglip.objectives.Captioning"
+_OF_TEACHERS = [
+    {"class_path": f"dist_siglip.objectives.{name}"}
+    for name in ("SelfDistillation", "MaskedPrediction")
+]
 _DISTILLATION = "dist_siglip.losses.DistillationLoss"
 _LIVE, _STORED = "live teacher", "stored teacher"
 _TEACHER_LOGITS = (10.0, -10.0)  # scale and bias
@@ -110,6 +114,8 @@ def _built_in(
         "matryoshka": {"model": {"loss": nested}},
         _STORED: {"model": {"loss": distil, "teachers": [stored]}},
         _LIVE: {"model": {"loss": distil, "teachers": [live]}},
+        "self-distillation and masked prediction": {"model": {"objectives": _OF_TEACHERS}},
+        "masked prediction": {"model": {"objectives": _OF_TEACHERS[1:]}},
     }
     if has_records:
         tasks = {"tasks": ["caption", "referring", "grounded"]}

@@ -22,6 +22,7 @@ from dist_siglip.data.samples.transforms import (
     evaluation_transform,
     training_transform,
 )
+from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.system.moved import look_up_in
 
@@ -40,6 +41,7 @@ __all__ = [
     "RandomFlip",
     "RegionRule",
     "StreamPosition",
+    "ViewTransform",
     "build_pair_table",
     "caption_id",
     "epoch_order",

@@ -47,7 +47,8 @@ from dist_siglip.metrics.dense import (
 )
 from dist_siglip.metrics.rows import check_same_settings, raise_together
 from dist_siglip.metrics.tiles import exact_similarity
-from dist_siglip.models.dual_encoder import DualEncoder, require_image_tokens
+from dist_siglip.models.dual_encoder import DualEncoder
+from dist_siglip.models.image_tokens import require_image_tokens
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0

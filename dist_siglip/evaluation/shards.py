@@ -17,11 +17,10 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION
-from dist_siglip.data.index.pairs import PairTable, build_pair_table
+from dist_siglip.data.index.pairs import PairTable, build_pair_table, check_ranks_agree
 from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.dataset import check_ranks_agree
 from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PICTURE_EXTENSIONS
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.data.urls import expand_shards

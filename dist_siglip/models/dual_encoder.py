@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer as OwnVisionTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
@@ -31,7 +29,12 @@ from torch.utils.checkpoint import checkpoint, get_device_states, set_device_sta
 from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.patches import PatchBudget
 from dist_siglip.errors import UserError
-from dist_siglip.models.naflex import NaFlexTower
+from dist_siglip.models.image_tokens import (
+    pool_and_tokens,
+    pool_view,
+    project_tokens,
+    require_image_tokens,
+)
 
 
 class TokenShape(NamedTuple):
@@ -74,7 +77,8 @@ class DualEncoder(nn.Module):
         self.clip: Any = clip
         self.normalizer = normalizer
         self._kept_in_evaluation: tuple[nn.Module, ...] = ()
-        self._pool_and_tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = _pool_and_tokens
+        self._pool_and_tokens: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = pool_and_tokens
+        self._pool_view: Callable[..., tuple[Tensor, Tensor]] = pool_view
 
     @property
     def is_kept_in_evaluation(self) -> bool:
@@ -137,7 +141,23 @@ class DualEncoder(nn.Module):
         _, tokens = self._pool_and_tokens(visual, self.pixels(images))
         tower = visual.trunk.patch_embed if isinstance(visual, TimmModel) else visual
         height, width = tower.patch_size
-        return PatchTokens(tokens, unit_rows(_project_tokens(visual, tokens)), (height, width))
+        return PatchTokens(tokens, unit_rows(project_tokens(visual, tokens)), (height, width))
+
+    def encode_view(
+        self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode pictures of any size, perhaps with hidden patches, before any projection.
+
+        Args:
+            images: (B, 3, h, w), as ``encode_image`` takes them; patches divide both sides, and
+                positions are resampled to them.
+            mask: (B, T) bool; True where ``mask_token`` stands in for what a patch embeds to.
+            mask_token: (C,).
+
+        Returns:
+            (B, C) pooled vectors; (B, T, C) tokens as of ``encode_image_tokens``.
+        """
+        return self._pool_view(self.clip.visual, self.pixels(images), mask, mask_token)
 
     @torch.no_grad()
     def image_token_shape(self, image_size: int | tuple[int, int]) -> TokenShape:
@@ -151,7 +171,7 @@ class DualEncoder(nn.Module):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         empty = next(visual.parameters()).new_zeros(1, 3, height, width)
         with evaluation_mode(visual):
-            _, tokens = _pool_and_tokens(visual, empty)
+            _, tokens = pool_and_tokens(visual, empty)
         return TokenShape(*tokens.shape[1:])
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -179,53 +199,6 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode both: image features (B, D) and text features (B, D)."""
         return self.encode_image(images), self.encode_text(texts)
-
-
-def require_image_tokens(visual: nn.Module) -> None:
-    """Refuse an image tower that does not give its tokens behind the last norm.
-
-    Raises:
-        UserError: unless it is a VisionTransformer of timm or of open_clip, the latter without
-            attention pooling.
-    """
-    tower = visual.trunk if isinstance(visual, TimmModel) else visual
-    if isinstance(tower, OwnVisionTransformer) and tower.attn_pool is None:
-        return
-    if isinstance(visual, NaFlexTower):
-        return
-    if not isinstance(visual, TimmModel) or not isinstance(tower, VisionTransformer):
-        raise UserError(
-            f"the image tower ({type(tower).__name__}) gives no patch tokens; choose "
-            "a ViT without attention pooling of open_clip's own, or one of timm, such as "
-            "ViT-B-16-SigLIP"
-        )
-
-
-def _pool_and_tokens(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pass pixels through an image tower by its parts; what its ``forward`` gives, and tokens."""
-    if isinstance(visual, NaFlexTower):
-        return visual.pool_and_tokens(pixels)
-    if isinstance(visual, TimmModel):
-        trunk: Any = visual.trunk
-        tokens = trunk.forward_features(pixels)
-        return visual.head(trunk.forward_head(tokens)), tokens[:, trunk.num_prefix_tokens :]
-    rows = visual.transformer(visual._embeds(pixels))
-    pooled, tokens = visual._pool(rows)
-    if visual.final_ln_after_pool:
-        tokens = visual.ln_post(tokens)
-    return pooled if visual.proj is None else pooled @ visual.proj, tokens
-
-
-def _project_tokens(visual: Any, tokens: Tensor) -> Tensor:
-    """Pool and project each of (B, T, C) tokens as if it were the only one: (B, T, D)."""
-    if not isinstance(visual, TimmModel):
-        return tokens if visual.proj is None else tokens @ visual.proj
-    trunk: Any = visual.trunk
-    rows = tokens.flatten(0, 1)
-    if trunk.attn_pool is not None:
-        rows = trunk.attn_pool(rows[:, None])
-    rows = visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(rows))))
-    return rows.unflatten(0, tokens.shape[:2])
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -270,7 +243,9 @@ def compile_towers(encoder: DualEncoder, *, backend: str = "inductor") -> None:
     clip = encoder.clip
     for tower in (clip.visual, clip.text if hasattr(clip, "text") else clip.transformer):
         tower.compile(backend=backend)
-    encoder._pool_and_tokens = torch.compile(_pool_and_tokens, backend=backend)
+    encoder._pool_and_tokens = torch.compile(pool_and_tokens, backend=backend)
+    # A graph for each size of views, with and without hidden patches.
+    encoder._pool_view = torch.compile(pool_view, backend=backend, dynamic=False)
 
 
 def encode_in_micro_batches(

@@ -19,6 +19,7 @@ from open_clip.model import (
     resize_pos_embed,
     resize_text_pos_embed,
 )
+from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 _IMAGE_GRID = "visual.positional_embedding"
 _TIMM_GRID = "visual.trunk.pos_embed"
+_IMAGE_POSITIONS = (_IMAGE_GRID, _TIMM_GRID)
+_TIMM_KERNEL = "visual.trunk.patch_embed.proj.weight"
+# What depends on how a picture is cut into patches.
+OF_THE_GRID = (*_IMAGE_POSITIONS, _TIMM_KERNEL)
 _TEXTS = ("positional_embedding", "text.positional_embedding")
 # Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
 TOWERS_PREFIX = "towers."
@@ -58,7 +63,7 @@ class ImageResampling(NamedTuple):
 def resize_positions(
     network: nn.Module,
     tensors: dict[str, Tensor],
-    own: dict[str, Tensor],
+    own: Mapping[str, Tensor],
     path: Path,
     *,
     resampling: ImageResampling,
@@ -78,7 +83,7 @@ def resize_positions(
         UserError: If more positions are to be kept than there are.
     """
     visual: Any = network.visual
-    for key in (_IMAGE_GRID, _TIMM_GRID, *_TEXTS):
+    for key in (*_IMAGE_POSITIONS, *_TEXTS):
         old = tensors.get(key)
         if old is None or key not in own or not _differ_in_length(old, own[key]):
             continue
@@ -188,6 +193,39 @@ class Weights:
     logit_bias: float | None
     global_batch_size: int | None = None
     resampling: ImageResampling = _OF_OPEN_CLIP
+
+
+def is_of_another_grid(network: Any, name: str, before: torch.Size, now: torch.Size) -> bool:
+    """Whether ``resample_for_grid`` can bring one of ``OF_THE_GRID`` to the shape in a network.
+
+    Args:
+        network: open_clip's.
+        name: as in the network.
+        before: shape it has.
+        now: shape it is to have.
+    """
+    if name == _TIMM_KERNEL:
+        return len(before) == len(now) and before[:2] == now[:2]
+    is_longer = before[-1:] == now[-1:] and before[:-2] == now[:-2]
+    visual = network.visual
+    grid = visual.grid_size if name == _IMAGE_GRID else visual.trunk.patch_embed.grid_size
+    return is_longer and _is_square(before[-2] - (now[-2] - math.prod(grid)))
+
+
+def resample_for_grid(network: nn.Module, name: str, old: Tensor, path: Path) -> Tensor:
+    """Bring one of ``OF_THE_GRID`` to another size: positions as open_clip, a kernel as FlexiViT.
+
+    Source:
+        Beyer et al. 2023 (FlexiViT), arXiv:2212.08013, section 3.4, for kernels: products with
+        patches that are enlarged alike stay the same.
+    """
+    own = network.get_parameter(name)
+    if name == _TIMM_KERNEL:
+        logger.info("resized %s of %s: %s -> %s", name, path, tuple(old.shape), tuple(own.shape))
+        return resample_patch_embed(old, list(own.shape[-2:]))
+    tensors, wanted = {name: old}, {name: own}
+    resize_positions(network, tensors, wanted, path, resampling=_OF_OPEN_CLIP, kept_positions=0)
+    return tensors[name]
 
 
 def read_weights(path: Path, *, average: bool | None = None) -> Weights:

@@ -10,6 +10,7 @@ whose mean over ranks is the mean over the global batch, whatever the local batc
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from dist_siglip.errors import UserError
 from dist_siglip.models import BuiltModel, TokenShape
 
-Need = Literal["image tokens", "captions", "regions"]
+Need = Literal["image tokens", "captions", "regions", "global view", "local views", "masked view"]
 
 
 class Regions(NamedTuple):
@@ -38,6 +39,24 @@ class Regions(NamedTuple):
         return self.boxes[:, 2] > self.boxes[:, 0]
 
 
+class Targets(NamedTuple):
+    """What a teacher says of some rows, and what turns it into probabilities.
+
+        p_n = softmax((prototypes y_n - centre) / temperature)
+
+    Attributes:
+        rows: (b, R, D), y: R vectors of length 1 of each picture.
+        prototypes: (K, D), of length 1.
+        centre: (K,).
+        temperature: > 0.
+    """
+
+    rows: Tensor
+    prototypes: Tensor
+    centre: Tensor
+    temperature: float
+
+
 class Rows(NamedTuple):
     """Some rows of a batch; row i of every field belongs to pair i.
 
@@ -49,6 +68,10 @@ class Rows(NamedTuple):
         regions: of the pictures; None where the data have none.
         token_mask: (b, T) bool, False at tokens of padding, of pictures of any shape (NaFlex); None
             where there is no padding.
+        local_views: (b, V, C), pooled vectors of small crops; None where nobody needs them.
+        masked_tokens: (b, T, C), patches of the global view, of which some were hidden; likewise.
+        mask: (b, T) bool, which of them.
+        targets: by name of the objective, what a teacher says of the global view.
     """
 
     tokens: Tensor
@@ -57,6 +80,10 @@ class Rows(NamedTuple):
     valid: Tensor
     regions: Regions | None = None
     token_mask: Tensor | None = None
+    local_views: Tensor | None = None
+    masked_tokens: Tensor | None = None
+    mask: Tensor | None = None
+    targets: Mapping[str, Targets] = {}
 
 
 class Term(NamedTuple):
@@ -80,8 +107,9 @@ class Objective(nn.Module):
 
     Args:
         weight: factor of its terms, >= 0; at 0 it is not computed.
-        start: steps before it begins; below 1 a share of ``trainer.max_steps``. Before that it is
-            not computed, and its heads stay as they were built.
+        start: steps before it begins; below 1 a share of ``trainer.max_steps``, or of
+            ``optim.schedule_steps`` if that is given. Before that it is not computed, and its heads
+            stay as they were built.
         ramp_steps: steps over which the weight then rises, by equal parts.
 
     Raises:
@@ -143,6 +171,18 @@ class Objective(nn.Module):
             >>> [objective.weight_at(step, 10) for step in (4, 5, 6, 9)]
             [0.0, 0.5, 1.0, 2.0]
         """
+        start = self.first_step(max_steps)
+        if step < start:
+            return 0.0
+        ramp = max(self.ramp_steps, 1)
+        return self.weight * min((step - start + 1) / ramp, 1.0)
+
+    def first_step(self, max_steps: int) -> int:
+        """Return the first step, counted from 0, in which the weight is above 0.
+
+        Raises:
+            UserError: as ``weight_at``.
+        """
         start = self.start
         if 0 < start < 1:
             if max_steps < 1:
@@ -151,10 +191,7 @@ class Objective(nn.Module):
                     f"({max_steps}), which must be at least 1; or give start in steps"
                 )
             start = round(start * max_steps)
-        if step < start:
-            return 0.0
-        ramp = max(self.ramp_steps, 1)
-        return self.weight * min((step - start + 1) / ramp, 1.0)
+        return math.ceil(start)
 
 
 def uniform(draws: Tensor, stream: int) -> Tensor:

@@ -29,7 +29,7 @@ _PACKAGES = (
     "pillow",
 )
 # Groups of the configuration that make a run what it is.
-IDENTITY_KEYS = ("seed_everything", "model", "data")
+IDENTITY_KEYS = ("seed_everything", "from_run", "model", "data")
 # ... except what only changes speed or place.
 FREE_KEYS = frozenset(
     {
@@ -39,6 +39,7 @@ FREE_KEYS = frozenset(
         "model.micro_batch_patches",
         "model.calibration_pairs",  # only of a new run
         "model.optim.schedule_start_step",  # with max_steps; a jump of the rate is refused
+        "model.optim.schedule_steps",  # likewise
         "model.optim.accept_rate_jump",
         "data.train_shards",  # the fingerprint in the checkpoint watches their content
         "data.train_sources",  # so it does theirs; their weights are in the checkpoint too

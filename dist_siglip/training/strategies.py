@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed import ProcessGroup
@@ -39,7 +40,14 @@ from dist_siglip.system.lightning_compat import (
     set_mesh_sizes,
     writes_sharded_checkpoints,
 )
+from dist_siglip.training.module.from_run import (
+    adopt_optimizer,
+    adopt_weights,
+    compare,
+    resample,
+)
 from dist_siglip.training.module.objectives import refuse_other_heads
+from dist_siglip.training.optim.evaluation_weights import UNAVERAGED
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -146,12 +154,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def _load_file(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(path)
-        refuse_other_heads(self.model, checkpoint["state_dict"], path)
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        weights, is_of_other = checkpoint.pop("state_dict"), self._adopts(path)
+        if is_of_other:
+            weights = checkpoint.pop(UNAVERAGED, weights)
+            weights, found = adopt_weights(self.model, weights, path)
+            self._run_module.note_differences(found)
+        else:
+            refuse_other_heads(self.model, weights, path)
+        options = StateDictOptions(full_state_dict=True, strict=not is_of_other)
+        set_model_state_dict(self.model, weights, options=options)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             named = by_name(state, optimizer, self.model)
-            late = self._late_heads(optimizer, named["state"])
+            if is_of_other:
+                current = get_optimizer_state_dict(self.model, optimizer)
+                named = adopt_optimizer(named, current, found.resampled)
+            late = self._stateless(optimizer, named["state"], path)
             options = StateDictOptions(full_state_dict=True, strict=not late)
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
             _forget(optimizer, late)
@@ -159,40 +176,71 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
-        refuse_other_heads(self.model, stored_shapes(path), path)
+        shapes, is_of_other = stored_shapes(path), self._adopts(path)
+        model = get_model_state_dict(self.model)
+        resampled: tuple[str, ...] = ()
+        if is_of_other:
+            found = compare(self.model, shapes, path)
+            self._run_module.note_differences(found)
+            resampled, others = found.resampled, found.fresh + found.resampled
+            model = {name: value for name, value in model.items() if name not in others}
+        else:
+            refuse_other_heads(self.model, shapes, path)
         values = read_values(path)
         groups = values.pop("param_groups")
-        model = get_model_state_dict(self.model)
         states: list[dict[str, Any]] = [
             get_optimizer_state_dict(self.model, each) for each in self.optimizers
         ]
         stored = stored_states(path, len(states))
-        heads = [
-            self._late_heads(each, names)
+        lacking = [
+            self._stateless(each, names.difference(resampled), path)
             for each, names in zip(self.optimizers, stored, strict=True)
         ]
-        for state, late in zip(states, heads, strict=True):
+        for state, late in zip(states, lacking, strict=True):
             for name in late:
                 state["state"].pop(name, None)
         read_into(path, model, states)
-        set_model_state_dict(self.model, model)
+        set_model_state_dict(self.model, model, options=StateDictOptions(strict=not is_of_other))
+        if resampled:
+            before = {name: torch.empty(shapes[name]) for name in resampled}
+            read_into(path, before)
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            after: dict[str, Any] = {**resample(self.model, before, path)}
+            set_model_state_dict(self.model, after, options=options)
         for optimizer, state, saved, late in zip(
-            self.optimizers, states, groups, heads, strict=False
+            self.optimizers, states, groups, lacking, strict=False
         ):
             options = StateDictOptions(strict=not late)
             whole = {**state, "param_groups": saved}
+            if is_of_other:
+                whole = adopt_optimizer(whole, state)
             set_optimizer_state_dict(self.model, optimizer, whole, options=options)
             _forget(optimizer, late)
         return values
 
-    def _late_heads(self, optimizer: Optimizer, stored: Collection[str]) -> dict[str, Parameter]:
-        """Heads of objectives that had not begun: an optimizer has no state of them yet."""
+    @property
+    def _run_module(self) -> Any:
+        return self.lightning_module
+
+    def _adopts(self, path: Path) -> bool:
+        """Whether a checkpoint is of another run, that this one goes on from."""
+        goes_on_from = getattr(self._run_module, "goes_on_from", None)
+        return goes_on_from is not None and goes_on_from(path)
+
+    def _stateless(
+        self, optimizer: Optimizer, stored: Collection[str], path: Path
+    ) -> dict[str, Parameter]:
+        """Parameters that an optimizer has no state of: heads of objectives that had not begun.
+
+        Of another run any, such as what it had locked.
+        """
         assert self.model is not None
+        beginning = "" if self._adopts(path) else "objectives."
         own = {id(each) for group in optimizer.param_groups for each in group["params"]}
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if name.startswith("objectives.") and id(parameter) in own and name not in stored
+            if name.startswith(beginning) and id(parameter) in own and name not in stored
         }
 
     def _options(self) -> StateDictOptions:

@@ -38,6 +38,36 @@ def test_numbers_of_a_published_size():
     assert pair_loss(768, 1000).step == 3 * 2 * 768 * 1000
 
 
+def test_views_of_a_published_size():
+    towers = Towers(IMAGE, TEXT, 256, 768, 768)
+    # The published 49.3 leaves out what patches embed to.
+    assert round(8 * (towers.view_flops(36) - 2 * 36 * 768 * 768) / 1e9, 1) == 49.3
+    assert round(towers.view_flops(256) / 1e9, 1) == 46.2
+
+
+def test_objectives_of_a_teacher_count_its_pass_once_and_heads_by_vectors(built):
+    sizes = {"prototypes": 32, "hidden": 16, "bottleneck": 8}
+    small = {"class_path": "x.SelfDistillation", "init_args": {"local_views": 3, **sizes}}
+    hidden = {"class_path": "x.MaskedPrediction", "init_args": sizes}
+    both = step_parts(built, {"model": {"objectives": [small, hidden]}}, 16)
+    found = {part.name: part for part in both}
+    assert len(found) == len(both)
+    shape = built.encoder.image_token_shape(built.image_size)
+    head, logits = 2 * (shape.width * 16 + 16 * 16 + 16 * 8), 2 * 8 * 32
+    rows = {name: found[f"{name}, head"].forward / head for name in NAMES}
+    assert rows == {NAMES[0]: 3, NAMES[1]: shape.num_tokens / 2}
+    assert found[f"{NAMES[0]}, logits"] == (f"{NAMES[0]}, logits", 3 * logits, 4)
+    assert found[f"{NAMES[0]}, logits of the teacher"].step == 2 * logits
+    whole = Towers.of(built).view_flops(shape.num_tokens)
+    assert found["teacher, global view"].step == whole
+    assert found["global view with hidden patches"].step == 3 * whole
+    alone = step_parts(built, {"model": {"objectives": [hidden]}}, 16)
+    assert "local views" not in {part.name for part in alone}
+
+
+NAMES = ("self distillation", "masked prediction")
+
+
 def test_three_tasks_share_the_keys_of_patches():
     three = Decoder(Blocks(3 * 64, 768, 3072, 6), 256, 768, 256_000).parts
     # The published sum, and what rows of all tasks in one attention add to it.

@@ -122,3 +122,44 @@ def test_compiled_towers_keep_names_and_features(kind):
     assert list(encoder.state_dict()) == keys
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "custom_text"])
+def test_a_view_of_the_model_s_size_has_the_tokens_of_a_whole_pass(kind):
+    torch.manual_seed(1)
+    towers = DualEncoder(network_of(ARCHITECTURES[kind]))
+    images = torch.randn(3, 3, 32, 32)
+    features, tokens = towers.encode_image_tokens(images)
+    pooled, of_view = towers.encode_view(images)
+    assert torch.equal(of_view, tokens)
+    projection = towers.clip.visual.head if kind == "siglip" else towers.clip.visual.proj
+    whole = projection(pooled) if kind == "siglip" else pooled @ projection
+    assert torch.allclose(unit_rows(whole), features, atol=1e-6)
+    small, small_tokens = towers.encode_view(images[..., :16, :16])
+    assert small.shape == pooled.shape
+    assert small_tokens.shape[1] == (1 if kind == "siglip" else 4)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_a_hidden_patch_is_replaced_behind_its_embedding_and_keeps_its_position(kind):
+    """Pixels of it do not matter; hiding pixels instead gives something else, and is rejected."""
+    torch.manual_seed(1)
+    towers = DualEncoder(network_of(ARCHITECTURES[kind]))
+    patch, per_side = (16, 2) if kind == "siglip" else (8, 4)
+    images = torch.randn(2, 3, 32, 32)
+    mask = torch.zeros(2, per_side**2, dtype=torch.bool)
+    mask[0, 1] = mask[1, per_side] = True
+    token = torch.randn(64 if kind == "siglip" else 16, requires_grad=True)
+    found = towers.encode_view(images, mask, token)[1]
+    other = images.clone()
+    other[0, :, :patch, patch : 2 * patch] = 0
+    other[1, :, patch : 2 * patch, :patch] = 0
+    assert torch.allclose(towers.encode_view(other, mask, token)[1], found, atol=1e-6)
+    assert not torch.allclose(towers.encode_view(other)[1], found, atol=1e-2)
+    # The same token at two places differs by the position.
+    both = torch.zeros_like(mask)
+    both[:, :2] = True
+    rows = towers.encode_view(images, both, token)[1]
+    assert not torch.allclose(rows[:, 0], rows[:, 1], atol=1e-3)
+    found.sum().backward()
+    assert token.grad.any()

@@ -2,9 +2,8 @@
 
 import torch
 
-from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.data.index.pairs import build_pair_table, check_ranks_agree
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
-from dist_siglip.data.samples.dataset import check_ranks_agree
 from dist_siglip.errors import UserError
 
 CPU = torch.device("cpu")

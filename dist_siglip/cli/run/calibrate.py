@@ -28,9 +28,9 @@ from dist_siglip.data import (
     evaluation_transform,
     training_transform,
 )
+from dist_siglip.data.index.pairs import check_ranks_agree
 from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.calibration_subset import subset_loader
-from dist_siglip.data.samples.dataset import check_ranks_agree
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration
 from dist_siglip.training.datamodule import ImageTextDataModule

@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.distributed_c10d import PrefixStore
 
+from dist_siglip.cli.run.from_run import Origin, checkpoint_of
 from dist_siglip.data.samples.picture_policy import AUTO, BEFORE_THE_SETTINGS
 from dist_siglip.distributed import is_first_process, resolve_group
 from dist_siglip.distributed.store_channel import StoreChannel
@@ -83,15 +84,27 @@ def _is_of_run(config: Path, run_dir: str) -> bool:
 
 
 def checkpoint_to_start_from(
-    folder: RunFolder, given: str | None, model: torch.nn.Module
+    folder: RunFolder, given: str | None, model: torch.nn.Module, from_run: str | None = None
 ) -> Path | None:
     """Return the newest sound checkpoint of the run, else the one given; it fits the model.
+
+    Args:
+        folder: of the run.
+        given: a checkpoint of the same model; None: none.
+        model: of the run.
+        from_run: of another run, see ``checkpoint_of``, where the run has none of its own yet.
 
     Raises:
         UserError: as ``check_fits``; if one is given and is damaged, or the run has its own; if
             all of the run are damaged.
     """
+    if given is not None and from_run is not None:
+        raise UserError(
+            f"ckpt_path ({given}) and from_run ({from_run}) both name a start; leave one out"
+        )
     newest = newest_sound_checkpoint(folder)
+    if from_run is not None and newest is None:
+        return checkpoint_of(from_run, folder, model)
     if given is not None and newest is not None:
         raise UserError(
             f"ckpt_path ({given}) is given but run_dir ({folder.path}) has its own "
@@ -245,21 +258,38 @@ def check_same_run(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
 
 
 def schedule_change(
-    folder: RunFolder, resolved: Mapping[str, Any], optim: OptimConfig, start: Path | None
+    folder: RunFolder,
+    resolved: Mapping[str, Any],
+    optim: OptimConfig,
+    start: Path | None,
+    origin: Origin | None = None,
 ) -> str:
     """Say what another ``trainer.max_steps`` does to the learning rate of a run; empty if nothing.
+
+    Args:
+        folder: of the run.
+        resolved: its settings.
+        optim: likewise.
+        start: checkpoint that it goes on from.
+        origin: what that is, if it is of another run by ``from_run``.
 
     Raises:
         UserError: as ``describe_schedule_change``.
     """
-    step, steps_now = steps_behind(folder, start), resolved["trainer"]["max_steps"]
-    if step >= steps_now or (start is not None and not step):
+    step, max_steps = steps_behind(folder, start), resolved["trainer"]["max_steps"]
+    if origin is not None:
+        step = origin.step
+    if step >= max_steps or (start is not None and not step):
         return ""  # complete, or a checkpoint of another run
+    steps_now = optim.total_steps(max_steps)
     before, steps_before = optim if step else replace(optim, schedule_start_step=0), steps_now
-    settings = _recorded_settings(folder) if step else {}
+    settings: Mapping[str, Any] = {}
+    if step:
+        settings = _recorded_settings(folder) if origin is None else origin.settings
     if settings:
         recorded = dict(flatten(settings))
         steps_before = recorded.get("trainer.max_steps", steps_now)
+        steps_before = recorded.get("model.optim.schedule_steps") or steps_before
         begun = recorded.get("model.optim.schedule_start_step", 0)
         before = replace(optim, schedule_start_step=begun)
     return describe_schedule_change(before, steps_before, optim, steps_now, step)

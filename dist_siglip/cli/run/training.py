@@ -26,6 +26,7 @@ from dist_siglip.cli import EXIT_COLLAPSED, EXIT_INTERRUPTED, EXIT_SAVED
 from dist_siglip.cli.logs import set_up_logging
 from dist_siglip.cli.parser import TrainingParser
 from dist_siglip.cli.ranges import check_ranges
+from dist_siglip.cli.run.from_run import Origin, folder_of_settings, read_origin
 from dist_siglip.cli.run.start_point import (
     check_data_once_per_node,
     check_same_run,
@@ -63,6 +64,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.health.callback import end_children
 from dist_siglip.health.start_check import describe_start
 from dist_siglip.runs import RunFolder, collect_provenance
+from dist_siglip.runs.checkpoints.io import read_values
 from dist_siglip.system import signals
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
@@ -123,6 +125,7 @@ class TrainingCLI(LightningCLI):
     trainer: Trainer
     _lock: ProcessLock | None = None
     _chosen_precision: str | None = None
+    _origin: Origin | None = None
     exit_code = 0
 
     @staticmethod
@@ -141,6 +144,14 @@ class TrainingCLI(LightningCLI):
             default="runs/default",
             help="Folder of the run. If it holds checkpoints of this run, fit goes on from the "
             "newest.",
+        )
+        parser.add_argument(
+            "--from_run",
+            type=str | None,
+            default=None,
+            help="Run that a new one goes on from, with its step, schedule, optimizer and data: "
+            "FOLDER takes its newest sound checkpoint, FOLDER:STEP another. What that lacks, such "
+            "as heads of more objectives, begins fresh.",
         )
         parser.add_argument(
             "--evaluate_at_start",
@@ -164,7 +175,8 @@ class TrainingCLI(LightningCLI):
             [Path(each.absolute) for each in settings.config or [] if each is not None],
             is_given=any(each.partition("=")[0] == "--run_dir" for each in args),
         )
-        keep_pictures(settings.data, RunFolder(Path(settings.run_dir)))
+        folder = RunFolder(Path(settings.run_dir))
+        keep_pictures(settings.data, folder_of_settings(folder, settings.from_run))
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; all see pictures alike, and the settings say how."""
@@ -180,7 +192,8 @@ class TrainingCLI(LightningCLI):
         check_gpus(settings, os.environ)
         metrics_log = MetricsLog(root)
         kwargs |= strategy(settings)
-        self._chosen_precision = precision(settings, recorded_precision(self.folder))
+        before = folder_of_settings(self.folder, self._get(self.config, "from_run"))
+        self._chosen_precision = precision(settings, recorded_precision(before))
         if self._chosen_precision is not None:
             kwargs["precision"] = self._get_all().trainer.precision = self._chosen_precision
         try:
@@ -221,13 +234,16 @@ class TrainingCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = self._choose(
-            lambda: checkpoint_to_start_from(self.folder, given, self.model)
+        from_run = self._get(self.config, "from_run")
+        self.start_checkpoint = start = self._choose(
+            lambda: checkpoint_to_start_from(self.folder, given, self.model, from_run)
         )
         resolved = self._parser("fit").dump(self._get_all(), skip_none=False)
         settings = yaml.safe_load(resolved)
         check_same_run(self.folder, settings)
-        change = schedule_change(self.folder, settings, self.model.optim, self.start_checkpoint)
+        if from_run is not None and start is not None:
+            self._trace(start, settings)
+        change = schedule_change(self.folder, settings, self.model.optim, start, self._origin)
         self.datamodule.start_facts = self._start_facts(settings, world_size)
         if self.trainer.is_global_zero:
             self._lock = self.folder.lock()
@@ -238,6 +254,7 @@ class TrainingCLI(LightningCLI):
                 if redact(resolved) != resolved:  # a start from this file needs them
                     self.folder.config.chmod(0o600)
             provenance = collect_provenance(sys.argv, world_size=world_size)
+            provenance |= {"lineage": self.model.lineage} if self.model.lineage else {}
             with best_effort(str(self.folder.provenance)):
                 content = json.dumps(provenance, indent=1) + "\n"
                 write_atomically(self.folder.provenance, content)
@@ -251,13 +268,24 @@ class TrainingCLI(LightningCLI):
                 if self._chosen_precision
                 else "",
             )
+            if self._origin is not None:
+                logger.info("%s", self._origin.describe(settings))
             if change:
                 logger.info("%s", change)
+
+    def _trace(self, start: Path, settings: dict[str, Any]) -> None:
+        """Find out which runs are behind a checkpoint of this run or, at its beginning, another."""
+        if start.parent == self.folder.checkpoints:
+            self.model.lineage = read_values(start).get("lineage", [])
+            return
+        optim = self.model.optim
+        self._origin = read_origin(start, self.model, self.datamodule, optim, settings)
+        self.model.lineage, self.model.other_checkpoint = self._origin.lineage, start
 
     def fit(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Train to max_steps, or until a callback or an alarm stops; evaluate, leave a report."""
         start = self.start_checkpoint
-        done = steps_behind(self.folder, start)
+        done = steps_behind(self.folder, start) if self._origin is None else self._origin.step
         signals.describe_with(
             lambda: describe_interrupt(self.folder, max(done, self.model.steps_done)),
             lambda: end_children(self.trainer),
@@ -274,7 +302,11 @@ class TrainingCLI(LightningCLI):
             self.trainer.num_sanity_val_steps = float("inf")
         if start is not None:
             logger.info("going on from %s", start)
-            if owes_evaluation(self.folder, done, self.trainer.val_check_interval):
+            owes = owes_evaluation(self.folder, done, self.trainer.val_check_interval)
+            if self._origin is not None:
+                has_pairs = self.datamodule.val_shards is not None
+                owes = has_pairs and self._evaluates_at_start() and not is_dev_run
+            if owes:
                 with isolate_rng():  # training must not see that it took place
                     self._evaluate(start)
         wanted, had_ended = self.trainer.max_steps, bool(start) and not self._owes_end(done)
@@ -335,11 +367,13 @@ class TrainingCLI(LightningCLI):
 
     def _evaluates_at_start(self) -> bool:
         asked: bool | None = self._get(self.config, "evaluate_at_start")
-        return self.model.built.weights_loaded if asked is None else asked
+        brings_weights = self.model.built.weights_loaded or self._origin is not None
+        return brings_weights if asked is None else asked
 
     def _choose(self, choose: Callable[[], Path | None]) -> Path | None:
         """Choose a checkpoint: once on each node, if there is any to be read."""
-        if self._get(self.config, "ckpt_path") is None and not self.folder.steps_with_checkpoint():
+        named = [self._get(self.config, name) for name in ("ckpt_path", "from_run")]
+        if named == [None, None] and not self.folder.steps_with_checkpoint():
             return choose()
         return once_per_node(self.trainer, self.model, choose)
 

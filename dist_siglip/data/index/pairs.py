@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.distributed import ProcessGroup
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import open_atomically, user_cache_folder, write_atomically
 from dist_siglip.system.regular_file import check_regular
@@ -431,6 +434,33 @@ def read_table(file: str, cache: ShardCache | None = None) -> PairTable | None:
         cache=cache,
         file=file,
     )
+
+
+def check_ranks_agree(
+    table: PairTable, *, name: str, device: torch.device, group: ProcessGroup | None = None
+) -> None:
+    """Refuse to start if a rank (a node with its own copy, say) sees other shards than rank 0.
+
+    Every rank must call it; one small all-gather. Without a process group there is nothing to
+    compare.
+
+    Args:
+        table: what this rank sees.
+        name: the setting the shards came from, for the error text.
+        device: where the process group communicates.
+        group: ranks to compare.
+
+    Raises:
+        UserError: on every rank, naming the first rank that differs.
+    """
+    mine = torch.tensor([[table.num_samples, int(table.fingerprint, 16) >> 1]], device=device)
+    rows = gather_rows(mine, group).tolist()
+    for rank, row in enumerate(rows):
+        if row != rows[0]:
+            raise UserError(
+                f"{name} differ between ranks: rank 0 sees {rows[0][0]} samples, rank {rank} sees "
+                f"{row[0]} (or other bytes); give every node the same shards"
+            )
 
 
 def _forget_old_tables(folder: Path) -> None:

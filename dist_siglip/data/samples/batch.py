@@ -10,6 +10,7 @@ from dist_siglip.data.samples.identity import caption_id, caption_ids_of
 from dist_siglip.data.samples.patches import is_packed
 from dist_siglip.data.samples.regions import Region
 
+_PICTURES = frozenset({"images", "views", "local_views"})  # fields
 _WIDE_ROWS = 128  # pictures that are float32 at once on their way to another precision
 
 
@@ -45,6 +46,9 @@ class ImageTextBatch(NamedTuple):
             are no regions.
         region_boxes: (B, 4) float32, its top, left, bottom and right in shares of the image; 0
             where the picture has no region.
+        views: (B, 3, H, W) uint8, augmented crops of the pictures for a teacher. None: no objective
+            asks for them.
+        local_views: (B, V, 3, h, w) uint8, V small ones of each.
     """
 
     images: Tensor
@@ -64,6 +68,8 @@ class ImageTextBatch(NamedTuple):
     more_caption_ids: Tensor | None = None
     region_texts: Tensor | None = None
     region_boxes: Tensor | None = None
+    views: Tensor | None = None
+    local_views: Tensor | None = None
 
     def all_texts(self) -> Tensor:
         """Return (K * B, L) token ids: the first captions of all pairs, the second ones, ..."""
@@ -93,17 +99,20 @@ class BatchPieces(NamedTuple):
         """
         fields = zip(*self.pieces, strict=True)
         return ImageTextBatch._make(
-            self._pictures(device) if name == "images" else _joined(parts, device)
+            (_pictures if name in _PICTURES else _joined)(parts, device)
             for name, parts in zip(ImageTextBatch._fields, fields, strict=True)
         )
 
-    def _pictures(self, device: torch.device) -> Tensor:
-        parts = [piece.images for piece in self.pieces]
-        rows = sum(map(len, parts))
-        joined = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, device=device)
-        for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-            place.copy_(part, non_blocking=True)
-        return joined
+
+def _pictures(every: tuple[Tensor | None, ...], device: torch.device) -> Tensor | None:
+    parts = [part for part in every if part is not None]
+    if not parts:
+        return None
+    rows = sum(map(len, parts))
+    joined = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype, device=device)
+    for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+        place.copy_(part, non_blocking=True)
+    return joined
 
 
 def _joined(parts: tuple[Tensor | None, ...], device: torch.device) -> Tensor | None:
@@ -139,6 +148,8 @@ class PairSample(NamedTuple):
         teacher_text_features: likewise; those of ``more_captions`` behind.
         more_captions: stripped texts that train together with ``caption``.
         region: of the picture, its box in shares of the image; None where nobody asks for regions.
+        view: (3, H, W) uint8, see ``ImageTextBatch.views``.
+        local_views: (V, 3, h, w) uint8.
     """
 
     image: Tensor
@@ -155,6 +166,8 @@ class PairSample(NamedTuple):
     teacher_text_features: Tensor | None = None
     more_captions: tuple[str, ...] = ()
     region: Region | None = None
+    view: Tensor | None = None
+    local_views: Tensor | None = None
 
 
 class PairCollator:
@@ -212,6 +225,8 @@ class PairCollator:
             more_caption_ids=more_ids,
             region_texts=None if region_texts is None else region_texts.long(),
             region_boxes=torch.tensor([each.box for each in regions]) if regions else None,
+            views=_stacked([each.view for each in samples]),
+            local_views=_stacked([each.local_views for each in samples]),
         )
 
     def _texts_of_teachers(self, captions: list[str]) -> Tensor | None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
 from dist_siglip.data.index.pairs import PairTable
@@ -39,67 +38,11 @@ from dist_siglip.data.samples.stages import (
     run_stages,
 )
 from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform, at_length
-from dist_siglip.distributed import gather_rows
+from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def check_ranks_agree(
-    table: PairTable, *, name: str, device: torch.device, group: ProcessGroup | None = None
-) -> None:
-    """Refuse to start if a rank (a node with its own copy, say) sees other shards than rank 0.
-
-    Every rank must call it; one small all-gather. Without a process group there is nothing to
-    compare.
-
-    Args:
-        table: what this rank sees.
-        name: the setting the shards came from, for the error text.
-        device: where the process group communicates.
-        group: ranks to compare.
-
-    Raises:
-        UserError: on every rank, naming the first rank that differs.
-    """
-    mine = torch.tensor([[table.num_samples, int(table.fingerprint, 16) >> 1]], device=device)
-    rows = gather_rows(mine, group).tolist()
-    for rank, row in enumerate(rows):
-        if row != rows[0]:
-            raise UserError(
-                f"{name} differ between ranks: rank 0 sees {rows[0][0]} samples, rank {rank} sees "
-                f"{row[0]} (or other bytes); give every node the same shards"
-            )
-
-
-LOOKED_AT = 64  # samples about to be trained on, in which each field of captions is looked for
-
-
-def check_fields(
-    dataset: "PairDataset", upcoming: Iterable[StreamPosition], *, is_told: bool
-) -> None:
-    """Refuse fields of captions that none of the next samples has, as a misspelt one.
-
-    Args:
-        dataset: of the training, whose rule names fields.
-        upcoming: the positions that come next.
-        is_told: whether to log in how many samples each field is.
-
-    Raises:
-        UserError: naming the field.
-    """
-    positions = list(upcoming)
-    counts = dataset.count_fields(positions)
-    for name, count in counts.items():
-        if not count:
-            raise UserError(
-                f"captions: none of the next {len(positions)} training samples has field {name!r}; "
-                "correct its name, or leave it out"
-            )
-    if is_told:
-        listed = ", ".join(f"{name} in {count}" for name, count in counts.items())
-        _LOGGER.info("captions of the next %d training samples: %s", len(positions), listed)
 
 
 @contextmanager
@@ -148,6 +91,8 @@ class _Made(NamedTuple):
     teacher_image_row: Tensor | None = None
     teacher_text_row: Tensor | None = None
     region: Region | None = None
+    view: Tensor | None = None
+    local_views: Tensor | None = None
 
 
 class PairDataset(Dataset[PairSample]):
@@ -177,6 +122,7 @@ class PairDataset(Dataset[PairSample]):
         reinforced: augmentations, synthetic captions and rows of teachers that shards store; in
             place of ``transform`` the augmentations are replayed.
         regions: where regions of pictures are, and which one a sample gets.
+        views: further views of each picture, drawn behind everything else of it. None: no others.
 
     Attributes:
         picture_id: may be set to None until the data set is loaded from, where nobody asks.
@@ -204,6 +150,7 @@ class PairDataset(Dataset[PairSample]):
         picture_id: str | None = PICTURE_BYTES,
         reinforced: ReinforcedSamples | None = None,
         regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
+        views: ViewTransform | None = None,
     ) -> None:
         regions.check_reading(
             table.caption_extensions,
@@ -228,6 +175,7 @@ class PairDataset(Dataset[PairSample]):
         self.picture_id = picture_id
         self._reinforced = reinforced
         self._regions = regions
+        self._views = views
         self._reader = ShardReader(table.cache)
         self._num_bad = 0
 
@@ -269,6 +217,8 @@ class PairDataset(Dataset[PairSample]):
                     teacher_text_features=teachers.get("text", made.teacher_text_row),
                     more_captions=tuple(made.captions[1:]),
                     region=made.region,
+                    view=made.view,
+                    local_views=made.local_views,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -371,11 +321,13 @@ class PairDataset(Dataset[PairSample]):
                     image, region = self._seen(transform, picture, regions, key)
                 else:
                     image, region = view.replay(picture), None
+                views = self._more_views(picture)
                 if picture.is_truncated:
                     self._truncated.note(sample_id)
                 if view is None:
-                    return _Made(image, captions, identity, region=region)
-                return _Made(image, captions, identity, view.image_row, view.text_row)
+                    return _Made(image, captions, identity, None, None, region, *views)
+                rows = view.image_row, view.text_row
+                return _Made(image, captions, identity, *rows, None, *views)
             shard, name = self.table.name(sample_id)
             sample: dict[str, Any] = {"__key__": name, "__url__": shard, "text": captions[0]}
             if captions[1:]:
@@ -392,7 +344,14 @@ class PairDataset(Dataset[PairSample]):
                 moved = {self._regions.json_field: changed["regions"]}
                 regions = self._regions.read(moved, is_empty=self._is_empty)
             image, region = self._seen(transform, changed["image"], regions, key)
-            return _Made(image, captions, identity, region=region)
+            views = self._more_views(changed["image"])
+            return _Made(image, captions, identity, None, None, region, *views)
+
+    def _more_views(
+        self, picture: EncodedPicture | Image.Image
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Make what objectives see of a picture beside the pair; last of all that is drawn."""
+        return (None, None) if self._views is None else self._views(picture)
 
     def _seen(
         self,

@@ -40,6 +40,23 @@ class TeacherInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewRule:
+    """Which further views of each picture objectives ask for.
+
+    Attributes:
+        global_scale: share of the picture's area that the global view keeps, (least, most).
+        local_views: V, number of small views; 0 for none.
+        local_size: their side in pixels.
+        local_scale: share of the area that each of them keeps.
+    """
+
+    global_scale: tuple[float, float]
+    local_views: int = 0
+    local_size: int = 0
+    local_scale: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """Preprocessing that belongs to a model, in plain values.
 
@@ -57,6 +74,7 @@ class Preprocessing:
         patches: of a tower that takes pictures of any shape as packed patches (NaFlex), resized
             bilinearly whatever ``interpolation`` and ``resize_mode`` say; None: its pictures have
             ``image_size``.
+        views: that its objectives ask for; None without any.
     """
 
     image_size: int | tuple[int, int]
@@ -69,11 +87,12 @@ class Preprocessing:
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     teachers: TeacherInputs = field(default_factory=TeacherInputs)
     patches: PatchBudget | None = None
+    views: ViewRule | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Preprocessing":
         """Take the values from a built model, which has attributes of the same names."""
-        names = {each.name for each in fields(cls)} - {"teachers"}
+        names = {each.name for each in fields(cls)} - {"teachers", "views"}
         return cls(**{name: getattr(model, name) for name in names})
 
 
@@ -137,16 +156,30 @@ def at_length(transform: ImageTransform, num_patches: int) -> ImageTransform:
     return replace(transform, budget=transform.budget._replace(num_patches=num_patches))
 
 
+def draw_crop(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Draw top, left, rows and columns of a crop of a picture (width, height), as torchvision."""
+    width, height = size
+    # torchvision's own draw needs something of this size, not its pixels.
+    shape_only = torch.empty(1).expand(3, height, width)
+    return RandomResizedCrop.get_params(shape_only, list(scale), list(_RATIO))
+
+
 class CropResize:
     """A part of a picture, resized to what the model expects.
 
     Args:
         preprocessing: preprocessing of the model.
         scaled_decode: as ``training_transform``.
+        size: in place of the model's.
     """
 
-    def __init__(self, preprocessing: Preprocessing, scaled_decode: bool) -> None:
-        size = preprocessing.image_size
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        scaled_decode: bool,
+        size: int | tuple[int, int] | None = None,
+    ) -> None:
+        size = preprocessing.image_size if size is None else size
         height, width = (size, size) if isinstance(size, int) else size
         self._target = (width, height)
         self._transparency = preprocessing.pictures.transparency
@@ -164,27 +197,43 @@ class CropResize:
         Returns:
             RGB.
         """
+        image = self.decode(picture, self.reduction_for(crop))
+        return self.cut(image, picture.size, crop)
+
+    def reduction_for(self, crop: tuple[int, int, int, int]) -> int:
+        """Return the largest reduction of a JPEG that leaves a crop the pixels it needs."""
+        _, _, rows, columns = crop
+        if not self._scaled_decode:
+            return 1
+        width, height = self._target
+        return next(
+            r for r in REDUCTIONS if r == 1 or (columns >= r * width and rows >= r * height)
+        )
+
+    def decode(self, picture: EncodedPicture | Image.Image, reduction: int) -> Image.Image:
+        """Decode to RGB; a picture that is decoded already only changes its mode."""
+        if isinstance(picture, Image.Image):
+            return _in_rgb(picture, self._transparency)
+        return picture.decode(reduction)
+
+    def cut(
+        self, image: Image.Image, size: tuple[int, int], crop: tuple[int, int, int, int]
+    ) -> Image.Image:
+        """Cut out of a decoded picture, and resize.
+
+        Args:
+            image: RGB, perhaps decoded at a reduction.
+            size: (width, height) that ``crop`` is told in.
+            crop: as ``__call__``.
+        """
         top, left, rows, columns = crop
-        width, height = picture.size
-        image = self._decode(picture, rows, columns)
+        width, height = size
         box = (left, top, left + columns, top + rows)
-        if image.size == (width, height):
+        if image.size == size:
             return _crop(image, box).resize(self._target, Image.Resampling.BICUBIC)
         across, down = image.width / width, image.height / height
         scaled = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
         return image.resize(self._target, Image.Resampling.BICUBIC, box=scaled)
-
-    def _decode(
-        self, picture: EncodedPicture | Image.Image, rows: int, columns: int
-    ) -> Image.Image:
-        if isinstance(picture, Image.Image):
-            return _in_rgb(picture, self._transparency)
-        if not self._scaled_decode:
-            return picture.decode()
-        width, height = self._target
-        return picture.decode(
-            next(r for r in REDUCTIONS if r == 1 or (columns >= r * width and rows >= r * height))
-        )
 
 
 class WindowedTransform:
@@ -254,13 +303,11 @@ class _RandomCrop(WindowedTransform):
 
     def __init__(self, crop_resize: CropResize, crop_scale: tuple[float, float]) -> None:
         self._crop_resize = crop_resize
-        self._crop_scale = list(crop_scale)
+        self._crop_scale = crop_scale
 
     def with_window(self, picture: EncodedPicture | Image.Image) -> tuple[Tensor, Window]:
         width, height = picture.size
-        # torchvision's own draw needs something of this size, not its pixels.
-        shape_only = torch.empty(1).expand(3, height, width)
-        crop = RandomResizedCrop.get_params(shape_only, self._crop_scale, list(_RATIO))
+        crop = draw_crop(picture.size, self._crop_scale)
         top, left, rows, columns = crop
         window = Window(top / height, left / width, (top + rows) / height, (left + columns) / width)
         return to_pixels(self._crop_resize(picture, crop)), window

@@ -1,6 +1,7 @@
-"""What trains beside the labels of pairs: objectives on patch tokens, and what teachers say."""
+"""What trains beside the labels of pairs: objectives on patches and views, what teachers say."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +31,11 @@ _MEASURES = (
     ("grounded_token_accuracy", "its tokens that are the likeliest"),
     ("grounded_picture_gain", "worth of the picture for it"),
 )
+_OF_TEACHERS = frozenset(
+    f"{name}_{term}"
+    for name in ("self_distillation", "masked_prediction")
+    for term in ("loss", "entropy", "mean_entropy", "kl", "centre_norm")
+)
 _BLIND = 0.02  # of the loss, below which the decoder might as well not look, or has not learned
 _FEWEST = 4  # values of a term that show whether it falls
 
@@ -51,7 +57,7 @@ def make(runs: Sequence[RunRecord]) -> Section | None:
     ]
     cards = [render_table_card("In numbers", columns_of(runs), rows)] if rows else []
     parts = [render_columns([figure, *cards])]
-    return Section("objectives", "Objectives", judge_each(runs, judge), parts)
+    return Section("objectives", "Objectives", judge_each(runs, judge, *_TEACHER_JUDGES), parts)
 
 
 def judge(run: RunRecord) -> Verdict | None:
@@ -59,7 +65,7 @@ def judge(run: RunRecord) -> Verdict | None:
     if not _weights(run):
         return None
     trouble = _judge_beginning(run) or _judge_fall(run)
-    if trouble is not None:
+    if trouble is not None or "train/captioning_weight" not in run.series:
         return trouble
     found = known(run.metrics, "caption_loss", "caption_token_accuracy", "caption_picture_gain")
     if found is None:
@@ -84,6 +90,51 @@ def judge(run: RunRecord) -> Verdict | None:
         f"The decoder reads captions off the pictures, which are worth {gain:.2g} nats per token.",
         f"{told} With the patches of another picture it would be {loss + gain:.3g}.",
     )
+
+
+def judge_teacher(run: RunRecord, name: str) -> Verdict | None:
+    """Say whether the teacher of an objective still tells pictures apart; None if it was not used.
+
+    Both collapses leave the loss low or flat: all choices fall on one prototype, or on all alike.
+    """
+    gauges = ("entropy", "mean_entropy", "kl", "centre_norm")
+    found = [run.series.get(f"train/{name}_{gauge}") for gauge in gauges]
+    if None in found:
+        return None
+    entropy, mean, kl, centre = (
+        float(np.median(each.tail(0.25))) for each in found if each is not None
+    )
+    whose = f"The teacher of {name.replace('_', ' ')}"
+    told = (
+        f"The entropy of its choice is {entropy:.2f} of that of a guess, that of the mean of its "
+        f"choices {mean:.2f}; the student is {kl:.3g} nats from it, the centre's norm {centre:.3g}."
+    )
+    remedy = (
+        "Nothing is learned of it. Lower the weight or teacher_temperature, raise "
+        "teacher_momentum, or leave the objective out."
+    )
+    if entropy > _UNIFORM:
+        return Verdict(
+            "bad", f"{whose} has collapsed: it finds all prototypes alike.", f"{told} {remedy}"
+        )
+    if mean < _ONE_POINT:
+        return Verdict(
+            "bad", f"{whose} has collapsed: it finds all pictures alike.", f"{told} {remedy}"
+        )
+    if mean - entropy < _APART:
+        return Verdict(
+            "watch",
+            f"{whose} hardly tells pictures apart.",
+            f"{told} The two come near each other in a collapse; early in training that is usual.",
+        )
+    return Verdict("good", f"{whose} tells pictures apart.", told)
+
+
+_UNIFORM, _ONE_POINT, _APART = 0.99, 0.05, 0.02  # shares of the entropy of a guess
+_TEACHER_JUDGES = (
+    partial(judge_teacher, name="self_distillation"),
+    partial(judge_teacher, name="masked_prediction"),
+)
 
 
 def _judge_beginning(run: RunRecord) -> Verdict | None:
@@ -129,7 +180,7 @@ def _draw(runs: Sequence[RunRecord]) -> str | None:
     for index, run in enumerate(runs):
         for name, series in run.series.items():
             kind, _, term = name.partition("/")
-            is_measure = term in {key for key, _ in _MEASURES}
+            is_measure = term in {key for key, _ in _MEASURES} or term in _OF_TEACHERS
             if kind not in ("train", "val") or not (is_measure or name in _weights(run)):
                 continue
             told = {"train": "training", "val": "validation"}[kind]

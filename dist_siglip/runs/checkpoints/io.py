@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_siglip.errors import UserError
 from dist_siglip.runs import check_sound
+from dist_siglip.runs.checkpoints import sharded
 from dist_siglip.runs.checkpoints.selection import save_sealed
 from dist_siglip.runs.checkpoints.sharded import is_sharded, read_whole, stored_shapes
 from dist_siglip.system.atomic import open_atomically
@@ -182,6 +183,14 @@ def read_shapes(path: Path) -> dict[str, torch.Size]:
         return stored_shapes(path)
     state = _read_file(path, mmap=True)["state_dict"]
     return {name: value.shape for name, value in state.items()}
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds beside weights and states of optimizers; these are not read."""
+    _check_exists(path)
+    content = sharded.read_values(path) if is_sharded(path) else _read_file(path, mmap=True)
+    heavy = ("state_dict", "current_model_state", "optimizer_states", "param_groups")
+    return {name: value for name, value in content.items() if name not in heavy}
 
 
 def _check_exists(path: Path) -> None:

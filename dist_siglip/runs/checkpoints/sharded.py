@@ -77,7 +77,7 @@ def by_name(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> d
         >>> by_name(optimizer.state_dict(), optimizer, layer)["param_groups"][0]["params"]
         ['weight', 'bias']
     """
-    if not _has_numbers(state):
+    if not has_numbers(state):
         return state
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -91,13 +91,19 @@ def by_number(state: dict[str, Any]) -> dict[str, Any]:
         >>> by_number({"state": {"b": 1}, "param_groups": [{"params": ["a", "b"]}]})
         {'state': {1: 1}, 'param_groups': [{'params': [0, 1]}]}
     """
-    if _has_numbers(state):
+    if has_numbers(state):
         return state
     ordered = [name for group in state["param_groups"] for name in group["params"]]
     return _rename(state, {name: number for number, name in enumerate(ordered)})
 
 
-def _has_numbers(state: dict[str, Any]) -> bool:
+def has_numbers(state: Mapping[str, Any]) -> bool:
+    """Whether the parameters of an optimizer's state are numbered, as those of ``torch.optim`` are.
+
+    Example:
+        >>> has_numbers({"param_groups": [{"params": [0]}]})
+        True
+    """
     return any(isinstance(key, int) for group in state["param_groups"] for key in group["params"])
 
 

@@ -111,6 +111,8 @@ def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
     """
     groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for old, new in zip(_tensors(average), _tensors(module), strict=True):
+        if old is new:
+            continue  # of a teacher, which is an average already and which both share
         ours, theirs = groups[old.dtype]
         ours.append(old)
         theirs.append(new.to(old.dtype))

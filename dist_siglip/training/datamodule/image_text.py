@@ -6,13 +6,12 @@ It checks the data before anything starts and gives every rank its slice of each
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, OnDamage
+from dist_siglip.data.index.pairs import check_ranks_agree
 from dist_siglip.data.order.position import (
     BLOCK_SHARDS,
     BatchPlan,
@@ -30,12 +29,7 @@ from dist_siglip.data.samples.batch import PairSample
 from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import MEMBERS, DataCompDR, ReinforcedSamples
-from dist_siglip.data.samples.dataset import (
-    LOOKED_AT,
-    PairDataset,
-    check_fields,
-    check_ranks_agree,
-)
+from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import PICTURE_BYTES
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -53,45 +47,22 @@ from dist_siglip.data.samples.transforms import (
     evaluation_transform,
     training_transform,
 )
+from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import check_ranks_started_alike
+from dist_siglip.training.datamodule.named_fields import check_captions, check_regions
 from dist_siglip.training.datamodule.sources import ShardTables, TrainSource
 from dist_siglip.training.datamodule.stored_features import load_features, load_teacher_features
 from dist_siglip.training.datamodule.training_position import (
     TrainingPosition,
+    batches_to_repeat,
     count_first,
+    position_to_resume_at,
     refuse_accumulation,
 )
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
 
-_MOST_LOOKED_AT = 1024  # samples about to be trained on, in which any region is looked for
 _LOGGER = logging.getLogger(__name__)
-
-
-def batches_to_repeat(trainer: Trainer | None) -> int | None:
-    """Return how many batches, the first of the run, are trained on in turns; None for all.
-
-    Lightning turns shuffling off and takes the first batches of each epoch, which here are others
-    in each. So the sampler repeats them, and the loader runs on without end.
-
-    Raises:
-        UserError: if a share is asked for: the training data has no end.
-    """
-    asked: int | float = getattr(trainer, "overfit_batches", 0)  # not set in a script of one's own
-    if trainer is None or not asked:
-        return None
-    if not isinstance(asked, int):
-        raise UserError(
-            f"trainer.overfit_batches ({asked}) must be a whole number of batches: the training "
-            "data has no end to take a share of"
-        )
-    trainer.limit_train_batches = 1.0
-    _LOGGER.info(
-        "overfit_batches: trains on the first %d batches of the run, in turns; an evaluation sees "
-        "as many batches of each rank",
-        asked,
-    )
-    return asked
 
 
 def check_least(values: Mapping[str, tuple[int, int]]) -> None:
@@ -340,6 +311,24 @@ class ImageTextDataModule(BatchTransfer):
         if self.val_shards is not None:
             self.tables.of("val_shards")
 
+    def check_position(self, state: Mapping[str, Any], remedy: str) -> None:
+        """Check that the data would go on where a checkpoint was written, before ranks start.
+
+        Args:
+            state: what ``state_dict`` was.
+            remedy: what the error advises.
+
+        Raises:
+            UserError: as ``load_state_dict``.
+        """
+        position_to_resume_at(
+            self._make_plan(),
+            self.tables.of("train_shards").shard_lines,
+            state,
+            accept_changed_data=self.position.accept_changed_data,
+            remedy=remedy,
+        )
+
     def prepare_data(self) -> None:
         """Index the shards, on the first rank of each node; the others read the side-cars."""
         runs = None if self.trainer is None else self.trainer.state.fn
@@ -374,6 +363,9 @@ class ImageTextDataModule(BatchTransfer):
                 features=self.features,
                 teacher_features=self.teacher_features,
                 reinforced=self._reinforced(replay),
+                views=None
+                if self.inputs.views is None
+                else ViewTransform(self.inputs.views, self.inputs, self.scaled_decode),
             )
             if self.trainer is not None:
                 refuse_accumulation(self.trainer)
@@ -420,16 +412,9 @@ class ImageTextDataModule(BatchTransfer):
             self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         batches = GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
         if self.captions.fields:
-            upcoming = islice(chain.from_iterable(batches), LOOKED_AT)
-            check_fields(self.train_dataset, upcoming, is_told=world.is_first)
+            check_captions(self.train_dataset, batches, is_told=world.is_first)
         if self.regions.json_field is not None:
-            next_ones = list(islice(chain.from_iterable(batches), _MOST_LOOKED_AT))
-            if next_ones and not any(map(self.train_dataset.shows_region, next_ones)):
-                raise UserError(
-                    f"regions.json_field ({self.regions.json_field}): none of the next "
-                    f"{len(next_ones)} training samples has a region there, of regions.min_score "
-                    "or more; correct its name, or leave out what needs regions"
-                )
+            check_regions(self.train_dataset, batches, self.regions.json_field)
         return self._loader(self.train_dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[PairSample] | list[DataLoader[PairSample]]:

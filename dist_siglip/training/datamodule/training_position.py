@@ -8,6 +8,7 @@ A checkpoint keeps what the sequence depends on, and one line for each shard, so
 name the shards that came, went or changed, and data that grew can be accepted on purpose.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from dist_siglip.data.order.position import BatchPlan, Progress
 from dist_siglip.data.order.sequence import MixtureSequence, SingleSequence
 from dist_siglip.errors import UserError
 
+_LOGGER = logging.getLogger(__name__)
 _REMEDY = "set it back, or start a new run in another folder"
 # What other data change; everything else decides what a batch means.
 _OF_THE_DATA = ("num_samples", "sources", "fingerprint")
@@ -30,6 +32,7 @@ def position_to_resume_at(
     saved: Mapping[str, int | str],
     *,
     accept_changed_data: bool = False,
+    remedy: str = _REMEDY,
 ) -> int:
     """Return the samples consumed from which a run goes on.
 
@@ -39,6 +42,7 @@ def position_to_resume_at(
         saved: what the checkpoint kept: ``plan.identity()`` of then, "samples_consumed", "shards".
         accept_changed_data: go on although the data changed. A single source begins its next epoch;
             a mixture keeps its position. Everything but the data must still be the same.
+        remedy: what the error advises.
 
     Raises:
         UserError: if a value differs; names it, the value then and the value now.
@@ -51,7 +55,6 @@ def position_to_resume_at(
     of_the_batches = [name for name in differing if name not in _OF_THE_DATA]
     if of_the_batches or not accept_changed_data:
         name = (of_the_batches or differing)[0]
-        remedy = _REMEDY
         if of_the_batches:
             change = f"{name} was {saved.get(name, 'not recorded')} when the checkpoint was written"
             change += f" and is {now[name]} now"
@@ -152,6 +155,32 @@ def count_first(trainer: Trainer, datamodule: Counting) -> None:
     callbacks[:] = [PositionCounter(datamodule), *others]
 
 
+def batches_to_repeat(trainer: Trainer | None) -> int | None:
+    """Return how many batches, the first of the run, are trained on in turns; None for all.
+
+    Lightning turns shuffling off and takes the first batches of each epoch, which here are others
+    in each. So the sampler repeats them, and the loader runs on without end.
+
+    Raises:
+        UserError: if a share is asked for: the training data has no end.
+    """
+    asked: int | float = getattr(trainer, "overfit_batches", 0)  # not set in a script of one's own
+    if trainer is None or not asked:
+        return None
+    if not isinstance(asked, int):
+        raise UserError(
+            f"trainer.overfit_batches ({asked}) must be a whole number of batches: the training "
+            "data has no end to take a share of"
+        )
+    trainer.limit_train_batches = 1.0
+    _LOGGER.info(
+        "overfit_batches: trains on the first %d batches of the run, in turns; an evaluation sees "
+        "as many batches of each rank",
+        asked,
+    )
+    return asked
+
+
 def refuse_accumulation(trainer: Trainer) -> None:
     """Refuse settings under which a step is not one global batch.
 
@@ -182,6 +211,7 @@ class TrainingPosition:
         accept_changed_data: resume although the shards changed.
 
     Attributes:
+        accept_changed_data: as given.
         progress: samples consumed.
         plan: the sequence of batches, once it has begun.
     """
@@ -189,7 +219,7 @@ class TrainingPosition:
     def __init__(self, *, accept_changed_data: bool) -> None:
         self.progress = Progress()
         self.plan: BatchPlan | None = None
-        self._accept_changed_data = accept_changed_data
+        self.accept_changed_data = accept_changed_data
         self._table: PairTable | None = None
         self._sequence: SingleSequence | MixtureSequence | None = None
         self._restored: dict[str, Any] | None = None
@@ -258,6 +288,6 @@ class TrainingPosition:
             self.plan,
             self._table.shard_lines,
             self._restored,
-            accept_changed_data=self._accept_changed_data,
+            accept_changed_data=self.accept_changed_data,
         )
         self._restored = None

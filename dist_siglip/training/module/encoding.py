@@ -118,8 +118,10 @@ class EncodingModule(ObjectiveModule):
         asked, step = self._rows_at_once(batch), self.global_step
         self._cached = []
         later = self._cached if self._is_sharded else None
+        size = asked or len(batch.images)
+        targets = self.look_at_teacher(objectives, batch, size)
         images, terms = encode_with_terms(
-            self.towers, objectives, batch, step, asked or len(batch.images), later=later
+            self.towers, objectives, batch, step, size, later=later, targets=targets
         )
         texts, encode = batch.all_texts(), self.towers.encode_text
         return images, self._encode_part("text", texts, encode, asked or len(texts)), terms

@@ -26,9 +26,23 @@ from dist_siglip.models import (
 )
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import layer_groups
-from dist_siglip.objectives import Objective, Regions, Rows, Term
+from dist_siglip.objectives import (
+    MaskedPrediction,
+    Objective,
+    Regions,
+    Rows,
+    Targets,
+    Term,
+)
+from dist_siglip.training.module.ema_teacher import (
+    EmaTeacher,
+    missing_views,
+    student_views,
+    with_teacher,
+)
 from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.run_module import RunModule
+from dist_siglip.training.optim import OptimConfig
 
 Terms = dict[str, dict[str, Term]]
 
@@ -84,7 +98,8 @@ def refuse_cached(data: object, objectives: Iterable[Objective]) -> None:
     """
     features: CachedFeatures | None = getattr(data, "features", None)
     for objective in objectives:
-        for need, tower in (("image tokens", "image"), ("captions", "text")):
+        needed = [("image tokens", "image"), ("global view", "image"), ("captions", "text")]
+        for need, tower in needed:
             if features is not None and need in objective.needs and tower in features.towers:
                 raise UserError(
                     f"objectives ({type(objective).__name__}) need {need}, and train_features "
@@ -105,8 +120,9 @@ def refuse_other_heads(module: nn.Module, stored: Iterable[str], path: object) -
     if ours != theirs:
         raise UserError(
             f"checkpoint ({path}) has heads of objectives ({', '.join(theirs) or 'none'}), and "
-            f"model.objectives has ({', '.join(ours) or 'none'}); have the same ones, or begin "
-            "another run with the checkpoint as model.pretrained, which takes its towers alone"
+            f"model.objectives has ({', '.join(ours) or 'none'}); have the same ones, go on in "
+            "another run by from_run, or begin another with the checkpoint as model.pretrained, "
+            "which takes its towers alone"
         )
 
 
@@ -133,8 +149,12 @@ def encode_with_terms(
     micro_batch_size: int,
     *,
     later: list[CachedEncoding] | None = None,
+    targets: Mapping[str, Targets] | None = None,
 ) -> tuple[Tensor, Terms]:
     """Encode the pictures of a batch once, and compute the terms of objectives on their tokens.
+
+    Objectives that learn of a teacher have passes of their own: one for all local views of some
+    rows, one for global views with hidden patches.
 
     Args:
         towers: as they train.
@@ -144,18 +164,51 @@ def encode_with_terms(
         micro_batch_size: rows that are encoded, and whose terms are computed, together.
         later: takes up what goes backward by itself when the loss is done, micro-batch by
             micro-batch, as sharded towers do; None leaves that to autograd.
+        targets: of the whole batch, by name of the objective.
 
     Returns:
         (B, D) L2-normalised features; terms of this rank's rows.
     """
     names: list[tuple[str, str]] = []
+    targets = targets or {}
+    columns = {
+        "images": batch.images,
+        "texts": batch.texts,
+        "draws": draws_of(batch, step),
+        "valid": batch.valid,
+    }
+    regions = regions_of(batch)
+    if regions is not None:
+        columns |= {"region_texts": regions.texts, "region_boxes": regions.boxes}
+    columns |= student_views(objectives, batch)
+    columns |= {f"targets {name}": each.rows for name, each in targets.items()}
 
-    def encode(images: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        features, tokens = towers.encode_image_tokens(images)
-        texts, draws, valid, *regions = rows
-        found_regions = Regions(*regions) if regions else None
-        seen = Rows(tokens, texts, draws, valid, found_regions, patch_mask(images))
-        found = {name: objective(seen) for name, objective in objectives.items()}
+    def encode(*parts: Tensor) -> tuple[Tensor, ...]:
+        part = dict(zip(columns, parts, strict=True))
+        features, tokens = towers.encode_image_tokens(part["images"])
+        seen = Rows(
+            tokens,
+            part["texts"],
+            part["draws"],
+            part["valid"],
+            Regions(part["region_texts"], part["region_boxes"]) if regions else None,
+            patch_mask(part["images"]),
+            targets={
+                name: each._replace(rows=part[f"targets {name}"]) for name, each in targets.items()
+            },
+        )
+        if "local_views" in part:
+            views = part["local_views"]
+            pooled, _ = towers.encode_view(views.flatten(0, 1))
+            seen = seen._replace(local_views=pooled.unflatten(0, views.shape[:2]))
+        found = {}
+        for name, objective in objectives.items():
+            own = seen
+            if isinstance(objective, MaskedPrediction):
+                mask = objective.mask(seen.draws, tokens.shape[1])
+                _, masked = towers.encode_view(part["views"], mask, objective.stand_in())
+                own = seen._replace(masked_tokens=masked, mask=mask)
+            found[name] = objective(own)
         names[:] = [(name, term) for name, terms in found.items() for term in terms]
         terms = [found[name][term] for name, term in names]
         return (
@@ -164,19 +217,13 @@ def encode_with_terms(
             torch.stack([each.number for each in terms]),
         )
 
-    columns = (
-        batch.images,
-        batch.texts,
-        draws_of(batch, step),
-        batch.valid,
-        *(regions_of(batch) or ()),
-    )
+    every = tuple(columns.values())
     if later is not None and len(batch.images) > micro_batch_size:
-        cached = CachedEncoding(encode, columns, micro_batch_size)
+        cached = CachedEncoding(encode, every, micro_batch_size)
         later.append(cached)
         features, (totals, numbers) = cached.features, cached.sums
     else:
-        parts = list(zip(*(each.split(micro_batch_size) for each in columns), strict=True))
+        parts = list(zip(*(each.split(micro_batch_size) for each in every), strict=True))
         if len(parts) > 1 and torch.is_grad_enabled():
             found = [
                 checkpoint(encode, *part, use_reentrant=False, preserve_rng_state=True)
@@ -301,13 +348,19 @@ class ObjectiveModule(RunModule):
 
     Attributes:
         objectives: by name; empty for the loss alone.
+        teacher: of those that learn of an average of the student; None without any.
         term_check: of terms that are not finite.
     """
 
     objectives: nn.ModuleDict
+    optim: OptimConfig
+    teacher: EmaTeacher | None
 
     def __init__(self) -> None:
         super().__init__()
+        self.teacher = None
+        self._targets: dict[str, Targets] = {}
+        self._has_teacher_begun = False
         self._measures = ObjectiveMeasures()
         self._weights: dict[str, float] = {}
         self._idle_heads: list[nn.Module] = []
@@ -330,17 +383,61 @@ class ObjectiveModule(RunModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the objectives, too; shards have been loaded by now."""
-        if "state_dict" in checkpoint:
+        if "state_dict" in checkpoint and not self.goes_on_from(self.trainer.ckpt_path):
             refuse_other_heads(self, checkpoint["state_dict"], self.trainer.ckpt_path)
         super().on_load_checkpoint(checkpoint)
 
     def begin_objectives(self) -> dict[str, Objective]:
         """Weigh the objectives for the step under way; return those that count in it."""
+        total_steps = self.optim.total_steps(self.trainer.max_steps)
         self._weights = {
-            name: objective.weight_at(self.global_step, self.trainer.max_steps)
+            name: objective.weight_at(self.global_step, total_steps)
             for name, objective in self.by_name.items()
         }
         return {name: each for name, each in self.by_name.items() if self._weights[name]}
+
+    def look_at_teacher(
+        self, counted: Mapping[str, Objective], batch: ImageTextBatch, micro_batch_size: int
+    ) -> dict[str, Targets]:
+        """Let the teacher see the views of a batch, for the objectives that learn of it.
+
+        Raises:
+            UserError: if the batch has no views.
+        """
+        self._targets = {}
+        asking = with_teacher(counted)
+        if not asking or self.teacher is None:
+            return {}
+        if batch.views is None:
+            raise missing_views(next(iter(asking.values())))
+        if not self._has_teacher_begun:
+            self.teacher.begin(self.towers, with_teacher(self.by_name))
+            self._has_teacher_begun = True
+        total_steps = self.optim.total_steps(self.trainer.max_steps)
+        temperatures = {
+            name: each.temperature_at(self.global_step - each.first_step(total_steps))
+            for name, each in asking.items()
+        }
+        self._targets = self.teacher.targets(
+            self.towers,
+            asking,
+            batch.views,
+            draws_of(batch, self.global_step),
+            micro_batch_size,
+            temperatures,
+        )
+        return self._targets
+
+    def on_train_start(self) -> None:
+        """Look whether the teacher of a checkpoint had begun; what another run left is past."""
+        super().on_train_start()
+        self._has_teacher_begun = self.teacher is not None and bool(self.teacher.has_begun)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take a step, and let the teacher follow it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.teacher is not None and self._has_teacher_begun:
+            self.teacher.follow(self.towers, with_teacher(self.by_name), self.is_step_skipped)
 
     def add_objectives(self, loss: Tensor, terms: Terms, *, is_sharded: bool) -> Tensor:
         """Add the terms of the step to this rank's share of the loss, and log them if it is due."""
@@ -358,7 +455,12 @@ class ObjectiveModule(RunModule):
         if not is_sharded:
             loss = loss + touch(self._idle_heads)
         if self._is_logged_step():
+            if self.teacher is not None and self._targets:
+                losses = {name: logged[f"train/{name}_loss"] for name in self._targets}
+                gauges = self.teacher.gauges(self._targets, losses)
+                logged |= {f"train/{name}": value for name, value in gauges.items()}
             self.log_dict(logged)
+        self._targets = {}
         return loss
 
     def _look_at(self, means: Mapping[str, Tensor | float]) -> None:

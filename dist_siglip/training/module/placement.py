@@ -1,10 +1,11 @@
 """Where the values of a module are: in shards over the ranks, and first of all on the first one.
 
 For sharding each block of a tower is a unit of its own, the rest of the towers another, scale and
-bias a third, what a loss learns a fourth; objectives are split likewise. A block is gathered when
-it is needed and freed after. Blocks are gathered in bfloat16 where training runs in it, gradients
-are added up in float32; scale, bias and loss stay in float32. Micro-batches go backward one after
-the other: of no more than one block, and of what is in none, gradients are whole at a time.
+bias a third, what a loss learns a fourth; objectives and their teacher are split likewise. A block
+is gathered when it is needed and freed after. Blocks are gathered in bfloat16 where training runs
+in it, gradients are added up in float32; scale, bias and loss stay in float32. Micro-batches go
+backward one after the other: of no more than one block, and of what is in none, gradients are whole
+at a time.
 """
 
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from dist_siglip.models.tuning import block_names
 def shard_module(
     module: nn.Module, mesh: DeviceMesh, *, precision: str = "32-true", compile_blocks: bool = False
 ) -> None:
-    """Shard towers, scale and bias, loss and objectives of a module over a mesh (FSDP2), in place.
+    """Shard a module over a mesh (FSDP2), in place: towers, scale, bias, loss, objectives, teacher.
 
     Args:
         module: before it goes to its device and before its optimizer is built.
@@ -46,7 +47,7 @@ def shard_module(
             f"trainer.strategy has a mesh with axes {', '.join(mesh.mesh_dim_names or ())}; to "
             "shard this model use the class dist_siglip.training.strategies.FullyShardedStrategy"
         )
-    sharded = ("towers.", "logits.", "loss.", "objectives.")
+    sharded = ("towers.", "logits.", "loss.", "objectives.", "teacher.")
     others = [name for name, _ in module.named_parameters() if not name.startswith(sharded)]
     if others:
         raise UserError(
@@ -63,18 +64,28 @@ def shard_module(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(towers, mesh=mesh, mp_policy=policy)
-    for method in ("encode_image", "encode_image_tokens", "encode_patches", "encode_text"):
+    for method in (
+        "encode_image",
+        "encode_image_tokens",
+        "encode_patches",
+        "encode_text",
+        "encode_view",
+    ):
         register_fsdp_forward_method(towers, method)
-    for objective in module.get_submodule("objectives").children():
-        for name in block_names(objective):
-            block = objective.get_submodule(name)
+    others_of_it = [(each, False) for each in module.get_submodule("objectives").children()]
+    if getattr(module, "teacher", None) is not None:
+        # Nothing goes backward through it, after which it would be in shards again.
+        others_of_it.append((module.get_submodule("teacher"), True))
+    for part, reshards in others_of_it:
+        for name in block_names(part):
+            block = part.get_submodule(name)
             if compile_blocks:
                 block.compile()
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(objective, mesh=mesh, mp_policy=policy)
-        for method in ("measure", "write", "write_boxes"):
-            if hasattr(objective, method):
-                register_fsdp_forward_method(objective, method)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards or None)
+        for method in ("measure", "write", "write_boxes", "stand_in", "prototypes"):
+            if hasattr(part, method):
+                register_fsdp_forward_method(part, method)
     # Apart, so that the loss can ask for them outside of the towers; never in half precision.
     for name in ("logits", "loss"):
         part = module.get_submodule(name)

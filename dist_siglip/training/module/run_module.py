@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
 from dist_siglip.data.samples.batch import ImageNormalizer
@@ -23,10 +26,12 @@ from dist_siglip.metrics import Evaluation
 from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning import lies_in_block
 from dist_siglip.models.weights_file import refuse_not_finite
-from dist_siglip.runs.checkpoints.sharded import by_name, by_number
+from dist_siglip.runs.checkpoints.sharded import by_name, by_number, has_numbers
+from dist_siglip.training.module.from_run import Differences, adopt_optimizer, adopt_weights
 from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
 from dist_siglip.training.optim.evaluation_weights import (
+    UNAVERAGED,
     EvaluationWeights,
     averaging_parts,
     take_training_weights,
@@ -36,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def configure(
-    module: LightningModule,
+    module: "RunModule",
     config: OptimConfig,
     rules: Mapping[str, ParameterRule],
     *,
@@ -57,7 +62,7 @@ def configure(
     optimizer, schedule = build_optimizer(
         module,
         config,
-        trainer.max_steps,
+        config.total_steps(trainer.max_steps),
         rules,
         scales_gradients=scaler is not None,
         is_sharded=is_sharded,
@@ -65,10 +70,22 @@ def configure(
     )
     if averaging_parts([optimizer]):
         _check_averaging(trainer, config, is_sharded=is_sharded)
+    if module.other_checkpoint is not None and not is_sharded:
+        optimizer.register_load_state_dict_pre_hook(partial(_take_by_name, module))
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": schedule, "interval": "step"},
     }
+
+
+def _take_by_name(
+    module: "RunModule", optimizer: Optimizer, state: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Number the state of another run as this optimizer does; that of this run has numbers."""
+    if has_numbers(state):
+        return None
+    current = by_name(optimizer.state_dict(), optimizer, module)
+    return by_number(adopt_optimizer(state, current, module.resampled_names))
 
 
 def _check_averaging(trainer: Any, config: OptimConfig, *, is_sharded: bool) -> None:
@@ -181,6 +198,13 @@ class RunModule(LightningModule):
             without one.
         step_check: of the callback SkipBadSteps: skips a step that is not finite, which else is an
             error.
+        other_checkpoint: of another run, from which this one goes on: what it lacks stays as it was
+            built, see ``from_run``. Set it before ``Trainer.fit`` is given that path.
+        fresh_names: parameters and buffers that it lacked, once it is loaded.
+        resampled_names: positions that it had on another grid.
+        lineage: runs that this one goes on from, earliest first, as checkpoints keep them.
+        is_step_skipped: (), bool, whether the optimizer leaves out the step under way; None where
+            none is left out.
         normalizes_pictures: whether batches hold pixels as uint8, which the towers normalise
             micro-batch by micro-batch; a subclass that needs floats in ``batch.images`` sets it to
             False.
@@ -198,6 +222,11 @@ class RunModule(LightningModule):
         self.written: dict[int, Any] = {}
         self.step_timer = StepTimer()
         self.step_check: StepCheck | None = None
+        self.other_checkpoint: Path | None = None
+        self.fresh_names: frozenset[str] = frozenset()
+        self.resampled_names: frozenset[str] = frozenset()
+        self.lineage: list[dict[str, Any]] = []
+        self.is_step_skipped: Tensor | None = None
         self._loaded_steps = 0
         self._evaluation_weights = EvaluationWeights()
         # Stays on the device of the batches: reading it each step would wait for the GPU.
@@ -207,6 +236,10 @@ class RunModule(LightningModule):
     def steps_done(self) -> int:
         """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
         return max(self.global_step, self._loaded_steps)
+
+    def goes_on_from(self, path: object) -> bool:
+        """Whether a path is that of the checkpoint of another run to go on from."""
+        return self.other_checkpoint is not None and Path(str(path)) == self.other_checkpoint
 
     def setup(self, stage: str) -> None:
         """Connect the ranks, while nothing is under way; see pictures as the data module does."""
@@ -233,7 +266,9 @@ class RunModule(LightningModule):
         self.inputs = replace(self.inputs, pictures=policy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer's parameters."""
+        """Name the optimizer's parameters, and the runs before this one."""
+        if self.lineage:
+            checkpoint["lineage"] = self.lineage
         self._evaluation_weights.write(checkpoint, self, self.trainer.optimizers)
         if "optimizer_states" in checkpoint:
             pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
@@ -245,8 +280,12 @@ class RunModule(LightningModule):
         """Remember the step: Lightning's evaluation loop restores weights only.
 
         Raises:
-            UserError: if a parameter is not finite.
+            UserError: if a parameter is not finite; of another run, as ``adopt_weights``.
         """
+        is_of_other = self.goes_on_from(self.trainer.ckpt_path)
+        if is_of_other:
+            self._adopt(checkpoint)
+        self.lineage = self.lineage or checkpoint.get("lineage", [])
         names = {name for name, _ in self.named_parameters()}
         for state in ("state_dict", "current_model_state"):  # the second beside an average
             weights = {
@@ -258,9 +297,30 @@ class RunModule(LightningModule):
         self._loaded_steps = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             take_training_weights(checkpoint)
-        if "optimizer_states" in checkpoint:
+        if "optimizer_states" in checkpoint and not is_of_other:
             states = checkpoint["optimizer_states"]
             checkpoint["optimizer_states"] = [by_number(state) for state in states]
+
+    def note_differences(self, found: Differences) -> None:
+        """Remember what the checkpoint of another run lacked, and what it had on another grid."""
+        self.fresh_names = frozenset(found.fresh)
+        self.resampled_names = frozenset(found.resampled)
+
+    def _adopt(self, checkpoint: dict[str, Any]) -> None:
+        """Complete the weights of another run by those there are; shards are loaded by now."""
+        if "state_dict" not in checkpoint:
+            return
+        for key in ("state_dict", UNAVERAGED):
+            if key in checkpoint:
+                path = Path(str(self.trainer.ckpt_path))
+                weights, found = adopt_weights(self, checkpoint[key], path)
+                self.note_differences(found)
+                checkpoint[key] = {**self.state_dict(), **weights}
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning's
+        averages = any(isinstance(each, WeightAveraging) for each in callbacks)
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
+        if UNAVERAGED in checkpoint and is_fit and not averages:
+            checkpoint["state_dict"] = checkpoint[UNAVERAGED]
 
     def on_train_start(self) -> None:
         """Let optimizers that ask for it know that training begins."""
@@ -342,12 +402,16 @@ class RunModule(LightningModule):
         Lightning's own clipping refuses fused AdamW under mixed precision.
         """
         is_logged, check = self._is_logged_step(), self.step_check
-        is_wanted = is_logged or check is not None
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        is_wanted = is_logged or check is not None or is_scaled
         norm = clip(self.parameters(), gradient_clip_val, gradient_clip_algorithm, is_wanted)
         if norm is not None and is_logged:
             self.log("train/grad_norm", norm)
+        self.is_step_skipped = None
         if norm is not None and check is not None:
-            check.decide(optimizer, norm)
+            self.is_step_skipped = check.decide(optimizer, norm)
+        elif norm is not None and is_scaled:
+            self.is_step_skipped = ~norm.isfinite()
 
     def _is_logged_step(self) -> bool:
         """Whether the step under way is one Lightning writes to its loggers."""

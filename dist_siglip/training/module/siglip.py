@@ -41,6 +41,13 @@ from dist_siglip.models.dual_encoder import check_micro_batch
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
 from dist_siglip.training.module.captions import loss_of_captions
+from dist_siglip.training.module.ema_teacher import (
+    TEACHER_MOMENTUM,
+    EmaTeacher,
+    refuse_sinkhorn,
+    view_rule_of,
+    with_teacher,
+)
 from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
 from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
@@ -134,6 +141,9 @@ class SigLipModule(EncodingModule):
         text_tower: what of the text tower trains, and how fast.
         prefix_dims: prefixes of the dimension whose recall, margin and gap an evaluation measures,
             as they are cut and after a rotation. Null: those of the loss, if it has any.
+        teacher_momentum: of the average of image tower and heads that objectives such as
+            ``dist_siglip.objectives.SelfDistillation`` learn of, in [0, 1). Its half-life is
+            ln 2 / (1 - momentum) steps; a thousandth of the run is a start.
         teachers: whose logits a loss such as ``dist_siglip.losses.DistillationLoss`` learns, each
             live or from stored rows; several are averaged. Null: none.
     """
@@ -162,6 +172,7 @@ class SigLipModule(EncodingModule):
         text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         prefix_dims: list[int] | None = None,
         teachers: list[TeacherConfig] | None = None,
+        teacher_momentum: float = TEACHER_MOMENTUM,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -210,6 +221,10 @@ class SigLipModule(EncodingModule):
             self._compare_global_batch(built.trained_global_batch, f"pretrained ({pretrained})")
         self.evaluation = PairEvaluation()
         self.objectives = build_objectives(objectives or [], built)
+        if asking := with_teacher(self.by_name):
+            refuse_sinkhorn(asking, micro_batch_size)
+            self.inputs = replace(self.inputs, views=view_rule_of(asking))
+            self.teacher = EmaTeacher(self.towers, asking, teacher_momentum)
         self._is_configured = False
         self._compiles = compile_towers
 
@@ -239,6 +254,8 @@ class SigLipModule(EncodingModule):
         elif self._compiles:
             translate_towers(self.towers)
             self.teachers.compile()
+            if self.teacher is not None:
+                self.teacher.compile_tower("inductor")
             for objective in self.by_name.values():
                 objective.compile_heads("inductor")
         if some_await:
@@ -284,7 +301,7 @@ class SigLipModule(EncodingModule):
         """Tell Lightning that locked parts are in evaluation mode on purpose."""
         if self.trainer.is_global_zero:
             self.teachers.warn_of_batch(self.global_batch_size)
-        if self.towers.is_kept_in_evaluation:
+        if self.towers.is_kept_in_evaluation or self.teacher is not None:
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def on_train_start(self) -> None:

@@ -159,6 +159,8 @@ class OptimConfig:
         schedule_start_step: step at which warm-up and schedule begin; they end with the run. 0 but
             for a run that is trained on after its end: the step it has reached, from which it
             warms up and comes down again.
+        schedule_steps: step at which the schedule ends, for a run that ends before it and that
+            another goes on from; at least ``trainer.max_steps``. Null: the end of the run.
         accept_rate_jump: let the learning rate jump where a run goes on with another
             ``trainer.max_steps``, into the schedule of the new length; False refuses it.
         optimizer: class path of a ``torch.optim.Optimizer`` with init_args of its own, instead of
@@ -183,6 +185,7 @@ class OptimConfig:
     min_learning_rate_fraction: float = 0.0
     cooldown_steps: int = 0
     schedule_start_step: int = 0
+    schedule_steps: int | None = None
     accept_rate_jump: bool = False
     optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
     fallback_optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
@@ -200,6 +203,8 @@ class OptimConfig:
         start = self.schedule_start_step
         _require("schedule_start_step", start, start >= 0, ">= 0; 0 is the start of the run")
         _require("min_learning_rate_fraction", fraction, 0 <= fraction <= 1, "in [0, 1]")
+        end = self.schedule_steps
+        _require("schedule_steps", end, end is None or end > start, f"above {start}, or null")
         schedules = get_args(Schedule)
         allowed = f"one of {', '.join(schedules)}"
         _require("schedule", self.schedule, self.schedule in schedules, allowed)
@@ -207,6 +212,12 @@ class OptimConfig:
         _require("fallback_learning_rate", rate, rate is None or rate > 0, "> 0, or null")
         cools = self.schedule == "constant" or not self.cooldown_steps
         _require("cooldown_steps", self.cooldown_steps, cools, f"0 with schedule {self.schedule}")
+
+    def total_steps(self, max_steps: int) -> int:
+        """Return the step at which the schedule ends; a UserError if the run is longer."""
+        end = max_steps if self.schedule_steps is None else self.schedule_steps
+        _require("schedule_steps", end, end >= max_steps, f"at least max_steps ({max_steps})")
+        return end
 
 
 def _require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
@@ -232,7 +243,7 @@ def build_optimizer(
     Args:
         module: everything that is trained, scale and bias included.
         config: settings.
-        total_steps: optimizer steps of the whole run, not of what is left of it; > 0.
+        total_steps: step at which the schedule ends, see ``OptimConfig.total_steps``; > 0.
         rules: parameters with a learning rate or weight decay of their own, by name.
         scales_gradients: a GradScaler multiplies the loss (float16). A fused optimizer would
             divide by its factor itself, after the gradients were clipped, so none is taken.
@@ -285,7 +296,8 @@ class _Schedule(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the step of a checkpoint, but no rate of it: its schedule may have been another."""
         base_rates = list(self.base_lrs)
-        super().load_state_dict(state_dict)
+        # Nothing is kept of the factors, and there may be other groups than there were.
+        super().load_state_dict({**state_dict, "lr_lambdas": []})
         groups = self.optimizer.param_groups
         before = groups[0]["lr"]
         for group, base, factor in zip(groups, base_rates, self.lr_lambdas, strict=True):
@@ -303,7 +315,7 @@ def scheduled_factor(config: OptimConfig, total_steps: int, step: int) -> float:
 
     Args:
         config: settings.
-        total_steps: optimizer steps of the whole run.
+        total_steps: step at which the schedule ends.
         step: number of optimizer steps already taken, from 0.
     """
     start = config.schedule_start_step
@@ -419,9 +431,9 @@ def describe_schedule_change(
 
     Args:
         before: settings that the run had.
-        steps_before: its length with them, in optimizer steps.
+        steps_before: where its schedule ended with them, in optimizer steps.
         now: settings that it has now.
-        steps_now: its length with them.
+        steps_now: where it ends with them.
         step: optimizer steps behind it, fewer than ``steps_now``.
 
     Returns:
@@ -481,6 +493,7 @@ def how_to_go_on(config: OptimConfig, step: int) -> str:
         >>> how_to_go_on(OptimConfig(schedule="constant"), 12)
         'raise trainer.max_steps'
     """
-    if config.schedule == "constant" and not config.cooldown_steps:
+    is_flat = config.schedule == "constant" and not config.cooldown_steps
+    if is_flat or step < (config.schedule_steps or 0):
         return "raise trainer.max_steps"
     return f"raise trainer.max_steps and set model.optim.schedule_start_step to {step}"

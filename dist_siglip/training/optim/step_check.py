@@ -248,8 +248,8 @@ class StepCheck:
         return carry_not_finite(loss)
 
     @torch.no_grad()
-    def decide(self, optimizer: Optimizer, norm: Tensor) -> None:
-        """Let the optimizer's next step be taken or skipped.
+    def decide(self, optimizer: Optimizer, norm: Tensor) -> Tensor:
+        """Let the optimizer's next step be taken or skipped; return which, (), bool.
 
         Args:
             optimizer: gradients reduced over ranks and in place.
@@ -273,6 +273,7 @@ class StepCheck:
             self._terms,
         )
         self._terms = {}
+        return is_skipped
 
     def take(self) -> StepFinding | None:
         """Hand over what was found in the last step; None if nothing was decided in it."""

@@ -1,7 +1,6 @@
 import torch
 
-from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.samples.dataset import check_ranks_agree
+from dist_siglip.data.index.pairs import build_pair_table, check_ranks_agree
 from tests.support.shards import write_shards
 
 

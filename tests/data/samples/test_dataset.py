@@ -16,11 +16,12 @@ from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progr
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.dataset import PairDataset, check_fields
+from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import picture_id
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import evaluation_transform, training_transform
 from dist_siglip.errors import UserError
+from dist_siglip.training.datamodule.named_fields import check_captions
 from tests.support.shards import caption, encode, picture, tiny_inputs, write_shard, write_shards
 
 
@@ -410,11 +411,11 @@ def test_a_field_that_none_of_the_next_samples_has_is_refused(tmp_path, caplog):
     shards = write_recaptioned(tmp_path)
     upcoming = [StreamPosition(0, place, place) for place in range(6)]
     with caplog.at_level("INFO"):
-        check_fields(recaptioned(shards, BOTH), upcoming, is_told=True)
+        check_captions(recaptioned(shards, BOTH), [upcoming], is_told=True)
     assert "captions of the next 6 training samples: txt in 6, synthetic in 5" in caplog.text
     misspelt = CaptionRule(members=("txt", "json"), probabilities={"txt": 0.5, "sythetic": 0.5})
     with pytest.raises(UserError, match="none of the next 6 training samples has field 'sythetic'"):
-        check_fields(recaptioned(shards, misspelt), upcoming, is_told=True)
+        check_captions(recaptioned(shards, misspelt), [upcoming], is_told=True)
 
 
 def shouted(samples):

@@ -54,6 +54,32 @@ def test_a_decoder_whose_loss_stays_at_the_logarithm_of_the_words_is_told():
     assert objectives.judge(record(series=falling, metrics=metrics)).tone == "good"
 
 
+def teacher_of(entropy, mean_entropy):
+    name = "masked_prediction"
+    gauges = {"loss": 5.0, "entropy": entropy, "mean_entropy": mean_entropy, "kl": 1.0}
+    gauges |= {"centre_norm": 0.5, "weight": 0.25}
+    series = {f"train/{name}_{gauge}": [value] * 4 for gauge, value in gauges.items()}
+    return record(series=series)
+
+
+def test_both_collapses_of_a_teacher_are_told_from_one_that_says_something():
+    for entropy, mean, tone, words in (
+        (1.0, 1.0, "bad", "collapsed: it finds all prototypes alike"),
+        (0.01, 0.02, "bad", "collapsed: it finds all pictures alike"),
+        (0.6, 0.61, "watch", "hardly tells pictures apart"),
+        (0.5, 0.95, "good", "tells pictures apart"),
+    ):
+        run = teacher_of(entropy, mean)
+        found = objectives.judge_teacher(run, "masked_prediction")
+        assert (found.tone, words in found.text) == (tone, True)
+        assert found.text.startswith("The teacher of masked prediction")
+        html = objectives.make([run]).render()
+        assert words in html
+        assert "masked prediction mean entropy" in html
+    assert objectives.judge_teacher(run, "self_distillation") is None
+    assert objectives.judge(run) is None  # there is no decoder
+
+
 def test_an_objective_that_has_not_begun_is_told():
     series = {"train/captioning_weight": [0.0, 0.0], "train/pair_loss": [3.0, 2.0]}
     found = objectives.judge(record(series=series, metrics=run_of(0.0).metrics))

@@ -131,3 +131,38 @@ def test_the_command_line_compares_with_the_configuration_of_the_run(tmp_path):
     settings = {"trainer": {"max_steps": 24}, "model": {"optim": {"schedule_start_step": 12}}}
     run.config.write_text(yaml.safe_dump(settings))
     assert change(anew, 24) == ""
+
+
+def test_a_run_that_ends_before_its_schedule_leaves_it_to_another(tmp_path):
+    """80 % of a cosine, then the rest: the rates are those of one run."""
+    whole, _ = rates(COSINE, 12, 12)
+    part = replace(COSINE, schedule_steps=12)
+    assert part.total_steps(9) == 12
+    first, state = rates(part, part.total_steps(9), 9)
+    rest, _ = rates(COSINE, COSINE.total_steps(12), 3, state)
+    assert first + rest == whole
+    assert how_to_go_on(part, 9) == "raise trainer.max_steps"
+    with pytest.raises(UserError, match=r"schedule_steps \(12\) must be at least max_steps \(13\)"):
+        part.total_steps(13)
+    with pytest.raises(UserError, match=r"schedule_steps \(5\) must be above 5, or null"):
+        replace(COSINE, schedule_steps=5, schedule_start_step=5)
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    run.checkpoint(9).touch()
+    settings = {"trainer": {"max_steps": 9}, "model": {"optim": {"schedule_steps": 12}}}
+    run.config.write_text(yaml.safe_dump(settings))
+    longer = {"trainer": {"max_steps": 12}}
+    assert schedule_change(run, longer, COSINE, run.checkpoint(9)) == ""
+    with pytest.raises(UserError, match="would jump from "):
+        schedule_change(run, longer, replace(COSINE, schedule_steps=36), run.checkpoint(9))
+
+
+def test_the_state_of_a_schedule_of_other_groups_is_taken():
+    _, (_, state) = rates(COSINE, 12, 7)
+    assert len(state["base_lrs"]) == 2
+    state["base_lrs"], state["lr_lambdas"] = [1.0] * 3, [{}] * 3
+    module = nn.Linear(2, 2)
+    optimizer, schedule = build_optimizer(module, COSINE, 12)
+    schedule.load_state_dict(state)
+    expected = 1e-3 * learning_rate_factor(7, warmup_steps=3, total_steps=12)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 2)

@@ -1,0 +1,313 @@
+"""Going on from another run: what it has goes on to the bit, what it lacks begins fresh."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn import functional
+
+from dist_siglip.errors import UserError
+from dist_siglip.losses import LogitConfig
+from dist_siglip.models.weights import is_of_another_grid, resample_for_grid
+from dist_siglip.objectives import Captioning
+from dist_siglip.runs.checkpoints.sharded import by_name
+from dist_siglip.training.callbacks import WeightAverage
+from dist_siglip.training.module.from_run import adopt_optimizer, compare
+from dist_siglip.training.optim import OptimConfig
+from dist_siglip.training.strategies import FullyShardedStrategy
+from tests.support.objective_ranks import batch_of, rows_of
+from tests.support.processes import run_ranks
+from tests.support.schedule_free import ScheduleFreeSGD
+from tests.support.sharded_ranks import worst_error
+from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tuning_ranks import fit, locked_module
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+STEPS, STOP = 5, 3
+# A large epsilon keeps Adam from blowing rounding differences up to whole steps.
+COSINE = OptimConfig(learning_rate=0.01, epsilon=0.01, warmup_steps=2, schedule_steps=STEPS)
+MUON = OptimConfig(
+    learning_rate=0.01,
+    weight_decay=0.0,
+    schedule="constant",
+    optimizer=torch.optim.Muon,
+    fallback_optimizer=ScheduleFreeSGD,
+)
+HEADS = "objectives.captioning."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("model") / "tiny.json", ARCHITECTURES["siglip"])
+
+
+class Start(Callback):
+    """Keeps what there is before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        optimizer = trainer.optimizers[0]
+        self.step = trainer.global_step
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+        self.states = by_name(optimizer.state_dict(), optimizer, pl_module)["state"]
+        self.states = {
+            name: {key: torch.as_tensor(value).clone() for key, value in state.items()}
+            for name, state in self.states.items()
+        }
+
+
+class AtEnd(Callback):
+    """Saves while an average and the weights under training are both there."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
+def stage(model, folder, max_steps, *, start=None, done=0, save=None, rank=0, world_size=1, **more):
+    """A run up to a step, from another run's checkpoint or from the beginning."""
+    trainer_settings = more.pop("trainer", {})
+    module = locked_module(model, **{"optim": COSINE, **more})
+    module.other_checkpoint = start
+    size = more.get("image_size", 32)
+    batches = []
+    for seed in range(done, STEPS + 8):
+        batch = batch_of(4, seed, torch.float32)
+        images = functional.interpolate(batch.images, (size, size)) if size != 32 else batch.images
+        rows = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+        batches.append(rows_of(batch._replace(images=images), rows))
+    seen = Start()
+    callbacks = [seen, *trainer_settings.pop("callbacks", [])]
+    callbacks += [] if save is None else [AtEnd(save)]
+    settings = {"max_steps": max_steps, "gradient_clip_val": 1.0, **trainer_settings}
+    settings |= {"callbacks": callbacks, "ckpt_path": start}
+    trainer = fit(module, folder, batches, rank, world_size, **settings)
+    return module, trainer, seen
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        equal(value, theirs[name])
+        if isinstance(value, dict)
+        else torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name]))
+        for name, value in ours.items()
+    )
+
+
+def states_of(trainer, module):
+    optimizer = trainer.optimizers[0]
+    return by_name(optimizer.state_dict(), optimizer, module)["state"]
+
+
+def averaged():
+    return {"callbacks": [WeightAverage(decay=0.6)]}
+
+
+@pytest.mark.parametrize(
+    ("optim", "with_heads", "trainer"),
+    [(COSINE, False, dict), (COSINE, True, averaged), (MUON, True, dict)],
+    ids=["AdamW", "heads and an average", "Muon beside a schedule-free one"],
+)
+def test_without_anything_new_a_second_run_is_the_first_one_going_on(
+    model, tmp_path, optim, with_heads, trainer
+):
+    def settings():
+        heads = [Captioning(layers=1)] if with_heads else None
+        return {"optim": optim, "objectives": heads, "trainer": trainer()}
+
+    path = tmp_path / "first.ckpt"
+    whole, whole_trainer, _ = stage(model, tmp_path, STEPS, **settings())
+    stage(model, tmp_path, STOP, save=path, **settings())
+    module, second, seen = stage(model, tmp_path, STEPS, start=path, done=STOP, **settings())
+    assert seen.step == STOP
+    assert equal(dict(module.state_dict()), dict(whole.state_dict()))
+    assert equal(states_of(second, module), states_of(whole_trainer, whole))
+    for name in ("lr", "weight_decay"):
+        rates = [group[name] for group in second.optimizers[0].param_groups]
+        assert rates == [group[name] for group in whole_trainer.optimizers[0].param_groups]
+    assert not module.fresh_names
+
+
+def test_a_share_of_the_steps_is_one_of_the_schedule(model, tmp_path):
+    """An objective that begins at 60 % of five steps does not begin in a run of three."""
+    for steps, begins in ((STOP, False), (STOP + 1, True)):
+        heads = Captioning(layers=1, start=0.6)
+        module, *_ = stage(model, tmp_path, steps, objectives=[heads])
+        assert bool(module.state_dict()[f"{HEADS}output.weight"].any()) == begins
+
+
+def test_heads_that_a_run_lacks_begin_fresh_and_all_else_goes_on(model, tmp_path):
+    path = tmp_path / "first.ckpt"
+    first, trainer, _ = stage(model, tmp_path, STOP, save=path)
+    settings = {"start": path, "done": STOP, "objectives": [Captioning(layers=1)]}
+    module, second, seen = stage(model, tmp_path, STOP + 1, **settings)
+    built = locked_module(model, objectives=[Captioning(layers=1)])
+    heads = {name for name in seen.weights if name.startswith(HEADS)}
+    assert heads
+    assert module.fresh_names == heads
+    expected = {name: built.state_dict()[name] for name in heads} | dict(first.state_dict())
+    assert equal(seen.weights, expected)
+    assert equal(seen.states, states_of(trainer, first))  # and no state of heads
+    assert seen.step == STOP
+    assert seen.rates == pytest.approx([0.01 * 0.5 * (1 + 0.5)] * 2)  # a third of half a cosine
+    counts = {name: state["step"].item() for name, state in states_of(second, module).items()}
+    assert {counts[name] for name in counts if name in heads} == {1}
+    assert {counts[name] for name in counts if name not in heads} == {STOP + 1}
+    # Numbers of parameters mean others now: by them the state would be refused, or be another's.
+    optimizer = second.optimizers[0]
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(trainer.optimizers[0].state_dict())
+
+
+def test_heads_that_a_run_no_longer_has_are_left_out(model, tmp_path):
+    path = tmp_path / "first.ckpt"
+    first, trainer, _ = stage(model, tmp_path, STOP, save=path, objectives=[Captioning(layers=1)])
+    module, _, seen = stage(model, tmp_path, STOP + 1, start=path, done=STOP)
+    assert set(seen.weights) == set(module.state_dict())
+    assert equal(seen.weights, {name: first.state_dict()[name] for name in seen.weights})
+    kept = {k: v for k, v in states_of(trainer, first).items() if not k.startswith(HEADS)}
+    assert equal(seen.states, kept)
+
+
+def test_an_average_without_its_callback_goes_on_with_the_weights_that_trained(model, tmp_path):
+    path = tmp_path / "first.ckpt"
+    whole, *_ = stage(model, tmp_path, STEPS)
+    stage(model, tmp_path, STOP, save=path, trainer=averaged())
+    module, *_ = stage(model, tmp_path, STEPS, start=path, done=STOP)
+    assert equal(dict(module.state_dict()), dict(whole.state_dict()))
+
+
+def test_positions_are_resampled_for_larger_pictures_and_their_moments_begin_anew(model, tmp_path):
+    path, name = tmp_path / "first.ckpt", "towers.clip.visual.trunk.pos_embed"
+    first, trainer, _ = stage(model, tmp_path, STOP, save=path)
+    settings = {"start": path, "done": STOP, "image_size": 64}
+    module, second, seen = stage(model, tmp_path, STOP + 1, **settings)
+    assert module.resampled_names == {name}
+    token, old = first.state_dict()[name].split((1, 4), dim=1)
+    side = 2
+    grid = old.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    bigger = functional.interpolate(grid, (2 * side, 2 * side), mode="bicubic", antialias=True)
+    expected = bigger.permute(0, 2, 3, 1).reshape(1, 4 * side * side, -1)
+    expected = torch.cat([token, expected], dim=1)
+    assert torch.allclose(seen.weights[name], expected, atol=1e-6)
+    states = states_of(trainer, first)
+    del states[name]
+    assert equal(seen.states, states)
+    assert states_of(second, module)[name]["step"].item() == 1
+    assert seen.rates == pytest.approx([0.0075] * 2)
+
+
+def test_other_models_are_refused_in_one_line(model, tmp_path):
+    stored = {k: v.shape for k, v in locked_module(model).state_dict().items()}
+    with_heads = locked_module(model, objectives=[Captioning(layers=1)]).state_dict()
+    with_heads = {name: value.shape for name, value in with_heads.items()}
+    tiny = ARCHITECTURES["siglip"]
+    wider = {**tiny, "text_cfg": {**tiny["text_cfg"], "width": 32}}
+    other = write_config(tmp_path / "other.json", wider)
+    relative = LogitConfig(bias_parameterization="relative")
+    cases = [
+        (locked_module(other), stored, r"text.positional_embedding is \(8, 16\) instead"),
+        (locked_module(model, logits=relative), stored, "missing logits.relative_bias"),
+        (
+            locked_module(model, objectives=[Captioning(layers=2)]),
+            with_heads,
+            rf"missing {HEADS}decoder.",  # the half of a decoder is none
+        ),
+        (
+            locked_module(model, objectives=[Captioning(layers=1)]),
+            {**with_heads, f"{HEADS}output.weight": torch.Size([7, 16])},
+            rf"{HEADS}output.weight is \(7, 16\) instead",
+        ),
+    ]
+    for module, shapes, said in cases:
+        with pytest.raises(UserError, match=rf"of another architecture: .*{said}") as caught:
+            compare(module, shapes, tmp_path)
+        assert "\n" not in str(caught.value)
+    # Positions that are no square grid.
+    name = "towers.clip.visual.trunk.pos_embed"
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 4, 64\) instead of \(1, 5, 64\)"):
+        compare(locked_module(model), {**stored, name: torch.Size([1, 4, 64])}, tmp_path)
+
+
+def test_a_kernel_of_other_patches_gives_the_same_for_pictures_enlarged_alike(model):
+    """From patches of 8 to those of 16."""
+    torch.manual_seed(0)
+    network = locked_module(model).towers.clip
+    name = "visual.trunk.patch_embed.proj.weight"
+    shape = network.get_parameter(name).shape
+    old = torch.randn(*shape[:2], 8, 8)
+    assert is_of_another_grid(network, name, old.shape, shape)
+    assert not is_of_another_grid(network, name, torch.Size([1, 3, 8, 8]), shape)
+    new = resample_for_grid(network, name, old, Path("of.ckpt"))
+    patches = torch.randn(5, 3, 8, 8)
+    larger = functional.interpolate(patches, (16, 16), mode="bicubic", antialias=True)
+    expected = torch.einsum("bchw,ochw->bo", patches, old)
+    assert torch.allclose(torch.einsum("bchw,ochw->bo", larger, new), expected, atol=1e-3)
+    plain = functional.interpolate(old, (16, 16), mode="bicubic", antialias=True) / 4
+    assert not torch.allclose(torch.einsum("bchw,ochw->bo", larger, plain), expected, atol=0.1)
+
+
+def test_groups_keep_what_they_count_and_take_decay_from_the_settings():
+    saved = {"state": {}, "param_groups": [{"name": "decay", "k": 3, "weight_decay": 0.1}]}
+    now = {"name": "decay", "params": ["a"], "k": 0, "weight_decay": 0.0, "betas": (0.9, 0.95)}
+    other = {"name": "decay, learning rate x 0.1", "params": ["b"], "k": 0, "weight_decay": 0.2}
+    found = adopt_optimizer(saved, {"param_groups": [now, other]})
+    assert found == {"state": {}, "param_groups": [{**now, "k": 3}, other]}
+
+
+def _stages_on_ranks(rank, world_size, model, folder):
+    """Second runs with heads and larger pictures on 2 ranks: DDP, shards of a file and a folder."""
+    common = {"rank": rank, "world_size": world_size}
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    sharded = FullyShardedStrategy(checkpoint="sharded")
+    settings = {"trainer": {"strategy": sharded}, "save": f"{folder}/shards.ckpt"}
+    stage(model, folder, STOP, **common, **settings)
+    found = []
+    for start, strategy in (
+        (f"{folder}/first.ckpt", "ddp"),
+        (f"{folder}/first.ckpt", FullyShardedStrategy()),
+        (f"{folder}/shards.ckpt", FullyShardedStrategy()),
+    ):
+        module, *_ = stage(
+            model,
+            folder,
+            STEPS,
+            start=Path(start),
+            done=STOP,
+            objectives=[Captioning(layers=1)],
+            image_size=64,
+            trainer={"strategy": strategy},
+            **common,
+        )
+        state = get_model_state_dict(module, options=whole)
+        names = [sorted(each) for each in (module.fresh_names, module.resampled_names)]
+        found.append(({k: v.clone() for k, v in state.items()}, names))
+    return found
+
+
+@pytest.mark.e2e
+def test_ranks_and_shards_go_on_as_one_process_does(model, tmp_path):
+    path = tmp_path / "first.ckpt"
+    stage(model, tmp_path, STOP, save=path)
+    settings = {"start": path, "done": STOP, "image_size": 64}
+    module, _, seen = stage(model, tmp_path, STEPS, objectives=[Captioning(layers=1)], **settings)
+    expected = dict(module.state_dict())
+    found = run_ranks(_stages_on_ranks, 2, model, str(tmp_path))
+    for state, (fresh, resampled) in found[0]:
+        assert worst_error(state, expected, seen.weights) < 1e-3
+        assert fresh == sorted(module.fresh_names)
+        assert resampled == sorted(module.resampled_names)
+    # A second run whose moments begin anew, as from weights alone, is another one.
+    lost = dict(torch.load(path, weights_only=True))
+    lost["optimizer_states"] = [{**lost["optimizer_states"][0], "state": {}}]
+    torch.save(lost, path)
+    other, *_ = stage(model, tmp_path, STEPS, objectives=[Captioning(layers=1)], **settings)
+    assert worst_error(dict(other.state_dict()), expected, seen.weights) > 1e-2
