@@ -14,7 +14,7 @@ from dist_siglip.data.samples.batch import picture_ids_of
 from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.distributed import World, copy_from_first_rank, max_over_ranks, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
+from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss, TeacherFeatures
 from dist_siglip.losses.arguments import (
     duplicates_of,
     prefix_dims_of,
@@ -40,6 +40,7 @@ from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
 from dist_siglip.training.module.captions import loss_of_captions
+from dist_siglip.training.module.curation import CurationConfig, curate
 from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
 from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
@@ -116,7 +117,8 @@ class SigLipModule(EncodingModule):
         compile_towers: translate both towers, or their blocks if they are sharded, with
             torch.compile at their first use in training or an evaluation.
         global_batch_size: pairs of a training batch over all ranks; the validation loss is that
-            of a random batch of this size. The command line takes it from the data.
+            of a random batch of this size. The command line takes it from the data. With
+            ``curation`` pairs that are loaded; the attribute is the number of those that train.
         micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
             whole batch at once and the gradients are the same, for one more forward pass. Null
             encodes the local batch at once.
@@ -128,7 +130,11 @@ class SigLipModule(EncodingModule):
         prefix_dims: prefixes of the dimension whose recall, margin and gap an evaluation measures,
             as they are cut and after a rotation. Null: those of the loss, if it has any.
         teachers: whose logits a loss such as ``dist_siglip.losses.DistillationLoss`` learns, each
-            live or from stored rows; several are averaged. Null: none.
+            live or from stored rows; several are averaged. Or the reference of ``curation``. Null:
+            none.
+        curation: pairs of each batch that train: those that the model has most to learn from,
+            beside ``teachers``. The batch of the data is then the larger one they are chosen from.
+            Null: all.
     """
 
     def __init__(
@@ -153,6 +159,7 @@ class SigLipModule(EncodingModule):
         text_tower: TowerConfig = TowerConfig(),  # noqa: B008 - frozen dataclass
         prefix_dims: list[int] | None = None,
         teachers: list[TeacherConfig] | None = None,
+        curation: CurationConfig | None = None,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -184,7 +191,14 @@ class SigLipModule(EncodingModule):
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
-        self.teachers = Teachers(teachers or [], built, self.loss)
+        self.curation, self.loaded_batch_size = curation, global_batch_size
+        if curation is not None:
+            curation.check(self.loss)
+            if global_batch_size is not None:
+                global_batch_size = curation.size_of(global_batch_size)
+        self.teachers = Teachers(
+            teachers or [], built, self.loss, is_reference=curation is not None
+        )
         self.inputs = replace(Preprocessing.of(built), teachers=self.teachers.inputs)
         self.optim = optim
         self.global_batch_size = global_batch_size
@@ -257,6 +271,8 @@ class SigLipModule(EncodingModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
+        if self.curation is not None and self.loaded_batch_size is not None and stage == "fit":
+            self.curation.size_of(self.loaded_batch_size, self.trainer.world_size)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
     def check_data(self, data: object) -> None:
@@ -290,13 +306,15 @@ class SigLipModule(EncodingModule):
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
         counted = self.begin_objectives()
         terms: Terms = {}
+        teachers: TeacherFeatures | None = None
         self.step_timer.begin_encoding(self.device)
+        if self.curation is not None:
+            batch, teachers = self._curated(batch, self.curation)
         if counted:
             image_features, text_features, terms = self.encode_with_terms(counted, batch)
         else:
             image_features, text_features = self.encode(batch._replace(texts=batch.all_texts()))
-        teachers = None
-        if self.teachers:
+        if self.teachers and self.curation is None:
             teachers = self.teachers.features_of(batch, self.micro_batch_size)
         self.step_timer.end_encoding()
         # Under autocast products and exchange are in the towers' precision, logits in float32.
@@ -333,6 +351,24 @@ class SigLipModule(EncodingModule):
             logit_bias,
             duplicate_pairs=duplicate_pairs,
         )
+
+    def _curated(
+        self, batch: ImageTextBatch, config: CurationConfig
+    ) -> tuple[ImageTextBatch, TeacherFeatures | None]:
+        """Choose the pairs that train; log what they promise."""
+        with evaluation_mode(self.towers):
+            chosen, teachers, terms = curate(
+                batch,
+                self.encode,
+                *self.logits(),
+                teachers=self.teachers,
+                loss=self.loss,
+                config=config,
+                step=self.global_step,
+                micro_batch_size=self.micro_batch_size,
+            )
+        self.log_terms(terms)
+        return chosen, teachers
 
     def check_can_calibrate(self) -> int:
         """Return the global batch to calibrate for.
