@@ -83,6 +83,11 @@ class CaptionRule:
         probabilities: fields of which each sample shows one in each step, with the probability of
             each, which sum to 1: a function of the place in the stream. Fields that a sample lacks
             leave theirs to the others. Evaluations see the first field.
+        negatives: field of a JSON member that lists texts that do not belong to the picture, such
+            as its caption with two words swapped; named as in ``weights``. They train as negatives
+            of all pictures, beside the captions. Evaluations leave them out.
+        num_negatives: of them for each picture and step; of more some are drawn, a function of the
+            place in the stream, and a sample may have fewer, or none.
     """
 
     members: tuple[str, ...] = ("txt",)
@@ -91,6 +96,8 @@ class CaptionRule:
     split_lines: bool = False
     weights: dict[str, float] | None = None
     probabilities: dict[str, float] | None = None
+    negatives: str | None = None
+    num_negatives: int = 1
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -113,6 +120,31 @@ class CaptionRule:
         for setting, shares in (("weights", self.weights), ("probabilities", self.probabilities)):
             if shares is not None:
                 self._check_shares(f"captions.{setting}", shares)
+
+        if self.negatives is not None:
+            self._check_negatives(self.negatives)
+
+    def _check_negatives(self, name: str) -> None:
+        member, _ = self._place(name) if name else ("", "")
+        if not _is_json(member) or _plain(name) in self._members:
+            raise UserError(
+                f"captions.negatives ({name!r}) must name a field of a JSON member, such as "
+                "negatives, or neg.json:texts"
+            )
+        if member not in self._members:
+            raise UserError(
+                f"captions.negatives ({name}): its member ({member}) is not one of "
+                f"captions.members ({list(self.members)}); add {member} there"
+            )
+        if name in self.fields:
+            raise UserError(
+                f"captions.negatives ({name}) is a field of captions, too; name another one"
+            )
+        if self.num_negatives < 1:
+            raise UserError(
+                f"captions.num_negatives ({self.num_negatives}) must be at least 1; without any "
+                "set captions.negatives to null"
+            )
 
     def _check_shares(self, setting: str, shares: dict[str, float]) -> None:
         if not shares:
@@ -150,7 +182,7 @@ class CaptionRule:
     def always_first(self) -> "CaptionRule":
         """Return the same rule without a draw, as evaluations need it."""
         in_order = dict.fromkeys(self.fields, 1.0) or None
-        return replace(self, pick="first", weights=in_order, probabilities=None)
+        return replace(self, pick="first", weights=in_order, probabilities=None, negatives=None)
 
     def choose(
         self,
@@ -229,6 +261,41 @@ class CaptionRule:
         return [
             self._pick(found.get(name, first), key, number)
             for number, name in enumerate(self.weights)
+        ]
+
+    def choose_negatives(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        key: tuple[int, ...],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> list[str]:
+        """Take texts that do not belong to the picture of a sample, at most ``num_negatives``.
+
+        Args:
+            members: as ``choose``.
+            key: as ``choose``.
+            is_empty: as ``choose``.
+
+        Raises:
+            BadSampleError: if their member cannot be read.
+
+        Example:
+            >>> rule = CaptionRule(members=("txt", "json"), negatives="swapped")
+            >>> rule.choose_negatives([("txt", b"a hen"), ("json", b'{"swapped": "a pen"}')], (0,))
+            ['a pen']
+        """
+        if self.negatives is None:
+            return []
+        member, path = self._place(self.negatives)
+        left: list[str] = []
+        for extension, data in members:
+            if _plain(extension) == member:
+                with suppress(MissingFieldError):
+                    left = self._alternatives(member, data, is_empty, path)
+        return [
+            left.pop(draw_one(len(left), *key, Draw.NEGATIVE, number))
+            for number in range(min(self.num_negatives, len(left)))
         ]
 
     def by_field(
@@ -317,7 +384,7 @@ class CaptionRule:
         self, extension: str, data: bytes, is_empty: Callable[[str], bool], path: str | None = None
     ) -> list[str]:
         """List the captions of one member that are not empty; of JSON those in a field."""
-        if extension == "json" or extension.endswith(".json"):
+        if _is_json(extension):
             path = path or self.json_field
             texts = texts_of(field_of(read_json(data), path), path)
         else:
@@ -325,6 +392,10 @@ class CaptionRule:
             texts = split_lines(text) if self.split_lines else [text]
         cut = (text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts)
         return [text for text in cut if text and not is_empty(text)]
+
+
+def _is_json(extension: str) -> bool:
+    return extension == "json" or extension.endswith(".json")
 
 
 def _plain(extension: str) -> str:

@@ -247,6 +247,7 @@ class PairDataset(Dataset[PairSample]):
                 made = self._make(sample_id, at, num_bad + num_filtered)
                 features = self._rows(sample_id)
                 teachers = self._teacher_rows(sample_id)
+                negatives = self._negatives(sample_id, at)
             except BadSampleError as error:
                 num_bad += 1
                 self._report(sample_id, at, error)
@@ -269,6 +270,7 @@ class PairDataset(Dataset[PairSample]):
                     teacher_text_features=teachers.get("text", made.teacher_text_row),
                     more_captions=tuple(made.captions[1:]),
                     region=made.region,
+                    negatives=negatives,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -298,11 +300,17 @@ class PairDataset(Dataset[PairSample]):
 
     def count_fields(self, upcoming: Iterable[StreamPosition]) -> dict[str, int]:
         """Say how many of some samples have each field that the rule of captions names."""
-        counts = dict.fromkeys(self._captions.fields, 0)
+        rule = self._captions
+        negatives = () if rule.negatives is None else (rule.negatives,)
+        counts = dict.fromkeys((*rule.fields, *negatives), 0)
         for at in upcoming:
             with suppress(BadSampleError):
-                members = self._members(at.sample_id)
-                for name in self._captions.by_field(members, is_empty=self._is_empty):
+                members = list(self._members(at.sample_id))
+                for name in negatives:
+                    counts[name] += bool(
+                        rule.choose_negatives(members, (), is_empty=self._is_empty)
+                    )
+                for name in rule.by_field(members, is_empty=self._is_empty) if rule.fields else ():
                     counts[name] += 1
         return counts
 
@@ -448,6 +456,16 @@ class PairDataset(Dataset[PairSample]):
             tower: torch.cat([each.row(sample_id, tower) for each in self._teacher_features])
             for tower in TOWERS
         }
+
+    def _negatives(self, sample_id: int, at: StreamPosition) -> tuple[str, ...]:
+        """Read texts that do not belong to the picture, "" in place of missing ones."""
+        rule = self._captions
+        if rule.negatives is None:
+            return ()
+        found = rule.choose_negatives(
+            self._members(sample_id), at.key(self._seed), is_empty=self._is_empty
+        )
+        return (*found, *[""] * (rule.num_negatives - len(found)))
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

@@ -393,7 +393,7 @@ class ImageTextDataModule(BatchTransfer):
             _LOGGER.info("%s", self.plan.describe(world.world_size, self.progress))
         if self.trainer is not None and self.trainer.local_rank == 0:
             self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
-        if self.captions.fields:
+        if self.captions.fields or self.captions.negatives:
             upcoming = chain.from_iterable(
                 GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
             )

@@ -12,7 +12,7 @@ from dist_siglip.models import encode_in_micro_batches, encode_tower_in_micro_ba
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import layer_groups
 from dist_siglip.objectives import Objective
-from dist_siglip.training.module.captions import caption_weights_of
+from dist_siglip.training.module.captions import caption_weights_of, num_negatives_of
 from dist_siglip.training.module.locked_features import encode_beside_features
 from dist_siglip.training.module.objectives import ObjectiveModule, Terms, encode_with_terms
 
@@ -25,6 +25,7 @@ class EncodingModule(ObjectiveModule):
         loss: of the pairs.
         caption_weights: by field, of captions that train together, as a data module of ours says;
             empty weighs them alike.
+        num_negatives: texts without a picture that each pair brings.
     """
 
     micro_batch_size: int | None
@@ -33,18 +34,20 @@ class EncodingModule(ObjectiveModule):
     def __init__(self) -> None:
         super().__init__()
         self.caption_weights: dict[str, float] = {}
+        self.num_negatives = 0
         self._is_sharded = False
         self._cached: list[CachedEncoding] = []
 
     def check_data(self, data: object) -> None:
-        """Check what a data module reads; take its weights of captions.
+        """Check what a data module reads; take its weights of captions and its negatives.
 
         Raises:
-            UserError: as ``check_features``, or as ``caption_weights_of``.
+            UserError: as ``check_features``, or as ``caption_weights_of`` and ``num_negatives_of``.
         """
         super().check_data(data)
         if hasattr(data, "captions"):
             self.caption_weights = caption_weights_of(data, self.loss)
+            self.num_negatives = num_negatives_of(data, self.loss)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Go backward from the loss, then through the towers whose micro-batches wait for it."""

@@ -1,6 +1,7 @@
 """Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer."""
 
 import logging
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -294,8 +295,17 @@ class SigLipModule(EncodingModule):
     def on_train_start(self) -> None:
         """Calibrate a new run if ``calibration_pairs`` asks for it."""
         super().on_train_start()
-        if self.calibration_pairs is not None and self.steps_done == 0:
+        if self.steps_done:
+            return
+        if self.calibration_pairs is not None:
             calibrate_to_training_pairs(self, self.calibration_pairs)
+        elif self.num_negatives and self._uses_bias and self.trainer.is_global_zero:
+            logger.warning(
+                "captions.negatives: %d more texts for each pair; the best bias is about %+.1f "
+                "away; set model.calibration_pairs to begin there",
+                self.num_negatives,
+                -math.log1p(self.num_negatives),
+            )
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
@@ -325,6 +335,13 @@ class SigLipModule(EncodingModule):
             if teachers is not None:
                 image, text = teachers.image.to(dtype), teachers.text.to(dtype)
                 teachers = teachers._replace(image=image, text=text)
+        negatives: Tensor | None = None
+        if batch.negatives_exist is not None:  # behind the captions; missing ones become zero
+            exist = batch.negatives_exist.flatten()
+            text_features, negatives = text_features.split(
+                [len(text_features) - len(exist), len(exist)]
+            )
+            negatives = negatives * exist[:, None]
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
@@ -338,6 +355,7 @@ class SigLipModule(EncodingModule):
             weights=self.caption_weights,
             nonfinite="raise" if self.step_check is None else "propagate",
             teachers=teachers,
+            negative_text_features=negatives,
         )
         self.log_terms(loss_terms)
         if self.objectives:
@@ -408,7 +426,8 @@ class SigLipModule(EncodingModule):
         return calibrate_on_features(
             image_features,
             text_features,
-            global_batch_size,
+            # As many texts as an image meets, those without a picture included.
+            global_batch_size * (1 + self.num_negatives),
             scale_before=scale,
             bias_before=bias,
             caption_ids=caption_ids,
