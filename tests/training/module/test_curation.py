@@ -145,7 +145,7 @@ def test_ranks_choose_and_train_as_one(model, teacher, tmp_path, world_size):
         for step, ids in enumerate(seen):
             parts = [of_rank[number][1][step] for of_rank in found]
             assert {len(part) for part in parts} == {LOADED // 2 // world_size}
-            assert sum(parts, []) == ids == sorted(ids)
+            assert [each for part in parts for each in part] == ids == sorted(ids)
             theirs = found[-1][number][2][step]
             for name in ("loss", "curation_learnability", "curation_learnability_all"):
                 assert theirs[f"train/{name}"] == pytest.approx(
@@ -155,10 +155,8 @@ def test_ranks_choose_and_train_as_one(model, teacher, tmp_path, world_size):
 
 
 def test_a_step_trains_the_chosen_pairs_alone_and_logs_what_they_promise(model, teacher, tmp_path):
-    _, (ids,), (logged,) = (
-        each[:1] if isinstance(each, list) else each
-        for each in train(model, tmp_path, teacher, {"loss": positive_duplicates})
-    )
+    case = {"loss": positive_duplicates}
+    _, (ids, *_), (logged, *_) = train(model, tmp_path, teacher, case)
     module = module_of(model, teacher)
     batch = batches_of()[0]
     with torch.no_grad(), evaluation_mode(module.towers):
@@ -245,10 +243,6 @@ def test_the_batch_of_the_run_is_that_which_trains(model, teacher):
     assert module_of(model, teacher, global_batch_size=None).global_batch_size is None
 
 
-def no_teacher(loss):
-    return {"teacher": None, "loss": loss()}
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -269,5 +263,5 @@ def test_what_makes_no_sense_is_refused_in_one_line(model, teacher, settings, wo
 
 
 def test_a_share_that_ranks_cannot_have_equally_is_refused():
-    with pytest.raises(UserError, match="leaves 6 of .* which 4 ranks cannot share equally"):
+    with pytest.raises(UserError, match=r"leaves 6 of .* which 4 ranks cannot share equally"):
         HALF.size_of(12, 4)

@@ -78,10 +78,7 @@ def test_batches_bring_the_texts_of_the_field_but_no_captions_and_no_blanks(shar
     assert torch.equal(rows[8:].view(batch.negative_texts.shape), batch.negative_texts)
     other = next(iter(data_of(shards, seed=1).train_dataloader()))
     ours, theirs = (
-        {
-            int(i): texts.tolist()
-            for i, texts in zip(each.sample_ids, each.negative_texts, strict=True)
-        }
+        dict(zip(each.sample_ids.tolist(), each.negative_texts.tolist(), strict=True))
         for each in (batch, other)
     )
     assert ours != theirs
@@ -178,11 +175,11 @@ def test_calibration_counts_them_and_a_run_without_it_says_how_far_the_bias_is(
     module.num_negatives = NEGATIVES
     with_some = module.calibrate(*rows, ids)
     expected = locked_module(model, global_batch_size=18).calibrate(*rows, ids)
-    assert (with_some.logit_scale, with_some.logit_bias) == (
-        expected.logit_scale,
-        expected.logit_bias,
+    assert (with_some.scale, with_some.bias) == (
+        expected.scale,
+        expected.bias,
     )
-    assert with_some.logit_bias < with_none.logit_bias
+    assert with_some.bias < with_none.bias
     fit(module, tmp_path, batches_of())
     assert f"the best bias is about {-math.log(3):+.1f} away" in caplog.text
 
@@ -219,5 +216,5 @@ def test_losses_and_data_that_do_not_go_with_them_are_refused(shards):
     with pytest.raises(UserError, match="this module takes no texts without a picture"):
         num_negatives_of(Data, None)
     data = data_of(shards, CaptionRule(members=("txt", "json"), negatives="nowhere"))
-    with pytest.raises(UserError, match="none of the next .* has field 'nowhere'"):
+    with pytest.raises(UserError, match=r"none of the next .* has field 'nowhere'"):
         data.train_dataloader()
