@@ -162,13 +162,16 @@ def curate(
     choice = choose_learnable(scores, noise, size)
     share = size // world_size
     own = choice.positions[rank * share : (rank + 1) * share]
-    columns = {name: field for name, field in batch._asdict().items() if field is not None}
+    fields = {name: field for name, field in batch._asdict().items() if field is not None}
+    # What stored features stand in for is empty.
+    columns = {name: field for name, field in fields.items() if field[:1].numel()}
     wanted = list(columns.values())
     sends_teachers = uses_teachers(loss) and len(said.text) == rows
     if sends_teachers:
         wanted += [said.image, said.text]
     fetched = fetch_rows(wanted, own)
-    chosen = batch._replace(**dict(zip(columns, fetched, strict=False)))
+    empty = {name: field[:share] for name, field in fields.items() if name not in columns}
+    chosen = batch._replace(**dict(zip(columns, fetched, strict=False)), **empty)
     told: TeacherFeatures | None = None
     if sends_teachers:
         told = said._replace(image=fetched[-2], text=fetched[-1])

@@ -386,6 +386,9 @@ class SigLipModule(EncodingModule):
                 micro_batch_size=self.micro_batch_size,
             )
         self.log_terms(terms)
+        # A step counts those that train; over all ranks the others are the rest.
+        left_out = batch.substituted.sum() - chosen.substituted.sum()
+        self._num_substituted = self._num_substituted + left_out
         return chosen, teachers
 
     def check_can_calibrate(self) -> int:

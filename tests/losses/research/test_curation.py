@@ -177,7 +177,7 @@ def test_the_comparison_rejects_other_scores(monkeypatch):
 def test_draws_follow_the_softmax_of_what_is_promised():
     """Two pairs of four, one after the other: every ordered draw has its probability."""
     scores = LearnabilityScores(model_with(LEARNER), model_with(REFERENCE))
-    generator, count = torch.Generator().manual_seed(0), 3000
+    generator, count = torch.Generator().manual_seed(0), 2000
     found = torch.zeros(4, 4)
     for _ in range(count):
         noise = torch.rand(4, 2, generator=generator)
@@ -196,7 +196,7 @@ def test_draws_follow_the_softmax_of_what_is_promised():
 def test_a_pair_whose_score_is_not_finite_comes_last():
     learner, reference = models_of(7)
     image = learner.image.clone()
-    image[2, 0], image[5, 1] = torch.nan, torch.inf
+    image[2, 0] = image[5, 1] = torch.nan
     scores = LearnabilityScores(learner._replace(image=image), reference)
     for seed in range(20):
         noise = torch.rand(7, 2, generator=torch.Generator().manual_seed(seed))

@@ -15,6 +15,7 @@ from dist_siglip.losses.research.curation import LearnabilityScores, choose_lear
 from dist_siglip.models import build_dual_encoder, evaluation_mode
 from dist_siglip.objectives import Captioning
 from dist_siglip.objectives.objective import uniform
+from dist_siglip.training.callbacks import AtomicCheckpointIO
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import curation
 from dist_siglip.training.module.curation import CurationConfig
@@ -193,6 +194,7 @@ def run_on(shards, module, folder, steps, start=None, **settings):
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
+        plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
