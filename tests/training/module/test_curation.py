@@ -108,7 +108,8 @@ def train(model, folder, teacher, case, rank=0, world_size=1):
     if world_size == 1:
         strategy = {}
     batches = batches_of(rank, world_size)
-    fit(module, folder, batches, rank, world_size, callbacks=[watch], **strategy)
+    options = {**strategy, **case.get("trainer", {})}
+    fit(module, folder, batches, rank, world_size, callbacks=[watch], **options)
     state = {}
     for name, value in module.state_dict().items():
         state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
@@ -180,6 +181,19 @@ def test_a_step_trains_the_chosen_pairs_alone_and_logs_what_they_promise(model, 
     own = scores.own
     assert logged["train/curation_learnability"] == pytest.approx(own[positions].mean().item())
     assert logged["train/curation_learnability_all"] == pytest.approx(own.mean().item())
+
+
+def test_scoring_in_bf16_leaves_no_cast_weights_to_the_step(model, teacher, tmp_path, monkeypatch):
+    start = module_of(model, teacher).state_dict()
+
+    def moved(case):
+        state = train(model, tmp_path, teacher, case)[0]
+        return {name for name, value in state.items() if not torch.equal(value, start[name])}
+
+    half = {"trainer": {"precision": "bf16-mixed"}}
+    assert moved(half) == moved({})
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+    assert moved(half) < moved({})
 
 
 def data_of(shards, module, **settings):
