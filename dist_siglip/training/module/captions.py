@@ -1,4 +1,4 @@
-"""The loss of a step whose pairs have several captions each.
+"""The loss of a step whose pairs have several captions each, or texts that are negatives alone.
 
 Pictures are encoded once and all captions in one pass of the text tower. The loss is then computed
 once for each field of captions, with its own ids: a text of one field is no negative of another.
@@ -82,6 +82,23 @@ def num_negatives_of(data: object, loss: nn.Module | None) -> int:
             "leave one of the two out"
         )
     return rule.num_negatives
+
+
+def part_negatives(text_features: Tensor, batch: ImageTextBatch) -> tuple[Tensor, Tensor | None]:
+    """Part the features of captions from those of negative texts behind them.
+
+    Args:
+        text_features: (K * B + B * n, D), in the order of ``batch.all_texts``.
+        batch: the pairs.
+
+    Returns:
+        (K * B, D) and (B * n, D), zeros for texts that do not exist; None without any.
+    """
+    if batch.negatives_exist is None:
+        return text_features, None
+    exist = batch.negatives_exist.flatten()
+    captions, negatives = text_features.split([len(text_features) - len(exist), len(exist)])
+    return captions, negatives * exist[:, None]
 
 
 def loss_of_captions(

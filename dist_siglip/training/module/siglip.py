@@ -40,7 +40,7 @@ from dist_siglip.models import (
 from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
-from dist_siglip.training.module.captions import loss_of_captions
+from dist_siglip.training.module.captions import loss_of_captions, part_negatives
 from dist_siglip.training.module.curation import CurationConfig, curate
 from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
@@ -335,13 +335,7 @@ class SigLipModule(EncodingModule):
             if teachers is not None:
                 image, text = teachers.image.to(dtype), teachers.text.to(dtype)
                 teachers = teachers._replace(image=image, text=text)
-        negatives: Tensor | None = None
-        if batch.negatives_exist is not None:  # behind the captions; missing ones become zero
-            exist = batch.negatives_exist.flatten()
-            text_features, negatives = text_features.split(
-                [len(text_features) - len(exist), len(exist)]
-            )
-            negatives = negatives * exist[:, None]
+        text_features, negatives = part_negatives(text_features, batch)
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()

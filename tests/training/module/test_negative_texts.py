@@ -11,6 +11,7 @@ from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.errors import UserError
 from dist_siglip.losses import ClipLoss, MatryoshkaLoss, SigLipLoss, siglip_loss
+from dist_siglip.objectives import Captioning
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module.captions import num_negatives_of
 from dist_siglip.training.strategies import FullyShardedStrategy
@@ -118,13 +119,21 @@ CASES = [
     {"loss": SigLipLoss},
     {"loss": ClipLoss},
     {"loss": SigLipLoss, "micro": 2},
+    {"loss": SigLipLoss, "micro": 2, "has_objective": True},
     {"loss": SigLipLoss, "micro": 1, "sharded": True},
 ]
 
 
+def module_of(model, case):
+    objectives = [Captioning(layers=1)] if case.get("has_objective") else None
+    return locked_module(
+        model, loss=case["loss"](), micro_batch_size=case.get("micro"), objectives=objectives
+    )
+
+
 def train(model, folder, case, rank=0, world_size=1):
     warnings.simplefilter("ignore")
-    module = locked_module(model, loss=case["loss"](), micro_batch_size=case.get("micro"))
+    module = module_of(model, case)
     watch = Watch()
     is_sharded = case.get("sharded") and world_size > 1
     options = {"strategy": FullyShardedStrategy()} if is_sharded else {}
@@ -144,9 +153,9 @@ def train_rank(rank, world_size, model, folder, cases):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_wrapped_or_sharded_train_as_one(model, tmp_path, world_size):
     expected = [train(model, tmp_path, case) for case in CASES]
-    start = locked_module(model).state_dict()
     found = run_ranks(train_rank, world_size, model, str(tmp_path), CASES)
     for number, (whole, logged) in enumerate(expected):
+        start = module_of(model, CASES[number]).state_dict()
         assert worst_error(found[0][number][0], whole, start) < 1e-4, CASES[number]
         for ours, theirs in zip(found[0][number][1], logged, strict=True):
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
