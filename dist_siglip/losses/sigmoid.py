@@ -192,7 +192,9 @@ def siglip_loss_output(
     negatives = negative_text_features
     if negatives is not None:
         named["negative_text_features"] = negatives.detach()
-        text_features = torch.cat([text_features, negatives])
+        is_there = (negatives.detach() != 0).any(dim=1)
+        num_none = (~is_there).sum()
+        text_features = torch.cat([text_features, negatives * is_there[:, None]])
         if ids is not None:  # an id that no picture has
             ids = ids.long()
             none = ids.new_full((len(negatives), *ids.shape[1:]), torch.iinfo(ids.dtype).min)
@@ -245,7 +247,6 @@ def siglip_loss_output(
     )
     if negatives is not None:
         # Rows of zeros met every image with the bias alone, which is known.
-        num_none = (negatives.detach() == 0).all(dim=1).sum()
         loss = loss - plan.world_size * num_none * softplus(bias)
     return LossOutput(loss, sums.duplicate_pairs)
 

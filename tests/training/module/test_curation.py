@@ -183,17 +183,14 @@ def test_a_step_trains_the_chosen_pairs_alone_and_logs_what_they_promise(model, 
     assert logged["train/curation_learnability_all"] == pytest.approx(own.mean().item())
 
 
-def test_scoring_in_bf16_leaves_no_cast_weights_to_the_step(model, teacher, tmp_path, monkeypatch):
+def test_scoring_in_bf16_leaves_no_cast_weights_to_the_step(model, teacher, tmp_path):
     start = module_of(model, teacher).state_dict()
 
     def moved(case):
         state = train(model, tmp_path, teacher, case)[0]
         return {name for name, value in state.items() if not torch.equal(value, start[name])}
 
-    half = {"trainer": {"precision": "bf16-mixed"}}
-    assert moved(half) == moved({})
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
-    assert moved(half) < moved({})
+    assert moved({"trainer": {"precision": "bf16-mixed"}}) == moved({}) != set()
 
 
 def data_of(shards, module, **settings):
