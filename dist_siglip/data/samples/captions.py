@@ -83,11 +83,10 @@ class CaptionRule:
         probabilities: fields of which each sample shows one in each step, with the probability of
             each, which sum to 1: a function of the place in the stream. Fields that a sample lacks
             leave theirs to the others. Evaluations see the first field.
-        negatives: field of a JSON member that lists texts that do not belong to the picture, such
-            as its caption with two words swapped; named as in ``weights``. They train as negatives
-            of all pictures, beside the captions. Evaluations leave them out.
-        num_negatives: of them for each picture and step; of more some are drawn, a function of the
-            place in the stream, and a sample may have fewer, or none.
+        negatives: field of a JSON member, named as in ``weights``, with texts that do not belong to
+            the picture. They train as negatives of all pictures. Evaluations leave them out.
+        num_negatives: of them for each picture and step, drawn by the place in the stream; a sample
+            may have fewer, or none.
     """
 
     members: tuple[str, ...] = ("txt",)
@@ -126,25 +125,16 @@ class CaptionRule:
 
     def _check_negatives(self, name: str) -> None:
         member, _ = self._place(name) if name else ("", "")
-        if not _is_json(member) or _plain(name) in self._members:
+        is_own = _plain(name) in self._members
+        if is_own or not _is_json(member) or member not in self._members:
             raise UserError(
-                f"captions.negatives ({name!r}) must name a field of a JSON member, such as "
-                "negatives, or neg.json:texts"
-            )
-        if member not in self._members:
-            raise UserError(
-                f"captions.negatives ({name}): its member ({member}) is not one of "
-                f"captions.members ({list(self.members)}); add {member} there"
+                f"captions.negatives ({name!r}) must name a field of a JSON member that "
+                f"captions.members ({list(self.members)}) has, such as swapped, or neg.json:texts"
             )
         if name in self.fields:
-            raise UserError(
-                f"captions.negatives ({name}) is a field of captions, too; name another one"
-            )
+            raise UserError(f"captions.negatives ({name}) names captions, too; name another field")
         if self.num_negatives < 1:
-            raise UserError(
-                f"captions.num_negatives ({self.num_negatives}) must be at least 1; without any "
-                "set captions.negatives to null"
-            )
+            raise UserError(f"captions.num_negatives ({self.num_negatives}) must be at least 1")
 
     def _check_shares(self, setting: str, shares: dict[str, float]) -> None:
         if not shares:
@@ -271,11 +261,6 @@ class CaptionRule:
         is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
     ) -> list[str]:
         """Take texts that do not belong to the picture of a sample, at most ``num_negatives``.
-
-        Args:
-            members: as ``choose``.
-            key: as ``choose``.
-            is_empty: as ``choose``.
 
         Raises:
             BadSampleError: if their member cannot be read.

@@ -301,15 +301,12 @@ class PairDataset(Dataset[PairSample]):
     def count_fields(self, upcoming: Iterable[StreamPosition]) -> dict[str, int]:
         """Say how many of some samples have each field that the rule of captions names."""
         rule = self._captions
-        negatives = () if rule.negatives is None else (rule.negatives,)
-        counts = dict.fromkeys((*rule.fields, *negatives), 0)
+        counts = dict.fromkeys((*rule.fields, *filter(None, [rule.negatives])), 0)
         for at in upcoming:
             with suppress(BadSampleError):
-                members = list(self._members(at.sample_id))
-                for name in negatives:
-                    counts[name] += bool(
-                        rule.choose_negatives(members, (), is_empty=self._is_empty)
-                    )
+                members = self._members(at.sample_id)
+                if rule.negatives is not None:
+                    counts[rule.negatives] += any(self._negatives(at.sample_id, at))
                 for name in rule.by_field(members, is_empty=self._is_empty) if rule.fields else ():
                     counts[name] += 1
         return counts
@@ -459,12 +456,10 @@ class PairDataset(Dataset[PairSample]):
 
     def _negatives(self, sample_id: int, at: StreamPosition) -> tuple[str, ...]:
         """Read texts that do not belong to the picture, "" in place of missing ones."""
-        rule = self._captions
+        rule, key = self._captions, at.key(self._seed)
         if rule.negatives is None:
             return ()
-        found = rule.choose_negatives(
-            self._members(sample_id), at.key(self._seed), is_empty=self._is_empty
-        )
+        found = rule.choose_negatives(self._members(sample_id), key, is_empty=self._is_empty)
         return (*found, *[""] * (rule.num_negatives - len(found)))
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:

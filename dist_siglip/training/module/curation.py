@@ -138,8 +138,8 @@ def curate(
         UserError: as ``size_of``, or as ``Teachers.features_of``.
     """
     image, text = encode(batch)
-    # Autocast keeps weights that it has cast; older PyTorch gives the step those of here, which have
-    # no way back to the parameters.
+    # Autocast keeps weights that it has cast. Older PyTorch gives the step those of here, which
+    # have no way back to the parameters.
     torch.clear_autocast_cache()
     said = teachers.features_of(batch, micro_batch_size)
     rows = len(image)

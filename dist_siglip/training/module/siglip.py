@@ -195,8 +195,7 @@ class SigLipModule(EncodingModule):
         self.curation, self.loaded_batch_size = curation, global_batch_size
         if curation is not None:
             curation.check(self.loss)
-            if global_batch_size is not None:
-                global_batch_size = curation.size_of(global_batch_size)
+            global_batch_size = global_batch_size and curation.size_of(global_batch_size)
         self.teachers = Teachers(
             teachers or [], built, self.loss, is_reference=curation is not None
         )
@@ -272,7 +271,7 @@ class SigLipModule(EncodingModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
-        if self.curation is not None and self.loaded_batch_size is not None and stage == "fit":
+        if self.curation is not None and self.loaded_batch_size is not None:
             self.curation.size_of(self.loaded_batch_size, self.trainer.world_size)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
@@ -380,7 +379,7 @@ class SigLipModule(EncodingModule):
                 micro_batch_size=self.micro_batch_size,
             )
         self.log_terms(terms)
-        # A step counts those that train; over all ranks the others are the rest.
+        # A step counts those that train.
         left_out = batch.substituted.sum() - chosen.substituted.sum()
         self._num_substituted = self._num_substituted + left_out
         return chosen, teachers
@@ -423,8 +422,7 @@ class SigLipModule(EncodingModule):
         return calibrate_on_features(
             image_features,
             text_features,
-            # As many texts as an image meets, those without a picture included.
-            global_batch_size * (1 + self.num_negatives),
+            global_batch_size * (1 + self.num_negatives),  # as many texts as an image meets
             scale_before=scale,
             bias_before=bias,
             caption_ids=caption_ids,

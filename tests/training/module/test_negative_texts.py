@@ -198,9 +198,9 @@ def test_calibration_counts_them_and_a_run_without_it_says_how_far_the_bias_is(
     [
         ({"negatives": "txt"}, r"captions.negatives \('txt'\) must name a field of a JSON member"),
         ({"negatives": ""}, r"captions.negatives \(''\) must name a field of a JSON member"),
-        ({"members": ("txt",)}, r"its member \(json\) is not one of captions.members"),
+        ({"members": ("txt",)}, r"JSON member that captions.members \(\['txt'\]\) has"),
         ({"num_negatives": 0}, r"captions.num_negatives \(0\) must be at least 1"),
-        ({"weights": {"swapped": 1.0}}, r"\(swapped\) is a field of captions, too"),
+        ({"weights": {"swapped": 1.0}}, r"\(swapped\) names captions, too"),
     ],
 )
 def test_rules_that_cannot_be_are_refused_in_one_line(rule, words):
