@@ -260,7 +260,7 @@ class CaptionRule:
         *,
         is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
     ) -> list[str]:
-        """Take texts that do not belong to the picture of a sample, at most ``num_negatives``.
+        """Take ``num_negatives`` texts that do not belong to the picture; "" for missing ones.
 
         Raises:
             BadSampleError: if their member cannot be read.
@@ -279,8 +279,8 @@ class CaptionRule:
                 with suppress(MissingFieldError):
                     left = self._alternatives(member, data, is_empty, path)
         return [
-            left.pop(draw_one(len(left), *key, Draw.NEGATIVE, number))
-            for number in range(min(self.num_negatives, len(left)))
+            left.pop(draw_one(len(left), *key, Draw.NEGATIVE, number)) if left else ""
+            for number in range(self.num_negatives)
         ]
 
     def by_field(

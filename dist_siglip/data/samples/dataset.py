@@ -456,11 +456,8 @@ class PairDataset(Dataset[PairSample]):
 
     def _negatives(self, sample_id: int, at: StreamPosition) -> tuple[str, ...]:
         """Read texts that do not belong to the picture, "" in place of missing ones."""
-        rule, key = self._captions, at.key(self._seed)
-        if rule.negatives is None:
-            return ()
-        found = rule.choose_negatives(self._members(sample_id), key, is_empty=self._is_empty)
-        return (*found, *[""] * (rule.num_negatives - len(found)))
+        members, key = self._members(sample_id), at.key(self._seed)
+        return tuple(self._captions.choose_negatives(members, key, is_empty=self._is_empty))
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

@@ -271,7 +271,7 @@ class SigLipModule(EncodingModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
-        if self.curation is not None and self.loaded_batch_size is not None:
+        if self.curation is not None and self.loaded_batch_size and stage == "fit":
             self.curation.size_of(self.loaded_batch_size, self.trainer.world_size)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
@@ -379,7 +379,6 @@ class SigLipModule(EncodingModule):
                 micro_batch_size=self.micro_batch_size,
             )
         self.log_terms(terms)
-        # A step counts those that train.
         left_out = batch.substituted.sum() - chosen.substituted.sum()
         self._num_substituted = self._num_substituted + left_out
         return chosen, teachers
