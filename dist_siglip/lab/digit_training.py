@@ -27,6 +27,7 @@ from dist_siglip.losses import (
     SigLipLoss,
     TeacherFeatures,
 )
+from dist_siglip.losses.research.curation import LearnabilityScores, choose_learnable
 from dist_siglip.metrics import (
     cut_rows,
     linear_label_map,
@@ -43,6 +44,7 @@ from dist_siglip.objectives.captioning import Task
 POOL = 20_000  # pictures to train on
 BATCH, LEARNING_RATE = 64, 4e-3
 SHARE_WRONG = 0.4  # of captions, where some are
+CURATION_CHUNKS = 16
 CUTS = (16, 8)  # dimensions that features are cut to
 CURVE_POINTS = 8
 _WARMUP = 50
@@ -61,15 +63,18 @@ class Arm(NamedTuple):
         width: channels of the towers.
         tasks: of the captioning decoder.
         dims: prefixes of the Matryoshka loss.
-        is_noisy: whether some captions are those of other pictures.
+        wrong: share of captions that are those of other pictures.
         is_distilled: whether it learns from the teacher, too.
+        is_curated: whether each batch is chosen from one twice as large, with the teacher as the
+            reference.
     """
 
     width: int = 48
     tasks: tuple[Task, ...] = ()
     dims: tuple[int, ...] = ()
-    is_noisy: bool = False
+    wrong: float = 0.0
     is_distilled: bool = False
+    is_curated: bool = False
 
 
 class Trained(NamedTuple):
@@ -94,6 +99,16 @@ class Teacher(NamedTuple):
     scale: float
     bias: float
 
+    def features(self, rows: Tensor, captions: Tensor) -> TeacherFeatures:
+        """Return what is said of some pictures and as many captions."""
+        return TeacherFeatures(
+            self.pictures[rows],
+            self.captions[captions],
+            dims=(self.pictures.shape[1],),
+            scales=(self.scale,),
+            biases=(self.bias,),
+        )
+
 
 class DigitTraining:
     """The training of one arm, and what is measured of it.
@@ -103,7 +118,7 @@ class DigitTraining:
         scenes: ``POOL`` pictures to train on.
         seed: of values, order of the batches, and the pictures measured.
         steps: of the training.
-        teacher: of an arm that is distilled.
+        teacher: of an arm that is distilled or curated.
     """
 
     def __init__(
@@ -115,7 +130,9 @@ class DigitTraining:
         built = build_digit_towers(arm.width, seed)
         self.towers = built.encoder
         self.logits = LogitScaleBias(10.0, -5.0)
-        self.loss, self.teacher = _loss_of(arm), teacher if arm.is_distilled else None
+        self.loss = _loss_of(arm)
+        self.teacher = teacher if arm.is_distilled or arm.is_curated else None
+        self.wrong_chosen: list[float] = []  # share of each step
         self.objective: Captioning | None = None
         if arm.tasks:
             self.objective = Captioning(tasks=arm.tasks, box_bins=_BOX_BINS, layers=2)
@@ -131,8 +148,8 @@ class DigitTraining:
         ]
         self.caption_rows, self.digit_rows = token_table()
         self.captions = scenes.caption_ids
-        if arm.is_noisy:
-            wrong = torch.rand(POOL, generator=self.generator) < SHARE_WRONG
+        if arm.wrong:
+            wrong = torch.rand(POOL, generator=self.generator) < arm.wrong
             others = self.captions[torch.randperm(POOL, generator=self.generator)]
             self.captions = torch.where(wrong, others, self.captions)
 
@@ -159,26 +176,40 @@ class DigitTraining:
 
     def _loss(self) -> Tensor:
         rows = torch.randint(POOL, (BATCH,), generator=self.generator)
+        if self.arm.is_curated and self.teacher is not None:
+            rows = self._curated(rows, self.teacher)
         captions = self.captions[rows]
         images, tokens = self.towers.encode_image_tokens(self.scenes.pixels(rows))
         texts = self.towers.encode_text(self.caption_rows[captions])
         pairs = (images, texts, *self.logits())
-        if self.teacher is None:
+        if self.teacher is None or self.arm.is_curated:
             loss: Tensor = self.loss(*pairs, caption_ids=captions)
         else:
-            teachers = TeacherFeatures(
-                self.teacher.pictures[rows],
-                self.teacher.captions[captions],
-                dims=(images.shape[1],),
-                scales=(self.teacher.scale,),
-                biases=(self.teacher.bias,),
-            )
+            teachers = self.teacher.features(rows, captions)
             loss = self.loss(*pairs, caption_ids=captions, teachers=teachers)
         if self.objective is not None:
             draws = torch.randint(2**62, (BATCH,), generator=self.generator)
             terms = self.objective(self.rows_of(self.scenes, rows, tokens, draws))
             loss = loss + sum(term.total / term.number for term in terms.values())
         return loss
+
+    @torch.no_grad()
+    def _curated(self, rows: Tensor, reference: Teacher) -> Tensor:
+        """Choose as many rows out of these and as many more."""
+        rows = torch.cat([rows, torch.randint(POOL, (BATCH,), generator=self.generator)])
+        captions = self.captions[rows]
+        images = self.towers.encode_image(self.scenes.pixels(rows))
+        texts = self.towers.encode_text(self.caption_rows[captions])
+        scale, bias = (float(value) for value in self.logits())
+        learner = Teacher(images, texts, scale, bias).features(*[torch.arange(len(rows))] * 2)
+        scores = LearnabilityScores(
+            learner, reference.features(rows, captions), captions, "positive"
+        )
+        noise = torch.rand(len(rows), CURATION_CHUNKS, generator=self.generator)
+        chosen = rows[choose_learnable(scores, noise, BATCH).positions]
+        is_wrong = self.captions[chosen] != self.scenes.caption_ids[chosen]
+        self.wrong_chosen.append(float(is_wrong.float().mean()))
+        return chosen
 
     def rows_of(self, scenes: Scenes, rows: Tensor, tokens: Tensor, draws: Tensor) -> Rows:
         """Rows of an objective, with one digit of each picture as its region."""
@@ -221,6 +252,8 @@ class DigitTraining:
     def measure(self) -> Numbers:
         """All measures of pictures that were not trained on."""
         found = self.measure_recall(is_cut=self.arm.width > 32 and not self.arm.tasks)
+        if self.wrong_chosen:
+            found["wrong captions chosen"] = fmean(self.wrong_chosen[-self.steps // 3 :])
         held_out = self.held_out
         tokens = self.towers.encode_image_tokens(held_out.pixels(slice(_DENSE)))[1]
         labels = held_out.patch_labels[:_DENSE]

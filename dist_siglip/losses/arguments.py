@@ -205,6 +205,11 @@ class _SaysTeachers(Protocol):
 
 
 @runtime_checkable
+class _SaysNegativeTexts(Protocol):
+    uses_negative_texts: bool
+
+
+@runtime_checkable
 class _SaysLogitBias(Protocol):
     uses_logit_bias: bool
 
@@ -232,6 +237,11 @@ def uses_picture_ids(loss: nn.Module) -> bool:
 def uses_teachers(loss: nn.Module) -> bool:
     """Whether the module takes ``teachers``: if it says so by ``uses_teachers``."""
     return isinstance(loss, _SaysTeachers) and bool(loss.uses_teachers)
+
+
+def uses_negative_texts(loss: nn.Module) -> bool:
+    """Whether the module takes ``negative_text_features``, by ``uses_negative_texts``."""
+    return isinstance(loss, _SaysNegativeTexts) and bool(loss.uses_negative_texts)
 
 
 def uses_logit_bias(loss: nn.Module) -> bool:
@@ -313,6 +323,7 @@ def call_loss(
     ids: Mapping[str, Tensor],
     nonfinite: Nonfinite,
     teachers: TeacherFeatures | None = None,
+    negative_text_features: Tensor | None = None,
 ) -> LossOutput:
     """Call a loss module; ``nonfinite`` and statistics where ``forward`` has these parameters.
 
@@ -325,6 +336,7 @@ def call_loss(
         ids: of ``ids_for``.
         nonfinite: what to do about values that are not finite.
         teachers: handed to a module with ``uses_teachers``.
+        negative_text_features: (m, D), for a module with ``uses_negative_texts``.
     """
     options: dict[str, Any] = dict(ids)
     taken = signature(loss.forward).parameters
@@ -334,6 +346,8 @@ def call_loss(
         options["return_statistics"] = True
     if uses_teachers(loss):
         options["teachers"] = teachers
+    if negative_text_features is not None:
+        options["negative_text_features"] = negative_text_features
     result = loss(image_features, text_features, logit_scale, logit_bias, **options)
     return result if isinstance(result, LossOutput) else LossOutput(result)
 
@@ -399,6 +413,19 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
         raise UserError(
             f"image_features ({image_features.dtype}) and text_features ({text_features.dtype}) "
             "must have one dtype; cast one of them"
+        )
+
+
+def check_negatives(negative_text_features: Tensor | None, text_features: Tensor) -> None:
+    """Raise ``UserError`` unless further texts have the width and dtype of the others, or None."""
+    if negative_text_features is None:
+        return
+    check_rows(negative_text_features=negative_text_features)
+    ours, theirs = ((each.shape[1], each.dtype) for each in (negative_text_features, text_features))
+    if ours != theirs:
+        raise UserError(
+            f"negative_text_features (*, {ours[0]}) ({ours[1]}) must be (*, {theirs[0]}) "
+            f"({theirs[1]}) as text_features; encode them with the same tower"
         )
 
 

@@ -51,6 +51,7 @@ class SigLipLoss(nn.Module):
     Attributes:
         uses_caption_ids: whether a call must bring ``caption_ids``.
         uses_picture_ids: whether a call may bring ``picture_ids``, too.
+        uses_negative_texts: True: a call may bring ``negative_text_features``.
 
     Raises:
         UserError: if ``dist_impl`` or ``kernel`` is unknown, or ``dist_impl`` given together with
@@ -64,6 +65,8 @@ class SigLipLoss(nn.Module):
         >>> loss(eye, eye, torch.tensor(10.0), torch.tensor(-10.0), output_dict=True)
         {'contrastive_loss': tensor(0.6932)}
     """
+
+    uses_negative_texts = True
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | None,
         output_dict: bool = False,
         *,
+        negative_text_features: Tensor | None = None,
         caption_ids: Tensor | None = None,
         picture_ids: Tensor | None = None,
         nonfinite: Nonfinite = "raise",
@@ -134,6 +138,7 @@ class SigLipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias,
+            negative_text_features=negative_text_features,
             caption_ids=caption_ids if self.uses_caption_ids else None,
             picture_ids=picture_ids if self.uses_picture_ids else None,
             duplicates=self.duplicates or "negative",
@@ -194,6 +199,7 @@ class ClipLoss(nn.Module):
 
     Attributes:
         uses_logit_bias: False: the bias may be frozen.
+        uses_negative_texts: True: a call may bring ``negative_text_features``.
 
     Raises:
         UserError: if ``use_horovod``, or ``kernel`` is unknown; on the first call, if ``rank`` or
@@ -207,6 +213,7 @@ class ClipLoss(nn.Module):
     """
 
     uses_logit_bias = False
+    uses_negative_texts = True
 
     def __init__(
         self,
@@ -243,6 +250,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
         *,
+        negative_text_features: Tensor | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> Tensor | dict[str, Tensor]:
         """Return ``softmax_loss``, or {"contrastive_loss": it} if ``output_dict``."""
@@ -252,6 +260,7 @@ class ClipLoss(nn.Module):
             text_features,
             logit_scale,
             logit_bias,
+            negative_text_features=negative_text_features,
             nonfinite=nonfinite,
             finite_check=self.finite_check,
             exchange=self.exchange,

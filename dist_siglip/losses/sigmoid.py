@@ -17,13 +17,15 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.functional import softplus
 
-from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     LossOutput,
     Nonfinite,
+    check_negatives,
     check_pairs,
     check_scalar,
     describe_wanted,
@@ -49,6 +51,7 @@ def siglip_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None,
     *,
+    negative_text_features: Tensor | None = None,
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
@@ -72,6 +75,12 @@ def siglip_loss(
     counted. N stays the number of rows: neither the positives of a row nor the masked pairs change
     the divisor.
 
+    ``negative_text_features`` are M further texts on all ranks, v[k], which no picture belongs to.
+    They travel with the others, and the loss has in addition
+
+        W/N * sum_{i on this rank} sum_{k < M} softplus(logit_scale * image_features[i] . v[k]
+                                                        + logit_bias)
+
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
     FSDP compute) is its gradient: for both towers, scale and bias, for even and uneven local
@@ -84,6 +93,8 @@ def siglip_loss(
             between ranks.
         logit_scale: one element > 0, the multiplier (not its logarithm).
         logit_bias: one element, added to every logit; None for none.
+        negative_text_features: (m, D), L2-normalised, same dtype, whatever B; m may differ between
+            ranks. A row of zeros is none: it adds nothing. Either all ranks pass them or none does.
         caption_ids: (B,), integers, equal for equal captions; None for none. Either all ranks
             pass them or none does.
         picture_ids: (B,), integers, equal for equal pictures; likewise.
@@ -130,6 +141,7 @@ def siglip_loss(
         text_features,
         logit_scale,
         logit_bias,
+        negative_text_features=negative_text_features,
         caption_ids=caption_ids,
         picture_ids=picture_ids,
         duplicates=duplicates,
@@ -148,6 +160,7 @@ def siglip_loss_output(
     logit_scale: Tensor,
     logit_bias: Tensor | None,
     *,
+    negative_text_features: Tensor | None = None,
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
@@ -160,12 +173,13 @@ def siglip_loss_output(
 ) -> LossOutput:
     """Return ``siglip_loss`` and the duplicates it met; the same contract."""
     check_pairs(image_features, text_features)
+    check_negatives(negative_text_features, text_features)
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
     chosen = choose_kernel(kernel, image_features)
     check_ids({"caption_ids": caption_ids, "picture_ids": picture_ids}, duplicates, image_features)
-    ids = join_ids(caption_ids, picture_ids)
+    ids = text_ids = join_ids(caption_ids, picture_ids)
     dtype = logits_dtype(image_features)
     scale = logit_scale.reshape(()).to(dtype)
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.reshape(()).to(dtype)
@@ -175,10 +189,21 @@ def siglip_loss_output(
         "logit_scale": scale.detach(),
         "logit_bias": bias.detach(),
     }
+    negatives = negative_text_features
+    if negatives is not None:
+        named["negative_text_features"] = negatives.detach()
+        is_there = (negatives.detach() != 0).any(dim=1)
+        num_none = (~is_there).sum()
+        text_features = torch.cat([text_features, negatives * is_there[:, None]])
+        if ids is not None:  # an id that no picture has
+            ids = ids.long()
+            none = ids.new_full((len(negatives), *ids.shape[1:]), torch.iinfo(ids.dtype).min)
+            text_ids = torch.cat([ids, none])
     wanted = Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
     sides = SigmoidSides(wanted.text and not wanted.image, image_features, text_features)
+    home_ids, travelling_ids = (text_ids, ids) if sides.images_travel else (ids, text_ids)
     plan = prepare_pass(
-        [sides.travelling] if ids is None else [sides.travelling, ids],
+        [sides.travelling] if travelling_ids is None else [sides.travelling, travelling_ids],
         named=named,
         nonfinite=nonfinite,
         finite_check=finite_check,
@@ -191,18 +216,22 @@ def siglip_loss_output(
             f"{'no bias' if logit_bias is None else 'bias'}; "
             f"duplicates: {'no ids' if ids is None else duplicates}"
             f"{'' if picture_ids is None else ', with picture ids'}"
+            f"{'' if negatives is None else '; with negative texts'}"
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
         comes_again=any(wanted),
     )
     ring_pass = SigmoidPass(
-        sides, plan, scale.detach(), bias.detach(), ids, wanted, tile_shape, chosen, duplicates
+        sides, plan, scale.detach(), bias.detach(), home_ids, wanted, tile_shape, chosen, duplicates
     )
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
         gradients = ring_pass.gradients(ring_pass.run(plan))
         sums = ring_pass.tiles.sums()
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
-    factor = plan.world_size / max(plan.total_rows, 1)
+    factor: float | Tensor = plan.world_size / max(plan.total_rows, 1)
+    if negatives is not None and not sides.images_travel:  # rows that travel are not N
+        num_images = torch.full((), len(image_features), dtype=dtype, device=sides.home.device)
+        factor = plan.world_size / sum_over_ranks(num_images, group).clamp(min=1)
     value = (sums.value * factor).to(dtype)
     if finite_check is not None:
         finite_check.remember(value)
@@ -216,6 +245,9 @@ def siglip_loss_output(
             PrecomputedGradient(bias, gradients.bias, factor),
         ],
     )
+    if negatives is not None:
+        # Rows of zeros met every image with the bias alone, which is known.
+        loss = loss - plan.world_size * num_none * softplus(bias)
     return LossOutput(loss, sums.duplicate_pairs)
 
 
@@ -264,13 +296,13 @@ class SigmoidPass(RingPass):
         plan: Exchange,
         scale: Tensor,
         bias: Tensor,
-        ids: Tensor | None,
+        home_ids: Tensor | None,
         wanted: Wanted,
         tile_shape: tuple[int, int],
         kernel: Kernel,
         duplicates: Duplicates,
     ) -> None:
-        self.sides, self.wanted, self.home_ids = sides, wanted, ids
+        self.sides, self.wanted, self.home_ids = sides, wanted, home_ids
         self.home_wanted = wanted.text if sides.images_travel else wanted.image
         self.tiles = SigmoidTiles(
             sides.home,
@@ -279,7 +311,7 @@ class SigmoidPass(RingPass):
             bias,
             kernel=kernel,
             with_derivative=any(wanted),
-            has_ids=ids is not None,
+            has_ids=home_ids is not None,
             duplicates=duplicates,
         )
         # The derivative by the scale follows from either side's gradient.

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.functional import pad
 
-from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName
+from dist_siglip.distributed import AccumulatorSpec, Exchange, ExchangeName, sum_over_ranks
 from dist_siglip.losses.arguments import (
     FiniteCheck,
     Nonfinite,
+    check_negatives,
     check_pairs,
     check_scalar,
     describe_wanted,
@@ -50,6 +52,7 @@ def softmax_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
     *,
+    negative_text_features: Tensor | None = None,
     nonfinite: Nonfinite = "raise",
     finite_check: FiniteCheck | None = None,
     exchange: ExchangeName = "auto",
@@ -63,6 +66,9 @@ def softmax_loss(
 
         loss = W/N * sum_{i on this rank} 1/2 * (
             log sum_{j < N} exp(z[i, j]) - z[i, i] + log sum_{j < N} exp(z[j, i]) - z[i, i] )
+
+    ``negative_text_features`` are further texts on all ranks, which no picture belongs to: the
+    first sum of each image is over them, too. They are no queries.
 
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
@@ -79,6 +85,8 @@ def softmax_loss(
         logit_bias: without effect, there so that the sigmoid loss can be called alike: a softmax
             does not see a shift. Its gradient is exactly zero, so DDP waits for no parameter
             (open_clip#1076).
+        negative_text_features: (m, D), as for ``siglip_loss``; on a GPU the host waits for their
+            number.
         nonfinite: "raise" refuses features and scale that are not finite; "propagate" looks for
             nothing. The same on every rank.
         finite_check: memory of earlier calls, see ``nonfinite``; None checks on a CPU only.
@@ -108,6 +116,7 @@ def softmax_loss(
         pass.
     """
     check_pairs(image_features, text_features)
+    check_negatives(negative_text_features, text_features)
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
@@ -118,6 +127,11 @@ def softmax_loss(
         "text_features": text_features.detach(),
         "logit_scale": logit_scale.detach().reshape(()),
     }
+    num_pairs = len(image_features)
+    if negative_text_features is not None:
+        named["negative_text_features"] = negative_text_features.detach()
+        there = negative_text_features[(negative_text_features.detach() != 0).any(dim=1)]
+        text_features = torch.cat([text_features, there])
     wanted = {
         "image": wants_gradient(image_features),
         "text": wants_gradient(text_features),
@@ -131,10 +145,12 @@ def softmax_loss(
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         result = _run_passes(
             SoftmaxSides(rows.detach(), columns.detach(), scale, tile_shape, chosen),
+            own=num_pairs,
             row_gradient=wanted["text" if swapped else "image"],
             column_gradient=wanted["image" if swapped else "text"],
             scale_gradient=wanted["scale"],
-            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}",
+            purpose=f"softmax loss; gradients: {describe_wanted(wanted)}"
+            f"{'' if negative_text_features is None else '; with negative texts'}",
             named=named,
             nonfinite=nonfinite,
             finite_check=finite_check,
@@ -172,7 +188,7 @@ class _Result:
     """The loss and its gradients; each gradient times ``factor`` (and scale) is the true one."""
 
     value: Tensor
-    factor: float
+    factor: float | Tensor
     row_gradient: Tensor | None
     column_gradient: Tensor | None
     scale_gradient: Tensor | None
@@ -181,6 +197,7 @@ class _Result:
 def _run_passes(
     sides: SoftmaxSides,
     *,
+    own: int,
     row_gradient: bool,
     column_gradient: bool,
     scale_gradient: bool,
@@ -191,6 +208,7 @@ def _run_passes(
     exchange: ExchangeName,
     group: ProcessGroup | None,
 ) -> _Result:
+    """Make both passes; rows behind the first ``own`` of a side are texts without a picture."""
     dtype = sides.scale.dtype
     plan = prepare_pass(
         [sides.columns],
@@ -208,9 +226,14 @@ def _run_passes(
     first = SumPass(sides, plan)
     (column_negatives,) = first.run(plan)
     # Half of both directions; mean over ranks of (W / N * own pairs) is the mean over all pairs.
-    factor = 0.5 * plan.world_size / max(plan.total_rows, 1)
-    row_negatives, positives = first.tiles.sums
-    negatives = torch.stack([row_negatives, column_negatives])
+    factor: float | Tensor = 0.5 * plan.world_size / max(plan.total_rows, 1)
+    if "negative_text_features" in named:  # rows that travel may be more than pairs
+        num_pairs = sum_over_ranks(
+            torch.full((), own, dtype=dtype, device=sides.rows.device), group
+        )
+        factor = 0.5 * plan.world_size / num_pairs.clamp(min=1)
+    row_negatives, positives = (each[:own] for each in first.tiles.sums)
+    negatives = torch.stack([row_negatives, column_negatives[:own]])
     excess = negatives - positives
     # softplus, without its shortcut above 20.
     value = torch.logaddexp(excess, torch.zeros_like(excess)).sum(dtype=sum_dtype(excess.device))
@@ -218,8 +241,14 @@ def _run_passes(
     if not (row_gradient or column_gradient or scale_gradient):
         return _Result(value, factor, None, None, None)
 
-    row_sums, column_sums = torch.logaddexp(negatives, positives).unbind()
-    positive_derivative = -torch.sigmoid(excess).sum(dim=0)
+    # Texts without a picture are no queries: exp(logits - inf) is 0.
+    row_sums, column_sums = (
+        pad(sums, (0, len(side) - own), value=torch.inf)
+        for sums, side in zip(
+            torch.logaddexp(negatives, positives), (sides.rows, sides.columns), strict=True
+        )
+    )
+    positive_derivative = pad(-torch.sigmoid(excess).sum(dim=0), (0, len(sides.rows) - own))
     plan = prepare_pass(
         [sides.columns, column_sums],
         named={},

@@ -50,8 +50,9 @@ def test_every_number_of_every_command_line_has_a_range_that_holds_its_default()
 
 
 def test_no_range_is_of_a_setting_that_is_not_there():
-    of_optional_groups = {name for name in RANGES if name.startswith("data.datacompdr.")}
-    assert len(of_optional_groups) == 3
+    groups = ("data.datacompdr.", "model.curation.")
+    of_optional_groups = {name for name in RANGES if name.startswith(groups)}
+    assert len(of_optional_groups) == 5
     found = set(RANGES) - set(numeric_settings()) - of_optional_groups
     of_lists = {f"model.teachers.{name}" for name in ("dim", "scale", "bias")}
     assert found == {"data.train_sources.weight"} | of_lists

@@ -80,6 +80,9 @@ def shrunk(recipe, parts, folder):
     if any("model" in teacher for teacher in model.get("teachers", [])):
         teacher = {"model": parts.folder / "tiny.json", "scale": 30.0}
         teacher["pretrained"] = parts.folder / "weights.safetensors"
+        if "curation" in model:
+            teacher["bias"] = -15.0
+            found["model.curation.chunks"] = 2
         found["model.teachers"] = json.dumps([teacher] * len(model["teachers"]), default=str)
     if "cooldown_steps" in model.get("optim", {}):
         found["model.optim.cooldown_steps"] = 1

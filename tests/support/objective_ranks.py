@@ -11,9 +11,9 @@ from dist_siglip.data import ImageTextBatch
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
 from dist_siglip.models import build_dual_encoder, encode_tower_in_micro_batches
 from dist_siglip.objectives import Captioning, Term
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.objectives import (
     build_objectives,
-    encode_with_terms,
     weigh_terms,
 )
 from dist_siglip.training.module.placement import shard_module

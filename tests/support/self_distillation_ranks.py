@@ -11,10 +11,10 @@ from dist_siglip.losses import LogitScaleBias, SigLipLoss
 from dist_siglip.models import build_dual_encoder, encode_tower_in_micro_batches
 from dist_siglip.objectives import MaskedPrediction, SelfDistillation
 from dist_siglip.training.module.ema_teacher import EmaTeacher
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.objectives import (
     build_objectives,
     draws_of,
-    encode_with_terms,
     weigh_terms,
 )
 from dist_siglip.training.module.placement import shard_module

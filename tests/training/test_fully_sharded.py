@@ -16,7 +16,7 @@ from dist_siglip.models import build, compile_towers
 from dist_siglip.models.tuning import LoraSettings, TowerConfig, block_names
 from dist_siglip.objectives import Captioning
 from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.module.objectives import encode_with_terms
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.placement import shard_module
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks

@@ -23,8 +23,9 @@ from dist_siglip.objectives import Captioning, Objective, Rows, Term
 from dist_siglip.runs import describe_differences
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule, load_trained
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.objective_measures import ObjectiveMeasures
-from dist_siglip.training.module.objectives import build_objectives, encode_with_terms
+from dist_siglip.training.module.objectives import build_objectives
 from dist_siglip.training.module.teachers import TeacherConfig
 from tests.support.command import write_settings
 from tests.support.naflex import FIXED, GRIDS, packed_of, write_models

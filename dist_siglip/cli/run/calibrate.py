@@ -186,7 +186,7 @@ class CalibrationCLI(TrainingCLI):
             "checkpoint": None if self.start_checkpoint is None else str(self.start_checkpoint),
             "split": data.split,
             "pairs": min(data.num_pairs, num_samples),
-            "global_batch_size": data.global_batch_size,
+            "global_batch_size": self.model.global_batch_size,
             "logit_scale": fitted.scale,
             "logit_bias": fitted.bias,
             "relative_bias": fitted.relative_bias,

@@ -49,6 +49,10 @@ class ImageTextBatch(NamedTuple):
         views: (B, 3, H, W) uint8, augmented crops of the pictures for a teacher. None: no objective
             asks for them.
         local_views: (B, V, 3, h, w) uint8, V small ones of each.
+        negative_texts: (B, n, L) int64, token ids of texts that do not belong to the picture. None:
+            there are none.
+        negatives_exist: (B, n) bool; False where a picture has fewer, or the text is a caption of
+            it after all.
     """
 
     images: Tensor
@@ -70,12 +74,18 @@ class ImageTextBatch(NamedTuple):
     region_boxes: Tensor | None = None
     views: Tensor | None = None
     local_views: Tensor | None = None
+    negative_texts: Tensor | None = None
+    negatives_exist: Tensor | None = None
 
     def all_texts(self) -> Tensor:
-        """Return (K * B, L) token ids: the first captions of all pairs, the second ones, ..."""
-        if self.more_texts is None:
-            return self.texts
-        return torch.cat([self.texts, *self.more_texts.unbind(dim=1)])
+        """Return (K * B + B * n, L) token ids: first captions of all pairs, second ones, ...
+
+        Behind the captions are the negative texts, those of a picture one after the other.
+        """
+        further = [] if self.more_texts is None else [*self.more_texts.unbind(dim=1)]
+        if self.negative_texts is not None:
+            further.append(self.negative_texts.flatten(0, 1))
+        return torch.cat([self.texts, *further]) if further else self.texts
 
 
 class BatchPieces(NamedTuple):
@@ -150,6 +160,7 @@ class PairSample(NamedTuple):
         region: of the picture, its box in shares of the image; None where nobody asks for regions.
         view: (3, H, W) uint8, see ``ImageTextBatch.views``.
         local_views: (V, 3, h, w) uint8.
+        negatives: texts that do not belong to the picture, "" in place of missing ones.
     """
 
     image: Tensor
@@ -168,12 +179,13 @@ class PairSample(NamedTuple):
     region: Region | None = None
     view: Tensor | None = None
     local_views: Tensor | None = None
+    negatives: tuple[str, ...] = ()
 
 
 class PairCollator:
     """Stack samples into a batch; captions are tokenized here, all at once, and identified.
 
-    All samples have as many ``more_captions``.
+    All samples have as many ``more_captions``, and as many ``negatives``.
 
     Args:
         tokenizer: list of B strings to (B, L) token ids. Must be picklable where loader processes
@@ -204,6 +216,7 @@ class PairCollator:
         (texts, more_texts), (caption_ids, more_ids) = (
             _first_and_more(rows, len(samples)) for rows in (texts, caption_ids)
         )
+        negative_texts, negatives_exist = self._negatives(samples, caption_ids, more_ids)
         regions = [sample.region for sample in samples if sample.region is not None]
         region_texts = self._tokenizer([each.text for each in regions]) if regions else None
         picture_ids = [s.sample_id if s.picture_id is None else s.picture_id for s in samples]
@@ -227,7 +240,25 @@ class PairCollator:
             region_boxes=torch.tensor([each.box for each in regions]) if regions else None,
             views=_stacked([each.view for each in samples]),
             local_views=_stacked([each.local_views for each in samples]),
+            negative_texts=negative_texts,
+            negatives_exist=negatives_exist,
         )
+
+    def _negatives(
+        self, samples: Sequence[PairSample], caption_ids: Tensor, more_ids: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokenize negative texts, and tell which are there and no captions of their picture."""
+        every = [text for sample in samples for text in sample.negatives]
+        if not every:
+            return None, None
+        tokens = self._tokenizer(every).long()
+        ids = caption_ids_of(self._tokenizer, every, tokens).view(len(samples), -1, 1)
+        own = caption_ids[:, None]
+        if more_ids is not None:
+            own = torch.cat([own, more_ids], dim=1)
+        exist = torch.tensor([bool(text) for text in every]).view(len(samples), -1)
+        exist &= (ids != own[:, None]).all(dim=2)
+        return tokens.view(*exist.shape, -1), exist
 
     def _texts_of_teachers(self, captions: list[str]) -> Tensor | None:
         if not self._teacher_tokenizers:

@@ -83,6 +83,10 @@ class CaptionRule:
         probabilities: fields of which each sample shows one in each step, with the probability of
             each, which sum to 1: a function of the place in the stream. Fields that a sample lacks
             leave theirs to the others. Evaluations see the first field.
+        negatives: field of a JSON member, named as in ``weights``, with texts that do not belong to
+            the picture. They train as negatives of all pictures. Evaluations leave them out.
+        num_negatives: of them for each picture and step, drawn by the place in the stream; a sample
+            may have fewer, or none.
     """
 
     members: tuple[str, ...] = ("txt",)
@@ -91,6 +95,8 @@ class CaptionRule:
     split_lines: bool = False
     weights: dict[str, float] | None = None
     probabilities: dict[str, float] | None = None
+    negatives: str | None = None
+    num_negatives: int = 1
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -113,6 +119,22 @@ class CaptionRule:
         for setting, shares in (("weights", self.weights), ("probabilities", self.probabilities)):
             if shares is not None:
                 self._check_shares(f"captions.{setting}", shares)
+
+        if self.negatives is not None:
+            self._check_negatives(self.negatives)
+
+    def _check_negatives(self, name: str) -> None:
+        member, _ = self._place(name) if name else ("", "")
+        is_own = _plain(name) in self._members
+        if is_own or not _is_json(member) or member not in self._members:
+            raise UserError(
+                f"captions.negatives ({name!r}) must name a field of a JSON member that "
+                f"captions.members ({list(self.members)}) has, such as swapped, or neg.json:texts"
+            )
+        if name in self.fields:
+            raise UserError(f"captions.negatives ({name}) names captions, too; name another field")
+        if self.num_negatives < 1:
+            raise UserError(f"captions.num_negatives ({self.num_negatives}) must be at least 1")
 
     def _check_shares(self, setting: str, shares: dict[str, float]) -> None:
         if not shares:
@@ -150,7 +172,7 @@ class CaptionRule:
     def always_first(self) -> "CaptionRule":
         """Return the same rule without a draw, as evaluations need it."""
         in_order = dict.fromkeys(self.fields, 1.0) or None
-        return replace(self, pick="first", weights=in_order, probabilities=None)
+        return replace(self, pick="first", weights=in_order, probabilities=None, negatives=None)
 
     def choose(
         self,
@@ -229,6 +251,36 @@ class CaptionRule:
         return [
             self._pick(found.get(name, first), key, number)
             for number, name in enumerate(self.weights)
+        ]
+
+    def choose_negatives(
+        self,
+        members: Iterable[tuple[str, bytes]],
+        key: tuple[int, ...],
+        *,
+        is_empty: Callable[[str], bool] = EmptyCaptions(),  # noqa: B008 - has no state
+    ) -> list[str]:
+        """Take ``num_negatives`` texts that do not belong to the picture; "" for missing ones.
+
+        Raises:
+            BadSampleError: if their member cannot be read.
+
+        Example:
+            >>> rule = CaptionRule(members=("txt", "json"), negatives="swapped")
+            >>> rule.choose_negatives([("txt", b"a hen"), ("json", b'{"swapped": "a pen"}')], (0,))
+            ['a pen']
+        """
+        if self.negatives is None:
+            return []
+        member, path = self._place(self.negatives)
+        left: list[str] = []
+        for extension, data in members:
+            if _plain(extension) == member:
+                with suppress(MissingFieldError):
+                    left = self._alternatives(member, data, is_empty, path)
+        return [
+            left.pop(draw_one(len(left), *key, Draw.NEGATIVE, number)) if left else ""
+            for number in range(self.num_negatives)
         ]
 
     def by_field(
@@ -317,7 +369,7 @@ class CaptionRule:
         self, extension: str, data: bytes, is_empty: Callable[[str], bool], path: str | None = None
     ) -> list[str]:
         """List the captions of one member that are not empty; of JSON those in a field."""
-        if extension == "json" or extension.endswith(".json"):
+        if _is_json(extension):
             path = path or self.json_field
             texts = texts_of(field_of(read_json(data), path), path)
         else:
@@ -325,6 +377,10 @@ class CaptionRule:
             texts = split_lines(text) if self.split_lines else [text]
         cut = (text.strip()[:MAX_CAPTION_CHARACTERS].rstrip() for text in texts)
         return [text for text in cut if text and not is_empty(text)]
+
+
+def _is_json(extension: str) -> bool:
+    return extension == "json" or extension.endswith(".json")
 
 
 def _plain(extension: str) -> str:

@@ -195,6 +195,7 @@ class PairDataset(Dataset[PairSample]):
                 made = self._make(sample_id, at, num_bad + num_filtered)
                 features = self._rows(sample_id)
                 teachers = self._teacher_rows(sample_id)
+                negatives = self._negatives(sample_id, at)
             except BadSampleError as error:
                 num_bad += 1
                 self._report(sample_id, at, error)
@@ -219,6 +220,7 @@ class PairDataset(Dataset[PairSample]):
                     region=made.region,
                     view=made.view,
                     local_views=made.local_views,
+                    negatives=negatives,
                 )
             sample_id = self._substitute(at, num_bad + num_filtered)
         if num_filtered >= _FILTERED_ATTEMPTS:
@@ -248,11 +250,14 @@ class PairDataset(Dataset[PairSample]):
 
     def count_fields(self, upcoming: Iterable[StreamPosition]) -> dict[str, int]:
         """Say how many of some samples have each field that the rule of captions names."""
-        counts = dict.fromkeys(self._captions.fields, 0)
+        rule = self._captions
+        counts = dict.fromkeys((*rule.fields, *filter(None, [rule.negatives])), 0)
         for at in upcoming:
             with suppress(BadSampleError):
                 members = self._members(at.sample_id)
-                for name in self._captions.by_field(members, is_empty=self._is_empty):
+                if rule.negatives is not None:
+                    counts[rule.negatives] += any(self._negatives(at.sample_id, at))
+                for name in rule.by_field(members, is_empty=self._is_empty) if rule.fields else ():
                     counts[name] += 1
         return counts
 
@@ -419,6 +424,11 @@ class PairDataset(Dataset[PairSample]):
             tower: torch.cat([each.row(sample_id, tower) for each in self._teacher_features])
             for tower in TOWERS
         }
+
+    def _negatives(self, sample_id: int, at: StreamPosition) -> tuple[str, ...]:
+        """Read texts that do not belong to the picture, "" in place of missing ones."""
+        members, key = self._members(sample_id), at.key(self._seed)
+        return tuple(self._captions.choose_negatives(members, key, is_empty=self._is_empty))
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, bytes]]:
         """Read the members with captions, one at a time."""

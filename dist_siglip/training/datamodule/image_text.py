@@ -411,7 +411,7 @@ class ImageTextDataModule(BatchTransfer):
         if self.trainer is not None and self.trainer.local_rank == 0:
             self._prefetcher = start_prefetching(self.cache, self.position, self._prefetcher)
         batches = GlobalBatchSampler(self.plan, rank=0, world_size=1, progress=self.progress)
-        if self.captions.fields:
+        if self.captions.fields or self.captions.negatives:
             check_captions(self.train_dataset, batches, is_told=world.is_first)
         if self.regions.json_field is not None:
             check_regions(self.train_dataset, batches, self.regions.json_field)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 from itertools import chain, islice
 
-from dist_siglip.data.order.position import StreamPosition
+from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.errors import UserError
 

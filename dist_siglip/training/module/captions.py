@@ -1,4 +1,4 @@
-"""The loss of a step whose pairs have several captions each.
+"""The loss of a step whose pairs have several captions each, or texts that are negatives alone.
 
 Pictures are encoded once and all captions in one pass of the text tower. The loss is then computed
 once for each field of captions, with its own ids: a text of one field is no negative of another.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch
+from dist_siglip.data.samples.cached_features import CachedFeatures
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.datacompdr import DataCompDR
 from dist_siglip.distributed import agree_once
@@ -20,6 +21,7 @@ from dist_siglip.losses.arguments import (
     TeacherFeatures,
     call_loss,
     ids_for,
+    uses_negative_texts,
     uses_teachers,
 )
 
@@ -53,6 +55,52 @@ def caption_weights_of(data: object, loss: nn.Module | None) -> dict[str, float]
     return weights
 
 
+def num_negatives_of(data: object, loss: nn.Module | None) -> int:
+    """Return how many negative texts a data module brings with each picture; 0 for none.
+
+    Args:
+        data: data module; one without a rule of captions brings none.
+        loss: of the run; None for a module that takes none.
+
+    Raises:
+        UserError: if there are some, and the loss takes none or texts are stored features.
+    """
+    rule: CaptionRule | None = getattr(data, "captions", None)
+    if rule is None or rule.negatives is None:
+        return 0
+    setting = f"captions.negatives ({rule.negatives})"
+    if loss is None or not uses_negative_texts(loss):
+        who = "this module" if loss is None else f"loss ({type(loss).__name__})"
+        raise UserError(
+            f"{setting}: {who} takes no texts without a picture; take "
+            "dist_siglip.losses.SigLipLoss or ClipLoss, or set it to null"
+        )
+    features: CachedFeatures | None = getattr(data, "features", None)
+    if features is not None and "text" in features.towers:
+        raise UserError(
+            f"{setting}: train_features stand in for the text tower, which would encode them; "
+            "leave one of the two out"
+        )
+    return rule.num_negatives
+
+
+def part_negatives(text_features: Tensor, batch: ImageTextBatch) -> tuple[Tensor, Tensor | None]:
+    """Part the features of captions from those of negative texts behind them.
+
+    Args:
+        text_features: (K * B + B * n, D), in the order of ``batch.all_texts``.
+        batch: the pairs.
+
+    Returns:
+        (K * B, D) and (B * n, D), zeros for texts that do not exist; None without any.
+    """
+    if batch.negatives_exist is None:
+        return text_features, None
+    exist = batch.negatives_exist.flatten()
+    captions, negatives = text_features.split([len(text_features) - len(exist), len(exist)])
+    return captions, negatives * exist[:, None]
+
+
 def loss_of_captions(
     loss: nn.Module,
     image_features: Tensor,
@@ -64,6 +112,7 @@ def loss_of_captions(
     weights: Mapping[str, float],
     nonfinite: Nonfinite,
     teachers: TeacherFeatures | None = None,
+    negative_text_features: Tensor | None = None,
 ) -> LossOutput:
     """Return the weighted mean of a loss over the captions of each pair.
 
@@ -85,6 +134,7 @@ def loss_of_captions(
         nonfinite: as ``call_loss``.
         teachers: of the captions; their text rows (K * B, D) are in the order of
             ``batch.all_texts``.
+        negative_text_features: (m, D), negatives beside the captions of every field.
 
     Returns:
         The loss; duplicates summed over fields; terms, and the loss of each field as
@@ -112,6 +162,7 @@ def loss_of_captions(
             ids=ids_for(loss, caption_ids, batch.picture_ids),
             nonfinite=nonfinite,
             teachers=of_caption,
+            negative_text_features=negative_text_features,
         )
         for caption_ids, texts, of_caption in zip(
             ids, text_features.tensor_split(len(ids)), rows, strict=True

@@ -6,18 +6,120 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.order.position import SequenceLengths
-from dist_siglip.data.samples.patches import is_packed
+from dist_siglip.data.samples.patches import is_packed, patch_mask
 from dist_siglip.errors import UserError
-from dist_siglip.models import encode_in_micro_batches, encode_tower_in_micro_batches
+from dist_siglip.models import DualEncoder, encode_in_micro_batches, encode_tower_in_micro_batches
 from dist_siglip.models.dual_encoder import CachedEncoding
 from dist_siglip.models.tuning import layer_groups
-from dist_siglip.objectives import Objective
-from dist_siglip.training.module.captions import caption_weights_of
+from dist_siglip.objectives import MaskedPrediction, Objective, Regions, Rows, Targets, Term
+from dist_siglip.training.module.captions import caption_weights_of, num_negatives_of
+from dist_siglip.training.module.ema_teacher import student_views
 from dist_siglip.training.module.locked_features import encode_beside_features
-from dist_siglip.training.module.objectives import ObjectiveModule, Terms, encode_with_terms
+from dist_siglip.training.module.objective_measures import regions_of
+from dist_siglip.training.module.objectives import ObjectiveModule, Terms, draws_of
+
+
+def encode_with_terms(
+    towers: DualEncoder,
+    objectives: Mapping[str, nn.Module],
+    batch: ImageTextBatch,
+    step: int,
+    micro_batch_size: int,
+    *,
+    later: list[CachedEncoding] | None = None,
+    targets: Mapping[str, Targets] | None = None,
+) -> tuple[Tensor, Terms]:
+    """Encode the pictures of a batch once, and compute the terms of objectives on their tokens.
+
+    Objectives that learn of a teacher have passes of their own: one for all local views of some
+    rows, one for global views with hidden patches.
+
+    Args:
+        towers: as they train.
+        objectives: those that count in this step.
+        batch: of this rank.
+        step: of the run, for batches that bring no draws.
+        micro_batch_size: rows that are encoded, and whose terms are computed, together.
+        later: takes up what goes backward by itself when the loss is done, micro-batch by
+            micro-batch, as sharded towers do; None leaves that to autograd.
+        targets: of the whole batch, by name of the objective.
+
+    Returns:
+        (B, D) L2-normalised features; terms of this rank's rows.
+    """
+    names: list[tuple[str, str]] = []
+    targets = targets or {}
+    columns = {
+        "images": batch.images,
+        "texts": batch.texts,
+        "draws": draws_of(batch, step),
+        "valid": batch.valid,
+    }
+    regions = regions_of(batch)
+    if regions is not None:
+        columns |= {"region_texts": regions.texts, "region_boxes": regions.boxes}
+    columns |= student_views(objectives, batch)
+    columns |= {f"targets {name}": each.rows for name, each in targets.items()}
+
+    def encode(*parts: Tensor) -> tuple[Tensor, ...]:
+        part = dict(zip(columns, parts, strict=True))
+        features, tokens = towers.encode_image_tokens(part["images"])
+        seen = Rows(
+            tokens,
+            part["texts"],
+            part["draws"],
+            part["valid"],
+            Regions(part["region_texts"], part["region_boxes"]) if regions else None,
+            patch_mask(part["images"]),
+            targets={
+                name: each._replace(rows=part[f"targets {name}"]) for name, each in targets.items()
+            },
+        )
+        if "local_views" in part:
+            views = part["local_views"]
+            pooled, _ = towers.encode_view(views.flatten(0, 1))
+            seen = seen._replace(local_views=pooled.unflatten(0, views.shape[:2]))
+        found = {}
+        for name, objective in objectives.items():
+            own = seen
+            if isinstance(objective, MaskedPrediction):
+                mask = objective.mask(seen.draws, tokens.shape[1])
+                _, masked = towers.encode_view(part["views"], mask, objective.stand_in())
+                own = seen._replace(masked_tokens=masked, mask=mask)
+            found[name] = objective(own)
+        names[:] = [(name, term) for name, terms in found.items() for term in terms]
+        terms = [found[name][term] for name, term in names]
+        return (
+            features,
+            torch.stack([each.total for each in terms]),
+            torch.stack([each.number for each in terms]),
+        )
+
+    every = tuple(columns.values())
+    if later is not None and len(batch.images) > micro_batch_size:
+        cached = CachedEncoding(encode, every, micro_batch_size)
+        later.append(cached)
+        features, (totals, numbers) = cached.features, cached.sums
+    else:
+        parts = list(zip(*(each.split(micro_batch_size) for each in every), strict=True))
+        if len(parts) > 1 and torch.is_grad_enabled():
+            found = [
+                checkpoint(encode, *part, use_reentrant=False, preserve_rng_state=True)
+                for part in parts
+            ]
+        else:
+            found = [encode(*part) for part in parts]
+        of_parts, *sums = zip(*found, strict=True)
+        features = torch.cat(of_parts)
+        totals, numbers = (torch.stack(each).sum(dim=0) for each in sums)
+    terms: Terms = {name: {} for name in objectives}
+    for (name, term), total, number in zip(names, totals, numbers, strict=True):
+        terms[name][term] = Term(total, number)
+    return features, terms
 
 
 class EncodingModule(ObjectiveModule):
@@ -30,6 +132,7 @@ class EncodingModule(ObjectiveModule):
         loss: of the pairs.
         caption_weights: by field, of captions that train together, as a data module of ours says;
             empty weighs them alike.
+        num_negatives: texts without a picture that each pair brings.
     """
 
     micro_batch_size: int | None
@@ -39,19 +142,21 @@ class EncodingModule(ObjectiveModule):
     def __init__(self) -> None:
         super().__init__()
         self.caption_weights: dict[str, float] = {}
+        self.num_negatives = 0
         self._is_sharded = False
         self._cached: list[CachedEncoding] = []
 
     def check_data(self, data: object) -> None:
-        """Check what a data module reads, and the longest pictures; take its weights of captions.
+        """Check what a data module reads, and the longest pictures; take weights and negatives.
 
         Raises:
-            UserError: as ``check_features``, as ``caption_weights_of``, or if a picture of training
-                has more patches than are encoded together.
+            UserError: as ``check_features``, as ``caption_weights_of`` and ``num_negatives_of``, or
+                if a picture of training has more patches than are encoded together.
         """
         super().check_data(data)
         if hasattr(data, "captions"):
             self.caption_weights = caption_weights_of(data, self.loss)
+            self.num_negatives = num_negatives_of(data, self.loss)
         lengths: SequenceLengths | None = getattr(data, "lengths", None)
         budget = self.micro_batch_patches
         if budget is not None and lengths is not None and budget < max(lengths.lengths):

@@ -26,7 +26,7 @@ from dist_siglip.models.reranker import (
     token_shapes,
     tower_fingerprints,
 )
-from dist_siglip.training.module.captions import caption_weights_of
+from dist_siglip.training.module.captions import caption_weights_of, num_negatives_of
 from dist_siglip.training.module.hard_negatives import (
     choose_hard_pairs,
     evaluate_reranking,
@@ -154,7 +154,9 @@ class RerankerModule(RunModule):
     def setup(self, stage: str) -> None:
         """Refuse captions that would train together: a head is shown one of a pair."""
         super().setup(stage)
-        caption_weights_of(getattr(self.trainer, "datamodule", None), None)
+        data = getattr(self.trainer, "datamodule", None)
+        caption_weights_of(data, None)
+        num_negatives_of(data, None)
 
     def on_fit_start(self) -> None:
         """Tell Lightning that the towers are in evaluation mode on purpose."""

@@ -1,6 +1,7 @@
 """Lightning module of a dual encoder: towers, loss, scale and bias, metrics, optimizer."""
 
 import logging
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -10,24 +11,16 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
-from dist_siglip.data.samples.batch import picture_ids_of
-from dist_siglip.data.samples.calibration_subset import subset_loader
-from dist_siglip.distributed import World, copy_from_first_rank, max_over_ranks, resolve_group
+from dist_siglip.distributed import copy_from_first_rank, max_over_ranks, resolve_group
 from dist_siglip.errors import UserError
-from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss
+from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss, TeacherFeatures
 from dist_siglip.losses.arguments import (
-    duplicates_of,
     prefix_dims_of,
-    uses_logit_bias,
     uses_picture_ids,
 )
 from dist_siglip.losses.calibration import (
-    Calibration,
-    calibrate_on_features,
     describe_batch_change,
-    set_logits,
 )
-from dist_siglip.losses.kernels.pair_terms import Duplicates
 from dist_siglip.losses.prefixes import check_dims
 from dist_siglip.metrics import Evaluation, PairEvaluation
 from dist_siglip.models import (
@@ -40,7 +33,9 @@ from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.dual_encoder import check_micro_batch
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
-from dist_siglip.training.module.captions import loss_of_captions
+from dist_siglip.training.module.calibration import CalibratedModule, calibrate_to_training_pairs
+from dist_siglip.training.module.captions import loss_of_captions, part_negatives
+from dist_siglip.training.module.curation import CurationConfig, curate
 from dist_siglip.training.module.ema_teacher import (
     TEACHER_MOMENTUM,
     EmaTeacher,
@@ -48,7 +43,6 @@ from dist_siglip.training.module.ema_teacher import (
     view_rule_of,
     with_teacher,
 )
-from dist_siglip.training.module.encoding import EncodingModule
 from dist_siglip.training.module.locked_features import settle_identities
 from dist_siglip.training.module.objectives import Terms, build_objectives, naming_terms
 from dist_siglip.training.module.placement import receive_values, shard_module
@@ -59,39 +53,7 @@ from dist_siglip.training.optim import OptimConfig, ParameterRule
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def calibrate_to_training_pairs(module: "SigLipModule", num_pairs: int) -> None:
-    """Embed pairs of the training data as in an evaluation, fit scale and bias, set them.
-
-    Args:
-        module: attached to a trainer.
-        num_pairs: over all ranks.
-
-    Raises:
-        UserError: if the loss cannot be calibrated, or the trainer has no data module of ours.
-    """
-    module.check_can_calibrate()
-    trainer = module.trainer
-    data: Any = getattr(trainer, "datamodule", None)
-    if getattr(data, "train_dataset", None) is None:
-        raise UserError(
-            f"calibration_pairs ({num_pairs}) needs an ImageTextDataModule in trainer.fit; "
-            "without one, set it to null and use losses.calibration"
-        )
-    world = World(rank=trainer.global_rank, world_size=trainer.world_size)
-    loader = subset_loader(data.train_dataset, num_pairs, data, world)
-    rows = []
-    with evaluation_mode(module.towers), trainer.precision_plugin.forward_context():
-        for loaded in loader:
-            batch = module.transfer_batch_to_device(loaded, module.device, 0)
-            batch = data.on_after_batch_transfer(batch, 0)
-            rows.append((*module.encode(batch), batch.caption_ids, picture_ids_of(batch)))
-    fitted = module.calibrate(*(torch.cat(column) for column in zip(*rows, strict=True)))
-    set_logits(module.logits, fitted)
-    logger.info("calibrated before the first step: %s", fitted.describe())
-
-
-class SigLipModule(EncodingModule):
+class SigLipModule(CalibratedModule):
     """Trains a dual encoder on image-text pairs.
 
     Args:
@@ -127,7 +89,8 @@ class SigLipModule(EncodingModule):
         compile_towers: translate both towers, or their blocks if they are sharded, with
             torch.compile at their first use in training or an evaluation.
         global_batch_size: pairs of a training batch over all ranks; the validation loss is that
-            of a random batch of this size. The command line takes it from the data.
+            of a random batch of this size. The command line takes it from the data. With
+            ``curation`` pairs that are loaded; the attribute is the number of those that train.
         micro_batch_size: pairs of a rank that a tower encodes together. The loss still sees the
             whole batch at once and the gradients are the same, for one more forward pass. Null
             encodes the local batch at once.
@@ -145,7 +108,11 @@ class SigLipModule(EncodingModule):
             ``dist_siglip.objectives.SelfDistillation`` learn of, in [0, 1). Its half-life is
             ln 2 / (1 - momentum) steps; a thousandth of the run is a start.
         teachers: whose logits a loss such as ``dist_siglip.losses.DistillationLoss`` learns, each
-            live or from stored rows; several are averaged. Null: none.
+            live or from stored rows; several are averaged. Or the reference of ``curation``. Null:
+            none.
+        curation: pairs of each batch that train: those that the model has most to learn from,
+            beside ``teachers``. The batch of the data is then the larger one they are chosen from.
+            Null: all.
     """
 
     def __init__(
@@ -173,6 +140,7 @@ class SigLipModule(EncodingModule):
         prefix_dims: list[int] | None = None,
         teachers: list[TeacherConfig] | None = None,
         teacher_momentum: float = TEACHER_MOMENTUM,
+        curation: CurationConfig | None = None,
     ) -> None:
         super().__init__()
         built = build_dual_encoder(
@@ -205,7 +173,13 @@ class SigLipModule(EncodingModule):
         self.logits = LogitScaleBias.from_config(
             logits, start_scale=built.start_scale, start_bias=built.start_bias
         )
-        self.teachers = Teachers(teachers or [], built, self.loss)
+        self.curation, self.loaded_batch_size = curation, global_batch_size
+        if curation is not None:
+            curation.check(self.loss)
+            global_batch_size = global_batch_size and curation.size_of(global_batch_size)
+        self.teachers = Teachers(
+            teachers or [], built, self.loss, is_reference=curation is not None
+        )
         self.inputs = replace(Preprocessing.of(built), teachers=self.teachers.inputs)
         self.optim = optim
         self.global_batch_size = global_batch_size
@@ -286,6 +260,8 @@ class SigLipModule(EncodingModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
+        if self.curation is not None and self.loaded_batch_size and stage == "fit":
+            self.curation.size_of(self.loaded_batch_size, self.trainer.world_size)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
     def check_data(self, data: object) -> None:
@@ -307,8 +283,17 @@ class SigLipModule(EncodingModule):
     def on_train_start(self) -> None:
         """Calibrate a new run if ``calibration_pairs`` asks for it."""
         super().on_train_start()
-        if self.calibration_pairs is not None and self.steps_done == 0:
+        if self.steps_done:
+            return
+        if self.calibration_pairs is not None:
             calibrate_to_training_pairs(self, self.calibration_pairs)
+        elif self.num_negatives and self._uses_bias and self.trainer.is_global_zero:
+            logger.warning(
+                "captions.negatives: %d more texts for each pair; the best bias is about %+.1f "
+                "away; set model.calibration_pairs to begin there",
+                self.num_negatives,
+                -math.log1p(self.num_negatives),
+            )
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images and texts to L2-normalised features, (B, D) each, float32."""
@@ -319,13 +304,15 @@ class SigLipModule(EncodingModule):
         """Return this rank's share of the global loss; the mean over ranks is the loss."""
         counted = self.begin_objectives()
         terms: Terms = {}
+        teachers: TeacherFeatures | None = None
         self.step_timer.begin_encoding(self.device)
+        if self.curation is not None:
+            batch, teachers = self._curated(batch, self.curation)
         if counted:
             image_features, text_features, terms = self.encode_with_terms(counted, batch)
         else:
             image_features, text_features = self.encode(batch._replace(texts=batch.all_texts()))
-        teachers = None
-        if self.teachers:
+        if self.teachers and self.curation is None:
             teachers = self.teachers.features_of(batch, self.micro_batch_size)
         self.step_timer.end_encoding()
         # Under autocast products and exchange are in the towers' precision, logits in float32.
@@ -336,6 +323,7 @@ class SigLipModule(EncodingModule):
             if teachers is not None:
                 image, text = teachers.image.to(dtype), teachers.text.to(dtype)
                 teachers = teachers._replace(image=image, text=text)
+        text_features, negatives = part_negatives(text_features, batch)
         logit_scale, logit_bias = self.logits()
         if not self._uses_bias:
             logit_bias = logit_bias.detach()
@@ -349,6 +337,7 @@ class SigLipModule(EncodingModule):
             weights=self.caption_weights,
             nonfinite="raise" if self.step_check is None else "propagate",
             teachers=teachers,
+            negative_text_features=negatives,
         )
         self.log_terms(loss_terms)
         if self.objectives:
@@ -363,51 +352,25 @@ class SigLipModule(EncodingModule):
             duplicate_pairs=duplicate_pairs,
         )
 
-    def check_can_calibrate(self) -> int:
-        """Return the global batch to calibrate for.
-
-        Raises:
-            UserError: if it is not known, or the loss has no bias to calibrate.
-        """
-        if not self._uses_bias:
-            raise UserError(
-                f"loss ({type(self.loss).__name__}) uses no bias: only a sigmoid loss can be "
-                "calibrated; set calibration_pairs to null"
+    def _curated(
+        self, batch: ImageTextBatch, config: CurationConfig
+    ) -> tuple[ImageTextBatch, TeacherFeatures | None]:
+        """Choose the pairs that train; log what they promise."""
+        with evaluation_mode(self.towers):
+            chosen, teachers, terms = curate(
+                batch,
+                self.encode,
+                *self.logits(),
+                teachers=self.teachers,
+                loss=self.loss,
+                config=config,
+                step=self.global_step,
+                micro_batch_size=self.micro_batch_size,
             )
-        if self.global_batch_size is None:
-            raise UserError("global_batch_size (null) must be known to calibrate for it")
-        return self.global_batch_size
-
-    def calibrate(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        caption_ids: Tensor,
-        picture_ids: Tensor | None = None,
-    ) -> Calibration:
-        """Fit scale and bias to the pairs of all ranks; changes nothing.
-
-        Args:
-            image_features: (B, D), L2-normalised, this rank's.
-            text_features: (B, D), L2-normalised.
-            caption_ids: (B,), equal for equal captions.
-            picture_ids: (B,), equal for equal pictures; None if they are not known.
-
-        Raises:
-            UserError: as ``check_can_calibrate``, or if no scale above 0 fits.
-        """
-        global_batch_size = self.check_can_calibrate()
-        scale, bias = (value.item() for value in self.logits())
-        return calibrate_on_features(
-            image_features,
-            text_features,
-            global_batch_size,
-            scale_before=scale,
-            bias_before=bias,
-            caption_ids=caption_ids,
-            picture_ids=picture_ids,
-            duplicates=self._duplicates,
-        )
+        self.log_terms(terms)
+        left_out = batch.substituted.sum() - chosen.substituted.sum()
+        self._num_substituted = self._num_substituted + left_out
+        return chosen, teachers
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation; evaluate one model on all ranks."""
@@ -456,22 +419,6 @@ class SigLipModule(EncodingModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer and its schedule, stepped every optimizer step."""
         return configure(self, self.optim, self._rules, is_sharded=self._is_sharded)
-
-    @property
-    def _uses_bias(self) -> bool:
-        return uses_logit_bias(self.loss)
-
-    @property
-    def _duplicates(self) -> Duplicates:
-        """What the loss makes of equal captions; unheeded is negative."""
-        return duplicates_of(self.loss) or "negative"
-
-    def _freeze_bias(self) -> None:
-        """Keep a parameter that the loss never touches from stopping DDP."""
-        for name, parameter in self.logits.named_parameters():
-            if name != "log_scale" and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                logger.info("%s uses no bias: %s is frozen", type(self.loss).__name__, name)
 
     def _compare_global_batch(self, trained: int | None, source: str) -> None:
         """Warn if scale and bias were trained for another global batch."""

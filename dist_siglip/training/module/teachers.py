@@ -1,4 +1,4 @@
-"""Teachers of a training by distillation: run live on the batch, or read from stored rows.
+"""Teachers of distillation and curation: run live on the batch, or read from stored rows.
 
 A teacher is no part of the module: no parameter, no entry of a checkpoint or an export, nothing
 that strategies wrap, optimizers step or averages average. It is read from its own weights at each
@@ -198,6 +198,7 @@ class Teachers:
         asked: as configured.
         student: what the towers were built as.
         loss: of the run.
+        is_reference: whether pairs are chosen by what they say (``CurationConfig``).
 
     Attributes:
         inputs: what the data must bring for them.
@@ -208,16 +209,23 @@ class Teachers:
     """
 
     def __init__(
-        self, asked: Sequence[TeacherConfig], student: BuiltModel, loss: nn.Module
+        self,
+        asked: Sequence[TeacherConfig],
+        student: BuiltModel,
+        loss: nn.Module,
+        *,
+        is_reference: bool = False,
     ) -> None:
-        if bool(asked) != uses_teachers(loss):
+        if is_reference and not asked:
+            raise UserError("curation needs a reference model; list it in model.teachers")
+        if bool(asked) != (uses_teachers(loss) or is_reference):
             raise UserError(
                 f"loss ({type(loss).__name__}) takes no teachers, and model.teachers names "
-                f"{len(asked)}; set loss to dist_siglip.losses.DistillationLoss"
+                f"{len(asked)}; set loss to dist_siglip.losses.DistillationLoss, or curation"
                 if asked
                 else f"loss ({type(loss).__name__}) needs teachers; list them in model.teachers"
             )
-        self._form = _form_of(loss)
+        self._form = "sigmoid" if is_reference else _form_of(loss)
         self._teachers = [_Teacher(config, number) for number, config in enumerate(asked)]
         self._resize_mode = student.resize_mode
         stored = [each.folders for each in self._teachers if each.folders]

@@ -14,7 +14,7 @@ from dist_siglip.losses.arguments import call_loss, ids_for
 from dist_siglip.objectives import Captioning
 from dist_siglip.training.callbacks import SkipBadSteps
 from dist_siglip.training.module.captions import caption_weights_of, loss_of_captions
-from dist_siglip.training.module.objectives import encode_with_terms
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.optim.step_check import StepCheck
 from tests.support.caption_ranks import (
     BROKEN,

@@ -22,10 +22,10 @@ from dist_siglip.objectives import Captioning, Rows
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.callbacks import AtomicCheckpointIO, WeightAverage
 from dist_siglip.training.module import SigLipModule, load_trained, siglip
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.objective_measures import ObjectiveMeasures, regions_of
 from dist_siglip.training.module.objectives import (
     build_objectives,
-    encode_with_terms,
     refuse_cached,
 )
 from dist_siglip.training.optim import OptimConfig

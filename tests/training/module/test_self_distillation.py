@@ -17,10 +17,10 @@ from dist_siglip.objectives import Captioning, MaskedPrediction, SelfDistillatio
 from dist_siglip.training.callbacks import SkipBadSteps, WeightAverage
 from dist_siglip.training.module import SigLipModule, load_trained
 from dist_siglip.training.module.ema_teacher import EmaTeacher
+from dist_siglip.training.module.encoding import encode_with_terms
 from dist_siglip.training.module.objectives import (
     build_objectives,
     draws_of,
-    encode_with_terms,
     refuse_cached,
 )
 from dist_siglip.training.strategies import FullyShardedStrategy
