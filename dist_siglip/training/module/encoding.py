@@ -25,7 +25,7 @@ from dist_siglip.training.module.objectives import ObjectiveModule, Terms, draws
 
 def encode_with_terms(
     towers: DualEncoder,
-    objectives: Mapping[str, nn.Module],
+    objectives: Mapping[str, Objective],
     batch: ImageTextBatch,
     step: int,
     micro_batch_size: int,
