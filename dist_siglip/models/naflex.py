@@ -37,7 +37,7 @@ from dist_siglip.models.interop.transformers_format import (
 
 _NUM_PATCHES = 256  # where neither settings nor the files of a model say
 _FIXED_STEM, _NAFLEX_STEM = "visual.trunk.patch_embed.", "visual.trunk.embeds."
-_ROW_OF_POSITIONS, _GRID_OF_POSITIONS = "visual.trunk.pos_embed", "visual.trunk.embeds.pos_embed"
+_ROW_OF_POSITIONS, GRID_OF_POSITIONS = "visual.trunk.pos_embed", "visual.trunk.embeds.pos_embed"
 
 
 class NaFlexTower(TimmModel):
@@ -240,11 +240,21 @@ def to_form_of(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def to_naflex_names(tensors: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Rename weights of a fixed tower with a grid of positions; those of a NaFlex tower stay."""
+    """Rename weights of a fixed tower; those of a NaFlex tower stay.
+
+    Args:
+        tensors: by open_clip's names.
+        grid: of the NaFlex tower. As many positions have its rows and columns, others are a square.
+    """
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name == _ROW_OF_POSITIONS and value.shape[1] == grid[0] * grid[1]:
-            found[_GRID_OF_POSITIONS] = value.unflatten(1, grid)
+        if name == _ROW_OF_POSITIONS:
+            number, side = value.shape[1], math.isqrt(value.shape[1])
+            own = grid if number == grid[0] * grid[1] else (side, side)
+            is_grid = number == own[0] * own[1]
+            found[GRID_OF_POSITIONS if is_grid else name] = (
+                value.unflatten(1, own) if is_grid else value
+            )
         elif name.startswith(_FIXED_STEM):
             is_kernel = value.ndim == 4
             changed = value.permute(0, 2, 3, 1).flatten(1) if is_kernel else value
@@ -263,7 +273,7 @@ def to_fixed_names(tensors: dict[str, Tensor], *, flat_patches: bool = False) ->
     """
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name == _GRID_OF_POSITIONS:
+        if name == GRID_OF_POSITIONS:
             found[_ROW_OF_POSITIONS] = value.flatten(1, 2)
         elif name.startswith(_NAFLEX_STEM):
             if value.ndim == 2 and not flat_patches:

@@ -29,7 +29,7 @@ from dist_siglip.models.interop.transformers_format import (
     is_foreign,
     to_own_names,
 )
-from dist_siglip.models.naflex import to_form_of
+from dist_siglip.models.naflex import GRID_OF_POSITIONS, resized_positions, to_form_of
 from dist_siglip.models.weights_file import choose_towers, read_content, refuse_not_finite
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _TIMM_GRID = "visual.trunk.pos_embed"
 _IMAGE_POSITIONS = (_IMAGE_GRID, _TIMM_GRID)
 _TIMM_KERNEL = "visual.trunk.patch_embed.proj.weight"
 # What depends on how a picture is cut into patches.
-OF_THE_GRID = (*_IMAGE_POSITIONS, _TIMM_KERNEL)
+OF_THE_GRID = (*_IMAGE_POSITIONS, GRID_OF_POSITIONS, _TIMM_KERNEL)
 _TEXTS = ("positional_embedding", "text.positional_embedding")
 # Where a checkpoint of this package keeps its dual encoder, and that its open_clip network.
 TOWERS_PREFIX = "towers."
@@ -83,7 +83,7 @@ def resize_positions(
         UserError: If more positions are to be kept than there are.
     """
     visual: Any = network.visual
-    for key in (*_IMAGE_POSITIONS, *_TEXTS):
+    for key in (*_IMAGE_POSITIONS, GRID_OF_POSITIONS, *_TEXTS):
         old = tensors.get(key)
         if old is None or key not in own or not _differ_in_length(old, own[key]):
             continue
@@ -98,6 +98,10 @@ def resize_positions(
                 num_prefix_tokens=num_prefix,
                 **resampling._asdict(),
             )
+        elif key == GRID_OF_POSITIONS:
+            rows, columns = own[key].shape[1:3]
+            every = resized_positions(old, torch.tensor([[rows, columns]]), rows * columns)
+            tensors[key] = every.unflatten(1, (rows, columns)).to(old.dtype)
         elif key == _IMAGE_GRID:
             if not _is_square(old.shape[0] - 1):
                 continue
@@ -160,11 +164,11 @@ def _who_moves(network: Any, kept: int) -> str:
 
 
 def _differ_in_length(first: Tensor, second: Tensor) -> bool:
-    """Whether two embeddings (L, C) or (1, L, C) have the same width and another length."""
+    """Whether two embeddings (L, C), (1, L, C) or grids have the same width and other places."""
     return (
         first.ndim == second.ndim
         and first.shape[-1] == second.shape[-1]
-        and first.shape[-2] != second.shape[-2]
+        and first.shape[:-1] != second.shape[:-1]
     )
 
 
@@ -206,6 +210,8 @@ def is_of_another_grid(network: Any, name: str, before: torch.Size, now: torch.S
     """
     if name == _TIMM_KERNEL:
         return len(before) == len(now) and before[:2] == now[:2]
+    if name == GRID_OF_POSITIONS:
+        return len(before) == len(now) and before[-1] == now[-1]
     is_longer = before[-1:] == now[-1:] and before[:-2] == now[:-2]
     visual = network.visual
     grid = visual.grid_size if name == _IMAGE_GRID else visual.trunk.patch_embed.grid_size
@@ -214,6 +220,8 @@ def is_of_another_grid(network: Any, name: str, before: torch.Size, now: torch.S
 
 def resample_for_grid(network: nn.Module, name: str, old: Tensor, path: Path) -> Tensor:
     """Bring one of ``OF_THE_GRID`` to another size: positions as open_clip, a kernel as FlexiViT.
+
+    The grid of a NaFlex tower is resized as that tower does it for each picture.
 
     Source:
         Beyer et al. 2023 (FlexiViT), arXiv:2212.08013, section 3.4, for kernels: products with

@@ -44,6 +44,7 @@ from dist_siglip.training.module.from_run import (
     adopt_optimizer,
     adopt_weights,
     compare,
+    convert_optimizer,
     resample,
 )
 from dist_siglip.training.module.objectives import refuse_other_heads
@@ -149,11 +150,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Restore model and optimizers from a file or a folder; return the rest."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        return self._load_folder(path) if is_sharded(path) else self._load_file(path)
+        # What changes its form is not read shard by shard.
+        is_whole = not is_sharded(path) or (
+            self._adopts(path) and compare(self.model, stored_shapes(path), path).converted
+        )
+        return self._load_whole(path) if is_whole else self._load_folder(path)
 
-    def _load_file(self, path: Path) -> dict[str, Any]:
+    def _load_whole(self, path: Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(path)
+        stored = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         weights, is_of_other = checkpoint.pop("state_dict"), self._adopts(path)
         if is_of_other:
             weights = checkpoint.pop(UNAVERAGED, weights)
@@ -167,6 +173,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             named = by_name(state, optimizer, self.model)
             if is_of_other:
                 current = get_optimizer_state_dict(self.model, optimizer)
+                named = convert_optimizer(self.model, named, stored)
                 named = adopt_optimizer(named, current, found.resampled)
             late = self._stateless(optimizer, named["state"], path)
             options = StateDictOptions(full_state_dict=True, strict=not late)

@@ -16,7 +16,8 @@ from tests.support.reinforced import write_reinforced
 from tests.support.shards import encode, picture, write_shard
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = [*sorted(FOLDER.glob("*.yaml")), FOLDER / "siglip2/b16_curated.yaml"]
 pytestmark = pytest.mark.e2e
 SYNTHETIC = (b'{"synthetic": ["a brown hen", "a bird in grass"]}', b'{"synthetic": "a hen"}', b"{}")
 

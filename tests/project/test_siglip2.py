@@ -11,16 +11,17 @@ import yaml
 
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.runs import RunFolder
+from dist_siglip.training.module import load_trained
+from dist_siglip.training.optim import OptimConfig
+from dist_siglip.training.optim.build import scheduled_factor
 from tests.project.test_recipes import shrunk
 from tests.support.forked_runs import run_forked
 from tests.support.hugging_face import write_folder
+from tests.support.naflex import FIXED as SQUARES
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 FOLDER = Path(__file__).parents[2] / "configs/siglip2"
-POSITIONS = {
-    "b16": "towers.clip.visual.trunk.pos_embed",
-    "quickstart": "towers.clip.visual.positional_embedding",
-}
+POSITIONS = "towers.clip.visual.trunk.pos_embed"
 ENDS = (8, 9, 10)  # steps at which the runs end, the last one with the schedule
 pytestmark = pytest.mark.e2e
 
@@ -85,29 +86,30 @@ def lines_of(run):
     return list(map(json.loads, run.metrics.read_text().splitlines()))
 
 
-@pytest.mark.parametrize("name", ["b16", "quickstart"])
-def test_stages_share_one_schedule_and_go_on_from_each_other(name, parts, tmp_path):
-    recipes = [merged(files(name, stage)) for stage in (1, 2, 3)]
+def check_chain(recipes):
+    """Stages share one schedule, in the shares of the paper, and name each other."""
     total = recipes[0]["model"]["optim"]["schedule_steps"]
     shares = [recipe["trainer"]["max_steps"] / total for recipe in recipes]
     assert shares == pytest.approx([0.8, 0.95, 1.0], abs=1e-6)
     assert "from_run" not in recipes[0]
     for before, after in pairwise(recipes):
         assert after["from_run"] == before["run_dir"]
-    sizes = (32, 32, 64) if name == "b16" else (64, 64, 96)
+
+
+def test_stages_share_one_schedule_and_go_on_from_each_other(parts, tmp_path):
+    recipes = [merged(files("b16", stage)) for stage in (1, 2, 3)]
+    check_chain(recipes)
     rates = []
-    for stage, (recipe, end, size) in enumerate(zip(recipes, ENDS, sizes, strict=True), 1):
+    for stage, (recipe, end, size) in enumerate(zip(recipes, ENDS, (32, 32, 64), strict=True), 1):
         folder = tmp_path / str(stage)
         options = shrunk(recipe, parts, folder)
         options += ["--trainer.max_steps", end, "--model.optim.schedule_steps", ENDS[-1]]
         options += ["--trainer.precision", "32-true", "--trainer.log_every_n_steps", 1]
-        if name == "quickstart":
-            options += ["--model.model", FOLDER / "handwriting.json"]
-        elif stage == 3:
+        if stage == 3:
             options += ["--model.image_size", size]
         if stage > 1:
             options += ["--from_run", tmp_path / str(stage - 1) / "run"]
-        fit([shrunk_heads(path, folder) for path in files(name, stage)], *options)
+        fit([shrunk_heads(path, folder) for path in files("b16", stage)], *options)
         run = RunFolder(folder / "run")
         lines = lines_of(run)
         steps = [line["step"] for line in lines if "train/loss" in line]
@@ -115,41 +117,112 @@ def test_stages_share_one_schedule_and_go_on_from_each_other(name, parts, tmp_pa
         rates += [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
         state = torch.load(run.checkpoint(end), weights_only=True)["state_dict"]
         if stage > 1:
-            teacher = state[f"teacher.{POSITIONS[name].removeprefix('towers.clip.')}"]
-            assert teacher.shape == state[POSITIONS[name]].shape
-            assert not torch.equal(teacher, state[POSITIONS[name]])
+            teacher = state[f"teacher.{POSITIONS.removeprefix('towers.clip.')}"]
+            assert teacher.shape == state[POSITIONS].shape
+            assert not torch.equal(teacher, state[POSITIONS])
             assert all(
                 line["train/self_distillation_weight"] == 0.25
                 for line in lines
                 if "train/self_distillation_weight" in line
             )
-        assert state[POSITIONS[name]].shape[-2] == 1 + (size // 16) ** 2
+        assert state[POSITIONS].shape[-2] == 1 + (size // 16) ** 2
     assert rates == sorted(rates, reverse=True)  # of one cosine, after a step of warm-up
     assert rates[-1] < 0.2 * rates[0]
-    out = tmp_path / "export"
-    kind = "open_clip" if name == "quickstart" else "safetensors"
-    done = run_forked("export", "--run_dir", run.path, "--to", kind, "--out", out)
-    assert done.returncode == 0, done.stderr
 
 
-def test_a_published_folder_trains_on_with_a_fresh_decoder(parts, tmp_path):
+def test_the_naflex_copy_branches_off_at_nine_tenths(parts, tmp_path):
+    paths = [FOLDER / "b16_1.yaml", FOLDER / "b16_naflex.yaml"]
+    first, copy = merged(paths[:1]), merged(paths)
+    optim, total = copy["model"]["optim"], first["model"]["optim"]["schedule_steps"]
+    start = optim["schedule_start_step"]
+    assert start == pytest.approx(0.9 * total, abs=1)
+    assert copy["trainer"]["max_steps"] - start == pytest.approx(3.75 * 0.1 * total, abs=1)
+    before = OptimConfig(**first["model"]["optim"])
+    rate = before.learning_rate * scheduled_factor(before, total, start)
+    assert optim["learning_rate"] == pytest.approx(rate, rel=5e-3)
+    config = write_config(parts.folder / "squares.json", SQUARES)
+    for number, recipe, end, more in (
+        (1, first, 3, ["--model.optim.schedule_steps", 4]),
+        (2, copy, 6, ["--from_run", tmp_path / "1/run", "--model.optim.schedule_start_step", 3]),
+    ):
+        options = shrunk(recipe, parts, tmp_path / str(number))
+        options += ["--model.model", config, "--trainer.max_steps", end, *more]
+        options += ["--trainer.precision", "32-true", "--trainer.log_every_n_steps", 1]
+        if number == 2:
+            options += ["--model.num_patches", 64, "--model.micro_batch_patches", 256]
+            options += [
+                "--data.sequence_lengths",
+                "[16, 36, 64]",
+                "--model.micro_batch_size",
+                "null",
+            ]
+            options += ["--model.optim.warmup_steps", 0]
+        said = fit(paths[:number], *options)
+    assert "of the other form of image tower: towers.clip (3)" in said
+    assert "fresh" not in said
+    run = RunFolder(tmp_path / "2/run")
+    lines = lines_of(run)
+    assert [line["step"] for line in lines if "train/loss" in line] == [4, 5, 6]
+    assert [line["step"] for line in lines if "val/loss" in line] == [3, 4, 6]
+    ours = torch.load(run.checkpoint(6), weights_only=True)
+    counts = {int(state["step"]) for state in ours["optimizer_states"][0]["state"].values()}
+    assert counts == {6}
+    assert ours["state_dict"]["towers.clip.visual.trunk.embeds.pos_embed"].shape == (1, 8, 8, 64)
+    assert ours["ImageTextDataModule"]["samples_consumed"] == 6 * 8
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_a_published_folder_trains_on_in_stage_2_form_and_back(kind, parts, tmp_path):
+    import transformers
+
     path = FOLDER / "published_b16.yaml"
     recipe = yaml.safe_load(path.read_text())
-    model = write_folder(tmp_path / "published", "siglip")
+    names = [each["class_path"].rpartition(".")[2] for each in recipe["model"]["objectives"]]
+    assert names == ["Captioning", "SelfDistillation", "MaskedPrediction"]
+    model = write_folder(tmp_path / "published", kind)
+    tokenizer = tmp_path / "published/tokenizer_config.json"
+    # transformers pads on the left for Siglip2Model unless a folder says more.
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "padding_side": "right"}))
     options = shrunk(recipe, parts, tmp_path)
-    options += ["--model.model", f"local-dir:{tmp_path / 'published'}"]
+    options += ["--model.model", f"local-dir:{tmp_path / 'published'}", "--trainer.max_steps", 3]
     options += ["--model.calibration_pairs", "null"]  # no scale fits random weights
-    fit([path], *options, "--trainer.precision", "32-true")
+    options += ["--model.image_size", 32] if kind == "siglip2" else []  # views are of one size
+    options += ["--trainer.precision", "32-true", "--trainer.log_every_n_steps", 1]
+    fit([shrunk_heads(path, tmp_path / "small")], *options)
     run = RunFolder(tmp_path / "run")
-    assert [line["step"] for line in lines_of(run) if "val/loss" in line] == [0, 2]
-    state = torch.load(run.checkpoint(2), weights_only=True)["state_dict"]
+    lines = lines_of(run)
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 3]
+    trained = [line for line in lines if "train/loss" in line]
+    for line in trained:
+        weighed = 0.25 * line["train/self_distillation_loss"]
+        weighed += 0.0625 * line["train/masked_prediction_loss"] + line["train/caption_loss"]
+        assert line["train/loss"] == pytest.approx(line["train/pair_loss"] + weighed, rel=1e-4)
+    assert len(trained) == 3
+    state = torch.load(run.checkpoint(3), weights_only=True)["state_dict"]
     words = state["towers.clip.text.token_embedding.weight"]
     published = model.text_model.embeddings.token_embedding.weight
     assert torch.allclose(words, published, atol=1e-2)
     assert not torch.equal(words, published)
     assert state["objectives.captioning.output.weight"].any()
+    back = tmp_path / "back"
+    done = run_forked("export", "--run_dir", run.path, "--to", "hf", "--out", back)
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoModel.from_pretrained(back).eval()
+    assert type(theirs) is transformers.SiglipModel
+    ours = load_trained(run_dir=str(run.path)).encoder.eval()
+    pixels, texts = torch.randn(2, 3, 32, 32), torch.randint(3, 90, (2, 8))
+    with torch.no_grad():
+        pooled = (
+            theirs.vision_model(pixel_values=pixels).pooler_output,
+            theirs.text_model(input_ids=texts).pooler_output,
+        )
+        found = ours.encode_image(pixels), ours.encode_text(texts)
+    for expected, feature in zip(pooled, found, strict=True):
+        expected = torch.nn.functional.normalize(expected, dim=-1)
+        assert torch.allclose(torch.nn.functional.normalize(feature, dim=-1), expected, atol=1e-5)
 
 
 def test_every_file_belongs_to_a_chain():
     listed = {path for name in ("b16", "quickstart") for path in files(name, 3)}
-    assert {*FOLDER.glob("*.yaml")} == listed | {FOLDER / "published_b16.yaml"}
+    others = {FOLDER / f"{name}.yaml" for name in ("b16_naflex", "b16_curated", "published_b16")}
+    assert {*FOLDER.glob("*.yaml")} == listed | others

@@ -24,6 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 _REMEDY = "set it back, or start a new run in another folder"
 # What other data change; everything else decides what a batch means.
 _OF_THE_DATA = ("num_samples", "sources", "fingerprint")
+_LENGTHS = "sequence_lengths"
 
 
 def position_to_resume_at(
@@ -49,7 +50,9 @@ def position_to_resume_at(
     """
     consumed = int(saved["samples_consumed"])
     now = plan.identity()
-    differing = [name for name in now if saved.get(name, "not recorded") != now[name]]
+    # Pictures of one size have no lengths; the order is the same with and without them.
+    before = {_LENGTHS: now.get(_LENGTHS), **saved}
+    differing = [name for name in now if before.get(name, "not recorded") != now[name]]
     if not differing:
         return consumed
     of_the_batches = [name for name in differing if name not in _OF_THE_DATA]
@@ -62,10 +65,10 @@ def position_to_resume_at(
             change = f"the training shards changed: {_change(saved, lines, now)}"
             remedy = f"{remedy}, or set accept_changed_data to go on with these"
         raise UserError(f"cannot resume at the exact sample: {change}; {remedy}")
-    before = int(saved["num_samples"]) // plan.global_batch_size * plan.global_batch_size
-    if plan.sources or saved.get("sources") or not before:
+    whole = int(saved["num_samples"]) // plan.global_batch_size * plan.global_batch_size
+    if plan.sources or saved.get("sources") or not whole:
         return consumed
-    return -(-consumed // before) * plan.batches_per_epoch * plan.global_batch_size
+    return -(-consumed // whole) * plan.batches_per_epoch * plan.global_batch_size
 
 
 def _change(saved: Mapping[str, int | str], lines: str, now: Mapping[str, int | str]) -> str:

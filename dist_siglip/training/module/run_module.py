@@ -27,7 +27,12 @@ from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning import lies_in_block
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import by_name, by_number, has_numbers
-from dist_siglip.training.module.from_run import Differences, adopt_optimizer, adopt_weights
+from dist_siglip.training.module.from_run import (
+    Differences,
+    adopt_optimizer,
+    adopt_weights,
+    convert_optimizer,
+)
 from dist_siglip.training.module.locked_features import check_features
 from dist_siglip.training.optim import OptimConfig, ParameterRule, StepCheck, build_optimizer
 from dist_siglip.training.optim.evaluation_weights import (
@@ -310,6 +315,10 @@ class RunModule(LightningModule):
         """Complete the weights of another run by those there are; shards are loaded by now."""
         if "state_dict" not in checkpoint:
             return
+        stored = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        checkpoint["optimizer_states"] = [
+            convert_optimizer(self, state, stored) for state in checkpoint["optimizer_states"]
+        ]
         for key in ("state_dict", UNAVERAGED):
             if key in checkpoint:
                 path = Path(str(self.trainer.ckpt_path))

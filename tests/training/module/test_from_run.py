@@ -8,15 +8,18 @@ from lightning.pytorch import Callback
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional
 
+from dist_siglip.data.samples.patches import pack_pictures
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig
+from dist_siglip.models.naflex import to_fixed_names
 from dist_siglip.models.weights import is_of_another_grid, resample_for_grid
 from dist_siglip.objectives import Captioning
 from dist_siglip.runs.checkpoints.sharded import by_name
 from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.module.from_run import adopt_optimizer, compare
+from dist_siglip.training.module.from_run import adopt_optimizer, compare, convert_optimizer
 from dist_siglip.training.optim import OptimConfig
 from dist_siglip.training.strategies import FullyShardedStrategy
+from tests.support.naflex import FIXED, SIDE
 from tests.support.objective_ranks import batch_of, rows_of
 from tests.support.processes import run_ranks
 from tests.support.schedule_free import ScheduleFreeSGD
@@ -77,11 +80,13 @@ def stage(model, folder, max_steps, *, start=None, done=0, save=None, rank=0, wo
     trainer_settings = more.pop("trainer", {})
     module = locked_module(model, **{"optim": COSINE, **more})
     module.other_checkpoint = start
-    size = more.get("image_size", 32)
+    size = more.get("image_size", 64 if "num_patches" in more else 32)
     batches = []
     for seed in range(done, STEPS + 8):
         batch = batch_of(4, seed, torch.float32)
         images = functional.interpolate(batch.images, (size, size)) if size != 32 else batch.images
+        if "num_patches" in more:
+            images = pack_pictures(images, SIDE, more["num_patches"])
         rows = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
         batches.append(rows_of(batch._replace(images=images), rows))
     seen = Start()
@@ -203,6 +208,174 @@ def test_positions_are_resampled_for_larger_pictures_and_their_moments_begin_ane
     assert equal(seen.states, states)
     assert states_of(second, module)[name]["step"].item() == 1
     assert seen.rates == pytest.approx([0.0075] * 2)
+
+
+KERNEL, ROW = (
+    f"towers.clip.visual.trunk.{name}" for name in ("patch_embed.proj.weight", "pos_embed")
+)
+MATRIX, GRID = (f"towers.clip.visual.trunk.embeds.{name}" for name in ("proj.weight", "pos_embed"))
+IN_FORM = {
+    KERNEL: (MATRIX, lambda value: value.permute(0, 2, 3, 1).flatten(1)),
+    KERNEL.replace("weight", "bias"): (MATRIX.replace("weight", "bias"), lambda value: value),
+    ROW: (GRID, lambda value: value.unflatten(1, (8, 8))),
+}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """A model of squares of 8 x 8 patches, and the checkpoint of a run of it."""
+    folder = tmp_path_factory.mktemp("squares")
+    fixed = write_config(folder / "fixed.json", FIXED)
+    first, trainer, _ = stage(fixed, folder, STOP, image_size=64, save=folder / "first.ckpt")
+    return fixed, folder / "first.ckpt", first, trainer
+
+
+def flexible(values):
+    """Weights or states of a fixed tower as those of a NaFlex tower, from the definition."""
+    found = {}
+    for name, value in values.items():
+        new, change = IN_FORM.get(name, (name, lambda value: value))
+        is_state = isinstance(value, dict)
+        found[new] = (
+            {key: change(each) if each.ndim else each for key, each in value.items()}
+            if is_state
+            else change(value)
+        )
+    return found
+
+
+class Features(Callback):
+    """Keeps what pictures are encoded as before the first step."""
+
+    def __init__(self, images):
+        self.images = images
+
+    @torch.no_grad()
+    def on_train_start(self, trainer, pl_module):
+        towers = pl_module.towers.eval()
+        self.found = towers.encode_image(self.images)
+        towers.train()
+
+
+def test_a_run_of_squares_goes_on_with_pictures_of_any_shape(squares, tmp_path):
+    """On squares it takes the steps that the first run would have taken."""
+    fixed, path, first, trainer = squares
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 64, 64)
+    before = Features(pack_pictures(images, SIDE, 70))
+    settings = {"start": path, "done": STOP, "num_patches": 64, "trainer": {"callbacks": [before]}}
+    module, second, seen = stage(fixed, tmp_path, STEPS, **settings)
+    with torch.no_grad():
+        expected = first.towers.eval().encode_image(images)
+    assert torch.allclose(before.found, expected, atol=1e-6)
+    assert seen.step == STOP
+    assert equal(seen.weights, flexible(dict(first.state_dict())))
+    assert equal(seen.states, flexible(states_of(trainer, first)))
+    assert not module.fresh_names
+    assert not module.resampled_names
+    whole, *_ = stage(fixed, tmp_path, STEPS, start=path, done=STOP, image_size=64)
+    expected = flexible(dict(whole.state_dict()))
+    assert worst_error(dict(module.state_dict()), expected, seen.weights) < 1e-3
+    counts = {state["step"].item() for state in states_of(second, module).values()}
+    assert counts == {STEPS}
+    # Moments in the order of a convolution, as if nothing had to change, are other steps.
+    lost = dict(torch.load(path, weights_only=True))
+    states = lost["optimizer_states"][0]["state"]
+    states[KERNEL] = {
+        key: value.permute(0, 2, 3, 1).reshape(value.shape) if value.ndim else value
+        for key, value in states[KERNEL].items()
+    }
+    torch.save(lost, tmp_path / "other.ckpt")
+    settings |= {"start": tmp_path / "other.ckpt", "trainer": {}}
+    other, *_ = stage(fixed, tmp_path, STEPS, **settings)
+    kernel = {MATRIX: expected[MATRIX]}
+    assert worst_error(dict(other.state_dict()), kernel, seen.weights) > 1e-2
+
+
+def test_a_run_of_any_shape_goes_on_with_squares_and_grids_are_resized(squares, tmp_path):
+    fixed, path, _, _ = squares
+    settings = {"start": path, "done": STOP, "num_patches": 64, "save": tmp_path / "any.ckpt"}
+    module, trainer, _ = stage(fixed, tmp_path, STOP + 1, **settings)
+    back, _, seen = stage(
+        fixed, tmp_path, STEPS, start=tmp_path / "any.ckpt", done=STOP + 1, image_size=64
+    )
+    expected = {
+        "towers.clip." + name: value
+        for name, value in to_fixed_names(module.towers.clip.state_dict()).items()
+    }
+    assert equal({name: seen.weights[name] for name in expected}, expected)
+    assert equal(flexible(seen.states), states_of(trainer, module))
+    assert not back.resampled_names
+    # The model's own grid is another one now.
+    other = {**FIXED, "vision_cfg": {**FIXED["vision_cfg"], "image_size": 48}}
+    other = write_config(tmp_path / "other.json", other)
+    for start in (path, tmp_path / "any.ckpt"):
+        settings = {"start": start, "done": STOP, "num_patches": 64}
+        resized, _, seen = stage(other, tmp_path, STOP + 2, **settings)
+        assert resized.resampled_names == {GRID}
+        row = torch.load(start, weights_only=True)["state_dict"]
+        grid = (row[ROW].unflatten(1, (8, 8)) if ROW in row else row[GRID]).permute(0, 3, 1, 2)
+        smaller = functional.interpolate(grid, (6, 6), mode="bilinear", antialias=True)
+        assert torch.allclose(seen.weights[GRID], smaller.permute(0, 2, 3, 1), atol=1e-6)
+        assert GRID not in seen.states
+
+
+def test_what_is_no_moment_begins_anew_in_another_form(squares):
+    fixed, _, first, _ = squares
+    shapes = {name: value.shape for name, value in first.state_dict().items()}
+    rows = {"step": torch.tensor(3.0), "row": torch.zeros(64)}  # a factor, as Adafactor has it
+    saved = {"state": {KERNEL: rows, "logits.log_scale": {"step": 1}}, "param_groups": []}
+    module = locked_module(fixed, num_patches=64)
+    found = convert_optimizer(module, saved, shapes)
+    assert found["state"] == {"logits.log_scale": {"step": 1}}
+
+
+def test_squares_of_another_architecture_are_refused_in_one_line(model, squares, tmp_path):
+    wide = {**FIXED, "vision_cfg": {**FIXED["vision_cfg"], "width": 96}}
+    wide = write_config(tmp_path / "wide.json", wide)
+    shapes = {name: value.shape for name, value in squares[2].state_dict().items()}
+    without_pooling = {k: v.shape for k, v in locked_module(model).state_dict().items()}
+    for config, stored, said in (
+        (wide, shapes, r"proj.weight is \(64, 192\) instead of \(96, 192\)"),
+        (squares[0], without_pooling, r"missing towers.clip.visual.trunk.embeds.pos_embed"),
+    ):
+        module = locked_module(config, num_patches=64)
+        with pytest.raises(UserError, match=rf"of another architecture: .*{said}") as caught:
+            compare(module, stored, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def _any_shape_on_ranks(rank, world_size, model, folder):
+    """Runs of squares that go on with any shape, on 2 ranks: DDP, shards of a file and a folder."""
+    common = {"rank": rank, "world_size": world_size}
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    sharded = FullyShardedStrategy(checkpoint="sharded")
+    settings = {"trainer": {"strategy": sharded}, "save": f"{folder}/shards.ckpt"}
+    stage(model, folder, STOP, image_size=64, **common, **settings)
+    found = []
+    for name, strategy in (
+        ("first", "ddp"),
+        ("first", FullyShardedStrategy()),
+        ("shards", FullyShardedStrategy()),
+    ):
+        settings = {"start": Path(f"{folder}/{name}.ckpt"), "done": STOP, "num_patches": 64}
+        module, *_ = stage(
+            model, folder, STEPS, trainer={"strategy": strategy}, **settings, **common
+        )
+        state = get_model_state_dict(module, options=whole)
+        found.append({k: v.clone() for k, v in state.items()})
+    return found
+
+
+@pytest.mark.e2e
+def test_ranks_and_shards_go_on_with_any_shape_as_one_process_does(squares, tmp_path):
+    fixed, path, first, _ = squares
+    whole, *_ = stage(fixed, tmp_path, STEPS, start=path, done=STOP, image_size=64)
+    start = flexible(dict(first.state_dict()))
+    expected = flexible(dict(whole.state_dict()))
+    (tmp_path / "first.ckpt").write_bytes(path.read_bytes())
+    for state in run_ranks(_any_shape_on_ranks, 2, fixed, str(tmp_path))[0]:
+        assert worst_error(state, expected, start) < 1e-3
 
 
 def test_other_models_are_refused_in_one_line(model, tmp_path):
