@@ -67,8 +67,7 @@ def draw_scenes(count: int, *, is_training: bool, seed: int) -> Scenes:
 
     generator = np.random.default_rng([seed, is_training])
     found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    rows = order[:_NUM_TRAIN_DIGITS] if is_training else order[_NUM_TRAIN_DIGITS:]
+    rows = _handwriting(len(found.target), is_training=is_training)
     rows = rows[generator.integers(len(rows), size=(count, 2))]
     digits = found.target[rows]
     by_size = digits.argsort(axis=1, kind="stable")
@@ -88,11 +87,50 @@ def draw_scenes(count: int, *, is_training: bool, seed: int) -> Scenes:
         labels[patches] = digits[:, which, None, None]
     boxes = np.concatenate([corners, corners + _DIGIT], axis=2) / _SIDE
     return Scenes(
-        pictures=torch.from_numpy((pictures - 0.2) / 0.4).float()[:, None],
+        pictures=_normalised(pictures),
         digits=torch.from_numpy(digits),
         boxes=torch.from_numpy(boxes).float(),
         patch_labels=torch.from_numpy(labels).flatten(1),
     )
+
+
+def draw_repeated(count: int, *, is_training: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw pictures of one digit four times, in another handwriting each; every crop shows it.
+
+    Returns:
+        (N, 1, 16, 16) pictures, (N,) digits.
+
+    Example:
+        >>> pictures, digits = draw_repeated(3, is_training=True, seed=0)
+        >>> pictures.shape, digits.shape
+        (torch.Size([3, 1, 16, 16]), torch.Size([3]))
+    """
+    from sklearn.datasets import load_digits
+
+    generator = np.random.default_rng([seed, is_training])
+    found = load_digits()
+    rows = _handwriting(len(found.target), is_training=is_training)
+    digits = generator.integers(10, size=count)
+    written = np.empty((count, 4, _DIGIT, _DIGIT))
+    for digit in range(10):
+        own = rows[found.target[rows] == digit]
+        here = np.flatnonzero(digits == digit)
+        written[here] = found.images[own[generator.integers(len(own), size=(len(here), 4))]]
+    by_place = written.reshape(count, 2, 2, _DIGIT, _DIGIT).transpose(0, 1, 3, 2, 4)
+    ground = 0.1 * generator.random((count, _SIDE, _SIDE))
+    pictures = np.maximum(ground, by_place.reshape(count, _SIDE, _SIDE) / 16)
+    return _normalised(pictures), torch.from_numpy(digits)
+
+
+def _handwriting(count: int, *, is_training: bool) -> NDArray[np.int64]:
+    """Rows of scikit-learn's digits to train on, or the others."""
+    order = np.random.default_rng(0).permutation(count)
+    return order[:_NUM_TRAIN_DIGITS] if is_training else order[_NUM_TRAIN_DIGITS:]
+
+
+def _normalised(pictures: NDArray[np.float64]) -> Tensor:
+    """(N, 1, 16, 16) of ink from 0 to 1."""
+    return torch.from_numpy((pictures - 0.2) / 0.4).float()[:, None]
 
 
 def _window(corners: NDArray[np.int64], side: int) -> tuple[NDArray[np.int64], ...]:

@@ -1,12 +1,12 @@
 """Training of small towers on pictures of digits, and what is measured of them.
 
 The step is that of a run: one pass of each tower, a pairwise loss of the features, and the terms
-of an objective on the patch tokens beside it.
+of an objective on patch tokens or views beside it.
 """
 
 import math
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from dist_siglip.lab.digit_scenes import (
     NUM_CLASSES,
     Scenes,
     build_digit_towers,
+    draw_repeated,
     draw_scenes,
     token_table,
 )
+from dist_siglip.lab.digit_views import SelfTaught
 from dist_siglip.losses import (
     DistillationLoss,
     LogitScaleBias,
@@ -38,7 +40,14 @@ from dist_siglip.metrics import (
     segmentation,
     vote_labels,
 )
-from dist_siglip.objectives import Captioning, Regions, Rows
+from dist_siglip.objectives import (
+    Captioning,
+    MaskedPrediction,
+    Regions,
+    Rows,
+    SelfDistillation,
+    TeacherObjective,
+)
 from dist_siglip.objectives.captioning import Task
 
 POOL = 20_000  # pictures to train on
@@ -50,10 +59,17 @@ CURVE_POINTS = 8
 _WARMUP = 50
 _HELD_OUT, _DENSE, _ROTATED = 600, 300, 2000  # pictures measured
 _BOX_BINS = 16
+VIEWS_START = 0.1  # share of the steps before an objective on views begins, with weight 1
+PROTOTYPES = 256
+# Of self-distillation alone: few steps, as there is one digit in a picture.
+ALONE_STEPS, ALONE_PROTOTYPES = 240, 64
+_ALONE_POOL, _ALONE_WIDTH, _ALONE_RATE, _ALONE_CROP = 4000, 32, 1e-3, 12
+_VOTERS = 1000
 # Of words and positions of the decoder, and 0.02 in a wide one: at that, one of 48 channels is slow
 # to learn which of the two boxes a text means.
 _DECODER_STD = 0.5
 Numbers = dict[str, float]
+Views = Literal["hidden patches", "small crops"]
 
 
 class Arm(NamedTuple):
@@ -67,6 +83,7 @@ class Arm(NamedTuple):
         is_distilled: whether it learns from the teacher, too.
         is_curated: whether each batch is chosen from one twice as large, with the teacher as the
             reference.
+        views: that it learns from what an average of itself says.
     """
 
     width: int = 48
@@ -75,13 +92,15 @@ class Arm(NamedTuple):
     wrong: float = 0.0
     is_distilled: bool = False
     is_curated: bool = False
+    views: Views | None = None
 
 
 class Trained(NamedTuple):
     """Measures of an arm.
 
     Attributes:
-        curve: recall@1 at equal distances, the last one at the end.
+        curve: recall@1 at equal distances, the last one at the end; of self-distillation alone the
+            entropy of the teacher's choice, as a share of that of a guess.
         early: all measures, a third of the way.
         late: all measures at the end.
     """
@@ -142,7 +161,13 @@ class DigitTraining:
             decoder = self.objective.decoder
             for values in (decoder.embedding.weight, decoder.positions):
                 nn.init.normal_(values, std=_DECODER_STD, generator=self.generator)
-        modules = (self.towers, self.logits, self.loss, self.objective)
+        self.views: SelfTaught | None = None
+        if arm.views is not None:
+            self.views = SelfTaught(
+                _objective_on(arm.views), built, seed=seed, steps=steps, crop_size=_CROP
+            )
+        on_views = None if self.views is None else self.views.objective
+        modules = (self.towers, self.logits, self.loss, self.objective, on_views)
         self.parameters = [
             p for module in modules if module is not None for p in module.parameters()
         ]
@@ -162,25 +187,30 @@ class DigitTraining:
         curve: list[float] = []
         early: Numbers = {}
         for step in range(steps):
-            warm, cosine = (step + 1) / _WARMUP, (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(warm, cosine)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * _warm_cosine(step, steps)
             optimizer.zero_grad()
-            self._loss().backward()
+            self._loss(step).backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimizer.step()
+            if self.views is not None:
+                self.views.follow()
             if (step + 1) * CURVE_POINTS % steps < CURVE_POINTS:
                 curve.append(self.measure_recall()["recall@1"])
             if step + 1 == steps // 3:
                 early = self.measure()
         return Trained(curve, early, self.measure())
 
-    def _loss(self) -> Tensor:
+    def _loss(self, step: int) -> Tensor:
         rows = torch.randint(POOL, (BATCH,), generator=self.generator)
         if self.arm.is_curated and self.teacher is not None:
             rows = self._curated(rows, self.teacher)
         captions = self.captions[rows]
-        images, tokens = self.towers.encode_image_tokens(self.scenes.pixels(rows))
-        texts = self.towers.encode_text(self.caption_rows[captions])
+        pictures, token_rows = self.scenes.pixels(rows), self.caption_rows[captions]
+        if self.views is not None:
+            images, term = self.views.encode(pictures, token_rows, step)
+        else:
+            images, tokens = self.towers.encode_image_tokens(pictures)
+        texts = self.towers.encode_text(token_rows)
         pairs = (images, texts, *self.logits())
         if self.teacher is None or self.arm.is_curated:
             loss: Tensor = self.loss(*pairs, caption_ids=captions)
@@ -190,8 +220,8 @@ class DigitTraining:
         if self.objective is not None:
             draws = torch.randint(2**62, (BATCH,), generator=self.generator)
             terms = self.objective(self.rows_of(self.scenes, rows, tokens, draws))
-            loss = loss + sum(term.total / term.number for term in terms.values())
-        return loss
+            loss = loss + sum(each.total / each.number for each in terms.values())
+        return loss if self.views is None else loss + term
 
     @torch.no_grad()
     def _curated(self, rows: Tensor, reference: Teacher) -> Tensor:
@@ -251,9 +281,12 @@ class DigitTraining:
     @torch.no_grad()
     def measure(self) -> Numbers:
         """All measures of pictures that were not trained on."""
-        found = self.measure_recall(is_cut=self.arm.width > 32 and not self.arm.tasks)
+        is_plain = not self.arm.tasks and self.views is None
+        found = self.measure_recall(is_cut=self.arm.width > 32 and is_plain)
         if self.wrong_chosen:
             found["wrong captions chosen"] = fmean(self.wrong_chosen[-self.steps // 3 :])
+        if self.views is not None:
+            found |= _of_teacher(self.views)
         held_out = self.held_out
         tokens = self.towers.encode_image_tokens(held_out.pixels(slice(_DENSE)))[1]
         labels = held_out.patch_labels[:_DENSE]
@@ -277,6 +310,95 @@ class DigitTraining:
             terms = self.objective.measure(self.rows_of(held_out, every, tokens, every))
             found["box exact"] = float(terms["box_exact"].total / terms["box_exact"].number)
         return found
+
+
+class Alone(NamedTuple):
+    """Self-distillation without any other loss, of towers that see one digit four times.
+
+    Attributes:
+        teacher_temperature: the student's is 0.1.
+        is_centred: whether a centre follows the teacher's logits.
+    """
+
+    teacher_temperature: float = 0.02
+    is_centred: bool = True
+
+    def run(self, seed: int) -> Trained:
+        """Train for ``ALONE_STEPS``, and measure on the way; early is before the first step."""
+        pictures, digits = draw_repeated(_ALONE_POOL, is_training=True, seed=seed)
+        held_out, held_out_digits = draw_repeated(_HELD_OUT, is_training=False, seed=seed)
+        built = build_digit_towers(_ALONE_WIDTH, seed)
+        objective = SelfDistillation(
+            local_views=4,
+            local_size=_ALONE_CROP,
+            **_heads(ALONE_PROTOTYPES, 64, self.teacher_temperature),
+            centre_momentum=_CENTRE_MOMENTUM if self.is_centred else _NEVER,
+        )
+        views = SelfTaught(objective, built, seed=seed, steps=ALONE_STEPS, crop_size=_ALONE_CROP)
+        generator = torch.Generator().manual_seed(seed)
+        parameters = [*built.encoder.clip.visual.parameters(), *objective.parameters()]
+        optimizer = torch.optim.AdamW(
+            parameters, _ALONE_RATE, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+        )
+
+        @torch.no_grad()
+        def votes() -> Numbers:
+            """Digits that the 10 nearest pooled vectors of training pictures tell right."""
+            bank, asked = (
+                built.encoder.encode_view(each.expand(-1, 3, -1, -1))[0]
+                for each in (pictures[:_VOTERS], held_out)
+            )
+            told = vote_labels(asked, bank, digits[:_VOTERS], 10).argmax(dim=1)
+            return {"digits told": float((told == held_out_digits).float().mean())}
+
+        early = votes()
+        curve: list[float] = []
+        no_texts = torch.zeros(BATCH, 1, dtype=torch.long)
+        for step in range(ALONE_STEPS):
+            optimizer.param_groups[0]["lr"] = _ALONE_RATE * _warm_cosine(step, ALONE_STEPS)
+            rows = torch.randint(_ALONE_POOL, (BATCH,), generator=generator)
+            optimizer.zero_grad()
+            views.encode(pictures[rows].expand(-1, 3, -1, -1), no_texts, step)[1].backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if (step + 1) * CURVE_POINTS % ALONE_STEPS < CURVE_POINTS:
+                curve.append(views.gauges()["entropy"])
+            views.follow()
+        return Trained(curve, early, votes() | _of_teacher(views))
+
+
+_CENTRE_MOMENTUM = 0.5  # at 0.9 the centre is late in few steps
+_NEVER = 1 - 1e-9  # a momentum at which the centre stays 0
+_CROP = 8  # pixels
+
+
+def _warm_cosine(step: int, steps: int) -> float:
+    """Share of the learning rate: it rises, then falls like a cosine."""
+    return min((step + 1) / _WARMUP, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def _heads(prototypes: int, hidden: int, temperature: float) -> dict[str, Any]:
+    """Settings of a small head, and one temperature of the teacher for all steps."""
+    return {
+        "prototypes": prototypes,
+        "hidden": hidden,
+        "bottleneck": hidden // 4,
+        "teacher_temperature": temperature,
+        "first_teacher_temperature": temperature,
+        "temperature_steps": 0,
+    }
+
+
+def _objective_on(views: Views) -> TeacherObjective:
+    """The objective on some views, beside the loss of pairs."""
+    heads = _heads(PROTOTYPES, 128, 0.04)
+    if views == "hidden patches":
+        return MaskedPrediction(weight=1.0, start=VIEWS_START, **heads)
+    return SelfDistillation(weight=1.0, start=VIEWS_START, local_views=4, local_size=_CROP, **heads)
+
+
+def _of_teacher(views: SelfTaught) -> Numbers:
+    return {f"teacher's {name}": value for name, value in views.gauges().items()}
 
 
 def _loss_of(arm: Arm) -> nn.Module:

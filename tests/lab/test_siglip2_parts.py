@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from dist_siglip.lab import LabSettings, digit_training
-from dist_siglip.lab.digit_scenes import BACKGROUND, build_digit_towers, draw_scenes, tokenize
-from dist_siglip.lab.digit_training import POOL, SHARE_WRONG, Arm, DigitTraining
+from dist_siglip.lab.digit_scenes import (
+    BACKGROUND,
+    build_digit_towers,
+    draw_repeated,
+    draw_scenes,
+    tokenize,
+)
+from dist_siglip.lab.digit_training import POOL, SHARE_WRONG, Arm, DigitTraining, Trained
+from dist_siglip.lab.digit_views import TEACHER_MOMENTUM, SelfTaught
 from dist_siglip.lab.experiments import siglip2_parts
+from dist_siglip.objectives import SelfDistillation
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,54 @@ def test_four_in_ten_captions_are_wrong_where_some_are(scenes):
     assert wrong == pytest.approx(0.4 * (1 - 1 / 50), abs=0.02)
 
 
+def test_every_quarter_shows_the_digit_in_handwriting_of_its_own():
+    found = {}
+    for is_training in (True, False):
+        pictures, digits = draw_repeated(400, is_training=is_training, seed=0)
+        assert len(digits.unique()) == 10
+        quarters = pictures.unfold(2, 8, 8).unfold(3, 8, 8).reshape(400, 4, 64)
+        assert all(len(each.unique(dim=0)) == 4 for each in quarters[:20])
+        levels = (16 * (0.4 * quarters + 0.2)).round().int()
+        found[is_training] = {
+            (row.tobytes(), digit)
+            for rows, digit in zip((levels * (levels > 2)).numpy(), digits.tolist(), strict=True)
+            for row in rows
+        }
+    assert not found[True] & found[False]
+    # What is drawn of one digit is drawn of no other.
+    writings = [writing for writing, _ in found[True]]
+    assert len(set(writings)) == len(writings) > 700
+
+
+def taught(steps):
+    built = build_digit_towers(32, seed=1)
+    objective = SelfDistillation(
+        start=0.5, local_views=3, local_size=8, prototypes=16, hidden=8, bottleneck=4
+    )
+    return SelfTaught(objective, built, seed=0, steps=steps, crop_size=8)
+
+
+def test_the_teacher_begins_with_its_objective_and_then_follows_the_student(scenes):
+    views = taught(steps=4)
+    images, texts = scenes.pixels(slice(6)), torch.zeros(6, 1, dtype=torch.long)
+    features, term = views.encode(images, texts, 1)
+    views.follow()
+    assert (float(term), views.gauges(), bool(views.teacher.has_begun)) == (0.0, {}, False)
+    later, term = views.encode(images, texts, 2)
+    assert torch.equal(features, later)
+    term.backward()
+    student = views.towers.clip.visual.trunk.patch_embed.proj.weight
+    assert student.grad.abs().sum() > 0
+    assert all(value.grad.abs().sum() > 0 for value in views.objective.parameters())
+    before = student.detach().clone()
+    with torch.no_grad():
+        student += 1
+    views.follow()
+    moved = views.teacher.visual.trunk.patch_embed.proj.weight - before
+    assert torch.allclose(moved, torch.full_like(moved, 1 - TEACHER_MOMENTUM), atol=1e-6)
+    assert 0 < views.gauges()["entropy"] <= views.gauges()["mean_entropy"] <= 1.00001
+
+
 class PoolHere(ThreadPoolExecutor):
     """Instead of processes one thread, that gets and gives copies as they would."""
 
@@ -99,8 +155,11 @@ def test_the_whole_run_has_every_arm_measure_and_claim(monkeypatch):
     """With eight steps, which prove nothing: each verdict follows from its number all the same."""
     for name in ("_HELD_OUT", "_DENSE", "_ROTATED"):
         monkeypatch.setattr(digit_training, name, 40)
+    for name in ("_ALONE_POOL", "_VOTERS"):
+        monkeypatch.setattr(digit_training, name, 100)
     for module in (digit_training, siglip2_parts):
         monkeypatch.setattr(module, "POOL", 400)
+        monkeypatch.setattr(module, "ALONE_STEPS", 8)
     monkeypatch.setattr(siglip2_parts, "ProcessPoolExecutor", PoolHere)
     monkeypatch.setattr(siglip2_parts, "_FULL", (8, 1, siglip2_parts._GROUPS, 0.5))
     done = []
@@ -108,19 +167,28 @@ def test_the_whole_run_has_every_arm_measure_and_claim(monkeypatch):
     assert done == sorted(done)
     assert done[-1] == 1.0
     shown = [row.quantity for row in outcome.rows if row.published is None]
-    assert len(shown) == len(set(shown)) == 92
+    assert len(shown) == len(set(shown)) == 142
     for arm in siglip2_parts._ARMS:
         for measure in ("recall@1", "patch accuracy"):
             assert sum(name.startswith(f"{arm}, 8 steps: {measure} (") for name in shown) == 1
     claims = [row for row in outcome.rows if row.published is not None]
-    limits = [float(row.published.split(";")[0].removeprefix("above ")) for row in claims]
-    assert limits == [0.5, 0, 0, -0.02, 0.1, 0.1, -0.05]
-    for row, limit in zip(claims, limits, strict=True):
+    of_teacher = [row for row in claims if row.quantity.startswith(siglip2_parts._ALONE)]
+    assert len(of_teacher) == 4
+    rest = [row for row in claims if row not in of_teacher]
+    limits = [float(row.published.split(";")[0].removeprefix("above ")) for row in rest]
+    assert limits == [0.5, 0, 0, 0, -0.02, -0.02, 0.1, 0.1, -0.05]
+    for row, limit in zip(rest, limits, strict=True):
         assert (row.verdict == "reproduced") == (row.ours > limit)
-    assert [len(axes.patches) > 0 for axes in outcome.figure.axes] == [False, True, True, True]
+    assert [len(axes.patches) > 0 for axes in outcome.figure.axes] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
-def test_the_quick_run_shows_that_boxes_are_learned():
+def test_the_quick_run_shows_that_boxes_are_learned_and_how_a_teacher_collapses():
     done = []
     outcome = siglip2_parts.run(LabSettings(quick=True, progress=done.append))
     assert done == sorted(done)
@@ -128,6 +196,31 @@ def test_the_quick_run_shows_that_boxes_are_learned():
     assert [row for row in outcome.rows if not row.is_sound] == []
     assert outcome.figure.axes
     assert any("captions and boxes" in note for note in outcome.notes)
+
+
+HEALTHY, ONE_POINT, UNIFORM = (0.6, 0.9), (0.0, 0.0), (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("gauges", "differ"),
+    [
+        ((HEALTHY, ONE_POINT, UNIFORM), []),
+        ((UNIFORM, ONE_POINT, UNIFORM), [0, 1]),
+        ((ONE_POINT, ONE_POINT, UNIFORM), [0, 1]),
+        ((HEALTHY, HEALTHY, UNIFORM), [2]),
+        ((HEALTHY, ONE_POINT, HEALTHY), [3]),
+        ((HEALTHY, UNIFORM, ONE_POINT), [2, 3]),
+    ],
+)
+def test_a_teacher_that_collapses_otherwise_or_not_at_all_differs(gauges, differ):
+    names = ("teacher's entropy", "teacher's mean_entropy")
+    rest = {"teacher's kl": 1.0, "teacher's centre_norm": 1.0}
+    found = {
+        arm: [Trained([], {}, dict(zip(names, values, strict=True)) | rest)] * 2
+        for arm, values in zip(siglip2_parts._ALONES, gauges, strict=True)
+    }
+    rows = list(siglip2_parts._claims_of_teacher(found))
+    assert [place for place, row in enumerate(rows) if not row.is_sound] == differ
 
 
 def results(**late):

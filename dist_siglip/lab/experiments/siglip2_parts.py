@@ -2,9 +2,13 @@
 
 Towers that see the same pictures learn with the sigmoid loss alone, with captions beside it, with
 captions and boxes (LocCa), at prefixes of the dimension, from a teacher, on clean captions and on
-captions of which many are wrong, and from pairs that are chosen from twice as many. Measured on
-handwriting that was not trained on, a third of the way and at the end: recall@1, what patch tokens
-know of places, and boxes that a text asks for.
+captions of which many are wrong, from pairs that are chosen from twice as many, and from what an
+average of themselves says of hidden patches and small crops. Measured on handwriting that was not
+trained on, a third of the way and at the end: recall@1, what patch tokens know of places, and boxes
+that a text asks for.
+
+Self-distillation by itself, on pictures whose crops all show the same digit: a teacher that tells
+them apart, and one that collapses each way when a part of the loss is left out.
 
 Source: Tschannen et al. 2025, arXiv:2502.14786. The paper has no ablation of its parts, so that
 there are no numbers to reproduce; what must hold here is stated as a claim.
@@ -20,12 +24,17 @@ import torch
 
 from dist_siglip.lab.digit_scenes import draw_scenes
 from dist_siglip.lab.digit_training import (
+    ALONE_PROTOTYPES,
+    ALONE_STEPS,
     BATCH,
     CURVE_POINTS,
     CUTS,
     LEARNING_RATE,
     POOL,
+    PROTOTYPES,
     SHARE_WRONG,
+    VIEWS_START,
+    Alone,
     Arm,
     DigitTraining,
     Teacher,
@@ -42,6 +51,7 @@ from dist_siglip.lab.experiment import (
     label,
     new_figure,
 )
+from dist_siglip.report.sections.objectives import judge_gauges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +70,8 @@ _CURATED_WRONG = 0.3
 _UNCURATED = f"small, {_CURATED_WRONG:.0%} wrong captions"
 _CURATED = f"{_UNCURATED}, curated"
 _NESTINGS = (_NESTED, _NESTED_SMALL)
+_MASKED, _CROPPED = "with hidden patches", "with small crops"
+_VIEWS = (_MASKED, _CROPPED)
 _ARMS = {
     SIGMOID: Arm(),
     CAPTIONS: Arm(tasks=("caption",)),
@@ -72,7 +84,21 @@ _ARMS = {
     _NOISY_TAUGHT: Arm(width=32, wrong=SHARE_WRONG, is_distilled=True),
     _UNCURATED: Arm(width=32, wrong=_CURATED_WRONG),
     _CURATED: Arm(width=32, wrong=_CURATED_WRONG, is_curated=True),
+    _MASKED: Arm(views="hidden patches"),
+    _CROPPED: Arm(views="small crops"),
 }
+_ALONE = "small crops alone"
+_NO_CENTRE, _NOT_SHARPER = f"{_ALONE}, no centre", f"{_ALONE}, teacher's temperature 0.2"
+_ALONES = {
+    _ALONE: Alone(),
+    _NO_CENTRE: Alone(is_centred=False),
+    _NOT_SHARPER: Alone(teacher_temperature=0.2),
+}
+# The gauge that tells each collapse, what it must be, and the words of a report.
+_COLLAPSES = (
+    (_NO_CENTRE, "mean_entropy", "below 0.05", "finds all pictures alike"),
+    (_NOT_SHARPER, "entropy", "above 0.99", "finds all prototypes alike"),
+)
 # What one process trains one after the other; the first is the teacher of those that have one.
 _GROUPS = (
     (SIGMOID, _PLAIN, _TAUGHT, _NOISY, _NOISY_TAUGHT, _UNCURATED, _CURATED),
@@ -80,10 +106,13 @@ _GROUPS = (
     (CAPTIONS,),
     (_NESTED,),
     (_NESTED_SMALL,),
+    (_MASKED,),
+    (_CROPPED,),
+    tuple(_ALONES),
 )
 # Steps, seeds, what is trained, and the share of exact boxes that must be reached.
 _FULL = 1200, 3, _GROUPS, 0.5
-_QUICK = 160, 1, ((SIGMOID,), (_LOCCA,)), 0.2
+_QUICK = 160, 1, ((SIGMOID,), (_LOCCA,), tuple(_ALONES)), 0.2
 
 
 class Job(NamedTuple):
@@ -98,7 +127,7 @@ Results = dict[str, list[Trained]]  # by arm, one for each seed
 
 
 def run(settings: LabSettings) -> Outcome:
-    """Train every arm at three seeds; when quick, two arms at one, for an eighth of the steps."""
+    """Train every arm at three seeds; when quick, some at one, two for an eighth of the steps."""
     steps, num_seeds, groups, least_exact = _QUICK if settings.quick else _FULL
     seeds = range(num_seeds)
     jobs = [Job(arms, settings.seed + seed, steps) for arms in groups for seed in seeds]
@@ -109,7 +138,7 @@ def run(settings: LabSettings) -> Outcome:
         settings.progress(len(found) / num_arms)
     results: Results = {
         arm: [found[arm, settings.seed + seed] for seed in seeds]
-        for arm in _ARMS
+        for arm in (*_ARMS, *_ALONES)
         if (arm, settings.seed) in found
     }
     early = steps // 3
@@ -132,6 +161,8 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, dict[st
 
 def _train_arms(job: Job) -> dict[str, Trained]:
     torch.set_num_threads(1)
+    if job.arms[0] in _ALONES:
+        return {name: _ALONES[name].run(job.seed) for name in job.arms}
     scenes = draw_scenes(POOL, is_training=True, seed=job.seed)
     teacher: Teacher | None = None
     found = {}
@@ -162,6 +193,8 @@ _COMPARED = (
     ("a teacher, clean captions", _TAUGHT, _PLAIN),
     ("a teacher, wrong captions", _NOISY_TAUGHT, _NOISY),
     ("curation, wrong captions", _CURATED, _UNCURATED),
+    ("hidden patches", _MASKED, SIGMOID),
+    ("small crops", _CROPPED, SIGMOID),
 )
 _CUT_COMPARED = (
     ("prefixes 32, 16 against a plain cut", _NESTED, "first 16", "first 16"),
@@ -213,6 +246,7 @@ def _claims(results: Results, early: int, steps: int, least_exact: float) -> Ite
         exact,
         exact > least_exact,
     )
+    yield from _claims_of_teacher(results)
     if _NESTED not in results:
         return
     gains = {(gain.part, gain.measure): gain for gain in _gains(results)}
@@ -225,10 +259,15 @@ def _claims(results: Results, early: int, steps: int, least_exact: float) -> Ite
         yield judge_claim(
             f"{boxes}, {number:,} steps: patch accuracy gained", "above 0", dense, dense > 0
         )
-    recall = fmean(gains[boxes, "recall@1"].late)
+    hidden = fmean(gains["hidden patches", "patch accuracy"].late)
     yield judge_claim(
-        f"{boxes}, {steps:,} steps: recall@1 gained", f"above -{_NEAR}", recall, recall > -_NEAR
+        f"hidden patches, {steps:,} steps: patch accuracy gained", "above 0", hidden, hidden > 0
     )
+    for part in (boxes, "hidden patches"):
+        recall = fmean(gains[part, "recall@1"].late)
+        yield judge_claim(
+            f"{part}, {steps:,} steps: recall@1 gained", f"above -{_NEAR}", recall, recall > -_NEAR
+        )
     taught = fmean(gains["a teacher, wrong captions", "recall@1"].late)
     yield judge_claim(
         f"a teacher, wrong captions, {steps:,} steps: recall@1 gained",
@@ -253,16 +292,53 @@ def _claims(results: Results, early: int, steps: int, least_exact: float) -> Ite
     )
 
 
+def _claims_of_teacher(results: Results) -> Iterator[Row]:
+    """Self-distillation by itself: what its gauges say, and what a report says of them."""
+    gauges = "entropy", "mean_entropy", "kl", "centre_norm"
+    told = {
+        arm: [
+            judge_gauges("self_distillation", *(each.late[f"teacher's {name}"] for name in gauges))
+            for each in results[arm]
+        ]
+        for arm in _ALONES
+    }
+    choice, mean = (
+        fmean(_values(results, _ALONE, f"teacher's {name}", late=True)) for name in gauges[:2]
+    )
+    tells = all(each.tone == "good" for each in told[_ALONE])
+    yield judge_claim(
+        f"{_ALONE}, {ALONE_STEPS} steps: entropy of the teacher's choice as a share of ln K",
+        "below 0.9; it starts at 1",
+        choice,
+        choice < 0.9 and tells,
+    )
+    yield judge_claim(
+        f"{_ALONE}, {ALONE_STEPS} steps: that of the mean of its choices less that of a choice",
+        "above 0.1",
+        mean - choice,
+        mean - choice > 0.1,
+    )
+    for arm, gauge, claim, words in _COLLAPSES:
+        value = fmean(_values(results, arm, f"teacher's {gauge}", late=True))
+        yield judge_claim(
+            f"{arm}, {ALONE_STEPS} steps: {gauge.replace('_', ' ')} of the teacher",
+            f"{claim}, and a report says that it {words}",
+            value,
+            all(each.tone == "bad" and words in each.text for each in told[arm]),
+        )
+
+
 def _shown(results: Results, early: int, steps: int) -> Iterator[Row]:
     """Means over the seeds, with the number of each seed."""
     for late, number in ((False, early), (True, steps)):
         for arm, trained in results.items():
-            for measure in trained[0].late:
+            at = number if arm in _ARMS else ALONE_STEPS * late
+            for measure in trained[0].late if late else trained[0].early:
                 if arm.startswith(_PLAIN) and measure in ("mIoU", "pointing"):
                     continue
                 values = _values(results, arm, measure, late=late)
                 seeds = ", ".join(f"{value:.3f}" for value in values)
-                yield judge(f"{arm}, {number:,} steps: {measure} ({seeds})", None, fmean(values))
+                yield judge(f"{arm}, {at:,} steps: {measure} ({seeds})", None, fmean(values))
 
 
 def conclusion(results: Results) -> Iterator[str]:
@@ -283,6 +359,7 @@ def conclusion(results: Results) -> Iterator[str]:
     rises = (
         f"{arm} {fmean(each.curve[-1] - each.curve[-_QUARTER] for each in trained):+.3f}"
         for arm, trained in results.items()
+        if arm in _ARMS
     )
     yield f"Recall@1 gained in the last quarter of the steps: {'; '.join(rises)}."
 
@@ -301,13 +378,22 @@ def _notes(steps: int) -> tuple[str, ...]:
         f"Wrong captions: {SHARE_WRONG:.0%} are those of other pictures. The teacher is the "
         "sigmoid run, which saw the same pictures with clean captions: the favourable case. It is "
         f"also the reference of curation, which chooses {BATCH} of {2 * BATCH} pairs in each step.",
+        f"Hidden patches (half of 16) and small crops (4 of 8 x 8 pixels) begin at "
+        f"{VIEWS_START:.0%} of the steps with weight 1; {PROTOTYPES} prototypes, temperatures 0.04 "
+        "and 0.1, momentum of the teacher 0.99; it sees the whole picture in another brightness. "
+        "Its gauges are those of the last step: entropies as shares of ln K, kl in nats.",
+        f"Small crops alone: one digit four times in a picture, crops of 12 x 12 pixels, "
+        f"{ALONE_PROTOTYPES} prototypes, the teacher's temperature 0.02, no loss of pairs. Of two "
+        "digits a small crop often shows none or one, so that what the whole picture says cannot "
+        "be told from it. Digits told: by votes of the 10 nearest pooled vectors of training "
+        "pictures; before the first step, too, as vectors of a random tower tell digits already.",
         "Patches: votes of the 10 nearest patches of training pictures, accuracy on digits, mIoU "
         "with background; pointing: the best patch of a linear map lies on the digit.",
     )
 
 
 def _figure(results: Results, steps: int) -> "Figure":
-    figure, (curves, dense, cuts, teacher) = new_figure(4, panel_width=3.5, height=3.4)
+    figure, (curves, dense, cuts, teacher, alone) = new_figure(5, panel_width=3.4, height=3.4)
     places = [steps * point / CURVE_POINTS for point in range(1, CURVE_POINTS + 1)]
     whole = [arm for arm in (SIGMOID, CAPTIONS, _LOCCA, *_NESTINGS) if arm in results]
     for number, arm in enumerate(whole):
@@ -318,7 +404,11 @@ def _figure(results: Results, steps: int) -> "Figure":
     _bars(
         dense,
         measures,
-        {arm: [(arm, each) for each in measures] for arm in whole if arm not in _NESTINGS},
+        {
+            arm: [(arm, each) for each in measures]
+            for arm in (SIGMOID, CAPTIONS, _LOCCA, *_VIEWS)
+            if arm in results
+        },
         results,
     )
     label(dense, "places, at the end", "", "")
@@ -335,7 +425,12 @@ def _figure(results: Results, steps: int) -> "Figure":
     }
     _bars(teacher, ("clean captions", "wrong captions"), taught, results)
     label(teacher, "recall@1 with a teacher", "", "")
-    for axes in (curves, dense, cuts, teacher):
+    for number, arm in enumerate(_ALONES):
+        at = [ALONE_STEPS * point / CURVE_POINTS for point in range(1, CURVE_POINTS + 1)]
+        means = [fmean(each) for each in zip(*(each.curve for each in results[arm]), strict=True)]
+        alone.plot(at, means, color=COLOURS[number], linestyle=LINES[number], label=arm)
+    label(alone, "entropy of the teacher's choice / ln K", "step", "")
+    for axes in (curves, dense, cuts, teacher, alone):
         axes.set_yticks([share / 5 for share in range(6)])
         axes.set_ylim(0, 1.02 if axes is curves else 1.4)  # a legend fits above the bars
     return figure

@@ -93,17 +93,20 @@ def judge(run: RunRecord) -> Verdict | None:
 
 
 def judge_teacher(run: RunRecord, name: str) -> Verdict | None:
-    """Say whether the teacher of an objective still tells pictures apart; None if it was not used.
-
-    Both collapses leave the loss low or flat: all choices fall on one prototype, or on all alike.
-    """
+    """Say whether a teacher tells pictures apart, at the end of a run; None if it was not used."""
     gauges = ("entropy", "mean_entropy", "kl", "centre_norm")
     found = [run.series.get(f"train/{name}_{gauge}") for gauge in gauges]
     if None in found:
         return None
-    entropy, mean, kl, centre = (
-        float(np.median(each.tail(0.25))) for each in found if each is not None
-    )
+    values = (float(np.median(each.tail(0.25))) for each in found if each is not None)
+    return judge_gauges(name, *values)
+
+
+def judge_gauges(name: str, entropy: float, mean: float, kl: float, centre: float) -> Verdict:
+    """Say by its gauges whether a teacher still tells pictures apart, see ``EmaTeacher.gauges``.
+
+    Both collapses leave the loss low or flat: all choices fall on one prototype, or on all alike.
+    """
     whose = f"The teacher of {name.replace('_', ' ')}"
     told = (
         f"The entropy of its choice is {entropy:.2f} of that of a guess, that of the mean of its "
