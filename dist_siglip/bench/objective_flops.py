@@ -232,7 +232,10 @@ def loss_parts(
     name, settings = _class_name(loss), loss.get("init_args") or {}
     base = settings.get("base") or {}
     if name in ("", "SigLipLoss", "ClipLoss"):
-        return [pair_loss(embed_dim, global_batch_size, is_softmax=name == "ClipLoss")]
+        parts = [pair_loss(embed_dim, global_batch_size, is_softmax=name == "ClipLoss")]
+        if settings.get("mined_negatives"):
+            parts.append(Part("mined negatives", 2.0 * embed_dim * global_batch_size, 1))
+        return parts
     if name == "MatryoshkaLoss":
         columns, is_softmax = sum(settings["dims"]), _class_name(base) == "ClipLoss"
         return [pair_loss(columns, global_batch_size, is_softmax=is_softmax)]
@@ -248,7 +251,8 @@ def loss_parts(
     # A base of the same kind is computed in the passes of distillation.
     kind = _class_name(base)
     is_alike = kind == "ClipLoss" if is_softmax else kind in ("", "SigLipLoss")
-    is_joined = is_alike and not (base.get("init_args") or {}).get("duplicates")
+    of_own = base.get("init_args") or {}
+    is_joined = is_alike and not (of_own.get("duplicates") or of_own.get("mined_negatives"))
     if settings.get("share", 0.75) == 1 or is_joined:
         return parts
     of_base = loss_parts(base, embed_dim, global_batch_size, teacher_dims)

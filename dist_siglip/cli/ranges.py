@@ -292,6 +292,8 @@ _INIT_ARGUMENTS: dict[str, Range] = {
     "local_views": _FROM_1,
     "max_bad_fraction": _SHARE,
     "max_image_pixels": Range(1, 2**62),
+    "mined_negatives": Range(0, 65_536),
+    "mined_weight": _POSITIVE,
     "parallel": _SHARE,
     "prototypes": _FROM_2,
     "ramp_steps": Range(0, 10**12),

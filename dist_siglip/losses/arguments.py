@@ -224,6 +224,12 @@ class _SaysDuplicates(Protocol):
     duplicates: Duplicates | None
 
 
+@runtime_checkable
+class _SaysMined(Protocol):
+    mined_negatives: int
+    mined_weight: float
+
+
 def uses_caption_ids(loss: nn.Module) -> bool:
     """Whether the module takes ``caption_ids``: if it says so by ``uses_caption_ids``."""
     return isinstance(loss, _SaysCaptionIds) and bool(loss.uses_caption_ids)
@@ -252,6 +258,16 @@ def uses_logit_bias(loss: nn.Module) -> bool:
 def duplicates_of(loss: nn.Module) -> Duplicates | None:
     """Return what the module makes of duplicates, by its ``duplicates``; None if it has none."""
     return loss.duplicates if isinstance(loss, _SaysDuplicates) else None
+
+
+def mined_of(loss: nn.Module) -> tuple[int, float]:
+    """Return how many negatives the module mines for a picture, and their weight; (0, 0) if none.
+
+    By its ``mined_negatives`` and ``mined_weight``.
+    """
+    if not isinstance(loss, _SaysMined) or not loss.mined_negatives:
+        return 0, 0.0
+    return loss.mined_negatives, loss.mined_weight
 
 
 class LossOverBase(nn.Module):
@@ -283,6 +299,16 @@ class LossOverBase(nn.Module):
     def duplicates(self) -> Duplicates | None:
         """How the base treats duplicates."""
         return duplicates_of(self.base)
+
+    @property
+    def mined_negatives(self) -> int:
+        """How many negatives the base mines for a picture."""
+        return mined_of(self.base)[0]
+
+    @property
+    def mined_weight(self) -> float:
+        """How much more they count."""
+        return mined_of(self.base)[1]
 
     @property
     def prefix_dims(self) -> tuple[int, ...]:

@@ -287,6 +287,8 @@ def calibrate_on_features(
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "negative",
+    mined_negatives: float = 0,
+    mined_weight: float = 1.0,
     exchange: ExchangeName = "auto",
     group: ProcessGroup | None = None,
 ) -> Calibration:
@@ -305,6 +307,9 @@ def calibrate_on_features(
         caption_ids: (B,) int64, equal for equal captions; needed unless duplicates are negative.
         picture_ids: (B,) int64, equal for equal pictures; None if they are not known.
         duplicates: what the loss makes of an equal caption, or picture, of another pair.
+        mined_negatives: of the N - 1 non-pairs of an image, how many count more, the hardest; they
+            are taken from the non-pairs of all images together.
+        mined_weight: how much more these count.
         exchange: how the texts reach the other ranks.
         group: process group.
 
@@ -331,7 +336,7 @@ def calibrate_on_features(
     )
     return calibrate_scale_bias(
         positives,
-        negatives,
+        with_mined(negatives, mined_negatives, mined_weight),
         global_batch_size,
         scale_before=scale_before,
         bias_before=bias_before,
@@ -410,6 +415,28 @@ dtype=torch.float64), weights=tensor([8.], dtype=torch.float64)))
             torch.cat([pairs.values, equal.values]), torch.cat([pairs.weights, equal.weights])
         )
     return pairs, others
+
+
+def with_mined(
+    negatives: WeightedSimilarities, mined_negatives: float, mined_weight: float
+) -> WeightedSimilarities:
+    """Let the hardest non-pairs count more.
+
+    Args:
+        negatives: of an image in a global batch.
+        mined_negatives: how many of them, from the largest.
+        mined_weight: how much more.
+
+    Example:
+        >>> few = WeightedSimilarities(torch.tensor([0.1, 0.5]), torch.tensor([6.0, 1.0]))
+        >>> with_mined(few, 2, 0.5).weights
+        tensor([6.5000, 1.5000])
+    """
+    order = negatives.values.argsort(descending=True)
+    weights = negatives.weights[order]
+    harder = weights.cumsum(0) - weights
+    mined = torch.minimum(weights, (mined_negatives - harder).clamp(min=0))
+    return negatives._replace(weights=negatives.weights.index_add(0, order, mined_weight * mined))
 
 
 def _count(bins: Tensor, similarities: Tensor) -> None:

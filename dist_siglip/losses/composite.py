@@ -16,6 +16,7 @@ from dist_siglip.losses.arguments import (
     call_loss,
     duplicates_of,
     ids_for,
+    mined_of,
     uses_logit_bias,
 )
 from dist_siglip.losses.distillation import Form, check_form, distillation_loss
@@ -162,8 +163,8 @@ class DistillationLoss(LossOverBase):
         loss = (1 - share) * base + share * distillation
 
     Distributed contract: that of ``siglip_loss``. A base of the same kind as the form (SigLipLoss
-    without duplicates for sigmoid, ClipLoss for softmax) is computed in the passes of distillation;
-    another one has its own.
+    without duplicates and mined negatives for sigmoid, ClipLoss for softmax) is computed in the
+    passes of distillation; another one has its own.
 
     Args:
         base: a pairwise loss by its class path. Null is ``dist_siglip.losses.SigLipLoss``.
@@ -282,7 +283,7 @@ class DistillationLoss(LossOverBase):
             return False
         assert isinstance(base, SigLipLoss | ClipLoss)
         is_alike = base.group is self.group and base.exchange == self.exchange
-        if not is_alike or duplicates_of(base) is not None:
+        if not is_alike or duplicates_of(base) is not None or mined_of(base)[0]:
             return False
         check_world(base.rank, base.world_size, base.group)
         return isinstance(base, SigLipLoss) == (self.form == "sigmoid")

@@ -17,6 +17,7 @@ from dist_siglip.losses.arguments import (
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, check_kernel
 from dist_siglip.losses.matryoshka import matryoshka_sigmoid_loss, matryoshka_softmax_loss
+from dist_siglip.losses.mined_negatives import check_mining
 from dist_siglip.losses.prefixes import check_dims, prefix_shares
 from dist_siglip.losses.sigmoid import siglip_loss_output
 from dist_siglip.losses.softmax import softmax_loss
@@ -45,6 +46,11 @@ class SigLipLoss(nn.Module):
             where triton is missing or does not build), triton, compiled or eager.
         duplicates: what pairs with equal captions, or of equal pictures, are, on whatever ranks:
             positive, masked (left out) or negative (only counted). Null never looks at ids.
+        mined_negatives: texts of the global batch that count once more as negatives of a picture:
+            for each picture the k with the largest logits that are not its own and no duplicates of
+            it, see ``siglip_loss``. 0 mines none. Without ``duplicates`` equal captions are not
+            known, and may be mined.
+        mined_weight: how much more such a text counts.
         check_finite: raise on every rank if a row of the features, the scale, the bias or the
             loss is not finite, and name it. On a GPU a step or two late, so that nothing waits.
 
@@ -54,9 +60,9 @@ class SigLipLoss(nn.Module):
         uses_negative_texts: True: a call may bring ``negative_text_features``.
 
     Raises:
-        UserError: if ``dist_impl`` or ``kernel`` is unknown, or ``dist_impl`` given together with
-            ``exchange``; on the first call, if ``rank`` or ``world_size`` differ from the group's;
-            on a call without ids if ``duplicates`` is set.
+        UserError: if ``dist_impl`` or ``kernel`` is unknown, a number of mining out of range, or
+            ``dist_impl`` given together with ``exchange``; on the first call, if ``rank`` or
+            ``world_size`` differ from the group's; on a call without ids if ``duplicates`` is set.
 
     Example:
         >>> import torch
@@ -80,10 +86,13 @@ class SigLipLoss(nn.Module):
         chunk_rows: int | None = None,
         kernel: Kernel = "auto",
         duplicates: Duplicates | None = None,
+        mined_negatives: int = 0,
+        mined_weight: float = 1.0,
         check_finite: bool = True,
     ) -> None:
         super().__init__()
         check_kernel(kernel)
+        check_mining(mined_negatives, mined_weight)
         if duplicates is not None and duplicates not in get_args(Duplicates):
             raise UserError(
                 f"duplicates ({duplicates!r}) must be null or one of "
@@ -107,6 +116,7 @@ class SigLipLoss(nn.Module):
         self.chunk_rows = chunk_rows
         self.kernel: Kernel = kernel
         self.duplicates: Duplicates | None = duplicates
+        self.mined_negatives, self.mined_weight = mined_negatives, mined_weight
         self.uses_caption_ids = self.uses_picture_ids = duplicates is not None
         self.finite_check = FiniteCheck() if check_finite else None
 
@@ -126,7 +136,7 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor] | LossOutput:
         """Return ``siglip_loss``, or {"contrastive_loss": it} if ``output_dict``.
 
-        ``return_statistics`` returns it with the number of duplicates instead, as ``LossOutput``.
+        ``return_statistics`` returns it with what was counted instead, as ``LossOutput``.
 
         ``caption_ids``, (B,), is wanted if ``duplicates`` is set and left aside otherwise;
         ``picture_ids``, (B,), is taken likewise but may be missing.
@@ -139,6 +149,8 @@ class SigLipLoss(nn.Module):
             logit_scale,
             logit_bias,
             negative_text_features=negative_text_features,
+            mined_negatives=self.mined_negatives,
+            mined_weight=self.mined_weight,
             caption_ids=caption_ids if self.uses_caption_ids else None,
             picture_ids=picture_ids if self.uses_picture_ids else None,
             duplicates=self.duplicates or "negative",
@@ -311,6 +323,11 @@ class MatryoshkaLoss(LossOverBase):
             raise UserError(
                 f"base ({type(base).__name__}) must be SigLipLoss or ClipLoss; put MatryoshkaLoss "
                 "inside of a loss that adds terms to a base"
+            )
+        if isinstance(self.base, SigLipLoss) and self.base.mined_negatives:
+            raise UserError(
+                f"mined_negatives ({self.base.mined_negatives}) of the base: what is hard differs "
+                "between prefixes; set it to 0, or leave MatryoshkaLoss out"
             )
         check_dims(dims)
         prefix_shares(dims, weights)

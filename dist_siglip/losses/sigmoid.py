@@ -33,6 +33,7 @@ from dist_siglip.losses.arguments import (
 )
 from dist_siglip.losses.kernels.pair_terms import Duplicates, Kernel, choose_kernel, join_ids
 from dist_siglip.losses.kernels.tiles import SigmoidTiles, inner_product, logits_dtype
+from dist_siglip.losses.mined_negatives import MinedTerms, check_mining, mine_negatives
 from dist_siglip.losses.ring_pass import (
     PrecomputedGradient,
     RingPass,
@@ -52,6 +53,8 @@ def siglip_loss(
     logit_bias: Tensor | None,
     *,
     negative_text_features: Tensor | None = None,
+    mined_negatives: int = 0,
+    mined_weight: float = 1.0,
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
@@ -81,11 +84,22 @@ def siglip_loss(
         W/N * sum_{i on this rank} sum_{k < M} softplus(logit_scale * image_features[i] . v[k]
                                                         + logit_bias)
 
+    With ``mined_negatives`` = k it has in addition, with mined_weight = a,
+
+        W/N * a * sum_{i on this rank} sum_{j in H[i]} softplus(logits[i, j])
+
+    where H[i] are the k texts of the global batch with the largest logits that are not i's own and
+    share no id with it, whatever ``duplicates`` are; fewer if there are no more. Logits are
+    compared in steps of logit_scale * 2^-16, and of equal ones the first in rank order is taken.
+    Without ids the caption of i under another picture may be among them. Texts without a picture
+    are not.
+
     Distributed contract: every rank passes its own rows; the mean over ranks of the returned
     value is the loss of the global batch, and the mean over ranks of the gradients (what DDP and
     FSDP compute) is its gradient: for both towers, scale and bias, for even and uneven local
     batches (W/N, not 1/B). One small all-gather on the CPU, then one pass of the exchange;
-    backward communicates nothing. First-order gradients only: create_graph=True raises.
+    backward communicates nothing. Mining is a pass without gradients before it. First-order
+    gradients only: create_graph=True raises.
 
     Args:
         image_features: (B, D), L2-normalised.
@@ -95,6 +109,8 @@ def siglip_loss(
         logit_bias: one element, added to every logit; None for none.
         negative_text_features: (m, D), L2-normalised, same dtype, whatever B; m may differ between
             ranks. A row of zeros is none: it adds nothing. Either all ranks pass them or none does.
+        mined_negatives: k, at least 0, see above. Texts then travel whatever trains.
+        mined_weight: a > 0, see above.
         caption_ids: (B,), integers, equal for equal captions; None for none. Either all ranks
             pass them or none does.
         picture_ids: (B,), integers, equal for equal pictures; likewise.
@@ -115,12 +131,13 @@ def siglip_loss(
 
     Raises:
         UserError: if features are not real (B, D), shapes or dtypes of the two sides differ,
-            chunk_rows < 1, ``duplicates`` or ``kernel`` is unknown or the kernel cannot be had,
-            features, scale or bias are not finite or the scale not above 0 (names rank and row),
-            or ranks disagree on dtype, D, exchange, duplicates, which gradients they need, whether
-            there is a bias, or the values of scale and bias (names the rank). On a device those
-            values are compared at the first call only; ``chunk_rows`` and ``kernel`` may differ
-            between ranks, the result is the same up to rounding.
+            chunk_rows < 1, ``mined_negatives`` < 0, ``mined_weight`` is not a finite number > 0,
+            ``duplicates`` or ``kernel`` is unknown or the kernel cannot be had, features, scale or
+            bias are not finite or the scale not above 0 (names rank and row), or ranks disagree on
+            dtype, D, exchange, duplicates, mining, which gradients they need, whether there is a
+            bias, or the values of scale and bias (names the rank). On a device those values are
+            compared at the first call only; ``chunk_rows`` and ``kernel`` may differ between ranks,
+            the result is the same up to rounding.
 
     Example:
         >>> features = torch.eye(2, requires_grad=True)
@@ -134,7 +151,8 @@ def siglip_loss(
 
     Source:
         Zhai et al. 2023, arXiv:2303.15343, Algorithm 1 and section 3.3 (chunked form); the bias
-        is added to the logits as in the authors' big_vision code. Duplicates are ours.
+        is added to the logits as in the authors' big_vision code. Duplicates and mined negatives
+        are ours.
     """
     return siglip_loss_output(
         image_features,
@@ -142,6 +160,8 @@ def siglip_loss(
         logit_scale,
         logit_bias,
         negative_text_features=negative_text_features,
+        mined_negatives=mined_negatives,
+        mined_weight=mined_weight,
         caption_ids=caption_ids,
         picture_ids=picture_ids,
         duplicates=duplicates,
@@ -161,6 +181,8 @@ def siglip_loss_output(
     logit_bias: Tensor | None,
     *,
     negative_text_features: Tensor | None = None,
+    mined_negatives: int = 0,
+    mined_weight: float = 1.0,
     caption_ids: Tensor | None = None,
     picture_ids: Tensor | None = None,
     duplicates: Duplicates = "positive",
@@ -171,9 +193,13 @@ def siglip_loss_output(
     chunk_rows: int | None = None,
     kernel: Kernel = "auto",
 ) -> LossOutput:
-    """Return ``siglip_loss`` and the duplicates it met; the same contract."""
+    """Return ``siglip_loss`` and what was counted; the same contract.
+
+    With mined negatives ``terms`` has their part, mined_loss, and the rest, base_loss.
+    """
     check_pairs(image_features, text_features)
     check_negatives(negative_text_features, text_features)
+    check_mining(mined_negatives, mined_weight)
     tile_shape = tile_shape_of(chunk_rows, image_features.device)
     check_scalar("logit_scale", logit_scale)
     check_scalar("logit_bias", logit_bias)
@@ -189,7 +215,7 @@ def siglip_loss_output(
         "logit_scale": scale.detach(),
         "logit_bias": bias.detach(),
     }
-    negatives = negative_text_features
+    own_texts, negatives = text_features, negative_text_features
     if negatives is not None:
         named["negative_text_features"] = negatives.detach()
         is_there = (negatives.detach() != 0).any(dim=1)
@@ -200,7 +226,8 @@ def siglip_loss_output(
             none = ids.new_full((len(negatives), *ids.shape[1:]), torch.iinfo(ids.dtype).min)
             text_ids = torch.cat([ids, none])
     wanted = Wanted(*map(wants_gradient, (image_features, text_features, scale, bias)))
-    sides = SigmoidSides(wanted.text and not wanted.image, image_features, text_features)
+    images_travel = wanted.text and not wanted.image and not mined_negatives
+    sides = SigmoidSides(images_travel, image_features, text_features)
     home_ids, travelling_ids = (text_ids, ids) if sides.images_travel else (ids, text_ids)
     plan = prepare_pass(
         [sides.travelling] if travelling_ids is None else [sides.travelling, travelling_ids],
@@ -217,14 +244,37 @@ def siglip_loss_output(
             f"duplicates: {'no ids' if ids is None else duplicates}"
             f"{'' if picture_ids is None else ', with picture ids'}"
             f"{'' if negatives is None else '; with negative texts'}"
+            f"{f'; mined: {mined_negatives}, weight {mined_weight:g}' if mined_negatives else ''}"
         ),
         shared={"logit_scale": scale.detach(), "logit_bias": bias.detach()},
         comes_again=any(wanted),
     )
-    ring_pass = SigmoidPass(
-        sides, plan, scale.detach(), bias.detach(), home_ids, wanted, tile_shape, chosen, duplicates
-    )
+    mined: MinedTerms | None = None
     with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+        if mined_negatives:
+            hardest = mine_negatives(
+                image_features,
+                own_texts,
+                mined_negatives,
+                ids=ids,
+                tile_shape=tile_shape,
+                exchange=exchange,
+                group=group,
+                comes_again=any(wanted),
+            )
+            mined = MinedTerms(hardest, mined_weight, scale, bias, plan.row_counts)
+        ring_pass = SigmoidPass(
+            sides,
+            plan,
+            scale.detach(),
+            bias.detach(),
+            home_ids,
+            wanted,
+            tile_shape,
+            chosen,
+            duplicates,
+            mined,
+        )
         gradients = ring_pass.gradients(ring_pass.run(plan))
         sums = ring_pass.tiles.sums()
     # Mean over ranks of (W / N * own rows) is the sum over all rows divided by N.
@@ -232,7 +282,12 @@ def siglip_loss_output(
     if negatives is not None and not sides.images_travel:  # rows that travel are not N
         num_images = torch.full((), len(image_features), dtype=dtype, device=sides.home.device)
         factor = plan.world_size / sum_over_ranks(num_images, group).clamp(min=1)
-    value = (sums.value * factor).to(dtype)
+    terms: dict[str, Tensor] = {}
+    total = sums.value
+    if mined is not None:
+        total = total + mined.value
+        terms["mined_loss"] = (mined.value * factor).to(dtype)
+    value = (total * factor).to(dtype)
     if finite_check is not None:
         finite_check.remember(value)
     loss = attach_gradients(
@@ -248,7 +303,9 @@ def siglip_loss_output(
     if negatives is not None:
         # Rows of zeros met every image with the bias alone, which is known.
         loss = loss - plan.world_size * num_none * softplus(bias)
-    return LossOutput(loss, sums.duplicate_pairs)
+    if terms:
+        terms["base_loss"] = loss.detach() - terms["mined_loss"]
+    return LossOutput(loss, sums.duplicate_pairs, terms)
 
 
 class Wanted(NamedTuple):
@@ -301,8 +358,9 @@ class SigmoidPass(RingPass):
         tile_shape: tuple[int, int],
         kernel: Kernel,
         duplicates: Duplicates,
+        mined: MinedTerms | None = None,
     ) -> None:
-        self.sides, self.wanted, self.home_ids = sides, wanted, home_ids
+        self.sides, self.wanted, self.home_ids, self.mined = sides, wanted, home_ids, mined
         self.home_wanted = wanted.text if sides.images_travel else wanted.image
         self.tiles = SigmoidTiles(
             sides.home,
@@ -322,8 +380,11 @@ class SigmoidPass(RingPass):
     def gradients(self, brought: Shard) -> _Gradients:
         """Return the gradients that are wanted; ``brought`` came home with the own shard."""
         travelled = brought[0] if brought else None
-        sums = self.tiles.sums()
+        sums, mined = self.tiles.sums(), self.mined
+        by_bias = sums.derivative if mined is None else sums.derivative + mined.by_bias
         scale_gradient = sums.scale if self.wanted.scale else None
+        if scale_gradient is not None and mined is not None:
+            scale_gradient = scale_gradient + mined.by_scale
         if self.wanted.scale and scale_gradient is None:
             # sum_ij derivative_ij * similarity_ij, from what is already there.
             if self.home_gradient is not None:
@@ -334,11 +395,13 @@ class SigmoidPass(RingPass):
         return _Gradients(
             *((None, home) if self.sides.images_travel else (home, travelled)),
             scale_gradient,
-            sums.derivative if self.wanted.bias else None,
+            by_bias if self.wanted.bias else None,
         )
 
     def replayed(self) -> tuple[Hashable, Sequence[Tensor]] | None:
         """Say what the tiles depend on."""
+        if self.mined is not None:  # whose places depend on the owner
+            return None
         own = self.tiles.replayed()
         if own is None or self.home_ids is None:
             return own
@@ -346,13 +409,16 @@ class SigmoidPass(RingPass):
 
     def tile(self, place: Tile, home: Tensor, shard: Shard, added: Shard) -> Tensor | None:
         """Add one tile to the sums; return its derivative."""
-        return self.tiles.derivative(
+        derivative = self.tiles.derivative(
             home,
             shard[0],
             diagonal=place.diagonal,
             row_ids=None if self.home_ids is None else self.home_ids[place.rows],
             column_ids=None if self.home_ids is None else shard[1],
         )
+        if derivative is not None and self.mined is not None:
+            self.mined.add_to(derivative, place)
+        return derivative
 
 
 def check_ids(ids: dict[str, Tensor | None], duplicates: str, features: Tensor) -> None:

@@ -19,6 +19,7 @@ from dist_siglip.report.page import (
 )
 from dist_siglip.report.records import RunRecord, read_run
 from dist_siglip.report.sections import (
+    batches,
     capacity,
     comparison,
     geometry,
@@ -41,6 +42,8 @@ _SECTIONS: dict[str, _Maker] = {
     "training": training.make,
     "objectives": objectives.make,
     "distillation": objectives.make_distillation,
+    "curation": batches.make_curation,
+    "patches": batches.make_patches,
     "speed": training.make_speed,
     "data_health": training.make_data,
     "retrieval": retrieval.make,

@@ -158,6 +158,9 @@ def test_distillation_makes_the_logits_of_every_teacher_in_each_pass():
     nested = {"class_path": "x.MatryoshkaLoss", "init_args": {"dims": [8, 2]}}
     assert parts(base=nested) == [3 * 10, 3 * 8, 12]
     assert pair_loss(8, 100, is_softmax=True).times == 4
+    mined = {"class_path": "x.SigLipLoss", "init_args": {"mined_negatives": 4}}
+    assert [part.step / (2 * 100) for part in loss_parts(mined, 8, 100, [])] == [3 * 8, 8]
+    assert parts(base=mined) == [3 * 8, 8, 3 * 8, 12]
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "softmax"])

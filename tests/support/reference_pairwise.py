@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tests.support.reference import sigmoid_loss_and_gradients
+from tests.support.reference import sigmoid, sigmoid_loss_and_gradients, softplus
 
 
 def _dot(one, other):
@@ -118,3 +118,40 @@ def multimodal_loss_and_gradients(features, scale, bias, edges):
 
 def _number(value):
     return torch.tensor(value, dtype=torch.float64)
+
+
+def mined_sigmoid_and_gradients(images, texts, scale, bias, k, weight, ids=None, duplicates=None):
+    """Sigmoid loss in which the k hardest negatives of each image count ``weight`` times more.
+
+    loss = 1/N sum_i (sum_j softplus(-y_ij z_ij) + weight sum_{j in H_i} softplus(z_ij))
+
+    H_i: of the j != i with ids[j] != ids[i] those with the largest round(2^16 <u_i, v_j>), of equal
+    ones the first. Duplicates are "positive", "masked" or "negative" in the first sum.
+    """
+    images, texts = images.double(), texts.double()
+    pairs, n = range(len(images)), len(images)
+    rows, columns = images.tolist(), texts.tolist()
+    s = [[sum(a * b for a, b in zip(u, v, strict=True)) for v in columns] for u in rows]
+    d_z, loss = [[0.0] * n for _ in pairs], 0.0
+    for i in pairs:
+        is_equal = [i != j and ids is not None and ids[i] == ids[j] for j in pairs]
+        others = [j for j in pairs if j != i and not is_equal[j]]
+        mined = sorted(others, key=lambda j, i=i: (-round(s[i][j] * 2**16), j))[:k]
+        for j in pairs:
+            z = scale * s[i][j] + bias
+            if not (is_equal[j] and duplicates == "masked"):
+                is_positive = i == j or (is_equal[j] and duplicates == "positive")
+                loss += softplus(-z if is_positive else z) / n
+                d_z[i][j] += (-sigmoid(-z) if is_positive else sigmoid(z)) / n
+            if j in mined:
+                loss += weight * softplus(z) / n
+                d_z[i][j] += weight * sigmoid(z) / n
+    d = torch.tensor(d_z, dtype=torch.float64)
+    found = {
+        "loss": loss,
+        "image": scale * d @ texts,
+        "text": scale * d.T @ images,
+        "scale": sum(d_z[i][j] * s[i][j] for i in pairs for j in pairs),
+        "bias": float(d.sum()),
+    }
+    return {name: torch.as_tensor(each, dtype=torch.float64) for name, each in found.items()}

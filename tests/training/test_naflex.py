@@ -14,7 +14,7 @@ from dist_siglip.cli import main
 from dist_siglip.cli.run.training import train as train_run
 from dist_siglip.data.order.position import SequenceLengths
 from dist_siglip.data.samples.datacompdr import DataCompDR
-from dist_siglip.data.samples.patches import PatchBudget, patch_mask, unpack
+from dist_siglip.data.samples.patches import PatchBudget, padding_of, patch_mask, unpack
 from dist_siglip.doctor.command import _picture_size
 from dist_siglip.errors import UserError
 from dist_siglip.losses import DistillationLoss
@@ -279,6 +279,14 @@ def test_a_run_from_shards_to_an_export(tmp_path, capsys):
     train_run(["fit", "--config", str(settings), *more]).let_go()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 6
+    shapes = [
+        (line["train/patches"], line["train/padding"]) for line in lines if "train/patches" in line
+    ]
+    assert {length for length, _ in shapes} <= {16, 36, 64}
+    assert all(0 <= padding < 0.5 for _, padding in shapes)
+    page = (run / "report.html").read_text()
+    assert "Shapes of pictures" in page
+    assert f"{int(shapes[0][0])} patches" in page
     built = load_trained(run_dir=str(run))
     assert built.patches == (8, 36)
     rows = []
@@ -323,3 +331,7 @@ def test_packed_pictures_of_the_tests_have_padding_and_several_shapes():
     packed = packed_of()
     assert unpack(packed)[1].tolist() == [list(grid) for grid in GRIDS]
     assert patch_mask(packed).sum(dim=1).tolist() == [64, 64, 64, 45, 56, 40]
+    logged = padding_of(packed)
+    assert logged["patches"].item() == packed.shape[1] - 1
+    assert logged["padding"].item() == pytest.approx(1 - patch_mask(packed).double().mean().item())
+    assert padding_of(torch.zeros(2, 3, 8, 8)) == {}

@@ -146,6 +146,20 @@ def patch_mask(images: Tensor) -> Tensor | None:
     return mask_of(shapes, patches.shape[1])
 
 
+def padding_of(images: Tensor) -> dict[str, Tensor]:
+    """Return patches of a picture, and the share of padding in them; nothing where none has any.
+
+    Example:
+        >>> padding_of(pack_pictures(torch.zeros(1, 3, 8, 16), 8, 4))
+        {'patches': tensor(4.), 'padding': tensor(0.5000)}
+    """
+    if not is_packed(images):
+        return {}
+    shapes, num_patches = unpack(images)[1].float(), images.shape[1] - 1
+    used = shapes.prod(dim=1).mean() / num_patches
+    return {"patches": used.new_tensor(num_patches), "padding": 1 - used}
+
+
 def mask_of(shapes: Tensor, num_patches: int) -> Tensor:
     """Return (B, N) bool for rows and columns (B, 2): True at patches that are no padding."""
     places = torch.arange(num_patches, device=shapes.device)

@@ -293,11 +293,11 @@ def judge(run: RunRecord) -> Verdict:
 
 
 def _training_loss(run: RunRecord) -> Series | None:
-    """Pairwise loss, as the validation has it; with objectives or teachers a part of what trains.
+    """Pairwise loss, as the validation has it: a part of what trains with anything beside it.
 
     None if teachers are all there is.
     """
-    if "train/distillation_loss" in run.series:
+    if "train/distillation_loss" in run.series or "train/mined_loss" in run.series:
         return run.series.get("train/base_loss")
     return run.series.get("train/pair_loss", run.series.get("train/loss"))
 

@@ -1,6 +1,7 @@
 """Scale and bias of a module: whether its loss has a bias, and their fit to pairs."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias
-from dist_siglip.losses.arguments import duplicates_of, uses_logit_bias
+from dist_siglip.losses.arguments import duplicates_of, mined_of, uses_logit_bias
 from dist_siglip.losses.calibration import Calibration, calibrate_on_features, set_logits
 from dist_siglip.losses.kernels.pair_terms import Duplicates
 from dist_siglip.models import evaluation_mode
@@ -61,16 +62,21 @@ class CalibratedModule(EncodingModule):
             UserError: as ``check_can_calibrate``, or if no scale above 0 fits.
         """
         global_batch_size = self.check_can_calibrate()
+        texts = 1 + self.num_negatives  # for each pair
+        mined, mined_weight = mined_of(self.loss)
         scale, bias = (value.item() for value in self.logits())
         return calibrate_on_features(
             image_features,
             text_features,
-            global_batch_size * (1 + self.num_negatives),  # as many texts as an image meets
+            global_batch_size * texts,  # as many as an image meets
             scale_before=scale,
             bias_before=bias,
             caption_ids=caption_ids,
             picture_ids=picture_ids,
             duplicates=self._duplicates,
+            # The same share of them, and the same sum.
+            mined_negatives=mined * texts,
+            mined_weight=mined_weight / texts,
         )
 
     @property
@@ -88,6 +94,27 @@ class CalibratedModule(EncodingModule):
             if name != "log_scale" and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 logger.info("%s uses no bias: %s is frozen", type(self.loss).__name__, name)
+
+
+def warn_of_mining(loss: nn.Module, *, is_calibrated: bool) -> None:
+    """Say what mined negatives do to the best bias, and that equal captions may be mined."""
+    mined, weight = mined_of(loss)
+    if not mined:
+        return
+    if not is_calibrated:
+        logger.warning(
+            "mined_negatives (%d): the hardest negatives count %g times, and the best bias is up "
+            "to %.1f lower; set model.calibration_pairs to begin near it",
+            mined,
+            1 + weight,
+            math.log1p(weight),
+        )
+    if duplicates_of(loss) is None:
+        logger.warning(
+            "mined_negatives (%d) without duplicates: a picture's caption that occurs again in a "
+            "batch is its hardest negative; set duplicates of the loss to positive or masked",
+            mined,
+        )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from dist_siglip.data import ImageTextBatch, Preprocessing
+from dist_siglip.data.samples.patches import padding_of
 from dist_siglip.distributed import copy_from_first_rank, max_over_ranks, resolve_group
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitConfig, LogitScaleBias, SigLipLoss, TeacherFeatures
@@ -33,7 +34,11 @@ from dist_siglip.models import compile_towers as translate_towers
 from dist_siglip.models.dual_encoder import check_micro_batch
 from dist_siglip.models.tuning import TowerConfig, tune_towers
 from dist_siglip.objectives import Objective
-from dist_siglip.training.module.calibration import CalibratedModule, calibrate_to_training_pairs
+from dist_siglip.training.module.calibration import (
+    CalibratedModule,
+    calibrate_to_training_pairs,
+    warn_of_mining,
+)
 from dist_siglip.training.module.captions import loss_of_captions, part_negatives
 from dist_siglip.training.module.curation import CurationConfig, curate
 from dist_siglip.training.module.ema_teacher import (
@@ -285,6 +290,8 @@ class SigLipModule(CalibratedModule):
         super().on_train_start()
         if self.steps_done:
             return
+        if self.trainer.is_global_zero:
+            warn_of_mining(self.loss, is_calibrated=self.calibration_pairs is not None)
         if self.calibration_pairs is not None:
             calibrate_to_training_pairs(self, self.calibration_pairs)
         elif self.num_negatives and self._uses_bias and self.trainer.is_global_zero:
@@ -340,6 +347,7 @@ class SigLipModule(CalibratedModule):
             negative_text_features=negatives,
         )
         self.log_terms(loss_terms)
+        self.log_terms(padding_of(batch.images))
         if self.objectives:
             loss = self.add_objectives(loss, terms, is_sharded=self._is_sharded)
         return self.finish_step(

@@ -30,6 +30,7 @@ SCALE, BIAS = 7.0, -3.0
 NAMES = {
     "sigmoid": ("image", "text", "scale", "bias"),
     "duplicates": ("image", "text", "scale", "bias"),
+    "mined": ("image", "text", "scale", "bias"),
     "softmax": ("image", "text", "scale"),
     "uniformity": ("image",),
     "cross_uniformity": ("image", "text"),
@@ -168,8 +169,9 @@ def loss_of(name, num_rows, mine, settings, device="cpu"):
         if name == "relevance":
             relevance = relevance_of(num_rows)[mine].to(device)
             return relevance_sigmoid_loss(image, text, relevance, scale, bias, **settings)
-        ids = ids_of(num_rows)[mine].to(device) if name == "duplicates" else None
-        return siglip_loss(image, text, scale, bias, caption_ids=ids, **settings)
+        ids = ids_of(num_rows)[mine].to(device) if name in ("duplicates", "mined") else None
+        mined = {"mined_negatives": 2, "mined_weight": 3.0} if name == "mined" else {}
+        return siglip_loss(image, text, scale, bias, caption_ids=ids, **mined, **settings)
 
     return loss
 

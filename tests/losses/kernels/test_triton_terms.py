@@ -31,6 +31,7 @@ from tests.support.parity import LAYOUTS, largest_error, make_rows
 from tests.support.reference import sigmoid, sigmoid_loss_and_gradients, softplus
 from tests.support.reference_pairwise import (
     cross_uniformity_and_gradients,
+    mined_sigmoid_and_gradients,
     softmax_loss_and_gradients,
     uniformity_and_gradients,
 )
@@ -139,7 +140,11 @@ def reference_of(name, num_rows):
         relevance = interpreted.relevance_of(num_rows)
         found = relevance_sigmoid_and_gradients(images, texts, relevance, SCALE, BIAS)
         return {"image": found["queries"], "text": found["documents"], **found}
-    ids = interpreted.ids_of(num_rows) if name == "duplicates" else None
+    ids = interpreted.ids_of(num_rows) if name in ("duplicates", "mined") else None
+    if name == "mined":
+        return mined_sigmoid_and_gradients(
+            images, texts, SCALE, BIAS, 2, 3.0, ids.tolist(), "positive"
+        )
     return sigmoid_loss_and_gradients(images, texts, SCALE, BIAS, ids, "positive")
 
 

@@ -17,7 +17,7 @@ from dist_siglip.losses.research.curation import LearnabilityScores, choose_lear
 from tests.support.parity import LAYOUTS, layouts_of, make_rows
 from tests.support.processes import run_ranks
 
-# Losses of learner and reference of siglip2.md, section 2.6.
+# Losses of learner and reference of four pairs, and what each promises once one is chosen.
 LEARNER = [[0.9, 0.2, 0.1, 0.1], [0.3, 0.5, 0.1, 0.4], [0.1, 0.1, 0.7, 0.2], [0.2, 0.1, 0.1, 0.3]]
 REFERENCE = [[0.2, 0.1, 0, 0.1], [0.1, 0.1, 0.1, 0.1], [0, 0.1, 0.6, 0.1], [0.1, 0, 0.1, 0.2]]
 GIVEN = [

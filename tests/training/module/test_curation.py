@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from dist_siglip.data import ImageTextBatch
 from dist_siglip.data.index.pairs import build_pair_table
+from dist_siglip.distributed import gather_rows, sum_over_ranks
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.losses import ClipLoss, DistillationLoss, SigLipLoss, TeacherFeatures
@@ -154,6 +155,47 @@ def test_ranks_choose_and_train_as_one(model, teacher, tmp_path, world_size):
                     logged[step][f"train/{name}"], rel=1e-4, abs=1e-6
                 )
         assert worst_error(found[0][number][0], whole, start) < 1e-4
+
+
+def step_gradients(rank, world_size, model, teacher):
+    """Chosen ids of all ranks and the mean gradient of a step, of each batch."""
+    loss = SigLipLoss(duplicates="positive", mined_negatives=2)
+    module, found = module_of(model, teacher, loss=loss), []
+    for step, batch in enumerate(batches_of(rank, world_size)):
+        with evaluation_mode(module.towers):
+            chosen, _, terms = curation.curate(
+                batch,
+                module.encode,
+                *module.logits(),
+                teachers=module.teachers,
+                loss=loss,
+                config=HALF,
+                step=step,
+                micro_batch_size=None,
+            )
+        module.zero_grad()
+        value = loss(*module.encode(chosen), *module.logits(), caption_ids=chosen.caption_ids)
+        value.backward()
+        gradients = {
+            name: sum_over_ranks(parameter.grad) / world_size
+            for name, parameter in module.named_parameters()
+            if parameter.grad is not None
+        }
+        gradients |= {name: sum_over_ranks(term) / world_size for name, term in terms.items()}
+        found.append((gather_rows(chosen.sample_ids).tolist(), gradients))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_choice_and_gradients_of_a_step_are_those_of_one_process(model, teacher, world_size):
+    alone = step_gradients(0, 1, model, teacher)
+    for of_rank in run_ranks(step_gradients, world_size, model, teacher):
+        for (ids, gradients), (expected, truth) in zip(of_rank, alone, strict=True):
+            assert ids == expected
+            assert gradients.keys() == truth.keys()
+            for name, value in gradients.items():
+                error = (value - truth[name]).abs().max() / truth[name].abs().max()
+                assert error < 1e-4, name
 
 
 def test_a_step_trains_the_chosen_pairs_alone_and_logs_what_they_promise(model, teacher, tmp_path):

@@ -1,8 +1,9 @@
-"""Texts without a picture: read from shards, and trained with on any ranks."""
+"""Texts without a picture, and mined ones: read from shards, and trained with on any ranks."""
 
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.losses import ClipLoss, MatryoshkaLoss, SigLipLoss, siglip_loss
 from dist_siglip.objectives import Captioning
 from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.module.calibration import warn_of_mining
 from dist_siglip.training.module.captions import num_negatives_of
 from dist_siglip.training.strategies import FullyShardedStrategy
 from tests.support.processes import run_ranks
@@ -115,7 +117,10 @@ def batches_of(rank=0, world_size=1):
     return found
 
 
+MINING = partial(SigLipLoss, duplicates="positive", mined_negatives=2, mined_weight=3.0)
 CASES = [
+    {"loss": MINING},
+    {"loss": MINING, "micro": 2},
     {"loss": SigLipLoss},
     {"loss": ClipLoss},
     {"loss": SigLipLoss, "micro": 2},
@@ -162,7 +167,7 @@ def test_ranks_wrapped_or_sharded_train_as_one(model, tmp_path, world_size):
 
 
 def test_a_step_has_the_loss_of_all_texts_that_exist(model, tmp_path):
-    logged = train(model, tmp_path, CASES[0])[1]
+    logged = train(model, tmp_path, CASES[2])[1]
     module, batch = locked_module(model), batches_of()[0]
     with torch.no_grad():
         image, text = module.towers(batch.images, batch.texts)
@@ -191,6 +196,22 @@ def test_calibration_counts_them_and_a_run_without_it_says_how_far_the_bias_is(
     assert with_some.bias < with_none.bias
     fit(module, tmp_path, batches_of())
     assert f"the best bias is about {-math.log(3):+.1f} away" in caplog.text
+
+
+def test_micro_batches_leave_mining_as_it_is_and_a_run_says_what_it_does_to_the_bias(
+    model, tmp_path, caplog
+):
+    (whole, logged), (in_parts, of_parts) = (train(model, tmp_path, case) for case in CASES[:2])
+    assert worst_error(in_parts, whole, module_of(model, CASES[0]).state_dict()) < 1e-4
+    for ours, theirs in zip(of_parts, logged, strict=True):
+        assert ours["train/mined_loss"] == pytest.approx(theirs["train/mined_loss"], rel=1e-4)
+        both = theirs["train/mined_loss"] + theirs["train/base_loss"]
+        assert theirs["train/loss"] == pytest.approx(both, rel=1e-5)
+    assert "mined_negatives (2): the hardest negatives count 4 times" in caplog.text
+    assert f"the best bias is up to {math.log(4):.1f} lower" in caplog.text
+    assert "without duplicates" not in caplog.text
+    warn_of_mining(SigLipLoss(mined_negatives=2), is_calibrated=True)
+    assert "mined_negatives (2) without duplicates: a picture's caption that" in caplog.text
 
 
 @pytest.mark.parametrize(
