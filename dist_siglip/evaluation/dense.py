@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.data.handwriting import DIGITS, check_numbers, draw_masked_numbers
 from dist_siglip.data.samples.bad_samples import BadSampleError
+from dist_siglip.data.samples.patches import patch_mask
 from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PicturePolicy
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError, check_least
@@ -195,6 +196,9 @@ class _DenseBenchmark(Benchmark):
                 "linear": (F.pad(tokens.double(), (0, 1), value=1.0) @ label_map).view(shape),
                 "text": exact_similarity(batch.features.flatten(0, 1), texts).view(shape),
             }
+            if batch.padding is not None:  # is never the best of its picture
+                hidden = batch.padding[:, :, None]
+                scores = {way: s.masked_fill(hidden, -math.inf) for way, s in scores.items()}
             told = found.add(scores, batch.labels)
             shown.add(batch.numbers, batch.pixels, {"mask": batch.labels, **told}, batch.grid)
         found.sum_over_ranks(group)
@@ -238,10 +242,11 @@ class _DenseBenchmark(Benchmark):
             raise_together(problem, device=model.device, group=group)
             encoded = model.encode_patches(batch.pixels)
             count = len(batch.numbers)
-            size = batch.pixels.shape[2:]
-            rows, columns = (
-                side // patch for side, patch in zip(size, encoded.patch_size, strict=True)
-            )
+            exists = patch_mask(batch.pixels[:count])
+            grid = None
+            if exists is None:
+                height, width = encoded.patch_size
+                grid = batch.pixels.shape[2] // height, batch.pixels.shape[3] // width
             masks = batch.masks.to(model.device)
             yield Patches(
                 batch.numbers,
@@ -249,7 +254,8 @@ class _DenseBenchmark(Benchmark):
                 encoded.tokens[:count].float(),
                 encoded.features[:count],
                 patch_labels(masks, encoded.patch_size, num_classes),
-                (rows, columns),
+                grid,
+                None if exists is None else ~exists.to(model.device),
             )
             if rank == 0 and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
                 _LOGGER.info("benchmark %s: batch %d", self.name, number)

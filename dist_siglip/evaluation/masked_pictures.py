@@ -5,6 +5,7 @@ labels, whatever colours they are shown in. It goes where its picture goes: to t
 model sees, cut or padded likewise, by the nearest pixel, since labels have no means.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import split_lines
 from dist_siglip.data.samples.loader import prepare_worker
+from dist_siglip.data.samples.patches import is_packed, pack_pictures, unpack
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.samples.regions import Window
@@ -223,6 +225,27 @@ def see_mask(mask: NDArray[np.int16], window: Window, size: tuple[int, int]) -> 
     return seen
 
 
+def see_packed(mask: NDArray[np.int16], window: Window, packed: Tensor) -> NDArray[np.int16]:
+    """Bring a mask to the patches of a packed picture, one below the other.
+
+    Args:
+        mask: (H, W) classes.
+        window: that the model sees.
+        packed: (1 + N, 3 p^2).
+
+    Returns:
+        (N * p, p) classes; ``NO_CLASS`` in patches that are padding.
+    """
+    patches, shape = unpack(packed[None])
+    rows, columns = shape[0].tolist()
+    side = math.isqrt(patches.shape[2] // 3)
+    seen = see_mask(mask, window, (rows * side, columns * side))
+    cut = seen.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side)
+    found = np.full((patches.shape[1] * side, side), NO_CLASS, dtype=np.int16)
+    found[: len(cut)] = cut
+    return found
+
+
 def _places(
     first: float, stop: float, count: int, length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -308,8 +331,8 @@ class MaskedBatch(NamedTuple):
 
     Attributes:
         numbers: of the B pictures.
-        pixels: (B, 3, H, W) uint8, or a single grey picture where B is 0.
-        masks: (B, H, W) int16.
+        pixels: (B, 3, H, W) uint8, or packed patches; a single grey picture where B is 0.
+        masks: (B, H, W) int16; of packed patches as ``see_packed``.
         problem: why one cannot be used; empty if all can.
     """
 
@@ -338,9 +361,12 @@ class _MaskedDataset(Dataset[MaskedSample]):
             pixels, window = self._transform.with_window(found.picture)
         except BadSampleError as error:
             return MaskedSample(at.sample_id, problem=str(error))
-        height, width = pixels.shape[1:]
-        mask = torch.from_numpy(see_mask(found.mask, window, (height, width)))
-        return MaskedSample(at.sample_id, pixels, mask)
+        if is_packed(pixels[None]):
+            mask = see_packed(found.mask, window, pixels)
+        else:
+            height, width = pixels.shape[1:]
+            mask = see_mask(found.mask, window, (height, width))
+        return MaskedSample(at.sample_id, pixels, torch.from_numpy(mask))
 
 
 class _Collator:
@@ -349,6 +375,7 @@ class _Collator:
     def __init__(self, inputs: Preprocessing) -> None:
         size = inputs.image_size
         self._size = (size, size) if isinstance(size, int) else size
+        self._patches = inputs.patches
 
     def __call__(self, samples: Sequence[MaskedSample]) -> MaskedBatch:
         pixels, masks = [], []
@@ -358,11 +385,17 @@ class _Collator:
                 numbers.append(sample.number)
                 pixels.append(sample.pixels)
                 masks.append(sample.mask)
-        grey = torch.full((1, 3, *self._size), 128, dtype=torch.uint8)
+        size = self._size
+        if self._patches is None:
+            grey = torch.full((1, 3, *size), 128, dtype=torch.uint8)
+        else:
+            side, num_patches = self._patches
+            grey = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
+            grey, size = pack_pictures(grey, side, num_patches), (num_patches * side, side)
         return MaskedBatch(
             numbers,
             torch.stack(pixels) if pixels else grey,
-            torch.stack(masks) if masks else torch.empty(0, *self._size, dtype=torch.int16),
+            torch.stack(masks) if masks else torch.empty(0, *size, dtype=torch.int16),
             next((sample.problem for sample in samples if sample.problem), ""),
         )
 

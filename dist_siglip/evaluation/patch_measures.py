@@ -30,11 +30,12 @@ class Patches(NamedTuple):
 
     Attributes:
         numbers: of the pictures.
-        pixels: (B, 3, H, W) uint8.
+        pixels: (B, 3, H, W) uint8, or packed patches.
         tokens: (B, T, C) float32.
         features: (B, T, D) float32.
         labels: (B, T) int64; -1 for no class.
-        grid: rows and columns.
+        grid: rows and columns; None of packed patches, which say their own.
+        padding: (B, T) bool, True where there is no patch; None if all are there.
     """
 
     numbers: list[int]
@@ -42,7 +43,8 @@ class Patches(NamedTuple):
     tokens: Tensor
     features: Tensor
     labels: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
+    padding: Tensor | None = None
 
 
 class PatchBank:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from dist_siglip.data.samples.patches import unpack, unpack_pictures
 from dist_siglip.distributed import gather_rows
 
 _SHOWN = 4  # pictures in the report
@@ -29,7 +30,7 @@ class ShownPictures:
     def __init__(self, num_pictures: int) -> None:
         self._wanted = {num_pictures * place // _SHOWN for place in range(_SHOWN)}
         self._kept: list[tuple[Tensor, ...]] = []
-        self._grid = (1, 1)
+        self._grid: tuple[int, int] | None = None
         self._panels: list[str] = []
 
     def add(
@@ -37,15 +38,15 @@ class ShownPictures:
         numbers: Sequence[int],
         pixels: Tensor,
         maps: Mapping[str, Tensor],
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None,
     ) -> None:
         """Keep the wanted ones among the pictures of a batch.
 
         Args:
             numbers: of the B pictures.
-            pixels: (B, 3, H, W) uint8.
+            pixels: (B, 3, H, W) uint8, or packed patches.
             maps: by name, (B, T) classes of the patches; -1 for none.
-            grid: rows and columns of the T patches.
+            grid: rows and columns of the T patches; None of packed patches, which say their own.
         """
         self._grid, self._panels = grid, list(maps)
         rows = [row for row, number in enumerate(numbers) if number in self._wanted]
@@ -65,12 +66,15 @@ class ShownPictures:
         )
         examples = []
         for row in numbers.argsort().tolist():
-            picture = pixels[row].permute(1, 2, 0).numpy()
-            panels = [picture]
-            for each in maps[row]:
-                own = each.view(self._grid).numpy()
-                panels.append(_overlay(picture, own, background))
-            seen = [number for number in maps[row].unique().tolist() if number >= 0]
+            shown, grid, own = pixels[row], self._grid, maps[row]
+            if grid is None:
+                rows, columns = unpack(shown[None])[1][0].tolist()
+                shown = unpack_pictures(shown[None])[0][0]
+                grid, own = (rows, columns), own[:, : rows * columns]
+            picture = shown.permute(1, 2, 0).numpy()
+            labels = [each.reshape(grid).numpy() for each in own]
+            panels = [picture, *(_overlay(picture, each, background) for each in labels)]
+            seen = [number for number in own.unique().tolist() if number >= 0]
             examples.append(
                 {
                     "media_type": "image/jpeg",

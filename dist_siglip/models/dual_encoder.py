@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
@@ -30,6 +29,7 @@ from dist_siglip.data.samples.batch import ImageNormalizer
 from dist_siglip.data.samples.patches import PatchBudget
 from dist_siglip.errors import UserError
 from dist_siglip.models.image_tokens import (
+    patch_size_of,
     pool_and_tokens,
     pool_view,
     project_tokens,
@@ -51,7 +51,8 @@ class PatchTokens(NamedTuple):
         tokens: (B, T, C) behind the last norm of the tower, without class and register tokens.
         features: (B, T, D) float32 of length 1, comparable with those of texts.
         patch_size: (height, width) in pixels; what is left of a picture at the right and below
-            belongs to no patch.
+            belongs to no patch. Of packed patches those that ``patch_mask`` calls padding have
+            tokens without meaning.
     """
 
     tokens: Tensor
@@ -139,9 +140,7 @@ class DualEncoder(nn.Module):
         visual = self.clip.visual
         require_image_tokens(visual)
         _, tokens = self._pool_and_tokens(visual, self.pixels(images))
-        tower = visual.trunk.patch_embed if isinstance(visual, TimmModel) else visual
-        height, width = tower.patch_size
-        return PatchTokens(tokens, unit_rows(project_tokens(visual, tokens)), (height, width))
+        return PatchTokens(tokens, unit_rows(project_tokens(visual, tokens)), patch_size_of(visual))
 
     def encode_view(
         self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None

@@ -61,6 +61,16 @@ def project_tokens(visual: Any, tokens: Tensor) -> Tensor:
     return rows.unflatten(0, tokens.shape[:2])
 
 
+def patch_size_of(visual: Any) -> tuple[int, int]:
+    """Return height and width of a patch in pixels."""
+    tower = visual
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        tower = trunk.embeds if isinstance(visual, NaFlexTower) else trunk.patch_embed
+    height, width = tower.patch_size
+    return int(height), int(width)
+
+
 def require_views(visual: nn.Module, who: str) -> int:
     """Refuse an image tower that ``encode_view`` cannot take apart; return the side of a patch.
 

@@ -1,5 +1,7 @@
 """Dense evaluations: against plain loops in float64, on 1, 2 and 3 ranks, and what is refused."""
 
+import base64
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,6 +12,8 @@ import torch
 from PIL import Image
 
 from dist_siglip.data.handwriting import draw_masked_numbers
+from dist_siglip.data.samples.patches import PatchBudget, pack_pictures, unpack
+from dist_siglip.data.samples.regions import WHOLE
 from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation import (
@@ -17,9 +21,11 @@ from dist_siglip.evaluation import (
     EvaluatedModel,
     HandwritingPatches,
     PatchSegmentation,
+    masked_pictures,
 )
 from dist_siglip.evaluation import patch_measures as module
 from dist_siglip.evaluation.dense import PatchSettings
+from dist_siglip.metrics.dense import patch_labels
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.training.callbacks.benchmarks import write_result
 from tests.support.benchmark_models import text_map
@@ -33,6 +39,7 @@ from tests.support.masked_folders import (
     scene,
     write_scenes,
 )
+from tests.support.naflex import write_models
 from tests.support.processes import run_ranks
 from tests.support.shards import encode, tokenize
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -246,9 +253,6 @@ def test_all_ranks_refuse_a_mask_of_another_size(alone, ranks):
 
 
 def test_examples_are_pictures_with_the_masks_over_them(alone):
-    import base64
-    import io
-
     examples = alone[0][1][1]["examples"]
     assert len(examples) == 4
     assert examples[0]["panels"] == ["picture", "mask", "knn", "linear", "text"]
@@ -309,6 +313,60 @@ def test_digits_have_the_class_of_their_box():
     assert np.array_equal(again, pictures)
     other, _ = draw_masked_numbers(3, is_training=False, seed=1)
     assert not np.array_equal(other, pictures)
+
+
+def naflex_metrics(models, folder, *, num_patches=None, turned=False):
+    """Metrics of a NaFlex tower, or of the fixed one of the same weights, and its examples."""
+    built = build_dual_encoder(*models, num_patches=num_patches)
+    model = EvaluatedModel.of(
+        built.encoder.eval(),
+        Preprocessing.of(built),
+        logit_scale=1.0,
+        logit_bias=0.0,
+        device=torch.device("cpu"),
+    )
+    seen = masked_pictures.see_packed
+    if turned:  # broken: rows for columns
+        masked_pictures.see_packed = lambda mask, window, packed: seen(mask.T, window, packed)
+    try:
+        metrics, details = PatchSegmentation(str(folder), settings=HERE).evaluate(model)
+    finally:
+        masked_pictures.see_packed = seen
+    return metrics, details["examples"]
+
+
+@torch.inference_mode()
+def test_pictures_of_any_shape_have_the_metrics_of_the_fixed_tower_whatever_is_padding(tmp_path):
+    models = write_models(tmp_path)
+    write_scenes(tmp_path / "square", (3, 3), side=64)
+    fixed, shown = naflex_metrics(models, tmp_path / "square")
+    found, drawn = naflex_metrics(models, tmp_path / "square", num_patches=75)  # 8 x 8, then none
+    assert found == pytest.approx(fixed, abs=1e-5)
+    assert [each["classes"] for each in drawn] == [each["classes"] for each in shown]
+    turned, _ = naflex_metrics(models, tmp_path / "square", num_patches=75, turned=True)
+    assert turned != pytest.approx(fixed, abs=1e-3)
+    write_scenes(tmp_path / "wide", (3, 3), side=64)
+    for path in (tmp_path / "wide").rglob("*.png"):
+        image = Image.open(path)
+        cut = np.asarray(image)[16:48]
+        path.write_bytes(mask_png(cut) if "masks" in path.parts else encode(Image.fromarray(cut)))
+    whole, padded = (naflex_metrics(models, tmp_path / "wide", num_patches=n) for n in (32, 40))
+    assert padded[0] == pytest.approx(whole[0], abs=1e-5)
+    assert padded[1] == whole[1]
+    shape = Image.open(io.BytesIO(base64.b64decode(whole[1][0]["base64"]))).size
+    assert shape == (5 * 228 - 4, 112)
+
+
+def test_a_mask_is_cut_as_its_packed_picture():
+    mask = np.arange(8 * 16, dtype=np.int16).reshape(8, 16) // 16 // 4 * 4 + np.arange(16) // 4
+    packed = pack_pictures(torch.zeros(3, 8, 16, dtype=torch.uint8), 4, 10)
+    seen = torch.from_numpy(masked_pictures.see_packed(mask, WHOLE, packed))[None]
+    assert patch_labels(seen, (4, 4), 8).tolist() == [[*range(8), -1, -1]]
+    inputs = replace(patch_model().inputs, patches=PatchBudget(4, 10))
+    collate = masked_pictures._Collator(inputs)  # of a rank without a picture
+    empty = collate([masked_pictures.MaskedSample(0)])
+    assert unpack(empty.pixels)[1].tolist() == [[1, 1]]
+    assert patch_labels(empty.masks, (4, 4), 8).shape == (0, 10)
 
 
 def tiny_vit(folder, kind):
