@@ -232,6 +232,7 @@ class TrainingCLI(LightningCLI):
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.check_world()
         self.model.check_data(self.datamodule)
+        self.model.check_ranks(world_size)
         refuse_accumulation(self.trainer)
         given = self._get(self.config, "ckpt_path")
         from_run = self._get(self.config, "from_run")

@@ -257,6 +257,9 @@ class RunModule(LightningModule):
         if isinstance(inputs, Preprocessing):
             self.towers.normalizer = ImageNormalizer(inputs.mean, inputs.std)
 
+    def check_ranks(self, world_size: int) -> None:
+        """Check that so many ranks can share a step; any can, where a module says nothing else."""
+
     def check_data(self, data: object) -> None:
         """Check that the features a data module reads are those of towers that are locked whole.
 

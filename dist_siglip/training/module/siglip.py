@@ -265,8 +265,8 @@ class SigLipModule(CalibratedModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.check_data(data)
-        if self.curation is not None and self.loaded_batch_size and stage == "fit":
-            self.curation.size_of(self.loaded_batch_size, self.trainer.world_size)
+        if stage == "fit":
+            self.check_ranks(self.trainer.world_size)
         settle_identities(data, are_used=uses_picture_ids(self.loss))
 
     def check_data(self, data: object) -> None:
@@ -277,6 +277,15 @@ class SigLipModule(CalibratedModule):
         """
         super().check_data(data)
         self.teachers.check_data(data)
+
+    def check_ranks(self, world_size: int) -> None:
+        """Check that ranks can share the pairs that ``curation`` leaves.
+
+        Raises:
+            UserError: as ``CurationConfig.size_of``.
+        """
+        if self.curation is not None and self.loaded_batch_size:
+            self.curation.size_of(self.loaded_batch_size, world_size)
 
     def on_fit_start(self) -> None:
         """Tell Lightning that locked parts are in evaluation mode on purpose."""

@@ -317,6 +317,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(model, teacher, settings, wo
     assert "\n" not in str(caught.value)
 
 
-def test_a_share_that_ranks_cannot_have_equally_is_refused():
+def test_a_share_that_ranks_cannot_have_equally_is_refused(model, teacher):
     with pytest.raises(UserError, match=r"leaves 6 of .* which 4 ranks cannot share equally"):
-        HALF.size_of(12, 4)
+        module_of(model, teacher).check_ranks(4)  # which fit does before it writes anything
+    module_of(model, teacher).check_ranks(3)
+    module_of(model, teacher, global_batch_size=None).check_ranks(4)
