@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.run.start_point import checkpoint_to_look_at
 from dist_siglip.cli.run.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings, logger
 from dist_siglip.data import (
@@ -161,8 +160,7 @@ class CalibrationCLI(TrainingCLI):
             raise UserError(f"pairs ({self.datamodule.num_pairs}) must be at least 2, better 4096")
         self.model.check_can_calibrate()
         self.datamodule.prepare_data()
-        given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = checkpoint_to_look_at(self.folder, given, self.model)
+        self.start_checkpoint = self.choose_to_look_at()
 
     def calibrate(self, model: LightningModule, ckpt_path: str | None = None, **_: Any) -> None:
         """Embed, fit, print."""

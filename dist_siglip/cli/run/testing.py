@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dist_siglip.cli.logs import set_up_logging
-from dist_siglip.cli.run.start_point import checkpoint_to_look_at
 from dist_siglip.cli.run.trainer_parts import draws_bar, plugins
 from dist_siglip.cli.run.training import TrainingCLI, cli_settings, logger
 from dist_siglip.cli.table import print_path
@@ -106,10 +105,7 @@ class BenchmarkCLI(TrainingCLI):
                 "dist_siglip.evaluation.Retrieval with init_args: {shards: ...}"
             )
         self.benchmarks.check(self.model.towers)
-        given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = self._choose(
-            lambda: checkpoint_to_look_at(self.folder, given, self.model)
-        )
+        self.start_checkpoint = self.choose_to_look_at()
         self.benchmarks.weights_name = self._get(self.config, "model.pretrained")
         settings = yaml.safe_load(self._parser("test").dump(self._get_all(), skip_none=False))
         world_size = self.trainer.num_nodes * self.trainer.num_devices

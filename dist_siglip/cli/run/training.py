@@ -382,10 +382,22 @@ class TrainingCLI(LightningCLI):
         """Check the data and the checkpoint to evaluate."""
         check_data_once_per_node(self.trainer, self.model, self.datamodule)
         self._get(self.config_init, "benchmarks").check(self.model.towers)
-        given = self._get(self.config, "ckpt_path")
-        self.start_checkpoint = self._choose(
-            lambda: checkpoint_to_look_at(self.folder, given, self.model)
-        )
+        self.start_checkpoint = self.choose_to_look_at()
+
+    def choose_to_look_at(self) -> Path | None:
+        """Choose the checkpoint to evaluate; None for the model as built.
+
+        Raises:
+            UserError: as ``checkpoint_to_look_at``, or if there is none and ``from_run`` is set.
+        """
+        given, from_run = (self._get(self.config, name) for name in ("ckpt_path", "from_run"))
+        chosen = self._choose(lambda: checkpoint_to_look_at(self.folder, given, self.model))
+        if chosen is None and from_run is not None:
+            raise UserError(
+                f"from_run ({from_run}) is where fit begins, and run_dir ({self.folder.path}) has "
+                "no checkpoint yet; to evaluate that run name it as run_dir"
+            )
+        return chosen
 
     def validate(self, model: LightningModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Evaluate the given checkpoint, else the newest of the run, else the model as built."""

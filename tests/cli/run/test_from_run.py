@@ -2,12 +2,15 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from dist_siglip.cli.run.from_run import folder_of_settings, split
+from dist_siglip.cli.run.training import TrainingCLI
+from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
 from tests.cli.run.test_fit import losses, recording
 from tests.support.command import write_settings
@@ -38,6 +41,22 @@ def test_what_from_run_names(tmp_path):
     own.checkpoints.mkdir(parents=True)
     own.checkpoint(3).touch()
     assert folder_of_settings(own, "runs/a") == own
+
+
+def test_a_folder_that_has_not_begun_is_not_evaluated_as_built(tmp_path):
+    settings = {"from_run": "runs/first"}
+    command = SimpleNamespace(
+        folder=RunFolder(tmp_path / "second"),
+        model=None,
+        config=settings,
+        _get=lambda config, name: config.get(name),
+        _choose=lambda choose: choose(),
+    )
+    with pytest.raises(UserError, match=r"from_run \(runs/first\) is where fit begins") as caught:
+        TrainingCLI.choose_to_look_at(command)
+    assert "\n" not in str(caught.value)
+    settings.clear()
+    assert TrainingCLI.choose_to_look_at(command) is None
 
 
 def evaluated(run):
