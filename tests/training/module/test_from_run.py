@@ -23,6 +23,7 @@ from tests.support.naflex import FIXED, SIDE
 from tests.support.objective_ranks import batch_of, rows_of
 from tests.support.processes import run_ranks
 from tests.support.schedule_free import ScheduleFreeSGD
+from tests.support.self_distillation_ranks import objectives_of, views_of
 from tests.support.sharded_ranks import worst_error
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import fit, locked_module
@@ -88,7 +89,7 @@ def stage(model, folder, max_steps, *, start=None, done=0, save=None, rank=0, wo
         if "num_patches" in more:
             images = pack_pictures(images, SIDE, more["num_patches"])
         rows = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-        batches.append(rows_of(batch._replace(images=images), rows))
+        batches.append(rows_of(views_of(batch._replace(images=images), seed), rows))
     seen = Start()
     callbacks = [seen, *trainer_settings.pop("callbacks", [])]
     callbacks += [] if save is None else [AtEnd(save)]
@@ -180,6 +181,31 @@ def test_heads_that_a_run_no_longer_has_are_left_out(model, tmp_path):
     assert equal(seen.weights, {name: first.state_dict()[name] for name in seen.weights})
     kept = {k: v for k, v in states_of(trainer, first).items() if not k.startswith(HEADS)}
     assert equal(seen.states, kept)
+
+
+@pytest.mark.e2e
+def test_a_teacher_goes_on_is_left_out_or_begins_as_the_student(model, tmp_path):
+    path, plain, one = (tmp_path / f"{name}.ckpt" for name in ("first", "plain", "one"))
+    asked = {"teacher_momentum": 0.75}
+    whole, *_ = stage(model, tmp_path, STEPS, objectives=objectives_of(), **asked)
+    stage(model, tmp_path, STOP, save=path, objectives=objectives_of(), trainer=averaged(), **asked)
+    settings = {"done": STOP, "objectives": objectives_of(), **asked}
+    module, *_ = stage(model, tmp_path, STEPS, start=path, **settings)
+    assert equal(dict(module.state_dict()), dict(whole.state_dict()))
+    module, _, seen = stage(model, tmp_path, STOP + 1, start=path, done=STOP)
+    assert not any(name.startswith(("teacher.", "objectives.")) for name in module.state_dict())
+    assert set(seen.weights) == set(module.state_dict())
+    for source, heads in ((plain, None), (one, objectives_of()[1:])):
+        stage(model, tmp_path, STOP, save=source, objectives=heads, **asked)
+        settings["objectives"] = objectives_of()
+        module, _, seen = stage(model, tmp_path, STOP + 1, start=source, **settings)
+        assert seen.weights["teacher.has_begun"] == (heads is not None)
+        state = module.state_dict()
+        head = "self_distillation.head.directions"
+        ours, theirs = f"teacher.heads.{head.replace('.head', '')}", f"objectives.{head}"
+        expected = 0.75 * seen.weights[theirs] + 0.25 * state[theirs]
+        assert torch.allclose(state[ours], expected, atol=1e-6)
+        assert state["teacher.has_begun"]
 
 
 def test_an_average_without_its_callback_goes_on_with_the_weights_that_trained(model, tmp_path):
