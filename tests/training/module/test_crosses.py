@@ -38,4 +38,8 @@ def test_two_ranks_take_the_steps_of_one_process_whatever_is_joined(models, tmp_
             assert of_rank[number][1] == pytest.approx(losses, rel=1e-4), name
         start = module_of(models, CASES[name]).state_dict()
         trained = {k: v for k, v in whole.items() if v.is_floating_point()}
-        assert worst_error(ranks[0][number][0], trained, start) < 1e-3, name
+        # Near -10 float32 has steps of 1e-6, and in some cases it moves by 6e-5 in all.
+        bias = trained.pop("logits.logit_bias")
+        found = ranks[0][number][0]
+        assert found["logits.logit_bias"].item() == pytest.approx(bias.item(), abs=5e-6), name
+        assert worst_error(found, trained, start) < 3e-4, name
