@@ -1,6 +1,7 @@
 """The stages of configs/siglip2: one schedule in three runs, in small, as the files say."""
 
 import json
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from tests.support.tiny_models import ARCHITECTURES, write_config
 
 FOLDER = Path(__file__).parents[2] / "configs/siglip2"
 POSITIONS = "towers.clip.visual.trunk.pos_embed"
+CHANCES = 5  # of a guess, that recall is above in the quickstart
 ENDS = (8, 9, 10)  # steps at which the runs end, the last one with the schedule
 pytestmark = pytest.mark.e2e
 
@@ -169,6 +171,85 @@ def test_the_naflex_copy_branches_off_at_nine_tenths(parts, tmp_path):
     assert counts == {6}
     assert ours["state_dict"]["towers.clip.visual.trunk.embeds.pos_embed"].shape == (1, 8, 8, 64)
     assert ours["ImageTextDataModule"]["samples_consumed"] == 6 * 8
+
+
+def commands_of(path):
+    """The commands in the head of a file, as words."""
+    head = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    text = "\n".join(line.removeprefix("#").strip() for line in head).replace("\\\n", " ")
+    commands = text.splitlines()
+    (prefix,) = [each.partition("=")[2] for each in commands if each.startswith("q=")]
+    for name in ("$q", "${q}"):
+        commands = [each.replace(name, prefix) for each in commands]
+    return [shlex.split(each) for each in commands if not each.startswith("q=")]
+
+
+def test_the_quickstart_runs_whole_from_shards_to_an_export(tmp_path, monkeypatch):
+    """As the head of its file says, but on one process."""
+    import transformers
+
+    recipes = [merged(files("quickstart", stage)) for stage in (1, 2, 3)]
+    check_chain(recipes)
+    (tmp_path / "configs").symlink_to(FOLDER.parent)
+    monkeypatch.chdir(tmp_path)
+    (_, _, code), *commands = commands_of(FOLDER / "quickstart.yaml")
+    exec(code, {})
+    assert [words[1] for words in commands] == ["fit", "fit", "fit", "export"]
+    for words in commands:
+        more = ["--trainer.devices", 1] if words[1] == "fit" else []
+        done = run_forked(*words[1:], *more)
+        assert done.returncode == 0, done.stderr
+    runs = [RunFolder(Path(recipe["run_dir"])) for recipe in recipes]
+    lines = [lines_of(run) for run in runs]
+    # One schedule, one count of steps, one order of the data.
+    trained = [[each for each in part if "train/loss" in each] for part in lines]
+    steps = [each["step"] for part in trained for each in part]
+    assert steps == sorted(set(steps))
+    optim, total = OptimConfig(**recipes[0]["model"]["optim"]), steps[-1]
+    for each in (each for part in trained for each in part):
+        rate = optim.learning_rate * scheduled_factor(optim, total, each["step"] - 1)
+        assert each["train/learning_rate"] == pytest.approx(rate, rel=1e-3)
+    states = [
+        torch.load(run.checkpoint(recipe["trainer"]["max_steps"]), weights_only=True)
+        for run, recipe in zip(runs, recipes, strict=True)
+    ]
+    size = recipes[0]["data"]["global_batch_size"]
+    for state in states:
+        assert state["ImageTextDataModule"]["samples_consumed"] == state["global_step"] * size
+    moments = states[-1]["optimizer_states"][0]["state"]
+    counts = {name: int(state["step"]) for name, state in moments.items()}
+    first, second = (recipe["trainer"]["max_steps"] for recipe in recipes[:2])
+    assert counts["towers.clip.visual.trunk.norm.weight"] == total
+    assert counts["objectives.captioning.output.weight"] == total
+    assert counts["objectives.masked_prediction.mask_token"] == total - first
+    assert counts[POSITIONS] == total - second
+    assert states[-1]["state_dict"][POSITIONS].shape != states[0]["state_dict"][POSITIONS].shape
+    # It finds numbers, in handwriting, neither of which it has ever seen; see the head for stage 3.
+    for part in lines[:2]:
+        last = [each for each in part if "val/loss" in each][-1]
+        recalls = [last[f"val/{way}_recall@1"] for way in ("image_to_text", "text_to_image")]
+        assert min(recalls) > CHANCES / 100, recalls
+    # The teacher has collapsed in neither way by the end of stage 2, and tells patches apart.
+    last = trained[1][-1]
+    for name in ("self_distillation", "masked_prediction"):
+        assert last[f"train/{name}_entropy"] < 0.98
+        assert last[f"train/{name}_mean_entropy"] > 0.05
+    gap = last["train/masked_prediction_mean_entropy"] - last["train/masked_prediction_entropy"]
+    assert gap > 0.05
+    theirs = transformers.AutoModel.from_pretrained("runs/siglip2_quickstart/export").eval()
+    ours = load_trained(run_dir=str(runs[-1].path))
+    size = recipes[-1]["model"]["image_size"]
+    pixels = torch.randn(2, 3, size, size)
+    texts = ours.tokenizer(["forty two", "ninety"])
+    normalize = torch.nn.functional.normalize
+    with torch.no_grad():
+        pairs = (
+            (theirs.vision_model(pixel_values=pixels), ours.encoder.eval().encode_image(pixels)),
+            (theirs.text_model(input_ids=texts), ours.encoder.encode_text(texts)),
+        )
+    for expected, found in pairs:
+        expected = normalize(expected.pooler_output, dim=-1)
+        assert torch.allclose(normalize(found, dim=-1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
