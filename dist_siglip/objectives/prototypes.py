@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_siglip.objectives.token_loss import exponentials_
+
 _CHUNK_LOGITS = 2**26  # 256 MB as float32
 
 
@@ -137,10 +139,13 @@ def choice_sums(
         (), sum of the entropies in nats; (K,), sum of the probabilities.
     """
     total, choices = centre.new_zeros(()), torch.zeros_like(centre)
-    for logits in teacher_logits(teacher, prototypes, centre, temperature):
-        spread = logits.logsumexp(dim=1, keepdim=True)
-        shares = (logits - spread).exp_()
-        total += spread.sum() - (shares * logits).sum()
+    for shares in teacher_logits(teacher, prototypes, centre, temperature):
+        logits = shares.clone()
+        top, sums = exponentials_(shares)
+        shares.div_(sums)
+        meant = torch.bmm(shares[:, None], logits[:, :, None])
+        del logits  # before the next ones are made
+        total += sums.log_().add_(top).sum() - meant.sum()
         choices += shares.sum(dim=0)
     return total, choices
 
@@ -148,10 +153,16 @@ def choice_sums(
 def teacher_logits(
     teacher: Tensor, prototypes: Tensor, centre: Tensor, temperature: float
 ) -> Iterator[Tensor]:
-    """Yield the (n, K) logits of a teacher, centred and over its temperature, chunk by chunk."""
+    """Yield the (n, K) logits of a teacher, centred and over its temperature, chunk by chunk.
+
+    All are in one buffer, which the caller may overwrite, and the next chunk does.
+    """
+    every = teacher.split(_rows_of_chunk(len(prototypes), 2))
+    buffer = teacher.new_empty(len(every[0]), len(prototypes))
     with torch.autocast(teacher.device.type, enabled=False):
-        for rows in teacher.split(_rows_of_chunk(len(prototypes), 2)):
-            yield F.linear(rows, prototypes).sub_(centre).div_(temperature)
+        for rows in every:
+            logits = torch.mm(rows, prototypes.T, out=buffer[: len(rows)])
+            yield logits.sub_(centre).div_(temperature)
 
 
 def _rows_of_chunk(num_prototypes: int, logits_per_row: int) -> int:
@@ -180,8 +191,10 @@ class _PrototypeLosses(torch.autograd.Function):
         for rows, seen in zip(student.split(chunk_rows), teacher.split(chunk_rows), strict=True):
             shares = _choices(seen.to(dtype), theirs, centre, teacher_temperature)
             logits = _wide(F.linear(rows.to(dtype), ours)).div_(student_temperature)
-            spread = logits.logsumexp(dim=2)
-            losses.append(spread - torch.bmm(logits, shares[:, :, None]).squeeze(2))
+            meant = torch.bmm(logits, shares[:, :, None]).squeeze(2)
+            top, sums = exponentials_(logits)
+            spread = sums.log_().add_(top).squeeze(2)
+            losses.append(spread - meant)
             spreads.append(spread)
             del shares, logits  # before the next ones are made
         ctx.save_for_backward(student, weight, teacher, teacher_weight, centre, torch.cat(spreads))
@@ -212,8 +225,13 @@ class _PrototypeLosses(torch.autograd.Function):
 
 def _choices(rows: Tensor, prototypes: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """(n, K) probabilities, at least float32."""
-    logits = _wide(F.linear(rows, prototypes)).sub_(centre).div_(temperature)
-    return logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
+    return choices_(_wide(F.linear(rows, prototypes)).sub_(centre).div_(temperature))
+
+
+def choices_(logits: Tensor) -> Tensor:
+    """Return (n, K) logits, turned in place into probabilities."""
+    _, sums = exponentials_(logits)
+    return logits.div_(sums)
 
 
 def _wide(logits: Tensor) -> Tensor:

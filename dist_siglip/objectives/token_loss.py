@@ -62,9 +62,10 @@ class _TokenLosses(torch.autograd.Function):
         matrix, found = weight.to(dtype), []
         for rows, own in zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True):
             logits = _logits(rows.to(dtype), matrix, bias)
-            spread = logits.logsumexp(dim=1)
-            loss = spread - logits.gather(1, own[:, None]).squeeze(1)
-            found.append((spread, loss, logits.argmax(dim=1)))
+            best, at_label = logits.argmax(dim=1), logits.gather(1, own[:, None]).squeeze(1)
+            top, sums = exponentials_(logits)
+            spread = sums.log_().add_(top).squeeze(1)
+            found.append((spread, spread - at_label, best))
             del logits  # before the next ones are made
         spread, losses, best = (torch.cat(column) for column in zip(*found, strict=True))
         ctx.save_for_backward(hidden, weight, bias, labels, spread)
@@ -96,6 +97,16 @@ class _TokenLosses(torch.autograd.Function):
                 of_weight += narrow.T @ rows
             del slope, narrow
         return of_hidden, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None, None
+
+
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Put exp(z - max z) in the place of logits z, row by row, so that no second copy is made.
+
+    Returns:
+        (..., 1) max z, and (..., 1) the sum of what now stands there.
+    """
+    top = logits.amax(dim=-1, keepdim=True)
+    return top, logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
 
 
 def _logits(rows: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.errors import UserError
 from dist_siglip.objectives import (
     MaskedPrediction,
@@ -14,10 +13,12 @@ from dist_siglip.objectives import (
     SelfDistillation,
     Targets,
     prototype_losses,
+    prototypes,
 )
 from dist_siglip.objectives.prototypes import PrototypeHead, choice_sums
 from dist_siglip.training.module.ema_teacher import sinkhorn_centre
 from tests.support import reference_self_distillation as reference
+from tests.support.allocations import allocated_peak, tensor_peak
 from tests.support.processes import run_ranks
 
 # The published case of three prototypes: teacher, centre, two views of two rows.
@@ -160,24 +161,97 @@ def test_under_autocast_probabilities_are_float32():
     assert not torch.equal(losses, alone)
 
 
-def peak_bytes(num_rows, prototypes, chunk_rows):
-    inputs = inputs_of(num_rows, 2, prototypes, 4, torch.float32)
-
-    def run():
-        prototype_losses(*inputs, **COLD, chunk_rows=chunk_rows).mean().backward()
-
-    with LiveBytes() as counter:
-        run()
-    return counter.peak
+PUBLISHED = 65_536  # prototypes of DINO
 
 
-def test_peak_bytes_at_65_536_prototypes_are_those_of_a_chunk_whatever_the_batch():
-    """Three logits of each row: two views and the teacher."""
-    prototypes, chunk_rows = 65_536, 16
-    chunk, matrix = 3 * 4 * chunk_rows * prototypes, 4 * 4 * prototypes
-    few, many = (peak_bytes(times * chunk_rows, prototypes, chunk_rows) for times in (4, 8))
-    assert few < 2 * chunk + 3 * matrix
-    assert many < few + chunk / 100
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_views", [1, 8])
+def test_peak_bytes_at_65_536_prototypes_are_those_of_a_chunk_whatever_the_batch(num_views, narrow):
+    """Of each row the logits of its views and of the teacher, forward and backward."""
+    chunk_rows, width = 4, 4
+
+    def peak(num_chunks, rows_at_once=chunk_rows):
+        inputs = inputs_of(num_chunks * chunk_rows, num_views, PUBLISHED, width, torch.float32)
+
+        def run():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+                losses = prototype_losses(*inputs, **COLD, chunk_rows=rows_at_once)
+            losses.mean().backward()
+
+        return (tensor_peak if narrow else allocated_peak)(run)
+
+    few, many = peak(4), peak(8)
+    chunk, matrix = ((num_views + 1) * 4 * chunk_rows * PUBLISHED, 4 * width * PUBLISHED)
+    # In bfloat16 the products beside their float32, copies of both matrices and of a gradient.
+    assert few < 1.1 * (1.5 * chunk + 3 * matrix if narrow else chunk + matrix)
+    assert many < few + chunk / 50
+    assert peak(4, 4 * chunk_rows) > 3.5 * chunk
+
+
+CHUNK = 2**21 * 4  # bytes, in place of 256 MB
+
+
+@pytest.mark.parametrize("objective", [SelfDistillation(), MaskedPrediction()])
+def test_peak_bytes_of_a_micro_batch_are_those_of_a_chunk(objective, monkeypatch):
+    """8 crops of 8 and 16 pictures, or 16 and 32 hidden patches of each, and the teacher's."""
+    monkeypatch.setattr(prototypes, "_CHUNK_LOGITS", CHUNK // 4)
+    objective.head = PrototypeHead(6, PUBLISHED, 8, 4)
+    objective.num_hidden = 16
+    per_picture = 1 if isinstance(objective, SelfDistillation) else 16
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def peak(num_pictures):
+        mask = torch.zeros(num_pictures, 32, dtype=torch.bool)
+        mask[:, ::2] = True
+        target = Targets(
+            F.normalize(normal(num_pictures, per_picture, 4), dim=-1),
+            F.normalize(normal(PUBLISHED, 4), dim=-1),
+            normal(PUBLISHED) * 0.1,
+            0.06,
+        )
+        rows = Rows(
+            torch.zeros(num_pictures, 32, 6),
+            torch.zeros(num_pictures, 1, dtype=torch.long),
+            torch.arange(num_pictures),
+            torch.ones(num_pictures, dtype=torch.bool),
+            local_views=normal(num_pictures, 8, 6),
+            masked_tokens=normal(num_pictures, 32, 6),
+            mask=mask,
+            targets={objective.name: target},
+        )
+
+        def run():
+            (term,) = objective(rows).values()
+            term.total.backward()
+
+        return allocated_peak(run)
+
+    few, many = peak(8), peak(16)
+    matrix = 4 * 4 * PUBLISHED
+    assert few < 1.1 * (CHUNK + 3 * matrix)  # prototypes, their gradient and that of the matrix
+    assert many < few + CHUNK / 50
+    logits = 8 * (9 if per_picture == 1 else 2 * 16) * 4 * PUBLISHED
+    assert logits > 2 * CHUNK
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda rows, matrix: choice_sums(rows, matrix, matrix[:, 0] * 0, 0.05),
+        lambda rows, matrix: sinkhorn_centre(rows, matrix, 0.05),
+    ],
+    ids=["gauges", "sinkhorn"],
+)
+def test_peak_bytes_of_the_teacher_are_those_of_a_chunk(run, monkeypatch):
+    monkeypatch.setattr(prototypes, "_CHUNK_LOGITS", CHUNK // 4)
+    _, _, rows, matrix, _ = inputs_of(128, 1, PUBLISHED, 4, torch.float32)
+    few, many = (allocated_peak(lambda n=n: run(rows[:n], matrix)) for n in (64, 128))
+    assert 64 * 4 * PUBLISHED >= 2 * CHUNK
+    assert few < 1.1 * CHUNK
+    assert many < few + CHUNK / 50
 
 
 # Two prototypes, four rows, temperature .1, as DINOv2 balances them.

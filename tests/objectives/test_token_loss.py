@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_siglip.bench.simulate import LiveBytes
 from dist_siglip.objectives import token_losses
+from tests.support.allocations import allocated_peak, tensor_peak
 from tests.support.reference_captioning import cross_entropy
 
 
@@ -51,13 +51,6 @@ def test_of_bfloat16_products_the_softmax_is_float32():
     assert not torch.allclose(rounded, expected, atol=1e-3)
 
 
-def peak_bytes(run):
-    """Most bytes that were alive at once, of what a function made."""
-    with LiveBytes() as counter:
-        run()
-    return counter.peak
-
-
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 def test_peak_bytes_at_256_000_words_are_those_of_a_chunk_whatever_the_batch(narrow):
     """Forward and backward; the logits of the batch are 4 and 8 chunks."""
@@ -72,7 +65,7 @@ def test_peak_bytes_at_256_000_words_are_those_of_a_chunk_whatever_the_batch(nar
                 losses, _ = token_losses(hidden, weight, bias, labels, chunk_rows=chunk_rows)
             losses.mean().backward()
 
-        return peak_bytes(run)
+        return (tensor_peak if narrow else allocated_peak)(run)
 
     few, many = ours(4 * chunk_rows), ours(8 * chunk_rows)
     # A chunk; in bfloat16 its copy, and that of the matrix; the gradients of matrix and bias.
@@ -80,7 +73,9 @@ def test_peak_bytes_at_256_000_words_are_those_of_a_chunk_whatever_the_batch(nar
     assert few < 1.1 * held
     assert many < few + chunk / 100
     hidden, weight, bias, labels = inputs_of(8 * chunk_rows, vocab_size, width, torch.float32)
-    whole = peak_bytes(lambda: F.cross_entropy(F.linear(hidden, weight, bias), labels).backward())
+    whole = allocated_peak(
+        lambda: F.cross_entropy(F.linear(hidden, weight, bias), labels).backward()
+    )
     assert whole > 8 * chunk
 
 

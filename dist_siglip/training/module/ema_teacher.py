@@ -5,7 +5,7 @@ has no gradient: optimizers, clipping and DDP pass it over, and exports take the
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.models import DualEncoder
 from dist_siglip.models.image_tokens import pool_view
 from dist_siglip.objectives import Objective, Targets, TeacherObjective
-from dist_siglip.objectives.prototypes import choice_sums, teacher_logits
+from dist_siglip.objectives.prototypes import choice_sums, choices_, teacher_logits
 
 TEACHER_MOMENTUM = 0.996
 _ROUNDS = 3  # of Sinkhorn
@@ -368,17 +368,19 @@ def sinkhorn_centre(rows: Tensor, prototypes: Tensor, temperature: float) -> Ten
         The rounds of DINOv2's public code, arXiv:2304.07193.
     """
     zero = rows.new_zeros(len(prototypes))
+
+    def sums_of(centre: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = torch.zeros_like(zero)
+        for logits in teacher_logits(rows, prototypes, centre, temperature):
+            sums += change(logits).sum(dim=0)
+        return sum_over_ranks(sums)
+
     top = torch.full_like(zero, -torch.inf)
     for logits in teacher_logits(rows, prototypes, zero, temperature):
         top = torch.maximum(top, logits.amax(dim=0))
+        del logits  # before the first ones of the next pass are made
     top = max_over_ranks(top)
-    sums = torch.zeros_like(zero)
-    for logits in teacher_logits(rows, prototypes, zero, temperature):
-        sums += (logits - top).exp_().sum(dim=0)
-    shift = -(top + sum_over_ranks(sums).log())
+    shift = -(top + sums_of(zero, lambda logits: logits.sub_(top).exp_()).log())
     for _ in range(_ROUNDS - 1):
-        sums = torch.zeros_like(zero)
-        for logits in teacher_logits(rows, prototypes, -temperature * shift, temperature):
-            sums += logits.softmax(dim=1).sum(dim=0)
-        shift = shift - sum_over_ranks(sums).log()
+        shift = shift - sums_of(-temperature * shift, choices_).log()
     return -temperature * shift
