@@ -11,6 +11,10 @@ SUBCOMMANDS = {
         "dist_siglip.bench.train",
         "samples/s of a whole run, where its time goes, open_clip_train beside it",
     ),
+    "naflex": (
+        "dist_siglip.bench.naflex",
+        "an image tower at each sequence length, beside that of squares",
+    ),
     "checkpoint": (
         "dist_siglip.bench.checkpoint",
         "what a checkpoint costs training, at once or in the background",

@@ -15,6 +15,8 @@ that the decoder writes:
     logits of teachers  2 N (D_1 + ... + D_K)             once for each pass of the loss
     head of prototypes  2 (C H + H^2 + H D)               hidden width H, D numbers, a vector
     its logits          2 D K                             K prototypes
+    scores of curation  4 r N (D + D_1 + ... + D_K)       r pairs brought for each that trains,
+                                                          less the columns of the last chunk
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +38,7 @@ from dist_siglip.objectives import (
     SelfDistillation,
     TeacherObjective,
 )
+from dist_siglip.training.module.curation import CurationConfig
 
 FORWARD_ALONE = 1
 FORWARD_AND_BACKWARD = 3
@@ -314,9 +317,9 @@ def step_parts(
 
     Args:
         built: towers.
-        settings: of a run, of which model.loss, model.teachers, model.objectives and
-            data.captions.weights count.
-        global_batch_size: N.
+        settings: of a run, of which model.loss, model.teachers, model.objectives, model.curation
+            and weights and negatives of data.captions count.
+        global_batch_size: N, pairs that train.
 
     Raises:
         UserError: as ``Towers.of``, and as an objective says.
@@ -324,6 +327,7 @@ def step_parts(
     model = settings.get("model", {})
     captions = settings.get("data", {}).get("captions") or {}
     num_captions = len(captions.get("weights") or [1])
+    num_negatives = captions.get("num_negatives", 1) if captions.get("negatives") else 0
     teachers = _teachers(model.get("teachers") or [])
     if teachers is None:
         return None
@@ -331,9 +335,13 @@ def step_parts(
     of_loss = loss_parts(model.get("loss") or {}, built.embed_dim, global_batch_size, dims)
     if of_loss is None:
         return None
-    of_towers = Towers.of(built).parts
-    of_captions = [of_towers.pop(), *of_loss]
-    parts = of_towers + [each._replace(forward=each.forward * num_captions) for each in of_captions]
+    *of_images, of_texts = of_towers = Towers.of(built).parts
+    num_texts, meetings = num_captions + num_negatives, num_captions * (1 + num_negatives)
+    parts = [
+        *of_images,
+        of_texts._replace(forward=of_texts.forward * num_texts),
+        *(each._replace(forward=each.forward * meetings) for each in of_loss),
+    ]
     objectives = model.get("objectives") or []
     with_teacher = [each for each in objectives if _class_name(each) in _OF_TEACHERS]
     if with_teacher:
@@ -345,7 +353,20 @@ def step_parts(
         if count is None:
             return None
         parts += count(built, objective.get("init_args", {}))
-    return parts + of_teachers
+    curation = model.get("curation")
+    if curation is None:
+        return parts + of_teachers
+    rule = CurationConfig(**curation)
+    brought = 1 / (1 - rule.filter_ratio)
+    columns = global_batch_size * (1 - 1 / rule.chunks)
+    return [
+        *parts,
+        *(
+            Part(f"curation, {each.name}", brought * each.forward, FORWARD_ALONE)
+            for each in (*of_towers, *of_teachers)
+        ),
+        Part("curation, scores", brought * 4 * (built.embed_dim + sum(dims)) * columns, 1),
+    ]
 
 
 def _teachers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Part], list[int]] | None:
@@ -354,7 +375,8 @@ def _teachers(entries: Sequence[Mapping[str, Any]]) -> tuple[list[Part], list[in
     for entry in entries:
         model, dim = entry.get("model"), entry.get("dim")
         if model is not None:
-            built = build_dual_encoder(model)
+            with torch.device("meta"):
+                built = build_dual_encoder(model)
             dim = dim or built.embed_dim
             if entry.get("features") is None:
                 parts += [

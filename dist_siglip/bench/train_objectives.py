@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +22,10 @@ from dist_siglip.bench.objective_flops import Part, step_flops_of, step_parts
 from dist_siglip.bench.plan import mebibytes
 from dist_siglip.bench.train_runs import TrainCase, TrainSpeed, run_command, run_ours
 from dist_siglip.errors import UserError
+from dist_siglip.losses import SigLipLoss
 from dist_siglip.models import BuiltModel, build_dual_encoder
 from dist_siglip.models.averaging import Ingredient, write_weights
+from dist_siglip.training.module.curation import CurationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ _OF_TEACHERS = [
 ]
 _DISTILLATION = "dist_siglip.losses.DistillationLoss"
 _LIVE, _STORED = "live teacher", "stored teacher"
+_CURATED_LIVE, _CURATED_STORED = "curation, live reference", "curation, stored reference"
 _TEACHER_LOGITS = (10.0, -10.0)  # scale and bias
 _COMPUTED = ("towers", "loss")  # phases with arithmetic of the model; the optimizer's is not
 
@@ -59,6 +63,7 @@ Settings = dict[str, dict[str, Any]]  # of a run, by group
 RECORD = {
     "long": "a longer text about what can be seen in this photo",
     "regions": [{"text": "a subject", "box": [0.25, 0.25, 0.75, 0.75]}],
+    "negatives": ["a text about something else"],
 }
 
 
@@ -73,7 +78,7 @@ class TeacherFiles(NamedTuple):
         """Names of the files in a folder; they need not be there."""
         return cls(folder / "teacher.safetensors", folder / "rows")
 
-    def write(self, built: BuiltModel, case: TrainCase, *, with_rows: bool) -> None:
+    def write(self, case: TrainCase, *, with_rows: bool) -> None:
         """Write random weights, and, if asked for, what they make of the shards, once.
 
         Raises:
@@ -81,7 +86,7 @@ class TeacherFiles(NamedTuple):
         """
         if not self.weights.exists():
             scale, bias = _TEACHER_LOGITS
-            tensors = built.encoder.clip.state_dict()
+            tensors = build_dual_encoder(case.model).encoder.clip.state_dict()
             write_weights(self.weights, Ingredient("teacher", tensors, scale, bias))
         if with_rows and not self.rows.exists():
             options = {
@@ -98,9 +103,10 @@ class TeacherFiles(NamedTuple):
 
 
 def _built_in(
-    built: BuiltModel, model: str, teacher: TeacherFiles, *, has_records: bool
+    built: BuiltModel, case: TrainCase, teacher: TeacherFiles, *, has_records: bool
 ) -> dict[str, Settings]:
     """Settings of every objective there is, by name."""
+    model, size = case.model, case.global_batch_size
     width = built.embed_dim
     dims = [width // share for share in (1, 2, 4, 8) if width >= share]
     nested = {"class_path": "dist_siglip.losses.MatryoshkaLoss", "init_args": {"dims": dims}}
@@ -114,21 +120,38 @@ def _built_in(
         "matryoshka": {"model": {"loss": nested}},
         _STORED: {"model": {"loss": distil, "teachers": [stored]}},
         _LIVE: {"model": {"loss": distil, "teachers": [live]}},
-        "self-distillation and masked prediction": {"model": {"objectives": _OF_TEACHERS}},
+        "self-distillation": {"model": {"objectives": _OF_TEACHERS[:1]}},
         "masked prediction": {"model": {"objectives": _OF_TEACHERS[1:]}},
+        "self-distillation and masked prediction": {"model": {"objectives": _OF_TEACHERS}},
+        "stage 2": {"model": {"objectives": [{"class_path": _CAPTIONING}, *_OF_TEACHERS]}},
+        _CURATED_STORED: _curated({"chunks": min(16, size)}, [stored], size),
+        _CURATED_LIVE: _curated({"chunks": min(16, size)}, [live], size),
     }
     if has_records:
         tasks = {"tasks": ["caption", "referring", "grounded"]}
         locca = {"class_path": _CAPTIONING, "init_args": tasks}
+        regions = {"regions": {"json_field": "regions"}}
         both = {"members": ["txt", "json"], "weights": {"txt": 1.0, "long": 1.0}}
+        negatives = {"members": ["txt", "json"], "negatives": "negatives"}
         found |= {
-            "captioning, 3 tasks": {
-                "model": {"objectives": [locca]},
-                "data": {"regions": {"json_field": "regions"}},
+            "captioning, 3 tasks": {"model": {"objectives": [locca]}, "data": regions},
+            "stage 2, 3 tasks": {
+                "model": {"objectives": [locca, *_OF_TEACHERS]},
+                "data": regions,
             },
             "two captions": {"data": {"captions": both}},
+            "a negative text": {"data": {"captions": negatives}},
         }
     return found
+
+
+def _curated(curation: Mapping[str, Any], teachers: list[Any], size: int) -> Settings:
+    """Settings of a run in which ``size`` pairs train of those that the data bring."""
+    brought = round(size / (1 - CurationConfig(**curation).filter_ratio))
+    return {
+        "model": {"curation": dict(curation), "teachers": teachers},
+        "data": {"global_batch_size": brought},
+    }
 
 
 def choose_variants(
@@ -143,7 +166,9 @@ def choose_variants(
 
     Args:
         asked: names, "all", or paths of configurations, whose ``model.loss`` (with its teachers),
-            each of ``model.objectives`` and ``data.captions.weights`` are measured one by one.
+            each of ``model.objectives``, ``model.curation`` and ``data.captions`` with weights or
+            negatives are measured one by one, and loss and objectives together. All begin with the
+            first step.
         case: model, shards and batch.
         folder: for weights and rows of a teacher.
         has_records: whether every sample of the shards has ``RECORD``.
@@ -152,13 +177,14 @@ def choose_variants(
     Raises:
         UserError: if a name is not known, a file has nothing to measure, or as ``step_parts``.
     """
-    built = build_dual_encoder(case.model)
+    with torch.device("meta"):
+        built = build_dual_encoder(case.model)
     teacher = TeacherFiles.of(folder)
-    known = _built_in(built, case.model, teacher, has_records=has_records)
+    known = _built_in(built, case, teacher, has_records=has_records)
     chosen: dict[str, Settings] = {ALONE: {}}
     for name in asked:
         if name.endswith((".yaml", ".yml")):
-            chosen |= _configured(Path(name))
+            chosen |= _configured(Path(name), case.global_batch_size)
         elif name == _ALL:
             chosen |= known
         elif name in known:
@@ -169,15 +195,15 @@ def choose_variants(
                 "(.yaml) with model.objectives or model.loss"
             )
     if writes and not chosen.keys().isdisjoint((_LIVE, _STORED)):
-        teacher.write(built, case, with_rows=_STORED in chosen)
+        teacher.write(case, with_rows=_STORED in chosen)
     return [
         Variant(name, settings, step_parts(built, settings, case.global_batch_size))
         for name, settings in chosen.items()
     ]
 
 
-def _configured(path: Path) -> dict[str, Settings]:
-    """Each objective of a configuration, its loss and its captions if they are of its own."""
+def _configured(path: Path, size: int) -> dict[str, Settings]:
+    """Each objective of a configuration, its loss, curation and captions if they are of its own."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -185,26 +211,48 @@ def _configured(path: Path) -> dict[str, Settings]:
         raise UserError(f"objectives ({path}) cannot be read: {reason}") from error
     model, data = (_group(content, name) for name in ("model", "data"))
     found: dict[str, Settings] = {}
-    if _group(data, "captions").get("weights"):
-        found["captions"] = {"data": {"captions": data["captions"]}}
-    loss, objectives = model.get("loss"), model.get("objectives") or []
-    for entry in [*([loss] if loss else []), *(objectives if isinstance(objectives, list) else [])]:
-        if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+    captions = _group(data, "captions")
+    if captions.get("weights") or captions.get("negatives"):
+        found["captions"] = {"data": {"captions": captions}}
+    if isinstance(model.get("curation"), dict):
+        try:
+            CurationConfig(**model["curation"]).check(SigLipLoss())
+        except TypeError as error:
             raise UserError(
-                f"objectives ({path}) has an entry without class_path: {str(entry)[:60]}"
-            )
-        setting: Settings = {"model": {"objectives": [entry]}}
-        if entry is loss:
-            setting["model"] = {key: model[key] for key in ("loss", "teachers") if key in model}
-        if "regions" in data:
-            setting["data"] = {"regions": data["regions"]}
-        found[entry["class_path"].rpartition(".")[2]] = setting
+                f"objectives ({path}) has a curation that cannot be: {error}"
+            ) from error
+        found["curation"] = _curated(model["curation"], model.get("teachers") or [], size)
+    loss, objectives = model.get("loss"), model.get("objectives") or []
+    listed = objectives if isinstance(objectives, list) else []
+    entries = [_from_the_first_step(path, each) for each in listed]
+    regions: Settings = {"data": {"regions": data["regions"]}} if "regions" in data else {}
+    of_loss = {key: model[key] for key in ("loss", "teachers") if key in model} if loss else {}
+    if loss:
+        found[_name_of(path, loss)] = {"model": of_loss, **regions}
+    for entry in entries:
+        found[_name_of(path, entry)] = {"model": {"objectives": [entry]}, **regions}
+    if bool(loss) + len(entries) > 1:
+        found["together"] = {"model": {**of_loss, "objectives": entries}, **regions}
     if not found:
         raise UserError(
-            f"objectives ({path}) has neither model.objectives nor model.loss nor "
-            "data.captions.weights"
+            f"objectives ({path}) has neither model.objectives nor model.loss, nor model.curation, "
+            "nor weights or negatives of data.captions"
         )
     return found
+
+
+def _name_of(path: Path, entry: Any) -> str:
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+        raise UserError(f"objectives ({path}) has an entry without class_path: {str(entry)[:60]}")
+    return entry["class_path"].rpartition(".")[2]
+
+
+def _from_the_first_step(path: Path, entry: Any) -> dict[str, Any]:
+    """An entry that neither begins late nor slowly."""
+    _name_of(path, entry)
+    given = entry.get("init_args") or {}
+    kept = {name: value for name, value in given.items() if name not in ("start", "ramp_steps")}
+    return {"class_path": entry["class_path"], "init_args": kept}
 
 
 def _group(content: Any, name: str) -> dict[str, Any]:

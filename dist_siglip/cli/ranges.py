@@ -223,6 +223,7 @@ _COMMANDS: dict[str, Range] = {
     "latency_us": _NOT_NEGATIVE,
     "host_us": _NOT_NEGATIVE,
     "limit_seconds": Range(0, 1e9, "("),
+    "lengths": _PATCHES,
     "local_batch_size": _FROM_1,
     "local_world_size": _FROM_1,
     "logit_bias": Range(),

@@ -1,5 +1,6 @@
 """Operations of objectives: the numbers of a published size, and those PyTorch counts."""
 
+import open_clip
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,13 +14,21 @@ from dist_siglip.bench.objective_flops import (
     caption_parts,
     loss_parts,
     pair_loss,
+    step_flops_of,
     step_parts,
 )
 from dist_siglip.errors import UserError
 from dist_siglip.losses import TeacherFeatures
 from dist_siglip.losses.distillation import distillation_loss
 from dist_siglip.models import build_dual_encoder
-from dist_siglip.objectives import Captioning, Regions, Rows
+from dist_siglip.objectives import (
+    Captioning,
+    MaskedPrediction,
+    Regions,
+    Rows,
+    SelfDistillation,
+)
+from dist_siglip.training.module.ema_teacher import EmaTeacher
 from tests.support.tiny_models import ARCHITECTURES, write_config
 
 # ViT-B/16 at 256 pixels, texts of 64 tokens.
@@ -43,6 +52,54 @@ def test_views_of_a_published_size():
     # The published 49.3 leaves out what patches embed to.
     assert round(8 * (towers.view_flops(36) - 2 * 36 * 768 * 768) / 1e9, 1) == 49.3
     assert round(towers.view_flops(256) / 1e9, 1) == 46.2
+
+
+def siglip2_b16(folder):
+    """ViT-B/16 of SigLIP 2 at 256 pixels on the meta device, without its tokenizer."""
+    architecture = open_clip.get_model_config("ViT-B-16-SigLIP2-256")
+    del architecture["text_cfg"]["hf_tokenizer_name"]
+    with torch.device("meta"):
+        return build_dual_encoder(write_config(folder / "b16.json", architecture))
+
+
+def test_stage_2_of_the_published_size_beside_the_published_sums(tmp_path):
+    """Those count neither pooling nor embedding of patches, which are 1.5 % of the tower."""
+    built = siglip2_b16(tmp_path)
+    tasks = {"tasks": ["caption", "referring", "grounded"]}
+    stage_1 = [{"class_path": "x.Captioning", "init_args": tasks}]
+    both = [{"class_path": "x.SelfDistillation"}, {"class_path": "x.MaskedPrediction"}]
+
+    def parts(*objectives):
+        return step_parts(built, {"model": {"objectives": objectives}}, 32_768)
+
+    alone, one, two, without = (parts(*each) for each in ([], stage_1, [*stage_1, *both], both))
+    found = {part.name: part.forward / 1e9 for part in two}
+    assert found["local views"] == pytest.approx(49.3, rel=0.03)
+    assert found["teacher, global view"] == pytest.approx(46.2, rel=0.015)
+    assert found["global view with hidden patches"] == pytest.approx(46.2, rel=0.015)
+    hidden = [found[f"masked prediction, {name}"] for name in ("head", "logits")]
+    assert sum(hidden) == pytest.approx(5.9, rel=0.01)  # 128 patches, 46 MFLOP each
+    flops = [step_flops_of(each) for each in (alone, one, two, without)]
+    assert flops[2] / flops[1] == pytest.approx(1.66, abs=0.02)  # published 1.71
+    assert flops[3] / flops[0] == pytest.approx(3.14, abs=0.02)  # published 2.9
+
+
+def test_bytes_of_the_teacher_of_the_published_size(tmp_path):
+    built = siglip2_b16(tmp_path)
+    objectives = {"a": SelfDistillation(), "b": MaskedPrediction()}
+    with torch.device("meta"):
+        for objective in objectives.values():
+            objective.build(built, built.encoder.image_token_shape(built.image_size))
+        teacher = EmaTeacher(built.encoder, objectives, 0.996)
+
+    def size(module):
+        return sum(each.numel() * each.element_size() for each in module.state_dict().values())
+
+    assert {each.dtype for each in teacher.parameters()} == {torch.float32}
+    assert not any(each.requires_grad for each in teacher.parameters())
+    assert size(teacher.visual) / 1e9 == pytest.approx(0.372, abs=0.001)
+    assert size(teacher.heads) / 1e9 == pytest.approx(0.185, abs=0.001)
+    assert size(teacher) / 1e9 == pytest.approx(0.56, abs=0.005)
 
 
 def test_objectives_of_a_teacher_count_its_pass_once_and_heads_by_vectors(built):
@@ -141,6 +198,34 @@ def test_parts_of_a_step_follow_its_settings(built):
     *of_images, text, loss = plain
     assert twice[:-2] == of_images
     assert [each.forward for each in twice[-2:]] == [2 * text.forward, 2 * loss.forward]
+
+
+def test_negative_texts_are_encoded_and_met_by_every_picture(built):
+    *of_images, text, loss = step_parts(built, {}, 16)
+    captions = {"weights": {"txt": 1, "long": 1}, "negatives": "wrong", "num_negatives": 3}
+    found = step_parts(built, {"data": {"captions": captions}}, 16)
+    assert found[:-2] == of_images
+    assert [part.forward for part in found[-2:]] == [5 * text.forward, 2 * 4 * loss.forward]
+
+
+def test_curation_brings_more_pairs_forward_through_learner_and_reference(built, tmp_path):
+    model = write_config(tmp_path / "reference.json", ARCHITECTURES["clip"])
+    reference = Towers.of(build_dual_encoder(model)).parts
+    curation = {"filter_ratio": 0.75, "chunks": 8}
+
+    def parts(teacher):
+        model = {"curation": curation, "teachers": [teacher]}
+        return step_parts(built, {"model": model}, 16)
+
+    plain, stored = step_parts(built, {}, 16), parts({"features": "rows", "dim": 6})
+    towers = plain[:-1]
+    assert stored[: len(plain)] == plain
+    assert [part.step for part in stored[len(plain) : -1]] == [4 * part.forward for part in towers]
+    # Both sides of both models, of 4 brought pairs for each that trains, against 7 of 8 chunks.
+    assert stored[-1].step == 4 * 2 * 2 * (built.embed_dim + 6) * 14
+    live = parts({"model": model})
+    more = live[len(stored) - 1 : -1]
+    assert [part.step for part in more] == [4 * part.forward for part in reference]
 
 
 def test_distillation_makes_the_logits_of_every_teacher_in_each_pass():

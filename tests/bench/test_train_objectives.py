@@ -17,10 +17,13 @@ data:
   captions: {members: [txt, json], weights: {txt: 1, long: 2}}
   regions: {json_field: regions}
 model:
+  curation: {filter_ratio: 0.75}
+  teachers: []
   loss: {class_path: dist_siglip.losses.MatryoshkaLoss, init_args: {dims: [8, 4]}}
   optim: {learning_rate: 1}
   objectives:
-    - {class_path: dist_siglip.objectives.Captioning, init_args: {layers: 2}}
+    - class_path: dist_siglip.objectives.Captioning
+      init_args: {layers: 2, start: 0.8, ramp_steps: 9}
     - {class_path: mine.Objective}
 """
 
@@ -91,17 +94,30 @@ def test_a_configuration_is_measured_entry_by_entry(arguments, pretended, tmp_pa
     config = tmp_path / "mine.yaml"
     config.write_text(CONFIGURED)
     assert main([*arguments, f"--objectives={config}", "--rounds=1", "--json=true"]) == 0
-    names = ["sigmoid alone", "captions", "MatryoshkaLoss", "Captioning", "Objective"]
+    names = [
+        "sigmoid alone",
+        "captions",
+        "curation",
+        "MatryoshkaLoss",
+        "Captioning",
+        "Objective",
+        "together",
+    ]
     rows = json.loads(capsys.readouterr().out)
     assert [row["objective"] for row in rows] == names
-    _, captions, nested, captioning, mine = rows
-    assert min(row["predicted_ratio"] for row in (captions, nested, captioning)) > 1
+    _, captions, curation, nested, captioning, mine, _ = rows
+    assert min(row["predicted_ratio"] for row in (captions, curation, nested, captioning)) > 1
     assert (mine["objective"], mine["predicted_ratio"], mine["parts"]) == ("Objective", None, None)
-    _, of_captions, of_loss, of_captioning, _ = pretended
+    _, of_captions, of_curation, of_loss, of_captioning, _, together = pretended
+    # As many pairs train as without.
+    assert of_curation["data"] == {"global_batch_size": 4 * 64}
+    assert of_curation["model"]["curation"] == {"filter_ratio": 0.75}
     assert of_captions["data"]["captions"]["weights"] == {"txt": 1, "long": 2}
-    assert of_loss["model"].keys() == {"loss"}
+    assert of_loss["model"].keys() == {"loss", "teachers"}
     (entry,) = of_captioning["model"]["objectives"]
-    assert entry["init_args"] == {"layers": 2}
+    assert entry["init_args"] == {"layers": 2}  # from the first step on
+    assert together["model"]["objectives"][0] == entry
+    assert together["model"]["loss"] == of_loss["model"]["loss"]
     assert of_captioning["data"] == {"regions": {"json_field": "regions"}}
     assert main([*arguments, f"--objectives={config}", "--rounds=1"]) == 0
     assert "not known" in capsys.readouterr().out
@@ -135,6 +151,8 @@ def test_a_mistake_is_one_line(arguments, options, message, capsys):
         ("- 1", "has neither"),
         ("model: {objectives: [3]}", "an entry without class_path: 3"),
         ("{", "cannot be read"),
+        ("model: {curation: {filter_ratio: 1}}", "curation.filter_ratio (1) must be between"),
+        ("model: {curation: {share: 1}}", "has a curation that cannot be"),
     ],
 )
 def test_a_configuration_without_objectives_is_one_line(arguments, tmp_path, text, message, capsys):
@@ -154,6 +172,7 @@ def test_a_configuration_without_objectives_is_one_line(arguments, tmp_path, tex
             ["train/grounded_loss", "train/pair_loss_long"],
         ),
         (["live teacher", "stored teacher"], ["train/distillation_kl"]),
+        (["curation, stored reference", "a negative text"], ["train/curation_learnability"]),
     ],
 )
 def test_settings_of_objectives_reach_their_runs(arguments, tmp_path, names, logged):
