@@ -57,6 +57,7 @@ _SMALL: dict[str, Any] = {
         "width": 192,
         "layers": 4,
         "head_width": 64,
+        "mlp_ratio": 4.0,
     },
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1},
 }
@@ -145,7 +146,7 @@ def padding_share(patch_size: int, num_patches: int) -> float:
 
     Example:
         >>> round(padding_share(16, 256), 3)
-        0.027
+        0.019
     """
     grids = [target_grid(*shape, patch_size, num_patches) for shape in MIX]
     return 1 - fmean(rows * columns for rows, columns in grids) / num_patches

@@ -226,7 +226,9 @@ def _configured(path: Path, size: int) -> dict[str, Settings]:
     listed = objectives if isinstance(objectives, list) else []
     entries = [_from_the_first_step(path, each) for each in listed]
     regions: Settings = {"data": {"regions": data["regions"]}} if "regions" in data else {}
-    of_loss = {key: model[key] for key in ("loss", "teachers") if key in model} if loss else {}
+    of_loss: dict[str, Any] = {}
+    if loss:
+        of_loss = {key: model[key] for key in ("loss", "teachers") if key in model}
     if loss:
         found[_name_of(path, loss)] = {"model": of_loss, **regions}
     for entry in entries:

@@ -9,7 +9,7 @@ from dist_siglip.bench.naflex import MIX, grid_of, mixed_pictures, padding_share
 from dist_siglip.cli import main
 from dist_siglip.data.samples.patches import mask_of, unpack
 from tests.support.naflex import FIXED
-from tests.support.tiny_models import write_config
+from tests.support.tiny_models import ARCHITECTURES, write_config
 
 
 def test_both_towers_are_measured_at_each_length(tmp_path, capsys):
@@ -30,6 +30,22 @@ def test_both_towers_are_measured_at_each_length(tmp_path, capsys):
     for ours, theirs in zip(flexible, fixed, strict=True):
         assert theirs["peak_bytes"] < ours["peak_bytes"] < 2 * theirs["peak_bytes"]
         assert ours["padding"] == padding_share(8, ours["patches"]) > 0 == theirs["padding"]
+
+
+def test_the_small_tower_is_measured_and_printed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    options = ["--lengths=[4]", "--local_batch_size=1", "--rounds=1", "--device=cpu"]
+    assert main(["bench", "naflex", *options, "--precision=bf16-mixed"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("image towers by sequence length on cpu, bf16-mixed", "one size", "NaFlex"):
+        assert word in printed
+
+
+def test_a_tower_that_cannot_keep_shapes_is_one_line(tmp_path, capsys):
+    model = write_config(tmp_path / "m.json", ARCHITECTURES["clip"])
+    assert main(["bench", "naflex", f"--model={model}", "--lengths=[4]"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "ViT of timm with attention pooling" in line
 
 
 def test_pictures_have_the_shapes_of_the_mix_and_padding_is_what_they_leave():

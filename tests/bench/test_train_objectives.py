@@ -172,7 +172,7 @@ def test_a_configuration_without_objectives_is_one_line(arguments, tmp_path, tex
             ["train/grounded_loss", "train/pair_loss_long"],
         ),
         (["live teacher", "stored teacher"], ["train/distillation_kl"]),
-        (["curation, stored reference", "a negative text"], ["train/curation_learnability"]),
+        (["curation, stored reference"], ["train/curation_learnability"]),
     ],
 )
 def test_settings_of_objectives_reach_their_runs(arguments, tmp_path, names, logged):
