@@ -308,7 +308,7 @@ def _claims_of_teacher(results: Results) -> Iterator[Row]:
     tells = all(each.tone == "good" for each in told[_ALONE])
     yield judge_claim(
         f"{_ALONE}, {ALONE_STEPS} steps: entropy of the teacher's choice as a share of ln K",
-        "below 0.9; it starts at 1",
+        "below 0.9; of a guess 1, and a report says that it tells pictures apart",
         choice,
         choice < 0.9 and tells,
     )
