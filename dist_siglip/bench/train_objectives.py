@@ -194,8 +194,9 @@ def choose_variants(
                 f"objectives ({name}) must be of {', '.join([_ALL, *known])}, or a configuration "
                 "(.yaml) with model.objectives or model.loss"
             )
-    if writes and not chosen.keys().isdisjoint((_LIVE, _STORED)):
-        teacher.write(case, with_rows=_STORED in chosen)
+    has_stored = not chosen.keys().isdisjoint((_STORED, _CURATED_STORED))
+    if writes and (has_stored or not chosen.keys().isdisjoint((_LIVE, _CURATED_LIVE))):
+        teacher.write(case, with_rows=has_stored)
     return [
         Variant(name, settings, step_parts(built, settings, case.global_batch_size))
         for name, settings in chosen.items()
