@@ -19,10 +19,10 @@ from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.data.samples.stages import RandomFlip
 from dist_siglip.data.samples.transforms import (
     Preprocessing,
+    ViewTransform,
     evaluation_transform,
     training_transform,
 )
-from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.system.moved import look_up_in
 

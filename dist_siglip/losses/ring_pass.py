@@ -24,7 +24,7 @@ from dist_siglip.distributed.cost_model import GRADIENT_PIECE_ROWS
 from dist_siglip.errors import UserError
 from dist_siglip.losses.arguments import FiniteCheck, Nonfinite, find_nonfinite, refuse_second_order
 from dist_siglip.losses.kernels.tiles import add_product, logits_dtype, tile_slices
-from dist_siglip.losses.visit_graphs import graphs_for, key_of
+from dist_siglip.losses.kernels.visit_graphs import graphs_for, key_of
 
 Shard = tuple[Tensor, ...]
 

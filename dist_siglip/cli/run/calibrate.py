@@ -29,10 +29,10 @@ from dist_siglip.data import (
 )
 from dist_siglip.data.index.pairs import check_ranks_agree
 from dist_siglip.data.samples.batch import picture_ids_of
-from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.errors import UserError
 from dist_siglip.losses.calibration import Calibration
 from dist_siglip.training.datamodule import ImageTextDataModule
+from dist_siglip.training.datamodule.calibration_subset import subset_loader
 from dist_siglip.training.module import SigLipModule
 
 

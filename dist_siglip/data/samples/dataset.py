@@ -37,8 +37,12 @@ from dist_siglip.data.samples.stages import (
     check_stages,
     run_stages,
 )
-from dist_siglip.data.samples.transforms import ImageTransform, WindowedTransform, at_length
-from dist_siglip.data.samples.views import ViewTransform
+from dist_siglip.data.samples.transforms import (
+    ImageTransform,
+    ViewTransform,
+    WindowedTransform,
+    at_length,
+)
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 

@@ -44,10 +44,10 @@ from dist_siglip.data.samples.transforms import (
     CropResize,
     ImageTransform,
     Preprocessing,
+    ViewTransform,
     evaluation_transform,
     training_transform,
 )
-from dist_siglip.data.samples.views import ViewTransform
 from dist_siglip.errors import UserError
 from dist_siglip.health.start_check import check_ranks_started_alike
 from dist_siglip.training.datamodule.named_fields import check_captions, check_regions

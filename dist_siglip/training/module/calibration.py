@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dist_siglip.data.samples.batch import picture_ids_of
-from dist_siglip.data.samples.calibration_subset import subset_loader
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 from dist_siglip.losses import LogitScaleBias
@@ -16,6 +15,7 @@ from dist_siglip.losses.arguments import duplicates_of, mined_of, uses_logit_bia
 from dist_siglip.losses.calibration import Calibration, calibrate_on_features, set_logits
 from dist_siglip.losses.kernels.pair_terms import Duplicates
 from dist_siglip.models import evaluation_mode
+from dist_siglip.training.datamodule.calibration_subset import subset_loader
 from dist_siglip.training.module.encoding import EncodingModule
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from dist_siglip.data.samples.batch import BatchPieces
 from dist_siglip.data.samples.dataset import seeded_generators
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.transforms import ViewRule, training_transform
-from dist_siglip.data.samples.views import ViewTransform
+from dist_siglip.data.samples.transforms import ViewRule, ViewTransform, training_transform
 from tests.support.shards import jpeg, photo, tiny_inputs, tokenize, write_shards
 
 RULE = ViewRule(global_scale=(0.4, 1.0), local_views=3, local_size=8, local_scale=(0.05, 0.4))

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from dist_siglip.data import PairDataset, build_pair_table, epoch_order, evaluation_transform
-from dist_siglip.data.samples.calibration_subset import subset_loader, subset_positions
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
+from dist_siglip.training.datamodule.calibration_subset import subset_loader, subset_positions
 from tests.support.shards import UNEVEN, tiny_inputs, write_shards
 
 

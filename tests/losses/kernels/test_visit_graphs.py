@@ -14,8 +14,7 @@ from dist_siglip.distributed import prepare_exchange
 from dist_siglip.distributed.simulate import simulated_world
 from dist_siglip.losses import siglip_loss
 from dist_siglip.losses.kernels.tiles import SigmoidTiles
-from dist_siglip.losses.sigmoid import SigmoidPass, SigmoidSides, Wanted
-from dist_siglip.losses.visit_graphs import (
+from dist_siglip.losses.kernels.visit_graphs import (
     IDLE_PASSES,
     MOST_COUNTED,
     MOST_GRAPHS,
@@ -24,6 +23,7 @@ from dist_siglip.losses.visit_graphs import (
     graphs_for,
     key_of,
 )
+from dist_siglip.losses.sigmoid import SigmoidPass, SigmoidSides, Wanted
 
 
 class FakeCapture:
