@@ -211,7 +211,7 @@ def test_the_quickstart_runs_whole_from_shards_to_an_export(tmp_path, monkeypatc
     assert steps == sorted(set(steps))
     optim, total = OptimConfig(**recipes[0]["model"]["optim"]), steps[-1]
     for each in (each for part in trained for each in part):
-        rate = optim.learning_rate * scheduled_factor(optim, total, each["step"] - 1)
+        rate = optim.learning_rate * scheduled_factor(optim, optim.schedule_steps, each["step"] - 1)
         assert each["train/learning_rate"] == pytest.approx(rate, rel=1e-3)
     states = [
         torch.load(run.checkpoint(step), weights_only=True)
