@@ -76,7 +76,7 @@ def test_the_table_has_a_line_for_each_baseline(capsys, monkeypatch):
     [
         (
             ["losses"],
-            r"bench \(losses\) must be one of loss, data, train, checkpoint, plan, simulate",
+            r"bench \(losses\) must be one of loss, data, train, naflex, checkpoint, plan, sim",
         ),
         (["loss", "--rounds=0"], r"rounds \(0\) must be at least 1"),
         (["loss", "--world_sizes=[0]"], r"world_sizes\[0\] \(0\) must be at least 1"),
@@ -93,10 +93,11 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 
 def test_help_lists_the_subcommands(capsys):
     assert main(["bench", "--help"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:8]] == [
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:9]] == [
         "loss",
         "data",
         "train",
+        "naflex",
         "checkpoint",
         "plan",
         "simulate",

@@ -43,6 +43,7 @@ def test_shapes_are_known_before_any_data(kind, tmp_path, monkeypatch):
     built = SimpleNamespace(
         encoder=built.encoder,
         image_size=built.image_size,
+        patches=built.patches,
         tokenizer=lambda texts: torch.zeros(len(texts), length, dtype=torch.long),
     )
     built.encoder.train()
