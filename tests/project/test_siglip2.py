@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from tests.support.tiny_models import ARCHITECTURES, write_config
 FOLDER = Path(__file__).parents[2] / "configs/siglip2"
 POSITIONS = "towers.clip.visual.trunk.pos_embed"
 CHANCES = 4  # of a guess, that recall is above in the quickstart cut short
-CUT_SHORT = (640, 672, 704, 704)  # the last step of each run of it, at the schedule of all 1,600
+CUT_SHORT = (640, 660, 680, 680)  # the last step of each run of it
+CUT_SCHEDULE = 800  # stage 2 begins at 80 % of it
 ENDS = (8, 9, 10)  # steps at which the runs end, the last one with the schedule
 pytestmark = pytest.mark.e2e
 
@@ -197,9 +199,11 @@ def test_the_quickstart_runs_whole_from_shards_to_an_export(tmp_path, monkeypatc
     exec(code, {})
     assert [words[1] for words in commands] == ["fit", "fit", "fit", "fit", "export"]
     for words, last in zip(commands, (*CUT_SHORT, None), strict=True):
-        more = [] if last is None else ["--trainer.devices", 1, "--trainer.max_steps", last]
-        if last is not None and last > CUT_SHORT[0]:
-            more += ["--trainer.val_check_interval", 32]
+        more = []
+        if last is not None:
+            more = ["--trainer.devices", 1, "--trainer.max_steps", last]
+            more += ["--model.optim.schedule_steps", CUT_SCHEDULE]
+            more += ["--trainer.val_check_interval", 320 if last == CUT_SHORT[0] else 20]
         done = run_forked(*words[1:], *more)
         assert done.returncode == 0, done.stderr
     runs = [RunFolder(Path(recipe["run_dir"])) for recipe in recipes]
@@ -209,10 +213,15 @@ def test_the_quickstart_runs_whole_from_shards_to_an_export(tmp_path, monkeypatc
     trained = [[each for each in part if "train/loss" in each] for part in lines]
     steps = [each["step"] for part in trained for each in part]
     assert steps == sorted(set(steps))
-    optim, total = OptimConfig(**recipes[0]["model"]["optim"]), steps[-1]
-    for each in (each for part in trained for each in part):
-        rate = optim.learning_rate * scheduled_factor(optim, optim.schedule_steps, each["step"] - 1)
-        assert each["train/learning_rate"] == pytest.approx(rate, rel=1e-3)
+    optim, total = OptimConfig(**recipes[0]["model"]["optim"]), CUT_SHORT[-1]
+    optim = replace(optim, schedule_steps=CUT_SCHEDULE)
+    for each in (each for part in trained for each in part if each["step"] > optim.warmup_steps):
+        # A line may come a few steps behind the one it tells of, in a run that goes on.
+        least, most = (
+            optim.learning_rate * scheduled_factor(optim, optim.schedule_steps, each["step"] - back)
+            for back in (1, 11)
+        )
+        assert least * 0.999 <= each["train/learning_rate"] <= most * 1.001
     states = [
         torch.load(run.checkpoint(step), weights_only=True)
         for run, step in zip([*runs, copy], CUT_SHORT, strict=True)
@@ -308,5 +317,8 @@ def test_a_published_folder_trains_on_in_stage_2_form_and_back(kind, parts, tmp_
 
 def test_every_file_belongs_to_a_chain():
     listed = {path for name in ("b16", "quickstart") for path in files(name, 3)}
-    others = {FOLDER / f"{name}.yaml" for name in ("b16_naflex", "b16_curated", "published_b16")}
+    others = {
+        FOLDER / f"{name}.yaml"
+        for name in ("b16_naflex", "b16_curated", "published_b16", "locca_b16")
+    }
     assert {*FOLDER.glob("*.yaml")} == listed | others
