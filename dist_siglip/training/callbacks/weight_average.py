@@ -91,7 +91,7 @@ class WeightAverage(WeightAveraging):
 
 @torch.no_grad()
 def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
-    """Set average += weight * (module - average), in place, for parameters and buffers.
+    """Set average += weight * (module - average), in place, for parameters and stored buffers.
 
     One operation for all tensors of a dtype. Tensors of whole numbers are copied.
 
@@ -124,4 +124,7 @@ def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
+    """Yield parameters, and buffers that are state; a mask of -inf is none, and has no mean."""
+    stored = module.state_dict(keep_vars=True)
+    buffers = (each for name, each in module.named_buffers() if name in stored)
+    return itertools.chain(module.parameters(), buffers)

@@ -5,8 +5,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from dist_siglip.errors import UserError
 from dist_siglip.training.callbacks import WeightAverage
+from dist_siglip.training.callbacks.weight_average import move_towards
 from tests.support.meta_device import MetaStrategy
-from tests.support.tiny_models import ARCHITECTURES, write_config
+from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
 
 pytestmark = [
@@ -150,3 +151,14 @@ def test_a_sharded_model_is_refused(model, tmp_path):
     module._device_mesh = object()
     with pytest.raises(UserError, match="cannot average a sharded model"):
         WeightAverage().setup(None, module, "fit")
+
+
+def test_the_causal_mask_of_a_text_tower_stays_a_mask():
+    """Half way from -inf to -inf is not a number."""
+    average, module = (network_of(ARCHITECTURES["clip"]) for _ in range(2))
+    assert average.attn_mask.isinf().any()
+    before = average.text_projection.clone()
+    move_towards(average, module, 0.25)
+    assert torch.equal(average.attn_mask, module.attn_mask)
+    expected = before.lerp(module.text_projection, 0.25)
+    torch.testing.assert_close(average.text_projection, expected)
