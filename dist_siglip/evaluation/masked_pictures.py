@@ -5,7 +5,6 @@ labels, whatever colours they are shown in. It goes where its picture goes: to t
 model sees, cut or padded likewise, by the nearest pixel, since labels have no means.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import split_lines
 from dist_siglip.data.samples.loader import prepare_worker
-from dist_siglip.data.samples.patches import is_packed, pack_pictures, unpack
+from dist_siglip.data.samples.patches import is_packed, pack_pictures, side_of_patch, unpack
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.samples.regions import Window
@@ -238,7 +237,7 @@ def see_packed(mask: NDArray[np.int16], window: Window, packed: Tensor) -> NDArr
     """
     patches, shape = unpack(packed[None])
     rows, columns = shape[0].tolist()
-    side = math.isqrt(patches.shape[2] // 3)
+    side = side_of_patch(patches)
     seen = see_mask(mask, window, (rows * side, columns * side))
     cut = seen.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side)
     found = np.full((patches.shape[1] * side, side), NO_CLASS, dtype=np.int16)

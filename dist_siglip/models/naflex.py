@@ -33,6 +33,7 @@ from dist_siglip.models.interop.transformers_format import (
     FIXED_TOWER,
     NAFLEX_TOWER,
     activation_name,
+    kernel_of,
 )
 
 _NUM_PATCHES = 256  # where neither settings nor the files of a model say
@@ -277,8 +278,7 @@ def to_fixed_names(tensors: dict[str, Tensor], *, flat_patches: bool = False) ->
             found[_ROW_OF_POSITIONS] = value.flatten(1, 2)
         elif name.startswith(_NAFLEX_STEM):
             if value.ndim == 2 and not flat_patches:
-                side = math.isqrt(value.shape[1] // 3)
-                value = value.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+                value = kernel_of(value)
             found[_FIXED_STEM + name.removeprefix(_NAFLEX_STEM)] = value
         else:
             found[name] = value

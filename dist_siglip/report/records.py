@@ -201,6 +201,11 @@ class RunRecord:
         half = _MOST_LETTERS // 2
         return f"{self.name[:half]}\N{HORIZONTAL ELLIPSIS}{self.name[-half:]}"
 
+    def last(self, name: str) -> float | None:
+        """Last value of a logged quantity; None where it was never logged."""
+        series = self.series.get(name)
+        return None if series is None else series.last
+
     @property
     def last_step(self) -> int:
         """Largest step that anything was logged of."""

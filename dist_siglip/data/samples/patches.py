@@ -9,6 +9,7 @@ Source:
     Tschannen et al. 2025 (SigLIP 2), arXiv:2502.14786, section 2.4.2.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -122,6 +123,11 @@ def pack_pictures(pixels: Tensor, patch_size: int, num_patches: int | None = Non
     return torch.cat([head, F.pad(patches, (0, 0, 0, padding))], dim=-2)
 
 
+def side_of_patch(patches: Tensor) -> int:
+    """Return the side in pixels of patches (..., 3 p^2)."""
+    return math.isqrt(patches.shape[-1] // _COLOURS)
+
+
 def is_packed(images: Tensor) -> bool:
     """Whether a batch of pictures is one of packed patches, not of pixels."""
     return images.ndim == 3
@@ -169,7 +175,7 @@ def mask_of(shapes: Tensor, num_patches: int) -> Tensor:
 def unpack_pictures(packed: Tensor) -> list[Tensor]:
     """Put each packed picture together again, (1, 3, H, W) each, without its padding."""
     patches, shapes = unpack(packed)
-    side = round((packed.shape[-1] / _COLOURS) ** 0.5)
+    side = side_of_patch(packed)
     found = []
     for own, (rows, columns) in zip(patches, shapes.tolist(), strict=True):
         cut = own[: rows * columns].reshape(rows, columns, side, side, _COLOURS)

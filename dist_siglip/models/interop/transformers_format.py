@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
+from dist_siglip.data.samples.patches import side_of_patch
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_json
@@ -88,6 +89,15 @@ def has_flat_patches(tensors: Mapping[str, Tensor]) -> bool:
     return _PATCHES in tensors and tensors[_PATCHES].ndim == 2
 
 
+def kernel_of(matrix: Tensor) -> Tensor:
+    """Kernel (C, 3, p, p) of a convolution from a matrix (C, 3 p^2) of flattened patches.
+
+    Siglip2Model and timm's NaFlexVit flatten a patch row by row, its three colours last.
+    """
+    side = side_of_patch(matrix)
+    return matrix.reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
+
+
 def to_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the towers of transformers; what is unknown keeps its name, to be reported later.
 
@@ -97,11 +107,7 @@ def to_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left = {name: value for name, value in tensors.items() if not name.endswith(".position_ids")}
     family: Family = "clip" if "vision_model.embeddings.class_embedding" in left else "siglip"
     if has_flat_patches(left):
-        patches = left[_PATCHES]
-        # Siglip2Model flattens a patch row by row, its three colours last.
-        side = math.isqrt(patches.shape[1] // 3)
-        square = patches.reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
-        left[_PATCHES] = square
+        left[_PATCHES] = kernel_of(left[_PATCHES])
     own: dict[str, Tensor] = {}
     for piece in _pieces(family, *_depths(left, "vision_model.", "text_model.", "encoder.layers.")):
         if all(name in left for name in piece.foreign):

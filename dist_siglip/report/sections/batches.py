@@ -42,7 +42,7 @@ def make_curation(runs: Sequence[RunRecord]) -> Section | None:
         missing="Nothing was logged.",
     )
     rows = [
-        ["share of the pairs that train", *(show(_last(run, _SHARE)) for run in runs)],
+        ["share of the pairs that train", *(show(run.last(_SHARE)) for run in runs)],
         ["learnability of these\nlast quarter", *(show(_late(run, _CHOSEN)) for run in runs)],
         ["learnability of all pairs read", *(show(_late(run, _ALL)) for run in runs)],
     ]
@@ -56,7 +56,7 @@ def judge_curation(run: RunRecord) -> Verdict | None:
     gaps = _gaps(run)
     if gaps is None:
         return None
-    share = _last(run, _SHARE)
+    share = run.last(_SHARE)
     chosen = "The chosen pairs" if share is None else f"The chosen {100 * share:.0f} % of the pairs"
     if len(gaps) < _FEWEST:
         return Verdict("unknown", f"{chosen}: too few steps were logged to judge the choice.")
@@ -196,11 +196,6 @@ def _counts(run: RunRecord) -> Counter[int]:
 
 def _share_of(length: int, counts: Counter[int]) -> str:
     return f"{100 * counts[length] / counts.total():.0f} %" if counts else show(None)
-
-
-def _last(run: RunRecord, key: str) -> float | None:
-    series: Series | None = run.series.get(key)
-    return None if series is None else series.last
 
 
 def _late(run: RunRecord, key: str) -> float | None:

@@ -34,15 +34,15 @@ _RATE = "train/learning_rate"
 def make_data(runs: Sequence[RunRecord]) -> Section:
     """Count samples that were replaced and steps that were skipped, by reason."""
     rows = [
-        ["passes over the data", *(show(_last(run, "data/epochs"), "{:.2f}") for run in runs)],
+        ["passes over the data", *(show(run.last("data/epochs"), "{:.2f}") for run in runs)],
         [
             "replaced samples\nbad ones, in whose place another stood",
-            *(show(_last(run, "train/substituted_samples"), "{:,.0f}") for run in runs),
+            *(show(run.last("train/substituted_samples"), "{:,.0f}") for run in runs),
         ],
-        ["skipped steps", *(show(_last(run, "train/skipped_steps"), "{:,.0f}") for run in runs)],
+        ["skipped steps", *(show(run.last("train/skipped_steps"), "{:,.0f}") for run in runs)],
         [
             "equal captions or pictures in a batch\npairs of them, newest logged batch",
-            *(show(_last(run, "train/duplicate_captions"), "{:,.0f}") for run in runs),
+            *(show(run.last("train/duplicate_captions"), "{:,.0f}") for run in runs),
         ],
         [
             "validation pairs\nthat the newest evaluation saw",
@@ -80,7 +80,7 @@ def make_data(runs: Sequence[RunRecord]) -> Section:
 
 def judge_samples(run: RunRecord) -> Verdict:
     """Say how many samples were bad."""
-    replaced = _last(run, "train/substituted_samples")
+    replaced = run.last("train/substituted_samples")
     if replaced is None:
         return Verdict("unknown", "The run has not logged how many samples were bad.")
     if not replaced:
@@ -100,7 +100,7 @@ def judge_samples(run: RunRecord) -> Verdict:
 
 def judge_steps(run: RunRecord) -> Verdict | None:
     """Say how many steps were skipped; nothing if none was."""
-    skipped = _last(run, "train/skipped_steps") or run.incidents.skipped_steps.total
+    skipped = run.last("train/skipped_steps") or run.incidents.skipped_steps.total
     if not skipped:
         return None
     common = run.incidents.skipped_steps.counts.most_common(1)
@@ -124,11 +124,6 @@ def judge_captions(run: RunRecord) -> Verdict | None:
         "own; and in training equal captions are negatives of each other unless the loss is told "
         "otherwise (duplicates).",
     )
-
-
-def _last(run: RunRecord, key: str) -> float | None:
-    series = run.series.get(key)
-    return None if series is None else series.last
 
 
 def _rows(reasons: Reasons) -> list[list[str]]:
