@@ -92,6 +92,14 @@ class Step(nn.Module):
         return loss + share
 
 
+def on_ranks(step, world_size, *, in_shards):
+    """A step as several ranks call it: sharded in place, or in DDP; of one rank itself."""
+    if in_shards:
+        shard_module(step, init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",)))
+        return step
+    return DistributedDataParallel(step, bucket_cap_mb=0.01) if world_size > 1 else step
+
+
 def gradients_of(rank, world_size, model, cases):
     """Gradients after the exchange of ranks and the loss, for each case.
 
@@ -102,11 +110,8 @@ def gradients_of(rank, world_size, model, cases):
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     found = []
     for micro_batch_size, variant in cases:
-        step = wrapped = Step(model, micro_batch_size, world_size, variant)
-        if "shards" in variant:
-            shard_module(step, init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",)))
-        elif world_size > 1:
-            wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01)
+        step = Step(model, micro_batch_size, world_size, variant)
+        wrapped = on_ranks(step, world_size, in_shards="shards" in variant)
         loss = wrapped(rows_of(batch_of(sum(sizes)), rows))
         loss.backward()
         if world_size > 1:

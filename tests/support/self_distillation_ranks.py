@@ -3,9 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_siglip.losses import LogitScaleBias, SigLipLoss
 from dist_siglip.models import build_dual_encoder, encode_tower_in_micro_batches
@@ -17,8 +15,7 @@ from dist_siglip.training.module.objectives import (
     draws_of,
     weigh_terms,
 )
-from dist_siglip.training.module.placement import shard_module
-from tests.support.objective_ranks import LAYOUTS, batch_of, rows_of
+from tests.support.objective_ranks import LAYOUTS, batch_of, on_ranks, rows_of
 
 WEIGHTS = {"self_distillation": 0.7, "masked_prediction": 0.4}
 TEMPERATURES = {"self_distillation": 0.05, "masked_prediction": 0.06}
@@ -87,11 +84,8 @@ def steps_of(rank, world_size, model, cases):
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     found = []
     for micro_batch_size, variant in cases:
-        step = wrapped = Step(model, micro_batch_size, world_size, variant)
-        if "shards" in variant:
-            shard_module(step, init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",)))
-        elif world_size > 1:
-            wrapped = DistributedDataParallel(step, bucket_cap_mb=0.01)
+        step = Step(model, micro_batch_size, world_size, variant)
+        wrapped = on_ranks(step, world_size, in_shards="shards" in variant)
         batch = rows_of(views_of(batch_of(sum(sizes))), rows)
         if variant == "mean of this rank":
             _centre_alone(step, batch)
