@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_siglip.data.samples.patches import (
     PatchBudget,
     is_packed,
+    kernel_of,
     mask_of,
     pack_pictures,
     unpack,
@@ -33,7 +34,6 @@ from dist_siglip.models.interop.transformers_format import (
     FIXED_TOWER,
     NAFLEX_TOWER,
     activation_name,
-    kernel_of,
 )
 
 _NUM_PATCHES = 256  # where neither settings nor the files of a model say

@@ -128,6 +128,15 @@ def side_of_patch(patches: Tensor) -> int:
     return math.isqrt(patches.shape[-1] // _COLOURS)
 
 
+def kernel_of(matrix: Tensor) -> Tensor:
+    """Kernel (C, 3, p, p) of a convolution from a matrix (C, 3 p^2) of flattened patches.
+
+    Siglip2Model and timm's NaFlexVit flatten a patch row by row, its three colours last.
+    """
+    side = side_of_patch(matrix)
+    return matrix.reshape(-1, side, side, _COLOURS).permute(0, 3, 1, 2).contiguous()
+
+
 def is_packed(images: Tensor) -> bool:
     """Whether a batch of pictures is one of packed patches, not of pixels."""
     return images.ndim == 3

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from dist_siglip.data.samples.patches import side_of_patch
+from dist_siglip.data.samples.patches import kernel_of
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import read_json
@@ -87,15 +87,6 @@ def is_foreign(names: Mapping[str, Tensor]) -> bool:
 def has_flat_patches(tensors: Mapping[str, Tensor]) -> bool:
     """Whether it is a ``Siglip2Model``, whose patches are rows of numbers (NaFlex)."""
     return _PATCHES in tensors and tensors[_PATCHES].ndim == 2
-
-
-def kernel_of(matrix: Tensor) -> Tensor:
-    """Kernel (C, 3, p, p) of a convolution from a matrix (C, 3 p^2) of flattened patches.
-
-    Siglip2Model and timm's NaFlexVit flatten a patch row by row, its three colours last.
-    """
-    side = side_of_patch(matrix)
-    return matrix.reshape(-1, side, side, 3).permute(0, 3, 1, 2).contiguous()
 
 
 def to_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
