@@ -19,12 +19,16 @@ from tests.support.tiny_models import ARCHITECTURES, inputs_of, write_config
 DOCS = Path(__file__).parents[2] / "docs"
 # Page -> words of its example that stand for what a reader has, and what they are here.
 GIVEN = {
-    "evaluation.md": {'"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"', "/data/coco/test": "shards"}
+    "evaluation.md": {
+        '"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"',
+        "/data/coco/test": "shards",
+    },
+    "own_loop.md": {'"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"'},
 }
 
 
 def examples():
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted([*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")]):
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         for number, block in enumerate(blocks):
             yield pytest.param(page.name, dedent(block), id=f"{page.stem}-{number}")
