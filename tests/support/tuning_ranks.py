@@ -73,7 +73,7 @@ def fit(
     trainer = Trainer(
         accelerator=settings.pop("accelerator", "cpu"),
         devices=world_size,
-        logger=False,
+        logger=settings.pop("logger", False),
         enable_checkpointing=settings.pop("enable_checkpointing", False),
         plugins=plugins,
         enable_progress_bar=False,

@@ -339,6 +339,14 @@ class RunModule(LightningModule):
         for part in averaging_parts(self.trainer.optimizers):
             part.train()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Have Lightning's loggers count the steps of the optimizer, as everything here does.
+
+        Lightning counts for them apart, and counts one more where some ended runs go on: what was
+        logged at one step would be written at another.
+        """
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+
     def on_fit_end(self) -> None:
         """Leave the weights that were evaluated, not those of training."""
         self._evaluation_weights.enter(self.trainer.optimizers)

@@ -1,5 +1,7 @@
 """Going on from another run: what it has goes on to the bit, what it lacks begins fresh."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dist_siglip.models.weights import is_of_another_grid, resample_for_grid
 from dist_siglip.objectives import Captioning
 from dist_siglip.runs.checkpoints.sharded import by_name
 from dist_siglip.training.callbacks import WeightAverage
+from dist_siglip.training.callbacks.loggers import MetricsLog
 from dist_siglip.training.module.from_run import adopt_optimizer, compare, convert_optimizer
 from dist_siglip.training.optim import OptimConfig
 from dist_siglip.training.strategies import FullyShardedStrategy
@@ -148,6 +151,23 @@ def test_a_share_of_the_steps_is_one_of_the_schedule(model, tmp_path):
         heads = Captioning(layers=1, start=0.6)
         module, *_ = stage(model, tmp_path, steps, objectives=[heads])
         assert bool(module.state_dict()[f"{HEADS}output.weight"].any()) == begins
+
+
+def test_the_same_steps_are_logged_whatever_was_counted_before(model, tmp_path):
+    """Lightning counts for its loggers apart, and one more at some starts behind an ended run."""
+    first, path = tmp_path / "first.ckpt", tmp_path / "counted.ckpt"
+    stage(model, tmp_path, STOP, save=first)
+    checkpoint = torch.load(first, weights_only=False)
+    counts = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
+    assert counts["_batches_that_stepped"] == STOP
+    counts["_batches_that_stepped"] += 1
+    torch.save(checkpoint, path)
+    trainer = {"logger": MetricsLog(tmp_path), "log_every_n_steps": 2}
+    optim = replace(COSINE, schedule_steps=9)
+    stage(model, tmp_path, 9, start=path, done=STOP, optim=optim, trainer=trainer)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    # A log that follows no module has Lightning's count of the steps before.
+    assert [line["step"] + 1 for line in lines if "train/loss" in line] == [4, 6, 8]
 
 
 def test_heads_that_a_run_lacks_begin_fresh_and_all_else_goes_on(model, tmp_path):
