@@ -32,6 +32,10 @@ _COMMANDS = {
     ),
     "data": ("dist_siglip.cli.data", "index, check, plan and write webdataset shards"),
     "embed": ("dist_siglip.cli.embed", "write the embeddings of shards, on any number of ranks"),
+    "search": (
+        "dist_siglip.cli.run.search",
+        "the best pictures for a text or a picture, or a page",
+    ),
     "align": ("dist_siglip.cli.align", "how well two sets of embeddings agree"),
     "bench": ("dist_siglip.bench", "measure, predict or simulate what the loss costs"),
     "report": ("dist_siglip.cli.run.report", "one page about a run, or several side by side"),

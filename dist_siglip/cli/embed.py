@@ -1,10 +1,11 @@
 """``embed``: shards in, a folder of embeddings out."""
 
 import json as json_text
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,8 @@ from dist_siglip.data.samples.picture_policy import (
     TruncatedPictures,
 )
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.nearest_index import IndexKind, read_metrics
+from dist_siglip.evaluation.embed.rotation import PCA
 from dist_siglip.evaluation.embed.shard_job import Format
 from dist_siglip.evaluation.encoding import Precision, RowType, Towers
 from dist_siglip.training.module.trained import load_trained
@@ -65,6 +68,8 @@ def embed(
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
     dim: int | None = None,
     rotate: str | None = None,
+    index: Literal["faiss"] | None = None,
+    index_kind: IndexKind = "auto",
     num_patches: int | None = None,
     json: bool = False,
 ) -> int:
@@ -88,7 +93,9 @@ def embed(
             "parquet" one embeddings.parquet with a list of numbers for each tower; "features" a
             file for each shard that training reads in place of a locked tower
             (data.train_features; with dtype float32 as exact as the tower itself).
-        dtype: of the embeddings in the files.
+        dtype: of the embeddings in the files. "int8" takes a byte for each column, "binary" a bit,
+            calibrated on the first 16,384 samples; the numbers are kept as
+            quantization.safetensors, what of the exact neighbours is found as metrics.json.
         precision: of the computation.
         device: "auto" takes this process's GPU, or the CPU; or cpu, cuda, cuda:1, ...
         local_batch_size: samples of a batch on each process.
@@ -110,6 +117,10 @@ def embed(
         rotate: "pca" turns both sides so that the first columns hold most of the pictures: fitted
             to the first 16,384 pictures of the shards and kept as rotation.safetensors in the
             folder; or such a file, so that other shards, or queries, are turned alike. Null: none.
+        index: "faiss" also builds an index of the image rows for search, and measures what it finds
+            of the exact neighbours; of a finished folder nothing else is done. Null builds none.
+        index_kind: "flat" looks at all rows, "hnsw" follows a graph, "ivf_pq" looks at some cells
+            of rows of D/4 bytes; "auto" is flat below 20,000 rows, hnsw below 2,000,000.
         num_patches: most patches of a picture, for towers of pictures of any shape (NaFlex). Null
             is as the run or the model says.
         json: print JSON instead of a table.
@@ -130,6 +141,8 @@ def embed(
         max_bad_fraction=max_bad_fraction,
         dim=dim,
         rotate=rotate,
+        index=index,
+        index_kind=index_kind,
     )
     table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
     built = load_trained(
@@ -140,14 +153,52 @@ def embed(
         weights_average=weights_average,
         num_patches=num_patches,
     )
-    report = embed_shards(table, built, Path(out), settings)
+    pictures = built.pictures.changed(
+        transparency=transparency,
+        exif_orientation=exif_orientation,
+        truncated_pictures=truncated_pictures,
+    )
+    source = {
+        "image_extensions": list(image_extensions),
+        "run_dir": None if run_dir is None else os.path.abspath(run_dir),
+        "ckpt_path": None if ckpt_path is None else os.path.abspath(ckpt_path),
+        "model": os.path.abspath(model) if model and os.path.isfile(model) else model,
+        "pretrained": os.path.abspath(pretrained)
+        if pretrained and os.path.exists(pretrained)
+        else pretrained,
+        "weights_average": weights_average,
+        "num_patches": num_patches,
+        "rotation": None if rotate in (None, PCA) else os.path.abspath(rotate),
+        "pictures": pictures.of_model,
+        "max_image_pixels": max_image_pixels,
+    }
+    report = embed_shards(table, built, Path(out), settings, source=source)
+    measured = read_metrics(Path(out))
     if json:
-        sys.stdout.write(json_text.dumps({"out": out, **report._asdict()}, indent=2) + "\n")
+        content = {"out": out, **report._asdict(), **({"metrics": measured} if measured else {})}
+        sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
         return 0
     shown = Table()
     for heading in report._fields:
         shown.add_column(heading.replace("_", " "), justify="right")
     shown.add_row(*(f"{count:,.0f}" for count in report))
     Console().print(shown)
+    for name, numbers in measured.items():
+        Console().print(_recall_table(name, numbers))
     print_path("embedded into", out)
     return 0
+
+
+def _recall_table(name: str, numbers: Mapping[str, Any]) -> Table:
+    """Lay out what quantised rows or an index find of the exact neighbours."""
+    what = f"{numbers.get('kind', numbers['dtype'])} {name}".replace("_", "-")
+    table = Table(
+        title=f"{what}: share of the exact neighbours found",
+        caption=f"{numbers['queries']:,} {numbers['query_tower']} queries, "
+        f"{numbers['rows']:,} rows",
+        show_header=False,
+    )
+    for key, value in numbers.items():
+        if "recall@" in key:
+            table.add_row(key.replace("_", " "), f"{value:.4f}")
+    return table

@@ -248,10 +248,12 @@ def _added(function: Found) -> Iterator[Option]:
         yield Option(
             name=name.lstrip("-"),
             kind="" if is_flag else kind_of(function.module, keywords["type"]),
-            default=REQUIRED if by_place else constants.get("default", False if is_flag else None),
+            default=REQUIRED
+            if by_place and constants.get("nargs") != "*"
+            else constants.get("default", False if is_flag else None),
             text=constants.get("help", ""),
             by_place=by_place,
-            many=constants.get("nargs") == "+",
+            many=constants.get("nargs") in ("+", "*"),
         )
 
 
@@ -359,7 +361,8 @@ def _function_page(
 def _placed_words(options: Sequence[Option]) -> Iterator[str]:
     for each in options:
         name = each.name.upper()
-        yield f"{name} [{name} ...]" if each.many else name
+        more = f"{name} [{name} ...]" if each.many else name
+        yield more if each.default is REQUIRED else f"[{name} ...]"
 
 
 def _entry(option: Option, width: int) -> list[str]:

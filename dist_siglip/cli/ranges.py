@@ -243,6 +243,7 @@ _COMMANDS: dict[str, Range] = {
     "nvlink_gb_s": _POSITIVE,
     "pairs": Range(2),
     "pictures": _FROM_1,
+    "port": Range(0, 65_535),
     "ranks": _FROM_1,
     "refit_for": _FROM_2,
     "relative_bias": Range(-1, 1),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,11 +31,17 @@ from dist_siglip.models.build import BuiltModel
 
 Towers = Literal["both", "image", "text"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-RowType = Literal["float16", "float32"]
+RowType = Literal["float16", "float32", "int8", "binary"]
 
 DEFAULT_BATCH_ROWS = 256
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_ROW_TYPES = {"float16": torch.float16, "float32": torch.float32}
+# Of what is on the device; codes are made of whole shards.
+_ROW_TYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.float32,
+    "binary": torch.float32,
+}
 
 
 def encode_texts(
@@ -184,7 +190,8 @@ class EncodedRows(NamedTuple):
 
     Attributes:
         sample_ids: of the R rows, ascending.
-        image_features: (R, D), rows of length 1; None if that tower is not wanted.
+        image_features: (R, D), rows of length 1, or codes of them; None if that tower is not
+            wanted.
         text_features: likewise.
         captions: of the R rows.
         problems: by sample id, why it has no row.
@@ -192,8 +199,8 @@ class EncodedRows(NamedTuple):
     """
 
     sample_ids: list[int]
-    image_features: NDArray[np.floating] | None
-    text_features: NDArray[np.floating] | None
+    image_features: NDArray[Any] | None
+    text_features: NDArray[Any] | None
     captions: list[str]
     problems: dict[int, str]
     ids: Mapping[Tower, NDArray[np.int64]] = MappingProxyType({})
@@ -210,6 +217,8 @@ class ShardEncoder:
         precision: "32-true", or autocast to bfloat16 or float16.
         dim: columns of the rows, at most those of the model; None for all.
         rotation: (D, D), of ``metrics.pca_rotation``, that rows are turned by first; None for none.
+        codes: what makes codes of the finite float32 rows of a tower; needed for "int8" and
+            "binary".
 
     Raises:
         UserError: if ``dim`` is larger than the width of the features.
@@ -225,7 +234,9 @@ class ShardEncoder:
         precision: Precision,
         dim: int | None = None,
         rotation: Tensor | None = None,
+        codes: Mapping[Tower, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> None:
+        self._codes = codes
         self._model = EvaluatedModel.of(
             built.encoder.to(device).eval(),
             Preprocessing.of(built),
@@ -268,19 +279,17 @@ class ShardEncoder:
             return nullcontext()
         return torch.autocast(self._model.device.type, dtype=_AUTOCAST[self._precision])
 
-    def _to_host(self, tower: Tower, parts: list[Tensor]) -> NDArray[np.floating] | None:
+    def _to_host(self, tower: Tower, parts: list[Tensor]) -> NDArray[Any] | None:
         """Bring the rows of a tower to the host; None if it is not wanted."""
         if tower not in self._wanted:
             return None
-        if not parts:
-            return torch.empty(0, self._embed_dim, dtype=self._row_type).numpy()
-        rows = torch.cat(parts)
+        rows = torch.cat(parts) if parts else torch.empty(0, self._embed_dim, dtype=self._row_type)
         if not bool(rows.isfinite().all()):
             raise UserError(
                 f"the {tower} tower gives numbers that are not finite at precision "
                 f"({self._precision}); use 32-true, or look at the weights"
             )
-        return rows.cpu().numpy()
+        return (self._codes[tower](rows) if tower in self._codes else rows).cpu().numpy()
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:

@@ -73,7 +73,7 @@ def facts_of_action(action):
         "default": _plain(action.default),
         "required": action.required,
         "by_place": by_place,
-        "many": by_place and action.nargs == "+",
+        "many": by_place and action.nargs in ("+", "*"),
         "text": " ".join((action.help or "").split()),
         "choices": f"{{{','.join(map(str, choices))}}}" if choices else "",
     }

@@ -6,17 +6,16 @@ ranks, the rest is done.
 
 ``embed.json`` in the folder says what decides the numbers: weights, preprocessing, shards, number
 format. Another model, or shards that changed, need another folder. Ranks need not talk: all of them
-find the same file, or write the same one.
+find the same file, or write the same one. ``source.json`` says where they come from.
 """
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.cache import Prefetcher
-from dist_siglip.data.samples.cached_features import MANIFEST
+from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
@@ -40,6 +39,18 @@ from dist_siglip.data.samples.picture_policy import (
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.errors import OutageError, UserError, check_least
+from dist_siglip.evaluation.embed.nearest_index import (
+    IndexKind,
+    build_index,
+    load_faiss,
+    note_metrics,
+)
+from dist_siglip.evaluation.embed.quantized import (
+    CALIBRATION_ROWS,
+    QUANTIZED,
+    RowCodec,
+    find_codecs,
+)
 from dist_siglip.evaluation.embed.rotation import (
     PCA,
     ROTATION_PICTURES,
@@ -60,6 +71,7 @@ from dist_siglip.evaluation.embed.shard_job import (
     skipped_file,
     write_skipped,
 )
+from dist_siglip.evaluation.embed.stored_rows import claim_folder, write_source
 from dist_siglip.evaluation.encoding import Precision, RowType, ShardEncoder, Towers, choose_device
 from dist_siglip.evaluation.samples import (
     ShardBatch,
@@ -70,49 +82,8 @@ from dist_siglip.evaluation.samples import (
 )
 from dist_siglip.metrics.prefixes import check_dim
 from dist_siglip.models.build import BuiltModel, tower_fingerprint
-from dist_siglip.system.atomic import write_atomically
-from dist_siglip.system.regular_file import read_json
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write what decides the numbers into a new folder, or compare it with what is there.
-
-    Raises:
-        UserError: if the folder holds something else, or cannot be written.
-    """
-    manifest = folder / MANIFEST
-    now = json.loads(json.dumps(identity))
-    try:
-        if not manifest.exists():
-            _check_empty(folder)
-            write_atomically(manifest, json.dumps(now, indent=2) + "\n")
-        before = dict(read_json(manifest))
-    except OSError as error:
-        raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{manifest} is damaged; give a new folder") from error
-    changes = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if changes:
-        raise UserError(
-            f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
-            "the same model, shards and settings"
-        )
-
-
-def _check_empty(folder: Path) -> None:
-    """Refuse a folder that holds anything but what another rank has begun this moment."""
-    found = sorted(os.listdir(folder)) if folder.exists() else []
-    visible = [name for name in found if not name.startswith(".")]
-    if visible and not (folder / MANIFEST).exists():
-        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {MANIFEST}; give a new folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +106,12 @@ class EmbedSettings:
         max_bad_fraction: share of the samples of each rank that may be skipped.
         dim: columns of the rows; None for all of the model.
         rotate: "pca" or the path of a rotation, see ``rotation.find_rotation``; None for none.
+        index: "faiss" builds an index of the image rows when all shards are written; None for none.
+        index_kind: of the index, see ``nearest_index``.
 
     Raises:
-        UserError: if a number is out of its range, or rows for training would be changed.
+        UserError: if a number is out of its range, rows for training would be changed, or there is
+            no such index of such rows.
     """
 
     towers: Towers = "both"
@@ -155,6 +129,8 @@ class EmbedSettings:
     max_bad_fraction: float = MAX_BAD_FRACTION
     dim: int | None = None
     rotate: str | None = None
+    index: Literal["faiss"] | None = None
+    index_kind: IndexKind = "auto"
 
     def __post_init__(self) -> None:
         check_least(1, local_batch_size=self.local_batch_size)
@@ -172,8 +148,23 @@ class EmbedSettings:
                 f"rotate ({PCA}) is fitted to pictures, and towers is text; name the rotation file "
                 "of the folder that holds the pictures"
             )
+        if self.format == "features" and (self.dtype in QUANTIZED or self.index is not None):
+            name = "dtype" if self.dtype in QUANTIZED else "index"
+            raise UserError(
+                f"{name} ({getattr(self, name)}) needs format clip-retrieval or parquet: training "
+                "reads float rows and no index"
+            )
+        if self.index is not None and self.towers == "text":
+            raise UserError(f"index ({self.index}) is one of pictures, and towers is text")
+        if self.index_kind == "ivf_pq" and self.dtype == "binary":
+            raise UserError("index_kind (ivf_pq) must be auto, flat or hnsw with binary rows")
         self.captions.check()
         self.pictures(PicturePolicy())
+
+    @property
+    def wanted(self) -> list[Tower]:
+        """Towers that have rows."""
+        return [tower for tower in TOWERS if self.towers in ("both", tower)]
 
     def pictures(self, of_model: PicturePolicy) -> PicturePolicy:
         """Return what decides the pixels of pictures."""
@@ -188,6 +179,7 @@ def embed_shards(
     settings: EmbedSettings,
     *,
     world: World | None = None,
+    source: Mapping[str, Any] = MappingProxyType({}),
 ) -> EmbedReport:
     """Write the embeddings of a data set, or go on where an earlier call stopped.
 
@@ -200,6 +192,7 @@ def embed_shards(
         out: new, empty, or left by an interrupted call with the same table, model and settings.
         settings: what is written, and how.
         world: of this process; detected by default.
+        source: where the model comes from, for ``search``, as JSON can hold it.
 
     Raises:
         UserError: if the folder holds something else or cannot be written, the device cannot be
@@ -211,9 +204,13 @@ def embed_shards(
     built = replace(built, pictures=settings.pictures(built.pictures))
     if settings.dim is not None:
         check_dim(settings.dim, built.embed_dim)
+    if settings.index is not None:
+        load_faiss()
     jobs = shard_jobs(table)
     layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
+    with _told_in_one_line(out):
+        write_source(out, table.shards, source)
     progress = Progress(out, settings.max_bad_fraction)
     pending = []
     for job in jobs[world.rank :: world.world_size]:
@@ -237,9 +234,12 @@ def embed_shards(
             settings.rotate,
             out,
             built,
-            lambda: _pictures_to_fit(table, built, settings, jobs, device),
+            lambda: _first_rows(
+                table, built, replace(settings, towers="image"), jobs, device, ROTATION_PICTURES
+            )["image"],
         )
     _warn_of_plain_cut(built, settings)
+    codecs = _codecs(table, built, out, settings, jobs, device, rotation)
     encoder = ShardEncoder(
         built,
         towers=settings.towers,
@@ -248,6 +248,7 @@ def embed_shards(
         precision=settings.precision,
         dim=settings.dim,
         rotation=rotation,
+        codes={tower: codec.encode for tower, codec in codecs.items()},
     )
     batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
     with prefetch_shards(table, jobs, layout, world, lambda: progress.current):
@@ -263,34 +264,75 @@ def embed_shards(
     progress.judge(is_end=True)
     with _told_in_one_line(out):
         layout.finish()
+    if settings.index is not None:
+        if all(layout.num_rows(job) is not None for job in jobs):
+            build_index(out, settings.index_kind)
+        else:
+            _LOGGER.info("the index is built by the process that finishes last")
     return progress.report()
 
 
-def _pictures_to_fit(
+def _codecs(
+    table: PairTable,
+    built: BuiltModel,
+    out: Path,
+    settings: EmbedSettings,
+    jobs: Sequence[ShardJob],
+    device: torch.device,
+    rotation: Tensor | None,
+) -> Mapping[Tower, RowCodec]:
+    """Find what makes codes of the rows of each tower; nothing for rows of floats."""
+    if settings.dtype not in QUANTIZED:
+        return {}
+    width = built.embed_dim if settings.dim is None else settings.dim
+    codecs, recall = find_codecs(
+        out,
+        settings.dtype,
+        settings.wanted,
+        width,
+        lambda: _first_rows(
+            table, built, settings, jobs, device, CALIBRATION_ROWS, settings.dim, rotation
+        ),
+    )
+    if recall:
+        note_metrics(out, "rows", recall)
+    return codecs
+
+
+def _first_rows(
     table: PairTable,
     built: BuiltModel,
     settings: EmbedSettings,
     jobs: Sequence[ShardJob],
     device: torch.device,
-) -> Tensor:
-    """Image features of the first pictures of the data set, the same on every rank."""
-    chosen, num_left = [], ROTATION_PICTURES
+    count: int,
+    dim: int | None = None,
+    rotation: Tensor | None = None,
+) -> dict[Tower, Tensor]:
+    """Float32 features of the first samples of the data set, the same on every rank."""
+    chosen, num_left = [], count
     for job in jobs:
         if num_left > 0:
             chosen.append(job._replace(stop=min(job.stop, job.first + num_left)))
             num_left -= job.num_samples
-    only_images = replace(settings, towers="image")
     encoder = ShardEncoder(
-        built, towers="image", dtype="float32", device=device, precision=settings.precision
+        built,
+        towers=settings.towers,
+        dtype="float32",
+        device=device,
+        precision=settings.precision,
+        dim=dim,
+        rotation=rotation,
     )
-    batches = iter(_loader(table, built, only_images, chosen, pin_memory=device.type == "cuda"))
-    found = []
+    batches = iter(_loader(table, built, settings, chosen, pin_memory=device.type == "cuda"))
+    found: dict[Tower, list[Tensor]] = {tower: [] for tower in settings.wanted}
     for job in chosen:
-        count = job.num_batches(settings.local_batch_size)
-        rows = encoder.encode(_all_read(islice(batches, count), job)).image_features
-        assert rows is not None
-        found.append(torch.from_numpy(rows))
-    return torch.cat(found)
+        size = job.num_batches(settings.local_batch_size)
+        rows = encoder.encode(_all_read(islice(batches, size), job))
+        for tower, parts in found.items():
+            features = rows.image_features if tower == "image" else rows.text_features
+            parts.append(torch.from_numpy(features))
+    return {tower: torch.cat(parts) for tower, parts in found.items()}
 
 
 def _warn_of_plain_cut(built: BuiltModel, settings: EmbedSettings) -> None:

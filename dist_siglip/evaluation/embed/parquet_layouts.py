@@ -18,9 +18,10 @@ last joins them, shard after shard, under a lock, and only a whole file gets the
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -202,12 +203,67 @@ def num_rows_of(path: Path) -> int | None:
     return None if footer is None else footer.num_rows
 
 
-def _fixed_size_lists(features: NDArray[np.floating]) -> pyarrow.Array:
+_METADATA = ("image_path", "caption", "shard", "place")
+
+
+def read_metadata(path: Path, num_rows: int) -> Mapping[str, Sequence[Any]]:
+    """Read the metadata of a shard, by column.
+
+    Raises:
+        UserError: if the file is damaged, or of other rows.
+    """
+    try:
+        check_regular(path)
+        table = parquet.read_table(path, columns=list(_METADATA), partitioning=None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} holds no metadata of rows ({error}); delete it and embed"
+        ) from error
+    if table.num_rows != num_rows:
+        raise UserError(f"{path} describes {table.num_rows} rows of {num_rows}; embed anew")
+    return table.to_pydict()
+
+
+def read_joined(path: Path, column: str) -> tuple[list[tuple[int, NDArray[Any]]], pyarrow.Table]:
+    """Read ``embeddings.parquet``: numbers and rows of its shards, and all metadata.
+
+    Raises:
+        UserError: if the file is damaged, or none of ``embed``.
+    """
+    try:
+        check_regular(path)
+        table = parquet.read_table(path, columns=[column, *_METADATA], partitioning=None)
+        counts = json.loads((table.schema.metadata or {})[_ROWS_OF_SHARDS])
+        lists = table.column(column).combine_chunks()
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        rows = values.reshape(table.num_rows, -1)
+        ends = np.cumsum(counts).tolist()
+        is_whole = bool(ends) and ends[-1] == table.num_rows and min(counts) >= 0
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path} is no finished file of embed ({reason}); embed into a new folder"
+        ) from error
+    if not is_whole:
+        raise UserError(f"{path} is damaged: its shards and rows do not fit; embed it anew")
+    starts = [0, *ends[:-1]]
+    parts = [(n, rows[start:end]) for n, (start, end) in enumerate(zip(starts, ends, strict=True))]
+    return parts, table.select(list(_METADATA))
+
+
+def _fixed_size_lists(features: NDArray[Any]) -> pyarrow.Array:
     """Return (R, D) as R lists of D numbers, without copying."""
     values = pyarrow.array(np.ascontiguousarray(features).reshape(-1))
     return pyarrow.FixedSizeListArray.from_arrays(values, features.shape[1])
 
 
-def _write_array(path: Path, array: NDArray[np.floating]) -> None:
+def _write_array(path: Path, array: NDArray[Any]) -> None:
     with open_atomically(path) as file:
         np.save(file, array, allow_pickle=False)

@@ -72,19 +72,23 @@ def find_rotation(
         features = pictures()
         _LOGGER.info("fitted a rotation to %d pictures", len(features))
         tensors = {"rotation": pca_rotation(features).float().contiguous()}
-        _write_first(path, save(tensors, metadata={_TOWER: tower}))
+        write_first(path, save(tensors, metadata={_TOWER: tower}))
     return _read(path, built.embed_dim, tower)
 
 
-def _write_first(path: Path, content: bytes) -> None:
-    """Write a file, whole, unless another rank has meanwhile."""
+def write_first(path: Path, content: bytes) -> None:
+    """Write a file, whole, unless another rank has meanwhile.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         write_atomically(beside, content)
         try:
             os.link(beside, path)
         except FileExistsError:
-            _LOGGER.info("another process has fitted the rotation")
+            _LOGGER.info("another process has written %s", path.name)
         finally:
             beside.unlink()
     except OSError as error:

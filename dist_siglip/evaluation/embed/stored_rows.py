@@ -1,0 +1,289 @@
+"""The folder of ``embed``: claimed, and read row by row when it is finished.
+
+Rows are numbered shard after shard. Files in clip-retrieval's layout are mapped, so a folder may be
+larger than the memory; ``embeddings.parquet`` is read whole. Metadata are read for the shards that
+are asked about.
+
+``source.json`` says what the folder was made from: shards, run or model. It decides no numbers, so
+shards and runs may be moved and named anew.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_siglip.data.remote import is_remote
+from dist_siglip.data.samples.cached_features import MANIFEST, Tower
+from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed.quantized import QUANTIZED, RowCodec, read_codecs
+from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.regular_file import check_regular, read_json
+
+SOURCE_FILE = "source.json"
+BLOCK_ROWS = 65_536
+_MOST_JSON = 64 * 2**20
+_FOLDERS: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
+_SHARDS_REMEMBERED = 32
+_CAPTION_LENGTH = 2000  # of what is shown
+
+
+class RowPlace(NamedTuple):
+    """What a row is of.
+
+    Attributes:
+        shard_number: of the shard in the data set.
+        shard: its base name.
+        key: of the sample.
+        place: of the sample among the complete ones of its shard.
+        caption: its first 2,000 characters.
+    """
+
+    shard_number: int
+    shard: str
+    key: str
+    place: int
+    caption: str
+
+
+def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write what decides the numbers into a new folder, or compare it with what is there.
+
+    Raises:
+        UserError: if the folder holds something else, or cannot be written.
+    """
+    manifest = folder / MANIFEST
+    now = json.loads(json.dumps(identity))
+    try:
+        if not manifest.exists():
+            _check_empty(folder)
+            write_atomically(manifest, json.dumps(now, indent=2) + "\n")
+        before = dict(read_json(manifest))
+    except OSError as error:
+        raise UserError(f"out ({folder}) cannot be used: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{manifest} is damaged; give a new folder") from error
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"out ({folder}) holds other embeddings: {'; '.join(changes)}; give a new folder, or "
+            "the same model, shards and settings"
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder that holds anything but what another rank has begun this moment."""
+    found = sorted(os.listdir(folder)) if folder.exists() else []
+    visible = [name for name in found if not name.startswith(".")]
+    if visible and not (folder / MANIFEST).exists():
+        raise UserError(f"out ({folder}) holds {visible[0]!r} and no {MANIFEST}; give a new folder")
+
+
+def write_source(folder: Path, shards: Sequence[str], source: Mapping[str, Any]) -> None:
+    """Note what a folder is made from; local paths become absolute."""
+    located = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
+    content = {"shards": located, **source}
+    write_atomically(folder / SOURCE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a folder of embeddings.
+
+    Raises:
+        UserError: if it is not there, or damaged.
+    """
+    try:
+        found = read_json(path, _MOST_JSON)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(
+            f"index ({path.parent}) has no readable {path.name} ({reason}); name a folder that "
+            "embed wrote"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no settings; embed into a new folder")
+    return found
+
+
+class StoredRows:
+    """The rows of one tower in a finished folder.
+
+    Args:
+        folder: that ``embed`` wrote as ``clip-retrieval`` or ``parquet``.
+        tower: whose rows.
+
+    Attributes:
+        folder: likewise.
+        manifest: what decides the numbers, of embed.json.
+        source: of source.json.
+        dtype: of the files.
+        dim: columns of a row of floats.
+        codec: of int8 and binary rows; None of floats.
+
+    Raises:
+        UserError: if the folder is none of ``embed``, not finished, or damaged.
+    """
+
+    def __init__(self, folder: Path, tower: Tower = "image") -> None:
+        self.folder = folder
+        self.manifest = read_object(folder / MANIFEST)
+        self.source = read_object(folder / SOURCE_FILE)
+        self.dtype = str(self.manifest.get("dtype"))
+        self._tower = tower
+        form = self.manifest.get("format")
+        if form not in ("clip-retrieval", "parquet"):
+            raise UserError(
+                f"index ({folder}) has format {form}; embed with --format clip-retrieval or parquet"
+            )
+        if self.manifest.get("towers") not in ("both", tower):
+            raise UserError(
+                f"index ({folder}) holds no {tower} rows; embed with --towers both or {tower}"
+            )
+        self._parts: list[tuple[int, NDArray[Any]]] = []
+        self._files: dict[int, Path] = {}
+        if form == "parquet":
+            self._read_parquet()
+        else:
+            self._map_arrays()
+        self._parts = [part for part in self._parts if len(part[1])]
+        if not self._parts:
+            raise UserError(f"index ({folder}) holds no rows; embed shards that can be used")
+        self._starts = np.cumsum([0, *(len(rows) for _, rows in self._parts)])
+        self.codec: RowCodec | None = None
+        width = self._parts[0][1].shape[1]
+        for quantized in QUANTIZED:
+            if self.dtype == quantized:
+                self.codec = read_codecs(folder, quantized, (tower,))[tower]
+        self.dim = width if self.codec is None else self.codec.dim
+        expected = {"int8": (self.dim, "i1"), "binary": (-(-self.dim // 8), "u1")}
+        wide, kind = expected.get(self.dtype, (width, "f"))
+        for _, rows in self._parts:
+            if rows.shape[1] != wide or kind not in (rows.dtype.kind, rows.dtype.str[1:]):
+                raise UserError(
+                    f"index ({folder}) holds {rows.dtype} rows of width {rows.shape[1]}, not those "
+                    f"of its {MANIFEST}; embed into a new folder"
+                )
+        self._table = lru_cache(_SHARDS_REMEMBERED)(self._read_table)
+        self._kept: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def code_blocks(self) -> Iterator[NDArray[Any]]:
+        """Yield all rows as the files have them, a block after the other."""
+        for _, rows in self._parts:
+            for start in range(0, len(rows), BLOCK_ROWS):
+                yield rows[start : start + BLOCK_ROWS]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield all rows as float32, (B, D), a block after the other."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        for codes in self.code_blocks():
+            yield self._floats(codes)
+
+    def keep(self) -> None:
+        """Keep all rows in memory as float32, for many searches."""
+        self._kept = list(self.blocks())
+
+    def take(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Return (n, D) float32, the rows of these numbers."""
+        owners = np.searchsorted(self._starts, numbers, side="right") - 1
+        picked = np.empty((len(numbers), *self._parts[0][1].shape[1:]), self._parts[0][1].dtype)
+        for owner in np.unique(owners):
+            mine = owners == owner
+            picked[mine] = self._parts[owner][1][numbers[mine] - self._starts[owner]]
+        return self._floats(picked)
+
+    def place(self, number: int) -> RowPlace:
+        """Say what a row is of.
+
+        Raises:
+            UserError: if the metadata are damaged.
+        """
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard_number = self._parts[part][0]
+        table = self._table(part)
+        row = number - int(self._starts[part])
+        return RowPlace(
+            shard_number,
+            str(table["shard"][row]),
+            str(table["image_path"][row]),
+            int(table["place"][row]),
+            str(table["caption"][row] or "")[:_CAPTION_LENGTH],
+        )
+
+    def _floats(self, codes: NDArray[Any]) -> Tensor:
+        if self.codec is not None:
+            return self.codec.decode(codes)
+        return torch.from_numpy(np.asarray(codes, dtype=np.float32))
+
+    def _map_arrays(self) -> None:
+        """Map the files of clip-retrieval's layout; every shard must have its own, or be empty."""
+        shards = self.source.get("shards")
+        if not isinstance(shards, list):
+            raise UserError(f"{self.folder / SOURCE_FILE} is damaged; run embed again")
+        name, digits = _FOLDERS[self._tower], len(str(len(shards)))
+        missing = 0
+        for number in range(len(shards)):
+            label = str(number).zfill(digits)
+            file = self.folder / "metadata" / f"metadata_{label}.parquet"
+            if file.exists():
+                rows = self._map(self.folder / name / f"{name}_{label}.npy")
+                self._parts.append((number, rows))
+                self._files[len(self._parts) - 1] = file
+            elif not (self.folder / "left_out" / f"left_out_{label}.jsonl").exists():
+                missing += 1
+        if missing:
+            raise UserError(
+                f"index ({self.folder}) is not finished: {missing} of {len(shards)} shards are "
+                "missing; start embed again to go on"
+            )
+
+    def _map(self, path: Path) -> NDArray[Any]:
+        try:
+            check_regular(path)
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is no readable .npy file of numbers ({error})") from error
+        if rows.ndim != 2:
+            raise UserError(f"{path} must hold one (rows, D) array; embed into a new folder")
+        return rows
+
+    def _read_parquet(self) -> None:
+        """Read the column of the tower; shards are those the footer counts."""
+        from dist_siglip.evaluation.embed.parquet_layouts import read_joined
+
+        path = self.folder / "embeddings.parquet"
+        if not path.exists():
+            raise UserError(
+                f"index ({self.folder}) is not finished: it has no {path.name}; start embed again "
+                "to go on"
+            )
+        self._parts, self._joined = read_joined(path, f"{self._tower}_embedding")
+
+    def _read_table(self, part: int) -> Mapping[str, Sequence[Any]]:
+        """Read the metadata of a part, by column."""
+        from dist_siglip.evaluation.embed.parquet_layouts import read_metadata
+
+        rows = len(self._parts[part][1])
+        if part in self._files:
+            return read_metadata(self._files[part], rows)
+        return self._joined.slice(int(self._starts[part]), rows).to_pydict()
+
+
+__all__ = ["RowPlace", "StoredRows", "claim_folder", "read_object", "write_source"]
