@@ -230,7 +230,7 @@ class StoredRows:
     def _floats(self, codes: NDArray[Any]) -> Tensor:
         if self.codec is not None:
             return self.codec.decode(codes)
-        return torch.from_numpy(np.asarray(codes, dtype=np.float32))
+        return torch.from_numpy(codes.astype(np.float32))  # mapped files cannot be written to
 
     def _map_arrays(self) -> None:
         """Map the files of clip-retrieval's layout; every shard must have its own, or be empty."""

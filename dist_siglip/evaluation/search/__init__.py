@@ -171,9 +171,9 @@ class PictureSearch:
                 continue
             if tower_fingerprint(self.built, tower) != of_rows:
                 raise UserError(
-                    f"index ({self.rows.folder}) was made by another model, or other weights of it: "
-                    f"the {tower} towers differ; name the run_dir and ckpt_path it was made by, or "
-                    "embed anew"
+                    f"index ({self.rows.folder}) was made by another model, or other "
+                    f"weights: the {tower} towers differ; name the run_dir and ckpt_path it was "
+                    "made by, or embed anew"
                 )
 
 

@@ -58,7 +58,8 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _ICON = b"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16" fill="none" stroke="#4d8fcc"
- stroke-width="2" stroke-linecap="round"><circle cx="7" cy="7" r="4.5"/><path d="m10.5 10.5 4 4"/></svg>"""
+ stroke-width="2" stroke-linecap="round"><circle cx="7" cy="7" r="4.5"/>
+<path d="m10.5 10.5 4 4"/></svg>"""
 _FILES = {"/icon.svg": ("image/svg+xml", _ICON)} | {
     path: (media_type, Path(__file__).with_name(name).read_bytes())
     for path, name, media_type in (
@@ -248,17 +249,17 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "dist-siglip", ""
     timeout = _PATIENCE_SECONDS
 
-    def do_GET(self) -> None:  # noqa: N802 - named by the method
+    def do_GET(self) -> None:
         """Answer a GET request; one with a body is the last of its connection."""
         if {"content-length", "transfer-encoding"} & {name.lower() for name in self.headers}:
             self.close_connection = True
         self._respond(lambda path, options: self.server.answer_get(path, options))
 
-    def do_HEAD(self) -> None:  # noqa: N802 - named by the method
+    def do_HEAD(self) -> None:
         """Answer a GET request without its body."""
         self.do_GET()
 
-    def do_POST(self) -> None:  # noqa: N802 - named by the method
+    def do_POST(self) -> None:
         """Answer a POST request."""
 
         def answer(path: str, options: dict[str, str]) -> Answer:

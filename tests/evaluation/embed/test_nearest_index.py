@@ -1,0 +1,199 @@
+"""Indexes of faiss, against an exact search in plain loops."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dist_siglip.errors import UserError
+from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.nearest_index import (
+    NearestIndex,
+    build_index,
+    exact_nearest,
+    rescore,
+)
+from dist_siglip.evaluation.embed.stored_rows import StoredRows
+from tests.support.embedding import COUNTS, build_tiny, table_of
+from tests.support.shards import write_shards
+
+NUM_ROWS, DIM = 2000, 16
+
+
+def write_folder(folder, dtype="float16", count=NUM_ROWS):
+    """A folder as ``embed`` leaves it, with rows in clusters, of two shards."""
+    from safetensors.torch import save_file
+
+    from dist_siglip.evaluation.embed.quantized import RowCodec
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, DIM, generator=generator)
+    rows = {}
+    for tower in ("image", "text"):
+        noise = 0.5 * torch.randn(count, DIM, generator=generator)
+        rows[tower] = torch.nn.functional.normalize(
+            centres[torch.arange(count) % 40] + noise, dim=1
+        )
+    folder.mkdir(parents=True)
+    settings = {"format": "clip-retrieval", "towers": "both", "dtype": dtype}
+    (folder / "embed.json").write_text(json.dumps(settings))
+    (folder / "source.json").write_text(json.dumps({"shards": ["a.tar", "b.tar"]}))
+    tensors = {}
+    for tower, name in (("image", "img_emb"), ("text", "text_emb")):
+        stored = rows[tower].half().numpy() if dtype == "float16" else rows[tower].numpy()
+        if dtype in ("int8", "binary"):
+            codec = RowCodec.fit(dtype, rows[tower])
+            tensors |= {f"{tower}_offset": codec.offset, f"{tower}_scale": codec.scale}
+            stored = codec.encode(rows[tower]).numpy()
+        for number, part in enumerate(np.split(stored, [count // 3])):
+            (folder / name).mkdir(exist_ok=True)
+            np.save(folder / name / f"{name}_{number}.npy", part)
+            (folder / "metadata").mkdir(exist_ok=True)
+            (folder / "metadata" / f"metadata_{number}.parquet").touch()
+    if tensors:
+        save_file(tensors, folder / "quantization.safetensors", metadata={"dtype": dtype})
+    return rows
+
+
+def test_an_exact_search_is_that_of_plain_loops_over_all_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_siglip.evaluation.embed.stored_rows.BLOCK_ROWS", 77)
+    rows = write_folder(tmp_path / "e", "float32", 300)
+    stored = StoredRows(tmp_path / "e")
+    queries = rows["text"][:5]
+    scores, numbers = exact_nearest(stored, queries, 7)
+    for query, best, found in zip(queries, scores, numbers, strict=True):
+        products = [float(query.double() @ row.double()) for row in rows["image"]]
+        order = sorted(range(300), key=lambda i: -products[i])[:7]
+        assert found.tolist() == order
+        assert best.tolist() == pytest.approx([products[i] for i in order], abs=1e-6)
+    best, found = rescore(stored, queries[0], np.array([5, -1, 9, 5, 2]), 9)
+    assert sorted(found.tolist()) == [2, 5, 9]
+    assert best.tolist() == sorted(best.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "binary"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf_pq"])
+def test_what_an_index_finds_is_measured_against_all_rows(tmp_path, kind, dtype):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    folder = tmp_path / "e"
+    write_folder(folder, dtype)
+    if (kind, dtype) == ("ivf_pq", "binary"):
+        with pytest.raises(UserError, match=r"index_kind \(ivf_pq\) must be flat or hnsw"):
+            build_index(folder, kind)
+        return
+    build_index(folder, kind)
+    metrics = json.loads((folder / "metrics.json").read_text())["index"]
+    assert (metrics["kind"], metrics["rows"], metrics["query_tower"]) == (kind, NUM_ROWS, "text")
+    assert metrics["bytes"] == (folder / "index" / "index.faiss").stat().st_size
+    stored = StoredRows(folder)
+    index = NearestIndex.read(stored)
+    # recall@10 after scoring again, once more in plain words.
+    chosen = np.linspace(0, NUM_ROWS - 1, 256).round().astype(int)
+    texts = StoredRows(folder, "text").take(chosen)
+    everything = torch.cat(list(stored.blocks())).double().numpy()
+    hits = 0
+    for text in texts:
+        order = np.argsort(-(everything @ text.double().numpy()), kind="stable")[:10]
+        listed = index.shortlist(text[None], 100)
+        hits += len(set(order) & set(rescore(stored, text, listed[0], 10)[1].tolist()))
+    assert metrics["recall@10"] == pytest.approx(
+        hits / 2560, abs=0.002 if dtype != "binary" else 0.01
+    )
+    least = {"flat": 0.999, "hnsw": 0.97, "ivf_pq": 0.6}[kind]
+    assert metrics["recall@10"] > (0.6 if dtype == "binary" else least)
+    assert metrics["recall@10"] >= metrics["unscored_recall@10"] - 0.001
+    if kind == "ivf_pq" or dtype == "binary":  # scoring again is what it is for
+        assert metrics["recall@10"] > metrics["unscored_recall@10"] + 0.05
+    # Of binary rows many have equal scores, of which either may count.
+    before = (folder / "index" / "index.faiss").stat().st_mtime_ns
+    build_index(folder, kind)
+    assert (folder / "index" / "index.faiss").stat().st_mtime_ns == before
+
+
+def test_small_and_damaged_indexes_are_one_line(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    folder = tmp_path / "e"
+    write_folder(folder, "float16", 60)
+    with pytest.raises(UserError, match="trained on at least 1,024 rows, and there are 60"):
+        build_index(folder, "ivf_pq")
+    build_index(folder, "auto")
+    assert json.loads((folder / "index" / "index.json").read_text())["kind"] == "flat"
+    file = folder / "index" / "index.faiss"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"garbage" * 50):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"index.faiss cannot be read \(it is damaged\); build"):
+            NearestIndex.read(StoredRows(folder))
+    other = tmp_path / "other"
+    write_folder(other, "float16", 50)
+    build_index(other, "flat")
+    file.write_bytes((other / "index" / "index.faiss").read_bytes())
+    with pytest.raises(UserError, match="holds 50 rows of width 16, not the 60"):
+        NearestIndex.read(StoredRows(folder))
+
+
+def test_without_faiss_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    shards = write_shards(tmp_path / "shards", (3,))
+    settings = EmbedSettings(workers=0, device="cpu", index="faiss")
+    with pytest.raises(UserError, match=r'pip install "dist-siglip\[search\]"$'):
+        embed_shards(table_of(shards), build_tiny(tmp_path), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    write_folder(tmp_path / "e", count=30)
+    (tmp_path / "e" / "index").mkdir()
+    (tmp_path / "e" / "index" / "index.json").write_text('{"kind": "flat"}')
+    with pytest.raises(UserError, match="search without the index: --exact true"):
+        NearestIndex.read(StoredRows(tmp_path / "e"))
+
+
+def test_embed_builds_the_index_when_all_shards_are_there(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    from dist_siglip.distributed import World
+
+    shards, built = write_shards(tmp_path / "shards", COUNTS), build_tiny(tmp_path)
+    options = {"workers": 0, "device": "cpu", "towers": "image"}
+    out = tmp_path / "out"
+    for rank, is_there in ((0, False), (1, True)):
+        embed_shards(
+            table_of(shards),
+            built,
+            out,
+            EmbedSettings(**options, index="faiss"),
+            world=World(rank=rank, world_size=2),
+        )
+        assert (out / "index" / "index.faiss").exists() == is_there
+    metrics = json.loads((out / "metrics.json").read_text())["index"]
+    assert (metrics["query_tower"], metrics["recall@1"]) == ("image", 1.0)
+    # Another kind later, of the same rows.
+    embed_shards(
+        table_of(shards), built, out, EmbedSettings(**options, index="faiss", index_kind="hnsw")
+    )
+    assert json.loads((out / "metrics.json").read_text())["index"]["kind"] == "hnsw"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda at: (at / "embed.json").unlink(), "has no readable embed.json"),
+        (lambda at: (at / "source.json").write_text("[]"), "is damaged: it holds no settings"),
+        (lambda at: (at / "metadata" / "metadata_1.parquet").unlink(), "1 of 2 shards are missing"),
+        (lambda at: (at / "img_emb" / "img_emb_0.npy").write_bytes(b"PK"), "no readable .npy file"),
+        (
+            lambda at: np.save(
+                at / "img_emb" / "img_emb_0.npy", np.array([[{}]]), allow_pickle=True
+            ),
+            "no readable .npy file",
+        ),
+        (
+            lambda at: np.save(at / "img_emb" / "img_emb_0.npy", np.ones((20, 3), np.float16)),
+            "of width",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_one_line(tmp_path, change, message):
+    write_folder(tmp_path / "e", count=60)
+    change(tmp_path / "e")
+    with pytest.raises(UserError, match=message):
+        StoredRows(tmp_path / "e")
