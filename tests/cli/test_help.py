@@ -191,7 +191,7 @@ def test_a_page_shows_texts_kinds_and_defaults(monkeypatch):
     text = page(("embed",))
     assert text.startswith("usage: dist-siglip embed SHARDS --out TEXT [options]\n\nWrite an ")
     assert "\n  --out TEXT            folder of the embeddings. (required)\n" in text
-    assert "\n  --dtype {float16,float32}\n" in text
+    assert "\n  --dtype {float16,float32,int8,binary}\n" in text
     assert "(default: [jpg,jpeg,png,webp])" in " ".join(text.split())
     assert "\ncache: copies of remote shards.\n  --cache.folder TEXT" in text
     assert "Args:" not in text

@@ -109,7 +109,12 @@ def test_one_tower_writes_its_own_folder(tmp_path, shards, built, tower):
     settings = EmbedSettings(towers=tower, workers=0, device="cpu")
     embed_shards(table_of(shards), built, tmp_path, settings)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"embed.json", "metadata", "img_emb" if tower == "image" else "text_emb"}
+    assert names == {
+        "embed.json",
+        "source.json",
+        "metadata",
+        "img_emb" if tower == "image" else "text_emb",
+    }
 
 
 def test_bad_samples_are_left_out_and_named(tmp_path, built):
@@ -176,7 +181,13 @@ def test_a_shard_without_rows_has_no_files_and_is_finished(tmp_path, built):
         report = embed_shards(table_of(paths), built, tmp_path / "out", settings)
         assert (report.kept, report.samples, report.left_out) == (kept, 3, 1)
     names = {path.name for path in (tmp_path / "out").rglob("*.*") if path.suffix != ".jsonl"}
-    assert names == {"embed.json", "img_emb_1.npy", "text_emb_1.npy", "metadata_1.parquet"}
+    assert names == {
+        "embed.json",
+        "source.json",
+        "img_emb_1.npy",
+        "text_emb_1.npy",
+        "metadata_1.parquet",
+    }
 
 
 def test_too_many_bad_samples_are_an_error(tmp_path, built):

@@ -206,7 +206,7 @@ def test_rows_that_are_not_finite_calibrate_nothing(tmp_path):
 
 def test_a_damaged_calibration_is_one_line(tmp_path, shards, built):
     embed(shards, built, tmp_path, dtype="int8")
-    with pytest.raises(UserError, match="must hold one .* floats"):
+    with pytest.raises(UserError, match=r"must hold one .* floats"):
         read_embeddings(tmp_path, "image")
     path = tmp_path / QUANTIZATION_FILE
     whole = path.read_bytes()

@@ -38,6 +38,7 @@ def test_one_file_holds_metadata_and_embeddings_of_all_shards(tmp_path, shards, 
     assert table["caption"].to_pylist() == [caption(i) for i in ids]
     assert {path.name for path in tmp_path.iterdir()} == {
         "embed.json",
+        "source.json",
         "embeddings.parquet",
         ".lock",
     }
