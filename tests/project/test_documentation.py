@@ -19,6 +19,7 @@ from dist_siglip.cli.run import (
     quickstart,
     report,
     rerank,
+    search,
     testing,
     training,
 )
@@ -44,6 +45,7 @@ FUNCTIONS = {
     "embed": embed,
     "export": export,
     "report": report,
+    "search": search,
 }
 
 

@@ -23,6 +23,7 @@ RUN = {
     "test": ("", "runs/quickstart/benchmarks/handwriting_retrieval.json"),
     "report": ("", "runs/quickstart/report.html"),
     "embed": ("--workers 0", "embeddings/embed.json"),
+    "search": ("", ""),
     "align": ("", ""),
     "capacity": ("", ""),
     "export": ("", "exports/quickstart/open_clip_model.safetensors"),
