@@ -11,6 +11,7 @@ shards and runs may be moved and named anew.
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,9 +94,12 @@ def _check_empty(folder: Path) -> None:
 
 
 def write_source(folder: Path, shards: Sequence[str], source: Mapping[str, Any]) -> None:
-    """Note what a folder is made from; local paths become absolute."""
+    """Note what a folder is made from, if it does not say so; local paths become absolute."""
     located = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
     content = {"shards": located, **source}
+    with suppress(OSError, ValueError):
+        if read_json(folder / SOURCE_FILE, _MOST_JSON) == content:
+            return
     write_atomically(folder / SOURCE_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -111,7 +115,7 @@ def read_object(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise UserError(
             f"index ({path.parent}) has no readable {path.name} ({reason}); name a folder that "
-            "embed wrote"
+            "embed wrote, or run embed on it again"
         ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no settings; embed into a new folder")

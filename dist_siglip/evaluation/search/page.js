@@ -20,12 +20,12 @@ function say(words, isBad = false) {
 
 function addressOf(query) {
   if (query && query.text) return "/?q=" + encodeURIComponent(query.text);
-  return query && "row" in query ? "/?row=" + query.row : "/";
+  return query && "row" in query ? "/?row=" + encodeURIComponent(query.row) : "/";
 }
 
 function request(query, k) {
   if (query.file) return fetch("/search?k=" + k, { method: "POST", body: query.file });
-  const what = "row" in query ? "row=" + query.row : "text=" + encodeURIComponent(query.text);
+  const what = "row" in query ? "row=" + encodeURIComponent(query.row) : "text=" + encodeURIComponent(query.text);
   return fetch("/search?" + what + "&k=" + k);
 }
 
@@ -85,7 +85,7 @@ function show(query) {
   if (picture.src.startsWith("blob:")) URL.revokeObjectURL(picture.src);
   box.hidden = !query || !(query.file || "row" in query);
   if (box.hidden) picture.removeAttribute("src");
-  else picture.src = query.file ? URL.createObjectURL(query.file) : about.picture + query.row;
+  else picture.src = query.file ? URL.createObjectURL(query.file) : about.picture + encodeURIComponent(query.row);
   text.value = (query && query.text) || "";
   text.placeholder = box.hidden ? "Describe a picture, or drop one here" : "Pictures like this one";
   byId("examples").hidden = Boolean(query);

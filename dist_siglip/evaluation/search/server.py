@@ -315,6 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(
                 HTTPStatus.MISDIRECTED_REQUEST, f"open the page as {self.server.url}"
             )
+        if urlsplit(self.path).path in _FILES:  # a link may lead here
+            return
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "other sites may not ask")
         origin = self.headers.get("Origin")

@@ -263,6 +263,7 @@ def test_other_sites_may_not_ask(running):
     made, _ = running
     assert refused(made, "/about", Sec_Fetch_Site="cross-site")[0] == 403
     assert refused(made, "/about", Sec_Fetch_Site="same-site")[0] == 403
+    assert ask(made, "/", Sec_Fetch_Site="cross-site")[0] == 200  # a link may lead to the page
     body = encode(picture(9))
     for origin in ("https://evil.example", "null", "http://localhost"):
         more = {"method": "POST", "body": body, "Origin": origin}
