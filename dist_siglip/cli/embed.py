@@ -168,7 +168,7 @@ def embed(
         else pretrained,
         "weights_average": weights_average,
         "num_patches": num_patches,
-        "rotation": None if rotate in (None, PCA) else os.path.abspath(rotate),
+        "rotation": None if rotate is None or rotate == PCA else os.path.abspath(rotate),
         "pictures": pictures.of_model,
         "max_image_pixels": max_image_pixels,
     }

@@ -162,7 +162,9 @@ def _model(folder: Path, source: dict[str, Any], given: dict[str, str | None]) -
         name: source[name] for name in _MODEL_OPTIONS if isinstance(source.get(name), str)
     }
     is_named = given["run_dir"] is not None or given["model"] is not None
-    chosen = given if is_named else remembered | {k: v for k, v in given.items() if v is not None}
+    chosen: dict[str, Any] = (
+        dict(given) if is_named else remembered | {k: v for k, v in given.items() if v is not None}
+    )
     if not chosen.get("run_dir") and not chosen.get("model"):
         raise UserError(f"index ({folder}) does not say its model; name it by --run_dir or --model")
     average, num_patches = source.get("weights_average"), source.get("num_patches")

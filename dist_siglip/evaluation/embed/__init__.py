@@ -282,12 +282,13 @@ def _codecs(
     rotation: Tensor | None,
 ) -> Mapping[Tower, RowCodec]:
     """Find what makes codes of the rows of each tower; nothing for rows of floats."""
-    if settings.dtype not in QUANTIZED:
+    dtype = next((each for each in QUANTIZED if each == settings.dtype), None)
+    if dtype is None:
         return {}
     width = built.embed_dim if settings.dim is None else settings.dim
     codecs, recall = find_codecs(
         out,
-        settings.dtype,
+        dtype,
         settings.wanted,
         width,
         lambda: _first_rows(

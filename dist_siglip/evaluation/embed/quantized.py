@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dist_siglip.data.samples.cached_features import TOWERS, Tower
+from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed.rotation import write_first
 from dist_siglip.system.regular_file import check_regular
@@ -255,7 +255,6 @@ __all__ = [
     "CALIBRATION_ROWS",
     "QUANTIZATION_FILE",
     "QUANTIZED",
-    "TOWERS",
     "QuantizedType",
     "RowCodec",
     "find_codecs",

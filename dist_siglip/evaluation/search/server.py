@@ -25,6 +25,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -126,7 +127,7 @@ class SearchServer(ThreadingHTTPServer):
                 "free one"
             ) from error
         rows = search.rows
-        self.is_local = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.is_local = ipaddress.ip_address(str(self.server_address[0])).is_loopback
         content = json.dumps([rows.manifest, str(rows.folder.resolve()), len(rows)]).encode()
         self.folder_id = hashlib.blake2b(content, digest_size=8).hexdigest()
         self._about = json.dumps(self._describe()).encode()
@@ -139,7 +140,7 @@ class SearchServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind, without looking up the name of the machine, which may wait for a server."""
-        super(ThreadingHTTPServer, self).server_bind()
+        TCPServer.server_bind(self)
         self.server_name, self.server_port = self._host, int(self.server_address[1])
 
     def process_request(self, request: Any, client_address: Any) -> None:
