@@ -28,6 +28,7 @@ from dist_siglip.evaluation.embed.nearest_index import IndexKind, read_metrics
 from dist_siglip.evaluation.embed.rotation import PCA
 from dist_siglip.evaluation.embed.shard_job import Format
 from dist_siglip.evaluation.encoding import Precision, RowType, Towers
+from dist_siglip.models.weight_source import LOCAL_DIR
 from dist_siglip.training.module.trained import load_trained
 
 
@@ -158,6 +159,8 @@ def embed(
         exif_orientation=exif_orientation,
         truncated_pictures=truncated_pictures,
     )
+    if model and model.startswith(LOCAL_DIR):
+        model = LOCAL_DIR + os.path.abspath(Path(model.removeprefix(LOCAL_DIR)).expanduser())
     source = {
         "image_extensions": list(image_extensions),
         "run_dir": None if run_dir is None else os.path.abspath(run_dir),
@@ -170,7 +173,6 @@ def embed(
         "num_patches": num_patches,
         "rotation": None if rotate is None or rotate == PCA else os.path.abspath(rotate),
         "pictures": pictures.of_model,
-        "max_image_pixels": max_image_pixels,
     }
     report = embed_shards(table, built, Path(out), settings, source=source)
     measured = read_metrics(Path(out))

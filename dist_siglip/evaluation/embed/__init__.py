@@ -210,7 +210,7 @@ def embed_shards(
     layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
     with _told_in_one_line(out):
-        write_source(out, table.shards, source)
+        write_source(out, table, source)
     progress = Progress(out, settings.max_bad_fraction)
     pending = []
     for job in jobs[world.rank :: world.world_size]:

@@ -155,20 +155,19 @@ def build_index(folder: Path, kind: IndexKind) -> None:
             _binary(faiss, chosen, rows) if rows.dtype == "binary" else _floats(faiss, chosen, rows)
         )
         seconds = time.monotonic() - started
+        made = NearestIndex(rows, index, facts, _query_codecs(rows))
+        found = measure_index(made, rows, *_queries(rows))
+        is_binary = rows.dtype == "binary"
+        content = (faiss.serialize_index_binary if is_binary else faiss.serialize_index)(index)
+        sizes = {"bytes": content.nbytes, "build_seconds": seconds}
         try:
-            write = (
-                faiss.serialize_index_binary if rows.dtype == "binary" else faiss.serialize_index
-            )
             (at / _FACTS).unlink(missing_ok=True)
             with open_atomically(at / _FILE) as file:
-                file.write(memoryview(write(index)))
-            write_atomically(at / _FACTS, json.dumps(facts, indent=2) + "\n")
+                file.write(memoryview(content))
+            note_metrics(folder, "index", {**facts, **sizes, **found})
+            write_atomically(at / _FACTS, json.dumps(facts, indent=2) + "\n")  # last: all is there
         except OSError as error:
             raise UserError(f"{at / _FILE} cannot be written: {error.strerror or error}") from error
-        made = NearestIndex(rows, index, facts, _query_codecs(rows))
-        size = (at / _FILE).stat().st_size
-        found = measure_index(made, rows, *_queries(rows))
-    note_metrics(folder, "index", {**facts, "bytes": size, "build_seconds": seconds, **found})
 
 
 def _choose(kind: IndexKind, rows: StoredRows) -> str:

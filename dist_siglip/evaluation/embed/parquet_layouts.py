@@ -203,7 +203,14 @@ def num_rows_of(path: Path) -> int | None:
     return None if footer is None else footer.num_rows
 
 
-_METADATA = ("image_path", "caption", "shard", "place")
+_METADATA = pyarrow.schema(
+    {
+        "image_path": pyarrow.string(),
+        "caption": pyarrow.string(),
+        "shard": pyarrow.string(),
+        "place": pyarrow.int64(),
+    }
+)
 
 
 def read_metadata(path: Path, num_rows: int) -> Mapping[str, Sequence[Any]]:
@@ -214,10 +221,11 @@ def read_metadata(path: Path, num_rows: int) -> Mapping[str, Sequence[Any]]:
     """
     try:
         check_regular(path)
-        table = parquet.read_table(path, columns=list(_METADATA), partitioning=None)
-    except (pyarrow.ArrowException, OSError) as error:
+        table = parquet.read_table(path, columns=_METADATA.names, partitioning=None)
+        table = table.cast(_METADATA)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{path} holds no metadata of rows ({error}); delete it and embed"
+            f"{path} holds no metadata of rows ({error}); delete it, and embed again"
         ) from error
     if table.num_rows != num_rows:
         raise UserError(f"{path} describes {table.num_rows} rows of {num_rows}; embed anew")
@@ -232,12 +240,13 @@ def read_joined(path: Path, column: str) -> tuple[list[tuple[int, NDArray[Any]]]
     """
     try:
         check_regular(path)
-        table = parquet.read_table(path, columns=[column, *_METADATA], partitioning=None)
+        table = parquet.read_table(path, columns=[column, *_METADATA.names], partitioning=None)
         counts = json.loads((table.schema.metadata or {})[_ROWS_OF_SHARDS])
         lists = table.column(column).combine_chunks()
         values = lists.flatten().to_numpy(zero_copy_only=False)
         rows = values.reshape(table.num_rows, -1)
         ends = np.cumsum(counts).tolist()
+        metadata = table.select(_METADATA.names).cast(_METADATA)
         is_whole = bool(ends) and ends[-1] == table.num_rows and min(counts) >= 0
     except (
         pyarrow.ArrowException,
@@ -255,7 +264,7 @@ def read_joined(path: Path, column: str) -> tuple[list[tuple[int, NDArray[Any]]]
         raise UserError(f"{path} is damaged: its shards and rows do not fit; embed it anew")
     starts = [0, *ends[:-1]]
     parts = [(n, rows[start:end]) for n, (start, end) in enumerate(zip(starts, ends, strict=True))]
-    return parts, table.select(list(_METADATA))
+    return parts, metadata
 
 
 def _fixed_size_lists(features: NDArray[Any]) -> pyarrow.Array:

@@ -21,11 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.samples.cached_features import MANIFEST, Tower
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed.quantized import QUANTIZED, RowCodec, read_codecs
+from dist_siglip.evaluation.embed.shard_job import ShardJob, is_all_skipped
 from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.redaction import redact
 from dist_siglip.system.regular_file import check_regular, read_json
 
 SOURCE_FILE = "source.json"
@@ -93,14 +96,20 @@ def _check_empty(folder: Path) -> None:
         raise UserError(f"out ({folder}) holds {visible[0]!r} and no {MANIFEST}; give a new folder")
 
 
-def write_source(folder: Path, shards: Sequence[str], source: Mapping[str, Any]) -> None:
-    """Note what a folder is made from, if it does not say so; local paths become absolute."""
-    located = [shard if is_remote(shard) else os.path.abspath(shard) for shard in shards]
-    content = {"shards": located, **source}
+def write_source(folder: Path, table: PairTable, source: Mapping[str, Any]) -> None:
+    """Note what a folder is made from, if it does not say so; local paths become absolute.
+
+    URLs with credentials are for the user alone to read.
+    """
+    located = [shard if is_remote(shard) else os.path.abspath(shard) for shard in table.shards]
+    content = {"shards": located, "samples": np.diff(table.starts).tolist(), **source}
     with suppress(OSError, ValueError):
         if read_json(folder / SOURCE_FILE, _MOST_JSON) == content:
             return
-    write_atomically(folder / SOURCE_FILE, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(folder / SOURCE_FILE, text)
+    if redact(text) != text:
+        (folder / SOURCE_FILE).chmod(0o600)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -122,6 +131,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def words_of(content: Mapping[str, Any], name: str, default: Sequence[str] = ()) -> list[str]:
+    """Return a list of texts of a JSON object; the default where there is none.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    found = content.get(name, list(default))
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise UserError(f"index is damaged: its {name} are no list of texts; run embed again")
+    return found
+
+
 class StoredRows:
     """The rows of one tower in a finished folder.
 
@@ -133,6 +154,7 @@ class StoredRows:
         folder: likewise.
         manifest: what decides the numbers, of embed.json.
         source: of source.json.
+        shards: the rows are of.
         dtype: of the files.
         dim: columns of a row of floats.
         codec: of int8 and binary rows; None of floats.
@@ -145,6 +167,7 @@ class StoredRows:
         self.folder = folder
         self.manifest = read_object(folder / MANIFEST)
         self.source = read_object(folder / SOURCE_FILE)
+        self.shards = words_of(self.source, "shards")
         self.dtype = str(self.manifest.get("dtype"))
         self._tower = tower
         form = self.manifest.get("format")
@@ -238,23 +261,23 @@ class StoredRows:
 
     def _map_arrays(self) -> None:
         """Map the files of clip-retrieval's layout; every shard must have its own, or be empty."""
-        shards = self.source.get("shards")
-        if not isinstance(shards, list):
+        samples = self.source.get("samples")
+        if not isinstance(samples, list) or len(samples) != len(self.shards):
             raise UserError(f"{self.folder / SOURCE_FILE} is damaged; run embed again")
-        name, digits = _FOLDERS[self._tower], len(str(len(shards)))
+        name, digits = _FOLDERS[self._tower], len(str(len(samples)))
         missing = 0
-        for number in range(len(shards)):
-            label = str(number).zfill(digits)
-            file = self.folder / "metadata" / f"metadata_{label}.parquet"
+        for number, count in enumerate(samples):
+            job = ShardJob(number, str(number).zfill(digits), self.shards[number], 0, count)
+            file = self.folder / "metadata" / f"metadata_{job.label}.parquet"
             if file.exists():
-                rows = self._map(self.folder / name / f"{name}_{label}.npy")
+                rows = self._map(self.folder / name / f"{name}_{job.label}.npy")
                 self._parts.append((number, rows))
                 self._files[len(self._parts) - 1] = file
-            elif not (self.folder / "left_out" / f"left_out_{label}.jsonl").exists():
+            elif not is_all_skipped(self.folder, job):
                 missing += 1
         if missing:
             raise UserError(
-                f"index ({self.folder}) is not finished: {missing} of {len(shards)} shards are "
+                f"index ({self.folder}) is not finished: {missing} of {len(samples)} shards are "
                 "missing; start embed again to go on"
             )
 
@@ -290,4 +313,11 @@ class StoredRows:
         return self._joined.slice(int(self._starts[part]), rows).to_pydict()
 
 
-__all__ = ["RowPlace", "StoredRows", "claim_folder", "read_object", "write_source"]
+__all__ = [
+    "RowPlace",
+    "StoredRows",
+    "claim_folder",
+    "read_object",
+    "words_of",
+    "write_source",
+]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import Preprocessing
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import EvaluatedModel
@@ -25,7 +26,12 @@ from dist_siglip.evaluation.embed.nearest_index import (
     rescore,
     shortlist_length,
 )
-from dist_siglip.evaluation.embed.rotation import find_rotation
+from dist_siglip.evaluation.embed.rotation import (
+    PCA,
+    ROTATION_FILE,
+    find_rotation,
+    name_rotation,
+)
 from dist_siglip.evaluation.embed.stored_rows import RowPlace, StoredRows
 from dist_siglip.evaluation.encoding import encode_pictures, encode_texts
 from dist_siglip.metrics.prefixes import check_dim, cut_rows
@@ -73,20 +79,14 @@ class PictureSearch:
         self, folder: Path, built: BuiltModel, *, device: torch.device, exact: bool = False
     ) -> None:
         self.rows = StoredRows(folder)
-        stated = self.rows.source.get("pictures")
-        if isinstance(stated, dict):
-            names = built.pictures.of_model
-            chosen = {name: stated[name] for name in names if name in stated}
-            built = replace(built, pictures=built.pictures.changed(**chosen))
-        self.built = built
+        self.built = replace(built, pictures=_policy_of(self.rows, built.pictures))
         self._check_model()
-        self._dim = self.rows.manifest.get("dim")
         self._rotation = self._find_rotation()
         self._index = None if exact else NearestIndex.read(self.rows)
         self.method = "exact" if self._index is None else self._index.kind
         self._model = EvaluatedModel.of(
             built.encoder.to(device).eval(),
-            Preprocessing.of(built),
+            Preprocessing.of(self.built),
             logit_scale=built.start_scale,
             logit_bias=built.start_bias,
             device=device,
@@ -101,6 +101,7 @@ class PictureSearch:
         Raises:
             UserError: if the text is empty, or gives numbers that are not finite.
         """
+        text = text.encode(errors="replace").decode()  # of bytes that are no UTF-8
         if not text.strip():
             raise UserError("query is an empty text; say what the pictures show")
         with self._lock:
@@ -149,18 +150,25 @@ class PictureSearch:
     def _changed(self, query: Tensor) -> Tensor:
         """Cut and turn a query as the rows are."""
         query = query.float().cpu()
-        if self._dim is None and self._rotation is None:
+        if self._rotation is None and self.rows.dim == self.built.embed_dim:
             return query
-        return cut_rows(query, self._dim or self.built.embed_dim, self._rotation)
+        return cut_rows(query, self.rows.dim, self._rotation)
 
     def _find_rotation(self) -> Tensor | None:
+        """Read the rotation of the rows: that of the folder, or the file that was named."""
         name = self.rows.manifest.get("rotate")
-        if self._dim is not None:
-            check_dim(int(self._dim), self.built.embed_dim)
         if name is None:
             return None
-        path = self.rows.source.get("rotation") or str(self.rows.folder / "rotation.safetensors")
-        return find_rotation(str(path), self.rows.folder, self.built, _no_pictures)
+        if name == PCA:
+            path = str(self.rows.folder / ROTATION_FILE)
+        else:
+            path = str(self.rows.source.get("rotation"))
+            if name_rotation(path) != name:
+                raise UserError(
+                    f"rotate ({path}) is not the file that index ({self.rows.folder}) was made "
+                    "with; put that one back, or embed anew"
+                )
+        return find_rotation(path, self.rows.folder, self.built, _no_pictures)
 
     def _check_model(self) -> None:
         """Refuse a model other than that of the rows; a text tower that has no rows may be any."""
@@ -175,6 +183,23 @@ class PictureSearch:
                     f"weights: the {tower} towers differ; name the run_dir and ckpt_path it was "
                     "made by, or embed anew"
                 )
+        check_dim(self.rows.dim, self.built.embed_dim)
+        if self.rows.dim != self.rows.manifest.get("dim", self.built.embed_dim):
+            raise UserError(
+                f"index ({self.rows.folder}) is damaged: its rows have {self.rows.dim} columns; "
+                "embed into a new folder"
+            )
+
+
+def _policy_of(rows: StoredRows, policy: PicturePolicy) -> PicturePolicy:
+    """Decode pictures as those of the rows were."""
+    stated = rows.source.get("pictures")
+    said = {**(stated if isinstance(stated, dict) else {}), **rows.manifest}
+    names = (*policy.of_model, "truncated_pictures", "max_image_pixels")
+    try:
+        return policy.changed(**{name: said[name] for name in names if name in said})
+    except (UserError, TypeError) as error:
+        raise UserError(f"index ({rows.folder}) is damaged ({error}); run embed again") from error
 
 
 def _best_first(found: tuple[int, float]) -> tuple[float, int]:

@@ -7,7 +7,6 @@ is decoded by the policy of the model and written anew, so that nothing but pixe
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 
 from PIL import Image
 
@@ -19,7 +18,7 @@ from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.stored_rows import StoredRows
+from dist_siglip.evaluation.embed.stored_rows import StoredRows, words_of
 
 SIDE = 448  # longest of a copy, in pixels
 _EXACT_BELOW = 128  # pictures of so few pixels a side are kept without loss
@@ -104,15 +103,11 @@ def small_copy(picture: EncodedPicture) -> tuple[str, bytes]:
 
 def _table_of(rows: StoredRows, shards: str | list[str] | None, cache: CacheSettings) -> PairTable:
     """Index the shards, and compare them with those of the folder."""
-    noted = rows.source.get("shards")
-    given: Sequence[str] = [str(each) for each in noted] if isinstance(noted, list) else []
     try:
         table = build_pair_table(
-            expand_shards(given if shards is None else shards),
-            image_extensions=[
-                str(each) for each in rows.source.get("image_extensions") or PICTURE_EXTENSIONS
-            ],
-            caption_extensions=[str(each) for each in rows.manifest.get("caption_members") or []],
+            expand_shards(rows.shards if shards is None else shards),
+            image_extensions=words_of(rows.source, "image_extensions", PICTURE_EXTENSIONS),
+            caption_extensions=words_of(rows.manifest, "caption_members"),
             on_damage="skip",
             max_bad_fraction=1.0,
             cache=ShardCache(cache),

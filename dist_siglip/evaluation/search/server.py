@@ -33,6 +33,7 @@ from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.evaluation.search import Hit, PictureSearch
 from dist_siglip.evaluation.search.pictures import ShardPictures
+from dist_siglip.system.redaction import redact
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ MOST_TEXT = 1000  # characters of a query
 MOST_PICTURES = 200  # of an answer
 _PICTURES = 24
 _EXAMPLES = 6
-_AT_ONCE = 16  # requests; more are asked to come again
+_AT_ONCE = 16  # requests; more wait, and are then asked to come again
+_WAIT_SECONDS = 10.0
 _CONNECTIONS = 64
 _PATIENCE_SECONDS = 15.0  # for the next bytes of a client
 _MOST_SECONDS = 60.0  # for all bytes of a picture
@@ -120,7 +122,7 @@ class SearchServer(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         try:
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError) as error:  # TypeError: no name of a machine
             raise UserError(
                 f"host ({host}), port ({port}) cannot be listened at "
                 f"({getattr(error, 'strerror', None) or error}); give another port, or 0 for a "
@@ -148,7 +150,11 @@ class SearchServer(ThreadingHTTPServer):
         if not self._connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._connections.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer the requests of a connection."""
@@ -283,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
         """Answer within the bounds, with a line for whatever goes wrong."""
         self._is_body_read = False
-        if not self.server.slots.acquire(blocking=False):
+        if not self.server.slots.acquire(timeout=_WAIT_SECONDS):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again")
             return
         try:
@@ -313,8 +319,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_origin(self) -> None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.allows(hosts[0]):
+            more = "" if self.server.is_local else ", by an address, or by the name that --host is"
             raise _RefusedError(
-                HTTPStatus.MISDIRECTED_REQUEST, f"open the page as {self.server.url}"
+                HTTPStatus.MISDIRECTED_REQUEST, f"open the page as {self.server.url}{more}"
             )
         if urlsplit(self.path).path in _FILES:  # a link may lead here
             return
@@ -380,7 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _line(text: str) -> bytes:
-    return json.dumps({"error": " ".join(text.split())[:500]}).encode()
+    return json.dumps({"error": " ".join(redact(text).split())[:500]}).encode()
 
 
 def _number(options: dict[str, str], name: str, default: int, least: int, most: int) -> int:

@@ -39,7 +39,8 @@ def write_folder(folder, dtype="float16", count=NUM_ROWS):
     folder.mkdir(parents=True)
     settings = {"format": "clip-retrieval", "towers": "both", "dtype": dtype}
     (folder / "embed.json").write_text(json.dumps(settings))
-    (folder / "source.json").write_text(json.dumps({"shards": ["a.tar", "b.tar"]}))
+    source = {"shards": ["a.tar", "b.tar"], "samples": [count // 3, count - count // 3]}
+    (folder / "source.json").write_text(json.dumps(source))
     tensors = {}
     for tower, name in (("image", "img_emb"), ("text", "text_emb")):
         stored = rows[tower].half().numpy() if dtype == "float16" else rows[tower].numpy()
@@ -173,12 +174,28 @@ def test_embed_builds_the_index_when_all_shards_are_there(tmp_path):
     assert json.loads((out / "metrics.json").read_text())["index"]["kind"] == "hnsw"
 
 
+def lose_second_shard(folder, skipped):
+    """As a call leaves it that ended after it named the bad samples of a shard."""
+    (folder / "metadata" / "metadata_1.parquet").unlink()
+    (folder / "left_out").mkdir()
+    (folder / "left_out" / "left_out_1.jsonl").write_text("{}\n" * skipped)
+
+
+def test_a_shard_of_which_no_sample_can_be_used_is_not_missing(tmp_path):
+    write_folder(tmp_path / "e", count=60)
+    lose_second_shard(tmp_path / "e", 40)
+    assert len(StoredRows(tmp_path / "e")) == 20
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda at: (at / "embed.json").unlink(), "has no readable embed.json"),
         (lambda at: (at / "source.json").write_text("[]"), "is damaged: it holds no settings"),
+        (lambda at: (at / "source.json").write_text('{"shards": "a"}'), "no list of texts"),
+        (lambda at: (at / "source.json").write_text('{"shards": ["a"]}'), "source.json is damaged"),
         (lambda at: (at / "metadata" / "metadata_1.parquet").unlink(), "1 of 2 shards are missing"),
+        (lambda at: lose_second_shard(at, 39), "1 of 2 shards are missing"),
         (lambda at: (at / "img_emb" / "img_emb_0.npy").write_bytes(b"PK"), "no readable .npy file"),
         (
             lambda at: np.save(

@@ -16,6 +16,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.evaluation.search import PictureSearch
 from dist_siglip.evaluation.search.pictures import ShardPictures
+from dist_siglip.evaluation.embed.stored_rows import write_source
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shards
 
@@ -169,8 +170,7 @@ def test_shards_that_moved_are_named_and_others_are_refused(folder, shards, buil
     # A folder that names a file which is no shard gets nothing of it.
     secret = tmp_path / "secret.tar"
     secret.write_text("a secret" * 1000)
-    named = copy_folder(folder, tmp_path / "named", shards=[str(secret)] * 1)
-    (tmp_path / "named" / "source.json").write_text(json.dumps({"shards": [str(secret)]}))
+    named = copy_folder(folder, tmp_path / "named", shards=[str(secret)] * 4)
     with pytest.raises(UserError) as error:
         pictures_of(named, built)
     assert "a secret" not in str(error.value)
@@ -190,11 +190,43 @@ def test_metadata_that_name_other_samples_get_no_picture(folder, built, tmp_path
         pictures_of(copied, built).copy(0)
 
 
+def test_columns_and_rotations_other_than_those_of_the_folder_are_refused(shards, built, tmp_path):
+    out = embedded(shards, built, tmp_path / "pca", dim=4, rotate="pca")
+    file = tmp_path / "a.safetensors"
+    file.write_bytes((out / "rotation.safetensors").read_bytes())
+    source = {**SOURCE, "rotation": str(file)}
+    settings = EmbedSettings(workers=0, device="cpu", dtype="float32", dim=4, rotate=str(file))
+    embed_shards(table_of(shards), built, tmp_path / "named", settings, source=source)
+    turned = PictureSearch(tmp_path / "named", built, device=CPU)
+    assert turned.by_picture(encode(picture(9)), 1)[0].score == pytest.approx(1, abs=1e-4)
+    file.write_bytes((out / "rotation.safetensors").read_bytes() + b"\0")
+    with pytest.raises(UserError, match="is not the file that index"):
+        PictureSearch(tmp_path / "named", built, device=CPU)
+    stated = json.loads((out / "embed.json").read_text())
+    (out / "embed.json").write_text(json.dumps(stated | {"dim": 5}))
+    with pytest.raises(UserError, match="is damaged: its rows have 4 columns"):
+        PictureSearch(out, built, device=CPU)
+    (out / "embed.json").write_text(json.dumps(stated | {"max_image_pixels": "many"}))
+    with pytest.raises(UserError, match="is damaged"):
+        PictureSearch(out, built, device=CPU)
+
+
+def test_credentials_of_shards_are_for_the_user_alone(shards, tmp_path):
+    table = table_of(shards)
+    for number, prefix in enumerate(("", "https://user:secret@host/")):
+        (tmp_path / str(number)).mkdir()
+        write_source(tmp_path / str(number), table._replace(shards=[f"{prefix}a.tar"]), {})
+    modes = [(tmp_path / each / "source.json").stat().st_mode & 0o777 for each in "01"]
+    assert modes == [modes[0], 0o600]
+    assert modes[0] != 0o600
+
+
 def test_the_pictures_of_a_query_are_decoded_as_those_of_the_folder(shards, built, tmp_path):
     apply = dataclasses.replace(built, pictures=built.pictures.changed(transparency="drop"))
-    settings = EmbedSettings(workers=0, device="cpu")
+    settings = EmbedSettings(workers=0, device="cpu", max_image_pixels=4321)
     out = tmp_path / "e"
     source = {**SOURCE, "pictures": apply.pictures.of_model}
     embed_shards(table_of(shards), apply, out, settings, source=source)
     found = PictureSearch(out, built, device=CPU)
-    assert found.built.pictures.transparency == "drop"
+    policy = found.built.pictures
+    assert (policy.transparency, policy.max_image_pixels) == ("drop", 4321)

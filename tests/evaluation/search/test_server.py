@@ -307,8 +307,9 @@ def test_clients_that_say_nothing_hold_nobody_up(running, monkeypatch):
         link.close()
 
 
-def test_more_requests_at_once_than_it_takes_are_asked_to_come_again(running):
+def test_more_requests_at_once_than_it_takes_are_asked_to_come_again(running, monkeypatch):
     made, _ = running
+    monkeypatch.setattr(server, "_WAIT_SECONDS", 0.1)
     taken = [made.slots.acquire(blocking=False) for _ in range(server._AT_ONCE)]
     try:
         assert all(taken)
@@ -351,7 +352,12 @@ def test_threads_share_one_model(running):
 
 def test_an_address_that_is_taken_or_none_is_one_line(running):
     made, _ = running
-    for host, port in (("127.0.0.1", made.server_address[1]), ("256.1.1.1", 0)):
+    for host, port in (
+        ("127.0.0.1", made.server_address[1]),
+        ("256.1.1.1", 0),
+        ("a\0b", 0),
+        ("127.0.0.1", 70_000),
+    ):
         with pytest.raises(UserError, match=r"cannot be listened at .*; give another port"):
             SearchServer(made.search, made.pictures, host=host, port=port)
 
