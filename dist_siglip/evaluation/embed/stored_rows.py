@@ -102,7 +102,7 @@ def write_source(folder: Path, table: PairTable, source: Mapping[str, Any]) -> N
     URLs with credentials are for the user alone to read.
     """
     located = [shard if is_remote(shard) else os.path.abspath(shard) for shard in table.shards]
-    content = {"shards": located, "samples": np.diff(table.starts).tolist(), **source}
+    content = {"shards": located, "samples": list(table.counts), **source}
     with suppress(OSError, ValueError):
         if read_json(folder / SOURCE_FILE, _MOST_JSON) == content:
             return
@@ -262,11 +262,12 @@ class StoredRows:
     def _map_arrays(self) -> None:
         """Map the files of clip-retrieval's layout; every shard must have its own, or be empty."""
         samples = self.source.get("samples")
-        if not isinstance(samples, list) or len(samples) != len(self.shards):
+        counts = samples if isinstance(samples, list) else []
+        if len(counts) != len(self.shards) or not all(type(each) is int for each in counts):
             raise UserError(f"{self.folder / SOURCE_FILE} is damaged; run embed again")
-        name, digits = _FOLDERS[self._tower], len(str(len(samples)))
+        name, digits = _FOLDERS[self._tower], len(str(len(counts)))
         missing = 0
-        for number, count in enumerate(samples):
+        for number, count in enumerate(counts):
             job = ShardJob(number, str(number).zfill(digits), self.shards[number], 0, count)
             file = self.folder / "metadata" / f"metadata_{job.label}.parquet"
             if file.exists():
@@ -277,7 +278,7 @@ class StoredRows:
                 missing += 1
         if missing:
             raise UserError(
-                f"index ({self.folder}) is not finished: {missing} of {len(samples)} shards are "
+                f"index ({self.folder}) is not finished: {missing} of {len(counts)} shards are "
                 "missing; start embed again to go on"
             )
 

@@ -14,9 +14,9 @@ from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
+from dist_siglip.evaluation.embed.stored_rows import write_source
 from dist_siglip.evaluation.search import PictureSearch
 from dist_siglip.evaluation.search.pictures import ShardPictures
-from dist_siglip.evaluation.embed.stored_rows import write_source
 from tests.support.embedding import COUNTS, build_tiny, expected_rows, table_of
 from tests.support.shards import caption, encode, picture, write_shards
 
@@ -215,7 +215,8 @@ def test_credentials_of_shards_are_for_the_user_alone(shards, tmp_path):
     table = table_of(shards)
     for number, prefix in enumerate(("", "https://user:secret@host/")):
         (tmp_path / str(number)).mkdir()
-        write_source(tmp_path / str(number), table._replace(shards=[f"{prefix}a.tar"]), {})
+        moved = dataclasses.replace(table, shards=(f"{prefix}a.tar",) * len(COUNTS))
+        write_source(tmp_path / str(number), moved, {})
     modes = [(tmp_path / each / "source.json").stat().st_mode & 0o777 for each in "01"]
     assert modes == [modes[0], 0o600]
     assert modes[0] != 0o600
