@@ -78,7 +78,7 @@ def search(
     Args:
         index: folder that embed wrote, with rows of pictures.
         queries: texts, or files of pictures; none with --serve.
-        k: pictures of an answer.
+        k: pictures of a printed answer.
         json: print JSON instead of tables.
         serve: serve the page, until Ctrl-C.
         host: address the page is served at; with another than this one, everybody who can reach
@@ -88,7 +88,7 @@ def search(
         ckpt_path: another checkpoint of that run than its newest.
         model: open_clip name, JSON config, local-dir:PATH or hf-hub:ORG/REPO.
         pretrained: open_clip tag of the model, or a file of weights.
-        shards: where the shards are now, if they have moved; as embed takes them.
+        shards: where the pictures of the page are now, if they have moved; as embed takes them.
         device: "auto" takes the GPU, or the CPU; or cpu, cuda, cuda:1, ...
         exact: look at all rows, also where there is an index.
         cache: copies of remote shards.

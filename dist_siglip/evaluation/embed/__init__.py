@@ -266,7 +266,8 @@ def embed_shards(
         layout.finish()
     if settings.index is not None:
         if all(layout.num_rows(job) is not None for job in jobs):
-            build_index(out, settings.index_kind)
+            with _told_in_one_line(out):
+                build_index(out, settings.index_kind)
         else:
             _LOGGER.info("the index is built by the process that finishes last")
     return progress.report()
