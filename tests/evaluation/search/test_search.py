@@ -217,9 +217,10 @@ def test_credentials_of_shards_are_for_the_user_alone(shards, tmp_path):
         (tmp_path / str(number)).mkdir()
         moved = dataclasses.replace(table, shards=(f"{prefix}a.tar",) * len(COUNTS))
         write_source(tmp_path / str(number), moved, {})
-    modes = [(tmp_path / each / "source.json").stat().st_mode & 0o777 for each in "01"]
-    assert modes == [modes[0], 0o600]
-    assert modes[0] != 0o600
+    (tmp_path / "plain").touch()
+    modes = [(tmp_path / each).stat().st_mode & 0o777 for each in ("0/source.json", "plain")]
+    assert modes[0] == modes[1]
+    assert (tmp_path / "1" / "source.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_pictures_of_a_query_are_decoded_as_those_of_the_folder(shards, built, tmp_path):
