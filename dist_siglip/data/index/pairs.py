@@ -364,7 +364,8 @@ def table_path(shards: Sequence[str], settings: Mapping[str, Any]) -> str:
     digest.update(json.dumps([_TABLE_VERSION, settings], sort_keys=True).encode() + b"\n")
     for shard in shards:
         status = os.stat(shard)
-        place = os.fsencode(os.path.abspath(shard))
+        # As given, too: a table holds these names, and another folder may be the current one.
+        place = os.fsencode(f"{os.path.abspath(shard)}\0{shard}")
         digest.update(b"%s\0%d\0%d\n" % (place, status.st_size, status.st_mtime_ns))
     return os.path.join(user_cache_folder("tables"), f"{digest.hexdigest()}.npy")
 
