@@ -5,6 +5,7 @@ are skipped and say so.
 """
 
 import os
+import time
 
 import pytest
 
@@ -73,8 +74,16 @@ def page(server, browser):
     opened.close()
 
 
+def until(page, expression):
+    """Wait for an expression; playwright's own wait evaluates it where the page's policy forbids."""
+    deadline = time.monotonic() + 60
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(50)
+
+
 def rows_of(page):
-    page.wait_for_function(_READY)
+    until(page, _READY)
     return page.evaluate(_ROWS)
 
 
@@ -83,10 +92,10 @@ def test_a_text_is_typed_and_its_pictures_are_seen(page, server):
     page.keyboard.press("Enter")
     found = rows_of(page)
     assert found == [hit.row for hit in server.search.by_text("pair number 4", 24)]
-    page.wait_for_function(_SHOWN)
+    until(page, _SHOWN)
     assert "24 best of 25 pictures in" in page.inner_text("#status")
     page.click("#more")
-    page.wait_for_function("document.querySelectorAll('#pictures a').length === 25")
+    until(page, "document.querySelectorAll('#pictures a').length === 25")
     assert page.is_hidden("#more")
     assert page.complaints == []
 
@@ -131,12 +140,12 @@ def test_keys_lead_through_the_pictures_and_back(page):
     )
     assert (at, columns > 2) == (1 + columns, True)
     page.keyboard.press("Enter")
-    page.wait_for_function("location.search.startsWith('?row=')")
+    until(page, "location.search.startsWith('?row=')")
     similar = rows_of(page)
     assert first[at] not in similar
     page.go_back()
-    page.wait_for_function("location.search.startsWith('?q=')")
-    page.wait_for_function(f"String({_ROWS}) === '{','.join(map(str, first))}'")
+    until(page, "location.search.startsWith('?q=')")
+    until(page, f"String({_ROWS}) === '{','.join(map(str, first))}'")
     page.focus("#pictures a")
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.id") == "text"
@@ -148,7 +157,7 @@ def test_what_goes_wrong_is_said_on_the_page(page):
     assert "picture cannot be decoded" in page.inner_text("#status")
     page.evaluate("about.most_bytes = 2")
     page.evaluate(_DROP, [1, 2, 3])
-    page.wait_for_function("document.querySelector('#status').textContent.includes('larger than')")
+    until(page, "document.querySelector('#status').textContent.includes('larger than')")
     page.fill("#text", "a pair")
     page.press("#text", "Enter")
     assert len(rows_of(page)) == 24
@@ -160,7 +169,7 @@ def test_text_stands_out_and_nothing_is_cut_off(server, browser, scheme):
     for width in (1280, 390):
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page.goto(f"{server.url}?q=pair%20number%204")
-        page.wait_for_function(_READY, timeout=60_000)
+        until(page, _READY)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(_TOO_WIDE) == []
         assert page.evaluate(_CONTRAST) >= 4.5
