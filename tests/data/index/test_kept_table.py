@@ -150,3 +150,11 @@ def test_a_closed_folder_is_no_error(tmp_path):
     table = build(write_shards(tmp_path / "shards"))
     (tmp_path / "file").write_text("")
     assert not write_table(str(tmp_path / "file" / "t.npy"), table)
+
+
+def test_a_relative_name_is_not_used_from_another_folder(tmp_path, monkeypatch):
+    shard = write_shards(tmp_path, (3,))[0]
+    monkeypatch.chdir(tmp_path)
+    build_pair_table([os.path.basename(shard)], image_extensions=("png",))
+    monkeypatch.chdir("/")
+    assert build_pair_table([str(shard)], image_extensions=("png",)).shards == (str(shard),)

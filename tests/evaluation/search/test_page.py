@@ -75,7 +75,7 @@ def page(server, browser):
 
 
 def until(page, expression):
-    """Wait for an expression; playwright's own wait evaluates where the page's policy forbids it."""
+    """Wait for an expression; playwright's own wait evaluates where the policy forbids it."""
     deadline = time.monotonic() + 60
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, expression
