@@ -129,7 +129,8 @@ class NearestIndex:
         if self._codecs:
             given = query_bits(self._codecs[tower], queries)
         _, numbers = self._index.search(np.ascontiguousarray(given), min(count, len(self._rows)))
-        return np.asarray(numbers, dtype=np.int64)
+        found = np.asarray(numbers, dtype=np.int64)
+        return np.where(found < len(self._rows), found, -1)  # a damaged file may name any
 
 
 def build_index(folder: Path, kind: IndexKind) -> None:

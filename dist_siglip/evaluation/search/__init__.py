@@ -140,10 +140,16 @@ class PictureSearch:
         if not bool(query.isfinite().all()):
             raise UserError(f"query gives numbers of the {tower} tower that are not finite")
         if self._index is None:
-            scores, numbers = (each[0] for each in exact_nearest(self.rows, query, k))
+            with self._lock:  # blocks of float rows are large, and one search uses all cores
+                scores, numbers = (each[0] for each in exact_nearest(self.rows, query, k))
         else:
             listed = self._index.shortlist(query, shortlist_length(k), tower)[0]
             scores, numbers = rescore(self.rows, query[0], listed, k)
+        if not bool(scores.isfinite().all()):
+            raise UserError(
+                f"index ({self.rows.folder}) is damaged: it holds numbers that are not finite; "
+                "embed into a new folder"
+            )
         found = sorted(zip(numbers.tolist(), scores.tolist(), strict=True), key=_best_first)
         return [Hit(row, score, self.rows.place(row)) for row, score in found]
 

@@ -135,6 +135,22 @@ def test_small_and_damaged_indexes_are_one_line(tmp_path):
         NearestIndex.read(StoredRows(folder))
 
 
+def test_rows_that_a_hostile_index_names_beside_those_there_are_passed_over(tmp_path):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    folder = tmp_path / "e"
+    write_folder(folder, "float32", 60)
+    build_index(folder, "flat")
+    rows = StoredRows(folder)
+    flat = faiss.read_index(str(folder / "index" / "index.faiss"))
+    other = faiss.IndexIDMap(faiss.IndexFlatIP(16))
+    numbers = np.arange(60, dtype=np.int64)
+    numbers[1::2] = 10**12
+    other.add_with_ids(flat.reconstruct_n(0, 60), numbers)
+    faiss.write_index(other, str(folder / "index" / "index.faiss"))
+    listed = NearestIndex.read(rows).shortlist(rows.take(np.arange(3)), 60)
+    assert {number for row in listed.tolist() for number in row} == {-1, *range(0, 60, 2)}
+
+
 def test_without_faiss_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     shards = write_shards(tmp_path / "shards", (3,))

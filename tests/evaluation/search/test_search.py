@@ -159,6 +159,17 @@ def test_copies_of_pictures_are_small_and_hold_nothing_but_pixels(folder, shards
     assert b"secret" not in content
 
 
+def test_rows_that_are_not_finite_are_told(shards, built, tmp_path):
+    folder = embedded(shards, built, tmp_path / "e")
+    file = next((folder / "img_emb").iterdir())
+    rows = np.load(file)
+    rows[0, 0] = np.nan
+    np.save(file, rows)
+    search = PictureSearch(folder, built, device=CPU)
+    with pytest.raises(UserError, match="is damaged: it holds numbers that are not finite"):
+        search.by_text("a pair", 3)
+
+
 def test_shards_that_moved_are_named_and_others_are_refused(folder, shards, built, tmp_path):
     moved = copy_folder(folder, tmp_path / "moved", shards=[str(tmp_path / "gone.tar")] * 4)
     with pytest.raises(UserError, match="say where the pictures are now with --shards"):
