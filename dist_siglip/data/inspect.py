@@ -25,7 +25,7 @@ from dist_siglip.data.samples.captions import EMPTY_CAPTION, CaptionRule, EmptyC
 from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.identity import caption_id, caption_ids_of, picture_id
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF, PicturePolicy
 from dist_siglip.errors import OutageError, UserError
 from dist_siglip.system.regular_file import descriptor_of
 
@@ -63,7 +63,7 @@ HARMLESS = frozenset(
 )
 _SHOWN = 8  # members of a sample in a reason
 _CODE = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "npy", "so", "py", "joblib"})
-_MEDIA = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+_MEDIA = {each: f"image/{name}" for name, found in EXTENSIONS_OF.items() for each in found}
 
 
 class Measured(NamedTuple):

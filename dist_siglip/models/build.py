@@ -396,6 +396,8 @@ def tower_fingerprint(built: BuiltModel, tower: Tower) -> str:
         policy = built.pictures.of_model
         # Digests of before there was a choice stay valid.
         inputs += [[key, policy[key]] for key in policy if policy[key] != BEFORE_THE_SETTINGS[key]]
+        if built.pictures.intensity_window is not None:
+            inputs.append(["intensity_window", *built.pictures.intensity_window])
     else:
         architecture = built.architecture["text_cfg"]
         inputs = [built.context_length]

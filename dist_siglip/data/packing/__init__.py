@@ -41,7 +41,13 @@ from dist_siglip.data.packing.table import (
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
-from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS, PicturePolicy
+from dist_siglip.data.samples.picture_policy import (
+    BEFORE_THE_SETTINGS,
+    EXTENSIONS_OF,
+    PicturePolicy,
+    with_formats,
+    PICTURE_EXTENSIONS,
+)
 from dist_siglip.errors import UserError, check_least
 
 _LOGGER = logging.getLogger(__name__)
@@ -49,11 +55,6 @@ _LOGGER = logging.getLogger(__name__)
 SAMPLES_PER_SHARD = 10_000
 MAX_SHARD_MIB = 1024
 JPEG_QUALITY = 90
-_EXTENSIONS = {
-    "image/jpeg": "jpg",
-    "image/png": "png",
-    "image/webp": "webp",
-}
 _LARGEST_FILE = 1 << 28  # bytes; what the reader of shards agrees to
 
 
@@ -101,7 +102,7 @@ class SampleMaker:
             raise BadSampleError(f"picture of {len(picture)} bytes, at most {_LARGEST_FILE}")
         encoded = EncodedPicture(picture, self.pictures)
         image = encoded.decode()
-        extension = _EXTENSIONS[sniff_media_type(picture)]
+        extension = EXTENSIONS_OF[sniff_media_type(picture).removeprefix("image/")][0]
         is_large = self.resize_short_side is not None and min(image.size) > self.resize_short_side
         if self.resize_short_side is not None and is_large:
             image = shrink(image, self.resize_short_side)
@@ -384,9 +385,9 @@ def _identity(table: Path, root: Path, settings: PackSettings) -> dict[str, Any]
     values = asdict(settings)
     columns = settings.columns
     del values["columns"], values["pictures"]
-    policy = asdict(settings.pictures)
-    if settings.resize_short_side is None:  # then it decides no byte
-        del policy["transparency"]
+    policy = {**asdict(settings.pictures), "formats": list(settings.pictures.formats)}
+    if settings.resize_short_side is None:  # then they decide no byte
+        del policy["transparency"], policy["intensity_window"]
     # Folders of before there was a choice go on.
     values |= {key: policy[key] for key in policy if policy[key] != BEFORE_THE_SETTINGS.get(key)}
     if settings.resize_short_side is not None:  # another JPEG encoder writes other bytes

@@ -347,7 +347,10 @@ class PairDataset(Dataset[PairSample]):
             sample |= {kind: read_json(data) for kind, data in members if kind == "json"}
             if self._regions.json_field is not None:
                 sample["regions"] = [{"text": each.text, "box": [*each.box]} for each in regions]
-            changed = run_stages(self._stages, sample, self._pictures.transparency)
+            policy = self._pictures
+            changed = run_stages(
+                self._stages, sample, policy.transparency, policy.intensity_window
+            )
             captions = [changed["text"], *changed.get("more_texts", [])]
             if self._regions.json_field is not None:
                 moved = {self._regions.json_field: changed["regions"]}

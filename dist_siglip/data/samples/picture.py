@@ -1,8 +1,9 @@
 """Safe decoding of pictures.
 
-Only JPEG, PNG and WebP decoders are offered the bytes, whatever the member is called; size and
-shape are read from the header and capped before any pixel is decoded. Nothing here unpickles,
-unpacks or executes. Every way the bytes can be wrong ends in ``BadSampleError``.
+Only the decoders of JPEG, PNG and WebP, and of other formats that a policy names, are offered the
+bytes, whatever the member is called; size and shape are read from the header and capped before any
+pixel is decoded. Nothing here unpickles, unpacks or executes. Every way the bytes can be wrong ends
+in ``BadSampleError``.
 
 A JPEG can be decoded at a half, a quarter or an eighth of its size for a fraction of the time.
 Where ``simplejpeg`` is installed it decodes plain JPEGs, to the same pixels as Pillow and with the
@@ -18,29 +19,45 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from PIL.ImageFile import ImageFile
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.picture_policy import DROP, PicturePolicy
+from dist_siglip.data.samples.picture_policy import DROP, FORMATS, PicturePolicy
 
 # Pillow converts modes with premultiplied alpha only back to those without.
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
-def flatten(image: Image.Image, transparency: str) -> Image.Image:
+IntensityWindow = tuple[float, float] | None
+
+
+def flatten(image: Image.Image, transparency: str, window: IntensityWindow = None) -> Image.Image:
     """Return a picture of any mode in RGB; the one given stays as it is.
 
-    16 bits are rounded to 8. What is laid on a colour c has channels
+    Grey of 16 or 32 bits is rounded to 8. What is laid on a colour c has channels
     ``alpha * channel + (1 - alpha) * c``, rounded, as ``PIL.Image.alpha_composite`` does it.
 
     Args:
         image: any mode.
         transparency: as ``PicturePolicy.transparency``.
+        window: as ``PicturePolicy.intensity_window``.
+
+    Raises:
+        BadSampleError: if its values are fractions and there is no window.
 
     Example:
         >>> hidden_red = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
@@ -50,18 +67,22 @@ def flatten(image: Image.Image, transparency: str) -> Image.Image:
         (255, 0, 0)
     """
     if transparency == DROP or not image.has_transparency_data:
-        return _without_alpha(image)
-    layer = to_rgba(image)
+        return _without_alpha(image, window)
+    layer = to_rgba(image, window)
     if layer.getchannel("A").getextrema() == (255, 255):
-        return _without_alpha(layer)
+        return _without_alpha(layer, window)
     ground = Image.new("RGBA", layer.size, transparency)
     flat = Image.alpha_composite(ground, layer).convert("RGB")
     flat.info = {name: layer.info[name] for name in layer.info if name != "transparency"}
     return flat
 
 
-def to_rgba(image: Image.Image) -> Image.Image:
+def to_rgba(image: Image.Image, window: IntensityWindow = None) -> Image.Image:
     """Return a picture of any mode in RGBA, opaque where it says nothing of transparency.
+
+    Args:
+        image: any mode.
+        window: as ``flatten``.
 
     Example:
         >>> to_rgba(Image.new("L", (1, 1), 7)).getpixel((0, 0))
@@ -71,19 +92,19 @@ def to_rgba(image: Image.Image) -> Image.Image:
         image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode == "RGBA":
         return image
-    if not image.mode.startswith("I"):
+    if not _is_deep(image):
         return image.convert("RGBA")
-    layer = _without_alpha(image).convert("RGBA")
+    layer = _without_alpha(image, window).convert("RGBA")
     key = image.info.get("transparency")
     if key is not None:
         layer.putalpha(Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)))
     return layer
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
+def _without_alpha(image: Image.Image, window: IntensityWindow) -> Image.Image:
     """Return the colours alone, those of transparent places too."""
-    if image.mode.startswith("I"):
-        image = _from_16_bits(image)
+    if _is_deep(image):
+        image = _to_8_bits(image, window)
     elif image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
     elif image.mode == "P" and "transparency" in image.info:
@@ -94,11 +115,23 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     return flat
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Round grey values of 16 bits to 8; Pillow would cut them off at 255."""
-    grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
-    grey += 128
-    grey //= 257
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a picture is grey of more than 8 bits: modes "I", "I;16", "F" and their like."""
+    return image.mode[0] in "IF"
+
+
+def _to_8_bits(image: Image.Image, window: IntensityWindow) -> Image.Image:
+    """Round grey values of more than 8 bits to 8; Pillow would cut them off at 255."""
+    if window is not None:
+        low, high = window
+        values = (np.asarray(image).astype(np.float32) - low) * (255 / (high - low))
+        grey = np.rint(np.nan_to_num(values).clip(0, 255))
+    elif image.mode == "F":
+        raise BadSampleError("picture of fractions needs data.intensity_window")
+    else:
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        grey += 128
+        grey //= 257
     rounded = Image.fromarray(grey.astype(np.uint8))
     rounded.info = dict(image.info)
     rounded.info.pop("transparency", None)
@@ -127,6 +160,33 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 def _number(data: bytes) -> int:
     return int.from_bytes(data, "little")
+
+
+def gif_size(data: bytes) -> tuple[int, int]:
+    """Read width and height that a GIF gets by its screen and its first frame; (1, 1) if neither.
+
+    Pillow makes a canvas of a frame while it opens the file.
+    """
+    if len(data) < 13:
+        return 1, 1
+    width, height = _number(data[6:8]), _number(data[8:10])
+    place = 13 + _palette_bytes(data[10])
+    while data[place : place + 1] not in (b",", b";", b""):
+        if data[place : place + 1] != b"!":
+            place += 1
+            continue
+        place += 2
+        while place < len(data) and data[place]:
+            place += 1 + data[place]
+        place += 1
+    left, top, columns, rows = (
+        _number(data[place + start : place + start + 2]) for start in (1, 3, 5, 7)
+    )
+    return max(width, left + columns, 1), max(height, top + rows, 1)
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 128 else 0
 
 
 def end_of_segments(data: bytes) -> int:
@@ -180,6 +240,12 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# And readers of formats that are read on request.
+_SELDOM_ERRORS = (AssertionError, AttributeError, RuntimeError, ArithmeticError, NameError)
+_MOST_RUN_LENGTHS = 4_000_000  # pixels of a BMP that Pillow unpacks byte by byte, in Python
+_SHOWN_BY_BROWSERS = frozenset({"JPEG", "PNG", "WEBP"})  # as their first frame, and upright or not
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_TURNS_BY_ITSELF = frozenset({"TIFF", "HEIF"})  # whatever the policy says
 REDUCTIONS = (8, 4, 2, 1)
 _ORIENTATION = 0x0112  # tag of EXIF
 _TURNS = {
@@ -191,6 +257,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _TURNED_ON_ITS_SIDE = frozenset({5, 6, 7, 8})
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow keeps it
 _END_OF_JPEG = b"\xff\xd9"
@@ -203,7 +270,7 @@ class EncodedPicture:
     """A picture whose size is known and whose pixels are not decoded yet.
 
     Args:
-        data: a JPEG, PNG or WebP file.
+        data: a file of one of the formats of the policy.
         policy: what decides its pixels.
 
     Attributes:
@@ -220,10 +287,11 @@ class EncodedPicture:
         self._policy = policy
         self.is_truncated = False
         with _bad_if_it_fails():
-            self._image = _open(data, policy.max_image_pixels)
+            self._image = _open(data, policy)
             self.size: tuple[int, int] = self._image.size
             _check_size(self.size, policy.max_image_pixels)
-            if self._image.mode == "P" and self._image.palette is None:
+            is_png = self._image.format == "PNG"
+            if is_png and self._image.mode == "P" and self._image.palette is None:
                 raise BadSampleError("picture has lost its palette")  # Pillow would show black
             self._orientation = 1
             if policy.exif_orientation == "apply":
@@ -234,7 +302,8 @@ class EncodedPicture:
     @property
     def has_transparency(self) -> bool:
         """Whether the header says that there may be transparent pixels."""
-        return self._image.has_transparency_data
+        image = self._image
+        return (image.mode != "P" or image.palette is not None) and image.has_transparency_data
 
     @property
     def is_turned(self) -> bool:
@@ -246,13 +315,15 @@ class EncodedPicture:
         """Whether a browser shows the file as ``decode`` does."""
         if self.has_transparency or self._policy.exif_orientation == "apply":
             return False
+        if self._image.format not in _SHOWN_BY_BROWSERS or _is_deep(self._image):
+            return False
         with _bad_if_it_fails():
             return self._read_orientation() == 1
 
     def decode(self, reduction: int = 1) -> Image.Image:
         """Decode to RGB, once, as the policy says.
 
-        The first frame of an animation is taken, 16 bits are rounded to 8.
+        The first frame of an animation is taken, more than 8 bits are rounded to 8.
 
         Args:
             reduction: 1, 2, 4 or 8: decode a JPEG at this fraction of its width and height,
@@ -264,7 +335,8 @@ class EncodedPicture:
         with _bad_if_it_fails():
             image = self._decode_fast(reduction)
             if image is None:
-                image = flatten(self._load(reduction), self._policy.transparency)
+                policy = self._policy
+                image = flatten(self._load(reduction), policy.transparency, policy.intensity_window)
             return self._upright(image)
 
     def stored(self) -> Image.Image:
@@ -308,7 +380,7 @@ class EncodedPicture:
             bare = without_descriptions(self._data)
             if self._image.format != "PNG" or len(bare) == len(self._data):
                 raise
-            self._data, self._image = bare, _open(bare, self._policy.max_image_pixels)
+            self._data, self._image = bare, _open(bare, self._policy)
             return self._load(reduction)
         except _DECODER_ERRORS:
             if self._policy.truncated_pictures != "use" or not self._cut_losses(reduction):
@@ -321,7 +393,11 @@ class EncodedPicture:
             image.draft(
                 "RGB", (max(1, image.width // reduction), max(1, image.height // reduction))
             )
-        image.load()
+        if f"{image.format}".lower() in FORMATS:
+            image.load()
+            return image
+        with _seldom_errors(), _without_limit(image.size):
+            image.load()
         return image
 
     def _cut_losses(self, reduction: int) -> bool:
@@ -332,7 +408,7 @@ class EncodedPicture:
         elif self._image.format == "JPEG":
             # The decoder fills up what is missing where a file says that it ends.
             whole = self._data[: end_of_segments(self._data)] + _END_OF_JPEG
-            self._image = _open(whole, self._policy.max_image_pixels)
+            self._image = _open(whole, self._policy)
             self._load_whole(reduction)
         else:
             return False
@@ -341,6 +417,8 @@ class EncodedPicture:
 
     def _read_orientation(self) -> int:
         """Return the orientation of a camera, 1 to 8; 1 if nothing sound says another."""
+        if self._image.format in _TURNS_BY_ITSELF:
+            return 1
         if self._image.format == "PNG":
             self._load()  # the chunk may follow the pixels
         if not any(name in self._image.info for name in _METADATA):
@@ -367,7 +445,7 @@ def sniff_media_type(data: bytes) -> str:
     r"""Tell the media type of a picture from its first bytes, such as ``"image/png"``.
 
     Raises:
-        BadSampleError: if it is neither JPEG, PNG nor WebP.
+        BadSampleError: if it is of no format that can be read.
 
     Example:
         >>> sniff_media_type(b"\xff\xd8\xff\xe0")
@@ -379,16 +457,43 @@ def sniff_media_type(data: bytes) -> str:
         return "image/png"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "image/webp"
-    raise BadSampleError("picture cannot be decoded: no JPEG, PNG or WebP file")
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "image/tiff"
+    if data.startswith(b"BM"):
+        return "image/bmp"
+    if data[4:8] == b"ftyp":
+        size = min(int.from_bytes(data[:4], "big"), 256)
+        brands = {data[8:12], *(data[start : start + 4] for start in range(16, size, 4))}
+        if brands & {b"avif", b"avis"}:
+            return "image/avif"
+        if brands & _HEIF_BRANDS:
+            return "image/heic"
+    raise BadSampleError(f"picture cannot be decoded: {_no_file_of(FORMATS)}")
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile:
+def _no_file_of(formats: Sequence[str]) -> str:
+    names = [{"webp": "WebP"}.get(name, name.upper()) for name in formats]
+    return f"no {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} file"
+
+
+def _open(data: bytes, policy: PicturePolicy) -> ImageFile:
     """Read the header by the one reader that the first bytes call for."""
     media_type = sniff_media_type(data)
+    name = media_type.removeprefix("image/")
+    if name not in policy.formats:
+        raise BadSampleError(
+            f"picture cannot be decoded: {_no_file_of(policy.formats)} but {name}, which "
+            "data.formats does not name"
+        )
+    if name not in FORMATS:
+        with _seldom_errors():
+            return _open_seldom(name, data, policy.max_image_pixels)
     if media_type == "image/jpeg":
         return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
     if media_type == "image/webp":
-        return _open_webp(data, max_pixels)
+        return _open_webp(data, policy.max_image_pixels)
     try:
         image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     except ValueError:
@@ -406,14 +511,69 @@ def _open_webp(data: bytes, max_pixels: int) -> ImageFile:
         raise BadSampleError("picture is WebP, which this build of Pillow cannot decode")
     size = webp_size(data)
     _check_size(size, max_pixels)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is None or size[0] * size[1] <= 2 * limit:
+    with _without_limit(size):
         return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+
+
+def _open_seldom(name: str, data: bytes, max_pixels: int) -> ImageFile:
+    """Read the header of a format that is read on request."""
+    stream = io.BytesIO(data)
+    if name == "gif":
+        size = gif_size(data)
+        _check_size(size, max_pixels)
+        with _without_limit(size):
+            return GifImagePlugin.GifImageFile(stream)
+    if name == "bmp":
+        image: ImageFile = BmpImagePlugin.BmpImageFile(stream)
+        if image.tile[0][0] == "bmp_rle":
+            _check_size(image.size, min(max_pixels, _MOST_RUN_LENGTHS))
+        return image
+    if name == "tiff":
+        image = TiffImagePlugin.TiffImageFile(stream)
+        tile = [image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+        if not all(isinstance(side, int) and side > 0 for side in tile):
+            raise BadSampleError("picture has tiles without a size")
+        if tile[0] * tile[1] > max_pixels:  # memory that libtiff would take
+            raise BadSampleError(f"tiles of {tile[0]} x {tile[1]} pixels, at most {max_pixels}")
+        return image
+    if name == "avif":
+        from PIL import AvifImagePlugin  # Pillow has it from 11.3 on
+
+        # Loader processes decode side by side, one thread each.
+        with _LIMIT_OF_PILLOW:
+            threads = AvifImagePlugin.DEFAULT_MAX_THREADS
+            AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+            try:
+                return AvifImagePlugin.AvifImageFile(stream)
+            finally:
+                AvifImagePlugin.DEFAULT_MAX_THREADS = threads
+    from pillow_heif import HeifImageFile
+
+    heif: ImageFile = HeifImageFile(stream)
+    return heif
+
+
+@contextmanager
+def _seldom_errors() -> Iterator[None]:
+    """Turn what only readers of seldom formats raise into an error of values."""
+    try:
+        yield
+    except _SELDOM_ERRORS as error:
+        raise ValueError(repr(error)) from error
+
+
+@contextmanager
+def _without_limit(size: tuple[int, int]) -> Iterator[None]:
+    """Lift Pillow's own limit of pixels for a picture above it."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or size[0] * size[1] <= limit:
+        yield
+        return
     with _LIMIT_OF_PILLOW:
         limit = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None
         try:
-            return WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

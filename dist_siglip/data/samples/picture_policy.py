@@ -4,11 +4,13 @@ Colour behind transparency and orientation belong to a model as its mean and siz
 states them.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
-from PIL import ImageColor
+from PIL import ImageColor, features
 
 from dist_siglip.errors import UserError
 
@@ -16,15 +18,45 @@ ExifOrientation = Literal["ignore", "apply"]
 TruncatedPictures = Literal["replace", "use"]
 
 MAX_IMAGE_PIXELS = 64_000_000
+PictureFormat = Literal["jpeg", "png", "webp", "avif", "gif", "tiff", "bmp", "heic"]
+FORMATS: tuple[PictureFormat, ...] = ("jpeg", "png", "webp")
+# Extensions of each format; "image/" and its name are its media type.
+EXTENSIONS_OF: dict[str, tuple[str, ...]] = {
+    "jpeg": ("jpg", "jpeg"),
+    "png": ("png",),
+    "webp": ("webp",),
+    "avif": ("avif",),
+    "gif": ("gif",),
+    "tiff": ("tif", "tiff"),
+    "bmp": ("bmp",),
+    "heic": ("heic", "heif"),
+}
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members, in order of preference
 DROP = "drop"
 AUTO: Literal["auto"] = "auto"
 # What runs did before these settings had a name: a run of then goes on so.
-BEFORE_THE_SETTINGS = {
+BEFORE_THE_SETTINGS: dict[str, Any] = {
     "transparency": DROP,
     "exif_orientation": "ignore",
     "truncated_pictures": "replace",
+    "formats": list(FORMATS),
+    "intensity_window": None,
 }
+
+
+def with_formats(extensions: Sequence[str], formats: Sequence[str]) -> tuple[str, ...]:
+    """Add the extensions of formats beyond JPEG, PNG and WebP, if none were named otherwise.
+
+    Example:
+        >>> with_formats(PICTURE_EXTENSIONS, ["png", "gif"])
+        ('jpg', 'jpeg', 'png', 'webp', 'gif')
+        >>> with_formats(["png"], ["png", "gif"])
+        ('png',)
+    """
+    if tuple(extensions) != PICTURE_EXTENSIONS:
+        return tuple(extensions)
+    further = [each for name in formats if name not in FORMATS for each in EXTENSIONS_OF[name]]
+    return (*PICTURE_EXTENSIONS, *further)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +72,13 @@ class PicturePolicy:
             damaged, or "use" what there is; the rest is grey in a JPEG, black or transparent in a
             PNG.
         max_image_pixels: largest width times height, read from the header.
+        formats: that are decoded, whatever a file is called.
+        intensity_window: (low, high), the values of grey pictures of more than 8 bits that become
+            black and white; what is between is spread evenly, what is beyond is cut off. None:
+            (0, 65535).
 
     Raises:
-        UserError: if a value is none of these.
+        UserError: if a value is none of these, or the package of a format is missing.
 
     Example:
         >>> PicturePolicy(transparency="white") == PicturePolicy()
@@ -53,8 +89,12 @@ class PicturePolicy:
     exif_orientation: ExifOrientation = "ignore"
     truncated_pictures: TruncatedPictures = "replace"
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    formats: tuple[PictureFormat, ...] = FORMATS
+    intensity_window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", _formats(self.formats))
+        object.__setattr__(self, "intensity_window", _window(self.intensity_window))
         object.__setattr__(self, "transparency", _colour(self.transparency))
         for name, allowed in (
             ("exif_orientation", ("ignore", "apply")),
@@ -106,6 +146,41 @@ class PicturePolicy:
         """
         recorded = {**BEFORE_THE_SETTINGS, **data}
         return self.changed(**{key: recorded[key] for key in _NAMES if key in recorded})
+
+
+def _formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Return formats in one order, each once.
+
+    Raises:
+        UserError: if one is unknown or cannot be read here, or there is none.
+    """
+    unknown = [name for name in names if name not in EXTENSIONS_OF]
+    if unknown or not names:
+        raise UserError(
+            f"formats ({', '.join(map(str, names))}) must be some of {', '.join(EXTENSIONS_OF)}"
+        )
+    if "heic" in names and find_spec("pillow_heif") is None:
+        raise UserError('formats (heic) needs pillow-heif; pip install "dist-siglip[heic]"')
+    if "avif" in names and not features.check("avif"):
+        raise UserError(
+            "formats (avif) needs a Pillow that reads AVIF; install Pillow 11.3 or later from its "
+            "wheels"
+        )
+    return tuple(name for name in EXTENSIONS_OF if name in names)
+
+
+def _window(window: Sequence[float] | None) -> tuple[float, float] | None:
+    """Return a window as two floats.
+
+    Raises:
+        UserError: if they are not finite, or not low and high.
+    """
+    if window is None:
+        return None
+    low, high = map(float, window)
+    if not (math.isfinite(high - low) and low < high):
+        raise UserError(f"intensity_window ([{low:g}, {high:g}]) must be [low, high], low < high")
+    return low, high
 
 
 _NAMES = tuple(field.name for field in fields(PicturePolicy))

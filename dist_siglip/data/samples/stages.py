@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.picture import flatten, to_rgba
+from dist_siglip.data.samples.picture import IntensityWindow, flatten, to_rgba
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.errors import UserError
 
@@ -63,7 +63,10 @@ def all_take_rgb(stages: Sequence[Stage]) -> bool:
 
 
 def run_stages(
-    stages: Sequence[Stage], sample: dict[str, Any], transparency: str = PicturePolicy.transparency
+    stages: Sequence[Stage],
+    sample: dict[str, Any],
+    transparency: str = PicturePolicy.transparency,
+    window: IntensityWindow = None,
 ) -> dict[str, Any]:
     """Send one sample through stages, one after another.
 
@@ -74,6 +77,7 @@ def run_stages(
             train together with it, ``json`` (a dict) if the captions came from there, and
             ``regions`` (a list of dicts) if regions are read.
         transparency: as ``PicturePolicy.transparency``.
+        window: as ``PicturePolicy.intensity_window``.
 
     Returns:
         What came out, its ``image`` an RGB picture and its ``text`` stripped.
@@ -88,7 +92,8 @@ def run_stages(
     num_more = len(sample.get("more_texts", []))
     for stage in stages:
         name = _name(stage)
-        sample = {**sample, "image": _in_mode(sample["image"], _picture_mode(stage), transparency)}
+        image = _in_mode(sample["image"], _picture_mode(stage), transparency, window)
+        sample = {**sample, "image": image}
         before, has_regions = sample["image"], "regions" in sample
         try:
             results = list(stage(iter([sample])))
@@ -109,24 +114,28 @@ def run_stages(
         _check(sample, name, num_more)
         if has_regions:
             _check_regions(stage, before, sample)
-    image: Image.Image = sample["image"]
+    image = sample["image"]
     texts = [text.strip() for text in (sample["text"], *sample.get("more_texts", []))]
     if not all(texts):
         raise BadSampleError("caption is empty")
     if "more_texts" in sample:
         sample = {**sample, "more_texts": texts[1:]}
-    return {**sample, "image": _in_mode(image, "RGB", transparency), "text": texts[0]}
+    return {**sample, "image": _in_mode(image, "RGB", transparency, window), "text": texts[0]}
 
 
 def _picture_mode(stage: Stage) -> str:
     return str(getattr(stage, "picture_mode", "RGB"))
 
 
-def _in_mode(image: Image.Image, mode: str, transparency: str) -> Image.Image:
+def _in_mode(
+    image: Image.Image, mode: str, transparency: str, window: IntensityWindow
+) -> Image.Image:
     """Bring a picture to the mode that a stage asks for, if it is not there."""
     if mode == "stored" or (image.mode == mode and "transparency" not in image.info):
         return image
-    return to_rgba(image) if mode == "RGBA" else flatten(image, transparency)
+    if mode == "RGBA":
+        return to_rgba(image, window)
+    return flatten(image, transparency, window)
 
 
 def _check(sample: Any, name: str, num_more: int) -> None:

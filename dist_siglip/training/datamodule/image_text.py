@@ -33,10 +33,13 @@ from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import PICTURE_BYTES
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
+    FORMATS,
     MAX_IMAGE_PIXELS,
     PICTURE_EXTENSIONS,
     ExifOrientation,
+    PictureFormat,
     TruncatedPictures,
+    with_formats,
 )
 from dist_siglip.data.samples.regions import RegionRule
 from dist_siglip.data.samples.stages import Stage, check_stages
@@ -127,6 +130,11 @@ class ImageTextDataModule(BatchTransfer):
             attribute picture_mode "RGBA" or "stored" gets pictures with their alpha, or in the
             mode of the file; others get RGB.
         max_image_pixels: pictures with more pixels count as bad samples. The one limit there is.
+        formats: of pictures that are decoded: jpeg, png, webp, avif, gif (its first frame), tiff
+            (its first page), bmp, heic (which needs the extra "heic"). Those that are named beyond
+            the first three add their extensions to ``image_extensions``, unless you set them.
+        intensity_window: the values of grey pictures of 16 bits, 32 bits or fractions that become
+            black and white, [low, high]. Null: 0 and 65535.
         transparency: colour that pictures with transparency are laid on, "#rrggbb" (in quotes, in
             YAML) or a name; or drop: their alpha is left out, and what it hid shows. auto: as the
             folder of the model says, else white.
@@ -190,6 +198,8 @@ class ImageTextDataModule(BatchTransfer):
         transparency: str = AUTO,
         exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
         truncated_pictures: TruncatedPictures = "replace",
+        formats: tuple[PictureFormat, ...] = FORMATS,
+        intensity_window: tuple[float, float] | None = None,
         regions: RegionRule = RegionRule(),  # noqa: B008 - frozen dataclass
         sequence_lengths: list[int] | None = None,
         length_weights: list[float] | None = None,
@@ -228,7 +238,7 @@ class ImageTextDataModule(BatchTransfer):
             train_shards=train_shards,
             train_sources=train_sources,
             val_shards=val_shards,
-            image_extensions=image_extensions,
+            image_extensions=with_formats(image_extensions, formats),
             caption_extensions=captions.members,
             other_extensions=others if datacompdr is None else (*others, *MEMBERS),
             on_damage=on_damage,
@@ -251,6 +261,8 @@ class ImageTextDataModule(BatchTransfer):
             "exif_orientation": exif_orientation,
             "truncated_pictures": truncated_pictures,
             "max_image_pixels": max_image_pixels,
+            "formats": tuple(formats),
+            "intensity_window": intensity_window,
         }
         _ = self.pictures  # checks them
         self.scaled_decode = scaled_decode
