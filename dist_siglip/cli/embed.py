@@ -18,10 +18,13 @@ from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
+    EXTENSIONS_OF,
     MAX_IMAGE_PIXELS,
     PICTURE_EXTENSIONS,
     ExifOrientation,
+    PictureFormat,
     TruncatedPictures,
+    with_formats,
 )
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.evaluation.embed.nearest_index import IndexKind, read_metrics
@@ -64,6 +67,8 @@ def embed(
     transparency: str = AUTO,
     exif_orientation: ExifOrientation | Literal["auto"] = AUTO,
     truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO,
+    formats: tuple[PictureFormat, ...] | Literal["auto"] = AUTO,
+    intensity_window: tuple[float, float] | Literal["auto"] | None = AUTO,
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = MAX_BAD_FRACTION,
     cache: CacheSettings = CacheSettings(),  # noqa: B008 - frozen dataclass
@@ -111,6 +116,10 @@ def embed(
             else ignore.
         truncated_pictures: JPEGs and PNGs that end too early are left out ("replace"), or used as
             far as they go ("use"). auto: as the run trained, else left out.
+        formats: of pictures that are decoded, see data.formats of a run. auto: as the run trained,
+            else jpeg, png, webp.
+        intensity_window: values of grey pictures of more than 8 bits that are black and white,
+            [low, high]; null: 0 and 65535. auto: as the run trained, else null.
         on_damage: "refuse" damaged shards and incomplete samples, or "skip" them.
         max_bad_fraction: share of shards and samples that may be skipped or left out.
         cache: copies of remote shards.
@@ -139,13 +148,17 @@ def embed(
         transparency=transparency,
         exif_orientation=exif_orientation,
         truncated_pictures=truncated_pictures,
+        formats=formats,
+        intensity_window=intensity_window,
         max_bad_fraction=max_bad_fraction,
         dim=dim,
         rotate=rotate,
         index=index,
         index_kind=index_kind,
     )
-    table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
+    # Which formats the run has is known when it is loaded, after its shards.
+    found = with_formats(image_extensions, EXTENSIONS_OF if formats == AUTO else formats)
+    table = read_table(shards, captions, found, on_damage, max_bad_fraction, cache)
     built = load_trained(
         run_dir=run_dir,
         ckpt_path=ckpt_path,

@@ -16,7 +16,7 @@ from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, Pair
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import caption_id
 from dist_siglip.data.samples.regions import RegionRule
-from dist_siglip.data.samples.stages import RandomFlip
+from dist_siglip.data.samples.stages import ColorJitter, RandAugment, RandomFlip, TimmAugment
 from dist_siglip.data.samples.transforms import (
     Preprocessing,
     ViewTransform,
@@ -28,6 +28,7 @@ from dist_siglip.system.moved import look_up_in
 
 __all__ = [
     "BatchPlan",
+    "ColorJitter",
     "EvaluationBatchSampler",
     "GlobalBatchSampler",
     "ImageNormalizer",
@@ -38,9 +39,11 @@ __all__ = [
     "PairTable",
     "Preprocessing",
     "Progress",
+    "RandAugment",
     "RandomFlip",
     "RegionRule",
     "StreamPosition",
+    "TimmAugment",
     "ViewTransform",
     "build_pair_table",
     "caption_id",

@@ -20,7 +20,7 @@ from dist_siglip.data.order.position import SEQUENCE_LENGTHS
 from dist_siglip.data.remote import CacheSettings
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.loader import Feed
-from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
+from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy, with_formats
 from dist_siglip.doctor.gpu import accept
 from dist_siglip.doctor.machine import Plan
 from dist_siglip.doctor.page import Finding, render
@@ -97,12 +97,14 @@ def read_needs(path: str) -> RunNeeds:
                 name=name,
                 shards=shards,
                 captions=CaptionRule(**data.captions.as_dict()),
-                image_extensions=tuple(data.image_extensions),
+                image_extensions=with_formats(data.image_extensions, data.formats),
                 pictures=PicturePolicy().changed(
                     transparency=data.transparency,
                     exif_orientation=data.exif_orientation,
                     truncated_pictures=data.truncated_pictures,
                     max_image_pixels=data.max_image_pixels,
+                    formats=tuple(data.formats),
+                    intensity_window=data.intensity_window,
                 ),
                 cache=CacheSettings(**data.cache.as_dict()),
             )

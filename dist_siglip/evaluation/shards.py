@@ -21,7 +21,12 @@ from dist_siglip.data.index.pairs import PairTable, build_pair_table, check_rank
 from dist_siglip.data.order.position import EvaluationBatchSampler
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PICTURE_EXTENSIONS
+from dist_siglip.data.samples.picture_policy import (
+    EXTENSIONS_OF,
+    MAX_IMAGE_PIXELS,
+    PICTURE_EXTENSIONS,
+    with_formats,
+)
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import sum_over_ranks
@@ -126,7 +131,8 @@ class BenchmarkShards:
             setting = f"shards of benchmark {self._name!r}"
             self._table = build_pair_table(
                 expand_shards(self._shards, name=setting),
-                image_extensions=self._loading.image_extensions,
+                # Which formats are decoded the model says, later.
+                image_extensions=with_formats(self._loading.image_extensions, EXTENSIONS_OF),
                 caption_extensions=self._captions.members,
                 other_extensions=() if self._loading.picture_field is None else ("json",),
                 cache=ShardCache(self._loading.cache),

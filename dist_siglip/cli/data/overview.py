@@ -17,9 +17,12 @@ from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
+    FORMATS,
     MAX_IMAGE_PIXELS,
     PICTURE_EXTENSIONS,
+    PictureFormat,
     PicturePolicy,
+    with_formats,
 )
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.errors import UserError, check_least
@@ -61,6 +64,7 @@ def stats(
     captions: CaptionRule = CaptionRule(),  # noqa: B008 - frozen dataclass
     image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    formats: tuple[PictureFormat, ...] = FORMATS,
     on_damage: OnDamage = "refuse",
     max_bad_fraction: float = MAX_BAD_FRACTION,
     workers: int = 2,
@@ -78,6 +82,7 @@ def stats(
         captions: where captions are; of several, the first counts.
         image_extensions: members that are the picture of a sample, in order of preference.
         max_image_pixels: larger pictures count as bad.
+        formats: of pictures that are decoded, see data.formats of a run.
         on_damage: "refuse" damaged shards and incomplete samples, or "skip" them.
         max_bad_fraction: share of them that may be skipped.
         workers: processes.
@@ -90,7 +95,8 @@ def stats(
     """
     if sample is not None and sample < 1:
         raise UserError(f"sample ({sample}) must be at least 1, or null for all")
-    table = read_table(shards, captions, image_extensions, on_damage, max_bad_fraction, cache)
+    found = with_formats(image_extensions, formats)
+    table = read_table(shards, captions, found, on_damage, max_bad_fraction, cache)
     tokenizer = None
     if model is not None:
         from dist_siglip.models.build import load_tokenizer
@@ -98,7 +104,7 @@ def stats(
         tokenizer = load_tokenizer(model, context_length=context_length)
     elif context_length is not None:
         raise UserError(f"context_length ({context_length}) needs a model; give --model")
-    pictures = PicturePolicy(max_image_pixels=max_image_pixels)
+    pictures = PicturePolicy(max_image_pixels=max_image_pixels, formats=formats)
     gauge = Gauge(table=table, captions=captions, pictures=pictures, tokenizer=tokenizer)
     chosen = choose_samples(table.num_samples, sample, seed)
     chunks = [part.tolist() for part in np.array_split(chosen, -(-len(chosen) // _CHUNK))]

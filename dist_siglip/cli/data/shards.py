@@ -31,11 +31,14 @@ from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
+    FORMATS,
     MAX_IMAGE_PIXELS,
     PICTURE_EXTENSIONS,
     ExifOrientation,
+    PictureFormat,
     PicturePolicy,
     TruncatedPictures,
+    with_formats,
 )
 from dist_siglip.data.urls import expand_shards
 from dist_siglip.distributed import World
@@ -67,6 +70,8 @@ def pack(
     transparency: str = PicturePolicy.transparency,
     exif_orientation: ExifOrientation = "ignore",
     truncated_pictures: TruncatedPictures = "replace",
+    formats: tuple[PictureFormat, ...] = FORMATS,
+    intensity_window: tuple[float, float] | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
     allow_outside: bool = False,
     workers: int = 2,
@@ -104,6 +109,9 @@ def pack(
             pictures are written upright, as JPEG.
         truncated_pictures: JPEGs and PNGs that end too early are skipped ("replace"), or packed
             ("use"), for training with data.truncated_pictures: use.
+        formats: of pictures that are packed, see data.formats of a run.
+        intensity_window: values of grey pictures of more than 8 bits that become black and white
+            when they are made smaller, [low, high]. Null: 0 and 65535.
         max_bad_fraction: share of the rows that may be skipped.
         allow_outside: accept pictures outside the images folder, by "..", absolute path or link.
         workers: threads that read, check and resize.
@@ -115,7 +123,13 @@ def pack(
         Path(table),
         Path(out),
         PackSettings(
-            columns=Columns(image_column, tuple(columns), keep_columns, class_column),
+            columns=Columns(
+                image_column,
+                tuple(columns),
+                keep_columns,
+                class_column,
+                with_formats(PICTURE_EXTENSIONS, formats),
+            ),
             samples_per_shard=samples_per_shard,
             max_shard_mib=max_shard_mib,
             resize_short_side=resize_short_side,
@@ -126,6 +140,8 @@ def pack(
                 exif_orientation=exif_orientation,
                 truncated_pictures=truncated_pictures,
                 max_image_pixels=max_image_pixels,
+                formats=formats,
+                intensity_window=intensity_window,
             ),
         ),
         images=None if images is None else Path(images),
@@ -153,6 +169,8 @@ def check(
     image_extensions: tuple[str, ...] = PICTURE_EXTENSIONS,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     truncated_pictures: TruncatedPictures = "replace",
+    formats: tuple[PictureFormat, ...] = FORMATS,
+    intensity_window: tuple[float, float] | None = None,
     decode: bool = True,
     workers: int = 2,
     limit_seconds: float = 3600.0,
@@ -171,6 +189,8 @@ def check(
         max_image_pixels: pictures with more pixels are bad.
         truncated_pictures: whether JPEGs and PNGs that end too early are bad ("replace"), or
             used as far as they go ("use").
+        formats: of pictures that are decoded, see data.formats of a run.
+        intensity_window: as data.intensity_window of a run; pictures of fractions need one.
         decode: decode every picture; otherwise only headers are read.
         workers: processes.
         limit_seconds: longest time for one shard.
@@ -182,10 +202,13 @@ def check(
     cache.check()
     paths = expand_shards(shards)
     inspector = Inspector(
-        image_extensions=image_extensions,
+        image_extensions=with_formats(image_extensions, formats),
         captions=captions,
         pictures=PicturePolicy(
-            max_image_pixels=max_image_pixels, truncated_pictures=truncated_pictures
+            max_image_pixels=max_image_pixels,
+            truncated_pictures=truncated_pictures,
+            formats=formats,
+            intensity_window=intensity_window,
         ),
         decode=decode,
         cache=ShardCache(cache),

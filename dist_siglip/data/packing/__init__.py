@@ -45,8 +45,6 @@ from dist_siglip.data.samples.picture_policy import (
     BEFORE_THE_SETTINGS,
     EXTENSIONS_OF,
     PicturePolicy,
-    with_formats,
-    PICTURE_EXTENSIONS,
 )
 from dist_siglip.errors import UserError, check_least
 
@@ -394,7 +392,7 @@ def _identity(table: Path, root: Path, settings: PackSettings) -> dict[str, Any]
         values["pillow"] = PIL.__version__
     return {
         "table": table.name,
-        "table_digest": digest_table(table),
+        "table_digest": digest_table(table, columns),
         "images": os.path.realpath(root),
         "image_column": columns.image,
         "caption_column": list(columns.captions),

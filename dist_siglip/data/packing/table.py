@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS
+from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF, PICTURE_EXTENSIONS
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import check_regular, open_regular, open_text
 
@@ -121,7 +121,7 @@ def _row_of_parquet(batch: Any) -> Mapping[str, Any] | str:
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
-_PICTURE_ENDS = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
+_PICTURE_ENDS = tuple(f".{each}" for found in EXTENSIONS_OF.values() for each in found)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
 _MOST_CLASSES = 1 << 31
 
@@ -134,12 +134,14 @@ class Columns(NamedTuple):
         captions: hold a caption, or a list of captions, each; none if only classes are wanted.
         keep_others: whether the other columns are wanted too.
         label: holds the number of a class; None if there are no classes.
+        pictures: extensions of the pictures of a folder.
     """
 
     image: str = "image"
     captions: tuple[str, ...] = ("caption",)
     keep_others: bool = False
     label: str | None = None
+    pictures: tuple[str, ...] = PICTURE_EXTENSIONS
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -199,7 +201,7 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
     """
     suffix = table.suffix.lower()
     if table.is_dir():
-        return islice(_read_folder(table), first_row, None)
+        return islice(_read_folder(table, columns.pictures), first_row, None)
     if not table.is_file():
         raise UserError(f"table ({table}) does not exist; give a file or a folder of pictures")
     if suffix in _DELIMITERS:
@@ -218,7 +220,7 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
     raise UserError(f"table ({table}) must be a folder or one of {known}")
 
 
-def digest_table(table: Path) -> str:
+def digest_table(table: Path, columns: Columns) -> str:
     """Hash the bytes of a table; of a folder, the paths, sizes and times of its pictures.
 
     Raises:
@@ -227,7 +229,7 @@ def digest_table(table: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         if table.is_dir():
-            for row in _read_folder(table):
+            for row in _read_folder(table, columns.pictures):
                 for name in (row.picture, str(row.caption_path)):
                     digest.update(os.fsencode(name) + _describe(table / name))
         else:
@@ -248,14 +250,14 @@ def _describe(path: Path) -> bytes:
     return f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode()
 
 
-def _read_folder(folder: Path) -> Iterator[Row]:
+def _read_folder(folder: Path, extensions: Sequence[str]) -> Iterator[Row]:
     """Name every picture under a folder and its caption: ``.txt``, or else ``.json``."""
     found: list[tuple[str, str]] = []
     for parent, _, names in os.walk(folder, onerror=_refuse):
         present = set(names)
         for name in names:
             stem, extension = os.path.splitext(name)
-            if extension[1:].lower() not in PICTURE_EXTENSIONS or name.startswith("."):
+            if extension[1:].lower() not in extensions or name.startswith("."):
                 continue
             has_only_json = f"{stem}.json" in present and f"{stem}.txt" not in present
             caption = f"{stem}.json" if has_only_json else f"{stem}.txt"

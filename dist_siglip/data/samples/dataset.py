@@ -35,6 +35,7 @@ from dist_siglip.data.samples.stages import (
     Stage,
     all_take_rgb,
     check_stages,
+    outside_of_training,
     run_stages,
 )
 from dist_siglip.data.samples.transforms import (
@@ -113,7 +114,7 @@ class PairDataset(Dataset[PairSample]):
         seed: >= 0.
         pictures: what decides the pixels of an encoded picture.
         captions: which caption a sample gets.
-        stages: steps between decoding and transform.
+        stages: steps between decoding and transform; an evaluation leaves augmentations out.
         source_ranges: (first id, id after the last) of each source; by default one has all.
         bad_sample_log: file for a JSON line about every bad sample: shard, key, sample_id, epoch,
             position, source, reason. None writes none.
@@ -166,7 +167,8 @@ class PairDataset(Dataset[PairSample]):
         self._seed = seed
         self._pictures = pictures
         self._captions = captions.always_first() if is_evaluation else captions
-        self._stages = check_stages(stages)
+        stages = outside_of_training(stages) if is_evaluation else stages
+        self._stages = check_stages(stages, reads_regions=regions.json_field is not None)
         self._source_ranges = tuple(source_ranges) or ((0, table.num_samples),)
         self._log = BadSampleLog(bad_sample_log)
         self._truncated = TruncatedCount(table.describe)
@@ -348,9 +350,7 @@ class PairDataset(Dataset[PairSample]):
             if self._regions.json_field is not None:
                 sample["regions"] = [{"text": each.text, "box": [*each.box]} for each in regions]
             policy = self._pictures
-            changed = run_stages(
-                self._stages, sample, policy.transparency, policy.intensity_window
-            )
+            changed = run_stages(self._stages, sample, policy.transparency, policy.intensity_window)
             captions = [changed["text"], *changed.get("more_texts", [])]
             if self._regions.json_field is not None:
                 moved = {self._regions.json_field: changed["regions"]}

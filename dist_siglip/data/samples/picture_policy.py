@@ -5,7 +5,7 @@ states them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -44,7 +44,7 @@ BEFORE_THE_SETTINGS: dict[str, Any] = {
 }
 
 
-def with_formats(extensions: Sequence[str], formats: Sequence[str]) -> tuple[str, ...]:
+def with_formats(extensions: Sequence[str], formats: Iterable[str]) -> tuple[str, ...]:
     """Add the extensions of formats beyond JPEG, PNG and WebP, if none were named otherwise.
 
     Example:

@@ -13,6 +13,9 @@ with all its bits. Such stages come first, since what is laid on a colour stays 
 Where regions are read a sample has them under ``regions``. A stage that returns another picture
 says with an attribute ``moves_regions`` whether it moves pixels, and their boxes with them (True),
 or leaves every pixel in its place (False).
+
+A stage with an attribute ``only_in_training`` that is true, as augmentations have, is left out of
+evaluations.
 """
 
 import random
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageOps
+from torchvision import transforms
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture import IntensityWindow, flatten, to_rgba
@@ -35,14 +39,23 @@ class FilteredError(Exception):
     """A stage left the sample out; the text names the stage."""
 
 
-def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+def check_stages(stages: Sequence[Stage], *, reads_regions: bool = False) -> tuple[Stage, ...]:
     """Return stages, if every one of them can get pictures in the mode it asks for.
 
+    Args:
+        stages: functions from an iterator of samples to an iterator of samples.
+        reads_regions: whether samples have boxes.
+
     Raises:
-        UserError: if a mode is unknown, or lost in a stage before.
+        UserError: if a mode is unknown, or lost in a stage before, or one leaves boxes behind.
     """
     reached = 0
     for stage in stages:
+        if reads_regions and getattr(stage, "leaves_regions", False):
+            raise UserError(
+                f"stage {_name(stage)} moves pixels and leaves the boxes of data.regions behind; "
+                "take ColorJitter or RandomFlip, or no regions"
+            )
         mode = _picture_mode(stage)
         if mode not in _MODES:
             raise UserError(
@@ -55,6 +68,11 @@ def check_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
             )
         reached = _MODES.index(mode)
     return tuple(stages)
+
+
+def outside_of_training(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Leave out the stages that say that they augment (``only_in_training``)."""
+    return tuple(stage for stage in stages if not getattr(stage, "only_in_training", False))
 
 
 def all_take_rgb(stages: Sequence[Stage]) -> bool:
@@ -174,14 +192,22 @@ class RandomFlip:
 
     Args:
         probability: share of the samples, in [0, 1].
+        spares: regular expression, without regard to case; a sample with a text in which it is
+            found keeps its picture. None mirrors those too.
     """
 
     moves_regions = True
+    only_in_training = True
 
-    def __init__(self, probability: float = 0.5) -> None:
-        if not 0 <= probability <= 1:
-            raise UserError(f"probability ({probability}) of RandomFlip must be in [0, 1]")
+    def __init__(self, probability: float = 0.5, spares: str | None = r"\b(left|right)") -> None:
+        _check_share("RandomFlip", probability=probability)
         self.probability = probability
+        try:
+            self._spared = None if spares is None else re.compile(spares, re.IGNORECASE)
+        except (re.error, RecursionError) as error:
+            raise UserError(
+                f"spares ({spares!r}) of RandomFlip is no regular expression: {error}"
+            ) from error
 
     def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Mirror some of the samples."""
@@ -189,7 +215,7 @@ class RandomFlip:
             regions = sample.get("regions", [])
             texts = [sample["text"], *sample.get("more_texts", [])]
             texts += [region["text"] for region in regions]
-            if random.random() >= self.probability or any(map(_NAMES_A_SIDE, texts)):
+            if random.random() >= self.probability or self._spares(texts):
                 yield sample
                 continue
             flipped = {**sample, "image": ImageOps.mirror(sample["image"])}
@@ -197,10 +223,152 @@ class RandomFlip:
                 flipped["regions"] = [_mirrored(region) for region in regions]
             yield flipped
 
-
-_NAMES_A_SIDE = re.compile(r"\b(left|right)", re.IGNORECASE).search
+    def _spares(self, texts: Sequence[str]) -> bool:
+        return self._spared is not None and any(map(self._spared.search, texts))
 
 
 def _mirrored(region: dict[str, Any]) -> dict[str, Any]:
     top, left, bottom, right = region["box"]
     return {**region, "box": [top, 1 - right, bottom, 1 - left]}
+
+
+class _Augmentation:
+    """A stage that changes the pictures of some samples in training.
+
+    Args:
+        probability: share of the samples, in [0, 1].
+        short_side: pictures are made smaller first, so that the short side has so many pixels; what
+            is changed costs by the pixel. None leaves them as large as they are.
+    """
+
+    only_in_training = True
+
+    def __init__(self, probability: float, short_side: int | None) -> None:
+        name = type(self).__name__
+        _check_share(name, probability=probability)
+        if short_side is not None and short_side < 1:
+            raise UserError(f"short_side ({short_side}) of {name} must be at least 1, or null")
+        self.probability = probability
+        self.short_side = short_side
+        self._change: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Change some of the pictures."""
+        for sample in samples:
+            image = sample["image"]
+            scale = 1.0 if self.short_side is None else self.short_side / min(image.size)
+            if scale < 1:
+                size = tuple(max(1, round(side * scale)) for side in image.size)
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            if random.random() < self.probability:
+                image = self._change(image)
+            yield sample if image is sample["image"] else {**sample, "image": image}
+
+
+class ColorJitter(_Augmentation):
+    """A stage that changes colours, by torchvision's ``ColorJitter`` and ``RandomGrayscale``.
+
+    Args:
+        brightness: factor drawn from [max(0, 1 - brightness), 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
+        hue: shift drawn from [-hue, hue], in turns; at most 0.5.
+        grey: share of the samples that lose their colours.
+        probability: share of the samples that are jittered.
+        short_side: pictures are made smaller first, to so many pixels; None keeps their size.
+    """
+
+    moves_regions = False
+
+    def __init__(
+        self,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        grey: float = 0.0,
+        probability: float = 0.8,
+        short_side: int | None = None,
+    ) -> None:
+        super().__init__(1.0, short_side)
+        _check_share("ColorJitter", grey=grey, probability=probability)
+        try:
+            jitter = transforms.ColorJitter(brightness, contrast, saturation, hue)
+        except ValueError as error:
+            raise UserError(f"ColorJitter: {error}") from error
+        self._change = transforms.Compose(
+            [transforms.RandomApply([jitter], probability), transforms.RandomGrayscale(grey)]
+        )
+
+
+class RandAugment(_Augmentation):
+    """A stage of torchvision's ``RandAugment`` (Cubuk et al. 2020, arXiv:1909.13719).
+
+    It shears, shifts and turns pictures among others, and does not move boxes with them.
+
+    Args:
+        num_ops: operations a picture.
+        magnitude: of every operation, 0 to 30.
+        probability: share of the samples.
+        short_side: pictures are made smaller first, to so many pixels; None keeps their size.
+    """
+
+    leaves_regions = True
+
+    def __init__(
+        self,
+        num_ops: int = 2,
+        magnitude: int = 9,
+        probability: float = 1.0,
+        short_side: int | None = None,
+    ) -> None:
+        super().__init__(probability, short_side)
+        if not (1 <= num_ops <= 16 and 0 <= magnitude <= 30):
+            raise UserError(
+                f"num_ops ({num_ops}) of RandAugment must be in [1, 16], magnitude ({magnitude}) "
+                "in [0, 30]"
+            )
+        self._change = transforms.RandAugment(num_ops, magnitude)
+
+
+class TimmAugment(_Augmentation):
+    """A stage of timm's augmentations by the text that names them there.
+
+    Args:
+        policy: "rand-m9-n2-mstd0.5-inc1", "augmix-m3-w3", "original", "3a", ...: the ``aa`` of timm
+            and of ``aug_cfg.auto_augment`` in open_clip.
+        probability: share of the samples.
+        short_side: pictures are made smaller first, to so many pixels; None keeps their size.
+
+    Source:
+        ``timm.data.auto_augment``, which shifts by a share of 0.45 at most and fills with grey.
+    """
+
+    leaves_regions = True
+
+    def __init__(
+        self,
+        policy: str = "rand-m9-n2-mstd0.5-inc1",
+        probability: float = 1.0,
+        short_side: int | None = None,
+    ) -> None:
+        super().__init__(probability, short_side)
+        from timm.data import auto_augment  # heavy
+
+        make = {
+            "rand": auto_augment.rand_augment_transform,
+            "augmix": auto_augment.augment_and_mix_transform,
+        }.get(policy.split("-")[0], auto_augment.auto_augment_transform)
+        try:
+            self._change = make(policy, {"translate_pct": 0.45, "img_mean": (128, 128, 128)})
+        except (AssertionError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"policy ({policy!r}) of TimmAugment is none that timm knows, such as "
+                f'"rand-m9-n2-mstd0.5-inc1": {error}'
+            ) from error
+
+
+def _check_share(name: str, **values: float) -> None:
+    for key, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key} ({value}) of {name} must be in [0, 1]")

@@ -12,7 +12,7 @@ find the same file, or write the same one. ``source.json`` says where they come 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -31,8 +31,10 @@ from dist_siglip.data.samples.cached_features import TOWERS, Tower
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.picture_policy import (
     AUTO,
+    FORMATS,
     MAX_IMAGE_PIXELS,
     ExifOrientation,
+    PictureFormat,
     PicturePolicy,
     TruncatedPictures,
 )
@@ -103,6 +105,8 @@ class EmbedSettings:
         transparency: see ``PicturePolicy``; "auto" is as the model was trained, or says.
         exif_orientation: likewise.
         truncated_pictures: likewise.
+        formats: likewise.
+        intensity_window: likewise.
         max_bad_fraction: share of the samples of each rank that may be skipped.
         dim: columns of the rows; None for all of the model.
         rotate: "pca" or the path of a rotation, see ``rotation.find_rotation``; None for none.
@@ -126,6 +130,8 @@ class EmbedSettings:
     transparency: str = AUTO
     exif_orientation: ExifOrientation | Literal["auto"] = AUTO
     truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
+    formats: tuple[PictureFormat, ...] | Literal["auto"] = AUTO
+    intensity_window: tuple[float, float] | Literal["auto"] | None = AUTO
     max_bad_fraction: float = MAX_BAD_FRACTION
     dim: int | None = None
     rotate: str | None = None
@@ -168,7 +174,7 @@ class EmbedSettings:
 
     def pictures(self, of_model: PicturePolicy) -> PicturePolicy:
         """Return what decides the pixels of pictures."""
-        names = ("transparency", "exif_orientation", "truncated_pictures", "max_image_pixels")
+        names = [each.name for each in fields(PicturePolicy)]
         return of_model.changed(**{name: getattr(self, name) for name in names})
 
 
@@ -451,7 +457,7 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         if settings.format == "features"
         else {}
     )
-    truncated = built.pictures.truncated_pictures
+    pictures = built.pictures
     return {
         "version": 1,
         "image_tower": None if settings.towers == "text" else tower_fingerprint(built, "image"),
@@ -470,7 +476,8 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         **({"dim": settings.dim} if settings.dim is not None else {}),
         **({"rotate": name_rotation(settings.rotate)} if settings.rotate is not None else {}),
         # Folders of before there was a choice go on.
-        **({"truncated_pictures": truncated} if truncated == "use" else {}),
+        **({"truncated_pictures": "use"} if pictures.truncated_pictures == "use" else {}),
+        **({"formats": list(pictures.formats)} if pictures.formats != FORMATS else {}),
     }
 
 
