@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dist_siglip.data.index.pairs import PairTable, Span, build_pair_table
 from dist_siglip.data.index.read import read_index, side_car_places
 from dist_siglip.data.index.shard_index import explain_dots, split_name
+from dist_siglip.data.index.table_rows import is_table
 from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
@@ -266,7 +267,8 @@ class Inspector:
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
         hidden = index.hidden_pairs(self.image_extensions, self.captions.members)
         findings += [Finding("unusual shard", shard, "", r) for r in (index.remark, hidden) if r]
-        findings += self._names(shard)
+        if not is_table(shard):
+            findings += self._names(shard)
         keys = index.keys()
         members: list[dict[str, Span]] = [{} for _ in keys]
         for sample, kind, offset, size in zip(
@@ -395,7 +397,9 @@ def read_first_pair(
         pictures: what decides the pixels of an encoded picture.
         cache: copies of remote shards.
     """
-    had_side_car = is_remote(shard) or any(map(os.path.exists, side_car_places(shard)))
+    had_side_car = (
+        is_remote(shard) or is_table(shard) or any(map(os.path.exists, side_car_places(shard)))
+    )
     started = time.perf_counter()
     name, num_samples, fingerprint, failure = redact(shard_name(shard)), 0, "", ""
     reader = ShardReader(cache)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+from dist_siglip.data.index.table_rows import is_table
 from dist_siglip.data.remote.locations import check_location, is_remote, redact
 from dist_siglip.data.remote.transfer import list_remote
 from dist_siglip.errors import UserError
@@ -18,8 +19,8 @@ from dist_siglip.system.regular_file import open_text
 __all__ = ["expand_shards", "is_remote"]
 
 _ALLOWED = (
-    "allowed: a local .tar file, a folder of .tar files, a brace pattern, a .txt file of these, "
-    "a URL of http, https, s3, gs or hf, or a list of these"
+    "allowed: a local .tar file, a folder of .tar files, a .csv or .jsonl of paths and captions or "
+    "the folder with it, a brace pattern, a .txt file of these, a URL of http, https, s3, gs or hf, or a list of these"
 )
 _LOGGER = logging.getLogger(__name__)
 _COMPRESSED = re.compile(r"\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tzst|txz|tbz2?)$")
@@ -48,7 +49,7 @@ def expand_shards(
 
     Returns:
         Existing files and URLs in the order given; a folder contributes its ``*.tar``, sorted, but
-        for hidden ones.
+        for hidden ones, or else its one table of paths and captions.
 
     Raises:
         UserError: if a file is missing or named twice, a folder holds no shard, nothing is
@@ -197,7 +198,15 @@ def _range_length(text: str) -> int:
 
 
 def _list_folder(folder: str, name: str) -> list[str]:
-    """List the shards directly inside a folder, sorted by name."""
+    """List the shards directly inside a folder, sorted by name; without any, its one table."""
+    tables = sorted(each for each in os.listdir(folder) if is_table(each) and each[0] != ".")
+    if tables and not any(each.endswith(".tar") for each in os.listdir(folder)):
+        if len(tables) > 1:
+            raise UserError(
+                f"{name} ({folder!r}) is a folder with {len(tables)} tables, {', '.join(tables[:4])}"
+                "; name the one that is meant, or list them"
+            )
+        return [os.path.join(folder, tables[0])]
     return [os.path.join(folder, entry) for entry in _pick(os.listdir(folder), folder, name)]
 
 

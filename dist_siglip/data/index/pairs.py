@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
+from dist_siglip.data.index.table_rows import is_table
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import redact, shard_name
 from dist_siglip.distributed import gather_rows
@@ -134,7 +135,7 @@ class PairTable:
     """Pictures and captions of a data set by sample id.
 
     Attributes:
-        shards: the tar files, in order.
+        shards: tar files and tables, in order.
         starts: (shards + 1,) int64, the id of the first sample of each shard; last, the total.
         image_offsets: (samples,) int64.
         image_sizes: (samples,) int64.
@@ -276,7 +277,7 @@ def build_pair_table(
     written.
 
     Args:
-        shards: tar files, or URLs of them.
+        shards: tar files, URLs of them, or tables of paths and captions.
         image_extensions: extensions of the picture, without the dot, in order of preference.
         caption_extensions: likewise of the captions; a sample needs one of them.
         other_extensions: further members to find, which a sample may lack; they come last among
@@ -295,7 +296,8 @@ def build_pair_table(
     captions = [extension.lower().lstrip(".") for extension in caption_extensions]
     others = [extension for extension in other_extensions if extension not in captions]
     file = None
-    if not any(map(is_remote, shards)):
+    # The pictures of a table may change while the table does not.
+    if not any(is_remote(shard) or is_table(shard) for shard in shards):
         settings = {"images": pictures, "captions": captions}
         settings |= {"others": others} if others else {}
         try:

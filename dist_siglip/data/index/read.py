@@ -26,6 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dist_siglip.data.index.shard_index import ShardIndex, build_index
+from dist_siglip.data.index.table_rows import TableRows, is_table
 from dist_siglip.data.index.tar_scan import BLOCK, DamagedTarError, scan_tar
 from dist_siglip.data.remote import RemoteError, RemoteOutageError, ShardCache, is_remote
 from dist_siglip.data.remote.connections import RemoteRefusalError
@@ -202,15 +203,18 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
 
     A remote shard is asked for its size and tag. Its side-car lies in the user's cache folder;
     where there is none, the side-car beside the remote shard is taken if it was made for a file of
-    this name and size; else the shard is fetched and scanned.
+    this name and size; else the shard is fetched and scanned. A table of rows is read whole, and
+    leaves no side-car.
 
     Raises:
         OSError: if the shard cannot be read.
-        UserError: if a remote shard is missing or denied, or there is no cache for it.
+        UserError: if a table is broken or a picture of it lies outside of its folder, if a remote shard is missing or denied, or there is no cache for it.
         OutageError: if its server does not answer.
     """
     if is_remote(path):
         return _read_remote(path, rebuild, cache)
+    if is_table(path):
+        return TableRows(path).index(path)
     status = os.stat(path)
     identity: dict[str, str | int] = {
         "version": SIDE_CAR_VERSION,

@@ -6,8 +6,8 @@ name.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,20 +157,38 @@ def build_index(
         seen.add(place)
         table.append((*place, member.offset, member.size))
     columns = np.array(table, dtype=np.int64).reshape(-1, 4).T.copy()
-    joined = SEPARATOR.join(rows).encode("utf-8", "surrogateescape")
+    index = index_of_members(path, list(rows), tuple(kinds), columns)
+    return replace(index, damage=damage, note=note)
+
+
+def index_of_members(
+    path: str,
+    keys: Sequence[str],
+    extensions: tuple[str, ...],
+    columns: NDArray[np.int64],
+    content: bytes = b"",
+) -> ShardIndex:
+    """Describe the members of samples.
+
+    Args:
+        path: the shard.
+        keys: of the samples.
+        extensions: that occur.
+        columns: (4, members): sample, extension, offset and size of each.
+        content: what else tells changed data.
+    """
+    joined = SEPARATOR.join(keys).encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(list(kinds)).encode() + b"\0" + joined + b"\0")
-    digest.update(columns.astype("<i8").tobytes())
+    digest.update(json.dumps(extensions).encode() + b"\0" + joined + b"\0")
+    digest.update(columns.astype("<i8").tobytes() + content)
     return ShardIndex(
         path=path,
-        num_samples=len(rows),
-        extensions=tuple(kinds),
+        num_samples=len(keys),
+        extensions=extensions,
         joined_keys=np.frombuffer(joined, dtype=np.uint8),
         samples=columns[0],
         kinds=columns[1],
         offsets=columns[2],
         sizes=columns[3],
         digest=digest.hexdigest(),
-        damage=damage,
-        note=note,
     )

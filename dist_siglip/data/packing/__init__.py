@@ -37,6 +37,7 @@ from dist_siglip.data.packing.table import (
     digest_table,
     holds_pictures,
     read_rows,
+    resolve,
 )
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
@@ -137,11 +138,10 @@ class SampleMaker:
     def _resolve(self, path: str, number: int) -> str:
         """Follow every link of a path, and refuse where it leads outside the folder."""
         try:
-            real = os.path.realpath(os.path.join(self.images, path))
-        except ValueError as error:  # a NUL, or what no file name can hold
+            real, is_inside = resolve(self.images, path)
+        except ValueError as error:
             raise BadSampleError(f"path {path!r} cannot be a path") from error
-        root = os.path.join(os.path.realpath(self.images), "")
-        if not self.allow_outside and not real.startswith(root):
+        if not self.allow_outside and not is_inside:
             raise UserError(
                 f"picture {path!r} of row {number} lies outside the images folder "
                 f"({self.images}); correct the table, or pass --allow_outside true if it is to be "

@@ -118,8 +118,9 @@ def _row_of_parquet(batch: Any) -> Mapping[str, Any] | str:
     return values
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = (".jsonl", ".ndjson")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+PICTURE_COLUMNS = ("image", "picture", "file_name", "filepath", "path")  # of unpacked tables
 PARQUET = (".parquet", ".pq")
 _PICTURE_ENDS = tuple(f".{each}" for found in EXTENSIONS_OF.values() for each in found)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
@@ -182,7 +183,7 @@ def check_table(table: Path, columns: Columns) -> None:
     rows = read_rows(table, columns)
     if next(rows, None) is None:
         raise UserError(f"table ({table}) has no rows; there is nothing to pack")
-    if table.suffix.lower() in _DELIMITERS:
+    if table.suffix.lower() in DELIMITERS:
         for _ in rows:  # a quote that is not closed shows at the end
             pass
 
@@ -204,19 +205,19 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
         return islice(_read_folder(table, columns.pictures), first_row, None)
     if not table.is_file():
         raise UserError(f"table ({table}) does not exist; give a file or a folder of pictures")
-    if suffix in _DELIMITERS:
-        lines = enumerate(_read_csv(table, _DELIMITERS[suffix], columns))
+    if suffix in DELIMITERS:
+        lines = enumerate(read_csv(table, DELIMITERS[suffix], columns))
         return _interpret(islice(lines, first_row, None), table, columns)
-    if suffix in _JSON_LINES:
+    if suffix in JSON_LINES:
         return _interpret(
-            islice(enumerate(_read_json_lines(table)), first_row, None), table, columns
+            islice(enumerate(read_json_lines(table)), first_row, None), table, columns
         )
     if suffix in PARQUET:
         raw = read_parquet(
             table, columns.needed, keep_others=columns.keep_others, first_row=first_row
         )
         return _interpret(raw, table, columns)
-    known = ", ".join((*_DELIMITERS, *_JSON_LINES, *PARQUET))
+    known = ", ".join((*DELIMITERS, *JSON_LINES, *PARQUET))
     raise UserError(f"table ({table}) must be a folder or one of {known}")
 
 
@@ -363,8 +364,29 @@ def _class_of(value: Any) -> int | None:
     return value if is_number and 0 <= value < _MOST_CLASSES else None
 
 
-def _read_csv(table: Path, delimiter: str, columns: Columns) -> Iterator[Mapping[str, Any] | str]:
-    """Read rows of text; bytes that are not UTF-8 survive as surrogates and are found later."""
+def resolve(folder: str, path: str) -> tuple[str, bool]:
+    """Follow every link of a path that counts from a folder, and say whether it ends in there.
+
+    Raises:
+        ValueError: if it can be no path: a NUL, or what no file name holds.
+    """
+    real = os.path.realpath(os.path.join(folder, path))
+    return real, real.startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def read_csv(
+    table: Path, delimiter: str, columns: Columns | None = None
+) -> Iterator[Mapping[str, Any] | str]:
+    """Read rows of text; bytes that are not UTF-8 survive as surrogates and are found later.
+
+    Args:
+        table: with a line of names.
+        delimiter: between fields.
+        columns: that it needs; None for a picture under one of ``PICTURE_COLUMNS``, if any.
+
+    Raises:
+        UserError: if it is broken, or a column is missing.
+    """
     csv.field_size_limit(_LONGEST_FIELD)
     with open_text(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Else a quote that is not closed would make one text of many rows.
@@ -374,9 +396,10 @@ def _read_csv(table: Path, delimiter: str, columns: Columns) -> Iterator[Mapping
             names = next(reader, [])
             if len(set(names)) < len(names):
                 raise UserError(f"table ({table}) names a column twice in its first line")
-            if names:
+            if names and columns is not None:
                 _check_names(names, table, columns)
-            image = names.index(columns.image) if names else 0
+            meant = PICTURE_COLUMNS if columns is None else (columns.image,)
+            image = next((names.index(name) for name in meant if name in names), 0)
             line = reader.line_num + 1
             for fields in reader:
                 if reader.line_num > line:
@@ -405,7 +428,8 @@ def _refuse_swallowed_row(
                 raise csv.Error("a text in quotes holds what looks like another row")
 
 
-def _read_json_lines(table: Path) -> Iterator[Mapping[str, Any] | str]:
+def read_json_lines(table: Path) -> Iterator[Mapping[str, Any] | str]:
+    """Read objects, one a line; a text in place of one says why there is none."""
     with open_regular(table) as file:
         for line in file:
             if not line.strip():

@@ -2,7 +2,7 @@
 
 They are read by ``pread``: no shared file position, so threads and forked processes can use one
 descriptor. A remote shard is read from its copy in the cache of the node. A reader keeps a few
-shards open and reopens them in a process it is pickled to; a copy that was evicted is closed, so
+shards open, and the rows of tables, and reopens them in a process it is pickled to; a copy that was evicted is closed, so
 that its space on the disk is free.
 """
 
@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 
 from dist_siglip.data.index.pairs import Span
+from dist_siglip.data.index.table_rows import TableError, TableRows, is_table
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.system.regular_file import descriptor_of
@@ -33,6 +34,7 @@ class ShardReader:
         self._cache = cache
         self._max_member_bytes = max_member_bytes
         self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._tables: dict[str, TableRows] = {}
 
     def read(self, span: Span) -> bytes:
         """Return the bytes of a span.
@@ -47,6 +49,8 @@ class ShardReader:
         if span.size > self._max_member_bytes:
             raise BadSampleError(f"member of {span.size} bytes, at most {self._max_member_bytes}")
         try:
+            if is_table(span.shard):
+                return self._read_row(span)
             data = os.pread(self._open(span.shard), span.size, span.offset)
         except OSError as error:
             if error.errno in _OF_THIS_PROCESS:
@@ -60,8 +64,21 @@ class ShardReader:
             raise BadSampleError(f"shard ends {span.size - len(data)} bytes early")
         return data
 
+    def _read_row(self, span: Span) -> bytes:
+        """Read a member of a row, which must be what it was when the table was indexed."""
+        try:
+            if span.shard not in self._tables:
+                self._tables[span.shard] = TableRows(span.shard)
+            data = self._tables[span.shard].read(span.offset)
+        except TableError as error:
+            raise BadSampleError(str(error)) from error
+        if len(data) != span.size:
+            raise BadSampleError(f"file of {len(data)} bytes, {span.size} when it was indexed")
+        return data
+
     def close(self) -> None:
         """Close every open shard; the next read opens again."""
+        self._tables.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -88,7 +105,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, object]:
         # Descriptors mean nothing in another process.
-        return {**self.__dict__, "_descriptors": OrderedDict()}
+        return {**self.__dict__, "_descriptors": OrderedDict(), "_tables": {}}
 
     def __del__(self) -> None:
         self.close()
