@@ -20,7 +20,8 @@ __all__ = ["expand_shards", "is_remote"]
 
 _ALLOWED = (
     "allowed: a local .tar file, a folder of .tar files, a .csv or .jsonl of paths and captions or "
-    "the folder with it, a brace pattern, a .txt file of these, a URL of http, https, s3, gs or hf, or a list of these"
+    "the folder with it, a brace pattern, a .txt file of these, a URL of http, https, s3, gs or "
+    "hf, or a list of these"
 )
 _LOGGER = logging.getLogger(__name__)
 _COMPRESSED = re.compile(r"\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tzst|txz|tbz2?)$")
@@ -203,8 +204,8 @@ def _list_folder(folder: str, name: str) -> list[str]:
     if tables and not any(each.endswith(".tar") for each in os.listdir(folder)):
         if len(tables) > 1:
             raise UserError(
-                f"{name} ({folder!r}) is a folder with {len(tables)} tables, {', '.join(tables[:4])}"
-                "; name the one that is meant, or list them"
+                f"{name} ({folder!r}) is a folder with {len(tables)} tables, "
+                f"{', '.join(tables[:4])}; name the one that is meant, or list them"
             )
         return [os.path.join(folder, tables[0])]
     return [os.path.join(folder, entry) for entry in _pick(os.listdir(folder), folder, name)]

@@ -208,7 +208,8 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
 
     Raises:
         OSError: if the shard cannot be read.
-        UserError: if a table is broken or a picture of it lies outside of its folder, if a remote shard is missing or denied, or there is no cache for it.
+        UserError: if a table is broken or a picture of it lies outside of its folder, if a remote
+            shard is missing or denied, or there is no cache for it.
         OutageError: if its server does not answer.
     """
     if is_remote(path):

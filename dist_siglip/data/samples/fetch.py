@@ -2,8 +2,8 @@
 
 They are read by ``pread``: no shared file position, so threads and forked processes can use one
 descriptor. A remote shard is read from its copy in the cache of the node. A reader keeps a few
-shards open, and the rows of tables, and reopens them in a process it is pickled to; a copy that was evicted is closed, so
-that its space on the disk is free.
+shards open, and the rows of tables, and reopens them in a process it is pickled to; a copy that was
+evicted is closed, so that its space on the disk is free.
 """
 
 import errno
