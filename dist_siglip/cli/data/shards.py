@@ -26,6 +26,7 @@ from dist_siglip.data.inspect import (
 )
 from dist_siglip.data.packing import JPEG_QUALITY, MAX_SHARD_MIB, SAMPLES_PER_SHARD, PackSettings
 from dist_siglip.data.packing import pack as write_shards
+from dist_siglip.data.packing.duplicates import report_duplicates
 from dist_siglip.data.packing.table import Columns
 from dist_siglip.data.remote import CacheSettings, ShardCache
 from dist_siglip.data.remote.locations import shard_name
@@ -74,6 +75,7 @@ def pack(
     intensity_window: tuple[float, float] | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
     allow_outside: bool = False,
+    duplicates: bool = False,
     workers: int = 2,
     json: bool = False,
 ) -> int:
@@ -114,10 +116,20 @@ def pack(
             when they are made smaller, [low, high]. Null: 0 and 65535.
         max_bad_fraction: share of the rows that may be skipped.
         allow_outside: accept pictures outside the images folder, by "..", absolute path or link.
+        duplicates: look through the finished shards for equal pictures, pictures that are alike,
+            equal captions and equal pairs, and list them in pack_duplicates.jsonl.
         workers: threads that read, check and resize.
         json: print JSON instead of a table.
     """
     started = time.monotonic()
+    pictures = PicturePolicy(
+        transparency=transparency,
+        exif_orientation=exif_orientation,
+        truncated_pictures=truncated_pictures,
+        max_image_pixels=max_image_pixels,
+        formats=formats,
+        intensity_window=intensity_window,
+    )
     columns = [caption_column] if isinstance(caption_column, str) else caption_column or []
     report = write_shards(
         Path(table),
@@ -135,29 +147,29 @@ def pack(
             resize_short_side=resize_short_side,
             jpeg_quality=jpeg_quality,
             shuffle_seed=shuffle_seed,
-            pictures=PicturePolicy(
-                transparency=transparency,
-                exif_orientation=exif_orientation,
-                truncated_pictures=truncated_pictures,
-                max_image_pixels=max_image_pixels,
-                formats=formats,
-                intensity_window=intensity_window,
-            ),
+            pictures=pictures,
         ),
         images=None if images is None else Path(images),
         allow_outside=allow_outside,
         max_bad_fraction=max_bad_fraction,
         workers=workers,
     )
+    twice: dict[str, int] = {}
+    if duplicates:
+        found = report_duplicates(
+            expand_shards(out), Path(out) / "pack_duplicates.jsonl", pictures, workers=workers
+        )
+        twice = {f"shared_{name}": count for name, count in found._asdict().items()}
+    counts = {**report._asdict(), **twice}
     seconds = time.monotonic() - started
     if json:
-        content = {"out": out, **report._asdict(), "seconds": seconds}
+        content = {"out": out, **counts, "seconds": seconds}
         sys.stdout.write(json_text.dumps(content, indent=2) + "\n")
         return 0
     shown = Table(caption=f"this call took {seconds:.1f} s")
-    for heading in report._fields:
-        shown.add_column(heading, justify="right")
-    shown.add_row(*(f"{count:,}" for count in report))
+    for heading in counts:
+        shown.add_column(heading.replace("_", " "), justify="right")
+    shown.add_row(*(f"{count:,}" for count in counts.values()))
     Console().print(shown)
     print_path("packed into", out)
     return 0
