@@ -128,6 +128,27 @@ def jpeg_of_claimed_size(width: int, height: int) -> bytes:
     return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
 
 
+def gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
+    """A GIF without pixels that claims the size of its screen and of its first frame."""
+    # The frame says that it is to be cleared, for which a reader may want memory at once.
+    head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0, 0, 0) + b"!\xf9\x04\x08\0\0\0\0"
+    return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x08\0;"
+
+
+def tiff(width: int, height: int, tile: tuple[int, int] | None = None) -> bytes:
+    """A TIFF of 8-bit grey, deflated, whose pixels are a few bytes; in tiles, if their size is said."""
+    data = zlib.compress(bytes(64))
+    tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1)]
+    if tile is None:
+        tags += [(273, 8), (278, height), (279, len(data))]
+    else:
+        tags += [(322, tile[0]), (323, tile[1]), (324, 8), (325, len(data))]
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
+    start = 8 + len(data)
+    return b"II*\0" + struct.pack("<I", start) + data + directory + bytes(4)
+
+
 class ChildError(AssertionError):
     """A child ended otherwise than it should."""
 

@@ -75,7 +75,7 @@ def report_duplicates(
     # Of pictures of equal bytes one stands for all; flat ones are like each other and tell nothing.
     first = np.zeros(len(picture), dtype=bool)
     first[np.unique(picture, return_index=True)[1]] = True
-    counts = []
+    counts, keys = [], [key for _, key in table.names(range(table.num_samples))]
     with open_atomically(out) as file:
         for same, ids, counted in (
             ("picture", picture, np.ones_like(first)),
@@ -86,8 +86,8 @@ def report_duplicates(
             counts.append(0)
             for group in _groups(ids, np.flatnonzero(counted)):
                 counts[-1] += len(group)
-                keys = [key for _, key in table.names(group[:_MOST_KEYS].tolist())]
-                line = {"same": same, "samples": len(group), "keys": keys}
+                named = [keys[place] for place in group[:_MOST_KEYS]]
+                line = {"same": same, "samples": len(group), "keys": named}
                 file.write(json.dumps(line).encode() + b"\n")
     return Duplicates(*counts)
 
