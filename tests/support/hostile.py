@@ -136,7 +136,7 @@ def gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
 
 
 def tiff(width: int, height: int, tile: tuple[int, int] | None = None) -> bytes:
-    """A TIFF of 8-bit grey, deflated, whose pixels are a few bytes; in tiles, if their size is said."""
+    """A TIFF of 8-bit grey whose pixels are a few deflated bytes; in tiles of some size."""
     data = zlib.compress(bytes(64))
     tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1)]
     if tile is None:

@@ -122,20 +122,27 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _to_8_bits(image: Image.Image, window: IntensityWindow) -> Image.Image:
     """Round grey values of more than 8 bits to 8; Pillow would cut them off at 255."""
-    if window is not None:
-        low, high = window
-        values = (np.asarray(image).astype(np.float32) - low) * (255 / (high - low))
-        grey = np.rint(np.nan_to_num(values).clip(0, 255))
+    values = np.asarray(image)
+    if window is not None and values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        grey = _spread(np.arange(1 << 16, dtype=np.float64), window)[values]
+    elif window is not None:
+        grey = _spread(values.astype(np.float32), window)
     elif image.mode == "F":
         raise BadSampleError("picture of fractions needs data.intensity_window")
     else:
-        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        grey = values.clip(0, 65535).astype(np.uint32)
         grey += 128
         grey //= 257
     rounded = Image.fromarray(grey.astype(np.uint8))
     rounded.info = dict(image.info)
     rounded.info.pop("transparency", None)
     return rounded
+
+
+def _spread(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Spread the values of a window evenly over 8 bits, and cut off what is beyond."""
+    low, high = window
+    return np.rint(255 * np.nan_to_num((values - low) / (high - low)).clip(0, 1)).astype(np.uint8)
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
