@@ -14,6 +14,7 @@ import signal
 import struct
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import CropResize, training_transform
 from dist_siglip.errors import UserError
 from tests.support.broken_pictures import break_jpeg, break_png, break_webp
-from tests.support.hostile import EXTENSIONS, ChildError, in_child
+from tests.support.hostile import EVERY_FORMAT, EXTENSIONS, ChildError, in_child
 from tests.support.mutations import (
     NUMBERS,
     break_blocks,
@@ -107,6 +108,20 @@ def of_pictures(draw, folder):
     try:
         image = transform(EncodedPicture(data, POLICY))
         sniff_media_type(data)
+    except BadSampleError:
+        return "bad sample"
+    assert image.shape == (3, 16, 16)
+    return "used"
+
+
+def of_pictures_on_request(draw, folder):
+    """A broken GIF, TIFF, BMP or AVIF, seen through a window or not."""
+    kind = draw.choice([name for name in ("GIF", "TIFF", "BMP", "AVIF") if sources()[name]])
+    data = break_bytes(draw, draw.choice(sources()[kind]))
+    window = draw.choice((None, (0, 1), (100, 200)))
+    try:
+        picture = EncodedPicture(data, replace(EVERY_FORMAT, intensity_window=window))
+        image = training_transform(tiny_inputs(), draw.choice(((0.3, 1.0), None)))(picture)
     except BadSampleError:
         return "bad sample"
     assert image.shape == (3, 16, 16)
@@ -224,6 +239,21 @@ def of_tables(draw, folder):
     return "bad rows" if num_bad else "used"
 
 
+def of_rows(draw, folder):
+    """A broken table of paths and captions, as training reads it without packing."""
+    suffix = draw.choice((".csv", ".jsonl"))
+    if suffix == ".csv":
+        data = b"image,caption,n\n" + b"".join(b"%d.png,a hen,%d\n" % (i, i) for i in range(4))
+    else:
+        data = b"".join(b'{"image": "%d.png", "caption": "a hen"}\n' % i for i in range(4))
+        data += make_json(draw) + b"\n"
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(sources()["PNG"][0])
+    table = folder / f"a{suffix}"
+    table.write_bytes(break_bytes(draw, data))
+    return through_dataset(draw, folder, None, table)
+
+
 def in_one_line(error, outcome):
     assert "\n" not in str(error)
     return outcome
@@ -237,9 +267,9 @@ def is_made(maker, row):
     return True
 
 
-def through_dataset(draw, folder, data):
+def through_dataset(draw, folder, data, shard=None):
     """Index, join, read, decode and transform a shard; look at it as ``data check`` does."""
-    shard = folder / "a.tar"
+    shard = shard or folder / "a.tar"
     if data is not None:
         shard.write_bytes(data)
     if draw.random() < 0.2:
@@ -290,11 +320,13 @@ KINDS = {
     "headers of a tar": (of_headers, 2500),
     "members": (of_members, 600),
     "pictures": (of_pictures, 8000),
+    "pictures on request": (of_pictures_on_request, 4000),
     "rows and augmentations of teachers": (of_teachers, 1000),
     "captions and JSON": (of_captions, 2500),
     "side-cars": (of_side_cars, 2100),
     "locations": (of_locations, 2000),
     "tables to pack": (of_tables, 1000),
+    "tables to train on": (of_rows, 1000),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import struct
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from dist_siglip.data.inspect import Inspector
 from dist_siglip.data.order.sequence import StreamPosition
@@ -24,12 +25,14 @@ from dist_siglip.data.samples.transforms import evaluation_transform, training_t
 from dist_siglip.errors import UserError
 from tests.support.hostile import (
     ALLOWED,
+    EVERY_FORMAT,
     EXTENSIONS,
     GOOD,
     KEYS,
     POLICY,
     animated,
     chunk,
+    gif,
     good_members,
     jpeg_of_claimed_size,
     link,
@@ -41,6 +44,7 @@ from tests.support.hostile import (
     replaced,
     saved,
     tar_of,
+    tiff,
 )
 from tests.support.shards import caption, encode, jpeg, load_index, photo, picture, tiny_inputs
 
@@ -128,6 +132,25 @@ BAD = {
     ),
     "empty picture": Bad({"png": b""}, "no JPEG, PNG or WebP"),
 }
+ON_REQUEST = {
+    "GIF of a huge screen": Bad({"png": gif((40_000, 40_000), (1, 1))}, "40000 x 40000 pixels"),
+    "GIF of a huge frame": Bad({"png": gif((1, 1), (40_000, 40_000))}, "40000 x 40000 pixels"),
+    "GIF cut short": Bad({"png": saved(photo(64, 64), "GIF")[:-900]}, "cannot be decoded"),
+    "TIFF bomb": Bad({"png": tiff(40_000, 40_000)}, "40000 x 40000 pixels"),
+    "TIFF of huge tiles": Bad({"png": tiff(16, 16, tile=(60_000, 60_000))}, "tiles of 60000"),
+    "TIFF with the pixels of another size": Bad({"png": tiff(900, 900)}, "cannot be decoded"),
+    "TIFF of fractions": Bad(
+        {"png": saved(Image.new("F", (9, 9)), "TIFF")}, "fractions needs data.intensity_window"
+    ),
+    "BMP that claims 65000 x 65000": Bad(
+        {"png": b"BM" + bytes(12) + struct.pack("<IiiHH", 40, 65_000, 65_000, 1, 24) + bytes(24)},
+        "65000 x 65000 pixels",
+    ),
+    "AVIF cut to its first boxes": Bad(
+        {"png": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(40)},
+        "cannot be decoded" if features.check("avif") else "does not name",
+    ),
+}
 BAD_JSON = {
     "JSON cut short": Bad({"json": b'{"caption": "a h'}, "JSON cannot be read"),
     "JSON nested 100000 deep": Bad({"json": b"[" * 100_000}, "nested too deeply"),
@@ -204,13 +227,13 @@ def ignored(root):
 IGNORED = tuple(ignored(Path("nowhere")))
 
 
-def dataset(table, captions=TEXT, crop=None):
+def dataset(table, captions=TEXT, crop=None, pictures=POLICY):
     transform = training_transform(tiny_inputs(), crop)
     return PairDataset(
         table,
         transform,
         seed=0,
-        pictures=POLICY,
+        pictures=pictures,
         captions=captions,
         bad_sample_log="bad.jsonl",
     )
@@ -223,12 +246,12 @@ def records():
         return [json.loads(line) for line in file]
 
 
-def check(shards, captions=TEXT):
+def check(shards, captions=TEXT, pictures=POLICY):
     """Kinds of finding of ``data check``, with their keys."""
     inspect = Inspector(
         image_extensions=EXTENSIONS,
         captions=captions,
-        pictures=POLICY,
+        pictures=pictures,
     )
     return [(finding.kind, finding.key) for finding in inspect(shards[0]).findings]
 
@@ -260,15 +283,16 @@ def test_damaged_shard_is_refused_or_skipped_and_named(root, caplog, name):
     assert listing(root) <= ALLOWED
 
 
-@pytest.mark.parametrize("name", [*BAD, *BAD_JSON])
+@pytest.mark.parametrize("name", [*BAD, *BAD_JSON, *ON_REQUEST])
 def test_bad_sample_is_replaced_with_one_record(root, name):
     in_json = name in BAD_JSON
-    case = (BAD_JSON if in_json else BAD)[name]
+    case = (BAD | BAD_JSON | ON_REQUEST)[name]
+    pictures = EVERY_FORMAT if name in ON_REQUEST else POLICY
     captions = CaptionRule(members=("json", "txt")) if in_json else TEXT
     members = replaced(**case.parts)
     shards = put(root, tar_of(members))
     table = open_table(shards, caption_extensions=captions.members)
-    data = dataset(table, captions, crop=(0.3, 1.0))
+    data = dataset(table, captions, crop=(0.3, 1.0), pictures=pictures)
     place = load_index(shards[0]).keys().index("k1")
     sample = data[StreamPosition(2, 5, place)]
     assert sample.is_substitute
@@ -285,7 +309,8 @@ def test_bad_sample_is_replaced_with_one_record(root, name):
     assert case.reason in json.loads(record)["reason"]
     for other in {0, 1, 2, 3} - {place}:
         assert not data[StreamPosition(2, 9, other)].is_substitute
-    assert [key for kind, key in check(shards, captions) if kind.startswith("bad ")] == ["k1"]
+    found = check(shards, captions, pictures)
+    assert [key for kind, key in found if kind.startswith("bad ")] == ["k1"]
     assert listing(root) <= ALLOWED
 
 

@@ -12,13 +12,20 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from PIL import features
+
 from dist_siglip.data.index.pairs import build_pair_table
-from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF, PicturePolicy
 from tests.support.shards import caption, encode, picture
 
 KEYS = ("k0", "k1", "k2", "k3")
 MAX_PIXELS = 1_000_000
 POLICY = PicturePolicy(max_image_pixels=MAX_PIXELS)
+_READABLE = [name for name in EXTENSIONS_OF if name != "heic"]
+EVERY_FORMAT = PicturePolicy(
+    max_image_pixels=MAX_PIXELS,
+    formats=tuple(name for name in _READABLE if name != "avif" or features.check("avif")),
+)
 EXTENSIONS = ("jpg", "png", "webp")
 # Below the folder of a test; besides, everything in the user's cache folder of this package.
 ALLOWED = {"data/a.tar", "data/a.tar.idx.npz", "work/bad.jsonl"}
@@ -147,6 +154,15 @@ def tiff(width: int, height: int, tile: tuple[int, int] | None = None) -> bytes:
     directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
     start = 8 + len(data)
     return b"II*\0" + struct.pack("<I", start) + data + directory + bytes(4)
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """A BMP that is empty lines, each of two bytes."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    palette = bytes(each for i in range(256) for each in (i, 0, 0, 0))
+    start = 14 + len(header) + len(palette)
+    lines = b"\x01\x07\x00\x00" * height + b"\x00\x01"
+    return struct.pack("<2sIHHI", b"BM", start + len(lines), 0, 0, start) + header + palette + lines
 
 
 class ChildError(AssertionError):

@@ -4,7 +4,9 @@ import io
 import tarfile
 from functools import cache
 
-from tests.support.hostile import EXTENSIONS, good_members, tar_of
+from PIL import features
+
+from tests.support.hostile import EXTENSIONS, good_members, run_length_bmp, saved, tar_of
 from tests.support.shards import encode, photo, picture
 
 
@@ -40,5 +42,20 @@ def sources():
             encode(picture(5).convert("I;16")),
             encode(picture(5).convert("1")),
         ],
+        "GIF": [
+            saved(photo(40, 32), "GIF"),
+            saved(picture(1), "GIF", save_all=True, append_images=[picture(2)], disposal=2),
+        ],
+        "TIFF": [
+            saved(photo(40, 32), "TIFF"),
+            saved(photo(40, 32), "TIFF", compression="tiff_lzw"),
+            saved(photo(40, 32), "TIFF", compression="jpeg"),
+            saved(picture(5).convert("I;16"), "TIFF", compression="tiff_adobe_deflate"),
+            saved(picture(5).convert("F"), "TIFF"),
+            saved(picture(5).convert("1"), "TIFF", compression="group4"),
+            saved(palette, "TIFF"),
+        ],
+        "BMP": [saved(photo(40, 32), "BMP"), saved(palette, "BMP"), run_length_bmp(40, 32)],
+        "AVIF": [saved(photo(40, 32), "AVIF")] if features.check("avif") else [],
         "WEBP": [encode(photo(40, 32), "WEBP"), encode(picture(2), "WEBP"), frames.getvalue()],
     }

@@ -20,7 +20,7 @@ from dist_siglip.data.index.pairs import PairTable, build_pair_table
 from dist_siglip.data.samples.captions import decode_caption
 from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.identity import caption_id, picture_id
-from dist_siglip.data.samples.picture import EncodedPicture
+from dist_siglip.data.samples.picture import REDUCTIONS, EncodedPicture
 from dist_siglip.data.samples.picture_policy import (
     EXTENSIONS_OF,
     PICTURE_EXTENSIONS,
@@ -31,7 +31,7 @@ from dist_siglip.system.atomic import open_atomically
 
 _CHUNK = 500  # samples that one thread looks at
 _MOST_KEYS = 1000  # of a group in the list
-_REDUCTION = 8
+_LEAST_SIDE = 72  # pixels that a thumbnail is made of
 
 
 class Duplicates(NamedTuple):
@@ -101,7 +101,10 @@ def _describe(
     for place, sample_id in enumerate(sample_ids.tolist()):
         data = reader.read(table.image_span(sample_id))
         found[0, place] = picture_id(data)
-        found[1, place] = thumbnail_hash(EncodedPicture(data, pictures).decode(_REDUCTION))
+        encoded = EncodedPicture(data, pictures)
+        enough = min(encoded.size) // _LEAST_SIDE
+        reduction = next(each for each in REDUCTIONS if each <= max(1, enough))
+        found[1, place] = thumbnail_hash(encoded.decode(reduction))
         for kind, span in table.caption_spans(sample_id)[:1]:
             if kind == "txt":
                 found[2, place] = caption_id(decode_caption(reader.read(span)))

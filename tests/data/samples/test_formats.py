@@ -1,7 +1,6 @@
 """Formats that are read on request, and grey of more than 8 bits."""
 
 import io
-import struct
 import warnings
 
 import numpy as np
@@ -20,7 +19,7 @@ from dist_siglip.data.samples.picture_policy import (
 )
 from dist_siglip.data.samples.stages import run_stages
 from dist_siglip.errors import UserError
-from tests.support.hostile import gif, saved, tiff
+from tests.support.hostile import gif, run_length_bmp, saved, tiff
 from tests.support.shards import photo, picture
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
@@ -103,15 +102,6 @@ def test_a_tiff_is_turned_as_its_tag_says_whatever_the_policy(apply):
 def test_claims_are_refused_from_the_header(data, name, message):
     with pytest.raises(BadSampleError, match=message):
         EncodedPicture(data, policy(name))
-
-
-def run_length_bmp(width, height):
-    """A BMP that is empty lines, each of two bytes."""
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
-    palette = bytes(each for i in range(256) for each in (i, 0, 0, 0))
-    start = 14 + len(header) + len(palette)
-    lines = b"\x01\x07\x00\x00" * height + b"\x00\x01"
-    return struct.pack("<2sIHHI", b"BM", start + len(lines), 0, 0, start) + header + palette + lines
 
 
 def test_runs_that_pillow_unpacks_in_python_are_bounded():

@@ -1,12 +1,30 @@
+import pickle
+import random
+
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torchvision import transforms
 
 from dist_siglip.data.samples.bad_samples import BadSampleError
-from dist_siglip.data.samples.stages import FilteredError, all_take_rgb, check_stages, run_stages
+from dist_siglip.data.samples.dataset import seeded_generators
+from dist_siglip.data.samples.regions import RegionRule
+from dist_siglip.data.samples.stages import (
+    ColorJitter,
+    FilteredError,
+    RandAugment,
+    RandomFlip,
+    TimmAugment,
+    all_take_rgb,
+    check_stages,
+    outside_of_training,
+    run_stages,
+)
 from dist_siglip.errors import UserError
-from tests.support.shards import picture
+from dist_siglip.training.datamodule import ImageTextDataModule
+from tests.support.shards import photo, picture
 
 
 def sample(text="a fox"):
@@ -161,3 +179,92 @@ def test_what_a_stage_leaves_transparent_is_laid_on_the_ground():
 def test_a_mode_that_is_lost_or_unknown_is_refused(modes, message):
     with pytest.raises(UserError, match=message):
         check_stages([seeing([], mode) for mode in modes])
+
+
+AUGMENTATIONS = [
+    RandomFlip(),
+    ColorJitter(grey=0.2),
+    RandAugment(),
+    TimmAugment(),
+    TimmAugment("augmix-m3-w2"),
+    TimmAugment("3a"),
+]
+
+
+@pytest.mark.parametrize("stage", AUGMENTATIONS, ids=lambda stage: type(stage).__name__)
+def test_an_augmentation_is_a_function_of_the_generators(stage):
+    def seen(stage, key):
+        with seeded_generators(key):
+            return np.asarray(run_stages([stage], {**sample(), "image": photo(40, 30)})["image"])
+
+    copied = pickle.loads(pickle.dumps(stage))  # as in a loader process
+    found = [seen(stage, key) for key in range(8)]
+    assert all(np.array_equal(one, seen(copied, key)) for key, one in enumerate(found))
+    assert len({one.tobytes() for one in found}) > 1
+    assert {one.shape for one in found} == {(30, 40, 3)}
+
+
+def test_augmentations_are_those_of_torchvision_and_timm():
+    image, fields = photo(40, 30), {**sample(), "image": photo(40, 30)}
+    timm = rand_augment_transform(
+        "rand-m9-n2-mstd0.5-inc1", {"translate_pct": 0.45, "img_mean": (128, 128, 128)}
+    )
+    for stage, reference in ((RandAugment(), transforms.RandAugment(2, 9)), (TimmAugment(), timm)):
+        for key in range(5):
+            with seeded_generators(key):
+                found = run_stages([stage], fields)["image"]
+            with seeded_generators(key):
+                random.random()  # whether this sample is one of the share
+                wanted = reference(image)
+            assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_pictures_are_made_smaller_before_they_are_augmented():
+    fields = {**sample(), "image": photo(80, 60)}
+    assert run_stages([RandAugment(short_side=30)], fields)["image"].size == (40, 30)
+    assert run_stages([ColorJitter(short_side=90)], fields)["image"].size == (80, 60)
+
+
+def test_a_flip_spares_the_texts_that_the_user_says():
+    for flip, text, mirrors in (
+        (RandomFlip(1.0), "a fox on the LEFT", False),
+        (RandomFlip(1.0), "ein Fuchs links", True),
+        (RandomFlip(1.0, spares=r"\\b(links|rechts)"), "ein Fuchs links", False),
+        (RandomFlip(1.0, spares=None), "a fox on the left", True),
+    ):
+        fields = sample(text)
+        assert (run_stages([flip], fields)["image"] is not fields["image"]) == mirrors
+
+
+def test_boxes_that_would_be_left_behind_are_refused_before_training():
+    for stage in (RandAugment(), TimmAugment()):
+        with pytest.raises(UserError, match="leaves the boxes of data.regions behind") as info:
+            check_stages([stage], reads_regions=True)
+        assert "\n" not in str(info.value)
+        check_stages([stage])
+    check_stages([RandomFlip(), ColorJitter()], reads_regions=True)
+    with pytest.raises(UserError, match="leaves the boxes"):
+        ImageTextDataModule(
+            "a.tar", stages=[RandAugment()], regions=RegionRule(json_field="regions")
+        )
+
+
+def test_evaluations_leave_augmentations_out():
+    assert outside_of_training([RandomFlip(), upper, *AUGMENTATIONS]) == (upper,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomFlip(spares="("), r"spares \('\('\) of RandomFlip is no regular expression"),
+        (lambda: ColorJitter(hue=0.7), "ColorJitter: .*hue"),
+        (lambda: ColorJitter(grey=2.0), r"grey \(2.0\) of ColorJitter must be in \[0, 1\]"),
+        (lambda: RandAugment(magnitude=31), r"magnitude \(31\) in \[0, 30\]"),
+        (lambda: RandAugment(short_side=0), r"short_side \(0\) of RandAugment must be at least 1"),
+        (lambda: TimmAugment("rand-q7"), r"policy \('rand-q7'\) of TimmAugment is none"),
+        (lambda: TimmAugment("best"), r"policy \('best'\) of TimmAugment is none"),
+    ],
+)
+def test_settings_of_augmentations_are_checked(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
