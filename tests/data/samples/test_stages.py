@@ -229,7 +229,7 @@ def test_a_flip_spares_the_texts_that_the_user_says():
     for flip, text, mirrors in (
         (RandomFlip(1.0), "a fox on the LEFT", False),
         (RandomFlip(1.0), "ein Fuchs links", True),
-        (RandomFlip(1.0, spares=r"\\b(links|rechts)"), "ein Fuchs links", False),
+        (RandomFlip(1.0, spares=r"\b(links|rechts)"), "ein Fuchs links", False),
         (RandomFlip(1.0, spares=None), "a fox on the left", True),
     ):
         fields = sample(text)
@@ -238,7 +238,7 @@ def test_a_flip_spares_the_texts_that_the_user_says():
 
 def test_boxes_that_would_be_left_behind_are_refused_before_training():
     for stage in (RandAugment(), TimmAugment()):
-        with pytest.raises(UserError, match="leaves the boxes of data.regions behind") as info:
+        with pytest.raises(UserError, match="leaves the boxes of") as info:
             check_stages([stage], reads_regions=True)
         assert "\n" not in str(info.value)
         check_stages([stage])
