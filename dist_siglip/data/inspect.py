@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from dist_siglip.data.index.pairs import PairTable, Span, build_pair_table
 from dist_siglip.data.index.read import read_index, side_car_places
 from dist_siglip.data.index.shard_index import explain_dots, split_name
-from dist_siglip.data.index.table_rows import is_table
 from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
-from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.remote.locations import is_table, redact, shard_name
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import EMPTY_CAPTION, CaptionRule, EmptyCaptions, Tokenizer
 from dist_siglip.data.samples.fetch import ShardReader

@@ -10,8 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from dist_siglip.data.index.table_rows import is_table
-from dist_siglip.data.remote.locations import check_location, is_remote, redact
+from dist_siglip.data.remote.locations import check_location, is_remote, is_table, redact
 from dist_siglip.data.remote.transfer import list_remote
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import open_text

@@ -27,9 +27,8 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
-from dist_siglip.data.index.table_rows import is_table
 from dist_siglip.data.remote import ShardCache, is_remote
-from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.remote.locations import is_table, redact, shard_name
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import open_atomically, user_cache_folder, write_atomically

@@ -26,11 +26,11 @@ from typing import BinaryIO
 import numpy as np
 
 from dist_siglip.data.index.shard_index import ShardIndex, build_index
-from dist_siglip.data.index.table_rows import TableRows, is_table
+from dist_siglip.data.index.table_rows import TableRows
 from dist_siglip.data.index.tar_scan import BLOCK, DamagedTarError, scan_tar
 from dist_siglip.data.remote import RemoteError, RemoteOutageError, ShardCache, is_remote
 from dist_siglip.data.remote.connections import RemoteRefusalError
-from dist_siglip.data.remote.locations import redact, shard_name
+from dist_siglip.data.remote.locations import is_table, redact, shard_name
 from dist_siglip.data.remote.transfer import describe_remote, read_small
 from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import open_atomically, user_cache_folder

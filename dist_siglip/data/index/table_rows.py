@@ -19,13 +19,11 @@ import numpy as np
 from dist_siglip.data.index.shard_index import ShardIndex, index_of_members
 from dist_siglip.data.packing.table import (
     DELIMITERS,
-    JSON_LINES,
     PICTURE_COLUMNS,
     read_csv,
     read_json_lines,
     resolve,
 )
-from dist_siglip.data.remote.locations import is_remote
 from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import open_regular
@@ -37,16 +35,6 @@ _LARGEST_PICTURE = 1 << 28  # as the reader of tars
 _KINDS = 1 << 12  # kinds of members of a table
 _ROWS = 1 << 32
 _RESERVED = frozenset({"json", *(each for found in EXTENSIONS_OF.values() for each in found)})
-
-
-def is_table(location: str) -> bool:
-    """Say whether a location is that of a table on this machine, by its name.
-
-    Example:
-        >>> is_table("/data/captions.CSV"), is_table("/data/0.tar"), is_table("https://a/b.csv")
-        (True, False, False)
-    """
-    return location.lower().endswith((*DELIMITERS, *JSON_LINES)) and not is_remote(location)
 
 
 class TableError(Exception):

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 
-__all__ = ["SCHEMES", "check_location", "is_remote", "redact", "shard_name"]
+__all__ = ["SCHEMES", "check_location", "is_remote", "is_table", "redact", "shard_name"]
 
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -76,3 +77,13 @@ def shard_name(location: str) -> str:
     """
     path = re.split(r"[?#]", location)[0] if is_remote(location) else location
     return path.rstrip("/").rpartition("/")[2]
+
+
+def is_table(location: str) -> bool:
+    """Say whether a location is that of a table on this machine, by its name.
+
+    Example:
+        >>> is_table("/data/captions.CSV"), is_table("/data/0.tar"), is_table("https://a/b.csv")
+        (True, False, False)
+    """
+    return location.lower().endswith(_TABLES) and not is_remote(location)

@@ -11,8 +11,9 @@ import os
 from collections import OrderedDict
 
 from dist_siglip.data.index.pairs import Span
-from dist_siglip.data.index.table_rows import TableError, TableRows, is_table
+from dist_siglip.data.index.table_rows import TableError, TableRows
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
+from dist_siglip.data.remote.locations import is_table
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.system.regular_file import descriptor_of
 
