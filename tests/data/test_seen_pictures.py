@@ -15,6 +15,7 @@ from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.packing import SampleMaker
 from dist_siglip.data.packing.table import Row
+from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.picture import EncodedPicture
 from dist_siglip.data.samples.picture_policy import PicturePolicy
@@ -23,7 +24,9 @@ from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings
 from dist_siglip.evaluation.samples import ShardDataset
 from dist_siglip.models.build import tower_fingerprint
+from dist_siglip.training.datamodule import ImageTextDataModule
 from tests.support.embedding import build_tiny
+from tests.support.hostile import saved
 from tests.support.pngs import RGBA, halves, png_of
 from tests.support.shards import caption, jpeg, photo, tiny_inputs, write_shard
 
@@ -89,8 +92,17 @@ def test_embedding_sees_what_an_evaluation_sees(shard):
 
 
 def test_embedding_follows_the_run_unless_it_is_told_otherwise():
-    of_run = PicturePolicy(transparency="drop", exif_orientation="apply", truncated_pictures="use")
+    of_run = PicturePolicy(
+        transparency="drop",
+        exif_orientation="apply",
+        truncated_pictures="use",
+        formats=("png", "tiff"),
+        intensity_window=(0, 4095),
+    )
     assert EmbedSettings().pictures(of_run) == of_run
+    told = EmbedSettings(formats=("jpeg", "png", "webp"), intensity_window=None)
+    of_run = told.pictures(of_run)
+    assert (of_run.formats, of_run.intensity_window) == (PicturePolicy().formats, None)
     changed = EmbedSettings(transparency="white", truncated_pictures="replace").pictures(of_run)
     assert changed == PicturePolicy(exif_orientation="apply")
     with pytest.raises(UserError, match=r"transparency \(whit\)"):
@@ -102,7 +114,37 @@ def test_a_digest_knows_what_was_seen(tmp_path):
     grounds = ("white", "drop", "red")
     models = [replace(built, pictures=PicturePolicy(transparency=ground)) for ground in grounds]
     assert len({tower_fingerprint(model, "image") for model in models}) == 3
+    windows = (None, (0, 65535), (0, 4095))
+    models += [replace(built, pictures=PicturePolicy(intensity_window=each)) for each in windows]
+    assert len({tower_fingerprint(model, "image") for model in models}) == 5
     assert len({tower_fingerprint(model, "text") for model in models}) == 1
+
+
+def test_training_evaluation_and_report_see_16_bits_alike(tmp_path):
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20) * 10
+    parts = {"tif": saved(Image.fromarray(values), "TIFF"), "txt": b"an X-ray"}
+    shard = str(write_shard(tmp_path / "a.tar", [("k", parts)]))
+    data = ImageTextDataModule(
+        val_shards=shard,
+        inputs=tiny_inputs(),
+        formats=("png", "tiff"),
+        intensity_window=(0, 4000),
+    )
+    table, policy = data.tables.of("val_shards"), data.pictures
+    transform = evaluation_transform(tiny_inputs())
+    seen = data.dataset_of("val_shards", transform)[StreamPosition(0, 0, 0)].image
+    wanted = np.rint(255 * (values / 4000)).astype(np.uint8)
+    assert torch.equal(seen, transform(Image.fromarray(wanted).convert("RGB")))
+    embedded = ShardDataset(
+        table, transform, captions=CaptionRule(), pictures=policy, tokenizer=None
+    )
+    assert torch.equal(embedded[StreamPosition(0, 0, 0)].image, seen)
+    shown, media = data.dataset_of("val_shards", transform).shown(parts["tif"])
+    assert media == "image/jpeg"
+    with Image.open(io.BytesIO(shown)) as opened:
+        assert np.abs(np.asarray(opened)[:, :, 0].astype(int) - wanted).max() < 20
+    with pytest.raises(UserError, match="have no picture"):
+        ImageTextDataModule(val_shards=shard).tables.of("val_shards")
 
 
 class TakesAlpha:

@@ -79,12 +79,14 @@ class ShardRows(NamedTuple):
                 hints.append(explain_dots(key, index.members_of(int(missing[0])), extensions))
                 hint = "".join(f" ({hint})" for hint in hints if hint)
                 present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+                remedy = "write it again with both members of every sample"
+                if is_table(index.path):
+                    remedy = "correct its rows, or name other columns in captions.members"
                 few = f"{missing.size} of {index.num_samples} samples"
                 damage.samples(
                     missing.size,
                     f"shard {redact(index.path)!r}: {few} have no {what} ({listed(extensions)}), "
-                    f"first {key!r}{hint}; the shard holds {present}: write it again with both "
-                    "members of every sample",
+                    f"first {key!r}{hint}; the shard holds {present}: {remedy}",
                 )
         whole = has_picture & has_caption
         return cls(

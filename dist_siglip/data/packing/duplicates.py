@@ -75,7 +75,8 @@ def report_duplicates(
     # Of pictures of equal bytes one stands for all; flat ones are like each other and tell nothing.
     first = np.zeros(len(picture), dtype=bool)
     first[np.unique(picture, return_index=True)[1]] = True
-    counts, keys = [], [key for _, key in table.names(range(table.num_samples))]
+    counts: list[int] = []
+    keys = [key for _, key in table.names(range(table.num_samples))]
     with open_atomically(out) as file:
         for same, ids, counted in (
             ("picture", picture, np.ones_like(first)),

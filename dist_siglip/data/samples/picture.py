@@ -322,7 +322,8 @@ class EncodedPicture:
         """Whether a browser shows the file as ``decode`` does."""
         if self.has_transparency or self._policy.exif_orientation == "apply":
             return False
-        if self._image.format not in _SHOWN_BY_BROWSERS or _is_deep(self._image):
+        is_seen_otherwise = _is_deep(self._image) and self._policy.intensity_window is not None
+        if is_seen_otherwise or self._image.format not in _SHOWN_BY_BROWSERS:
             return False
         with _bad_if_it_fails():
             return self._read_orientation() == 1

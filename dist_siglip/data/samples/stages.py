@@ -258,8 +258,8 @@ class _Augmentation:
             image = sample["image"]
             scale = 1.0 if self.short_side is None else self.short_side / min(image.size)
             if scale < 1:
-                size = tuple(max(1, round(side * scale)) for side in image.size)
-                image = image.resize(size, Image.Resampling.BICUBIC)
+                width, height = (max(1, round(side * scale)) for side in image.size)
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
             if random.random() < self.probability:
                 image = self._change(image)
             yield sample if image is sample["image"] else {**sample, "image": image}

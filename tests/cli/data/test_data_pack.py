@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from dist_siglip.cli import main
 from dist_siglip.cli.data.shards import pack
 from dist_siglip.errors import UserError
 from tests.support.forked_runs import start
@@ -79,6 +80,31 @@ def test_the_report_as_json_and_as_a_table(table, tmp_path, capsys, monkeypatch)
     )
     assert pack(str(table), out) == 0
     assert f"packed into: {out}\n" in capsys.readouterr().out
+    assert pack(str(table), out, caption_column=["caption"], json=True, duplicates=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["shared_pictures"], report["shared_alike"], report["shared_pairs"]) == (60, 0, 0)
+    with open(f"{out}/pack_duplicates.jsonl", encoding="utf-8") as file:
+        (group,) = map(json.loads, file)
+    assert (group["same"], len(group["keys"])) == ("picture", 60)
+
+
+def test_formats_are_packed_checked_and_counted_if_they_are_named(tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i, kind in enumerate(("gif", "bmp", "tiff", "png")):
+        (folder / f"{i}.{kind}").write_bytes(encode(picture(i), kind.upper()))
+        (folder / f"{i}.txt").write_text(caption(i))
+    formats = "--formats=[png, gif, bmp, tiff]"
+    assert main(["data", "pack", str(folder), str(out), formats, "--json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 4
+    assert main(["data", "check", str(out), formats, "--json=true"]) == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == {}
+    assert main(["data", "check", str(out), "--json=true"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"] == {"no picture": 3}
+    assert main(["data", "stats", str(out), formats, "--json=true"]) == 0
+    kinds = json.loads(capsys.readouterr().out)["formats"]
+    assert kinds == {"bmp": 1, "gif": 1, "png": 1, "tiff": 1}
+    assert pack(str(folder), str(tmp_path / "fewer")) == 0  # the others are no pictures here
 
 
 def test_too_many_unreadable_pictures_are_an_error_that_names_the_list(table, tmp_path):

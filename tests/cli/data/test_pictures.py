@@ -52,6 +52,8 @@ def test_what_is_asked_for_reaches_data_model_and_benchmarks(built_command):
         "--data.transparency=#102030",
         "--data.exif_orientation=apply",
         "--data.truncated_pictures=use",
+        "--data.formats=[gif, png, bmp]",
+        "--data.intensity_window=[0, 4095]",
     )
     for policy in (
         command.datamodule.pictures,
@@ -60,6 +62,7 @@ def test_what_is_asked_for_reaches_data_model_and_benchmarks(built_command):
     ):
         assert policy.of_model == {"transparency": "#102030", "exif_orientation": "apply"}
         assert policy.truncated_pictures == "use"
+        assert (policy.formats, policy.intensity_window) == (("png", "gif", "bmp"), (0.0, 4095.0))
 
 
 def test_a_run_of_before_goes_on_with_alpha_dropped(built_command, tmp_path):
