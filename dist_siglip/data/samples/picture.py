@@ -145,6 +145,7 @@ def _spread(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     return np.rint(255 * np.nan_to_num((values - low) / (high - low)).clip(0, 1)).astype(np.uint8)
 
 
+_MOST_BLOCKS_OF_GIF = 1 << 16
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DESCRIPTIONS = frozenset({b"iCCP", b"tEXt", b"zTXt", b"iTXt"})  # chunks that no pixel depends on
 _SEGMENTS_OF_JPEG = (b"\xff\xc4", b"\xff\xda", b"\xff\xdb", b"\xff\xdd")  # before and between scans
@@ -173,19 +174,27 @@ def gif_size(data: bytes) -> tuple[int, int]:
     """Read width and height that a GIF gets by its screen and its first frame; (1, 1) if neither.
 
     Pillow makes a canvas of a frame while it opens the file.
+
+    Raises:
+        BadSampleError: if the frame begins behind 65,536 blocks, or bytes that are none.
     """
     if len(data) < 13:
         return 1, 1
     width, height = _number(data[6:8]), _number(data[8:10])
     place = 13 + _palette_bytes(data[10])
-    while data[place : place + 1] not in (b",", b";", b""):
-        if data[place : place + 1] != b"!":
-            place += 1
-            continue
-        place += 2
-        while place < len(data) and data[place]:
-            place += 1 + data[place]
-        place += 1
+    is_extension = False
+    for _ in range(_MOST_BLOCKS_OF_GIF):
+        mark = data[place : place + 1]
+        if is_extension:
+            is_extension = mark not in (b"\0", b"")
+            place += 1 + (mark[0] if mark else 0)
+        elif mark in (b",", b";", b""):
+            break
+        else:
+            is_extension = mark == b"!"
+            place += 2 if is_extension else 1
+    else:
+        raise BadSampleError(f"GIF without a picture in its first {_MOST_BLOCKS_OF_GIF} blocks")
     left, top, columns, rows = (
         _number(data[place + start : place + start + 2]) for start in (1, 3, 5, 7)
     )

@@ -94,6 +94,8 @@ def test_a_tiff_is_turned_as_its_tag_says_whatever_the_policy(apply):
     [
         (gif((40_000, 40_000), (1, 1)), "gif", "40000 x 40000 pixels, at most"),
         (gif((1, 1), (40_000, 40_000)), "gif", "40000 x 40000 pixels, at most"),
+        (b"GIF89a" + bytes(1 << 20), "gif", "GIF without a picture in its first 65536 blocks"),
+        (b"GIF89a" + bytes(7) + b"!\xfe" + b"\1c" * 70_000, "gif", "GIF without a picture"),
         (tiff(40_000, 40_000), "tiff", "40000 x 40000 pixels, at most"),
         (tiff(16, 16, tile=(60_000, 60_000)), "tiff", "tiles of 60000 x 60000 pixels"),
         (saved(Image.new("L", (5000, 10)), "TIFF"), "tiff", "at most 200 : 1"),
