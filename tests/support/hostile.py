@@ -9,7 +9,7 @@ import struct
 import tarfile
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import features
@@ -142,16 +142,25 @@ def gif(screen: tuple[int, int], frame: tuple[int, int]) -> bytes:
     return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x08\0;"
 
 
-def tiff(width: int, height: int, tile: tuple[int, int] | None = None) -> bytes:
-    """A TIFF of 8-bit grey whose pixels are a few deflated bytes; in tiles of some size."""
+def tiff(
+    width: int,
+    height: int,
+    tile: tuple[int, int] | None = None,
+    more: Sequence[tuple[int, int, int, int]] = (),
+) -> bytes:
+    """A TIFF of 8-bit grey whose pixels are a few deflated bytes; in tiles of some size.
+
+    ``more`` tags are (tag, type, number of values, place or value).
+    """
     data = zlib.compress(bytes(64))
     tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1)]
     if tile is None:
         tags += [(273, 8), (278, height), (279, len(data))]
     else:
         tags += [(322, tile[0]), (323, tile[1]), (324, 8), (325, len(data))]
-    directory = struct.pack("<H", len(tags))
-    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags))
+    entries = sorted([(tag, 4, 1, value) for tag, value in tags] + list(more))
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", *entry) for entry in entries)
     start = 8 + len(data)
     return b"II*\0" + struct.pack("<I", start) + data + directory + bytes(4)
 

@@ -51,9 +51,13 @@ from dist_siglip.data.samples.transforms import (
     evaluation_transform,
     training_transform,
 )
-from dist_siglip.errors import UserError
+from dist_siglip.errors import UserError, check_least
 from dist_siglip.health.start_check import check_ranks_started_alike
-from dist_siglip.training.datamodule.named_fields import check_captions, check_regions
+from dist_siglip.training.datamodule.named_fields import (
+    check_captions,
+    check_regions,
+    check_shares,
+)
 from dist_siglip.training.datamodule.sources import ShardTables, TrainSource
 from dist_siglip.training.datamodule.stored_features import load_features, load_teacher_features
 from dist_siglip.training.datamodule.training_position import (
@@ -66,34 +70,6 @@ from dist_siglip.training.datamodule.training_position import (
 from dist_siglip.training.datamodule.transfer import BatchTransfer, start_prefetching
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def check_least(values: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse a setting below its least value.
-
-    Args:
-        values: (value, least) by name.
-
-    Raises:
-        UserError: naming the first that is too small.
-    """
-    for name, (value, least) in values.items():
-        if value < least:
-            raise UserError(f"{name} ({value}) must be at least {least}")
-
-
-def check_shares(max_bad_fraction: float, train_crop_scale: tuple[float, float] | None) -> None:
-    """Refuse shares outside of 0 to 1.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction ({max_bad_fraction}) must be in [0, 1]")
-    if train_crop_scale and not 0 < train_crop_scale[0] <= train_crop_scale[1] <= 1:
-        raise UserError(
-            f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
-        )
 
 
 class ImageTextDataModule(BatchTransfer):
@@ -207,15 +183,13 @@ class ImageTextDataModule(BatchTransfer):
     ) -> None:
         super().__init__()
         check_least(
-            {
-                "global_batch_size": (global_batch_size, 1),
-                "val_local_batch_size": (val_local_batch_size, 1),
-                "workers_per_rank": (workers_per_rank, 0),
-                "prefetch_factor": (prefetch_factor, 1),
-                "seed": (seed, 0),
-                "block_shards": (block_shards, 1),
-            }
+            1,
+            global_batch_size=global_batch_size,
+            val_local_batch_size=val_local_batch_size,
+            prefetch_factor=prefetch_factor,
+            block_shards=block_shards,
         )
+        check_least(0, workers_per_rank=workers_per_rank, seed=seed)
         check_shares(max_bad_fraction, train_crop_scale)
         captions.check()
         regions.check()

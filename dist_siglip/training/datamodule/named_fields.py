@@ -1,4 +1,4 @@
-"""A look at the next training samples: whether they have the fields that settings name."""
+"""Checks of settings: shares, and whether the next samples have the fields that are named."""
 
 import logging
 from collections.abc import Iterable
@@ -58,4 +58,18 @@ def check_regions(
             f"regions.json_field ({field}): none of the next {len(positions)} training samples has "
             "a region there, of regions.min_score or more; correct its name, or leave out what "
             "needs regions"
+        )
+
+
+def check_shares(max_bad_fraction: float, train_crop_scale: tuple[float, float] | None) -> None:
+    """Refuse shares outside of 0 to 1.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"max_bad_fraction ({max_bad_fraction}) must be in [0, 1]")
+    if train_crop_scale and not 0 < train_crop_scale[0] <= train_crop_scale[1] <= 1:
+        raise UserError(
+            f"train_crop_scale ({train_crop_scale}) must be 0 < least <= most <= 1, or null"
         )

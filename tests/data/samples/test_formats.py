@@ -94,11 +94,21 @@ def test_a_tiff_is_turned_as_its_tag_says_whatever_the_policy(apply):
     [
         (gif((40_000, 40_000), (1, 1)), "gif", "40000 x 40000 pixels, at most"),
         (gif((1, 1), (40_000, 40_000)), "gif", "40000 x 40000 pixels, at most"),
-        (b"GIF89a" + bytes(1 << 20), "gif", "GIF without a picture in its first 65536 blocks"),
+        (b"GIF89a" + bytes(1 << 20), "gif", "GIF without a picture in its first 16384 blocks"),
         (b"GIF89a" + bytes(7) + b"!\xfe" + b"\1c" * 70_000, "gif", "GIF without a picture"),
         (tiff(40_000, 40_000), "tiff", "40000 x 40000 pixels, at most"),
         (tiff(16, 16, tile=(60_000, 60_000)), "tiff", "tiles of 60000 x 60000 pixels"),
         (saved(Image.new("L", (5000, 10)), "TIFF"), "tiff", "at most 200 : 1"),
+        (
+            tiff(16, 16, more=[(each, 7, 300, 0) for each in range(400, 420)]),
+            "tiff",
+            "tags of 6000 ",
+        ),
+        (
+            tiff(16, 16, more=[(330, 4, 1 << 20, 8)]),
+            "tiff",
+            "tag of 1048576 values, at most 262144",
+        ),
     ],
 )
 def test_claims_are_refused_from_the_header(data, name, message):
@@ -149,6 +159,20 @@ def test_fractions_need_a_window_and_what_is_no_number_is_black():
         decoded(data, "tiff")
     found = decoded(data, "tiff", intensity_window=(0, 1))[0, :, 0].tolist()
     assert found == [0, 64, 255, 0, 255, 0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_windows_and_values_at_the_ends_of_their_types():
+    top = np.iinfo(np.int32).max
+    whole = Image.fromarray(np.array([[-top - 1, 0, top - 10, top - 5, top]], dtype=np.int32))
+    found = decoded(saved(whole, "TIFF"), "tiff", intensity_window=(top - 10, top))
+    assert found[0, :, 0].tolist() == [0, 0, 0, 128, 255]
+    assert decoded(saved(whole, "TIFF"), "tiff")[0, :, 0].tolist() == [0, 0, 255, 255, 255]
+    largest = np.finfo(np.float32).max
+    fractions = Image.fromarray(np.array([[-largest, 0, largest]], dtype=np.float32))
+    for window, expected in (((0, 1e-40), [0, 0, 255]), ((-1e300, 1e300), [128, 128, 128])):
+        data = saved(fractions, "TIFF")
+        assert decoded(data, "tiff", intensity_window=window)[0, :, 0].tolist() == expected
 
 
 def test_a_window_changes_no_picture_of_8_bits():

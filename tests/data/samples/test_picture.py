@@ -15,6 +15,7 @@ from dist_siglip.data.samples import picture as module
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.dataset import seeded_generators
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
+from dist_siglip.data.samples.picture.headers import webp_size
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.transforms import training_transform
 from tests.support.shards import encode, jpeg, photo, picture, tiny_inputs
@@ -375,9 +376,9 @@ def test_a_crop_above_the_limit_of_pillow_has_the_same_pixels(monkeypatch):
 def test_the_size_of_a_webp_is_read_before_it_is_opened(lossless, mode):
     buffer = io.BytesIO()
     photo(301, 77).convert(mode).save(buffer, "WEBP", lossless=lossless)
-    assert module.webp_size(buffer.getvalue()) == (301, 77)
+    assert webp_size(buffer.getvalue()) == (301, 77)
     for short in range(40):
-        module.webp_size(buffer.getvalue()[:short])
+        webp_size(buffer.getvalue()[:short])
 
 
 def test_a_jpeg_with_more_pictures_behind_it_is_a_jpeg():
