@@ -229,11 +229,12 @@ def test_formats_bring_their_extensions_unless_others_are_named():
 def test_heic_is_read_with_its_package():
     heif = pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
     buffer = io.BytesIO()
-    heif.from_pillow(photo(64, 48)).save(buffer, quality=100)
+    heif.from_pillow(photo(64, 48)).save(buffer, quality=100, chroma=444)
     data = buffer.getvalue()
     assert sniff_media_type(data) == "image/heic"
     found = decoded(data, "heic")
     assert found.shape == (48, 64, 3)
+    assert np.array_equal(found, np.asarray(heif.read_heif(data).to_pillow().convert("RGB")))
     assert np.abs(found.astype(int) - np.asarray(photo(64, 48))).mean() < 4
     with pytest.raises(BadSampleError, match="64 x 48 pixels, at most 99"):
         decoded(data, "heic", max_image_pixels=99)
