@@ -55,7 +55,7 @@ _FOLDER_TIERS = ("slurm", "lab")
 def pytest_addoption(parser):
     """All repetitions of what CI does a tenth of."""
     parser.addoption(
-        "--full", action="store_true", help="all 50 kills and 25,000 broken inputs, not a tenth"
+        "--full", action="store_true", help="all 50 kills and 26,000 broken inputs, not a tenth"
     )
 
 

@@ -1,5 +1,8 @@
 """``bench data``: our loader beside the webdataset pipeline of open_clip, on the same shards.
 
+With ``--parquet true`` also from Parquet files of the same samples, beside the ``datasets`` library
+where it is installed.
+
 Loaders take turns within every round, so that a busy machine is busy for all of them; what is
 reported is the median round. All end with the same: float32 pictures, normalised, and token rows,
 in the process that would train. Ours normalise there, which is counted, in one thread: more would
@@ -17,7 +20,8 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,8 +38,10 @@ from torch.utils.data import DataLoader
 
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.position import BatchPlan, GlobalBatchSampler, Progress
+from dist_siglip.data.parquet.footer import packages
 from dist_siglip.data.samples.batch import ImageNormalizer, PairCollator
 from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.loader import build_loader
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.samples.transforms import Preprocessing, training_transform
@@ -45,6 +51,7 @@ from dist_siglip.errors import UserError
 PICTURE_SIZES = ((256, 320), (512, 640), (1024, 1280))
 _GRAIN = 16  # pixels between two random colours
 _NOISE = 5.0  # standard deviation, of 255
+_GROUP_ROWS = 100  # rows of a row group, as data sets of pictures on the hub have them
 
 
 def write_photo_shards(
@@ -104,6 +111,9 @@ def _photo(generator: np.random.Generator, size: tuple[int, int]) -> bytes:
 OPEN_CLIP = "open_clip"
 _SCALED, _EXACT = "ours", "ours, exact pixels"
 BASELINES = (OPEN_CLIP, _SCALED, _EXACT)
+# As datasets 4 and later write pictures, and as earlier ones and pyarrow by itself do.
+_PARQUET, _SNAPPY = "ours, Parquet", "ours, Parquet in snappy"
+_DATASETS = "datasets, Parquet"
 
 _SHUFFLED = 100  # samples in open_clip's buffer; full before it begins, as in a long run
 
@@ -118,6 +128,7 @@ class Streaming:
         crop_scale: share of the area that a crop keeps.
         local_batch_size: pairs of a batch.
         workers: loader processes.
+        parquet: Parquet files of the same samples, by baseline.
     """
 
     shards: tuple[str, ...]
@@ -125,19 +136,56 @@ class Streaming:
     crop_scale: tuple[float, float]
     local_batch_size: int
     workers: int
+    parquet: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def write_parquet_copies(shards: Sequence[str], folder: Path) -> dict[str, tuple[str, ...]]:
+    """Write the pairs of tars as Parquet files, one for each, in both ways of ``datasets``.
+
+    Returns:
+        The files, by baseline; those of ``datasets`` if it is installed.
+    """
+    pyarrow, parquet = packages()
+    table, reader = build_pair_table(shards, image_extensions=PICTURE_EXTENSIONS), ShardReader()
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    found: dict[str, tuple[str, ...]] = {}
+    for baseline, compression in ((_PARQUET, "none"), (_SNAPPY, "snappy")):
+        paths = []
+        (folder / compression).mkdir(parents=True, exist_ok=True)
+        for number in range(len(table.shards)):
+            ids = range(int(table.starts[number]), int(table.starts[number + 1]))
+            pictures = [{"bytes": reader.read(table.image_span(i)), "path": None} for i in ids]
+            captions = [reader.read(table.caption_spans(i)[0][1]).decode() for i in ids]
+            rows = pyarrow.table({"image": pyarrow.array(pictures, kind), "caption": captions})
+            paths.append(str(folder / compression / f"{number:05d}.parquet"))
+            parquet.write_table(
+                rows,
+                paths[-1],
+                row_group_size=_GROUP_ROWS,
+                compression={"image.bytes": compression, "caption": "snappy"},
+                use_dictionary=["caption"] if compression == "none" else True,
+            )
+        found[baseline] = tuple(paths)
+    if find_spec("datasets") is not None:
+        found[_DATASETS] = found[_PARQUET]
+    reader.close()
+    return found
 
 
 def batches(baseline: str, streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Stream (B, 3, H, W) float32 pictures, normalised, and (B, L) token rows, without end.
 
     Args:
-        baseline: one of ``BASELINES``.
+        baseline: one of ``BASELINES``, or of ``streaming.parquet``.
         streaming: what to read.
     """
     if baseline == OPEN_CLIP:
         yield from _open_clip(streaming)
+    elif baseline == _DATASETS:
+        yield from _datasets(streaming)
     else:
-        yield from _ours(streaming, scaled_decode=baseline == _SCALED)
+        shards = streaming.parquet.get(baseline, streaming.shards)
+        yield from _ours(replace(streaming, shards=shards), scaled_decode=baseline != _EXACT)
 
 
 def _ours(
@@ -210,6 +258,39 @@ def _open_clip(streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, N
     yield from loader
 
 
+def _datasets(streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Stream through ``datasets``, with the transform and the tokenizer of open_clip's pipeline."""
+    from datasets import Features, Value, load_dataset
+    from datasets import Image as ImageFeature
+
+    preprocess = image_transform_v2(
+        PreprocessCfg(size=streaming.image_size),
+        is_train=True,
+        aug_cfg=AugmentationCfg(scale=streaming.crop_scale),
+    )
+    tokenizer = SimpleTokenizer()
+
+    def join(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        pixels = [preprocess(row["image"].convert("RGB")) for row in rows]
+        return torch.stack(pixels), tokenizer([row["caption"] for row in rows])
+
+    stream = load_dataset(
+        "parquet",
+        data_files=list(streaming.parquet[_DATASETS]),
+        split="train",
+        streaming=True,
+        features=Features({"image": ImageFeature(), "caption": Value("string")}),
+    )
+    loader: DataLoader[Any] = DataLoader(
+        stream.shuffle(seed=0, buffer_size=_SHUFFLED).repeat(None),
+        batch_size=streaming.local_batch_size,
+        collate_fn=join,
+        drop_last=True,
+        num_workers=streaming.workers,
+    )
+    yield from loader
+
+
 def _open_local(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         with open(shard["url"], "rb") as stream:
@@ -236,6 +317,7 @@ def data(
     pictures: int = 384,
     ranks: int = 8,
     workers_per_rank: int = 8,
+    parquet: bool = False,
     json: bool = False,
 ) -> int:
     """Count images/s of our training loader beside those of open_clip's pipeline.
@@ -253,6 +335,8 @@ def data(
         ranks: of the node that a row on paper is about: our images/s of one loader process, times
             all of them, each with a core of its own.
         workers_per_rank: loader processes of each of these ranks.
+        parquet: read Parquet files of the same samples, too, and let the datasets library read
+            them, if it is installed.
         json: print JSON instead of a table.
     """
     for name, value in (
@@ -272,6 +356,7 @@ def data(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, _one_thread():
         for name, paths in _cases(shards, Path(folder), pictures, max(workers)):
+            copies = write_parquet_copies(paths, Path(folder) / "copies" / name) if parquet else {}
             for number in workers:
                 streaming = Streaming(
                     shards=tuple(paths),
@@ -279,6 +364,7 @@ def data(
                     crop_scale=crop_scale,
                     local_batch_size=local_batch_size,
                     workers=number,
+                    parquet=copies,
                 )
                 rows += _measure(name, streaming, rounds, seconds)
             rows.append(_on_paper(rows, name, ranks, workers_per_rank))
@@ -318,9 +404,9 @@ def _cases(
 
 
 def _measure(name: str, streaming: Streaming, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    rates: dict[str, list[float]] = {baseline: [] for baseline in BASELINES}
+    rates: dict[str, list[float]] = {name: [] for name in (*BASELINES, *streaming.parquet)}
     for _ in range(rounds):
-        for baseline in BASELINES:
+        for baseline in rates:
             rates[baseline].append(_images_per_second(baseline, streaming, seconds))
     theirs = median(rates[OPEN_CLIP])
     return [

@@ -18,8 +18,9 @@ from dist_siglip.data.index.pairs import PairTable, Span, build_pair_table
 from dist_siglip.data.index.read import read_index, side_car_places
 from dist_siglip.data.index.shard_index import explain_dots, split_name
 from dist_siglip.data.index.tar_scan import TarEntries, describe_entry
+from dist_siglip.data.parquet.scan import Wanted
 from dist_siglip.data.remote import RemoteError, ShardCache, is_remote
-from dist_siglip.data.remote.locations import is_table, redact, shard_name
+from dist_siglip.data.remote.locations import is_parquet, is_table, redact, shard_name
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import EMPTY_CAPTION, CaptionRule, EmptyCaptions, Tokenizer
 from dist_siglip.data.samples.fetch import ShardReader
@@ -108,7 +109,8 @@ class Gauge:
 
     def __call__(self, sample_ids: Sequence[int]) -> Measured:
         """Measure samples, by id."""
-        reader, first = ShardReader(self.table.cache), self.captions.always_first()
+        first = self.captions.always_first()
+        reader = ShardReader(self.table.cache, fields=self.captions.json_fields)
         is_empty = EmptyCaptions(self.tokenizer)
         numbers, formats, pictures, num_bad = [], [], [], 0
         captions: list[str] = []
@@ -259,14 +261,15 @@ class Inspector:
 
     def _look(self, shard: str) -> ShardFindings:
         try:
-            index = read_index(shard, cache=self.cache)
+            wanted = Wanted(self.image_extensions, self.captions.members)
+            index = read_index(shard, cache=self.cache, wanted=wanted)
         except (OSError, UserError) as error:  # of one shard; the others are looked at
             reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
             return ShardFindings([Finding("damaged shard", shard, "", reason)], 0, np.zeros(0, int))
         findings = [Finding("damaged shard", shard, "", index.damage)] if index.damage else []
         hidden = index.hidden_pairs(self.image_extensions, self.captions.members)
         findings += [Finding("unusual shard", shard, "", r) for r in (index.remark, hidden) if r]
-        if not is_table(shard):
+        if not is_table(shard) and not is_parquet(shard):
             findings += self._names(shard)
         keys = index.keys()
         members: list[dict[str, Span]] = [{} for _ in keys]
@@ -278,10 +281,10 @@ class Inspector:
             strict=True,
         ):
             members[sample][index.extensions[kind]] = Span(shard, offset, size)
-        reader = ShardReader(self.cache)
+        reader = ShardReader(self.cache, fields=self.captions.json_fields)
         transparent: list[str] = []
         for key, of_sample in zip(keys, members, strict=True):
-            findings += self._sample(shard, key, of_sample, reader, transparent)
+            findings += self._sample(shard, key, of_sample, reader, transparent, index.pictures)
         reader.close()
         hashes = np.array([caption_id(key) for key in keys], dtype=np.int64)
         return ShardFindings(findings, len(keys), hashes, len(transparent))
@@ -293,9 +296,11 @@ class Inspector:
         members: dict[str, Span],
         reader: ShardReader,
         transparent: list[str],
+        columns: Sequence[str],
     ) -> Iterator[Finding]:
         """Look at one sample; its key joins those of transparent pictures if it has one."""
-        picture = next((e for e in self.image_extensions if e in members), None)
+        wanted = (*self.image_extensions, *columns)
+        picture = next((extension for extension in wanted if extension in members), None)
         if picture is None:
             yield Finding("no picture", shard, key, _only(key, members, self.image_extensions))
         else:
@@ -397,7 +402,10 @@ def read_first_pair(
         cache: copies of remote shards.
     """
     had_side_car = (
-        is_remote(shard) or is_table(shard) or any(map(os.path.exists, side_car_places(shard)))
+        is_remote(shard)
+        or is_table(shard)
+        or is_parquet(shard)
+        or any(map(os.path.exists, side_car_places(shard)))
     )
     started = time.perf_counter()
     name, num_samples, fingerprint, failure = redact(shard_name(shard)), 0, "", ""

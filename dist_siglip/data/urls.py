@@ -1,26 +1,33 @@
 """Expansion of a shard specification to a list of locations.
 
-A specification is a path, a folder, a brace pattern, a URL, a text file of these or a list of them;
-locations come in the order given (a folder in the order of its file names). Local files must exist;
-whether a remote one does is found when it is indexed.
+A specification is a path, a folder, a pattern of braces or stars, a URL, a text file of these or a
+list of them; locations come in the order given (those of a folder or of stars sorted by name).
+Local files must exist; whether a remote one does is found when it is indexed.
 """
 
 import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from glob import glob
 
-from dist_siglip.data.remote.locations import check_location, is_remote, is_table, redact
-from dist_siglip.data.remote.transfer import list_remote
+from dist_siglip.data.remote.locations import (
+    check_location,
+    is_parquet,
+    is_remote,
+    is_table,
+    redact,
+)
+from dist_siglip.data.remote.transfer import glob_remote, list_remote
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import open_text
 
 __all__ = ["expand_shards", "is_remote"]
 
 _ALLOWED = (
-    "allowed: a local .tar file, a folder of .tar files, a .csv or .jsonl of paths and captions or "
-    "the folder with it, a brace pattern, a .txt file of these, a URL of http, https, s3, gs or "
-    "hf, or a list of these"
+    "allowed: a local .tar or .parquet file, a folder of these, a .csv or .jsonl of paths and "
+    "captions or the folder with it, a pattern of braces or *, a .txt file of these, a URL of "
+    "http, https, s3, gs or hf, or a list of these"
 )
 _LOGGER = logging.getLogger(__name__)
 _COMPRESSED = re.compile(r"\.(tar\.(gz|zst|xz|bz2|lz4|Z)|tgz|tzst|txz|tbz2?)$")
@@ -38,18 +45,20 @@ def expand_shards(
     """List the shards that a specification names.
 
     A path that exists is taken literally, even if its name holds braces. Otherwise braces are
-    expanded and ``::`` separates alternatives, as in webdataset.
+    expanded and ``::`` separates alternatives, as in webdataset; then ``*`` stands for any part of
+    a name, and ``**`` for any folders.
 
     Args:
-        spec: path, folder, brace pattern such as ``"train/{00000..00127}.tar"``, URL, ``.txt``
-            file with one of these a line (``#`` begins a comment line, relative paths count from
-            its folder), or a list. A URL of s3, gs or hf that ends in ``/`` is a folder.
+        spec: path, folder, pattern such as ``"train/{00000..00127}.tar"`` or
+            ``"hf://datasets/me/set/**/*.parquet"``, URL, ``.txt`` file with one of these a line
+            (``#`` begins a comment line, relative paths count from its folder), or a list. A URL
+            of s3, gs or hf that ends in ``/`` is a folder.
         name: the setting it came from, for the error text.
         allow_remote: whether URLs are taken.
 
     Returns:
-        Existing files and URLs in the order given; a folder contributes its ``*.tar``, sorted, but
-        for hidden ones, or else its one table of paths and captions.
+        Existing files and URLs in the order given; a folder contributes its ``*.tar``, or else its
+        ``*.parquet``, sorted, but for hidden ones, or else its one table of paths and captions.
 
     Raises:
         UserError: if a file is missing or named twice, a folder holds no shard, nothing is
@@ -90,11 +99,16 @@ def _expand(pattern: str, name: str, allow_remote: bool, folder: str | None = No
         if is_remote(part):
             if not allow_remote:
                 raise UserError(f"{name} ({redact(part)!r}) is not a path on this machine")
-            found.extend(_list_url(part, name) if part.endswith("/") else [part])
+            if "*" in part:
+                found.extend(_match_url(part, name))
+            else:
+                found.extend(_list_url(part, name) if part.endswith("/") else [part])
         elif os.path.isdir(path):
             found.extend(_list_folder(path, name))
         elif os.path.isfile(path):
             found.append(path)
+        elif "*" in path and (matches := _match(path)):
+            found.extend(matches)
         else:
             missing.append(path)
     if missing:
@@ -130,6 +144,24 @@ def _read_list(path: str, name: str, allow_remote: bool) -> list[str]:
     folder = os.path.dirname(path)
     wanted = [line for line in lines if line and not line.startswith("#")]
     return [shard for line in wanted for shard in _expand(line, name, allow_remote, folder)]
+
+
+def _match(pattern: str) -> list[str]:
+    """List the files that a pattern with stars names, sorted; hidden ones are none."""
+    return sorted(path for path in glob(pattern, recursive=True) if os.path.isfile(path))
+
+
+def _match_url(pattern: str, name: str) -> list[str]:
+    """List the files of a store that a pattern with stars names."""
+    if pattern.startswith("http"):
+        raise UserError(
+            f"{name} ({redact(pattern)!r}) holds a *, and a web server cannot be listed; write a "
+            "brace pattern"
+        )
+    found = glob_remote(pattern)
+    if not found:
+        raise UserError(f"{name} ({redact(pattern)!r}) names no file; {_ALLOWED}")
+    return found
 
 
 def _list_url(url: str, name: str) -> list[str]:
@@ -199,8 +231,9 @@ def _range_length(text: str) -> int:
 
 def _list_folder(folder: str, name: str) -> list[str]:
     """List the shards directly inside a folder, sorted by name; without any, its one table."""
-    tables = sorted(each for each in os.listdir(folder) if is_table(each) and each[0] != ".")
-    if tables and not any(each.endswith(".tar") for each in os.listdir(folder)):
+    entries = os.listdir(folder)
+    tables = sorted(each for each in entries if is_table(each) and each[0] != ".")
+    if tables and not any(each.endswith(".tar") or is_parquet(each) for each in entries):
         if len(tables) > 1:
             raise UserError(
                 f"{name} ({folder!r}) is a folder with {len(tables)} tables, "
@@ -213,14 +246,17 @@ def _list_folder(folder: str, name: str) -> list[str]:
 def _pick(entries: Iterable[str], folder: str, name: str) -> list[str]:
     """Pick the shards among the file names of a folder, sorted; hidden files are none."""
     visible = sorted(entry for entry in entries if not entry.startswith("."))
+    # img2dataset leaves a table beside every tar.
     shards = [entry for entry in visible if entry.endswith(".tar")]
+    shards = shards or [entry for entry in visible if is_parquet(entry)]
     packed = [entry for entry in visible if _COMPRESSED.search(entry)]
     but = f"{len(packed)} compressed ones, first {packed[0]!r}: unpack them" if packed else ""
     if not shards:
         hint = f", but with {but}" if but else ""
         raise UserError(
-            f"{name} ({redact(folder)!r}) is a folder without .tar files{hint}; {_ALLOWED}"
+            f"{name} ({redact(folder)!r}) is a folder without .tar or .parquet files{hint}; "
+            f"{_ALLOWED}"
         )
     if packed:
-        _LOGGER.warning("%s (%r): not read beside the .tar files are %s", name, redact(folder), but)
+        _LOGGER.warning("%s (%r): not read beside the shards are %s", name, redact(folder), but)
     return shards

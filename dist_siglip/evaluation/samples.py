@@ -112,7 +112,8 @@ class ShardDataset(Dataset[ShardSample]):
         self._identifies_pictures = identifies_pictures
         self._marks_lost = marks_lost
         self._caption_members = {name.lower().lstrip(".") for name in captions.members}
-        self._reader = ShardReader(table.cache)
+        fields = (*captions.json_fields, *([] if picture_field is None else [picture_field]))
+        self._reader = ShardReader(table.cache, fields=fields)
 
     def __len__(self) -> int:
         return self._table.num_samples

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from dist_siglip.bench import data as bench_data
-from dist_siglip.bench.data import BASELINES, Streaming, batches, write_photo_shards
+from dist_siglip.bench.data import (
+    BASELINES,
+    Streaming,
+    batches,
+    write_parquet_copies,
+    write_photo_shards,
+)
 from dist_siglip.cli import main
 
 pytestmark = [
@@ -34,6 +40,28 @@ def test_baselines_deliver_normalised_pictures_and_tokens(shards, baseline):
     assert -3 < images.min() < 0 < images.max() < 3
     assert texts.shape == (8, 77)
     assert texts.dtype == torch.int64
+
+
+def test_parquet_copies_hold_the_pairs_of_the_tars(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_data, "find_spec", lambda name: None)
+    copies = write_parquet_copies(shards, tmp_path)
+    assert list(copies) == ["ours, Parquet", "ours, Parquet in snappy"]
+    streaming = Streaming(
+        shards=tuple(shards),
+        image_size=32,
+        crop_scale=(0.9, 1.0),
+        local_batch_size=8,
+        workers=1,
+        parquet=copies,
+    )
+    found = []
+    for baseline in ("ours", *copies):
+        stream = batches(baseline, streaming)
+        found.append(next(stream))
+        stream.close()
+    for images, texts in found[1:]:
+        assert torch.equal(images, found[0][0])
+        assert torch.equal(texts, found[0][1])
 
 
 OPTIONS = (

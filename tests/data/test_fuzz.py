@@ -2,7 +2,7 @@
 
 Each must end as a sample, a ``BadSampleError`` or a ``UserError``. The cases of a seed are always
 the same; they run in forked children, so that a crash, a hang or a lack of memory is an outcome
-too, with the seed in the message. All 25,000 run with ``--full``, otherwise a tenth.
+too, with the seed in the message. All 26,000 run with ``--full``, otherwise a tenth.
 """
 
 import io
@@ -254,6 +254,24 @@ def of_rows(draw, folder):
     return through_dataset(draw, folder, None, table)
 
 
+def of_parquet(draw, folder):
+    """A broken Parquet file as a shard: anywhere, in its footer, or in the header of a page."""
+    data = draw.choice(sources()["parquet"])
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    place = draw.random()
+    if place < 0.3:
+        data = break_bytes(draw, data)
+    elif place < 0.7:
+        broken = break_bytes(draw, data[-footer:-8])
+        length = draw.choice((*NUMBERS, *[len(broken)] * 5)) % 2**32
+        data = data[:-footer] + broken + length.to_bytes(4, "little") + b"PAR1"
+    else:
+        start = draw.choice((4, data.find(b"\x15"), draw.randrange(4, len(data) - footer)))
+        broken = break_bytes(draw, data[start : start + 40])[:40]
+        data = data[:start] + broken + data[start + len(broken) :]
+    return through_dataset(draw, folder, data, folder / "a.parquet")
+
+
 def in_one_line(error, outcome):
     assert "\n" not in str(error)
     return outcome
@@ -327,6 +345,7 @@ KINDS = {
     "locations": (of_locations, 2000),
     "tables to pack": (of_tables, 1000),
     "tables to train on": (of_rows, 500),
+    "Parquet": (of_parquet, 1000),
 }
 
 
@@ -334,7 +353,7 @@ def run_cases(function, seeds, folder, place):
     """Run the cases of some seeds; the seed at work stands in ``place``."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # kills the child
     warnings.simplefilter("ignore")  # of Pillow, about what it reads
-    urls.list_remote = lambda url: []  # no case leaves this machine
+    urls.list_remote = urls.glob_remote = lambda url: []  # no case leaves this machine
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     outcomes = Counter()
     for seed in seeds:
@@ -358,7 +377,7 @@ def fuzz(kind, seeds, folder, record):
     where = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else folder
     where = where / f"fuzz-{os.getpid()}"
     where.mkdir()
-    more = MORE_BYTES_OF_ARROW if kind == "tables to pack" else MORE_BYTES
+    more = MORE_BYTES_OF_ARROW if kind in ("tables to pack", "Parquet") else MORE_BYTES
     try:
         outcomes = in_child(
             run_cases, KINDS[kind][0], seeds, where, place, seconds=280, more_bytes=more
@@ -374,8 +393,8 @@ def fuzz(kind, seeds, folder, record):
     return outcomes
 
 
-def test_the_full_run_has_25000_cases():
-    assert sum(count for _, count in KINDS.values()) == 25_000
+def test_the_full_run_has_26000_cases():
+    assert sum(count for _, count in KINDS.values()) == 26_000
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,11 +47,11 @@ def test_missing_files_are_counted_and_named(folder):
     ) as info:
         expand_shards(f"{folder}/{{a,d,e}}.tar", name="val_shards")
     assert "\n" not in str(info.value)
-    assert "allowed: a local .tar file" in str(info.value)
+    assert "allowed: a local .tar or .parquet file" in str(info.value)
 
 
 def test_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"without \.tar files"):
+    with pytest.raises(UserError, match=r"without \.tar or \.parquet files"):
         expand_shards(str(tmp_path))
 
 
@@ -71,10 +71,12 @@ def test_compressed_shards_of_a_folder_are_told(folder, caplog):
     (folder / "d.tar.gz").write_bytes(b"x")
     (folder / "e.tgz").write_bytes(b"x")
     assert len(expand_shards(str(folder))) == 3
-    assert "not read beside the .tar files are 2 compressed ones, first 'd.tar.gz'" in caplog.text
+    assert "not read beside the shards are 2 compressed ones, first 'd.tar.gz'" in caplog.text
     for name in "abc":
         (folder / f"{name}.tar").unlink()
-    with pytest.raises(UserError, match=r"without \.tar files, but with 2 compressed ones"):
+    with pytest.raises(
+        UserError, match=r"without \.tar or \.parquet files, but with 2 compressed ones"
+    ):
         expand_shards(str(folder))
 
 

@@ -6,6 +6,7 @@ One bucket ``shards`` and one data set ``me/shards`` hold the same files.
 import base64
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -19,6 +20,7 @@ class Hub:
     Attributes:
         files: bytes by path.
         asked: method and path of each request.
+        ranges: first and last byte of each part of a file that was asked for.
         tokens: what each of them sent as authorization.
         elsewhere: URL of the server that files of the hub are fetched from, as from its CDN.
         url: its own, without a slash at the end.
@@ -26,7 +28,7 @@ class Hub:
 
     def __init__(self):
         self.files, self.asked, self.url = {}, [], ""
-        self.tokens, self.elsewhere = [], ""
+        self.tokens, self.elsewhere, self.ranges = [], "", []
 
 
 def in_bucket(name, body):
@@ -87,6 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, content, status=200, headers=()):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if asked and isinstance(content, bytes) and status == 200:
+            first, last = int(asked[1]), int(asked[2])
+            headers = {**dict(headers), "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+            body, status = body[first : last + 1], 206
+            self.state.ranges.append((first, last))
         self.send_response(404 if content is None else status)
         for name, value in dict(headers).items():
             self.send_header(name, value)

@@ -4,10 +4,34 @@ import io
 import tarfile
 from functools import cache
 
+import pyarrow
 from PIL import features
+from pyarrow import parquet
 
 from tests.support.hostile import EXTENSIONS, good_members, run_length_bmp, saved, tar_of
 from tests.support.shards import encode, photo, picture
+
+PARQUET = (
+    {},
+    {"compression": "none", "use_dictionary": False},
+    {"compression": "zstd", "data_page_version": "2.0", "row_group_size": 2},
+    {"compression": "gzip", "use_dictionary": False, "data_page_size": 500},
+    {"use_dictionary": False, "column_encoding": {"json": "DELTA_LENGTH_BYTE_ARRAY"}},
+)
+
+
+def _parquet(options, draw=picture):
+    """Write pictures, texts and records, some of them missing."""
+    rows = [
+        {"image": {"bytes": encode(draw(i), "JPEG"), "path": f"{i}.jpg"}, "txt": "a hen"}
+        | {"caption": ["a hen", None, "a bird"], "json": None, "n": i}
+        for i in range(4)
+    ]
+    rows[1]["json"] = '{"caption": ["a hen", "a bird"]}'
+    rows[2]["image"] = rows[3]["caption"] = None
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, **options)
+    return buffer.getvalue()
 
 
 @cache
@@ -29,6 +53,10 @@ def sources():
         "plain": tar_of(good_members()),
         "gnu": tar_of(long, tarfile.GNU_FORMAT),
         "pax": tar_of(long, tarfile.PAX_FORMAT),
+        "parquet": [
+            *(_parquet(options) for options in PARQUET),
+            _parquet({}, lambda i: photo(480, 360, i)),  # two fragments of snappy
+        ],
         "JPEG": [
             encode(photo(64, 48), "JPEG"),
             encode(picture(2).convert("CMYK"), "JPEG"),

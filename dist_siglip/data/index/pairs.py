@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
 from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
+from dist_siglip.data.parquet.scan import Wanted
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import is_table, redact, shard_name
 from dist_siglip.distributed import gather_rows
@@ -63,30 +64,26 @@ class ShardRows(NamedTuple):
         """Pick the members of every sample; tell ``damage`` what is missing."""
         if index.damage:
             damage.shard(index.damage)
-        image_offsets, image_sizes = _select(index, pictures)
+        image_offsets, image_sizes = _select(index, [*pictures, *index.pictures])
         of_captions = [_select(index, [extension]) for extension in (*captions, *others)]
         caption_offsets = np.stack([offsets for offsets, _ in of_captions])
         caption_sizes = np.stack([sizes for _, sizes in of_captions])
         has_picture = image_offsets >= 0
         has_caption = (caption_offsets[: len(captions)] >= 0).any(axis=0)
-        for what, has, extensions in (
-            ("picture", has_picture, pictures),
-            ("caption", has_caption | ~has_picture, captions),
+        for what, has, extensions, setting in (
+            ("picture", has_picture, pictures, "image_extensions"),
+            ("caption", has_caption | ~has_picture, captions, "captions.members"),
         ):
             missing = np.flatnonzero(~has)
             if missing.size:
                 key, hints = index.keys()[missing[0]], [index.note]
                 hints.append(explain_dots(key, index.members_of(int(missing[0])), extensions))
                 hint = "".join(f" ({hint})" for hint in hints if hint)
-                present = ", ".join(f".{extension}" for extension in index.extensions[:8])
-                remedy = "write it again with both members of every sample"
-                if is_table(index.path):
-                    remedy = "correct its rows, or name other columns in captions.members"
                 few = f"{missing.size} of {index.num_samples} samples"
                 damage.samples(
                     missing.size,
                     f"shard {redact(index.path)!r}: {few} have no {what} ({listed(extensions)}), "
-                    f"first {key!r}{hint}; the shard holds {present}: {remedy}",
+                    f"first {key!r}{hint}; {_remedy(index, setting, missing.size)}",
                 )
         whole = has_picture & has_caption
         return cls(
@@ -96,6 +93,20 @@ class ShardRows(NamedTuple):
             caption_sizes[:, whole],
             np.flatnonzero(~whole).tolist(),
         )
+
+
+def _remedy(index: ShardIndex, setting: str, num_missing: int) -> str:
+    """Say what a shard holds, and what to do about members that are not there."""
+    if not index.columns:
+        present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+        remedy = "write it again with both members of every sample"
+        if is_table(index.path):
+            remedy = "correct its rows, or name other columns in captions.members"
+        return f"the shard holds {present}: {remedy}"
+    if num_missing < index.num_samples:
+        return "write the file without these rows, or set on_damage to skip"
+    present = ", ".join(ascii(name)[1:-1] for name in index.columns[:20])
+    return f"the file has the columns {present}: name the one that is meant in {setting}"
 
 
 def _select(
@@ -124,7 +135,10 @@ _VALUES = ("shards", "caption_extensions", "fingerprint", "shard_lines", "remark
 
 
 class Span(NamedTuple):
-    """The bytes of one member: which shard, from where, how many."""
+    """The bytes of one member: which shard, from where, how many.
+
+    Of a Parquet shard the offset is the address of a cell, and the size about what it takes there.
+    """
 
     shard: str
     offset: int
@@ -136,7 +150,7 @@ class PairTable:
     """Pictures and captions of a data set by sample id.
 
     Attributes:
-        shards: tar files and tables, in order.
+        shards: tar and Parquet files, and tables, in order.
         starts: (shards + 1,) int64, the id of the first sample of each shard; last, the total.
         image_offsets: (samples,) int64.
         image_sizes: (samples,) int64.
@@ -278,7 +292,7 @@ def build_pair_table(
     written.
 
     Args:
-        shards: tar files, URLs of them, or tables of paths and captions.
+        shards: tar or Parquet files, URLs of them, or tables of paths and captions.
         image_extensions: extensions of the picture, without the dot, in order of preference.
         caption_extensions: likewise of the captions; a sample needs one of them.
         other_extensions: further members to find, which a sample may lack; they come last among
@@ -310,7 +324,8 @@ def build_pair_table(
             log_remarks(known.remarks, name)
             return known
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
-        indices = list(readers.map(partial(_read, cache=cache), shards))
+        wanted = Wanted(pictures, [*captions, *others])
+        indices = list(readers.map(partial(_read, cache=cache, wanted=wanted), shards))
     damage = Damage(on_damage, max_bad_fraction, name)
     parts = [ShardRows.of(index, pictures, captions, others, damage) for index in indices]
     damage.settle(num_shards=len(indices), num_samples=sum(i.num_samples for i in indices))
@@ -476,8 +491,8 @@ def _forget_old_tables(folder: Path) -> None:
         Path(f"{path}.json").unlink(missing_ok=True)
 
 
-def _read(shard: str, cache: ShardCache | None) -> ShardIndex:
+def _read(shard: str, cache: ShardCache | None, wanted: Wanted) -> ShardIndex:
     try:
-        return read_index(shard, cache=cache)
+        return read_index(shard, cache=cache, wanted=wanted)
     except OSError as error:
         raise UserError(f"shard {shard!r} cannot be read: {error.strerror or error}") from error

@@ -4,8 +4,11 @@ The side-car lies beside the shard as ``<shard>.idx.npz``, or in the user's cach
 cannot be written: plain arrays without pickles, written beside their final name and renamed. It is
 believed only if it was made for exactly this file (name, size, modification time) and fits it.
 
-A damaged shard has an index too, of what is whole before the damage, but leaves no side-car;
-``load_index`` refuses it.
+A damaged shard has an index too, of what is whole before the damage, but leaves no side-car.
+
+A Parquet file is its own index, in its footer. That of a remote one is asked for alone, and kept in
+the user's cache folder as ``<shard>.footer``; the whole file is fetched where a server gives no
+part of it, or where values are missing and the rows are to be named.
 """
 
 import hashlib
@@ -20,6 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,18 +32,29 @@ import numpy as np
 from dist_siglip.data.index.shard_index import ShardIndex, build_index
 from dist_siglip.data.index.table_rows import TableRows
 from dist_siglip.data.index.tar_scan import BLOCK, DamagedTarError, scan_tar
+from dist_siglip.data.parquet import ParquetError
+from dist_siglip.data.parquet.footer import (
+    LARGEST_FOOTER,
+    TAIL,
+    ParquetFooter,
+    footer_length,
+    parse_footer,
+)
+from dist_siglip.data.parquet.rows import ParquetRows
+from dist_siglip.data.parquet.scan import Wanted, damaged_parquet, index_parquet
 from dist_siglip.data.remote import RemoteError, RemoteOutageError, ShardCache, is_remote
 from dist_siglip.data.remote.connections import RemoteRefusalError
-from dist_siglip.data.remote.locations import is_table, redact, shard_name
-from dist_siglip.data.remote.transfer import describe_remote, read_small
+from dist_siglip.data.remote.locations import is_parquet, is_table, redact, shard_name
+from dist_siglip.data.remote.transfer import describe_remote, read_small, read_tail
 from dist_siglip.errors import UserError
 from dist_siglip.system.atomic import open_atomically, user_cache_folder
-from dist_siglip.system.regular_file import open_regular
+from dist_siglip.system.regular_file import descriptor_of, open_regular
 
 _LOGGER = logging.getLogger(__name__)
 SIDE_CAR_VERSION = 1
 _LONGEST_END = BLOCK + 1024 + 10_240  # bytes that tar writers leave behind the last member
 _LONGEST_NOTE = 1000
+_LONGEST_HEADER = 1 << 16  # bytes
 # What reading damaged arrays raises: no archive, a broken one, entries missing or misshapen.
 DAMAGED_ARRAYS = (
     OSError,
@@ -198,13 +213,25 @@ _FAILED_PROBES: Counter[str] = Counter()
 _MOST_FAILED_PROBES = 3
 
 
-def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = None) -> ShardIndex:
+def read_index(
+    path: str,
+    *,
+    rebuild: bool = False,
+    cache: ShardCache | None = None,
+    wanted: Wanted | None = None,
+) -> ShardIndex:
     """Return the index of a shard from its side-car, or build it and leave a side-car.
 
     A remote shard is asked for its size and tag. Its side-car lies in the user's cache folder;
     where there is none, the side-car beside the remote shard is taken if it was made for a file of
     this name and size; else the shard is fetched and scanned. A table of rows is read whole, and
     leaves no side-car.
+
+    Args:
+        path: file or URL.
+        rebuild: look at no side-car.
+        cache: copies of remote shards.
+        wanted: of a Parquet file, the columns that count; None for all, as they are.
 
     Raises:
         OSError: if the shard cannot be read.
@@ -213,7 +240,9 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
         OutageError: if its server does not answer.
     """
     if is_remote(path):
-        return _read_remote(path, rebuild, cache)
+        return _read_remote(path, rebuild, cache, wanted)
+    if is_parquet(path):
+        return _read_parquet(path, path, lambda: descriptor_of(path), wanted)
     if is_table(path):
         return TableRows(path).index(path)
     status = os.stat(path)
@@ -234,7 +263,69 @@ def read_index(path: str, *, rebuild: bool = False, cache: ShardCache | None = N
     return index
 
 
-def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardIndex:
+def _read_parquet(
+    path: str,
+    name: str,
+    open_file: Callable[[], int],
+    wanted: Wanted | None,
+    footer: ParquetFooter | None = None,
+) -> ShardIndex:
+    """Index a Parquet file by its footer; the file is opened if more must be known."""
+    descriptors: list[int] = []
+
+    def opened() -> int:
+        if not descriptors:
+            descriptors.append(open_file())
+        return descriptors[0]
+
+    try:
+        footer = footer or parse_footer(opened())
+        index = index_parquet(name, footer, lambda: ParquetRows(opened()), wanted)
+        return replace(index, path=path)
+    except ParquetError as error:
+        return replace(damaged_parquet(name, error), path=path)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _remote_footer(url: str, size: int, identity: dict[str, str | int]) -> ParquetFooter | None:
+    """Return the footer of a remote file of a size, kept or asked for now; None if it is not had.
+
+    What is kept is believed as a side-car is.
+    """
+    name = f"{digest_of(url)}-{shard_name(url)[-80:]}.footer"
+    place = os.path.join(index_folder(), name)
+    try:
+        with open_regular(place) as file:
+            header = json.loads(file.readline(_LONGEST_HEADER))
+            footer = file.read(LARGEST_FOOTER)
+        if header == identity:
+            return ParquetFooter(footer, size)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        _LOGGER.warning("%r is damaged (%s) and asked for again", place, error)
+    try:
+        tail = read_tail(url, size, min(size, TAIL))
+        length = footer_length(tail, size)
+        if length + 8 > len(tail):
+            tail = read_tail(url, size, length + 8)
+    except RemoteError as error:
+        _LOGGER.info("%s; the whole file is fetched instead", error)
+        return None
+    found = ParquetFooter(tail[-length - 8 : -8], size)
+    try:
+        with open_atomically(Path(place), sync=False) as file:
+            file.write(json.dumps(identity).encode() + b"\n" + tail[-length - 8 : -8])
+    except OSError as error:
+        _LOGGER.debug("no footer at %r: %s", place, error)
+    return found
+
+
+def _read_remote(
+    url: str, rebuild: bool, cache: ShardCache | None, wanted: Wanted | None
+) -> ShardIndex:
     """Return the index of a remote shard."""
     if cache is None:
         raise UserError(f"shard {redact(url)!r} is remote, and there is no cache for it")
@@ -253,6 +344,13 @@ def _read_remote(url: str, rebuild: bool, cache: ShardCache | None) -> ShardInde
         identity = {**made_for, "etag": remote.etag or ""}
         place = os.path.join(index_folder(), f"{digest_of(url)}-{name[-80:]}.idx.npz")
         known = remote.size >= 0 or bool(remote.etag)  # else a change would not show
+        if is_parquet(url):
+            open_copy = partial(cache.open, url)
+            try:
+                footer = _remote_footer(url, remote.size, identity) if remote.size >= 0 else None
+            except ParquetError as error:
+                return replace(damaged_parquet(redact(url), error), path=url)
+            return _read_parquet(url, redact(url), open_copy, wanted, footer)
         index = read_side_car(place, url, identity) if known and not rebuild else None
         if index is not None:
             return index

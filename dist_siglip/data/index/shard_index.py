@@ -34,6 +34,8 @@ class ShardIndex:
         digest: hash of all of the above but the path, for telling changed data.
         damage: what is wrong with the shard, in one line; empty for a sound one.
         note: what is unusual about a shard that can be used; empty if nothing is.
+        columns: of a Parquet file; none of a tar.
+        pictures: columns among the extensions that hold pictures, whatever their names.
     """
 
     path: str
@@ -47,6 +49,8 @@ class ShardIndex:
     digest: str
     damage: str = ""
     note: str = ""
+    columns: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
     @property
     def remark(self) -> str:

@@ -24,12 +24,11 @@ from dist_siglip.data.packing.table import (
     read_json_lines,
     resolve,
 )
+from dist_siglip.data.parquet.footer import STAND_INS
 from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import open_regular
 
-# What a column of a usual name is called beside its own name, unless another one has that.
-_ALIASES = {"txt": ("caption", "text", "title"), "cls": ("label",)}
 _LARGEST_TABLE = 1 << 26  # bytes, which every process holds in memory
 _LARGEST_PICTURE = 1 << 28  # as the reader of tars
 _KINDS = 1 << 12  # kinds of members of a table
@@ -178,7 +177,7 @@ def _members(values: Mapping[str, Any]) -> dict[str, bytes]:
             value = str(value)
         if isinstance(value, str):
             texts.setdefault(name, value.encode("utf-8", "surrogatepass"))
-    for alias, columns in _ALIASES.items():
+    for alias, columns in STAND_INS.items():
         usual = next((name for name in columns if name in texts), None)
         if alias not in texts and usual is not None:
             texts[alias] = texts[usual]

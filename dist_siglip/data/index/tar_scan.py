@@ -126,6 +126,7 @@ _FOREIGN = {
     b"BZh": "is compressed (bzip2); write it unpacked: bzcat FILE > NEW.tar",
     b"\x04\x22\x4d\x18": "is compressed (lz4); write it unpacked: lz4cat FILE > NEW.tar",
     b"PK\3\4": "is a zip archive; write its files as a tar",
+    b"PAR1": "is a Parquet file; give it a name that ends in .parquet",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; run git lfs pull",
 }
 _REMEDY = "fetch or write the shard again, or take it off the list"

@@ -30,7 +30,6 @@ from PIL import Image
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.packing.folder import PackFolder
 from dist_siglip.data.packing.table import (
-    PARQUET,
     Columns,
     Row,
     check_table,
@@ -39,6 +38,7 @@ from dist_siglip.data.packing.table import (
     read_rows,
     resolve,
 )
+from dist_siglip.data.remote.locations import is_parquet
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
@@ -364,7 +364,7 @@ def _rows_from(first: int, table: Path, settings: PackSettings) -> Iterable[Row]
 
 
 def _holds_pictures(table: Path, columns: Columns) -> bool:
-    return table.suffix.lower() in PARQUET and holds_pictures(table, columns.image)
+    return is_parquet(table.name) and holds_pictures(table, columns.image)
 
 
 def _judge(folder: PackFolder, max_bad_fraction: float, least_rows: int) -> None:

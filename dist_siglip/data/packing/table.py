@@ -20,6 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_siglip.data.parquet.footer import packages
+from dist_siglip.data.remote.locations import PARQUET_ENDS
 from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF, PICTURE_EXTENSIONS
 from dist_siglip.errors import UserError
 from dist_siglip.system.regular_file import check_regular, open_regular, open_text
@@ -46,7 +48,7 @@ def read_parquet(
     Raises:
         UserError: if pyarrow is missing, or the file cannot be read.
     """
-    pyarrow, parquet = _packages()
+    pyarrow, parquet = packages()
     try:
         check_regular(table)
         with parquet.ParquetFile(table, pre_buffer=False) as file:  # else it reads far ahead
@@ -79,7 +81,7 @@ def holds_pictures(table: Path, column: str) -> bool:
     Raises:
         UserError: as ``read_parquet``.
     """
-    pyarrow, parquet = _packages()
+    pyarrow, parquet = packages()
     try:
         check_regular(table)
         with parquet.ParquetFile(table) as file:
@@ -88,18 +90,6 @@ def holds_pictures(table: Path, column: str) -> bool:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
-
-
-def _packages() -> tuple[Any, Any]:
-    """Import pyarrow and its reader of Parquet."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            'Parquet needs pyarrow; pip install "dist-siglip[pack]", or write the table as CSV'
-        ) from error
-    return pyarrow, parquet
 
 
 def _holds_bytes(schema: Any, name: str) -> bool:
@@ -121,7 +111,6 @@ def _row_of_parquet(batch: Any) -> Mapping[str, Any] | str:
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 PICTURE_COLUMNS = ("image", "picture", "file_name", "filepath", "path")  # of unpacked tables
-PARQUET = (".parquet", ".pq")
 _PICTURE_ENDS = tuple(f".{each}" for found in EXTENSIONS_OF.values() for each in found)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
 _MOST_CLASSES = 1 << 31
@@ -212,12 +201,12 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
         return _interpret(
             islice(enumerate(read_json_lines(table)), first_row, None), table, columns
         )
-    if suffix in PARQUET:
+    if suffix in PARQUET_ENDS:
         raw = read_parquet(
             table, columns.needed, keep_others=columns.keep_others, first_row=first_row
         )
         return _interpret(raw, table, columns)
-    known = ", ".join((*DELIMITERS, *JSON_LINES, *PARQUET))
+    known = ", ".join((*DELIMITERS, *JSON_LINES, *PARQUET_ENDS))
     raise UserError(f"table ({table}) must be a folder or one of {known}")
 
 

@@ -11,10 +11,19 @@ from urllib.parse import urlsplit
 from dist_siglip.errors import UserError
 from dist_siglip.system.redaction import redact
 
-__all__ = ["SCHEMES", "check_location", "is_remote", "is_table", "redact", "shard_name"]
+__all__ = [
+    "SCHEMES",
+    "check_location",
+    "is_parquet",
+    "is_remote",
+    "is_table",
+    "redact",
+    "shard_name",
+]
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SCHEMES = ("http", "https", "s3", "gs", "hf")
+PARQUET_ENDS = (".parquet", ".pq")
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029]")
@@ -77,6 +86,16 @@ def shard_name(location: str) -> str:
     """
     path = re.split(r"[?#]", location)[0] if is_remote(location) else location
     return path.rstrip("/").rpartition("/")[2]
+
+
+def is_parquet(location: str) -> bool:
+    """Say whether a location is that of a Parquet file, by its name.
+
+    Example:
+        >>> is_parquet("hf://datasets/me/set/0.parquet"), is_parquet("/data/00001.tar")
+        (True, False)
+    """
+    return shard_name(location).lower().endswith(PARQUET_ENDS)
 
 
 def is_table(location: str) -> bool:

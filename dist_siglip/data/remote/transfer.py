@@ -4,7 +4,7 @@ What the server says about a file (size, tag, checksum) is asked for first; the 
 fetched beside its final name, compared, and renamed. ``retries`` says when that is tried again.
 
 A web server that answers in chunks tells no size. Its files are taken if they end as a tar does
-(two blocks of zeros); a tag, if there is one, must not change meanwhile.
+(two blocks of zeros), or as a Parquet file; a tag, if there is one, must not change meanwhile.
 """
 
 import base64
@@ -24,7 +24,7 @@ from dist_siglip.data.remote.connections import (
     file_system,
     wait_for,
 )
-from dist_siglip.data.remote.locations import check_location, is_remote, redact
+from dist_siglip.data.remote.locations import check_location, is_parquet, is_remote, redact
 from dist_siglip.errors import UserError
 
 __all__ = [
@@ -32,11 +32,14 @@ __all__ = [
     "RemoteFile",
     "describe_remote",
     "download",
+    "glob_remote",
     "list_remote",
     "read_small",
+    "read_tail",
 ]
 
 _ANSWER_SECONDS = 30.0  # for what is no transfer
+_LISTING_SECONDS = 300.0  # of a tree of folders
 _SLOWEST_BYTES_PER_SECOND = 1 << 16  # a transfer slower than this has failed
 _LONGEST_UNSIZED_SECONDS = 3600.0
 _TAR_END = bytes(1024)
@@ -203,6 +206,61 @@ def list_remote(
     return [f"{scheme}://{name}" for name in names]
 
 
+def glob_remote(
+    pattern: str, *, attempts: int = ATTEMPTS, patience_seconds: float = PATIENCE_SECONDS
+) -> list[str]:
+    """List the files of s3, gs or hf that a pattern with * or ** names, sorted by name.
+
+    Raises:
+        RemoteError: if there is no answer, or no such folder.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+    """
+    _check(pattern)
+    scheme = pattern.partition(":")[0]
+
+    def listing() -> list[str]:
+        system, place = file_system(pattern), _place(pattern)
+        found: dict[str, dict[str, Any]] = (
+            wait_for(system._glob(place, detail=True), _LISTING_SECONDS)
+            if system.async_impl
+            else system.glob(place, detail=True)
+        )
+        return sorted(name for name, entry in found.items() if entry["type"] == "file")
+
+    names = attempt(pattern, attempts, listing, patience_seconds=patience_seconds)
+    return [f"{scheme}://{name}" for name in names]
+
+
+def read_tail(url: str, file_size: int, size: int) -> bytes:
+    """Read the last bytes of a file, asking once.
+
+    Args:
+        url: http, https, s3, gs or hf.
+        file_size: of the file, as ``describe_remote`` says.
+        size: how many bytes.
+
+    Raises:
+        RemoteError: if the server does not answer, or gives more or less than that.
+        UserError: if it is not a URL of these schemes, or a package is missing.
+    """
+    _check(url)
+    first = file_size - size
+
+    def read() -> bytes:
+        data = io.BytesIO()
+        if url.startswith(("http", "hf")):
+            _get(url, data, size, _ANSWER_SECONDS, f"bytes={first}-{file_size - 1}")
+        else:
+            call = file_system(url)._cat_file(_place(url), start=first, end=file_size)
+            data.write(wait_for(call, _ANSWER_SECONDS))
+        came = len(data.getvalue())
+        if came != size:
+            raise WrongContentError(f"{came} of {size} bytes came")
+        return data.getvalue()
+
+    return attempt(url, 1, read)
+
+
 def _check(url: str) -> None:
     check_location(url, "URL")
     if not is_remote(url):
@@ -299,14 +357,20 @@ def _transfer(remote: RemoteFile, part: str, max_bytes: int) -> None:
         wait_for(file_system(remote.url)._get_file(_place(remote.url), part), seconds)
 
 
-def _get(url: str, file: BinaryIO, limit: int, seconds: float) -> None:
-    """Write the file behind a URL of http, https or hf into an open one."""
-    address, options = url, {}
+def _get(
+    url: str, file: BinaryIO, limit: int, seconds: float, bytes_range: str | None = None
+) -> None:
+    """Write the file behind a URL of http, https or hf, or a range of it, into an open one."""
+    address = url
+    headers: dict[str, str] = {}
     if url.startswith("hf"):  # its own package has no time limit for a whole transfer
         from huggingface_hub.utils._headers import build_hf_headers
 
         hub = file_system(url)
-        address, options = hub.url(_place(url)), {"headers": build_hf_headers(token=hub.token)}
+        address, headers = hub.url(_place(url)), build_hf_headers(token=hub.token)
+    if bytes_range is not None:
+        headers = {**headers, "Range": bytes_range}
+    options = {"headers": headers} if headers else {}
     call = file_system(address)._get_file(address, _Limited(file, limit), **options)
     wait_for(call, seconds)
 
@@ -316,10 +380,11 @@ def _verify(remote: RemoteFile, part: str) -> None:
     size = os.path.getsize(part)
     if remote.size < 0:
         with open(part, "rb") as file:
-            file.seek(max(0, size - len(_TAR_END)))
-            if file.read() != _TAR_END:
+            end, kind = (b"PAR1", "Parquet file") if is_parquet(remote.url) else (_TAR_END, "tar")
+            file.seek(max(0, size - len(end)))
+            if file.read() != end:
                 raise WrongContentError(
-                    f"{size} bytes of unknown length came, which do not end as a tar does"
+                    f"{size} bytes of unknown length came, which do not end as a {kind} does"
                 )
     elif size != remote.size:
         raise WrongContentError(f"{size} of {remote.size} bytes came")

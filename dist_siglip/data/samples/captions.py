@@ -1,8 +1,7 @@
-"""Captions of a sample, and the identity of captions and pictures.
+"""Captions of a sample: which there are, and which one is taken.
 
 A sample may offer several captions: in several members, lines of one, or entries of a list inside
-its JSON. A ``CaptionRule`` says which are meant, and which one, or which ones together, a position
-in the stream gets.
+its JSON. A ``CaptionRule`` says which are meant, and which of them a position in the stream gets.
 """
 
 import html
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_siglip.data.order.sequence import Draw, draw_one
+from dist_siglip.data.parquet.rows import TextList
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.errors import UserError
 
@@ -67,11 +67,10 @@ class CaptionRule:
     """Where the captions of a sample are, and which one is taken.
 
     Args:
-        members: extensions of the members that hold captions, in order of preference; a sample
-            needs one of them. Of a ``json`` member ``json_field`` counts, others are text.
+        members: extensions of the members, or columns of Parquet, that hold captions, best first; a
+            sample needs one. Of ``json``, or a row of Parquet, ``json_field`` counts.
         json_field: name of the field that holds a caption or a list of them; "a.b" is field b of
-            the object in field a, or of each object of the list there ("sentences.raw" in the
-            annotations of Karpathy).
+            the object in field a, or of each object of the list there ("sentences.raw").
         pick: "first" takes the first caption that is not empty; "random" draws one of all, a
             function of the place in the stream: another in the next epoch, the same when a run
             resumes. Evaluations always take the first.
@@ -119,7 +118,6 @@ class CaptionRule:
         for setting, shares in (("weights", self.weights), ("probabilities", self.probabilities)):
             if shares is not None:
                 self._check_shares(f"captions.{setting}", shares)
-
         if self.negatives is not None:
             self._check_negatives(self.negatives)
 
@@ -157,6 +155,12 @@ class CaptionRule:
     def fields(self) -> tuple[str, ...]:
         """Fields that weights or probabilities name; none where members alone decide."""
         return tuple(self.weights or self.probabilities or ())
+
+    @property
+    def json_fields(self) -> tuple[str, ...]:
+        """Fields of the ``.json`` that are looked at."""
+        places = map(self._place, filter(None, (*self.fields, self.negatives)))
+        return (self.json_field, *(path for member, path in places if member == "json"))
 
     @property
     def _members(self) -> set[str]:
@@ -299,17 +303,13 @@ class CaptionRule:
         problem = EMPTY_CAPTION
         for name in self.fields:
             member, path = self._place(name)
+            if member not in data:
+                continue
             try:
-                texts = (
-                    self._alternatives(member, data[member], is_empty, path)
-                    if member in data
-                    else []
-                )
+                if texts := self._alternatives(member, data[member], is_empty, path):
+                    found[name] = texts
             except MissingFieldError as error:
                 problem = str(error)
-                continue
-            if texts:
-                found[name] = texts
         if not found:
             raise BadSampleError(problem)
         return found
@@ -369,7 +369,9 @@ class CaptionRule:
         self, extension: str, data: bytes, is_empty: Callable[[str], bool], path: str | None = None
     ) -> list[str]:
         """List the captions of one member that are not empty; of JSON those in a field."""
-        if _is_json(extension):
+        if isinstance(data, TextList):
+            texts = texts_of(json.loads(data), extension)
+        elif _is_json(extension):
             path = path or self.json_field
             texts = texts_of(field_of(read_json(data), path), path)
         else:
@@ -392,10 +394,7 @@ class MissingFieldError(BadSampleError):
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Split a text at line ends, and nowhere else.
-
-    ``str.splitlines`` also splits at form feeds, separators and other characters that a caption
-    may hold.
+    r"""Split a text at line ends alone; ``str.splitlines`` also splits at form feeds and others.
 
     Example:
         >>> split_lines("a hen\r\na bird\n"), len(split_lines("a\u2028b\x0cc\x85d"))

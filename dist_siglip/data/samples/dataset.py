@@ -182,8 +182,15 @@ class PairDataset(Dataset[PairSample]):
         self._reinforced = reinforced
         self._regions = regions
         self._views = views
-        self._reader = ShardReader(table.cache)
+        self._reader = ShardReader(table.cache, fields=self._json_fields())
         self._num_bad = 0
+
+    def _json_fields(self) -> tuple[str, ...] | None:
+        """Name the fields of a .json that are looked at; None if stages may look at any."""
+        if self._stages:
+            return None
+        others = [self.picture_id, self._regions.json_field]
+        return (*self._captions.json_fields, *(name for name in others if name is not None))
 
     def __len__(self) -> int:
         return self.table.num_samples

@@ -81,9 +81,10 @@ class ImageTextDataModule(BatchTransfer):
     ``Trainer(max_epochs=-1, max_steps=..., use_distributed_sampler=False)``.
 
     Args:
-        train_shards: webdataset shards to train on: a .tar file, a folder of them, a brace
-            pattern such as "train/{00000..00127}.tar", a URL (http, https, s3, gs, hf), a .txt
-            file with one of these a line, or a list. Null: no training.
+        train_shards: webdataset shards or Parquet files to train on: a .tar or .parquet file, a
+            folder of them, a pattern such as "train/{00000..00127}.tar" or "data/**/*.parquet", a
+            URL (http, https, s3, gs, hf), a .txt file with one of these a line, or a list. Null: no
+            training.
         train_sources: sources of a mixture, instead of ``train_shards``; each goes through its own
             epochs, at the pace of its weight.
         val_shards: shards to evaluate on. Null: no validation.
@@ -99,7 +100,8 @@ class ImageTextDataModule(BatchTransfer):
             Null turns augmentation off.
         scaled_decode: decode JPEGs for training at the scale the crop needs: same crops, much
             faster for large pictures. False: open_clip's pixels, to the bit.
-        image_extensions: members that are the picture of a sample, in order of preference.
+        image_extensions: members, or columns of Parquet, that are the picture of a sample, in order
+            of preference.
         captions: where the captions of a sample are, and which one it gets.
         stages: class paths of steps of your own between decoding and transform, functions from an
             iterator of samples to an iterator of samples, as webdataset has them. One with an

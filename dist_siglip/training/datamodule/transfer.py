@@ -13,6 +13,7 @@ from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.position import EvaluationBatchSampler, GlobalBatchSampler
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.cache import Prefetcher, describe_tight_cache
+from dist_siglip.data.remote.locations import is_parquet
 from dist_siglip.data.samples.bad_samples import BadSampleLimit
 from dist_siglip.data.samples.batch import (
     BatchPieces,
@@ -62,12 +63,18 @@ def start_prefetching(
 
 
 def _remote_bytes(table: PairTable) -> list[int]:
-    """Say where the last picture of each remote shard ends: nearly its size."""
+    """Say where the last picture of each remote shard ends, or what its rows take: nearly its size.
+
+    Of a Parquet file columns that are not read are left out.
+    """
     ends = np.append(table.image_offsets + table.image_sizes, 0)
     found = []
     for number, shard in enumerate(table.shards):
         first, stop = int(table.starts[number]), int(table.starts[number + 1])
-        if is_remote(shard) and stop > first:
+        if is_remote(shard) and is_parquet(shard):
+            sizes = table.image_sizes[first:stop].sum() + table.caption_sizes[:, first:stop].sum()
+            found.append(int(sizes))
+        elif is_remote(shard) and stop > first:
             found.append(int(ends[first:stop].max()))
     return found
 
