@@ -4,7 +4,6 @@ import json as json_text
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +77,7 @@ def embed(
     index: Literal["faiss"] | None = None,
     index_kind: IndexKind = "auto",
     num_patches: int | None = None,
+    tokens: bool = False,
     json: bool = False,
 ) -> int:
     """Write an embedding for every picture and caption; called again, go on where it stopped.
@@ -134,6 +134,8 @@ def embed(
             of rows of D/4 bytes; "auto" is flat below 20,000 rows, hnsw below 2,000,000.
         num_patches: most patches of a picture, for towers of pictures of any shape (NaFlex). Null
             is as the run or the model says.
+        tokens: true writes the patch tokens behind the last norm of the image tower, too, as
+            (rows, patches, width) in token_emb/, with format clip-retrieval.
         json: print JSON instead of a table.
     """
     settings = EmbedSettings(
@@ -156,6 +158,7 @@ def embed(
         rotate=rotate,
         index=index,
         index_kind=index_kind,
+        tokens=tokens,
     )
     # Which formats the run has is known when it is loaded, after its shards.
     found = with_formats(image_extensions, EXTENSIONS_OF if formats == AUTO else formats)
@@ -168,10 +171,15 @@ def embed(
         weights_average=weights_average,
         num_patches=num_patches,
     )
+    pictures = built.pictures.changed(
+        transparency=transparency,
+        exif_orientation=exif_orientation,
+        truncated_pictures=truncated_pictures,
+    )
     if model and model.startswith(LOCAL_DIR):
         model = LOCAL_DIR + os.path.abspath(Path(model.removeprefix(LOCAL_DIR)).expanduser())
     source = {
-        "image_extensions": list(found),
+        "image_extensions": list(image_extensions),
         "run_dir": None if run_dir is None else os.path.abspath(run_dir),
         "ckpt_path": None if ckpt_path is None else os.path.abspath(ckpt_path),
         "model": os.path.abspath(model) if model and os.path.isfile(model) else model,
@@ -181,7 +189,7 @@ def embed(
         "weights_average": weights_average,
         "num_patches": num_patches,
         "rotation": None if rotate is None or rotate == PCA else os.path.abspath(rotate),
-        "pictures": asdict(settings.pictures(built.pictures)),
+        "pictures": pictures.of_model,
     }
     report = embed_shards(table, built, Path(out), settings, source=source)
     measured = read_metrics(Path(out))

@@ -14,26 +14,24 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.data.handwriting import number_from_words, number_in_words, number_range
-from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture import EncodedPicture
-from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS, PicturePolicy
+from dist_siglip.data.samples.picture_policy import MAX_IMAGE_PIXELS
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
-from dist_siglip.evaluation.encoding import encode_pictures, encode_texts, rank_and_size
+from dist_siglip.evaluation.encoding import encode_pictures, encode_texts, own_part
+from dist_siglip.evaluation.files.pictures import PictureFiles
 from dist_siglip.evaluation.shards import BenchmarkShards, LoadSettings
 from dist_siglip.metrics.retrieval.nearest import nearest_neighbors
 from dist_siglip.metrics.rows import raise_together
-from dist_siglip.system.regular_file import check_regular, open_text, read_regular
+from dist_siglip.system.regular_file import check_regular, open_text
 
 # Last digits that are a word of their own: not 0, and none after a ten, as in "twelve".
 _DIGITS = tuple(range(1, 10))
@@ -73,7 +71,7 @@ def nearest_other_picture(
         >>> nearest_other_picture(pictures[:2] + 1, pictures, torch.tensor([0, 1]))
         tensor([1, 2])
     """
-    mine, keys = _own_part(len(points), group), _own_part(len(image_features), group)
+    mine, keys = own_part(len(points), group), own_part(len(image_features), group)
     near = nearest_neighbors(
         points[mine],
         image_features[keys],
@@ -83,11 +81,6 @@ def nearest_other_picture(
         group=group,
     )
     return gather_rows(near.positions[:, 0], group)
-
-
-def _own_part(count: int, group: ProcessGroup | None) -> slice:
-    rank, world_size = rank_and_size(group)
-    return slice(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 class _Queries(NamedTuple):
@@ -328,7 +321,7 @@ class Simat(Benchmark):
         queries = self._read_queries(regions)
         judgements = self._read_judgements(queries, len(regions))
         policy = model.inputs.pictures.changed(max_image_pixels=MAX_IMAGE_PIXELS)
-        pictures = _Pictures(self._find_pictures(regions), policy)
+        pictures = PictureFiles(self._find_pictures(regions), policy)
         images = encode_pictures(model, pictures, group=group)
         raise_together(pictures.problem, device=images.device, group=group)
         words = sorted({word for query in queries for word in (query.source, query.target)})
@@ -438,27 +431,3 @@ class Simat(Benchmark):
                 f"{missing[0]}.jpg; make them by prepare_dataset.py of SIMAT"
             )
         return [found[region] for region in regions]
-
-
-class _Pictures(Sequence[EncodedPicture | Image.Image]):
-    """Pictures that are read when they are asked for.
-
-    One that cannot be used leaves a grey one in its place and the reason in ``problem``, so that
-    this rank does not stop while the others wait for it.
-    """
-
-    def __init__(self, paths: Sequence[Path], policy: PicturePolicy) -> None:
-        self._paths = paths
-        self._policy = policy
-        self.problem: str | None = None
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, position: Any) -> Any:
-        path = self._paths[position]
-        try:
-            return EncodedPicture(read_regular(path), self._policy).decode()
-        except (OSError, BadSampleError) as error:
-            self.problem = f"{path} cannot be used: {error}; make it again"
-            return Image.new("RGB", (64, 64), "grey")

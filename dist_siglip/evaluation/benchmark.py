@@ -40,6 +40,9 @@ class EvaluatedModel(NamedTuple):
         device: where features are.
         encode_patches: pixels as ``encode_image`` takes them, to patch tokens; None if there is no
             way to them.
+        note_progress: called by what computes long without an encoder.
+        encode_image_tokens: pixels to the rows of ``encode_image`` and (B, T, C) patch tokens, in
+            one pass; None if there is no way to them.
     """
 
     encode_image: Callable[[Tensor], Tensor]
@@ -50,6 +53,8 @@ class EvaluatedModel(NamedTuple):
     logit_bias: float
     device: torch.device
     encode_patches: Callable[[Tensor], PatchTokens] | None = None
+    note_progress: Callable[[], None] = lambda: None
+    encode_image_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def of(
@@ -86,6 +91,12 @@ class EvaluatedModel(NamedTuple):
                 return encoder.encode_patches(pixels)
 
         @torch.no_grad()
+        def encode_image_tokens(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            with precision():
+                pixels = normalizer.pixels(pixels.to(device, non_blocking=True))
+                return encoder.encode_image_tokens(pixels)
+
+        @torch.no_grad()
         def encode_text(tokens: Tensor) -> Tensor:
             with precision():
                 return encoder.encode_text(tokens.to(device, non_blocking=True))
@@ -99,6 +110,7 @@ class EvaluatedModel(NamedTuple):
             logit_bias,
             device,
             encode_patches,
+            encode_image_tokens=encode_image_tokens,
         )
 
 
@@ -113,6 +125,12 @@ class BenchmarkResult(NamedTuple):
     metrics: dict[str, float]
     details: dict[str, Any]
 
+    @property
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Metrics of each part, such as a language, by name: ``parts`` of the details."""
+        found: dict[str, dict[str, float]] = self.details.get("parts", {})
+        return found
+
 
 class Benchmark(ABC):
     """One benchmark with its settings.
@@ -123,12 +141,15 @@ class Benchmark(ABC):
 
     Attributes:
         task: what kind it is, in the words of CLIP_benchmark where that has one.
+        dataset: what its file calls the data set; the name, unless somebody says another.
+        parts_are_languages: whether the parts of its results are languages, not data sets.
     """
 
     task: ClassVar[str]
+    parts_are_languages: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = self.dataset = name
 
     def check(self) -> None:
         """Find what is wrong with settings and files before anything is started.

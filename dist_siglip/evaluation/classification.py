@@ -40,7 +40,8 @@ from dist_siglip.system.yaml_text import MOST_BYTES, load_yaml
 
 _CLASSES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"
-_PLACES = ("{c}", "{}")
+PLACES = ("{c}", "{}")
+_MOST_DIGITS = 6  # of a label
 _CLASSES_AT_ONCE = 64  # whose prompts are in memory together
 
 
@@ -92,7 +93,7 @@ def read_templates(given: str | list[str] | None, shards: Sequence[str]) -> list
         return [template("{c}") for template in known[given]]
     templates = _read(given, "templates", _TEMPLATES_FILE, '"openai", "simple"', shards)
     for template in templates:
-        if not any(place in template for place in _PLACES):
+        if not any(place in template for place in PLACES):
             raise UserError(
                 f"template ({template!r}) must say where the name goes: {{c}} or {{}}, e.g. "
                 "a photo of a {c}."
@@ -109,7 +110,7 @@ def fill(template: str, name: str) -> str:
         >>> fill("a photo of a {c}.", "red fox"), fill("a {} in {0}.", "hen")
         ('a photo of a red fox.', 'a hen in {0}.')
     """
-    for place in _PLACES:
+    for place in PLACES:
         template = template.replace(place, name)
     return template
 
@@ -123,8 +124,8 @@ def _read(
     path = _beside(shards, beside) if given is None else Path(given)
     if path is None:
         raise UserError(
-            f"{what} (null) are needed: there is no {beside} beside the shards; give {words}, a "
-            "list, or a text or YAML file"
+            f"{what} (null) are needed: there is no {beside} beside the shards "
+            f"{''.join(shards[:1])}; give {words}, a list, or a text or YAML file"
         )
     try:
         text = read_regular(path, MOST_BYTES).decode()
@@ -213,7 +214,7 @@ class Classification(Benchmark):
             unit_norm=True,
             group=group,
         )
-        labels = self._labels(encoded, len(classes), group)
+        labels = parse_labels(encoded, len(classes), self._shards, group=group)
         predictions, ranks = classify(encoded.image_features, class_features, labels)
         answers = gather_rows(torch.stack([labels, predictions, ranks], dim=1), group)
         if not len(answers):
@@ -228,23 +229,46 @@ class Classification(Benchmark):
         shards = self._shards.table.shards
         return read_classes(self._classes, shards), read_templates(self._templates, shards)
 
-    def _labels(
-        self, encoded: EncodedShards, num_classes: int, group: ProcessGroup | None
-    ) -> Tensor:
-        """Parse the labels of this rank; all ranks complain about the first that is no class."""
-        problem, labels = None, []
-        for (text, *_), sample_id in zip(encoded.texts, encoded.sample_ids.tolist(), strict=True):
-            label = int(text) if text.isascii() and text.isdigit() else -1
-            labels.append(label)
-            if problem is None and not 0 <= label < num_classes:
-                problem = (
-                    f"label ({text[:40]!r}) of {self._shards.table.describe(sample_id)} must be a "
-                    f"number from 0 to {num_classes - 1}: benchmark {self.name!r} has "
-                    f"{num_classes} classes; correct classes or shards"
-                )
-        device = encoded.sample_ids.device
-        raise_together(problem, device=device, group=group)
-        return torch.tensor(labels, dtype=torch.int64, device=device)
+
+def parse_labels(
+    encoded: EncodedShards,
+    num_classes: int | None,
+    shards: BenchmarkShards,
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Parse the labels of this rank's samples, the first text of each; (B,) int64.
+
+    Distributed contract: one ``raise_together``.
+
+    Args:
+        encoded: samples of this rank.
+        num_classes: labels must be below; None for any.
+        shards: where the samples are from.
+        group: process group.
+
+    Raises:
+        UserError: on every rank, if a label of any rank is no class.
+    """
+    problem, labels = None, []
+    for (text, *_), sample_id in zip(encoded.texts, encoded.sample_ids.tolist(), strict=True):
+        is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+        label = int(text) if is_number else -1
+        labels.append(label)
+        if problem is None and (label < 0 or (num_classes is not None and label >= num_classes)):
+            allowed = (
+                "a number from 0 on"
+                if num_classes is None
+                else f"a number from 0 to {num_classes - 1}: benchmark {shards.name!r} has "
+                f"{num_classes} classes"
+            )
+            problem = (
+                f"label ({text[:40]!r}) of {shards.table.describe(sample_id)} must be {allowed}; "
+                "correct classes or shards"
+            )
+    device = encoded.sample_ids.device
+    raise_together(problem, device=device, group=group)
+    return torch.tensor(labels, dtype=torch.int64, device=device)
 
 
 def class_vectors(
@@ -298,17 +322,33 @@ def classify(
         (tensor([2, 0]), tensor([2, 2]))
     """
     predictions, ranks = torch.empty_like(labels), torch.empty_like(labels)
-    numbers = torch.arange(len(class_features), device=labels.device)
     for start in range(0, len(labels), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        scores = image_features[rows] @ class_features.T
-        own = labels[rows, None]
-        own_scores = scores.gather(1, own)
-        ahead = (scores > own_scores) | ((scores == own_scores) & (numbers < own))
-        ranks[rows] = 1 + ahead.sum(dim=1)
-        best = scores == scores.amax(dim=1, keepdim=True)
-        predictions[rows] = best.int().argmax(dim=1)  # the first of equals
+        found = rank_labels(image_features[rows] @ class_features.T, labels[rows])
+        predictions[rows], ranks[rows] = found
     return predictions, ranks
+
+
+def rank_labels(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every row the class with the highest score, and its true class a rank.
+
+    Args:
+        scores: (B, C) of each class.
+        labels: (B,) int64, from 0 to C - 1.
+
+    Returns:
+        As ``classify``; of equal scores that of the lower class comes first.
+
+    Example:
+        >>> rank_labels(torch.tensor([[0.1, 0.5, 0.5]]), torch.tensor([2]))
+        (tensor([1]), tensor([2]))
+    """
+    own = labels[:, None]
+    own_scores = scores.gather(1, own)
+    numbers = torch.arange(scores.shape[1], device=labels.device)
+    ahead = (scores > own_scores) | ((scores == own_scores) & (numbers < own))
+    best = scores == scores.amax(dim=1, keepdim=True)
+    return best.int().argmax(dim=1), 1 + ahead.sum(dim=1)  # argmax takes the first of equals
 
 
 class Summary(NamedTuple):

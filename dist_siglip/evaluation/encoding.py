@@ -28,6 +28,8 @@ from dist_siglip.evaluation.benchmark import EvaluatedModel
 from dist_siglip.evaluation.samples import ShardBatch
 from dist_siglip.metrics.prefixes import check_dim, cut_rows
 from dist_siglip.models.build import BuiltModel
+from dist_siglip.models.image_tokens import require_image_tokens
+from dist_siglip.models.naflex import NaFlexTower
 
 Towers = Literal["both", "image", "text"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -118,6 +120,17 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
+def own_part(count: int, group: ProcessGroup | None) -> slice:
+    """Return this rank's contiguous part of rows that every rank has.
+
+    Example:
+        >>> own_part(5, None)
+        slice(0, 5, None)
+    """
+    rank, world_size = rank_and_size(group)
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
 def _encode(
     encode_batch: Callable[[Sequence[int]], Tensor],
     count: int,
@@ -148,6 +161,7 @@ class EncodedBatches:
         model: what encodes.
         dtype: of the rows.
         change: made of the rows of length 1 before they get their dtype; None for nothing.
+        with_tokens: whether patch tokens are kept, too; on the host, as they are many.
     """
 
     def __init__(
@@ -155,6 +169,8 @@ class EncodedBatches:
         model: EvaluatedModel,
         dtype: torch.dtype = torch.float32,
         change: Callable[[Tensor], Tensor] | None = None,
+        *,
+        with_tokens: bool = False,
     ) -> None:
         self.sample_ids: list[int] = []
         self.texts: list[list[str]] = []
@@ -163,6 +179,8 @@ class EncodedBatches:
         self.caption_ids: list[int] = []
         self.image_parts: list[Tensor] = []
         self.text_parts: list[Tensor] = []
+        self.token_parts: list[Tensor] = []
+        self._with_tokens = with_tokens
         self._model = model
         self._dtype = dtype
         self._change = change
@@ -175,11 +193,20 @@ class EncodedBatches:
         self.picture_ids += batch.picture_ids
         self.caption_ids += batch.caption_ids
         if batch.images is not None:
-            rows = self._model.encode_image(batch.images)[: len(batch.sample_ids)]
-            self.image_parts.append(self._made_of(rows))
+            self.image_parts.append(self._made_of(self._encode_image(batch)))
         if batch.tokens is not None:
             rows = self._model.encode_text(batch.tokens)[: sum(map(len, batch.texts))]
             self.text_parts.append(self._made_of(rows))
+
+    def _encode_image(self, batch: ShardBatch) -> Tensor:
+        images, count = batch.images, len(batch.sample_ids)
+        assert images is not None
+        if not self._with_tokens:
+            return self._model.encode_image(images)[:count]
+        assert self._model.encode_image_tokens is not None
+        rows, tokens = self._model.encode_image_tokens(images)
+        self.token_parts.append(tokens[:count].to(self._dtype).cpu())
+        return rows[:count]
 
     def _made_of(self, rows: Tensor) -> Tensor:
         return (rows if self._change is None else self._change(rows)).to(self._dtype)
@@ -196,6 +223,7 @@ class EncodedRows(NamedTuple):
         captions: of the R rows.
         problems: by sample id, why it has no row.
         ids: (R,) int64, of the pictures and of the captions, by tower; of wanted towers alone.
+        image_tokens: (R, T, C) patch tokens; None if they are not wanted, or there is no row.
     """
 
     sample_ids: list[int]
@@ -204,6 +232,7 @@ class EncodedRows(NamedTuple):
     captions: list[str]
     problems: dict[int, str]
     ids: Mapping[Tower, NDArray[np.int64]] = MappingProxyType({})
+    image_tokens: NDArray[np.floating] | None = None
 
 
 class ShardEncoder:
@@ -219,6 +248,8 @@ class ShardEncoder:
         rotation: (D, D), of ``metrics.pca_rotation``, that rows are turned by first; None for none.
         codes: what makes codes of the finite float32 rows of a tower; needed for "int8" and
             "binary".
+        tokens: whether patch tokens of the image tower are wanted, too; see
+            ``require_equal_tokens``.
 
     Raises:
         UserError: if ``dim`` is larger than the width of the features.
@@ -235,8 +266,10 @@ class ShardEncoder:
         dim: int | None = None,
         rotation: Tensor | None = None,
         codes: Mapping[Tower, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+        tokens: bool = False,
     ) -> None:
         self._codes = codes
+        self._tokens = tokens
         self._model = EvaluatedModel.of(
             built.encoder.to(device).eval(),
             Preprocessing.of(built),
@@ -261,7 +294,9 @@ class ShardEncoder:
         Raises:
             UserError: if a row is not finite.
         """
-        encoded = EncodedBatches(self._model, self._row_type, self._change)
+        encoded = EncodedBatches(
+            self._model, self._row_type, self._change, with_tokens=self._tokens
+        )
         for batch in batches:
             encoded.add(batch)
         ids = {"image": encoded.picture_ids, "text": encoded.caption_ids}
@@ -272,6 +307,7 @@ class ShardEncoder:
             [caption for (caption,) in encoded.texts],
             encoded.problems,
             {tower: np.array(ids[tower], dtype=np.int64) for tower in self._wanted},
+            self._tokens_of(encoded.token_parts),
         )
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -284,12 +320,37 @@ class ShardEncoder:
         if tower not in self._wanted:
             return None
         rows = torch.cat(parts) if parts else torch.empty(0, self._embed_dim, dtype=self._row_type)
+        self._check_finite(tower, rows)
+        return (self._codes[tower](rows) if tower in self._codes else rows).cpu().numpy()
+
+    def _tokens_of(self, parts: list[Tensor]) -> NDArray[np.floating] | None:
+        if not parts:
+            return None
+        tokens = torch.cat(parts)
+        self._check_finite("image", tokens)
+        return tokens.numpy()
+
+    def _check_finite(self, tower: Tower, rows: Tensor) -> None:
         if not bool(rows.isfinite().all()):
             raise UserError(
                 f"the {tower} tower gives numbers that are not finite at precision "
                 f"({self._precision}); use 32-true, or look at the weights"
             )
-        return (self._codes[tower](rows) if tower in self._codes else rows).cpu().numpy()
+
+
+def require_equal_tokens(built: BuiltModel) -> None:
+    """Refuse an image tower that gives no patch tokens, or not equally many of each picture.
+
+    Raises:
+        UserError: if it is such a tower.
+    """
+    visual = built.encoder.clip.visual
+    require_image_tokens(visual)
+    if isinstance(visual, NaFlexTower):
+        raise UserError(
+            "tokens (true) must be false for a model of pictures of any shape (NaFlex): they have "
+            "not equally many patches"
+        )
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:

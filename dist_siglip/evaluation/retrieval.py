@@ -10,6 +10,7 @@ tables.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_siglip.data.samples.captions import CaptionRule
@@ -119,11 +120,7 @@ class Retrieval(Benchmark):
     def check(self) -> None:
         """Find what is wrong with settings and shards."""
         super().check()
-        if not self._top_k or min(self._top_k) < 1:
-            raise UserError(
-                f"top_k ({list(self._top_k)}) of benchmark {self.name!r} must hold numbers of at "
-                "least 1, e.g. [1, 5, 10]"
-            )
+        check_top_k(self._top_k, self.name)
         self._shards.check()
 
     def evaluate(
@@ -145,28 +142,71 @@ class Retrieval(Benchmark):
             encoded.text_sample_ids,
             group=group,
         )
-        of_images, of_texts = (
-            gather_rows(ranks, group)
-            for ranks in retrieval_ranks_both_ways(
-                encoded.image_features[pictures],
-                encoded.text_features[captions],
-                encoded.picture_ids[pictures],
-                owners[captions],
-                group=group,
-            )
+        metrics, num_images, num_texts = retrieval_metrics(
+            encoded.image_features[pictures],
+            encoded.text_features[captions],
+            encoded.picture_ids[pictures],
+            owners[captions],
+            self._top_k,
+            group=group,
         )
-        num_images, num_texts = len(of_images), len(of_texts)
         if not num_images:
             raise UserError(f"benchmark {self.name!r} has no picture that can be used")
-        directions = (
-            ("image_retrieval", of_texts, num_images),
-            ("text_retrieval", of_images, num_texts),
-        )
-        metrics = {
-            f"{direction}_recall@{k}": recall_at_k(ranks, k, gallery_size=gallery)
-            for k in self._top_k
-            for direction, ranks, gallery in directions
-        }
-        metrics |= {f"{name}_median_rank": median_rank(ranks) for name, ranks, _ in directions}
         details = {"pictures": num_images, "captions": num_texts, "left_out": encoded.num_bad}
         return BenchmarkResult(metrics, details)
+
+
+def retrieval_metrics(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    top_k: Sequence[int],
+    *,
+    group: ProcessGroup | None = None,
+) -> tuple[dict[str, float], int, int]:
+    """Look for the picture of every caption and for a caption of every picture.
+
+    Distributed contract: every rank passes its own rows, any number of them (0 too); as
+    ``retrieval_ranks_both_ways``. Every rank gets the same result.
+
+    Args:
+        image_features: (B, D).
+        text_features: (T, D).
+        image_ids: (B,) int64, each once over all ranks.
+        text_ids: (T,) int64, id of the picture that a caption belongs to.
+        top_k: the K of recall@K.
+        group: process group.
+
+    Returns:
+        Metrics by name, number of pictures, number of captions.
+    """
+    of_images, of_texts = (
+        gather_rows(ranks, group)
+        for ranks in retrieval_ranks_both_ways(
+            image_features, text_features, image_ids, text_ids, group=group
+        )
+    )
+    num_images, num_texts = len(of_images), len(of_texts)
+    if not (num_images and num_texts):
+        return {}, num_images, num_texts
+    directions = (
+        ("image_retrieval", of_texts, num_images),
+        ("text_retrieval", of_images, num_texts),
+    )
+    metrics = {
+        f"{direction}_recall@{k}": recall_at_k(ranks, k, gallery_size=gallery)
+        for k in top_k
+        for direction, ranks, gallery in directions
+    }
+    metrics |= {f"{name}_median_rank": median_rank(ranks) for name, ranks, _ in directions}
+    return metrics, num_images, num_texts
+
+
+def check_top_k(top_k: Sequence[int], name: str) -> None:
+    """Refuse the K of recall@K that are none."""
+    if not top_k or min(top_k) < 1:
+        raise UserError(
+            f"top_k ({list(top_k)}) of benchmark {name!r} must hold numbers of at least 1, e.g. "
+            "[1, 5, 10]"
+        )

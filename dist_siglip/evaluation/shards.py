@@ -117,7 +117,7 @@ class BenchmarkShards:
         self._shards = shards
         self._captions = captions
         self._loading = loading
-        self._name = name
+        self.name = name
         self._table: PairTable | None = None
 
     @property
@@ -128,7 +128,7 @@ class BenchmarkShards:
             UserError: if shards are missing or damaged, or a sample lacks picture or text.
         """
         if self._table is None:
-            setting = f"shards of benchmark {self._name!r}"
+            setting = f"shards of benchmark {self.name!r}"
             self._table = build_pair_table(
                 expand_shards(self._shards, name=setting),
                 # Which formats are decoded the model says, later.
@@ -173,7 +173,7 @@ class BenchmarkShards:
         """
         table, (rank, world_size) = self.table, rank_and_size(group)
         check_ranks_agree(
-            table, name=f"shards of benchmark {self._name!r}", device=model.device, group=group
+            table, name=f"shards of benchmark {self.name!r}", device=model.device, group=group
         )
         encoded = EncodedBatches(model)
         batches = self._loader(model.inputs, encoded_texts, rank, world_size)
@@ -181,7 +181,7 @@ class BenchmarkShards:
         for number, batch in enumerate(batches, start=1):
             encoded.add(batch)
             if rank == 0 and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-                _LOGGER.info("benchmark %s: batch %d of %d", self._name, number, len(batches))
+                _LOGGER.info("benchmark %s: batch %d of %d", self.name, number, len(batches))
                 last_line = time.monotonic()
         self._log_bad(encoded.problems)
         own_bad = torch.tensor(len(encoded.problems), device=model.device)
@@ -189,7 +189,7 @@ class BenchmarkShards:
         if num_bad > self._loading.max_bad_fraction * table.num_samples:
             raise UserError(
                 f"loading.max_bad_fraction ({self._loading.max_bad_fraction}) of benchmark "
-                f"{self._name!r} is exceeded: {num_bad} of {table.num_samples} samples cannot be "
+                f"{self.name!r} is exceeded: {num_bad} of {table.num_samples} samples cannot be "
                 "used, see the log; repair the shards, or raise it"
             )
         return _result(encoded, num_bad)
@@ -223,7 +223,7 @@ class BenchmarkShards:
     def _log_bad(self, bad: Mapping[int, str]) -> None:
         for sample_id, problem in islice(bad.items(), _NAMED):
             named = self.table.describe(sample_id)
-            _LOGGER.warning("benchmark %s leaves out %s: %s", self._name, named, problem)
+            _LOGGER.warning("benchmark %s leaves out %s: %s", self.name, named, problem)
 
 
 def _result(encoded: EncodedBatches, num_bad: int) -> EncodedShards:

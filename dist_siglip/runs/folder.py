@@ -12,7 +12,8 @@ tensorboard/           event files
 checkpoints/           step=00000500.ckpt ..., best.json (step of the best one, if one is kept)
 evaluation/            metrics.json, arrays.npz, examples.json of the newest evaluation
 evaluation/history/    step=00000200.npz ...: a few pairs of a few evaluations
-benchmarks/            NAME.json of each benchmark, as CLIP_benchmark writes them; details/
+benchmarks/            NAME.json of each benchmark, as CLIP_benchmark writes them; details/, parts/,
+                       suites/
 report.html            one self-contained page
 """
 

@@ -33,7 +33,8 @@ def build(tasks):
 def test_the_tasks_of_the_page_are_benchmarks():
     (block,) = blocks("yaml")
     names = [each.name for each in build(yaml.safe_load(block))]
-    assert names == ["pets", "my_parts", "coco", "other_pairs", "voc"]
+    own = ["pets", "my_parts", "coco", "other_pairs", "voc"]
+    assert names == [*own, "pets_probe", "winoground", "crossmodal3600"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

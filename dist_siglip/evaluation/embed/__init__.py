@@ -12,37 +12,26 @@ find the same file, or write the same one. ``source.json`` says where they come 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_siglip.data.index.damage import MAX_BAD_FRACTION
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.order.sequence import StreamPosition
 from dist_siglip.data.remote import is_remote
 from dist_siglip.data.remote.cache import Prefetcher
-from dist_siglip.data.samples.cached_features import TOWERS, Tower
-from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.picture_policy import (
-    AUTO,
-    FORMATS,
-    MAX_IMAGE_PIXELS,
-    ExifOrientation,
-    PictureFormat,
-    PicturePolicy,
-    TruncatedPictures,
-)
+from dist_siglip.data.samples.cached_features import Tower
+from dist_siglip.data.samples.picture_policy import FORMATS
 from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
-from dist_siglip.errors import OutageError, UserError, check_least
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.evaluation.embed.nearest_index import (
-    IndexKind,
     build_index,
     load_faiss,
     note_metrics,
@@ -54,14 +43,13 @@ from dist_siglip.evaluation.embed.quantized import (
     find_codecs,
 )
 from dist_siglip.evaluation.embed.rotation import (
-    PCA,
     ROTATION_PICTURES,
     find_rotation,
     name_rotation,
 )
+from dist_siglip.evaluation.embed.settings import EmbedSettings
 from dist_siglip.evaluation.embed.shard_job import (
     EmbedReport,
-    Format,
     JobRows,
     Layout,
     Progress,
@@ -74,7 +62,11 @@ from dist_siglip.evaluation.embed.shard_job import (
     write_skipped,
 )
 from dist_siglip.evaluation.embed.stored_rows import claim_folder, write_source
-from dist_siglip.evaluation.encoding import Precision, RowType, ShardEncoder, Towers, choose_device
+from dist_siglip.evaluation.encoding import (
+    ShardEncoder,
+    choose_device,
+    require_equal_tokens,
+)
 from dist_siglip.evaluation.samples import (
     ShardBatch,
     ShardCollator,
@@ -86,96 +78,6 @@ from dist_siglip.metrics.prefixes import check_dim
 from dist_siglip.models.build import BuiltModel, tower_fingerprint
 
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedSettings:
-    """How a data set is embedded.
-
-    Attributes:
-        towers: which features are wanted.
-        format: of the folder.
-        dtype: of the features in the files.
-        precision: of the computation.
-        device: "auto", or a device of torch.
-        local_batch_size: samples of a batch on each rank.
-        workers: loader processes of each rank.
-        captions: which caption a sample has.
-        max_image_pixels: pictures with more cannot be used.
-        transparency: see ``PicturePolicy``; "auto" is as the model was trained, or says.
-        exif_orientation: likewise.
-        truncated_pictures: likewise.
-        formats: likewise.
-        intensity_window: likewise.
-        max_bad_fraction: share of the samples of each rank that may be skipped.
-        dim: columns of the rows; None for all of the model.
-        rotate: "pca" or the path of a rotation, see ``rotation.find_rotation``; None for none.
-        index: "faiss" builds an index of the image rows when all shards are written; None for none.
-        index_kind: of the index, see ``nearest_index``.
-
-    Raises:
-        UserError: if a number is out of its range, rows for training would be changed, or there is
-            no such index of such rows.
-    """
-
-    towers: Towers = "both"
-    format: Format = "clip-retrieval"
-    dtype: RowType = "float16"
-    precision: Precision = "32-true"
-    device: str = "auto"
-    local_batch_size: int = 256
-    workers: int = 2
-    captions: CaptionRule = field(default_factory=CaptionRule)
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    transparency: str = AUTO
-    exif_orientation: ExifOrientation | Literal["auto"] = AUTO
-    truncated_pictures: TruncatedPictures | Literal["auto"] = AUTO
-    formats: tuple[PictureFormat, ...] | Literal["auto"] = AUTO
-    intensity_window: tuple[float, float] | Literal["auto"] | None = AUTO
-    max_bad_fraction: float = MAX_BAD_FRACTION
-    dim: int | None = None
-    rotate: str | None = None
-    index: Literal["faiss"] | None = None
-    index_kind: IndexKind = "auto"
-
-    def __post_init__(self) -> None:
-        check_least(1, local_batch_size=self.local_batch_size)
-        check_least(0, workers=self.workers)
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction ({self.max_bad_fraction}) must be in [0, 1]")
-        for name in ("dim", "rotate"):
-            if self.format == "features" and getattr(self, name) is not None:
-                raise UserError(
-                    f"{name} ({getattr(self, name)}) must be null with format features: training "
-                    "reads whole rows of the tower"
-                )
-        if self.rotate == PCA and self.towers == "text":
-            raise UserError(
-                f"rotate ({PCA}) is fitted to pictures, and towers is text; name the rotation file "
-                "of the folder that holds the pictures"
-            )
-        if self.format == "features" and (self.dtype in QUANTIZED or self.index is not None):
-            name = "dtype" if self.dtype in QUANTIZED else "index"
-            raise UserError(
-                f"{name} ({getattr(self, name)}) needs format clip-retrieval or parquet: training "
-                "reads float rows and no index"
-            )
-        if self.index is not None and self.towers == "text":
-            raise UserError(f"index ({self.index}) is one of pictures, and towers is text")
-        if self.index_kind == "ivf_pq" and self.dtype == "binary":
-            raise UserError("index_kind (ivf_pq) must be auto, flat or hnsw with binary rows")
-        self.captions.check()
-        self.pictures(PicturePolicy())
-
-    @property
-    def wanted(self) -> list[Tower]:
-        """Towers that have rows."""
-        return [tower for tower in TOWERS if self.towers in ("both", tower)]
-
-    def pictures(self, of_model: PicturePolicy) -> PicturePolicy:
-        """Return what decides the pixels of pictures."""
-        names = [each.name for each in fields(PicturePolicy)]
-        return of_model.changed(**{name: getattr(self, name) for name in names})
 
 
 def embed_shards(
@@ -212,6 +114,8 @@ def embed_shards(
         check_dim(settings.dim, built.embed_dim)
     if settings.index is not None:
         load_faiss()
+    if settings.tokens:
+        require_equal_tokens(built)
     jobs = shard_jobs(table)
     layout = layout_of(settings.format, out, jobs, table.shard_lines.split("\n"))
     claim_folder(out, _identity(table, built, settings))
@@ -255,6 +159,7 @@ def embed_shards(
         dim=settings.dim,
         rotation=rotation,
         codes={tower: codec.encode for tower, codec in codecs.items()},
+        tokens=settings.tokens,
     )
     batches = iter(_loader(table, built, settings, pending, pin_memory=device.type == "cuda"))
     with prefetch_shards(table, jobs, layout, world, lambda: progress.current):
@@ -475,6 +380,7 @@ def _identity(table: PairTable, built: BuiltModel, settings: EmbedSettings) -> d
         **ids,
         **({"dim": settings.dim} if settings.dim is not None else {}),
         **({"rotate": name_rotation(settings.rotate)} if settings.rotate is not None else {}),
+        **({"tokens": True} if settings.tokens else {}),
         # Folders of before there was a choice go on.
         **({"truncated_pictures": "use"} if pictures.truncated_pictures == "use" else {}),
         **({"formats": list(pictures.formats)} if pictures.formats != FORMATS else {}),

@@ -4,6 +4,7 @@ clip-retrieval:
 
     img_emb/img_emb_0.npy            (R, D), one file a shard
     text_emb/text_emb_0.npy          (R, D), same rows
+    token_emb/token_emb_0.npy        (R, T, C), patch tokens of the same rows, if they are wanted
     metadata/metadata_0.parquet      image_path (the key), caption, shard, place
 
 The number has leading zeros where there are ten shards or more. The metadata are written last: a
@@ -54,6 +55,7 @@ class ClipRetrievalLayout:
             for name, suffix in (
                 ("img_emb", ".npy"),
                 ("text_emb", ".npy"),
+                ("token_emb", ".npy"),
                 ("metadata", ".parquet"),
             )
         ]
@@ -67,11 +69,13 @@ class ClipRetrievalLayout:
         """Write a job."""
         if not done.rows.sample_ids:
             return
-        image_file, text_file, metadata_file = self.files(done.job)
+        image_file, text_file, token_file, metadata_file = self.files(done.job)
         if done.rows.image_features is not None:
             _write_array(image_file, done.rows.image_features)
         if done.rows.text_features is not None:
             _write_array(text_file, done.rows.text_features)
+        if done.rows.image_tokens is not None:
+            _write_array(token_file, done.rows.image_tokens)
         write_parquet(metadata_file, metadata_table(done))
 
     def finish(self) -> None:

@@ -40,8 +40,8 @@ def write_result(
     """Write FOLDER/NAME.json and FOLDER/details/NAME.json, each in one piece.
 
     The first holds dataset, model, pretrained, task, metrics and language, as CLIP_benchmark 1.6
-    has them, and the step. A number that is not finite is the string "nan", "inf" or "-inf", so
-    that the file is JSON.
+    has them, and the step; FOLDER/parts/NAME.PART.json the same of each part. A number that is not
+    finite is the string "nan", "inf" or "-inf", so that the file is JSON.
 
     Args:
         folder: of the results of a run.
@@ -51,19 +51,30 @@ def write_result(
         pretrained: name of the weights.
         step: optimizer steps behind them; 0 for a model that no run trained.
     """
-    content: dict[str, Any] = {
-        "dataset": benchmark.name,
-        "model": model,
-        "pretrained": pretrained,
-        "task": benchmark.task,
-        "metrics": {
-            name: value if math.isfinite(value) else str(value)
-            for name, value in result.metrics.items()
-        },
-        "language": "en",
-        "step": step,
-    }
-    write_atomically(folder / f"{benchmark.name}.json", json.dumps(content, indent=1) + "\n")
+
+    def write(path: Path, dataset: str, metrics: dict[str, float], language: str) -> None:
+        content: dict[str, Any] = {
+            "dataset": dataset,
+            "model": model,
+            "pretrained": pretrained,
+            "task": benchmark.task,
+            "metrics": {
+                name: value if math.isfinite(value) else str(value)
+                for name, value in metrics.items()
+            },
+            "language": language,
+            "step": step,
+        }
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+    for part, metrics in result.parts.items():
+        path = folder / "parts" / f"{benchmark.name}.{part}.json"
+        if benchmark.parts_are_languages:
+            write(path, benchmark.dataset, metrics, part)
+        else:
+            write(path, f"{benchmark.dataset}/{part}", metrics, "en")
+    of_all = "mean" if benchmark.parts_are_languages else "en"
+    write(folder / f"{benchmark.name}.json", benchmark.dataset, result.metrics, of_all)
     details = json.dumps(result.details, allow_nan=False) + "\n"
     write_atomically(folder / "details" / f"{benchmark.name}.json", details)
 
@@ -206,10 +217,13 @@ def _watched(model: EvaluatedModel, trainer: Trainer) -> EvaluatedModel:
     """Let every batch tell the watchdog that the evaluation gets on: it may take hours."""
     watchdogs = [each for each in getattr(trainer, "callbacks", ()) if isinstance(each, Watchdog)]
 
+    def tell() -> None:
+        for each in watchdogs:
+            each.note_evaluation(trainer)
+
     def watched(encode: Callable[[Tensor], _T]) -> Callable[[Tensor], _T]:
         def encode_and_tell(rows: Tensor) -> _T:
-            for each in watchdogs:
-                each.note_evaluation(trainer)
+            tell()
             return encode(rows)
 
         return encode_and_tell
@@ -219,4 +233,5 @@ def _watched(model: EvaluatedModel, trainer: Trainer) -> EvaluatedModel:
         encode_image=watched(model.encode_image),
         encode_text=watched(model.encode_text),
         encode_patches=watched(model.encode_patches),
+        note_progress=tell,
     )

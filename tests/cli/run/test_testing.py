@@ -8,6 +8,7 @@ import yaml
 from dist_siglip.cli import main
 from dist_siglip.cli.run.start_point import evaluated_step
 from dist_siglip.runs import RunFolder
+from tests.support.benchmark_shards import write_labelled
 from tests.support.command import write_settings
 from tests.support.forked_runs import run_forked
 from tests.support.tiny_models import ARCHITECTURES, write_config
@@ -138,6 +139,57 @@ def test_a_model_by_name_needs_no_run(trained, tmp_path, capsys):
     assert "text_retrieval_recall@10" in capsys.readouterr().out
     assert read(RunFolder(out), "val")["pretrained"] == "random"
     assert [path.name for path in out.iterdir()] == ["benchmarks"]
+
+
+def suite_words(folder, *options):
+    model = write_config(folder / "tiny.json", ARCHITECTURES["clip"])
+    return ["test", f"--model.model={model}", "--trainer.accelerator=cpu", *options]
+
+
+def test_a_suite_prints_its_averages_beside_those_of_another_run(tmp_path, capsys):
+    evals = tmp_path / "evals"
+    for name in ("wds_imagenet-a_test", "wds_objectnet"):
+        write_labelled(evals / name)
+    (evals / "wds_objectnet" / "test").rename(evals / "wds_objectnet" / "train")
+    write_labelled(evals / "more")
+    (evals / "more" / "test").rename(evals / "wds_objectnet" / "test")
+    words = suite_words(tmp_path, "--suite=imagenet_robustness", "--suite_workers=0")
+    words.append(f"--suite_folder={evals}")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*words, f"--run_dir={first}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    mean = (found["imagenet-a"]["acc1"] + found["objectnet"]["acc1"]) / 2
+    assert found["averages"] == {"Average": {"value": pytest.approx(mean), "count": 2, "of": 5}}
+    written = json.loads((first / "benchmarks" / "suites" / "imagenet_robustness.json").read_text())
+    assert written["averages"] == found["averages"]
+    assert read(RunFolder(first), "imagenet-a")["dataset"] == "wds/imagenet-a"
+    (first / "benchmarks" / "objectnet.json").unlink()
+    words += ["--suite_probes", f"--compare={first}"]
+    assert main([*words, f"--run_dir={second}"]) == 0
+    shown = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in shown}
+    acc1 = f"{found['imagenet-a']['acc1']:.4f}"
+    assert rows["imagenet-a"] == ["acc1", acc1, acc1]
+    assert rows["objectnet"] == ["acc1", f"{found['objectnet']['acc1']:.4f}", "-"]
+    assert rows["objectnet_probe"][0] == "lp_acc1"
+    assert rows["Average"] == ["2 of 5 data sets", f"{mean:.4f}", f"{acc1}*"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suite=datacomp"], "suite (datacomp) needs suite_folder"),
+        (["--suite=best", "--suite_folder=."], "suite (best) must be one of datacomp"),
+        (["--suite=vtab", "--suite_folder=."], "suite_folder (.) has no data set of suite vtab"),
+        (["--suite_folder=."], "suite_folder (.) needs suite"),
+        (["--suite_workers=-1"], "suite_workers (-1) must be at least 0"),
+    ],
+)
+def test_a_mistake_of_a_suite_is_told_in_one_line(tmp_path, capsys, options, message):
+    out = tmp_path / "new"
+    assert main(suite_words(tmp_path, f"--run_dir={out}", *options)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
 
+from dist_siglip.data.samples.transforms import Preprocessing, evaluation_transform
 from dist_siglip.distributed import World
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
@@ -40,6 +43,31 @@ def test_rows_are_the_features_of_each_sample_alone(tmp_path, shards, built):
     np.testing.assert_allclose(load_rows(tmp_path, "img_emb"), images, atol=1e-6)
     np.testing.assert_allclose(load_rows(tmp_path, "text_emb"), texts, atol=1e-6)
     assert (report.shards, report.kept, report.samples, report.left_out) == (4, 0, 25, 0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_patch_tokens_are_those_of_each_picture_alone(tmp_path, shards, kind):
+    model = build_tiny(tmp_path, kind)
+    with_tokens = replace(FP32, tokens=True, towers="image")
+    embed_shards(table_of(shards), model, tmp_path / "out", with_tokens)
+    found = load_rows(tmp_path / "out", "token_emb")
+    transform = evaluation_transform(Preprocessing.of(model))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (model.mean, model.std))
+    for number in range(sum(COUNTS)):
+        pixels = (transform(picture(number)) / 255 - mean) / std
+        with torch.no_grad():
+            expected = model.encoder.eval().encode_patches(pixels[None]).tokens
+        assert found[number].shape == expected.shape[1:]
+        np.testing.assert_allclose(found[number], expected[0].numpy(), atol=1e-5)
+    images, _ = expected_rows(model, range(sum(COUNTS)))
+    np.testing.assert_allclose(load_rows(tmp_path / "out", "img_emb"), images, atol=1e-6)
+
+
+def test_a_tower_without_patch_tokens_is_refused(tmp_path, shards):
+    model = build_tiny(tmp_path, "resnet")
+    with pytest.raises(UserError, match="gives no patch tokens"):
+        embed_shards(table_of(shards), model, tmp_path / "out", replace(FP32, tokens=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["siglip", "hf"])
@@ -252,6 +280,9 @@ def test_numbers_that_are_not_finite_are_an_error(tmp_path, shards):
     ("options", "message"),
     [
         ({"local_batch_size": 0}, r"local_batch_size \(0\) must be at least 1"),
+        ({"tokens": True, "towers": "text"}, r"tokens \(true\) needs .* not text"),
+        ({"tokens": True, "format": "parquet"}, r"tokens \(true\) needs format clip-retrieval"),
+        ({"tokens": True, "dtype": "int8"}, "tokens .* needs rows of float16 or float32, not int8"),
         ({"workers": -1}, r"workers \(-1\) must be at least 0"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction \(2.0\) must be in \[0, 1\]"),
     ],

@@ -30,15 +30,15 @@ from dist_siglip.errors import UserError, check_least
 from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
 from dist_siglip.evaluation.classification import class_vectors, read_templates
 from dist_siglip.evaluation.encoding import rank_and_size
-from dist_siglip.evaluation.masked_pictures import (
+from dist_siglip.evaluation.patches.masked_pictures import (
     MaskedFiles,
     MaskedFolder,
     MaskedPicture,
     MaskedSource,
     masked_batches,
 )
-from dist_siglip.evaluation.patch_measures import PatchBank, PatchCounts, Patches
-from dist_siglip.evaluation.patch_overlays import ShownPictures
+from dist_siglip.evaluation.patches.measures import PatchBank, PatchCounts, Patches
+from dist_siglip.evaluation.patches.overlays import ShownPictures
 from dist_siglip.metrics.dense import (
     label_map_sums,
     patch_labels,

@@ -11,8 +11,8 @@ from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.picture_policy import PicturePolicy
 from dist_siglip.data.samples.regions import WHOLE, Window
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.label_names import LabelNames, read_label_names
-from dist_siglip.evaluation.masked_pictures import (
+from dist_siglip.evaluation.patches.label_names import LabelNames, read_label_names
+from dist_siglip.evaluation.patches.masked_pictures import (
     MaskedFile,
     MaskedFiles,
     MaskedFolder,

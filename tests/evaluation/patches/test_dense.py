@@ -21,10 +21,10 @@ from dist_siglip.evaluation import (
     EvaluatedModel,
     HandwritingPatches,
     PatchSegmentation,
-    masked_pictures,
 )
-from dist_siglip.evaluation import patch_measures as module
-from dist_siglip.evaluation.dense import PatchSettings
+from dist_siglip.evaluation.patches import masked_pictures
+from dist_siglip.evaluation.patches import measures as module
+from dist_siglip.evaluation.patches.dense import PatchSettings
 from dist_siglip.metrics.dense import patch_labels
 from dist_siglip.models import build_dual_encoder
 from dist_siglip.training.callbacks.benchmarks import write_result

@@ -32,7 +32,12 @@ from dist_siglip.data.samples.transforms import (
     evaluation_transform,
 )
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.label_names import NO_CLASS, UNKNOWN, LabelNames, read_label_names
+from dist_siglip.evaluation.patches.label_names import (
+    NO_CLASS,
+    UNKNOWN,
+    LabelNames,
+    read_label_names,
+)
 from dist_siglip.system.regular_file import read_regular
 from dist_siglip.system.yaml_text import MOST_BYTES
 

@@ -1,0 +1,1 @@
+"""Benchmarks with the annotation files of their authors."""

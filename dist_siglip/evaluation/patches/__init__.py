@@ -1,0 +1,1 @@
+"""What patch tokens know of places: benchmarks on pictures with masks."""
