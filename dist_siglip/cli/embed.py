@@ -4,6 +4,7 @@ import json as json_text
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,15 +172,10 @@ def embed(
         weights_average=weights_average,
         num_patches=num_patches,
     )
-    pictures = built.pictures.changed(
-        transparency=transparency,
-        exif_orientation=exif_orientation,
-        truncated_pictures=truncated_pictures,
-    )
     if model and model.startswith(LOCAL_DIR):
         model = LOCAL_DIR + os.path.abspath(Path(model.removeprefix(LOCAL_DIR)).expanduser())
     source = {
-        "image_extensions": list(image_extensions),
+        "image_extensions": list(found),
         "run_dir": None if run_dir is None else os.path.abspath(run_dir),
         "ckpt_path": None if ckpt_path is None else os.path.abspath(ckpt_path),
         "model": os.path.abspath(model) if model and os.path.isfile(model) else model,
@@ -189,7 +185,7 @@ def embed(
         "weights_average": weights_average,
         "num_patches": num_patches,
         "rotation": None if rotate is None or rotate == PCA else os.path.abspath(rotate),
-        "pictures": pictures.of_model,
+        "pictures": asdict(settings.pictures(built.pictures)),
     }
     report = embed_shards(table, built, Path(out), settings, source=source)
     measured = read_metrics(Path(out))

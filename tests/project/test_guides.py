@@ -8,20 +8,25 @@ of the page.
 import json
 import re
 import shlex
+import signal
+from io import BytesIO
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from dist_siglip.data.handwriting import write_handwriting_shards
 from dist_siglip.models import build_dual_encoder
 from tests.support.command import REPOSITORY
-from tests.support.forked_runs import run_forked
+from tests.support.forked_runs import run_forked, start
 from tests.support.shards import photo
 from tests.support.text_towers import WORDS, write_bert
 from tests.support.tiny_models import ARCHITECTURES, TIMM, network_of, write_config
+from tests.training.module.test_trained import run_of
 
 GUIDES = REPOSITORY / "docs/guides"
 UNITS = WORDS[1:7]
@@ -60,11 +65,33 @@ def follow(page, replaced, options):
         words = shlex.split(command.removeprefix("dist-siglip "))
         assert command.startswith("dist-siglip "), command
         words = [replaced.get(word, word) for word in words]
-        start = " ".join(words[:2])
-        done = run_forked(*words, *options.get(start, options.get(words[0], "")).split())
+        begin = " ".join(words[:2])
+        if "--serve" in words:
+            visit(words)
+            continue
+        done = run_forked(*words, *options.get(begin, options.get(words[0], "")).split())
         assert done.returncode == 0, f"{command}: {done.stderr}"
-        said[start] = done.stderr
+        said[begin] = done.stderr
     return said
+
+
+def visit(words):
+    """Serve as a command says, at a free port, until the page and an answer have come."""
+    run = start([*words, "--port", "0"], Path("served.txt"))
+    try:
+        assert run.wait_until(lambda: "(Ctrl-C ends)" in run.said()), run.said()
+        (url,) = re.findall(r"serving .* at (http://127\.0\.0\.1:\d+/) ", run.said())
+        with urlopen(url, timeout=60) as answer:
+            assert "Picture search" in answer.read().decode()
+        with urlopen(f"{url}search?text=fox&k=3", timeout=60) as answer:
+            found = json.load(answer)["pictures"]
+        assert len(found) == 3
+        with urlopen(url.rstrip("/") + found[0]["picture"], timeout=60) as answer:
+            assert Image.open(BytesIO(answer.read())).size == (60, 48)
+        run.signal(signal.SIGINT)
+        assert run.wait() == [0], run.said()
+    finally:
+        run.kill()
 
 
 @pytest.fixture
@@ -108,6 +135,26 @@ def test_own_photos(here):
     assert (here / "runs/photos/report.html").stat().st_size > 0
     assert (here / "exports/photos/open_clip_model.safetensors").exists()
     assert (here / "embeddings/embeddings.parquet").exists()
+
+
+def test_a_search_page(here):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    write_photos(here)
+    packed = run_forked("data", "pack", "train.csv", "shards/train", "--images", "photos")
+    assert packed.returncode == 0, packed.stderr
+    (here / "made").mkdir()
+    run, _ = run_of(here / "made", "clip")
+    (here / "runs").mkdir()
+    run.rename(here / "runs/photos")
+    given = {"photos/2024/IMG_0412.jpg": "photos/7.jpg"}
+    said = follow("search.md", given, {"embed": "--workers 0"})
+    assert "recall@10" in said["embed shards/train"]
+    metrics = json.loads((here / "found/metrics.json").read_text())
+    assert (metrics["rows"]["dtype"], metrics["index"]["kind"]) == ("int8", "flat")
+    asked = run_forked("search", "found", "photos/7.jpg", "--json", "true")
+    answer = asked.stderr[asked.stderr.index("[\n") :]
+    (first, *_), *_ = [each["pictures"] for each in json.JSONDecoder().raw_decode(answer)[0]]
+    assert first["caption"] == f"{UNITS[1]} fox {UNITS[1]}"  # of photos/7.jpg
 
 
 def test_a_published_siglip2(here):

@@ -6,7 +6,7 @@ stand for. Without an index all rows are looked at; with one, its shortlist is s
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,10 +201,10 @@ def _policy_of(rows: StoredRows, policy: PicturePolicy) -> PicturePolicy:
     """Decode pictures as those of the rows were."""
     stated = rows.source.get("pictures")
     said = {**(stated if isinstance(stated, dict) else {}), **rows.manifest}
-    names = (*policy.of_model, "truncated_pictures", "max_image_pixels")
+    names = [each.name for each in fields(PicturePolicy) if each.name in said]
     try:
-        return policy.changed(**{name: said[name] for name in names if name in said})
-    except (UserError, TypeError) as error:
+        return policy.changed(**{name: said[name] for name in names})
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"index ({rows.folder}) is damaged ({error}); run embed again") from error
 
 

@@ -1,14 +1,21 @@
 """``search`` as a user calls it."""
 
+import io
 import json
 import shutil
 import threading
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dist_siglip.cli import main
+from dist_siglip.data.remote import CacheSettings
+from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.evaluation.embed.stored_rows import StoredRows
+from dist_siglip.evaluation.search.pictures import ShardPictures
 from dist_siglip.evaluation.search.server import SearchServer
 from tests.support.embedding import COUNTS
 from tests.support.shards import encode, picture, write_shards
@@ -71,6 +78,31 @@ def test_a_run_that_moved_is_named_anew_and_another_is_refused(index, tmp_path, 
     (moved / "source.json").write_text(json.dumps({"shards": source["shards"]}))
     assert main(["search", str(moved), "a pair"]) == 2
     assert "does not say its model; name it by --run_dir" in capsys.readouterr().err
+
+
+def test_a_table_of_other_formats_is_searched_as_it_was_embedded(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ["image,caption"]
+    for number in range(6):
+        grey = np.full((24, 24), 100, dtype=np.uint16)
+        grey[number * 3 : number * 3 + 6, 4:20] = 900
+        Image.fromarray(grey).save(f"{number}.tif")
+        lines.append(f"{number}.tif,pair number {number}")
+    Path("rows.csv").write_text("\n".join(lines) + "\n")
+    run, _ = run_of(tmp_path, "clip")
+    options = ["--formats=[png,tiff]", "--intensity_window=[0,1000]", "--device=cpu", "--workers=0"]
+    assert main(["embed", "rows.csv", "--out=e", f"--run_dir={run}", *options]) == 0
+    capsys.readouterr()
+    assert main(["search", "e", "4.tif", "--k=2", "--json=true"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["pictures"][0]["row"] == 4
+    assert answer["pictures"][0]["score"] == pytest.approx(1, abs=1e-3)
+    rows = StoredRows(Path("e"))
+    policy = PicturePolicy(formats=("tiff",), intensity_window=(0, 1000))
+    copies = ShardPictures(rows, policy, shards=None, cache=CacheSettings())
+    kind, data = copies.copy(4)
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    assert (kind, pixels[13, 10, 0], pixels[2, 2, 0]) == ("image/png", 230, 26)
 
 
 @pytest.mark.parametrize(

@@ -236,10 +236,28 @@ def test_credentials_of_shards_are_for_the_user_alone(shards, tmp_path):
 
 def test_the_pictures_of_a_query_are_decoded_as_those_of_the_folder(shards, built, tmp_path):
     apply = dataclasses.replace(built, pictures=built.pictures.changed(transparency="drop"))
-    settings = EmbedSettings(workers=0, device="cpu", max_image_pixels=4321)
+    settings = EmbedSettings(
+        workers=0,
+        device="cpu",
+        max_image_pixels=4321,
+        formats=("png", "bmp"),
+        intensity_window=(5.0, 9.0),
+    )
     out = tmp_path / "e"
-    source = {**SOURCE, "pictures": apply.pictures.of_model}
+    policy = settings.pictures(apply.pictures)
+    source = {**SOURCE, "pictures": dataclasses.asdict(policy)}
     embed_shards(table_of(shards), apply, out, settings, source=source)
-    found = PictureSearch(out, built, device=CPU)
-    policy = found.built.pictures
-    assert (policy.transparency, policy.max_image_pixels) == ("drop", 4321)
+    found = PictureSearch(out, built, device=CPU).built.pictures
+    assert found == policy
+    assert (found.transparency, found.max_image_pixels) == ("drop", 4321)
+    assert (found.formats, found.intensity_window) == (("png", "bmp"), (5.0, 9.0))
+    for name, value in (("formats", 3), ("intensity_window", ["a", 1]), ("transparency", [])):
+        stated = json.dumps(
+            {**json.loads((out / "source.json").read_text()), "pictures": {name: value}}
+        )
+        (out / "source.json").write_text(stated)
+        (out / "embed.json").write_text(
+            json.dumps({**json.loads((out / "embed.json").read_text()), name: value})
+        )
+        with pytest.raises(UserError, match="is damaged"):
+            PictureSearch(out, built, device=CPU)
