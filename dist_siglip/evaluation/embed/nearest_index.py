@@ -102,7 +102,8 @@ class NearestIndex:
         remedy = "build it anew: embed with --index faiss, or search with --exact true"
         try:
             check_regular(folder / _FILE)
-            index = read(str(folder / _FILE))
+            # A file may name others that hold its cells: none outside of this folder.
+            index = read(str(folder / _FILE), faiss.IO_FLAG_ONDISK_SAME_DIR)
         except (OSError, RuntimeError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise UserError(f"{folder / _FILE} cannot be read ({reason}); {remedy}") from error

@@ -135,6 +135,26 @@ def test_small_and_damaged_indexes_are_one_line(tmp_path):
         NearestIndex.read(StoredRows(folder))
 
 
+def test_an_index_opens_no_file_outside_of_its_folder(tmp_path):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    folder = tmp_path / "e"
+    write_folder(folder, "float32", 60)
+    build_index(folder, "flat")
+    rows = StoredRows(folder)
+    flat = faiss.IndexFlatIP(16)
+    other = faiss.IndexIVFFlat(flat, 16, 2, faiss.METRIC_INNER_PRODUCT)
+    vectors = np.concatenate([block.numpy() for block in rows.blocks()])
+    other.train(vectors)
+    lists = faiss.OnDiskInvertedLists(2, other.code_size, str(tmp_path / "cells"))
+    other.replace_invlists(lists)
+    other.add(vectors)
+    file = folder / "index" / "index.faiss"
+    faiss.write_index(other, str(file))
+    with pytest.raises(UserError, match=r"index.faiss cannot be read"):
+        NearestIndex.read(rows)
+    assert faiss.read_index(str(file)).ntotal == 60  # faiss alone would open it
+
+
 def test_rows_that_a_hostile_index_names_beside_those_there_are_passed_over(tmp_path):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed")
     folder = tmp_path / "e"
