@@ -132,7 +132,8 @@ def embed(
         index: "faiss" also builds an index of the image rows for search, and measures what it finds
             of the exact neighbours; of a finished folder nothing else is done. Null builds none.
         index_kind: "flat" looks at all rows, "hnsw" follows a graph, "ivf_pq" looks at some cells
-            of rows of D/4 bytes; "auto" is flat below 20,000 rows, hnsw below 2,000,000.
+            of rows of D/4 bytes, "bits" at a bit for each column; "auto" is flat below 20,000 rows,
+            hnsw below 2,000,000.
         num_patches: most patches of a picture, for towers of pictures of any shape (NaFlex). Null
             is as the run or the model says.
         tokens: true writes the patch tokens behind the last norm of the image tower, too, as

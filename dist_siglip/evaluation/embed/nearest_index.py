@@ -3,6 +3,7 @@
     flat     all rows, as small as they are stored; bits for binary rows
     hnsw     a graph of neighbours over such rows
     ivf_pq   cells of near rows, of which some are looked at; D / 4 bytes a row
+    bits     a bit for each column of all rows that are stored otherwise; D / 8 bytes a row
 
 What an index finds is a shortlist, ``max(4 k, 100)`` rows, scored again by the stored rows and the
 query in floats. ``index/index.faiss`` and ``index/index.json`` lie in the folder of the embeddings;
@@ -13,6 +14,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,14 @@ from torch import Tensor
 
 from dist_siglip.data.samples.cached_features import Tower
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.embed.quantized import RECALL_AT, RowCodec, overlap, read_codecs, spread
+from dist_siglip.evaluation.embed.quantized import (
+    CALIBRATION_ROWS,
+    RECALL_AT,
+    RowCodec,
+    overlap,
+    read_codecs,
+    spread,
+)
 from dist_siglip.evaluation.embed.stored_rows import StoredRows, read_object
 from dist_siglip.system.atomic import open_atomically, write_atomically
 from dist_siglip.system.process_lock import hold
@@ -32,7 +41,7 @@ from dist_siglip.system.regular_file import check_regular, read_json
 
 _LOGGER = logging.getLogger(__name__)
 
-IndexKind = Literal["auto", "flat", "hnsw", "ivf_pq"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf_pq", "bits"]
 METRICS_FILE = "metrics.json"
 _FOLDER, _FILE, _FACTS = "index", "index.faiss", "index.json"
 _FLAT_BELOW, _HNSW_BELOW = 20_000, 2_000_000  # rows, for "auto"
@@ -73,7 +82,7 @@ class NearestIndex:
         rows: the stored rows.
         index: of faiss.
         facts: of index.json.
-        query_codecs: by which tower queries to binary rows get their bits.
+        query_codecs: by tower, what makes bits of queries; nothing for an index of floats.
     """
 
     def __init__(
@@ -98,7 +107,8 @@ class NearestIndex:
             return None
         facts = read_object(folder / _FACTS)
         faiss = load_faiss(", or search without the index: --exact true")
-        read = faiss.read_index_binary if rows.dtype == "binary" else faiss.read_index
+        is_binary = _has_bits(facts.get("kind"), rows)
+        read = faiss.read_index_binary if is_binary else faiss.read_index
         remedy = "build it anew: embed with --index faiss, or search with --exact true"
         try:
             check_regular(folder / _FILE)
@@ -107,13 +117,13 @@ class NearestIndex:
         except (OSError, RuntimeError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise UserError(f"{folder / _FILE} cannot be read ({reason}); {remedy}") from error
-        width = -(-rows.dim // 8) * 8 if rows.dtype == "binary" else rows.dim
+        width = -(-rows.dim // 8) * 8 if is_binary else rows.dim
         if index.ntotal != len(rows) or index.d != width or "kind" not in facts:
             raise UserError(
                 f"{folder / _FILE} holds {index.ntotal} rows of width {index.d}, not the "
                 f"{len(rows)} of width {width} beside it; {remedy}"
             )
-        return cls(rows, index, facts, _query_codecs(rows))
+        return cls(rows, index, facts, _query_codecs(facts["kind"], rows))
 
     def shortlist(self, queries: Tensor, count: int, tower: Tower = "text") -> NDArray[np.int64]:
         """Find rows that may be near.
@@ -153,13 +163,14 @@ def build_index(folder: Path, kind: IndexKind) -> None:
             return
         started = time.monotonic()
         _LOGGER.info("building a %s index of %d rows", chosen, len(rows))
-        index = (
-            _binary(faiss, chosen, rows) if rows.dtype == "binary" else _floats(faiss, chosen, rows)
-        )
+        is_binary, codecs = _has_bits(chosen, rows), _query_codecs(chosen, rows)
+        if is_binary:
+            index = _binary(faiss, chosen, rows, codecs["image"])
+        else:
+            index = _floats(faiss, chosen, rows)
         seconds = time.monotonic() - started
-        made = NearestIndex(rows, index, facts, _query_codecs(rows))
+        made = NearestIndex(rows, index, facts, codecs)
         found = measure_index(made, rows, *_queries(rows))
-        is_binary = rows.dtype == "binary"
         content = (faiss.serialize_index_binary if is_binary else faiss.serialize_index)(index)
         sizes = {"bytes": content.nbytes, "build_seconds": seconds}
         try:
@@ -178,14 +189,18 @@ def _choose(kind: IndexKind, rows: StoredRows) -> str:
         if len(rows) < _FLAT_BELOW:
             return "flat"
         return "hnsw" if is_binary or len(rows) < _HNSW_BELOW else "ivf_pq"
-    if kind == "ivf_pq" and is_binary:
-        raise UserError("index_kind (ivf_pq) must be flat or hnsw with binary rows")
+    if kind in ("ivf_pq", "bits") and is_binary:
+        raise UserError(f"index_kind ({kind}) must be flat or hnsw with binary rows")
     if kind == "ivf_pq" and len(rows) < _LEAST_PQ:
         raise UserError(
             f"index_kind (ivf_pq) is trained on at least {_LEAST_PQ:,} rows, and there are "
             f"{len(rows):,}; take flat or hnsw"
         )
     return kind
+
+
+def _has_bits(kind: object, rows: StoredRows) -> bool:
+    return rows.dtype == "binary" or kind == "bits"
 
 
 def _floats(faiss: Any, kind: str, rows: StoredRows) -> Any:
@@ -211,26 +226,43 @@ def _floats(faiss: Any, kind: str, rows: StoredRows) -> Any:
     return index
 
 
-def _binary(faiss: Any, kind: str, rows: StoredRows) -> Any:
+def _binary(faiss: Any, kind: str, rows: StoredRows, codec: RowCodec) -> Any:
     width = -(-rows.dim // 8) * 8
     if kind == "hnsw":
         index = faiss.IndexBinaryHNSW(width, _NEIGHBORS)
         index.hnsw.efSearch = _SEARCHED
     else:
         index = faiss.IndexBinaryFlat(width)
-    for codes in rows.code_blocks():
+    if kind == "bits":
+        blocks: Iterator[NDArray[Any]] = (codec.encode(block).numpy() for block in rows.blocks())
+    else:
+        blocks = rows.code_blocks()
+    for codes in blocks:
         index.add(np.ascontiguousarray(codes))
     return index
 
 
-def _query_codecs(rows: StoredRows) -> dict[Tower, RowCodec]:
-    """Codecs of queries to binary rows; without text rows, texts are cut where pictures are."""
+def _query_codecs(kind: str, rows: StoredRows) -> dict[Tower, RowCodec]:
+    """Find what makes bits of queries; without text rows, texts are cut where pictures are.
+
+    Bits of rows that are stored otherwise are calibrated on the first of these, each time alike.
+    """
+    has_texts = rows.manifest.get("towers") == "both"
+    if kind == "bits":
+        of_towers: dict[Tower, StoredRows] = {"image": rows, "text": rows}
+        if has_texts:
+            of_towers["text"] = StoredRows(rows.folder, "text")
+        return {tower: _fit_bits(each) for tower, each in of_towers.items()}
     if rows.codec is None or rows.dtype != "binary":
         return {}
     texts = rows.codec
-    if rows.manifest.get("towers") == "both":
+    if has_texts:
         texts = read_codecs(rows.folder, "binary", ("text",), rows.dim)["text"]
     return {"image": rows.codec, "text": texts}
+
+
+def _fit_bits(rows: StoredRows) -> RowCodec:
+    return RowCodec.fit("binary", rows.take(np.arange(min(CALIBRATION_ROWS, len(rows)))))
 
 
 def _queries(rows: StoredRows) -> tuple[Tensor, Tower, Tensor | None]:

@@ -105,8 +105,10 @@ class EmbedSettings:
             )
         if self.index is not None and self.towers == "text":
             raise UserError(f"index ({self.index}) is one of pictures, and towers is text")
-        if self.index_kind == "ivf_pq" and self.dtype == "binary":
-            raise UserError("index_kind (ivf_pq) must be auto, flat or hnsw with binary rows")
+        if self.index_kind in ("ivf_pq", "bits") and self.dtype == "binary":
+            raise UserError(
+                f"index_kind ({self.index_kind}) must be auto, flat or hnsw with binary rows"
+            )
         self.captions.check()
         self.pictures(PicturePolicy())
 

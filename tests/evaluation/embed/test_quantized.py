@@ -187,6 +187,7 @@ def test_a_cut_is_quantised_after_it_is_made(tmp_path, shards, built, rows):
         ({"index": "faiss", "format": "features"}, r"index \(faiss\) needs format"),
         ({"index": "faiss", "towers": "text"}, "towers is text"),
         ({"index_kind": "ivf_pq", "dtype": "binary"}, "must be auto, flat or hnsw"),
+        ({"index_kind": "bits", "dtype": "binary"}, "must be auto, flat or hnsw"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

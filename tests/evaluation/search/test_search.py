@@ -91,6 +91,8 @@ def test_texts_pictures_and_rows_find_the_nearest_pictures(tmp_path, shards, bui
         {"dim": 4, "rotate": "pca"},
         {"dtype": "int8"},
         {"dtype": "float16", "index": "faiss"},
+        {"dtype": "int8", "index": "faiss", "index_kind": "bits"},
+        {"dtype": "int8", "towers": "image", "index": "faiss", "index_kind": "bits"},
         {"dtype": "binary", "index": "faiss"},
         {"dtype": "binary", "towers": "image", "index": "faiss"},
     ],
@@ -99,7 +101,8 @@ def test_queries_are_cut_turned_and_coded_as_the_rows_are(tmp_path, shards, buil
     if "index" in settings:
         pytest.importorskip("faiss", reason="faiss is not installed")
     found = PictureSearch(embedded(shards, built, tmp_path / "e", **settings), built, device=CPU)
-    assert found.method == ("flat" if "index" in settings else "exact")
+    expected = settings.get("index_kind", "flat") if "index" in settings else "exact"
+    assert found.method == expected
     hits = found.by_picture(encode(picture(9)), 3)
     if settings.get("dtype") == "binary":  # 8 columns have few bits
         assert 9 in {hit.row for hit in found.by_picture(encode(picture(9)), 12)}
