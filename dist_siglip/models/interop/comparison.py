@@ -1,7 +1,7 @@
 """Features of an export against those of the model it was written from.
 
 Pixels and captions go through our towers and tokenizer, and through what another library made of
-the files. The largest difference of any entry of a feature is reported.
+the files. The largest difference of any entry of a feature is reported, and the lowest cosine.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,28 @@ class Reader(NamedTuple):
         encode_image: (B, 3, H, W) normalised pixels, or packed patches of a NaFlex tower, to (B, D)
             features.
         encode_captions: B captions to (B, D) features, with the tokenizer that was written.
+        encode_tokens: (B, L) token ids to (B, D) features, where the form takes tokens.
     """
 
     encode_image: Callable[[Tensor], Tensor]
     encode_captions: Callable[[list[str]], Tensor]
+    encode_tokens: Callable[[Tensor], Tensor] | None = None
 
 
-def largest_difference(built: BuiltModel, reader: Reader) -> float:
-    """Return the largest difference of an entry of a feature, over pixels and captions.
+class Difference(NamedTuple):
+    """Features of an export against ours, over a few pictures and captions.
 
-    Returns:
-        A number, not-a-number if a feature read back is none.
+    Attributes:
+        largest: difference of an entry, not-a-number if a feature read back is none.
+        lowest_cosine: of a feature and ours, likewise.
+    """
+
+    largest: float
+    lowest_cosine: float
+
+
+def compare(built: BuiltModel, reader: Reader) -> Difference:
+    """Compare features of pixels and captions.
 
     Raises:
         UserError: If our own features are not numbers.
@@ -65,7 +76,8 @@ def largest_difference(built: BuiltModel, reader: Reader) -> float:
                 "diverged"
             )
         theirs = torch.cat((reader.encode_image(images), reader.encode_captions(captions)))
-    return float((ours - theirs).abs().max())
+    lowest = float((ours * theirs).sum(1).min() if theirs.isfinite().all() else torch.nan)
+    return Difference(float((ours - theirs).abs().max()), lowest)
 
 
 def _flexible(budget: PatchBudget) -> Tensor:

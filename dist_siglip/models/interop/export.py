@@ -1,4 +1,4 @@
-"""Export of a trained model to open_clip, transformers, safetensors or ONNX.
+"""Export of a trained model to open_clip, transformers, sentence-transformers or ONNX.
 
 Every form is a function that writes into a folder and one that reads it back with the library it is
 meant for. A folder appears whole, under its final name, after its features were found equal to
@@ -8,19 +8,27 @@ ours. An earlier folder is replaced only on request, and only if it is an export
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
-from dist_siglip.models.interop.comparison import largest_difference
-from dist_siglip.models.interop.to_onnx import read_onnx, write_onnx
+from dist_siglip.models.interop.comparison import Reader, compare
+from dist_siglip.models.interop.publish import Card, Form, write_card
+from dist_siglip.models.interop.to_onnx import (
+    GraphPrecision,
+    TokenType,
+    lower_precision,
+    read_onnx,
+    write_onnx,
+)
 from dist_siglip.models.interop.to_open_clip import (
     name_text_tower,
     read_open_clip,
@@ -28,7 +36,12 @@ from dist_siglip.models.interop.to_open_clip import (
     write_open_clip,
     write_safetensors,
 )
-from dist_siglip.models.interop.to_transformers import read_hugging_face, write_hugging_face
+from dist_siglip.models.interop.to_transformers import (
+    read_hugging_face,
+    read_sentence_transformers,
+    write_hugging_face,
+    write_sentence_transformers,
+)
 from dist_siglip.models.weights_file import refuse_not_finite
 
 # The file by which an export is known.
@@ -95,14 +108,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-Form = Literal["open_clip", "hf", "safetensors", "onnx"]
-
 # Of an entry of a feature of length 1, in fp32.
 LARGEST_DIFFERENCE = 1e-5
+# Of a feature in fp16 and the same in fp32; below, something has overflowed.
+_LOWEST_COSINE = 0.99
 
-_FORMS = {
+_FORMS: dict[Form, tuple[Callable[..., None], Callable[[BuiltModel, Path], Reader]]] = {
     "open_clip": (write_open_clip, read_open_clip),
     "hf": (write_hugging_face, read_hugging_face),
+    "sentence-transformers": (write_sentence_transformers, read_sentence_transformers),
     "safetensors": (write_safetensors, read_safetensors),
     "onnx": (write_onnx, read_onnx),
 }
@@ -114,14 +128,26 @@ class Exported:
 
     Args:
         folder: where it is.
-        largest_difference: between an entry of our features and of those read back.
+        largest_difference: between an entry of our features and of those read back, in fp32.
+        lowered: what a lower precision has changed: ``lowest_cosine``, and what ``measure`` found.
     """
 
     folder: Path
     largest_difference: float
+    lowered: Mapping[str, Any] = field(default_factory=dict)
 
 
-def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool = False) -> Exported:
+def export_model(
+    built: BuiltModel,
+    folder: Path,
+    *,
+    to: Form,
+    overwrite: bool = False,
+    precision: GraphPrecision = "fp32",
+    token_type: TokenType = "int64",
+    measure: Callable[[Reader], Mapping[str, Any]] | None = None,
+    card: Card | None = None,
+) -> Exported:
     """Write a model into a folder for another library, and read it back before it is shown.
 
     Args:
@@ -129,27 +155,36 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
         folder: made; it is there only if everything went well.
         to: which library's form.
         overwrite: replace an earlier export in ``folder``.
+        precision: of the graphs of ONNX. They are compared in fp32, then lowered.
+        token_type: of the token ids that the text graph of ONNX takes.
+        measure: called with the lowered graphs; what it returns goes to export.json and the card.
+        card: what the model card says beside the model itself.
 
     Raises:
         UserError: If a weight is not finite, the form cannot express the model, a package is
-            missing, ``folder`` is in use or cannot be written, or the features read back differ by
-            more than 1e-5.
+            missing, ``folder`` is in use or cannot be written, the features read back differ by
+            more than 1e-5, or those in fp16 have another direction.
     """
     refuse_not_finite(built.encoder.clip.state_dict(), "the model")
+    if to != "onnx" and (precision, token_type) != ("fp32", "int64"):
+        raise UserError(f"precision ({precision}) and token_type ({token_type}) are of onnx alone")
     write, read = _FORMS[to]
+    if to == "onnx":
+        write = partial(write_onnx, token_type=token_type)
     with whole_folder(folder, overwrite=overwrite) as beside:
         try:
             write(built, beside)
         except (OSError, SafetensorError) as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"out ({folder}) cannot be written: {text}") from error
-        difference = largest_difference(built, read(built, beside))
+        difference = compare(built, read(built, beside)).largest
         # Not-a-number fails, too.
         if not difference <= LARGEST_DIFFERENCE:
             raise UserError(
                 f"to ({to}) gives features that differ by {difference:.1e}, more than "
                 f"{LARGEST_DIFFERENCE:g}, so nothing was written; use safetensors"
             )
+        lowered = _lower(built, beside, precision, measure) if precision != "fp32" else {}
         if to in ("open_clip", "safetensors"):
             name_text_tower(beside, folder)
         said = {
@@ -157,44 +192,34 @@ def export_model(built: BuiltModel, folder: Path, *, to: Form, overwrite: bool =
             "logit_scale": built.start_scale,
             "logit_bias": built.start_bias,
             "largest_difference": difference,
+            **({"precision": precision, "token_type": token_type} if to == "onnx" else {}),
+            **({"lowered": lowered} if lowered else {}),
             "matryoshka_dims": list(built.prefix_dims),
             **({} if built.patches is None else built.patches._asdict()),
             **built.pictures.of_model,
         }
-        (beside / "README.md").write_text(_card(built, to), encoding="utf-8")
+        text = write_card(built, card or Card(), to, said)
+        (beside / "README.md").write_text(text, encoding="utf-8")
         (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-    return Exported(folder=folder, largest_difference=difference)
+    return Exported(folder=folder, largest_difference=difference, lowered=lowered)
 
 
-def _card(built: BuiltModel, to: Form) -> str:
-    """Model card: what the features are made of, and how many of their dimensions may be used."""
-    lines = [
-        "---",
-        "library_name: dist_siglip",
-        "pipeline_tag: zero-shot-image-classification",
-        "---",
-        "",
-        f"Image and text features of {built.embed_dim} dimensions, divided by their length; the "
-        f"logit of a pair is {built.start_scale:.6g} * cosine + ({built.start_bias:.6g}).",
-    ]
-    if built.patches is not None:
-        lines.append(
-            f"Pictures keep their shape (NaFlex): resized bilinearly to at most "
-            f"{built.patches.num_patches} patches of {built.patches.patch_size} pixels; other "
-            "numbers can be asked for."
+def _lower(
+    built: BuiltModel,
+    folder: Path,
+    precision: GraphPrecision,
+    measure: Callable[[Reader], Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """Lower the precision of the graphs in a folder, and say what that has changed."""
+    lower_precision(folder, "fp16" if precision == "fp16" else "int8")
+    reader = read_onnx(built, folder)
+    cosine = compare(built, reader).lowest_cosine
+    if not cosine > (_LOWEST_COSINE if precision == "fp16" else -1.0):
+        raise UserError(
+            f"precision ({precision}) turns a feature (cosine {cosine:.3f} with that in fp32), so "
+            "nothing was written; use fp32"
         )
-        if to == "hf":
-            lines.append(
-                "Texts are read by `PreTrainedTokenizerFast.from_pretrained` of this folder: of a "
-                "`Siglip2Model` `AutoTokenizer` of transformers 5 makes a tokenizer of its own."
-            )
-    if built.prefix_dims:
-        dims = ", ".join(map(str, built.prefix_dims))
-        lines.append(
-            f"Trained at prefixes (Matryoshka): the first {dims} dimensions can be used alone. Cut "
-            "features, then divide them by their length again."
-        )
-    return "\n".join(lines) + "\n"
+    return {"lowest_cosine": cosine, **({} if measure is None else measure(reader))}
 
 
 __all__ = ["Exported", "Form", "export_model"]

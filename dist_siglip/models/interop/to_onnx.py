@@ -1,7 +1,7 @@
 """The folder that onnxruntime reads: a graph for each tower, and what goes into them.
 
     image.onnx          pixels (B, 3, H, W) fp32, normalised -> features (B, D) of length 1
-    text.onnx           tokens (B, L) int64 -> features (B, D) of length 1
+    text.onnx           tokens (B, L) int64 or int32 -> features (B, D) of length 1
     tokenizer.json      caption to tokens, padded and cut, for ``tokenizers.Tokenizer.from_file``
     dual_encoder.json   preprocessing, context length, scale and absolute bias
 
@@ -9,16 +9,19 @@ B is free, H, W and L are those of the model. Logits are scale * image @ text.T 
 
 Of a NaFlex tower the first graph takes patches (B, N, 3 p^2) fp32, each its pixels in the order
 (row, column, colour), normalised, and shapes (B, 2) int64, rows and columns of patches; N is free.
+
+``lower_precision`` rewrites the graphs; what goes in and comes out stays as it is.
 """
 
 import importlib
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from open_clip.tokenizer import HFTokenizer
@@ -35,6 +38,14 @@ from dist_siglip.models.interop.tokenizer_files import tokenizer_of, whole_token
 _LARGEST_FILE_BYTES = 2**30
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tokenizers")
 _CONFIG_NAME = "dual_encoder.json"
+_GRAPHS = ("image", "text")
+
+GraphPrecision = Literal["fp32", "fp16", "int8"]
+TokenType = Literal["int64", "int32"]
+# Weights of these become int8: layers, and the table of words.
+_INT8 = ["MatMul", "Gemm", "Gather"]
+# Of the length of a feature, whose squares may add up to more than fp16 holds.
+_FLOAT32 = ["ReduceL2", "ReduceSum", "ReduceSumSquare", "Pow", "Sqrt", "LpNormalization"]
 
 
 class _Image(nn.Module):
@@ -67,11 +78,16 @@ class _Text(nn.Module):
         self.encoder = encoder
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.encoder.encode_text(tokens)
+        return self.encoder.encode_text(tokens.long())
 
 
-def write_onnx(built: BuiltModel, folder: Path) -> None:
+def write_onnx(built: BuiltModel, folder: Path, *, token_type: TokenType = "int64") -> None:
     """Write both towers as graphs, with tokenizer and preprocessing.
+
+    Args:
+        built: the model.
+        folder: to write into.
+        token_type: of the token ids that the text graph takes.
 
     Raises:
         UserError: If a package is missing, a tower cannot become a graph, or the tokenizer cannot
@@ -91,7 +107,7 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
     if built.patches is not None:
         patches, shapes = unpack(pack_pictures(pixels, built.patches.patch_size))
         image = (_Patches(built.encoder), {"patches": patches, "shapes": shapes})
-    tokens = built.tokenizer(["a", "b"])
+    tokens = built.tokenizer(["a", "b"]).to(getattr(torch, token_type))
     with evaluation_mode(built.encoder), _quiet():
         _write_graph(*image, folder / "image.onnx")
         _write_graph(_Text(built.encoder), {"tokens": tokens}, folder / "text.onnx")
@@ -100,6 +116,7 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
         "logit_scale": built.start_scale,
         "logit_bias": built.start_bias,
         "context_length": built.context_length,
+        "token_type": token_type,
         "image_size": [height, width],
         "mean": built.mean,
         "std": built.std,
@@ -111,17 +128,75 @@ def write_onnx(built: BuiltModel, folder: Path) -> None:
     (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def lower_precision(folder: Path, precision: Literal["fp16", "int8"]) -> None:
+    """Rewrite both graphs with onnxruntime's tools.
+
+    fp16: weights and arithmetic in half precision, but for the length of features. int8: weights of
+    matrix products by column, and the table of words, in 8 bits; what they are multiplied with is
+    quantised as it comes (dynamic quantisation), so no pictures are needed.
+    """
+    scratch = folder / "lower"
+    scratch.mkdir()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        for name in _GRAPHS:
+            old, new = folder / f"{name}.onnx", scratch / f"{name}.onnx"
+            is_apart = Path(f"{old}.data").exists()
+            make = _to_fp16 if precision == "fp16" else _to_int8
+            make(old, new, is_apart)
+            for path in (old, Path(f"{old}.data")):
+                path.unlink(missing_ok=True)
+            for suffix in ("", ".data"):
+                made = Path(f"{new}{suffix}")
+                if made.exists():
+                    made.rename(folder / made.name)
+    finally:
+        logging.disable(disabled)
+        shutil.rmtree(scratch)
+
+
+def _to_fp16(old: Path, new: Path, is_apart: bool) -> None:
+    onnx: Any = importlib.import_module("onnx")
+    half: Any = importlib.import_module("onnxruntime.transformers.float16")
+    blocked = [*half.DEFAULT_OP_BLOCK_LIST, *_FLOAT32]
+    model = half.convert_float_to_float16(
+        onnx.load(old), keep_io_types=True, op_block_list=blocked, disable_shape_infer=is_apart
+    )
+    onnx.save(model, new, save_as_external_data=is_apart, location=f"{new.name}.data")
+
+
+def _to_int8(old: Path, new: Path, is_apart: bool) -> None:
+    quantization: Any = importlib.import_module("onnxruntime.quantization")
+    prepared = new.with_suffix(".prepared.onnx")
+    # Folds transposed weights, which would be left as they are.
+    quantization.shape_inference.quant_pre_process(
+        str(old), str(prepared), skip_symbolic_shape=True, save_as_external_data=is_apart
+    )
+    quantization.quantize_dynamic(
+        prepared,
+        new,
+        op_types_to_quantize=_INT8,
+        per_channel=True,
+        use_external_data_format=is_apart,
+    )
+
+
 def read_onnx(built: BuiltModel, folder: Path) -> Reader:
     """Read a folder with onnxruntime and tokenizers alone."""
     from tokenizers import Tokenizer
 
     runtime: Any = importlib.import_module("onnxruntime")
-    image, text = (runtime.InferenceSession(folder / f"{name}.onnx") for name in ("image", "text"))
+    image, text = (runtime.InferenceSession(folder / f"{name}.onnx") for name in _GRAPHS)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    token_type = text.get_inputs()[0].type.removeprefix("tensor(").removesuffix(")")
+
+    def encode_tokens(tokens: Tensor) -> Tensor:
+        array = tokens.numpy().astype(token_type)
+        return torch.from_numpy(text.run(None, {"tokens": array})[0])
 
     def encode_captions(captions: list[str]) -> Tensor:
-        tokens = torch.tensor([row.ids for row in tokenizer.encode_batch(captions)])
-        return torch.from_numpy(text.run(None, {"tokens": tokens.numpy()})[0])
+        return encode_tokens(torch.tensor([row.ids for row in tokenizer.encode_batch(captions)]))
 
     def encode_image(images: Tensor) -> Tensor:
         inputs = {"pixels": images}
@@ -133,6 +208,7 @@ def read_onnx(built: BuiltModel, folder: Path) -> Reader:
     return Reader(
         encode_image=encode_image,
         encode_captions=encode_captions,
+        encode_tokens=encode_tokens,
     )
 
 

@@ -8,8 +8,12 @@ Sizes are read from the towers themselves. ``SiglipModel`` takes an image tower 
 attention pooling and a text tower without causal mask, pooled at its last token (SigLIP, and
 SigLIP 2 at a fixed image size), ``Siglip2Model`` one whose pictures have any shape (NaFlex);
 ``CLIPModel`` takes open_clip's own CLIP.
+
+The folder of ``sentence_transformers.SentenceTransformer`` is the same one with the list of its
+modules (``modules.json``): towers and processor, then the division by the length.
 """
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -219,6 +223,74 @@ def read_hugging_face(built: BuiltModel, folder: Path) -> Reader:
     return Reader(
         encode_image=encode_image,
         encode_captions=encode_captions,
+    )
+
+
+_MODULES = ("transformer.Transformer", "normalize.Normalize")
+
+
+def write_sentence_transformers(built: BuiltModel, folder: Path) -> None:
+    """Write a model as sentence-transformers reads it.
+
+    Raises:
+        UserError: As ``write_hugging_face``; or the package is missing, or pictures have any shape,
+            whose folders transformers reads with a tokenizer of its own.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise UserError(
+            'to (sentence-transformers) needs it; run: pip install "dist-siglip'
+            '[sentence-transformers]"'
+        )
+    if built.patches is not None:
+        raise UserError(
+            "to (sentence-transformers) takes pictures of one size only: transformers reads texts "
+            "of a Siglip2Model by a tokenizer of its own; use hf or onnx"
+        )
+    write_hugging_face(built, folder)
+    towers = {
+        kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+        for kind in ("text", "image")
+    }
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": towers,
+        "module_output_name": "sentence_embedding",
+        # As the towers were trained: texts padded to the whole length, pictures resized by Pillow.
+        "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},
+        "processor_kwargs": {"backend": "pil"},
+    }
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": path,
+            "type": f"sentence_transformers.base.modules.{kind}",
+        }
+        for i, (path, kind) in enumerate(zip(("", "1_Normalize"), _MODULES, strict=True))
+    ]
+    (folder / "1_Normalize").mkdir()
+    _write_json(folder / "1_Normalize" / CONFIG_NAME, {"module_input_name": "sentence_embedding"})
+    _write_json(folder / "sentence_bert_config.json", settings)
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    said = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    _write_json(folder / "config_sentence_transformers.json", said)
+
+
+def read_sentence_transformers(built: BuiltModel, folder: Path) -> Reader:
+    """Read a folder with sentence-transformers alone."""
+    package: Any = importlib.import_module("sentence_transformers")
+    with quiet_transformers():
+        model = package.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+    def encode_image(images: Tensor) -> Tensor:
+        features: Tensor = model({"pixel_values": images, "modality": "image"})[
+            "sentence_embedding"
+        ]
+        return features
+
+    return Reader(
+        encode_image=encode_image,
+        encode_captions=lambda captions: model.encode(captions, convert_to_tensor=True),
     )
 
 
