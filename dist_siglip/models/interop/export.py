@@ -63,7 +63,7 @@ def whole_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"out ({folder}) cannot be made: {error.strerror or error}") from error
     try:
         yield beside
-        for path in (*beside.iterdir(), beside):
+        for path in (*beside.rglob("*"), beside):
             _sync(path)
         _rename(beside, folder)
     except BaseException:

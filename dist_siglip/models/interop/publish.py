@@ -16,6 +16,7 @@ import yaml
 
 from dist_siglip.errors import UserError
 from dist_siglip.models.build import BuiltModel
+from dist_siglip.system.redaction import redact
 
 Form = Literal["open_clip", "hf", "sentence-transformers", "safetensors", "onnx"]
 
@@ -204,8 +205,8 @@ def _model(built: BuiltModel, to: Form | None) -> list[str]:
 def _checked(said: Mapping[str, Any]) -> list[str]:
     """Say what reading the files back has shown."""
     text = (
-        f"Read back, an entry of a feature differs by {said['largest_difference']:.1e} at most from "
-        "the model that was trained."
+        f"Read back, an entry of a feature differs by {said['largest_difference']:.1e} at most "
+        "from the model that was trained."
     )
     lowered = said.get("lowered")
     if lowered is None:
@@ -285,24 +286,22 @@ def push_folder(
     ]
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.model_info(repository).private:
-            raise UserError(
-                f"private (true), but {repository} is public already; make it private on the hub, "
-                "or push to another name"
+        is_open = private and not api.model_info(repository).private
+        if not is_open:
+            if revision is not None and revision != "main":
+                api.create_branch(repository, branch=revision, exist_ok=True)
+            # upload_folder may make several commits of it.
+            done = api.create_commit(
+                repository, operations, commit_message="Upload model", revision=revision
             )
-        if revision is not None and revision != "main":
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        # upload_folder may make several commits of it.
-        done = api.create_commit(
-            repository, operations, commit_message="Upload model", revision=revision
-        )
-    except UserError:
-        raise
-    except Exception as error:  # its versions raise those of three HTTP libraries, and ValueError
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # of one of three HTTP libraries, by its version, or a ValueError
+        text = redact(" ".join(str(error).split())[:200]) or type(error).__name__
+        raise UserError(f"push ({repository}) failed, and was to be one commit: {text}") from error
+    if is_open:
         raise UserError(
-            f"push ({repository}) failed, and none of its files were committed: {text}"
-        ) from error
+            f"private (true), but {repository} is public already, so nothing was pushed; make it "
+            "private on the hub, or push to another name"
+        )
     return str(done.commit_url)
 
 

@@ -82,7 +82,7 @@ def load_start(run_dir: str) -> BuiltModel:
     Raises:
         UserError: if the run started at random, or its weights are gone.
     """
-    settings = _read_config(RunFolder(Path(run_dir)))["model"]
+    settings = read_config(RunFolder(Path(run_dir)))["model"]
     built = build_dual_encoder(
         settings["model"],
         settings.get("pretrained"),
@@ -106,7 +106,7 @@ def load_start(run_dir: str) -> BuiltModel:
 
 
 def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> BuiltModel:
-    config = _read_config(folder)
+    config = read_config(folder)
     settings, data = config["model"], config.get("data")
     checkpoint = newest_sound_checkpoint(folder) if ckpt_path is None else Path(ckpt_path)
     if checkpoint is None:
@@ -153,8 +153,12 @@ def _prefix_dims(loss: Any) -> tuple[int, ...]:
     return tuple(sorted(settings["dims"], reverse=True))
 
 
-def _read_config(folder: RunFolder) -> Mapping[str, Any]:
-    """The resolved configuration of a run, whose group "model" names one."""
+def read_config(folder: RunFolder) -> Mapping[str, Any]:
+    """Read the resolved configuration of a run, whose group "model" names one.
+
+    Raises:
+        UserError: if there is none, or it names no model.
+    """
     try:
         content = load_yaml(read_regular(folder.config, MOST_BYTES).decode())
         settings = content["model"]
