@@ -106,9 +106,7 @@ def export(
     if push is not None:
         check_push(push)
     described = Card(licence=license)
-    if run_dir is not None:
-        described = card_of_run(Path(run_dir), licence=license)
-    elif model is not None:
+    if model is not None:
         described = Card(licence=license, name=public(model))
     built = load_trained(
         run_dir=run_dir,
@@ -118,6 +116,12 @@ def export(
         weights_average=weights_average,
         num_patches=num_patches,
     )
+    if run_dir is not None:
+        try:
+            described = card_of_run(Path(run_dir), licence=license)
+        except UserError as error:
+            logger.warning("the card says nothing of the run (%s)", error)
+            described = Card(licence=license, name=public(Path(run_dir).resolve().name))
     if card is not None:
         _write(Path(card), write_card(built, described, None, {}))
         return 0
@@ -208,10 +212,11 @@ def _measure(
     is_own = shards is None
     if is_own and run_dir is not None:
         shards, captions = _pairs_of_run(Path(run_dir))
+    if shards is None:
+        logger.warning("recall is not compared: give val_shards")
+        return None
+    task = PairMetrics(shards, name="val_shards", captions=captions, loading=loading)
     try:
-        if shards is None:
-            raise UserError("there are no pairs")
-        task = PairMetrics(shards, name="val_shards", captions=captions, loading=loading)
         task.check()
     except UserError as error:
         if not is_own:

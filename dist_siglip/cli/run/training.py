@@ -71,6 +71,7 @@ from dist_siglip.system.best_effort import best_effort
 from dist_siglip.system.process_lock import ProcessLock
 from dist_siglip.system.redaction import redact
 from dist_siglip.training.callbacks import CollapseAlarm, MetricsLog, Preemption
+from dist_siglip.training.callbacks.loggers import attach_report, name_trackers, tell_settings
 from dist_siglip.training.callbacks.preemption import reason_of_early_end
 from dist_siglip.training.datamodule import ImageTextDataModule, refuse_accumulation
 from dist_siglip.training.module import SigLipModule
@@ -180,6 +181,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; all see pictures alike, and the settings say how."""
+        name_trackers(self._get_all().trainer.logger, self.folder.path.resolve().name)
         super().instantiate_classes()
         self.model.use_pictures(self.datamodule.pictures)
         self._get_all().data.update(Namespace(self.datamodule.pictures.of_model))
@@ -254,6 +256,7 @@ class TrainingCLI(LightningCLI):
                 write_atomically(self.folder.config, resolved)
                 if redact(resolved) != resolved:  # a start from this file needs them
                     self.folder.config.chmod(0o600)
+            tell_settings(self.trainer.loggers, settings)
             provenance = collect_provenance(sys.argv, world_size=world_size)
             provenance |= {"lineage": self.model.lineage} if self.model.lineage else {}
             with best_effort(str(self.folder.provenance)):
@@ -349,7 +352,7 @@ class TrainingCLI(LightningCLI):
             from dist_siglip.report import write_report
 
             with best_effort("the report", Exception):
-                write_report(self.folder.path)
+                attach_report(self.trainer.loggers, write_report(self.folder.path))
 
     def _owes_end(self, step: int) -> bool:
         """Whether the last step was reached, but not its evaluation or the report."""

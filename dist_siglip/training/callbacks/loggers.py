@@ -1,26 +1,30 @@
 """Loggers of a run: metrics.jsonl and TensorBoard. A failure to write does not stop the run.
 
-metrics.jsonl has one JSON object a line, whole lines only, no step twice.
+metrics.jsonl has one JSON object a line, whole lines only, no step twice. Trackers that the user
+adds get the name of the run, its settings and, where they take files, its report.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from dist_siglip.runs import RunFolder
+from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import LineLog, best_effort
 from dist_siglip.system.process_lock import check_place
+from dist_siglip.system.redaction import redact
 from dist_siglip.system.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
@@ -171,6 +175,48 @@ class MetricsLog(Logger):
                 os.truncate(self._path, sum(map(len, kept)))  # needs no room
             else:
                 write_atomically(self._path, b"".join(kept))
+
+
+# Class of Lightning -> its argument for the name of a run, without which the tracker invents one.
+_RUN_NAMES = {"WandbLogger": "name", "MLFlowLogger": "run_name"}
+
+
+def name_trackers(settings: Any, name: str) -> None:
+    """Give a run's name to the trackers of ``trainer.logger``, unless they have one.
+
+    Args:
+        settings: the parsed value: what names a class, a list of such, or anything else.
+        name: of the run.
+    """
+    for each in settings if isinstance(settings, list) else [settings]:
+        path, given = getattr(each, "class_path", None), getattr(each, "init_args", None)
+        key = _RUN_NAMES.get(str(path).rpartition(".")[2])
+        if key is not None and given is not None and given.get(key) is None:
+            given[key] = name
+
+
+def tell_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
+    """Hand the settings of a run, by dotted name and without secrets, to trackers of the user."""
+    told = {
+        key: value if isinstance(value, (int, float)) else redact(str(value))
+        for key, value in flatten(settings)
+        if value is not None
+    }
+    for each in loggers:
+        if not isinstance(each, (MetricsLog, TensorBoardLog)):  # beside config.yaml
+            with best_effort(f"the settings in {type(each).__name__}", Exception):
+                each.log_hyperparams(told)
+
+
+def attach_report(loggers: Iterable[Logger], report: Path) -> None:
+    """Hand the report of a run to trackers that take files: W&B and MLflow."""
+    for each in loggers:
+        with best_effort(f"the report in {type(each).__name__}", Exception):
+            if isinstance(each, WandbLogger):
+                wandb: Any = importlib.import_module("wandb")
+                each.experiment.log({"report": wandb.Html(report.read_text(), inject=False)})
+            elif isinstance(each, MLFlowLogger) and each.run_id is not None:
+                each.experiment.log_artifact(each.run_id, str(report))
 
 
 def _is_whole(line: bytes) -> bool:
