@@ -114,3 +114,103 @@ def serve_hub():
     with running(type("Handler", (_Handler,), {"state": state})) as url:
         state.url = url
         yield state
+
+
+class Repositories:
+    """Model repositories that take pushes, as the hub does.
+
+    Attributes:
+        commits: (repository, branch, bytes by path) of each commit, in order.
+        private: by repository; those that are there.
+        asked: method and path of each request.
+        tokens: what each of them sent as authorization.
+        refused: by a part of a path, the status that requests to it get.
+        url: without a slash at the end.
+    """
+
+    def __init__(self):
+        self.commits, self.private, self.asked, self.tokens = [], {}, [], []
+        self.refused, self.stored, self.url = {}, {}, ""
+
+
+class _PushHandler(_Handler):
+    def do_GET(self):
+        self.respond(b"")
+
+    def do_POST(self):
+        self.respond(self.body())
+
+    def do_PUT(self):
+        self.respond(self.body())
+
+    def body(self):
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def respond(self, body):
+        state, place = self.state, unquote(urlsplit(self.path).path)
+        state.asked.append((self.command, place))
+        state.tokens.append(self.headers.get("Authorization"))
+        status = next((code for part, code in state.refused.items() if part in place), None)
+        if status is not None:
+            self.answer({"error": f"refused with {status}"}, status)
+        elif place == "/api/repos/create":
+            said = json.loads(body)
+            name = f"{said['organization']}/{said['name']}"
+            is_private = said.get("private") is True or said.get("visibility") == "private"
+            is_new = name not in state.private
+            state.private.setdefault(name, is_private)
+            self.answer({"url": f"{state.url}/{name}"}, 200 if is_new else 409)
+        elif place == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in place:
+            self.answer({"files": [self.mode_of(each) for each in json.loads(body)["files"]]})
+        elif place.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{state.url}/lfs/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            self.answer({"objects": objects, "transfer": "basic"})
+        elif place.startswith("/lfs/"):
+            state.stored[place.removeprefix("/lfs/")] = body
+            self.answer({})
+        elif "/commit/" in place:
+            name, _, branch = place.removeprefix("/api/models/").partition("/commit/")
+            state.commits.append((name, branch, dict(self.files_of(body))))
+            address = f"{state.url}/{name}/commit/{'1' * 40}"
+            self.answer({"commitUrl": address, "commitOid": "1" * 40})
+        elif "/branch/" in place:
+            self.answer({})
+        else:
+            name = place.removeprefix("/api/models/").partition("/revision/")[0]
+            known = name in state.private
+            said = {"id": name, "sha": "1" * 40, "private": state.private.get(name)}
+            self.answer({**said, "siblings": []} if known else None)
+
+    @staticmethod
+    def mode_of(file):
+        mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+
+    def files_of(self, body):
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                yield value["path"], base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                yield value["path"], self.state.stored[value["oid"]]
+
+
+@contextmanager
+def serve_repositories():
+    """Serve until the block ends."""
+    state = Repositories()
+    with running(type("Handler", (_PushHandler,), {"state": state})) as url:
+        state.url = url
+        yield state
