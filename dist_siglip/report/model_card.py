@@ -241,7 +241,7 @@ def _limits(run: RunRecord) -> list[str]:
         lines.append("- It was measured on no data set but its own validation pairs, if at all.")
     skipped = run.incidents.skipped_steps.total
     if skipped:
-        lines.append(f"- {skipped:,} steps were skipped, since they were not sound.")
+        lines.append(f"- Steps that were skipped, since they were not sound: {skipped:,}.")
     return lines
 
 

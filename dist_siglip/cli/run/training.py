@@ -182,7 +182,12 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; all see pictures alike, and the settings say how."""
         name_trackers(self._get_all().trainer.logger, self.folder.path.resolve().name)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ModuleNotFoundError as error:
+            if error.name:  # a module that could not be imported: no word about a package
+                raise
+            raise UserError(f"trainer.logger: {' '.join(str(error).split())}") from error
         self.model.use_pictures(self.datamodule.pictures)
         self._get_all().data.update(Namespace(self.datamodule.pictures.of_model))
 

@@ -13,8 +13,9 @@ from dist_siglip.models.tuning import LoraSettings, add_adapters
 from dist_siglip.runs import RunFolder
 from dist_siglip.training.module.trained import load_trained
 from tests.support.command import write_settings
-from tests.support.exports import CAPTIONS, features_of
+from tests.support.exports import CAPTIONS, built_from, features_of
 from tests.support.forked_runs import run_forked
+from tests.support.run_folder import write_run
 from tests.support.tiny_models import ARCHITECTURES, write_config
 from tests.support.tuning_ranks import weights_beside
 
@@ -96,10 +97,77 @@ def test_a_model_by_name_is_written_with_what_was_said_of_it(tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_the_card_alone_is_written_from_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    monkeypatch.setattr("dist_siglip.cli.run.export.load_trained", lambda **_: built)
+    folder = write_run(tmp_path / "mine")
+    out = tmp_path / "CARD.md"
+    assert main(["export", f"--run_dir={folder}", f"--card={out}", "--license=mit"]) == 0
+    _, head, text = out.read_text().split("---\n", 2)
+    head = yaml.safe_load(head)
+    assert (head["license"], head["library_name"]) == ("mit", "dist_siglip")
+    assert head["model-index"][0]["name"] == "mine"
+    for words in ("# mine", "## Data", "## Geometry", "## Limits", "`mit`"):
+        assert words in text
+    assert "## Use" not in text
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    missing = tmp_path / "no" / "CARD.md"
+    (tmp_path / "no").write_text("")
+    assert main(["export", f"--run_dir={folder}", f"--card={missing}"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_an_export_is_pushed_with_its_card_and_need_not_stay(tmp_path, monkeypatch, capsys):
+    pushed = {}
+
+    def push(folder, repository, **options):
+        pushed.update({path.name: path.read_text("utf-8", "replace") for path in folder.iterdir()})
+        pushed["to"] = (repository, options)
+        return "https://hub/me/model/commit/1"
+
+    monkeypatch.setattr("dist_siglip.cli.run.export.check_push", lambda repository: None)
+    monkeypatch.setattr("dist_siglip.cli.run.export.push_folder", push)
+    monkeypatch.chdir(tmp_path)
+    model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
+    arguments = ["--to=safetensors", f"--model={model}", "--push=me/model", "--private"]
+    assert main(["export", *arguments, "--revision=v2"]) == 0
+    assert pushed["to"] == ("me/model", {"private": True, "revision": "v2"})
+    assert {"README.md", "export.json", "open_clip_model.safetensors"} <= set(pushed)
+    assert "license: other" in pushed["README.md"]
+    assert str(tmp_path) not in pushed["README.md"]
+    assert capsys.readouterr().out.endswith("pushed to https://hub/me/model/commit/1\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_recall_is_compared_on_the_pairs_of_the_run(precision, run_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [f"--run_dir={run_dir}", "--to=onnx", f"--out={out}", f"--precision={precision}"]
+    assert main(["export", *arguments, "--token_type=int32"]) == 0
+    lowered = json.loads((out / "export.json").read_text())["lowered"]
+    assert lowered["pairs"].startswith("20 pairs of ")
+    assert set(lowered["metrics"]) == {
+        f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)
+    }
+    for before, after in lowered["metrics"].values():
+        assert 0 <= before <= 1
+        assert abs(before - after) <= 0.2
+    told = capsys.readouterr().out
+    assert f"{precision}: cosine with fp32 at least" in told
+    assert "image_to_text_recall@1" in told
+    assert "| image_to_text_recall@1 |" in (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to=open_clip", "--model=ViT-B-32"], "out"),
+        (["--to=open_clip", "--model=ViT-B-32"], "out (null)"),
+        (["--out=x", "--model=ViT-B-32"], "to (null) must be open_clip, hf,"),
+        (["--card=x", "--out=y", "--model=ViT-B-32"], "card (x) is written alone"),
+        (["--to=hf", "--out=x", "--model=ViT-B-32", "--private"], "are of push"),
+        (["--to=hf", "--out=x", "--model=ViT-B-32", "--license=A B"], "license (A B)"),
+        (["--to=hf", "--model=ViT-B-32", "--push=model"], "push (model) must be ORG/NAME"),
         (["--to=coreml", "--out=x", "--model=ViT-B-32"], "to"),
         (["--to=safetensors", "--out=x"], "run_dir"),
         (["--to=safetensors", "--out=x", "--run_dir=nowhere"], "run_dir (nowhere)"),

@@ -113,3 +113,89 @@ def test_a_tower_that_cannot_become_a_graph_is_refused_in_one_line(tmp_path):
         export_model(built, tmp_path / "out", to="onnx")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+
+
+LINES = [*CAPTIONS, "three cats", "a green door", "rain in the hills"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precision_keeps_the_direction_of_features(precision, pair, tmp_path):
+    built, whole = pair
+    done = export_model(built, tmp_path / "out", to="onnx", precision=precision)
+    said = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert said["precision"] == precision
+    assert said["lowered"]["lowest_cosine"] == done.lowered["lowest_cosine"]
+    assert f"compute in {precision}" in (tmp_path / "out" / "README.md").read_text()
+    pixels = torch.cat([pixels_of(built, picture(i)) for i in range(len(LINES))])
+    images, texts = features_of(built, pixels, LINES)
+    for name, rows, ours in (
+        ("image", pixels, images),
+        ("text", built.tokenizer(LINES), texts),
+    ):
+        found = run(tmp_path / "out", name, rows)
+        assert found.dtype == torch.float32
+        cosines = (found * ours).sum(1)
+        assert cosines.min() > (0.999 if precision == "fp16" else 0.9), (name, cosines)
+        assert not torch.equal(found, ours)
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(LINES)), rtol=0, atol=2e-3)
+        one = run(tmp_path / "out", name, rows[:1])  # any number of rows
+        torch.testing.assert_close(one, found[:1], rtol=0, atol=2e-2)
+        size, before = ((f / f"{name}.onnx").stat().st_size for f in (tmp_path / "out", whole))
+        assert size < (0.7 if precision == "fp16" else 0.6) * before, name
+
+
+def test_int8_graphs_multiply_integers(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    export_model(built, tmp_path / "out", to="onnx", precision="int8")
+    for name in ("image", "text"):
+        graph = onnx.load(tmp_path / "out" / f"{name}.onnx").graph
+        kinds = [node.op_type for node in graph.node]
+        assert kinds.count("MatMulInteger") >= 4, (name, kinds)  # of a block: in, out, two of MLP
+        left = [value for value in graph.initializer if value.data_type == onnx.TensorProto.FLOAT]
+        assert not any(sorted(value.dims) == [16, 64] for value in left), name
+
+
+def test_lowered_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_folder, "_LARGEST_FILE_BYTES", 0)
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    tokens = built.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        ours = built.encoder.encode_text(tokens)
+    for precision in ("fp16", "int8"):
+        out = tmp_path / precision
+        export_model(built, out, to="onnx", precision=precision)
+        assert (out / "text.onnx.data").stat().st_size > 2**18
+        assert (run(out, "text", tokens) * ours).sum(1).min() > 0.9
+
+
+def test_tokens_of_32_bits_are_taken(tmp_path):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    export_model(built, tmp_path / "out", to="onnx", token_type="int32")
+    tokens = built.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        ours = built.encoder.encode_text(tokens)
+    found = run(tmp_path / "out", "text", tokens.int())
+    torch.testing.assert_close(found, ours, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "dual_encoder.json").read_text())["token_type"] == "int32"
+
+
+def test_a_feature_that_half_precision_turns_is_refused(tmp_path, monkeypatch):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+
+    def read_turned(*arguments):
+        reader = onnx_folder.read_onnx(*arguments)
+        return reader._replace(encode_image=lambda images: -reader.encode_image(images))
+
+    # By its name: the reader of the lowered graphs; that of fp32 stands in the table of forms.
+    monkeypatch.setattr("dist_siglip.models.interop.export.read_onnx", read_turned)
+    with pytest.raises(UserError, match=r"precision \(fp16\) turns a feature"):
+        export_model(built, tmp_path / "out", to="onnx", precision="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_precision_is_of_onnx_alone(tmp_path):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    for wrong in ({"precision": "int8"}, {"token_type": "int32"}):
+        with pytest.raises(UserError, match="are of onnx alone"):
+            export_model(built, tmp_path / "out", to="safetensors", **wrong)
