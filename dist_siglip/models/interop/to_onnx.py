@@ -160,9 +160,8 @@ def _to_fp16(old: Path, new: Path, is_apart: bool) -> None:
     onnx: Any = importlib.import_module("onnx")
     half: Any = importlib.import_module("onnxruntime.transformers.float16")
     blocked = [*half.DEFAULT_OP_BLOCK_LIST, *_FLOAT32]
-    model = half.convert_float_to_float16(
-        onnx.load(old), keep_io_types=True, op_block_list=blocked, disable_shape_infer=is_apart
-    )
+    # A path, not a graph: above 2 GiB shapes can be inferred in files alone.
+    model = half.convert_float_to_float16(str(old), keep_io_types=True, op_block_list=blocked)
     onnx.save(model, new, save_as_external_data=is_apart, location=f"{new.name}.data")
 
 
@@ -171,7 +170,12 @@ def _to_int8(old: Path, new: Path, is_apart: bool) -> None:
     prepared = new.with_suffix(".prepared.onnx")
     # Folds transposed weights, which would be left as they are.
     quantization.shape_inference.quant_pre_process(
-        str(old), str(prepared), skip_symbolic_shape=True, save_as_external_data=is_apart
+        str(old),
+        str(prepared),
+        skip_symbolic_shape=True,
+        save_as_external_data=is_apart,
+        all_tensors_to_one_file=True,
+        external_data_location=f"{prepared.name}.data",
     )
     quantization.quantize_dynamic(
         prepared,

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,17 @@ def write_sentence_transformers(built: BuiltModel, folder: Path) -> None:
     """Write a model as sentence-transformers reads it.
 
     Raises:
-        UserError: As ``write_hugging_face``; or the package is missing, or pictures have any shape,
-            whose folders transformers reads with a tokenizer of its own.
+        UserError: As ``write_hugging_face``; or the package is missing, transformers is too old, or
+            pictures have any shape, whose folders transformers reads by a tokenizer of its own.
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise UserError(
             'to (sentence-transformers) needs it; run: pip install "dist-siglip'
             '[sentence-transformers]"'
         )
+    found = version("transformers")
+    if found.startswith("4."):
+        raise UserError(f"to (sentence-transformers) needs transformers 5, not {found}")
     if built.patches is not None:
         raise UserError(
             "to (sentence-transformers) takes pictures of one size only: transformers reads texts "
