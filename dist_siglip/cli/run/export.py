@@ -142,7 +142,7 @@ def export(
             measure=measure,
             card=described,
         )
-        _tell(built, done, precision)
+        _tell(built, done, precision, out)
         if push is not None:
             address = push_folder(folder, push, private=private, revision=revision)
             sys.stdout.write(f"pushed to {address}\n")
@@ -187,9 +187,9 @@ def _write(path: Path, text: str) -> None:
     sys.stdout.write(f"wrote {path}\n")
 
 
-def _tell(built: BuiltModel, done: Exported, precision: GraphPrecision) -> None:
+def _tell(built: BuiltModel, done: Exported, precision: GraphPrecision, out: str | None) -> None:
     sys.stdout.write(
-        f"wrote {done.folder}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "
+        f"{'made an export' if out is None else f'wrote {done.folder}'}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "
         f"read back, features differ by {done.largest_difference:.1e} at most\n"
     )
     if done.lowered:
