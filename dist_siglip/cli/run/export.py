@@ -188,8 +188,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _tell(built: BuiltModel, done: Exported, precision: GraphPrecision, out: str | None) -> None:
+    made = "made an export" if out is None else f"wrote {done.folder}"
     sys.stdout.write(
-        f"{'made an export' if out is None else f'wrote {done.folder}'}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "
+        f"{made}: scale {built.start_scale:.4g}, bias {built.start_bias:.4g}; "
         f"read back, features differ by {done.largest_difference:.1e} at most\n"
     )
     if done.lowered:
