@@ -44,8 +44,9 @@ GraphPrecision = Literal["fp32", "fp16", "int8"]
 TokenType = Literal["int64", "int32"]
 # Weights of these become int8: layers, and the table of words.
 _INT8 = ["MatMul", "Gemm", "Gather"]
-# Of the length of a feature, whose squares may add up to more than fp16 holds.
-_FLOAT32 = ["ReduceL2", "ReduceSum", "ReduceSumSquare", "Pow", "Sqrt", "LpNormalization"]
+# Stays fp32: the length of a feature, whose squares may add up to more than fp16 holds; and Gelu,
+# since onnxruntime 1.32 dies (a segmentation fault) of one in fp16 when it loads a graph on a CPU.
+_FLOAT32 = ["ReduceL2", "ReduceSum", "ReduceSumSquare", "Pow", "Sqrt", "LpNormalization", "Gelu"]
 
 
 class _Image(nn.Module):
