@@ -191,7 +191,7 @@ class _PushHandler(_Handler):
             name = place.removeprefix("/api/models/").partition("/revision/")[0]
             known = name in state.private
             said = {"id": name, "sha": "1" * 40, "private": state.private.get(name)}
-            self.answer({**said, "siblings": []} if known else None)
+            self.answer({**said, "siblings": []}) if known else self.answer({"error": "none"}, 404)
 
     @staticmethod
     def mode_of(file):

@@ -100,7 +100,7 @@ class Card:
     def __post_init__(self) -> None:
         if not _LICENCE.fullmatch(self.licence):
             raise UserError(
-                f"license ({self.licence}) must be an identifier of the hub, such as apache-2.0 or "
+                f"license ({self.licence!r}) must be an identifier of the hub, such as apache-2.0 or "
                 "cc-by-4.0, or other"
             )
 
