@@ -100,8 +100,8 @@ class Card:
     def __post_init__(self) -> None:
         if not _LICENCE.fullmatch(self.licence):
             raise UserError(
-                f"license ({self.licence!r}) must be an identifier of the hub, such as apache-2.0 or "
-                "cc-by-4.0, or other"
+                f"license ({self.licence!r}) must be an identifier of the hub, such as apache-2.0 "
+                "or cc-by-4.0, or other"
             )
 
 
