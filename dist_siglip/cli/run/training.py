@@ -8,6 +8,7 @@ batch arithmetic, the checkpoint to go on from, and that the folder holds no oth
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -184,10 +185,13 @@ class TrainingCLI(LightningCLI):
         name_trackers(self._get_all().trainer.logger, self.folder.path.resolve().name)
         try:
             super().instantiate_classes()
-        except ModuleNotFoundError as error:
-            if error.name:  # a module that could not be imported: no word about a package
+        except Exception as error:  # the parser wraps what Lightning raises of a missing package
+            needed = re.search(r"Requirement '([^']+)' not met", str(error))
+            if needed is None:
                 raise
-            raise UserError(f"trainer.logger: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"trainer.logger needs {needed[1]}; run: pip install {needed[1]!r}"
+            ) from error
         self.model.use_pictures(self.datamodule.pictures)
         self._get_all().data.update(Namespace(self.datamodule.pictures.of_model))
 
