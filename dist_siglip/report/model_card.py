@@ -1,22 +1,30 @@
 """The model card of a run: data, schedule, losses, results with their commands, geometry, limits.
 
 Everything is read from the run folder. Paths of this machine are cut to their last name, since a
-card is published; names on the Hugging Face hub stay.
+card is published; names on the Hugging Face hub stay. Markdown and HTML in names are shown as text.
 """
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dist_siglip.models.interop.publish import UNSTATED, Card, Result
+from dist_siglip.models.interop.publish import UNSTATED, Card, Result, escaped
 from dist_siglip.report.history import printable
 from dist_siglip.report.measures import MARGIN_MEASURES, MODEL_MEASURES, SPACE_MEASURES, Measure
 from dist_siglip.report.records import RunRecord, read_run
 from dist_siglip.system.redaction import redact
 
-_PATH = re.compile(r"(?<![\w/.])/(?!/)[^\s'\",\]]*/(?=[^\s'\",\]/])")
+# A URL, which stays, or all but the last name of a path from the root, a home or a folder above.
+_PATH = re.compile(
+    r"(?!file:)\b[a-z][a-z0-9+.-]*://(?:\{[^{}\s]*\}|[^\s'\",\]])*"
+    r"|(?P<folders>(?:file://|(?<![\w/.~]))(?:(?:~[\w.-]*|\.\.)/+|/(?!/))(?:[^'\",\]\n]*/)?"
+    r"(?=[^\s'\",\]/]))",
+    re.IGNORECASE,
+)
 _DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 _TASKS = {
     "zeroshot_classification": "zero-shot-image-classification",
@@ -68,7 +76,7 @@ def card_of_run(run_dir: Path, *, licence: str = UNSTATED) -> Card:
     """
     run = read_run(run_dir)
     return Card(
-        name=run.name,
+        name=public(run.name),
         licence=licence,
         datasets=tuple(sorted(set(_DATASET.findall(" ".join(_shards(run.settings)))))),
         base_model=_base_model(run.settings),
@@ -86,7 +94,15 @@ def public(value: object) -> str:
         >>> public("local-dir:/home/me/a"), public("hf://datasets/me/set/a.tar")
         ('local-dir:a', 'hf://datasets/me/set/a.tar')
     """
-    return _PATH.sub("", redact(printable(str(value)))).replace("|", "\\|").replace("`", "'")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(public, value))
+    text = redact(printable(str(value)))
+    return _PATH.sub(lambda found: "" if found["folders"] else found[0], text).replace("`", "'")
+
+
+def _cell(value: object) -> str:
+    """Write the same outside of code."""
+    return escaped(public(value))
 
 
 def _base_model(settings: Mapping[str, Any]) -> str | None:
@@ -165,7 +181,7 @@ def _described(each: Mapping[str, Any]) -> str:
     args = each.get("init_args")
     said = args if isinstance(args, Mapping) else {}
     text = ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
-    return f"`{public(name)}`" + (f" ({public(text)})" if text else "")
+    return f"`{public(name)}`" + (f" ({_cell(text)})" if text else "")
 
 
 def _results(run: RunRecord) -> Iterator[Result]:
@@ -192,7 +208,7 @@ def _measured(run: RunRecord) -> list[str]:
     lines += ["| data | metric | value |", "|---|---|---|"]
     for each in results:
         lines += [
-            f"| {each.dataset} | {public(name)} | {value:.4f} |"
+            f"| {escaped(each.dataset)} | {_cell(name)} | {value:.4f} |"
             for name, value in each.metrics.items()
         ]
     pairs = run.metrics.get("gallery_pairs")
@@ -202,15 +218,10 @@ def _measured(run: RunRecord) -> list[str]:
     used += [commands["benchmarks"]] if run.benchmarks else []
     lines += ["", "Measured again by:", "", "```bash", *used, "```", ""]
     if isinstance(command, str):
-        # The program may be a path of this machine.
-        lines += [
-            "Trained, and evaluated meanwhile, by:",
-            "",
-            "```bash",
-            public(command),
-            "```",
-            "",
-        ]
+        with suppress(ValueError):  # cut in the middle of a quote
+            command = shlex.join(map(public, shlex.split(command)))
+        said = ["```bash", public(command), "```", ""]
+        lines += ["Trained, and evaluated meanwhile, by:", "", *said]
     return lines
 
 
@@ -247,7 +258,7 @@ def _limits(run: RunRecord) -> list[str]:
 
 def _table(settings: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     rows = [
-        f"| {label} | {public(settings[name])} |"
+        f"| {label} | {_cell(settings[name])} |"
         for name, label in names.items()
         if settings.get(name) is not None
     ]

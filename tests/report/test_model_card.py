@@ -40,7 +40,7 @@ SETTINGS = {
 def run_dir(tmp_path):
     folder = write_run(tmp_path / "mine")
     (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
-    command = "/secret/bin/dist-siglip fit --config /secret/place/b.yaml --run_dir runs/mine"
+    command = "/secret/bin/dist-siglip fit --config '/secret/my place/b.yaml' --run_dir runs/mine"
     said = {"command": command, "host": "secret-host", "versions": {"torch": "2.14.1"}}
     (folder / "provenance.json").write_text(json.dumps(said))
     return folder
@@ -84,7 +84,7 @@ def test_a_card_has_data_schedule_losses_results_geometry_and_limits(run_dir):
 
 def test_a_card_tells_nothing_of_the_machine(run_dir):
     card = card_of_run(run_dir)
-    for secret in ("/secret", "secret-host", "pass", "12ab"):
+    for secret in ("/secret", "secret-host", "place", "pass", "12ab"):
         assert secret not in card.sections
         assert not any(secret in each.dataset for each in card.results)
 
@@ -99,5 +99,31 @@ def test_a_run_without_evaluation_says_so(tmp_path):
         assert words in card.sections
 
 
-def test_settings_cannot_break_the_tables():
-    assert public("a|b`c\nd") == "a\\|b'c\N{REPLACEMENT CHARACTER}d"
+def test_settings_cannot_break_the_tables(run_dir):
+    said = {**SETTINGS, "data": {**SETTINGS["data"], "on_damage": "<img src=x> | [a](b)\n# c"}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(said))
+    text = card_of_run(run_dir).sections
+    assert "| \\<img src=x> \\| \\[a](b)\N{REPLACEMENT CHARACTER}# c |" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("/home/jane/a b/x.tar", "x.tar"),
+        ("file:///home/jane/x.tar", "x.tar"),
+        ("~jane/x.tar", "x.tar"),
+        ("../../jane/x.tar", "x.tar"),
+        (
+            "['/home/jane/x.tar', 'hf://datasets/me/set/y.tar']",
+            "['x.tar', 'hf://datasets/me/set/y.tar']",
+        ),
+        (["/home/jane/x.tar", "s3://bucket/{a,b}/c/d.tar"], "x.tar, s3://bucket/{a,b}/c/d.tar"),
+        ("pipe:cat /home/jane/d/x.tar | gzip", "pipe:cat x.tar | gzip"),
+        ("--config=/home/jane/x.yaml", "--config=x.yaml"),
+        ("google/siglip2-base", "google/siglip2-base"),
+        ("https://me:pass@host/a-/b/c.tar?sig=1", "https://host/a-/b/c.tar?..."),
+        ("a`b\nc", "a'b\N{REPLACEMENT CHARACTER}c"),
+    ],
+)
+def test_settings_are_cut_to_what_strangers_may_see(setting, shown):
+    assert public(setting) == shown

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from tests.support.servers import running
+
+LICENCES = ("apache-2.0", "mit", "other")
 
 
 class Hub:
@@ -102,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         try:
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
         except ConnectionError:  # gcsfs drops questions it no longer needs an answer to
             self.close_connection = True
 
@@ -117,14 +122,15 @@ def serve_hub():
 
 
 class Repositories:
-    """Model repositories that take pushes, as the hub does.
+    """Model repositories that take pushes and give back what was pushed last, as the hub does.
 
     Attributes:
         commits: (repository, branch, bytes by path) of each commit, in order.
         private: by repository; those that are there.
         asked: method and path of each request.
         tokens: what each of them sent as authorization.
-        refused: by a part of a path, the status that requests to it get.
+        refused: by a part of a path, the status that requests to it get, and the words; None hangs
+            up when the request was done.
         url: without a slash at the end.
     """
 
@@ -135,6 +141,9 @@ class Repositories:
 
 class _PushHandler(_Handler):
     def do_GET(self):
+        self.respond(b"")
+
+    def do_HEAD(self):
         self.respond(b"")
 
     def do_POST(self):
@@ -157,9 +166,9 @@ class _PushHandler(_Handler):
         state, place = self.state, unquote(urlsplit(self.path).path)
         state.asked.append((self.command, place))
         state.tokens.append(self.headers.get("Authorization"))
-        status = next((code for part, code in state.refused.items() if part in place), None)
-        if status is not None:
-            self.answer({"error": f"refused with {status}"}, status)
+        found = next((said for part, said in state.refused.items() if part in place), ())
+        if found:
+            self.answer({"error": found[1]}, found[0], {"X-Error-Message": found[1]})
         elif place == "/api/repos/create":
             said = json.loads(body)
             name = f"{said['organization']}/{said['name']}"
@@ -168,7 +177,9 @@ class _PushHandler(_Handler):
             state.private.setdefault(name, is_private)
             self.answer({"url": f"{state.url}/{name}"}, 200 if is_new else 409)
         elif place == "/api/validate-yaml":
-            self.answer({"errors": [], "warnings": []})
+            said = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            wrong = [] if said["license"] in LICENCES else [{"message": '"license" must be one of'}]
+            self.answer({"errors": wrong, "warnings": []}, 400 if wrong else 200)
         elif "/preupload/" in place:
             self.answer({"files": [self.mode_of(each) for each in json.loads(body)["files"]]})
         elif place.endswith("/info/lfs/objects/batch"):
@@ -184,14 +195,34 @@ class _PushHandler(_Handler):
             name, _, branch = place.removeprefix("/api/models/").partition("/commit/")
             state.commits.append((name, branch, dict(self.files_of(body))))
             address = f"{state.url}/{name}/commit/{'1' * 40}"
+            if found is None:
+                self.close_connection = True
+                return
             self.answer({"commitUrl": address, "commitOid": "1" * 40})
         elif "/branch/" in place:
             self.answer({})
+        elif "/tree/" in place:
+            name, _, rest = place.removeprefix("/api/models/").partition("/tree/")
+            pushed, inside = self.pushed(name), rest.partition("/")[2]
+            files = [in_repository(*each) for each in pushed.items() if each[0].startswith(inside)]
+            self.answer([{**each, "lfs": None} for each in files])
+        elif "/resolve/" in place:
+            name, _, rest = place.removeprefix("/").partition("/resolve/")
+            content = self.pushed(name).get(rest.partition("/")[2])
+            tag = {"X-Error-Code": "EntryNotFound"}
+            if content is not None:
+                tag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": "1" * 40}
+            self.answer(content, headers=tag)
         else:
             name = place.removeprefix("/api/models/").partition("/revision/")[0]
             known = name in state.private
             said = {"id": name, "sha": "1" * 40, "private": state.private.get(name)}
-            self.answer({**said, "siblings": []}) if known else self.answer({"error": "none"}, 404)
+            said["siblings"] = [{"rfilename": path} for path in self.pushed(name)]
+            self.answer(said) if known else self.answer({"error": "none"}, 404)
+
+    def pushed(self, name):
+        """Files of the last commit of a repository."""
+        return next((files for each, _, files in self.state.commits[::-1] if each == name), {})
 
     @staticmethod
     def mode_of(file):

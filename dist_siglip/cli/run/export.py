@@ -4,7 +4,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,11 @@ def export(
         overwrite: replace an earlier export in this folder.
     """
     _check(to, out, card, push, revision, private=private)
-    if push is not None:
-        check_push(push)
-    described = Card(licence=license)
+    described = Card(licence=license, repository=push)
     if model is not None:
-        described = Card(licence=license, name=public(model))
+        described = replace(described, name=public(model))
+    if push is not None:
+        check_push(push, license)
     built = load_trained(
         run_dir=run_dir,
         ckpt_path=ckpt_path,
@@ -118,10 +118,10 @@ def export(
     )
     if run_dir is not None:
         try:
-            described = card_of_run(Path(run_dir), licence=license)
+            described = replace(card_of_run(Path(run_dir), licence=license), repository=push)
         except UserError as error:
             logger.warning("the card says nothing of the run (%s)", error)
-            described = Card(licence=license, name=public(Path(run_dir).resolve().name))
+            described = replace(described, name=public(Path(run_dir).resolve().name))
     if card is not None:
         _write(Path(card), write_card(built, described, None, {}))
         return 0

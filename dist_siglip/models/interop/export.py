@@ -165,6 +165,7 @@ def export_model(
             missing, ``folder`` is in use or cannot be written, the features read back differ by
             more than 1e-5, or those in fp16 have another direction.
     """
+    card = card or Card()
     refuse_not_finite(built.encoder.clip.state_dict(), "the model")
     if to != "onnx" and (precision, token_type) != ("fp32", "int64"):
         raise UserError(f"precision ({precision}) and token_type ({token_type}) are of onnx alone")
@@ -186,7 +187,7 @@ def export_model(
             )
         lowered = _lower(built, beside, precision, measure) if precision != "fp32" else {}
         if to in ("open_clip", "safetensors"):
-            name_text_tower(beside, folder)
+            name_text_tower(beside, card.repository or str(folder.absolute()))
         said = {
             "to": to,
             "logit_scale": built.start_scale,
@@ -198,7 +199,7 @@ def export_model(
             **({} if built.patches is None else built.patches._asdict()),
             **built.pictures.of_model,
         }
-        text = write_card(built, card or Card(), to, said)
+        text = write_card(built, card, to, said)
         (beside / "README.md").write_text(text, encoding="utf-8")
         (beside / MARK).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return Exported(folder=folder, largest_difference=difference, lowered=lowered)

@@ -48,16 +48,21 @@ similarities = model.similarity(pictures, texts)
 
 built = build_dual_encoder("hf-hub:ORG/NAME")  # of a folder: "local-dir:FOLDER"
 """,
-    "onnx": """import onnxruntime
+    "onnx": """import numpy
+import onnxruntime
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
 folder = snapshot_download("ORG/NAME")
 image, text = (onnxruntime.InferenceSession(f"{folder}/{n}.onnx") for n in ("image", "text"))
 tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokens = numpy.array([row.ids for row in tokenizer.encode_batch(["two dogs"])], "TOKEN_TYPE")
+(texts,) = text.run(None, {"tokens": tokens})
+# What image takes: [(each.name, each.shape) for each in image.get_inputs()].
 # Preprocessing, scale and bias: dual_encoder.json.
 """,
 }
+_MOST_LETTERS = 300
 
 
 class Result(NamedTuple):
@@ -80,6 +85,7 @@ class Card:
 
     Args:
         name: heading, and name of the model in its results.
+        repository: ORG/NAME on the hub, for the lines that load the model.
         licence: identifier of the hub, such as "apache-2.0"; "other" states none.
         datasets: names of data sets on the hub.
         base_model: name on the hub of the model that training began with.
@@ -91,6 +97,7 @@ class Card:
     """
 
     name: str = "A dual encoder"
+    repository: str | None = None
     licence: str = UNSTATED
     datasets: tuple[str, ...] = ()
     base_model: str | None = None
@@ -114,9 +121,10 @@ def write_card(built: BuiltModel, card: Card, to: Form | None, said: Mapping[str
         to: form of the files beside it; None if there are none.
         said: export.json, for what reading the files back has shown.
     """
-    parts = [f"# {card.name}", "", *_model(built, to)]
+    parts = [f"# {escaped(card.name)}", "", *_model(built, to)]
     if to is not None:
-        loading = _LOADING[to]
+        loading = _LOADING[to].replace("ORG/NAME", card.repository or "ORG/NAME")
+        loading = loading.replace("TOKEN_TYPE", said.get("token_type", "int64"))
         parts += ["", "## Use", "", "```python", loading.rstrip(), "```"]
     if said:
         parts += ["", *_checked(said)]
@@ -124,6 +132,16 @@ def write_card(built: BuiltModel, card: Card, to: Form | None, said: Mapping[str
         parts += ["", card.sections.rstrip()]
     parts += ["", "## Licence", "", _licence(card)]
     return "---\n" + _head(card, to) + "---\n\n" + "\n".join(parts) + "\n"
+
+
+def escaped(text: str) -> str:
+    r"""Escape what Markdown would take for HTML, a link, a picture or the end of a cell.
+
+    Example:
+        >>> print(escaped("a|b <img src=x>"))
+        a\|b \<img src=x>
+    """
+    return re.sub(r"[<\[|]", r"\\\g<0>", text)
 
 
 def _head(card: Card, to: Form | None) -> str:
@@ -224,7 +242,7 @@ def _checked(said: Mapping[str, Any]) -> list[str]:
     return [
         text,
         "",
-        f"| {lowered['pairs']} | fp32 | {said['precision']} |",
+        f"| {escaped(lowered['pairs'])} | fp32 | {said['precision']} |",
         "|---|---|---|",
         *rows,
     ]
@@ -239,12 +257,32 @@ def _licence(card: Card) -> str:
     return f"`{card.licence}`, for the weights in this folder."
 
 
-def check_push(repository: str) -> None:
-    """Check what a push needs before anything is computed.
+def check_push(repository: str, licence: str = UNSTATED) -> None:
+    """Check what a push needs, before anything is computed.
+
+    Args:
+        repository: ORG/NAME.
+        licence: that the card will state; the hub is asked whether it knows it.
 
     Raises:
-        UserError: If the name is none, ``huggingface_hub`` is missing, or nobody is logged in.
+        UserError: If the name is none, ``huggingface_hub`` is missing, nobody is logged in, or the
+            hub does not know the licence or cannot be reached.
     """
+    hub = _logged_in(repository)
+    try:
+        hub.ModelCard(f"---\nlicense: {licence}\n---\n").validate()
+    except ValueError as error:
+        raise UserError(
+            f"license ({licence}) is refused by the hub: {_said(error)}; other states none"
+        ) from error
+    except Exception as error:  # of one of three HTTP libraries, by its version
+        raise UserError(
+            f"push ({repository}) cannot ask the hub, so nothing was pushed: {_said(error)}"
+        ) from error
+
+
+def _logged_in(repository: str) -> Any:
+    """Return ``huggingface_hub``, where the name is one and there is a token."""
     if not _REPOSITORY.fullmatch(repository):
         raise UserError(f"push ({repository}) must be ORG/NAME, such as me/my-siglip")
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -254,6 +292,7 @@ def check_push(repository: str) -> None:
         raise UserError(
             f"push ({repository}) needs a token that may write; run hf auth login, or set HF_TOKEN"
         )
+    return hub
 
 
 def push_folder(
@@ -261,11 +300,12 @@ def push_folder(
 ) -> str:
     """Upload a folder to the Hugging Face hub in one commit: all of its files, or none.
 
-    The repository is made if there is none, and a branch of that name. Files of earlier pushes that
-    ``folder`` lacks stay. The token is that of ``hf auth login`` or HF_TOKEN.
+    The hub checks the card first. The repository is made if there is none, and a branch of that
+    name. Files of earlier pushes that ``folder`` lacks stay. The token is that of ``hf auth login``
+    or HF_TOKEN.
 
     Args:
-        folder: an export.
+        folder: an export, with its card.
         repository: ORG/NAME.
         private: make the repository so; one that is public already is refused.
         revision: branch; None is main.
@@ -275,28 +315,32 @@ def push_folder(
 
     Raises:
         UserError: If the hub refuses or cannot be reached, or the repository is public and must not
-            be.
+            be. It says what is there.
     """
-    check_push(repository)
-    hub: Any = importlib.import_module("huggingface_hub")
+    hub = _logged_in(repository)
     api = hub.HfApi()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     operations = [
         hub.CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files
     ]
+    left = "nothing was pushed"
     try:
+        hub.ModelCard.load(folder / "README.md").validate()
         api.create_repo(repository, private=private or None, exist_ok=True)
+        left = "no file was pushed; the repository was made if there was none"
         is_open = private and not api.model_info(repository).private
         if not is_open:
             if revision is not None and revision != "main":
                 api.create_branch(repository, branch=revision, exist_ok=True)
+            # Apart from the commit, so that it is known which of both fails.
+            api.preupload_lfs_files(repository, additions=operations, revision=revision)
+            left = "no file was pushed, or all if the hub's answer was lost; look at its commits"
             # upload_folder may make several commits of it.
             done = api.create_commit(
                 repository, operations, commit_message="Upload model", revision=revision
             )
     except Exception as error:  # of one of three HTTP libraries, by its version, or a ValueError
-        text = redact(" ".join(str(error).split())[:200]) or type(error).__name__
-        raise UserError(f"push ({repository}) failed, and was to be one commit: {text}") from error
+        raise UserError(f"push ({repository}) failed, {left}: {_said(error)}") from error
     if is_open:
         raise UserError(
             f"private (true), but {repository} is public already, so nothing was pushed; make it "
@@ -305,4 +349,12 @@ def push_folder(
     return str(done.commit_url)
 
 
-__all__ = ["Card", "Form", "Result", "check_push", "push_folder", "write_card"]
+def _said(error: Exception) -> str:
+    """What the hub said, in one line and without the token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    hub: Any = importlib.import_module("huggingface_hub")
+    token = hub.get_token()
+    return redact(text.replace(token, "...") if token else text)[:_MOST_LETTERS]
+
+
+__all__ = ["Card", "Form", "Result", "check_push", "escaped", "push_folder", "write_card"]

@@ -171,17 +171,21 @@ def _architecture(built: BuiltModel) -> dict[str, Any]:
     return architecture
 
 
-def name_text_tower(folder: Path, final: Path) -> None:
-    """Name the folder that an export will have as the place of its text tower.
+def name_text_tower(folder: Path, final: str) -> None:
+    """Name the place that an export will have as that of its text tower.
 
     open_clip looks for the config of a text tower of Hugging Face by a name on the hub or a path
-    from the root; a path of this machine gives way to the folder itself, which has that config.
+    from the root; a path of this machine gives way to the export itself, which has that config.
+
+    Args:
+        folder: where the export is now.
+        final: repository that it is pushed to, or path from the root.
     """
     path = folder / CONFIG_NAME
     content = json.loads(path.read_text(encoding="utf-8"))
     text = content["model_cfg"]["text_cfg"]
     if Path(text.get("hf_model_name") or "").is_absolute():
-        text["hf_model_name"] = str(final.absolute())
+        text["hf_model_name"] = final
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

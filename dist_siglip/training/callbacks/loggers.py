@@ -214,7 +214,8 @@ def attach_report(loggers: Iterable[Logger], report: Path) -> None:
         with best_effort(f"the report in {type(each).__name__}", Exception):
             if isinstance(each, WandbLogger):
                 wandb: Any = importlib.import_module("wandb")
-                each.experiment.log({"report": wandb.Html(report.read_text(), inject=False)})
+                experiment: Any = each.experiment
+                experiment.log({"report": wandb.Html(report.read_text("utf-8"), inject=False)})
             elif isinstance(each, MLFlowLogger) and each.run_id is not None:
                 each.experiment.log_artifact(each.run_id, str(report))
 

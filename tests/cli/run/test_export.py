@@ -125,7 +125,7 @@ def test_an_export_is_pushed_with_its_card_and_need_not_stay(tmp_path, monkeypat
         pushed["to"] = (repository, options)
         return "https://hub/me/model/commit/1"
 
-    monkeypatch.setattr("dist_siglip.cli.run.export.check_push", lambda repository: None)
+    monkeypatch.setattr("dist_siglip.cli.run.export.check_push", lambda *_: None)
     monkeypatch.setattr("dist_siglip.cli.run.export.push_folder", push)
     monkeypatch.chdir(tmp_path)
     model = write_config(tmp_path / "tiny.json", ARCHITECTURES["clip"])
@@ -134,6 +134,7 @@ def test_an_export_is_pushed_with_its_card_and_need_not_stay(tmp_path, monkeypat
     assert pushed["to"] == ("me/model", {"private": True, "revision": "v2"})
     assert {"README.md", "export.json", "open_clip_model.safetensors"} <= set(pushed)
     assert "license: other" in pushed["README.md"]
+    assert 'build_dual_encoder("hf-hub:me/model")' in pushed["README.md"]
     assert str(tmp_path) not in pushed["README.md"]
     assert capsys.readouterr().out.endswith("pushed to https://hub/me/model/commit/1\n")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]

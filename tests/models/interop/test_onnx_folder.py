@@ -1,6 +1,7 @@
 """What onnxruntime computes is what the exported model computes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,63 +122,76 @@ LINES = [*CAPTIONS, "three cats", "a green door", "rain in the hills"]
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_lower_precision_keeps_the_direction_of_features(precision, pair, tmp_path):
     built, whole = pair
-    done = export_model(built, tmp_path / "out", to="onnx", precision=precision)
-    said = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert said["precision"] == precision
-    assert said["lowered"]["lowest_cosine"] == done.lowered["lowest_cosine"]
-    assert f"compute in {precision}" in (tmp_path / "out" / "README.md").read_text()
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    onnx_folder.lower_precision(out, precision)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in whole.iterdir()
+    )
     pixels = torch.cat([pixels_of(built, picture(i)) for i in range(len(LINES))])
     images, texts = features_of(built, pixels, LINES)
     for name, rows, ours in (
         ("image", pixels, images),
         ("text", built.tokenizer(LINES), texts),
     ):
-        found = run(tmp_path / "out", name, rows)
+        found = run(out, name, rows)
         assert found.dtype == torch.float32
         cosines = (found * ours).sum(1)
         assert cosines.min() > (0.999 if precision == "fp16" else 0.9), (name, cosines)
         assert not torch.equal(found, ours)
         torch.testing.assert_close(found.norm(dim=1), torch.ones(len(LINES)), rtol=0, atol=2e-3)
-        one = run(tmp_path / "out", name, rows[:1])  # any number of rows
+        one = run(out, name, rows[:1])  # any number of rows
         torch.testing.assert_close(one, found[:1], rtol=0, atol=2e-2)
-        size, before = ((f / f"{name}.onnx").stat().st_size for f in (tmp_path / "out", whole))
-        assert size < (0.7 if precision == "fp16" else 0.6) * before, name
+        before, after = (bytes_of_matrices(folder / f"{name}.onnx") for folder in (whole, out))
+        # Names and operations are most of a file of towers as small as these. In int8 the
+        # convolution of patches stays, which is a large part of the image tower.
+        most = 0.5 if precision == "fp16" else {"image": 0.7, "text": 0.26}[name]
+        assert after <= most * before, (name, after / before)
 
 
-def test_int8_graphs_multiply_integers(tmp_path):
+def bytes_of_matrices(path):
+    """What the weights of two and more dimensions take."""
     onnx = pytest.importorskip("onnx")
-    built = built_from(ARCHITECTURES["clip"], tmp_path)
-    export_model(built, tmp_path / "out", to="onnx", precision="int8")
+    values = onnx.load(path).graph.initializer
+    return sum(onnx.numpy_helper.to_array(each).nbytes for each in values if len(each.dims) > 1)
+
+
+def test_int8_graphs_multiply_integers_and_take_tokens_of_32_bits(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    built, out = built_from(ARCHITECTURES["clip"], tmp_path), tmp_path / "out"
+    done = export_model(built, out, to="onnx", precision="int8", token_type="int32")
     for name in ("image", "text"):
-        graph = onnx.load(tmp_path / "out" / f"{name}.onnx").graph
+        graph = onnx.load(out / f"{name}.onnx").graph
         kinds = [node.op_type for node in graph.node]
         assert kinds.count("MatMulInteger") >= 4, (name, kinds)  # of a block: in, out, two of MLP
         left = [value for value in graph.initializer if value.data_type == onnx.TensorProto.FLOAT]
         assert not any(sorted(value.dims) == [16, 64] for value in left), name
+    said = json.loads((out / "export.json").read_text())
+    assert (said["precision"], said["token_type"]) == ("int8", "int32")
+    assert said["lowered"]["lowest_cosine"] == done.lowered["lowest_cosine"]
+    assert "compute in int8" in (out / "README.md").read_text()
+    assert json.loads((out / "dual_encoder.json").read_text())["token_type"] == "int32"
+    tokens = built.tokenizer(CAPTIONS)
+    with torch.no_grad():
+        ours = built.encoder.encode_text(tokens)
+    assert (run(out, "text", tokens.int()) * ours).sum(1).min() > 0.9
 
 
 def test_lowered_weights_too_large_for_one_file_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_folder, "_LARGEST_FILE_BYTES", 0)
-    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    built, whole = built_from(ARCHITECTURES["clip"], tmp_path), tmp_path / "whole"
+    whole.mkdir()
+    onnx_folder.write_onnx(built, whole)
     tokens = built.tokenizer(CAPTIONS)
     with torch.no_grad():
         ours = built.encoder.encode_text(tokens)
     for precision in ("fp16", "int8"):
         out = tmp_path / precision
-        export_model(built, out, to="onnx", precision=precision)
+        shutil.copytree(whole, out)
+        onnx_folder.lower_precision(out, precision)
         assert (out / "text.onnx.data").stat().st_size > 2**18
+        assert (out / "text.onnx").stat().st_size < 2**18
         assert (run(out, "text", tokens) * ours).sum(1).min() > 0.9
-
-
-def test_tokens_of_32_bits_are_taken(tmp_path):
-    built = built_from(ARCHITECTURES["clip"], tmp_path)
-    export_model(built, tmp_path / "out", to="onnx", token_type="int32")
-    tokens = built.tokenizer(CAPTIONS)
-    with torch.no_grad():
-        ours = built.encoder.encode_text(tokens)
-    found = run(tmp_path / "out", "text", tokens.int())
-    torch.testing.assert_close(found, ours, rtol=0, atol=1e-5)
-    assert json.loads((tmp_path / "out" / "dual_encoder.json").read_text())["token_type"] == "int32"
 
 
 def test_a_feature_that_half_precision_turns_is_refused(tmp_path, monkeypatch):

@@ -1,14 +1,30 @@
 """Pushes of a folder to a stand-in of the hub, and the head of a card as the hub reads it."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from dist_siglip.errors import UserError
+from dist_siglip.models.interop.export import export_model
 from dist_siglip.models.interop.publish import Card, Result, check_push, push_folder, write_card
-from tests.support.exports import built_from
+from tests.support.exports import built_from, features_of, picture, pixels_of
 from tests.support.hubs import serve_repositories
 from tests.support.tiny_models import ARCHITECTURES
 
 hub = pytest.importorskip("huggingface_hub")
+
+# Of what the lines of a card leave, the features of "two dogs".
+FEATURES = {
+    "open_clip": 'F.normalize(model.encode_text(tokenizer(["two dogs"])), dim=-1)',
+    "hf": "F.normalize(model.get_text_features(**texts).pooler_output, dim=-1)",
+    "sentence-transformers": "torch.from_numpy(texts)",
+    "safetensors": 'built.encoder.eval().encode_text(built.tokenizer(["two dogs"]))',
+    "onnx": "torch.from_numpy(texts)",
+}
 
 
 @pytest.fixture
@@ -66,17 +82,45 @@ def test_nothing_private_goes_to_a_public_repository(repositories, folder):
 
 
 @pytest.mark.parametrize(
-    ("place", "status"),
-    [("repos/create", 401), ("/lfs/", 403), ("/commit/", 403), ("/commit/", 500)],
+    ("place", "status", "left"),
+    [
+        ("repos/create", 401, "nothing was pushed"),
+        ("/preupload/", 403, "no file was pushed; the repository was made"),
+        ("/lfs/", 403, "no file was pushed; the repository was made"),
+        ("/commit/", 403, "no file was pushed"),
+        ("/commit/", 500, "no file was pushed, or all if the hub's answer was lost"),
+    ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(place, status, repositories, folder):
-    repositories.refused[place] = status
+def test_what_the_hub_refuses_is_told_in_one_line(place, status, left, repositories, folder):
+    repositories.refused[place] = (status, "not with hf_SECRET")
     with pytest.raises(UserError, match=r"push \(me/model\) failed") as caught:
         push_folder(folder, "me/model")
     assert "\n" not in str(caught.value)
     assert str(status) in str(caught.value)
+    assert left in str(caught.value)
     assert "SECRET" not in str(caught.value)
     assert repositories.commits == []
+
+
+def test_a_commit_whose_answer_is_lost_is_told_as_that(repositories, folder):
+    repositories.refused["/commit/"] = None
+    with pytest.raises(
+        UserError, match=r"or all if the hub's answer was lost; look at its commits"
+    ):
+        push_folder(folder, "me/model")
+    assert repositories.commits == [("me/model", "main", contents(folder))]
+
+
+def test_a_licence_that_the_hub_does_not_know_makes_no_repository(repositories, folder):
+    with pytest.raises(
+        UserError, match=r"license \(mitt\) is refused by the hub: .*must be one of"
+    ):
+        check_push("me/model", "mitt")
+    check_push("me/model", "mit")
+    (folder / "README.md").write_text("---\nlicense: mitt\n---\n\nwords\n")
+    with pytest.raises(UserError, match=r"failed, nothing was pushed: .*must be one of"):
+        push_folder(folder, "me/model")
+    assert repositories.private == {}
 
 
 def test_what_is_missing_is_told_before_anything_is_asked(repositories, folder, monkeypatch):
@@ -88,6 +132,12 @@ def test_what_is_missing_is_told_before_anything_is_asked(repositories, folder, 
     with pytest.raises(UserError, match="needs a token that may write; run hf auth login"):
         push_folder(folder, "me/model")
     assert repositories.asked == []
+
+
+def test_a_hub_that_cannot_be_reached_is_told(repositories, monkeypatch):
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"push \(me/model\) cannot ask the hub, so nothing was"):
+        check_push("me/model")
 
 
 def test_a_card_is_what_the_hub_reads(tmp_path):
@@ -128,3 +178,45 @@ def test_a_licence_is_stated_or_said_to_be_missing(tmp_path):
     for wrong in ("", "Apache 2.0", "mit\nother: x"):
         with pytest.raises(UserError, match=r"license .* must be an identifier"):
             Card(licence=wrong)
+
+
+def test_names_cannot_break_a_card(tmp_path):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    name = "a <script> [x](http://y) | b"
+    text = write_card(built, Card(name=name, results=(Result("t", name, {"a": 1.0}),)), None, {})
+    assert "# a \\<script> \\[x](http://y) \\| b\n" in text
+    assert hub.ModelCard(text).data.model_name == name
+
+
+@pytest.mark.e2e
+def test_the_lines_of_a_card_load_what_was_pushed(repositories, tmp_path):
+    for package in ("onnxruntime", "onnxscript", "sentence_transformers", "tokenizers"):
+        pytest.importorskip(package)
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    picture().save(tmp_path / "dogs.jpg")
+    lines = ["import torch", "import torch.nn.functional as F", "found = {}"]
+    for form, features in FEATURES.items():
+        out = tmp_path / form
+        options = {"token_type": "int32"} if form == "onnx" else {}
+        export_model(built, out, to=form, card=Card(repository=f"me/{form}"), **options)
+        for path in out.rglob("*"):
+            assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+        push_folder(out, f"me/{form}")
+        text = (out / "README.md").read_text()
+        lines += re.findall("```python\n(.*?)```", text, re.DOTALL)
+        lines.append(f"with torch.no_grad():\n    found[{form!r}] = {features}")
+    lines.append("torch.save(found, 'found.pt')")
+    script = tmp_path / "lines.py"
+    script.write_text("\n".join(lines))
+    hubs = {"HF_ENDPOINT": repositories.url, "HF_HOME": str(tmp_path / "cache")}
+    environment = {**os.environ, **hubs, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(  # the address of the hub is read at import
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"/me/hf/resolve/{'1' * 40}/model.safetensors" in dict.fromkeys(
+        place for _, place in repositories.asked
+    )
+    _, texts = features_of(built, pixels_of(built, picture()), ["two dogs"])
+    for form, features in torch.load(tmp_path / "found.pt").items():
+        torch.testing.assert_close(features, texts, rtol=0, atol=1e-5, msg=form)
