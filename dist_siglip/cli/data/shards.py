@@ -87,8 +87,9 @@ def pack(
     pack_skipped.jsonl.
 
     Args:
-        table: .csv, .tsv, .jsonl or .parquet file, or a folder of pictures with same-named .txt
-            files, or .json files with a "caption".
+        table: .csv, .tsv, .jsonl, .parquet or .arrow file; several of the last two, as the datasets
+            library exports them, by their folder or a pattern in quotes; or a folder of pictures
+            with same-named .txt files, or .json files with a "caption".
         out: folder of the shards.
         images: folder that relative picture paths count from. Null takes the table's.
         image_column: column with the path of the picture; or, in Parquet, with the picture: bytes,

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION, Damage, OnDamage, log_remarks
 from dist_siglip.data.index.read import DAMAGED_ARRAYS, read_index
-from dist_siglip.data.index.shard_index import ShardIndex, explain_dots
+from dist_siglip.data.index.shard_index import ShardIndex, explain_dots, remedy_of
 from dist_siglip.data.parquet.scan import Wanted
 from dist_siglip.data.remote import ShardCache, is_remote
 from dist_siglip.data.remote.locations import is_table, redact, shard_name
@@ -83,7 +83,7 @@ class ShardRows(NamedTuple):
                 damage.samples(
                     missing.size,
                     f"shard {redact(index.path)!r}: {few} have no {what} ({listed(extensions)}), "
-                    f"first {key!r}{hint}; {_remedy(index, setting, missing.size)}",
+                    f"first {key!r}{hint}; {remedy_of(index, setting, extensions, missing.size)}",
                 )
         whole = has_picture & has_caption
         return cls(
@@ -93,20 +93,6 @@ class ShardRows(NamedTuple):
             caption_sizes[:, whole],
             np.flatnonzero(~whole).tolist(),
         )
-
-
-def _remedy(index: ShardIndex, setting: str, num_missing: int) -> str:
-    """Say what a shard holds, and what to do about members that are not there."""
-    if not index.columns:
-        present = ", ".join(f".{extension}" for extension in index.extensions[:8])
-        remedy = "write it again with both members of every sample"
-        if is_table(index.path):
-            remedy = "correct its rows, or name other columns in captions.members"
-        return f"the shard holds {present}: {remedy}"
-    if num_missing < index.num_samples:
-        return "write the file without these rows, or set on_damage to skip"
-    present = ", ".join(ascii(name)[1:-1] for name in index.columns[:20])
-    return f"the file has the columns {present}: name the one that is meant in {setting}"
 
 
 def _select(

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_siglip.data.index.tar_scan import Member
-from dist_siglip.data.remote.locations import redact
+from dist_siglip.data.remote.locations import is_table, redact
+from dist_siglip.data.samples.picture_policy import FORMATS, formats_of
 
 SEPARATOR = "\0"  # cannot occur in the name of a member
 
@@ -196,3 +197,20 @@ def index_of_members(
         sizes=columns[3],
         digest=digest.hexdigest(),
     )
+
+
+def remedy_of(index: ShardIndex, setting: str, extensions: list[str], num_missing: int) -> str:
+    """Say what a shard holds, and what to do about members that are not there."""
+    if not index.columns:
+        present = ", ".join(f".{extension}" for extension in index.extensions[:8])
+        remedy = "write it again with both members of every sample"
+        if is_table(index.path):
+            remedy = "correct its rows, or name other columns in captions.members"
+        unread = formats_of(index.extensions, extensions)
+        if setting == "image_extensions" and unread:
+            remedy = f"name what it has, formats: [{', '.join([*FORMATS, *unread])}]"
+        return f"the shard holds {present}: {remedy}"
+    if num_missing < index.num_samples:
+        return "write the file without these rows, or set on_damage to skip"
+    present = ", ".join(ascii(name)[1:-1] for name in index.columns[:20])
+    return f"the file has the columns {present}: name the one that is meant in {setting}"

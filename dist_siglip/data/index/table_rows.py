@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class TableRows:
         place_of = {kind: number for number, kind in enumerate(self._kinds)}
         first = self._check_number * _ROWS * _KINDS
         found: list[tuple[int, int, int, int]] = []
+        lost: list[str] = []
         for number, row in enumerate(self._rows):
             if row is None:
                 continue
@@ -95,12 +97,17 @@ class TableRows:
             size = self._size_of_picture(path, number, row.picture) if row.extension else None
             if size is not None:
                 sizes[row.extension] = size
+            elif row.extension:
+                lost.append(f"{row.picture!r} of row {number}")
             for kind, length in sizes.items():
                 place = place_of[kind]
                 found.append((number, place, first + number * _KINDS + place, length))
         keys = [f"{number:09d}" for number in range(len(self._rows))]
         columns = np.array(found, dtype=np.int64).reshape(-1, 4).T.copy()
-        return index_of_members(path, keys, self._kinds, columns, self._digest)
+        index = index_of_members(path, keys, self._kinds, columns, self._digest)
+        if not lost:
+            return index
+        return replace(index, note=f"{len(lost)} pictures are not there, first {lost[0]}")
 
     def read(self, address: int) -> bytes:
         """Return a member.

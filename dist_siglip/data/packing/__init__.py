@@ -28,17 +28,16 @@ import PIL
 from PIL import Image
 
 from dist_siglip.data.index.damage import MAX_BAD_FRACTION
+from dist_siglip.data.packing.columnar import columnar_files, hold_pictures
 from dist_siglip.data.packing.folder import PackFolder
 from dist_siglip.data.packing.table import (
     Columns,
     Row,
     check_table,
     digest_table,
-    holds_pictures,
     read_rows,
     resolve,
 )
-from dist_siglip.data.remote.locations import is_parquet
 from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import decode_caption, field_of, read_json, texts_of
 from dist_siglip.data.samples.picture import EncodedPicture, sniff_media_type
@@ -280,13 +279,14 @@ def pack(
     if not root.is_dir():
         raise UserError(f"images ({root}) is not a folder")
     columns = settings.columns
-    if table.is_dir() and (columns.keep_others or columns.label is not None):
+    files = columnar_files(table)
+    if table.is_dir() and not files and (columns.keep_others or columns.label is not None):
         name = "keep_columns" if columns.keep_others else "class_column"
         raise UserError(f"{name} needs a table; a folder has no columns")
     if not columns.captions and columns.label is None:
         raise UserError("caption_column (null) needs a class_column; name the column of captions")
     check_table(table, columns)
-    if settings.shuffle_seed is not None and _holds_pictures(table, columns):
+    if settings.shuffle_seed is not None and hold_pictures(files, columns.image):
         raise UserError(
             f"shuffle_seed ({settings.shuffle_seed}) needs all rows in memory, and {table.name} "
             "holds the pictures themselves; leave it out: training shuffles"
@@ -361,10 +361,6 @@ def _rows_from(first: int, table: Path, settings: PackSettings) -> Iterable[Row]
     everything = list(read_rows(table, settings.columns))
     generator = np.random.Generator(np.random.Philox(key=[settings.shuffle_seed, 0]))
     return (everything[place] for place in generator.permutation(len(everything))[first:])
-
-
-def _holds_pictures(table: Path, columns: Columns) -> bool:
-    return is_parquet(table.name) and holds_pictures(table, columns.image)
 
 
 def _judge(folder: PackFolder, max_bad_fraction: float, least_rows: int) -> None:

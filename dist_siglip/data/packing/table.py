@@ -1,117 +1,34 @@
 """Rows of a table, or of a folder: pictures and their captions.
 
-A CSV, TSV, JSONL or Parquet file has one row for each picture; a folder has one picture for each
-row, and the caption in a ``.txt`` of the same name. Rows come one by one, in file order, so a table
-larger than memory is no trouble. A row that cannot be used says why instead of ending the reading.
-What is wrong with a table as a whole is found before the first row is used.
-
-A Parquet file holds paths of pictures or the pictures themselves, as plain bytes or, as data sets
-of the Hugging Face hub do, as ``{bytes, path}``. Few rows are in memory at a time, and no more of
-the file than one row group; groups that were packed before are passed over unread.
+A CSV, TSV or JSONL file, and Parquet or Arrow files, have one row for each picture; a folder has
+one picture for each row, and the caption in a ``.txt`` of the same name. Rows come one by one, in
+file order, so a table larger than memory is no trouble. A row that cannot be used says why instead
+of ending the reading. What is wrong with a table as a whole is found before the first row is used.
 """
 
 import csv
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_siglip.data.parquet.footer import packages
+from dist_siglip.data.packing.columnar import (
+    ARROW,
+    PICTURE_ENDS,
+    columnar_files,
+    read_columnar,
+)
 from dist_siglip.data.remote.locations import PARQUET_ENDS
-from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF, PICTURE_EXTENSIONS
+from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS
 from dist_siglip.errors import UserError
-from dist_siglip.system.regular_file import check_regular, open_regular, open_text
-
-_LOGGER = logging.getLogger(__name__)
-_BATCH_ROWS = 1024
-_BATCH_PICTURES = 16  # rows, where they hold pictures
-
-
-def read_parquet(
-    table: Path, names: Sequence[str], *, keep_others: bool, first_row: int = 0
-) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """Read rows as plain values, with their numbers.
-
-    Args:
-        table: the file.
-        names: columns that are needed; those that are missing are missing in every row.
-        keep_others: read the other columns, too, but for those that hold bytes.
-        first_row: rows before this one are not wanted.
-
-    Yields:
-        Number and values of a row, or why there are none.
-
-    Raises:
-        UserError: if pyarrow is missing, or the file cannot be read.
-    """
-    pyarrow, parquet = packages()
-    try:
-        check_regular(table)
-        with parquet.ParquetFile(table, pre_buffer=False) as file:  # else it reads far ahead
-            schema = file.schema_arrow
-            wanted = [name for name in schema.names if name in names]
-            if keep_others or not wanted:
-                wanted = [n for n in schema.names if n in names or not _holds_bytes(schema, n)]
-                if left_out := sorted(set(schema.names) - set(wanted)):
-                    _LOGGER.warning("columns that hold bytes are not kept: %s", ", ".join(left_out))
-            size = _BATCH_PICTURES if any(_holds_bytes(schema, n) for n in wanted) else _BATCH_ROWS
-            number = 0
-            for group in range(file.metadata.num_row_groups):
-                end = number + file.metadata.row_group(group).num_rows
-                if end <= first_row:
-                    number = end
-                    continue
-                for batch in file.iter_batches(size, row_groups=[group], columns=wanted):
-                    for place in range(batch.num_rows):
-                        if number >= first_row:
-                            yield number, _row_of_parquet(batch.slice(place, 1))
-                        number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8
-        reason = " ".join(str(error).split())
-        raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
-
-
-def holds_pictures(table: Path, column: str) -> bool:
-    """Tell whether a column of a Parquet file holds bytes, alone or beside a path.
-
-    Raises:
-        UserError: as ``read_parquet``.
-    """
-    pyarrow, parquet = packages()
-    try:
-        check_regular(table)
-        with parquet.ParquetFile(table) as file:
-            schema = file.schema_arrow
-            return column in schema.names and _holds_bytes(schema, column)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"table ({table}) is no readable Parquet file: {reason}") from error
-
-
-def _holds_bytes(schema: Any, name: str) -> bool:
-    """Tell whether a column, or a field of it, is of bytes."""
-    kind = schema.field(name).type
-    kinds = [field.type for field in kind] if str(kind).startswith("struct") else [kind]
-    return any("binary" in str(one) for one in kinds)
-
-
-def _row_of_parquet(batch: Any) -> Mapping[str, Any] | str:
-    """Return the only row of a batch as plain values."""
-    try:
-        values: Mapping[str, Any] = batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return f"row is not UTF-8: {error.reason}"
-    return values
-
+from dist_siglip.system.regular_file import open_regular, open_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 PICTURE_COLUMNS = ("image", "picture", "file_name", "filepath", "path")  # of unpacked tables
-_PICTURE_ENDS = tuple(f".{each}" for found in EXTENSIONS_OF.values() for each in found)
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; the csv module stops at 131,072 by itself
 _MOST_CLASSES = 1 << 31
 
@@ -171,7 +88,9 @@ def check_table(table: Path, columns: Columns) -> None:
     """
     rows = read_rows(table, columns)
     if next(rows, None) is None:
-        raise UserError(f"table ({table}) has no rows; there is nothing to pack")
+        of = f"no picture ({', '.join(columns.pictures)}) and no Parquet or Arrow file"
+        what = of if table.is_dir() and not columnar_files(table) else "no rows"
+        raise UserError(f"table ({table}) has {what}; there is nothing to pack")
     if table.suffix.lower() in DELIMITERS:
         for _ in rows:  # a quote that is not closed shows at the end
             pass
@@ -181,8 +100,9 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
     """Read the rows of a table, or of a folder of pictures with captions beside them.
 
     Args:
-        table: .csv, .tsv (both UTF-8 with a line of names), .jsonl, .ndjson, .parquet, .pq; or a
-            folder, taken in the order of relative paths.
+        table: .csv, .tsv (both UTF-8 with a line of names), .jsonl, .ndjson; .parquet, .pq or
+            .arrow, a pattern of such names or the folder of such files; or a folder of pictures,
+            taken in the order of relative paths.
         columns: which columns hold what; a folder has none.
         first_row: number of the row to begin at.
 
@@ -190,6 +110,11 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
         UserError: if the table is missing, of another kind or broken, or lacks a column.
     """
     suffix = table.suffix.lower()
+    if files := columnar_files(table):
+        raw = read_columnar(
+            files, columns.needed, keep_others=columns.keep_others, first_row=first_row
+        )
+        return _interpret(raw, table, columns)
     if table.is_dir():
         return islice(_read_folder(table, columns.pictures), first_row, None)
     if not table.is_file():
@@ -201,24 +126,23 @@ def read_rows(table: Path, columns: Columns, first_row: int = 0) -> Iterator[Row
         return _interpret(
             islice(enumerate(read_json_lines(table)), first_row, None), table, columns
         )
-    if suffix in PARQUET_ENDS:
-        raw = read_parquet(
-            table, columns.needed, keep_others=columns.keep_others, first_row=first_row
-        )
-        return _interpret(raw, table, columns)
-    known = ", ".join((*DELIMITERS, *JSON_LINES, *PARQUET_ENDS))
+    known = ", ".join((*DELIMITERS, *JSON_LINES, *PARQUET_ENDS, *ARROW))
     raise UserError(f"table ({table}) must be a folder or one of {known}")
 
 
 def digest_table(table: Path, columns: Columns) -> str:
-    """Hash the bytes of a table; of a folder, the paths, sizes and times of its pictures.
+    """Hash the bytes of a table; of several files, their paths, sizes and times.
 
     Raises:
         UserError: if it cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
-        if table.is_dir():
+        files = columnar_files(table)
+        if files and files != [table]:
+            for part in files:
+                digest.update(os.fsencode(part.name) + _describe(part))
+        elif table.is_dir():
             for row in _read_folder(table, columns.pictures):
                 for name in (row.picture, str(row.caption_path)):
                     digest.update(os.fsencode(name) + _describe(table / name))
@@ -413,7 +337,7 @@ def _refuse_swallowed_row(
     for field in fields:
         for line in field.splitlines()[1:]:
             parts = line.split(delimiter)
-            if len(parts) >= num_columns and parts[image].lower().endswith(_PICTURE_ENDS):
+            if len(parts) >= num_columns and parts[image].lower().endswith(PICTURE_ENDS):
                 raise csv.Error("a text in quotes holds what looks like another row")
 
 

@@ -59,6 +59,19 @@ def with_formats(extensions: Sequence[str], formats: Iterable[str]) -> tuple[str
     return (*PICTURE_EXTENSIONS, *further)
 
 
+def formats_of(present: Iterable[str], read: Iterable[str]) -> list[str]:
+    """Name the formats beyond JPEG, PNG and WebP whose extensions are present and not read.
+
+    Example:
+        >>> formats_of(["txt", "tif", "png"], PICTURE_EXTENSIONS)
+        ['tiff']
+    """
+    unread = set(present) - set(read)
+    return [
+        name for name, found in EXTENSIONS_OF.items() if name not in FORMATS and unread & {*found}
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PicturePolicy:
     """What decides the pixels of an encoded picture.

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from dist_siglip.cli import main
-from dist_siglip.data.packing import table as module
+from dist_siglip.data.packing import columnar as module
 from dist_siglip.data.packing.table import Columns, read_rows
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.classification import Classification
@@ -65,7 +65,7 @@ def test_a_path_beside_missing_bytes_is_followed(tmp_path):
 def test_packing_of_pictures_goes_on_at_the_row_group_it_stopped_in(tmp_path, monkeypatch):
     write_pictures(tmp_path / "t.parquet", "struct", count=40)
     packed(tmp_path / "t.parquet", tmp_path / "whole", None)
-    made, make = [], module._row_of_parquet
+    made, make = [], module._row
 
     def stop(batch):
         made.append(1)
@@ -74,13 +74,13 @@ def test_packing_of_pictures_goes_on_at_the_row_group_it_stopped_in(tmp_path, mo
         return make(batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_row_of_parquet", stop)
+        patched.setattr(module, "_row", stop)
         with pytest.raises(KeyboardInterrupt):
             packed(tmp_path / "t.parquet", tmp_path / "out", None, workers=1)
     done = json.loads((tmp_path / "out" / "pack.json").read_text())["progress"]["rows"]
     assert done >= 10
     made.clear()
-    monkeypatch.setattr(module, "_row_of_parquet", lambda batch: made.append(1) or make(batch))
+    monkeypatch.setattr(module, "_row", lambda batch: made.append(1) or make(batch))
     packed(tmp_path / "t.parquet", tmp_path / "out", None)
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
     assert len(made) == 1 + 40 - done  # the first one to check the table

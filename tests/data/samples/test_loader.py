@@ -12,6 +12,7 @@ from dist_siglip.data.samples.batch import BatchPieces, ImageTextBatch, PairColl
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import Feed, Pieces, build_loader
 from dist_siglip.data.samples.picture_policy import PicturePolicy
+from dist_siglip.data.samples.stages import ColorJitter, RandAugment, RandomFlip, TimmAugment
 from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.system.signals import SIGNALS
 from tests.support.shards import tiny_inputs, tokenize, write_shards
@@ -22,7 +23,15 @@ STEPS = 7  # 37 samples, batches of 8: four an epoch
 
 
 def loader(
-    shards, *, workers=0, rank=0, world_size=1, samples_consumed=0, piece_rows=3, pin_memory=False
+    shards,
+    *,
+    workers=0,
+    rank=0,
+    world_size=1,
+    samples_consumed=0,
+    piece_rows=3,
+    pin_memory=False,
+    stages=(),
 ):
     table = build_pair_table(shards, image_extensions=("png",))
     plan = BatchPlan(
@@ -34,7 +43,13 @@ def loader(
     )
     transform = training_transform(tiny_inputs(), (0.3, 1.0))
     return build_loader(
-        PairDataset(table, transform, seed=1, pictures=PicturePolicy(max_image_pixels=10_000)),
+        PairDataset(
+            table,
+            transform,
+            seed=1,
+            pictures=PicturePolicy(max_image_pixels=10_000),
+            stages=stages,
+        ),
         GlobalBatchSampler(
             plan, rank=rank, world_size=world_size, progress=Progress(samples_consumed)
         ),
@@ -175,8 +190,14 @@ def test_pieces_for_a_device_are_joined_in_the_order_of_rows():
     assert batch.images.shape == (16, 3, 2, 2)
 
 
-def test_stops_with_other_worlds_and_workers_change_nothing(shards):
-    expected = take(loader(shards), STEPS)
+AUGMENTATIONS = (RandomFlip(spares=None), ColorJitter(), RandAugment(), TimmAugment())
+
+
+@pytest.mark.parametrize("stages", [(), AUGMENTATIONS], ids=["crops", "augmentations"])
+def test_stops_with_other_worlds_and_workers_change_nothing(shards, stages):
+    expected = take(loader(shards, stages=stages), STEPS)
+    plain = take(loader(shards), STEPS)
+    assert all(map(torch.equal, expected[0], plain[0])) == (not stages)
     seen = []
     for world_size, workers, steps in ((1, 2, 2), (2, 1, 1), (1, 0, 2), (4, 0, 2)):
         ranks = [
@@ -187,6 +208,7 @@ def test_stops_with_other_worlds_and_workers_change_nothing(shards):
                     rank=rank,
                     world_size=world_size,
                     samples_consumed=8 * len(seen),
+                    stages=stages,
                 ),
                 steps,
             )
