@@ -8,8 +8,10 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from dist_siglip.cli import main
 from dist_siglip.data.remote import CacheSettings
@@ -80,7 +82,10 @@ def test_a_run_that_moved_is_named_anew_and_another_is_refused(index, tmp_path, 
     assert "does not say its model; name it by --run_dir" in capsys.readouterr().err
 
 
-def test_a_table_of_other_formats_is_searched_as_it_was_embedded(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("source", ["rows.csv", "rows.parquet"])
+def test_rows_of_other_formats_are_searched_as_they_were_embedded(
+    tmp_path, capsys, monkeypatch, source
+):
     monkeypatch.chdir(tmp_path)
     lines = ["image,caption"]
     for number in range(6):
@@ -89,17 +94,20 @@ def test_a_table_of_other_formats_is_searched_as_it_was_embedded(tmp_path, capsy
         Image.fromarray(grey).save(f"{number}.tif")
         lines.append(f"{number}.tif,pair number {number}")
     Path("rows.csv").write_text("\n".join(lines) + "\n")
+    pictures = [Path(f"{number}.tif").read_bytes() for number in range(6)]
+    rows = {"image": pictures, "caption": [line.split(",")[1] for line in lines[1:]]}
+    parquet.write_table(pyarrow.table(rows), "rows.parquet")
     run, _ = run_of(tmp_path, "clip")
     options = ["--formats=[png,tiff]", "--intensity_window=[0,1000]", "--device=cpu", "--workers=0"]
-    assert main(["embed", "rows.csv", "--out=e", f"--run_dir={run}", *options]) == 0
+    assert main(["embed", source, "--out=e", f"--run_dir={run}", *options]) == 0
     capsys.readouterr()
     assert main(["search", "e", "4.tif", "--k=2", "--json=true"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)
     assert answer["pictures"][0]["row"] == 4
     assert answer["pictures"][0]["score"] == pytest.approx(1, abs=1e-3)
-    rows = StoredRows(Path("e"))
+    stored = StoredRows(Path("e"))
     policy = PicturePolicy(formats=("tiff",), intensity_window=(0, 1000))
-    copies = ShardPictures(rows, policy, shards=None, cache=CacheSettings())
+    copies = ShardPictures(stored, policy, shards=None, cache=CacheSettings())
     kind, data = copies.copy(4)
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     assert (kind, pixels[13, 10, 0], pixels[2, 2, 0]) == ("image/png", 230, 26)
