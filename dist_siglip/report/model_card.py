@@ -115,8 +115,9 @@ def _shards(settings: Mapping[str, Any]) -> Iterator[str]:
     for source in _listed(settings, "data.train_sources"):
         weight = source.get("weight")
         yield f"{source.get('shards')}" + ("" if weight is None else f" (weight {weight})")
-    if settings.get("data.train_shards") is not None:
-        yield str(settings["data.train_shards"])
+    shards = settings.get("data.train_shards")
+    if shards is not None:
+        yield from map(str, shards if isinstance(shards, list) else [shards])
 
 
 def _listed(settings: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from dist_siglip.evaluation.retrieval import PairMetrics
 from dist_siglip.evaluation.shards import LoadSettings
 from dist_siglip.models import BuiltModel
 from dist_siglip.models.interop.comparison import Reader
-from dist_siglip.models.interop.export import Exported, export_model
+from dist_siglip.models.interop.export import Exported, check_graph_options, export_model
 from dist_siglip.models.interop.publish import Card, Form, check_push, push_folder, write_card
 from dist_siglip.models.interop.to_onnx import GraphPrecision, TokenType
 from dist_siglip.report.model_card import card_of_run, public
@@ -103,6 +103,10 @@ def export(
         overwrite: replace an earlier export in this folder.
     """
     _check(to, out, card, push, revision, private=private)
+    if to is not None:
+        check_graph_options(to, precision, token_type)
+    if val_shards is not None and precision == "fp32":
+        raise UserError("val_shards is compared on where precision is fp16 or int8; leave it out")
     described = Card(licence=license, repository=push)
     if model is not None:
         described = replace(described, name=public(model))
@@ -128,8 +132,6 @@ def export(
     measure = None
     if precision != "fp32":
         measure = _measure(built, val_shards, captions, run_dir)
-    elif val_shards is not None:
-        raise UserError("val_shards is compared on where precision is fp16 or int8")
     with tempfile.TemporaryDirectory(prefix="dist_siglip-export-") as scratch:
         folder = Path(out) if out is not None else Path(scratch) / "export"
         done = export_model(

@@ -137,6 +137,20 @@ class Exported:
     lowered: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_graph_options(to: Form, precision: GraphPrecision, token_type: TokenType) -> None:
+    """Check that what is of graphs alone is asked of them alone.
+
+    Raises:
+        UserError: If it is asked of another form.
+    """
+    for name, value, usual in (
+        ("precision", precision, "fp32"),
+        ("token_type", token_type, "int64"),
+    ):
+        if to != "onnx" and value != usual:
+            raise UserError(f"{name} ({value}) is of onnx, not of {to}; leave it out, or --to onnx")
+
+
 def export_model(
     built: BuiltModel,
     folder: Path,
@@ -167,8 +181,7 @@ def export_model(
     """
     card = card or Card()
     refuse_not_finite(built.encoder.clip.state_dict(), "the model")
-    if to != "onnx" and (precision, token_type) != ("fp32", "int64"):
-        raise UserError(f"precision ({precision}) and token_type ({token_type}) are of onnx alone")
+    check_graph_options(to, precision, token_type)
     write, read = _FORMS[to]
     if to == "onnx":
         write = partial(write_onnx, token_type=token_type)
@@ -223,4 +236,4 @@ def _lower(
     return {"lowest_cosine": cosine, **({} if measure is None else measure(reader))}
 
 
-__all__ = ["Exported", "Form", "export_model"]
+__all__ = ["Exported", "Form", "check_graph_options", "export_model"]

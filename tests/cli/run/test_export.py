@@ -168,6 +168,8 @@ def test_recall_is_compared_on_the_pairs_of_the_run(precision, run_dir, tmp_path
         (["--card=x", "--out=y", "--model=ViT-B-32"], "card (x) is written alone"),
         (["--to=hf", "--out=x", "--model=ViT-B-32", "--private"], "are of push"),
         (["--to=hf", "--out=x", "--model=ViT-B-32", "--license=A B"], "license ('A B')"),
+        (["--to=hf", "--out=x", "--run_dir=x", "--precision=int8"], "precision (int8) is of onnx"),
+        (["--to=onnx", "--out=x", "--run_dir=x", "--val_shards=x"], "val_shards is compared on"),
         (["--to=hf", "--model=ViT-B-32", "--push=model"], "push (model) must be ORG/NAME"),
         (["--to=coreml", "--out=x", "--model=ViT-B-32"], "to"),
         (["--to=safetensors", "--out=x"], "run_dir"),

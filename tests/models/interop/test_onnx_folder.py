@@ -211,5 +211,5 @@ def test_a_feature_that_half_precision_turns_is_refused(tmp_path, monkeypatch):
 def test_precision_is_of_onnx_alone(tmp_path):
     built = built_from(ARCHITECTURES["clip"], tmp_path)
     for wrong in ({"precision": "int8"}, {"token_type": "int32"}):
-        with pytest.raises(UserError, match="are of onnx alone"):
+        with pytest.raises(UserError, match="is of onnx, not of safetensors; leave it out"):
             export_model(built, tmp_path / "out", to="safetensors", **wrong)
