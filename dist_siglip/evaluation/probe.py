@@ -7,7 +7,8 @@ regularisation is searched on a validation split. It is fitted on the first rank
 import logging
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -309,14 +310,22 @@ class _Regression:
         """
         found = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
         is_done = torch.zeros(1, device=self._device)
-        with ThreadPoolExecutor(1) as thread:
-            fit = thread.submit(self._fit, c)
-            while not is_done:
-                self._note_progress()
-                wait([fit], _SECONDS_BETWEEN_SIGNS if self._rows is not None else 0)
-                is_done.fill_(fit.done())
-                copy_from_first_rank([is_done], self._group)
-            fitted = fit.result()
+        fit: Future[LogisticRegression | None] = Future()
+
+        def work() -> None:
+            try:
+                fit.set_result(self._fit(c))
+            except Exception as error:  # noqa: BLE001 - raised again by whoever waits
+                fit.set_exception(error)
+
+        # A daemon: whoever interrupts the run does not wait for the fit.
+        Thread(target=work, daemon=True).start()
+        while not is_done:
+            self._note_progress()
+            wait([fit], _SECONDS_BETWEEN_SIGNS if self._rows is not None else 0)
+            is_done.fill_(fit.done())
+            copy_from_first_rank([is_done], self._group)
+        fitted = fit.result()
         if fitted is not None:
             coefficients = torch.from_numpy(fitted.coef_)
             rows = torch.cat([coefficients, torch.from_numpy(fitted.intercept_)[:, None]], 1)

@@ -122,6 +122,15 @@ def test_a_long_fit_gives_signs_and_ends_at_its_limit(monkeypatch):
     assert not torch.allclose(made.weights(100.0), expected, atol=0.1)
 
 
+def test_a_fit_that_fails_says_why(monkeypatch):
+    def fail(self, features, labels):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(module.LogisticRegression, "fit", fail)
+    with pytest.raises(MemoryError, match="too large"):
+        regression(torch.arange(3).repeat(9), 3)[1].weights(1.0)
+
+
 @pytest.mark.parametrize("peak", [0, 1, 37, 48, 95, 96])
 def test_the_search_finds_every_peak_with_few_looks(peak):
     looks = []
