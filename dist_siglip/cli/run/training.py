@@ -185,7 +185,9 @@ class TrainingCLI(LightningCLI):
         name_trackers(self._get_all().trainer.logger, self.folder.path.resolve().name)
         try:
             super().instantiate_classes()
-        except Exception as error:  # the parser wraps what Lightning raises of a missing package
+        except Exception as error:  # the parser wraps what constructors raise
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
             needed = re.search(r"Requirement '([^']+)' not met", str(error))
             if needed is None:
                 raise

@@ -68,6 +68,17 @@ CASES = {
         ["--data.train_features={wrong}/none", "--data.train_crop_scale=null"],
         "train_features ({wrong}/none) is no folder of embeddings",
     ),
+    "a policy that timm does not know": (
+        [
+            "--data.stages=[{{class_path: dist_siglip.data.TimmAugment, "
+            "init_args: {{policy: best}}}}]"
+        ],
+        "policy ('best') of TimmAugment is none that timm knows",
+    ),
+    "texts to spare by no regular expression": (
+        ['--data.stages=[{{class_path: dist_siglip.data.RandomFlip, init_args: {{spares: "("}}}}]'],
+        "spares ('(') of RandomFlip is no regular expression",
+    ),
     "an unknown alarm": (["--collapse_alarm.action=shout"], "action"),
     "an alarm out of range": (["--collapse_alarm.rank_share=2"], "collapse_alarm.rank_share (2.0)"),
     "an objective on a locked image tower": (
