@@ -6,9 +6,9 @@ only the lengths between the values are read; one of snappy is unpacked once to 
 in pieces of 64 KiB; others are unpacked whole. What a page claims is compared with what is there,
 and bounded, before memory is reserved.
 
-pyarrow reads row groups, not rows: of pictures of 96 KB, drawn at random from 8 files and with 64
-MiB kept, it gives 383 a second of processor time from row groups of 100, and 39 from those of 1000,
-as ``read_row_group(columns=...)``; here 26,800 are read, and 31,600 from a tar.
+pyarrow reads row groups, not rows. Of pictures of 96 KB, drawn at random with 64 MiB kept, its
+``read_row_group(columns=...)`` gives 477 a second of processor time from row groups of 100, and 39
+from those of 1,000; this gives 29,000 and 26,500, a tar some 31,000 (docs/benchmarks.md).
 
 Page headers are structs of Thrift's compact protocol. See the Parquet format, "Data Pages".
 """
@@ -180,7 +180,7 @@ def _page(header: dict[int, Any], offset: int, first: int, chunk: Chunk) -> Page
     ):
         raise ParquetError(
             f"a page of {full_size} bytes ({size} stored) with {num_values} values; at most "
-            f"{LARGEST_PAGE} bytes and {MOST_VALUES} values are read"
+            f"{LARGEST_PAGE} bytes and {MOST_VALUES} values are read; write smaller row groups"
         )
     return Page(
         kind, offset, size, full_size, num_values, encoding, levels_size, is_compressed, first
