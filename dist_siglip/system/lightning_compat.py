@@ -32,6 +32,7 @@ PRIVATE = (
         "_broadcast_sigterm_tensor",
         "answers to signals",
     ),
+    ("loops.training_epoch_loop._TrainingEpochLoop", "_batches_that_stepped", "logged steps"),
     ("core.module.LightningModule", "_device_mesh", "FullyShardedStrategy"),
     ("strategies.ModelParallelStrategy", "_tensor_parallel_size", "FullyShardedStrategy"),
     ("strategies.ModelParallelStrategy", "_data_parallel_size", "FullyShardedStrategy"),
@@ -77,6 +78,15 @@ def broadcast_no_sigterm(trainer: Trainer) -> None:
     """Take out the broadcast of each step that asks the first rank whether it was signalled."""
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = _do_nothing
+
+
+def count_logged_steps(trainer: Trainer) -> None:
+    """Have Lightning's loggers count the steps of the optimizer.
+
+    Lightning counts for them apart, and counts one more where some ended runs go on: what was
+    logged at one step would be written at another.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def _do_nothing() -> None:

@@ -27,6 +27,7 @@ from dist_siglip.models import BuiltModel
 from dist_siglip.models.tuning import lies_in_block
 from dist_siglip.models.weights_file import refuse_not_finite
 from dist_siglip.runs.checkpoints.sharded import by_name, by_number, has_numbers
+from dist_siglip.system.lightning_compat import count_logged_steps
 from dist_siglip.training.module.from_run import (
     Differences,
     adopt_optimizer,
@@ -340,12 +341,8 @@ class RunModule(LightningModule):
             part.train()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Have Lightning's loggers count the steps of the optimizer, as everything here does.
-
-        Lightning counts for them apart, and counts one more where some ended runs go on: what was
-        logged at one step would be written at another.
-        """
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        """Have loggers write on the steps whose figures are logged."""
+        count_logged_steps(self.trainer)
 
     def on_fit_end(self) -> None:
         """Leave the weights that were evaluated, not those of training."""
