@@ -83,7 +83,7 @@ def checkpoint_of(text: str, folder: RunFolder, model: nn.Module) -> Path:
             check_sound(chosen)
             note_sound(chosen)
     else:
-        chosen = newest_sound_checkpoint(source)
+        chosen = newest_sound_checkpoint(source, "from_run")
     if chosen is None:
         steps = ", ".join(map(str, source.steps_with_checkpoint())) or "none"
         raise UserError(f"from_run ({text}) has no such checkpoint; its steps are {steps}")

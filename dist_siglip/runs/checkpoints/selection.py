@@ -214,11 +214,15 @@ def read_best(folder: RunFolder, metric: str, mode: Mode) -> BestCheckpoint:
 _verified: dict[Path, tuple[int, int, int]] = {}
 
 
-def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
+def newest_sound_checkpoint(folder: RunFolder, setting: str = "run_dir") -> Path | None:
     """Return the checkpoint of the largest step whose bytes are those that were written.
 
     Every newer one is named in the log, with what is wrong with it. Each byte of the newest is
     read once, about a second per GB or less.
+
+    Args:
+        folder: of the run.
+        setting: name of what the user said the folder by, for errors.
 
     Returns:
         None if the run has no checkpoint at all.
@@ -237,9 +241,10 @@ def newest_sound_checkpoint(folder: RunFolder) -> Path | None:
             return path
         logger.warning("checkpoint %s is damaged (%s); looking for an older one", path, damage)
     if steps:
+        anew = f"remove {folder.checkpoints} to begin anew"
         raise UserError(
-            f"run_dir ({folder.path}) has {len(steps)} checkpoints and all are damaged; restore "
-            f"one from a copy, or remove {folder.checkpoints} to begin anew"
+            f"{setting} ({folder.path}) has {len(steps)} checkpoints and all are damaged; restore "
+            f"one from a copy, or {anew if setting == 'run_dir' else 'name another run'}"
         )
     return None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dist_siglip.cli.run.from_run import folder_of_settings, split
+from dist_siglip.cli.run.from_run import checkpoint_of, folder_of_settings, split
 from dist_siglip.cli.run.training import TrainingCLI
 from dist_siglip.errors import UserError
 from dist_siglip.runs import RunFolder
@@ -41,6 +41,14 @@ def test_what_from_run_names(tmp_path):
     own.checkpoints.mkdir(parents=True)
     own.checkpoint(3).touch()
     assert folder_of_settings(own, "runs/a") == own
+
+
+def test_a_run_of_damaged_checkpoints_is_named_as_it_was_given(tmp_path):
+    source = RunFolder(tmp_path / "first")
+    source.checkpoints.mkdir(parents=True)
+    source.checkpoint(3).touch()
+    with pytest.raises(UserError, match=r"from_run \(.*first\) has 1 .* name another run$"):
+        checkpoint_of(str(source.path), RunFolder(tmp_path / "second"), torch.nn.Linear(1, 1))
 
 
 def test_a_folder_that_has_not_begun_is_not_evaluated_as_built(tmp_path):
