@@ -416,7 +416,7 @@ def test_check_finds_what_is_wrong_before_any_rank_starts(shards, tmp_path):
         ({"global_batch_size": 40}, 1, r"\(40\) must be at most .* \(37\)"),
         ({"shards": None}, 1, "both null"),
         ({"shards": "nowhere.tar"}, 1, r"train_shards .* missing file 'nowhere\.tar'"),
-        ({"val_shards": str(tmp_path / "empty")}, 1, r"val_shards .* without \.tar files"),
+        ({"val_shards": str(tmp_path / "empty")}, 1, r"without \.tar or \.parquet files"),
         ({"val_shards": str(cut)}, 1, r"cut\.tar' is cut short"),
         ({"image_extensions": ("jpg",)}, 1, "have no picture"),
     ):
