@@ -3,10 +3,10 @@
 The last checkpoint of a run holds the weights under training too, not only their average.
 """
 
-import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,6 +45,7 @@ class WeightAverage(WeightAveraging):
         self.decay = decay
         self.start_step = start_step
         self.every_steps = every_steps
+        self._pairs: PairedTensors | None = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether the step with this number, from 0, counts; the end of an epoch never does."""
@@ -63,6 +64,7 @@ class WeightAverage(WeightAveraging):
             # Our configure_model does nothing where nothing is sharded.
             warnings.filterwarnings("ignore", message=".*overrides the configure_model")
             super().setup(trainer, pl_module, stage)
+        self._pairs = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object, **kwargs: object
@@ -72,7 +74,9 @@ class WeightAverage(WeightAveraging):
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
             # The first weights that count replace the start.
             weight = 1 - self.decay if self._latest_update_step else 1.0
-            move_towards(self._average.module, pl_module, weight)
+            if self._pairs is None:
+                self._pairs = PairedTensors(self._average.module, pl_module)
+            move_towards(self._pairs, weight)
             self._average.n_averaged += 1
             self._latest_update_step = step
 
@@ -89,15 +93,61 @@ class WeightAverage(WeightAveraging):
         return self._average_model
 
 
+class PairedTensors:
+    """Parameters and stored buffers of an average and of the module it is of, as pairs.
+
+    Which there are is found once, and again when a module has got, lost or changed a part; the
+    tensors are looked up each time, since a buffer may be another one after a step.
+
+    Args:
+        average: with the tensors of ``module``, on the same device; dtypes may differ.
+        module: what it is an average of.
+    """
+
+    def __init__(self, average: nn.Module, module: nn.Module) -> None:
+        self._average, self._module = average, module
+        self._find()
+
+    def _find(self) -> None:
+        """Find what is state; a mask of -inf is none, and has no mean."""
+        self._modules = [*self._average.modules(), *self._module.modules()]
+        self._parts = list(map(_parts_of, self._modules))
+        self._places: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        stored = self._module.state_dict(keep_vars=True)
+        seen: set[int] = set()  # of tied parameters the first counts
+        named = zip(self._average.modules(), self._module.named_modules(), strict=True)
+        for ours, (prefix, theirs) in named:
+            for old, new in (
+                (ours._parameters, theirs._parameters),
+                (ours._buffers, theirs._buffers),
+            ):
+                for key, tensor in new.items():
+                    is_stored = f"{prefix}.{key}".removeprefix(".") in stored
+                    if tensor is not None and is_stored and id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        self._places.append((old, new, key))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through the pairs, as they are now."""
+        if self._parts != list(map(_parts_of, self._modules)):
+            self._find()
+        return ((old[key], new[key]) for old, new, key in self._places)
+
+
+def _parts_of(module: nn.Module) -> tuple[int, ...]:
+    """What changes when a module gets, loses or changes a part; of buffers their values may."""
+    parts = (*module._modules.values(), *module._parameters.values())
+    return (*map(id, parts), *(value is None for value in module._buffers.values()))
+
+
 @torch.no_grad()
-def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
-    """Set average += weight * (module - average), in place, for parameters and stored buffers.
+def move_towards(pairs: Iterable[tuple[Tensor, Tensor]], weight: float) -> None:
+    """Set average += weight * (current - average), in place.
 
     One operation for all tensors of a dtype. Tensors of whole numbers are copied.
 
     Args:
-        average: with the tensors of ``module``, on the same device; dtypes may differ.
-        module: as it is now.
+        pairs: (average, current), such as ``PairedTensors``.
         weight: in (0, 1]; 1 copies.
 
     Example:
@@ -105,12 +155,12 @@ def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
         >>> for each, value in ((average, 1.0), (module, 2.0)):
         ...     for parameter in each.parameters():
         ...         _ = torch.nn.init.constant_(parameter, value)
-        >>> move_towards(average, module, 0.25)
+        >>> move_towards(PairedTensors(average, module), 0.25)
         >>> average.weight.item(), average.bias.item()
         (1.25, 1.25)
     """
     groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for old, new in zip(_tensors(average), _tensors(module), strict=True):
+    for old, new in pairs:
         if old is new:
             continue  # of a teacher, which is an average already and which both share
         ours, theirs = groups[old.dtype]
@@ -121,10 +171,3 @@ def move_towards(average: nn.Module, module: nn.Module, weight: float) -> None:
             torch._foreach_lerp_(ours, theirs, weight)
         else:
             torch._foreach_copy_(ours, theirs)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters, and buffers that are state; a mask of -inf is none, and has no mean."""
-    stored = module.state_dict(keep_vars=True)
-    buffers = (each for name, each in module.named_buffers() if name in stored)
-    return itertools.chain(module.parameters(), buffers)

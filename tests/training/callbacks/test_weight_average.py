@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from dist_siglip.errors import UserError
 from dist_siglip.training.callbacks import WeightAverage
-from dist_siglip.training.callbacks.weight_average import move_towards
+from dist_siglip.training.callbacks.weight_average import PairedTensors, move_towards
 from tests.support.meta_device import MetaStrategy
 from tests.support.tiny_models import ARCHITECTURES, network_of, write_config
 from tests.support.tuning_ranks import batches_of, fit, locked_module
@@ -158,7 +158,51 @@ def test_the_causal_mask_of_a_text_tower_stays_a_mask():
     average, module = (network_of(ARCHITECTURES["clip"]) for _ in range(2))
     assert average.attn_mask.isinf().any()
     before = average.text_projection.clone()
-    move_towards(average, module, 0.25)
+    move_towards(PairedTensors(average, module), 0.25)
     assert torch.equal(average.attn_mask, module.attn_mask)
     expected = before.lerp(module.text_projection, 0.25)
     torch.testing.assert_close(average.text_projection, expected)
+
+
+def mixed_pair():
+    average, module = Mixed(), Mixed()
+    return average, module, PairedTensors(average, module)
+
+
+def test_tensors_are_found_once_and_looked_up_at_every_step(monkeypatch):
+    average, module, pairs = mixed_pair()
+    monkeypatch.setattr(Mixed, "state_dict", None)  # asking again would raise
+    for _ in range(2):
+        for old, new in pairs:
+            assert (old.shape, old.dtype) == (new.shape, new.dtype)
+        # A buffer that is set anew is another tensor.
+        module.positions = module.positions + 1
+        move_towards(pairs, 0.5)
+        assert torch.equal(average.positions, module.positions)
+    found = {id(new) for _, new in pairs}
+    assert found == {id(each) for each in (*module.parameters(), module.positions)}
+
+
+def test_what_changes_the_set_is_noticed():
+    """A layer in another's place, a new buffer, a parameter that is taken away."""
+    average, module, pairs = mixed_pair()
+    for each in (average, module):
+        each.first = torch.nn.Linear(3, 5)
+        each.register_buffer("more", torch.ones(2))
+        each.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+        each.second.bias = None
+    assert [id(new) for _, new in pairs] == [
+        id(each) for each in (module.positions, module.more, *module.parameters())
+    ]
+    assert {id(old) for old, _ in pairs} == {
+        id(each) for each in (average.positions, average.more, *average.parameters())
+    }
+
+
+def test_tied_weights_move_once():
+    average, module = (torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in "ab")) for _ in "ab")
+    for each, value in ((average, 0.0), (module, 1.0)):
+        each[1].weight = each[0].weight
+        torch.nn.init.constant_(each[0].weight, value)
+    move_towards(PairedTensors(average, module), 0.25)
+    assert torch.equal(average[1].weight, torch.full((2, 2), 0.25))
