@@ -7,7 +7,7 @@ numbers. All ranks share the work and all have the result.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -189,6 +189,20 @@ class Benchmark(ABC):
         Raises:
             UserError: if something cannot be read; on every rank.
         """
+
+
+def check_languages(languages: Iterable[str], of: str) -> None:
+    """Refuse languages of a file that no file can be called by; their results have their names.
+
+    Raises:
+        UserError: naming the first one; ``of`` says where they stand.
+    """
+    for each in languages:
+        if not _NAME.fullmatch(each):
+            raise UserError(
+                f"{of}: language ({each[:40]!r}) must be letters, digits and _ . -, and begin with "
+                "a letter or digit"
+            )
 
 
 def check_benchmarks(benchmarks: list[Benchmark]) -> None:

@@ -42,6 +42,7 @@ _CLASSES_FILE = "classnames.txt"
 _TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 PLACES = ("{c}", "{}")
 _MOST_DIGITS = 6  # of a label
+MOST_LABEL = 10**_MOST_DIGITS - 1
 _CLASSES_AT_ONCE = 64  # whose prompts are in memory together
 
 

@@ -5,6 +5,7 @@ regularisation is searched on a validation split. It is fitted on the first rank
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -133,11 +134,11 @@ class LinearProbe(Benchmark):
             check_least(1, of=of, shots=self._shots)
         check_least(0, of=of, neighbors=self._neighbors, seed=self._seed)
         check_least(1, of=of, max_iterations=self._max_iterations)
-        if self._c is not None and not self._c > 0:
+        if self._c is not None and not 0 < self._c < math.inf:
             raise UserError(f"{of}c ({self._c}) must be above 0, or null to search for it")
         if not 0 < self._val_share < 1:
             raise UserError(f"{of}val_share ({self._val_share}) must be in (0, 1)")
-        if not self._temperature > 0:
+        if not 0 < self._temperature < math.inf:
             raise UserError(f"{of}temperature ({self._temperature}) must be above 0; try 0.07")
         for shards in self._all_shards():
             shards.check()
@@ -235,7 +236,7 @@ class LinearProbe(Benchmark):
         counts = sum_over_ranks(torch.bincount(train.labels, minlength=len(classes)), group)
         if self._shots is None:
             if val is not None:
-                return train, val, _joined(train, val)
+                return train, val, _joined(train, val, self._train.table.num_samples)
             wanted = (counts.double() * self._val_share).long().clamp_min(1).minimum(counts - 1)
             held_out = places < wanted[train.labels]
             return train.where(~held_out), train.where(held_out), train
@@ -421,11 +422,12 @@ def places_in_class(
     return places.to(sample_ids.device)[sample_ids]
 
 
-def _joined(first: _Rows, second: _Rows) -> _Rows:
+def _joined(first: _Rows, second: _Rows, num_samples: int) -> _Rows:
+    """Rows of two tables, of which the first has so many samples; each has an id of its own."""
     return _Rows(
         torch.cat([first.features, second.features]),
         torch.cat([first.labels, second.labels]),
-        torch.cat([first.sample_ids, second.sample_ids]),
+        torch.cat([first.sample_ids, second.sample_ids + num_samples]),
     )
 
 

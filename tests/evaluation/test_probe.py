@@ -195,10 +195,21 @@ def test_the_strength_is_searched_on_a_part_of_the_training_split(shards, rows):
     assert STRENGTHS[0] < best < STRENGTHS[-1]
 
 
-def test_a_validation_split_chooses_where_there_is_one(shards, tmp_path):
+def test_a_validation_split_chooses_where_there_is_one(shards, tmp_path, monkeypatch):
     val = write(tmp_path / "val" / "0.tar", range(300, 330))
+    fitted = []
+    fit = module.LogisticRegression.fit
+    monkeypatch.setattr(
+        module.LogisticRegression,
+        "fit",
+        lambda self, rows, labels: fitted.append(rows) or fit(self, rows, labels),
+    )
     found = probe(shards, val_shards=val, neighbors=0).evaluate(known_model())
     assert found.details["train_pictures"] == len(TRAIN) + 30
+    # One order on any number of ranks: the training split, then the other, each by its samples.
+    expected = [image_map(pixels(ids)).double() for ids in (TRAIN, range(300, 330))]
+    assert torch.equal(torch.from_numpy(fitted[-1]), torch.cat(expected))
+    assert all(torch.equal(torch.from_numpy(each), expected[0]) for each in fitted[:-1])
 
 
 def test_few_shots_are_drawn_by_the_seed_and_so_many_of_each_class(shards):
@@ -234,6 +245,8 @@ def test_class_names_beside_the_shards_are_in_the_details(shards):
         ({"c": 0.0}, r"c \(0.0\) must be above 0"),
         ({"val_share": 1.0}, r"val_share \(1.0\) must be in \(0, 1\)"),
         ({"temperature": 0.0}, r"temperature \(0.0\) must be above 0"),
+        ({"temperature": float("inf")}, r"temperature \(inf\) must be above 0"),
+        ({"c": float("inf")}, r"c \(inf\) must be above 0"),
         ({"neighbors": -1}, r"neighbors \(-1\) must be at least 0"),
         ({"classes": "nowhere.txt"}, r"classes \(nowhere.txt\) cannot be read"),
         ({"val_shards": "gone.tar"}, "gone.tar"),

@@ -44,6 +44,7 @@ from dist_siglip.runs import RunFolder
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import best_effort
 from dist_siglip.training.callbacks import Benchmarks
+from dist_siglip.training.callbacks.benchmarks import plain
 from dist_siglip.training.datamodule import ImageTextDataModule
 from dist_siglip.training.module import SigLipModule
 
@@ -165,11 +166,10 @@ class BenchmarkCLI(TrainingCLI):
 
     def _find_suite(self) -> None:
         """Add the data sets of the suite to the benchmarks."""
-        suite, folder, runs = (
-            self._get(self.config, name) for name in ("suite", "suite_folder", "compare")
-        )
+        names = ("suite", "suite_folder", "compare", "suite_probes")
+        suite, folder, runs, probes = (self._get(self.config, name) for name in names)
         if suite is None:
-            for name, value in (("suite_folder", folder), ("compare", runs)):
+            for name, value in zip(names[1:], (folder, runs, probes), strict=True):
                 if value:
                     raise UserError(f"{name} ({value}) needs suite; give suite, such as datacomp")
             return
@@ -180,7 +180,7 @@ class BenchmarkCLI(TrainingCLI):
         self.suite_members = read_suite(
             suite,
             folder,
-            probes=self._get(self.config, "suite_probes"),
+            probes=probes,
             loading=LoadSettings(
                 local_batch_size=self._get(self.config, "suite_batch_size"),
                 workers_per_rank=self._get(self.config, "suite_workers"),
@@ -206,10 +206,7 @@ class BenchmarkCLI(TrainingCLI):
         results = self.benchmarks.results
         averages = self._average(results)
         if self._get(self.config, "json"):
-            metrics: dict[str, Any] = {name: result.metrics for name, result in results.items()}
-            if averages is not None:
-                metrics["averages"] = averages.as_json()["averages"]
-            sys.stdout.write(json.dumps(metrics, indent=1) + "\n")
+            sys.stdout.write(json_of(results, averages))
         else:
             of_suite = {member.benchmark.name for member in self.suite_members}
             others = {name: each for name, each in results.items() if name not in of_suite}
@@ -229,6 +226,14 @@ class BenchmarkCLI(TrainingCLI):
         with best_effort(f"the averages of suite {suite}"):
             write_atomically(path, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
         return found
+
+
+def json_of(results: Mapping[str, BenchmarkResult], averages: SuiteValues | None) -> str:
+    """Metrics by benchmark, and the averages of a suite, as one JSON object."""
+    content: dict[str, Any] = {name: plain(result.metrics) for name, result in results.items()}
+    if averages is not None:
+        content["averages"] = averages.as_json()["averages"]
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def _print(results: Mapping[str, BenchmarkResult]) -> None:

@@ -9,8 +9,14 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.distributed import gather_rows
 from dist_siglip.errors import UserError
-from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.benchmark import (
+    Benchmark,
+    BenchmarkResult,
+    EvaluatedModel,
+    check_languages,
+)
 from dist_siglip.evaluation.classification import (
+    MOST_LABEL,
     PLACES,
     class_vectors,
     classify,
@@ -131,6 +137,7 @@ class BabelImageNet(Benchmark):
                 f"languages ({unknown}) of benchmark {self.name!r} must be among those with names "
                 f"and templates: {', '.join(known)}"
             )
+        check_languages(wanted, f"classes ({self._classes}) of benchmark {self.name!r}")
         return {
             each.lower(): self._names_of(each, classes[each], shared or templates[each])
             for each in wanted
@@ -143,15 +150,23 @@ class BabelImageNet(Benchmark):
         match classes:
             case [[*numbers], [*names]] if (
                 len(numbers) == len(names) == len(set(map(str, numbers))) >= _FEWEST_CLASSES
-                and all(isinstance(number, int) and number >= 0 for number in numbers)
+                and all(type(number) is int and 0 <= number <= MOST_LABEL for number in numbers)
                 and all(isinstance(name, str) and name.strip() for name in names)
             ):
-                return numbers, names, read_templates(list(map(str, templates)), [])
+                return numbers, names, self._templates_of(language, templates)
         raise UserError(
             f"classes ({self._classes}) of benchmark {self.name!r} must hold for language "
             f"{language} a list of different numbers and a list of as many names, {_FEWEST_CLASSES}"
             " or more"
         )
+
+    def _templates_of(self, language: str, templates: Any) -> list[str]:
+        if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
+            raise UserError(
+                f"templates ({self._templates}) of benchmark {self.name!r} must hold for language "
+                f"{language} a list of texts"
+            )
+        return read_templates(templates, [])
 
     def _read_json(self, path: str, what: str) -> dict[str, Any]:
         try:

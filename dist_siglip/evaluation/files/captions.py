@@ -12,7 +12,12 @@ from torch.distributed import ProcessGroup
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS
 from dist_siglip.distributed import sum_over_ranks
 from dist_siglip.errors import UserError, check_least
-from dist_siglip.evaluation.benchmark import Benchmark, BenchmarkResult, EvaluatedModel
+from dist_siglip.evaluation.benchmark import (
+    Benchmark,
+    BenchmarkResult,
+    EvaluatedModel,
+    check_languages,
+)
 from dist_siglip.evaluation.encoding import DEFAULT_BATCH_ROWS, encode_texts, own_part
 from dist_siglip.evaluation.files.pictures import (
     encode_picture_files,
@@ -165,6 +170,7 @@ class FolderRetrieval(Benchmark):
                 f"languages ({unknown or []}) of benchmark {self.name!r} must be among those of "
                 f"{self._folder}: {', '.join(present)}"
             )
+        check_languages(self._languages or present, self._setting)
         return self._languages or present
 
     @property

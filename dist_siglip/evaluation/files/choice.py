@@ -181,7 +181,7 @@ class CaptionChoice(Benchmark):
         content = read_annotations(path, self._setting)
         try:
             found = list(_choices_in(path, content))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else error
             raise UserError(f"{self._setting}: {path} cannot be used: {reason}") from error
         if not found:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,19 @@ def find_pictures(names: Iterable[str], folders: Sequence[Path], setting: str) -
     endings = ("", *(f".{extension}" for extension in PICTURE_EXTENSIONS))
 
     def path_of(folder: Path, name: str) -> Path | None:
-        return next((p for e in endings if (p := folder / f"{name}{e}").is_file()), None)
+        with suppress(OSError):  # of a name that is too long
+            return next((p for e in endings if (p := folder / f"{name}{e}").is_file()), None)
+        return None
 
     place = next((f for f in folders if wanted and path_of(f, wanted[0]) is not None), None)
     if place is None:
         places = ", ".join(str(folder) for folder in folders)
-        raise UserError(f"{setting}: no picture {wanted[0] if wanted else ''!r} in {places}")
+        raise UserError(f"{setting}: no picture {wanted[0][:99] if wanted else ''!r} in {places}")
     found = {name: path_of(place, name) for name in wanted}
     missing = [name for name, path in found.items() if path is None]
     if missing:
         raise UserError(
             f"{setting}: {place} lacks {len(missing)} of {len(wanted)} pictures, first "
-            f"{missing[0]!r}; complete it"
+            f"{missing[0][:99]!r}; complete it"
         )
     return {name: path for name, path in found.items() if path is not None}

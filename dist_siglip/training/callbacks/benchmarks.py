@@ -8,7 +8,7 @@ confusion matrix, goes into details/NAME.json.
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,10 +58,7 @@ def write_result(
             "model": model,
             "pretrained": pretrained,
             "task": benchmark.task,
-            "metrics": {
-                name: value if math.isfinite(value) else str(value)
-                for name, value in metrics.items()
-            },
+            "metrics": plain(metrics),
             "language": language,
             "step": step,
         }
@@ -77,6 +74,11 @@ def write_result(
     write(folder / f"{benchmark.name}.json", benchmark.dataset, result.metrics, of_all)
     details = json.dumps(result.details, allow_nan=False) + "\n"
     write_atomically(folder / "details" / f"{benchmark.name}.json", details)
+
+
+def plain(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Write numbers that JSON has no word for as "nan", "inf" or "-inf"."""
+    return {name: n if math.isfinite(n) else str(n) for name, n in metrics.items()}
 
 
 _SHOWN = 4  # metrics of a benchmark in its log line

@@ -7,6 +7,8 @@ import yaml
 
 from dist_siglip.cli import main
 from dist_siglip.cli.run.start_point import evaluated_step
+from dist_siglip.cli.run.testing import json_of
+from dist_siglip.evaluation import BenchmarkResult
 from dist_siglip.runs import RunFolder
 from tests.support.benchmark_shards import write_labelled
 from tests.support.command import write_settings
@@ -141,6 +143,12 @@ def test_a_model_by_name_needs_no_run(trained, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["benchmarks"]
 
 
+def test_a_number_that_is_not_finite_leaves_what_is_printed_json():
+    results = {"a": BenchmarkResult({"x": float("nan"), "y": 0.5}, {})}
+    read = json.loads(json_of(results, None), parse_constant=pytest.fail)
+    assert read == {"a": {"x": "nan", "y": 0.5}}
+
+
 def suite_words(folder, *options):
     model = write_config(folder / "tiny.json", ARCHITECTURES["clip"])
     return ["test", f"--model.model={model}", "--trainer.accelerator=cpu", *options]
@@ -182,6 +190,7 @@ def test_a_suite_prints_its_averages_beside_those_of_another_run(tmp_path, capsy
         (["--suite=best", "--suite_folder=."], "suite (best) must be one of datacomp"),
         (["--suite=vtab", "--suite_folder=."], "suite_folder (.) has no data set of suite vtab"),
         (["--suite_folder=."], "suite_folder (.) needs suite"),
+        (["--suite_probes"], "suite_probes (True) needs suite"),
         (["--suite_workers=-1"], "suite_workers (-1) must be at least 0"),
     ],
 )

@@ -82,14 +82,27 @@ def test_the_file_of_clip_benchmark_can_be_read(given):
         ({"DE": [[0, 0, 1, 2, 3], list("abcde")]}, {}, "different numbers"),
         ({"DE": 3}, {}, "must hold for language DE"),
         ([], {}, "must be an object by language"),
+        ({"DE": [[0, 1, 2, 3, 10**30], list("abcde")]}, {}, "different numbers"),
+        ({"DE": [[0, 1, 2, 3, True], list("abcde")]}, {}, "different numbers"),
+        ({"../DE": NAMES["DE"]}, {"shared": True}, r"language \('../DE'\) .* letters"),
         (NAMES, {"languages": ["de", "es"]}, r"languages \(\['ES'\]\) .*: DE, FR"),
     ],
 )
 def test_names_that_cannot_be_used_are_told_in_one_line(given, tmp_path, names, settings, match):
     path = tmp_path / "names.json"
     path.write_text(json.dumps(names))
+    templates = "{}" if settings.pop("shared", False) else given[2]
     with pytest.raises(UserError, match=match) as caught:
-        BabelImageNet(given[0], str(path), given[2], **settings, loading=HERE).check()
+        BabelImageNet(given[0], str(path), templates, **settings, loading=HERE).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("templates", [3, None, "ein Bild von {}", [3], {"{}": 1}])
+def test_templates_that_are_no_list_of_texts_are_told_in_one_line(given, tmp_path, templates):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"DE": templates}))
+    with pytest.raises(UserError, match=r"templates \(.*DE.* list of texts") as caught:
+        BabelImageNet(given[0], given[1], str(path), loading=HERE).check()
     assert "\n" not in str(caught.value)
 
 

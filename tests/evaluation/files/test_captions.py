@@ -157,6 +157,11 @@ def test_unknown_languages_are_refused(crossmodal):
         ('{"image": "p0.png", "captions": []}', "has no caption that counts"),
         ('{"image": "gone.png", "captions": "a"}', "no picture 'gone.png'"),
         ("[]", "cannot be used"),
+        (json.dumps({"image": "p" * 300, "captions": "a"}), "no picture 'ppp"),
+        (
+            '{"image": "p0.png", "captions": {"../../de": "a"}}',
+            r"language \('../../de'\) .* letters",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, content, match):

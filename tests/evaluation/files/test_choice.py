@@ -180,6 +180,19 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, rows, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("side", ["x", "w"])
+@pytest.mark.parametrize("number", ["1e999", "NaN", '"wide"', "[]"])
+def test_a_box_that_is_none_is_told_in_one_line(tmp_path, side, number):
+    save(tmp_path, ["a.png"])
+    box = {"bbox_x": "0", "bbox_y": "0", "bbox_w": "9", "bbox_h": "9", f"bbox_{side}": number}
+    sides = ", ".join(f'"{name}": {value}' for name, value in box.items())
+    row = f'{{"image_path": "a.png", "true_caption": "one", "false_caption": "two", {sides}}}'
+    (tmp_path / "visual_genome_relation.json").write_text(f"[{row}]")
+    with pytest.raises(UserError, match="cannot be used: ") as caught:
+        CaptionChoice(str(tmp_path)).check()
+    assert "\n" not in str(caught.value)
+
+
 def test_an_empty_folder_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"has no examples.jsonl \(Winoground\), add_att"):
         CaptionChoice(str(tmp_path)).check()
