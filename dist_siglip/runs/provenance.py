@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_siglip.system.moved import new_path
-from dist_siglip.system.redaction import redact
+from dist_siglip.system.redaction import redact_arguments
 
 _PACKAGES = (
     "dist-siglip",
@@ -69,12 +69,12 @@ def collect_provenance(arguments: Sequence[str], *, world_size: int) -> dict[str
         world_size: ranks of this start.
 
     Returns:
-        time, command (without the secrets of URLs), commit (None outside a checkout; "+" after it
+        time, command (without secrets), commit (None outside a checkout; "+" after it
         means changed files), python, platform, host, world_size, versions.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(redact(argument) for argument in arguments),
+        "command": shlex.join(redact_arguments(arguments)),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

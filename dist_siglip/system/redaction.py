@@ -1,11 +1,13 @@
-"""Redaction of the secrets of URLs.
+"""Redaction of secrets: those of URLs, and values whose names say that they are some.
 
-A URL may carry a user name, a password or a signature. Every text that a person, a log or a file
-gets goes through ``redact``. In doubt too much is cut: people write passwords with slashes,
-question marks and at signs into URLs, where the grammar of URLs does not allow them.
+A URL may carry a user name, a password or a signature, and the settings of a tracker the key of an
+account. Every text that a person, a log or a file gets goes through ``redact``. In doubt too much
+is cut: people write passwords with slashes, question marks and at signs into URLs, where the
+grammar of URLs does not allow them.
 """
 
 import re
+from collections.abc import Iterable
 
 # From the scheme to white space or to what no URL holds. Schemes that are opened need no slashes
 # to be taken for one: "https:/me:secret@host" is a slip of a pen, and a secret.
@@ -17,19 +19,60 @@ _QUOTED = re.compile(r"((?:[^'\\]|\\.)*)('.*)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:\[[^\]/]*\]|[^:/\[]*)(?::\d*)?(?:[/?#]|[:,;.)\]}'\\]*$)")
 _SHOWN_BEFORE = re.compile(r"\.\.\.[:;,.)'\]}\\]*")
 _CUT = "..."
+_SECRET = (
+    r"(?<![A-Za-z])(?:api[_-]?key|(?:access|auth|bearer|hf|wandb)[_-]?token|password|passwd|secret"
+    r"|(?:access|account|private|secret)[_-](?:access[_-]?)?key|authorization)"
+)
+_SECRET_NAME = re.compile(f"{_SECRET}$", re.IGNORECASE)
+# A name, "=" or ":", and what is in quotes, else what has no space; both may be escaped.
+_NAMED = re.compile(
+    rf"({_SECRET}\\*['\"]?\s*[:=]\s*(?:(?:bearer|basic)\s+)?)"
+    r"(?:(\\*['\"])(?!\2|\.\.\.).+?(?=\2|$)"
+    r"|(?!(?:null|None|~)(?:\W|$)|\.\.\.|(?:bearer|basic)\s)[^\s'\"\\,\]})]+)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _WITH_REVISIONS = ("s3:", "gs:", "hf:")  # "@" may stand in a path of these
 
 
 def redact(text: str) -> str:
-    """Cut user names, passwords, queries and fragments out of the URLs of a text.
+    """Cut user names, passwords, queries and fragments out of URLs, and values of secret names.
 
     Example:
+        >>> redact("api_key: 12ab, shards: a.tar")
+        'api_key: ..., shards: a.tar'
         >>> redact("cannot open https://me:secret@host/a.tar?sig=12ab")
         'cannot open https://host/a.tar?...'
         >>> redact("https://me:sec/ret@host/a.tar"), redact("hf://datasets/me/set@main/a.tar")
         ('https://...@host/a.tar', 'hf://datasets/me/set@main/a.tar')
     """
-    return _URL.sub(_shown, text)
+    text = _URL.sub(_shown, text)
+    return _NAMED.sub(lambda found: f"{found[1]}{found[2] or ''}{_CUT}", text)
+
+
+def redact_setting(name: str, value: object) -> str:
+    """Write the value of a setting without secrets.
+
+    Example:
+        >>> redact_setting("logger.api_key", "12ab"), redact_setting("data.shards", "a.tar")
+        ('...', 'a.tar')
+    """
+    is_secret = value not in (None, "") and _SECRET_NAME.search(name)
+    return _CUT if is_secret else redact(str(value))
+
+
+def redact_arguments(arguments: Iterable[str]) -> list[str]:
+    """Cut secrets out of a command line, where a name and its value may be two arguments.
+
+    Example:
+        >>> redact_arguments(["fit", "--logger.api_key", "12ab", "--data.seed=0"])
+        ['fit', '--logger.api_key', '...', '--data.seed=0']
+    """
+    found, before = [], ""
+    for each in arguments:
+        name = before if before.startswith("-") and not each.startswith("--") else ""
+        found.append(redact_setting(name, each))
+        before = each
+    return found
 
 
 def _shown(found: re.Match[str]) -> str:

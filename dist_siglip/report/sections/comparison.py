@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from dist_siglip.data.remote.locations import redact
 from dist_siglip.data.samples.picture_policy import BEFORE_THE_SETTINGS
 from dist_siglip.report.history import printable
 from dist_siglip.report.measures import DIRECTIONS, Measure, known, show, table_of
@@ -18,6 +17,7 @@ from dist_siglip.report.page import (
     render_table_card,
 )
 from dist_siglip.report.records import RunRecord
+from dist_siglip.system.redaction import redact, redact_setting
 
 _MOST_TEXT = 20_000
 _MOST_CELL = 60
@@ -55,7 +55,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> list[list[str]]:
     names = sorted({name for run in runs for name in run.settings} - {"run_dir"})
     rows = []
     for name in names:
-        values = [redact(str(run.settings.get(name, "not set"))) for run in runs]
+        values = [redact_setting(name, run.settings.get(name, "not set")) for run in runs]
         if len(set(values)) > 1:
             cells = [v if len(v) <= _MOST_CELL else f"{v[:_MOST_CELL]} ..." for v in values]
             rows.append([name, *cells])

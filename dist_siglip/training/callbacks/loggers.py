@@ -24,7 +24,7 @@ from dist_siglip.runs.provenance import flatten
 from dist_siglip.system.atomic import write_atomically
 from dist_siglip.system.best_effort import LineLog, best_effort
 from dist_siglip.system.process_lock import check_place
-from dist_siglip.system.redaction import redact
+from dist_siglip.system.redaction import redact_setting
 from dist_siglip.system.regular_file import read_regular
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def name_trackers(settings: Any, name: str) -> None:
 def tell_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
     """Hand the settings of a run, by dotted name and without secrets, to trackers of the user."""
     told = {
-        key: value if isinstance(value, (int, float)) else redact(str(value))
+        key: value if isinstance(value, (int, float)) else redact_setting(key, value)
         for key, value in flatten(settings)
         if value is not None
     }

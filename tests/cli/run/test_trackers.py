@@ -139,8 +139,13 @@ def test_a_tracker_that_fails_costs_a_warning(tmp_path, caplog):
 
     broken = Broken()
     settings = {"data": {"train_shards": "https://me:pass@host/a.tar", "seed": 1, "stages": None}}
-    tell_settings([broken], settings)
-    assert broken.told == {"data.train_shards": "https://host/a.tar", "data.seed": 1}
+    comet = of_class("CometLogger", api_key="12ab")
+    tell_settings([broken], settings | {"trainer": {"logger": comet}, "loggers": [comet]})
+    assert "12ab" not in str(broken.told)
+    assert broken.told["trainer.logger.init_args.api_key"] == "..."
+    assert broken.told["data.train_shards"] == "https://host/a.tar"
+    assert broken.told["data.seed"] == 1
+    assert "data.stages" not in broken.told
     assert "settings in Broken cannot be written (no route to host)" in caplog.text
     attach_report([broken], tmp_path / "report.html")  # takes no files
 
