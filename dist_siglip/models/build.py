@@ -70,6 +70,7 @@ class BuiltModel:
         architecture: the open_clip model config the towers were built from, overrides included.
         trained_global_batch: pairs of the global batch the weights were trained with, or None if
             they do not say.
+        trained_steps: of the run whose checkpoint the weights are, or None if they do not say.
         pictures: what decides the pixels of an encoded picture.
         prefix_dims: prefixes of the features that training made useful alone; () if it did not.
         own_scale: logit scale that the weights brought; None if they had none.
@@ -94,6 +95,7 @@ class BuiltModel:
     random_parameters: frozenset[str]
     architecture: dict[str, Any]
     trained_global_batch: int | None = None
+    trained_steps: int | None = None
     prefix_dims: tuple[int, ...] = ()
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     awaits_weights: bool = False

@@ -189,6 +189,7 @@ class Weights:
         logit_bias: the file's bias, added to the logits, or None if it has none.
         global_batch_size: pairs of the global batch the file was trained with, or None if it
             does not say.
+        global_step: optimizer steps behind the file, or None if it does not say.
         resampling: how image positions are resampled for another image size.
     """
 
@@ -196,6 +197,7 @@ class Weights:
     logit_scale: float | None
     logit_bias: float | None
     global_batch_size: int | None = None
+    global_step: int | None = None
     resampling: ImageResampling = _OF_OPEN_CLIP
 
 
@@ -252,7 +254,12 @@ def read_weights(path: Path, *, average: bool | None = None) -> Weights:
             lacks what ``average`` asks for, or has an entry that is not finite.
     """
     content = read_content(path)
-    global_batch_size = recorded_global_batch(content) if isinstance(content, Mapping) else None
+    said = content if isinstance(content, Mapping) else {}
+    step = said.get("global_step")
+    history: dict[str, Any] = {
+        "global_batch_size": recorded_global_batch(said),
+        "global_step": step if isinstance(step, int) else None,
+    }
     found = choose_towers(content, path, average)
     own_prefix = TOWERS_PREFIX + NETWORK_PREFIX
     if found is None:
@@ -263,7 +270,7 @@ def read_weights(path: Path, *, average: bool | None = None) -> Weights:
     if prefix.endswith(own_prefix):
         tensors = _below(tensors, prefix.removesuffix(own_prefix))
         refuse_not_finite(tensors, str(path))
-        return replace(_split_own_checkpoint(tensors, path), global_batch_size=global_batch_size)
+        return replace(_split_own_checkpoint(tensors, path), **history)
     _name_left_out([name for name in tensors if not name.startswith(prefix)], prefix, path)
     refuse_not_finite({k: v for k, v in tensors.items() if k.startswith(prefix)}, str(path))
     tensors = _below(tensors, prefix)
@@ -279,7 +286,7 @@ def read_weights(path: Path, *, average: bool | None = None) -> Weights:
         resampling=resampling,
         logit_scale=None if log_scale is None else _scale(log_scale, "logit_scale", path),
         logit_bias=None if bias is None else _number(bias, "logit_bias", path),
-        global_batch_size=global_batch_size,
+        **history,
     )
 
 

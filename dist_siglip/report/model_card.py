@@ -9,14 +9,16 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dist_siglip.models.interop.publish import UNSTATED, Card, Result, escaped
+from dist_siglip.models.weight_source import HF_HUB, LOCAL_DIR
 from dist_siglip.report.history import printable
 from dist_siglip.report.measures import MARGIN_MEASURES, MODEL_MEASURES, SPACE_MEASURES, Measure
 from dist_siglip.report.records import RunRecord, read_run
-from dist_siglip.system.redaction import redact
+from dist_siglip.system.redaction import redact, redact_arguments
 
 # A URL, which stays, or all but the last name of a path from the root, a home or a folder above.
 _PATH = re.compile(
@@ -31,6 +33,7 @@ _TASKS = {
     "zeroshot_retrieval": "image-text-retrieval",
 }
 _MOST_METRICS = 12
+_UNKNOWN = "of which step the weights are is not known"
 _RETRIEVAL = tuple(
     f"{direction}_{name}"
     for direction in ("image_to_text", "text_to_image")
@@ -68,13 +71,26 @@ _SCHEDULE = {
 }
 
 
-def card_of_run(run_dir: Path, *, licence: str = UNSTATED) -> Card:
-    """Describe a run for its model card.
+def card_of_run(
+    run_dir: Path,
+    *,
+    licence: str = UNSTATED,
+    step: int | None = None,
+    weights_average: bool | None = None,
+) -> Card:
+    """Describe a run for its model card, with what was measured of the weights that have the card.
+
+    Args:
+        run_dir: folder of the run.
+        licence: identifier of the hub.
+        step: of the weights; None is the last of the run, below 0 it is not known.
+        weights_average: False are those that the run's average, which it evaluates, is made of.
 
     Raises:
         UserError: As ``read_run``; or the licence is no identifier.
     """
-    run = read_run(run_dir)
+    run, left_out = _of_weights(read_run(run_dir), step, weights_average)
+    step = run.last_step if step is None else step
     return Card(
         name=public(run.name),
         licence=licence,
@@ -82,9 +98,36 @@ def card_of_run(run_dir: Path, *, licence: str = UNSTATED) -> Card:
         base_model=_base_model(run.settings),
         results=tuple(_results(run)),
         sections="\n".join(
-            [*_data(run), *_training(run), *_measured(run), *_geometry(run), *_limits(run)]
+            [
+                *_data(run, step),
+                *_training(run, step),
+                *_measured(run, left_out),
+                *_geometry(run),
+                *_limits(run),
+            ]
         ),
     )
+
+
+def _of_weights(
+    run: RunRecord, step: int | None, weights_average: bool | None
+) -> tuple[RunRecord, str]:
+    """Take out of a record what was measured of other weights, and say what that was."""
+    callbacks = [str(each.get("class_path")) for each in _listed(run.settings, "trainer.callbacks")]
+    if weights_average is False and any("WeightAverag" in name for name in callbacks):
+        reason = "of the average that the run keeps; the weights are those it was made of"
+        return replace(run, metrics={}, benchmarks=[]), reason
+    series = run.series.get("val/image_to_text_recall@1")
+    evaluated = run.metrics.get("step", None if series is None else series.steps[-1])
+    steps = [*([evaluated] if run.metrics else []), *(each.step for each in run.benchmarks)]
+    others = sorted({int(each) for each in steps if each is not None and each != step})
+    if step is None or not others:
+        return run, ""
+    kept = [each for each in run.benchmarks if each.step is None or each.step == step]
+    metrics = run.metrics if evaluated is None or evaluated == step else {}
+    are = f"the weights are of step {step:,}" if step >= 0 else _UNKNOWN
+    reason = f"of step {', '.join(f'{each:,}' for each in others)}; {are}"
+    return replace(run, metrics=metrics, benchmarks=kept), reason
 
 
 def public(value: object) -> str:
@@ -107,7 +150,7 @@ def _cell(value: object) -> str:
 
 def _base_model(settings: Mapping[str, Any]) -> str | None:
     name = str(settings.get("model.model", ""))
-    return name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
+    return name.removeprefix(HF_HUB) if name.startswith(HF_HUB) else None
 
 
 def _shards(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -125,12 +168,12 @@ def _listed(settings: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
 
 
-def _data(run: RunRecord) -> list[str]:
+def _data(run: RunRecord, step: int) -> list[str]:
     lines = ["## Data", ""]
     lines += [f"- `{public(each)}`" for each in _shards(run.settings)] or ["- not known"]
     batch, epochs = run.settings.get("data.global_batch_size"), run.series.get("data/epochs")
-    if isinstance(batch, int):
-        seen = batch * run.last_step
+    if isinstance(batch, int) and step >= 0:
+        seen = batch * step
         text = f"- {seen:,} pairs were seen"
         if epochs is not None and epochs.values[-1] > 0:
             at = batch * int(epochs.steps[-1]) / epochs.values[-1]
@@ -142,15 +185,13 @@ def _data(run: RunRecord) -> list[str]:
     return [*lines, "", *_table(run.settings, _DATA)]
 
 
-def _training(run: RunRecord) -> list[str]:
+def _training(run: RunRecord, step: int) -> list[str]:
     settings, provenance = run.settings, run.provenance
-    pretrained = settings.get("model.pretrained")
     lines = [
         "## Training",
         "",
-        f"Model `{public(settings.get('model.model', 'not known'))}`, "
-        + (f"from `{public(pretrained)}`" if pretrained else "from random weights")
-        + f", trained to step {run.last_step:,}.",
+        f"Model `{public(settings.get('model.model', 'not known'))}`, from {_start(settings)}, "
+        + (f"trained to step {step:,}." if step >= 0 else "trained."),
         "",
         f"- Loss: {_class(settings, 'model.loss') or '`SigLipLoss`'}.",
     ]
@@ -165,6 +206,19 @@ def _training(run: RunRecord) -> list[str]:
         versions = ", ".join(f"{public(k)} {public(v)}" for k, v in made.items() if v)
         lines += [f"Made with {versions}.", ""]
     return lines
+
+
+def _start(settings: Mapping[str, Any]) -> str:
+    """What training began with."""
+    model, from_run = str(settings.get("model.model", "")), settings.get("from_run")
+    if from_run:
+        return f"run `{public(from_run)}`"
+    if pretrained := settings.get("model.pretrained"):
+        return f"`{public(pretrained)}`"
+    if model.startswith((HF_HUB, LOCAL_DIR)):
+        return "its own weights"
+    is_file = model.endswith(".json")
+    return "random weights" + (", but for those that its config names" if is_file else "")
 
 
 def _class(settings: Mapping[str, Any], name: str) -> str:
@@ -196,13 +250,15 @@ def _results(run: RunRecord) -> Iterator[Result]:
             yield Result(_TASKS.get(each.task, each.task), public(each.dataset), metrics)
 
 
-def _measured(run: RunRecord) -> list[str]:
+def _measured(run: RunRecord, left_out: str) -> list[str]:
     command = run.provenance.get("command")
     commands = {
         "validation": "dist-siglip validate --config RUN/config.yaml",
         "benchmarks": "dist-siglip test --config RUN/config.yaml --benchmarks.tasks TASKS.yaml",
     }
     lines = ["## Results", ""]
+    if left_out:
+        lines += [f"Left out: what was measured {left_out}.", ""]
     results = list(_results(run))
     if not results:
         return [*lines, "Nothing was measured.", ""]
@@ -220,7 +276,7 @@ def _measured(run: RunRecord) -> list[str]:
     lines += ["", "Measured again by:", "", "```bash", *used, "```", ""]
     if isinstance(command, str):
         with suppress(ValueError):  # cut in the middle of a quote
-            command = shlex.join(map(public, shlex.split(command)))
+            command = shlex.join(map(public, redact_arguments(shlex.split(command))))
         said = ["```bash", public(command), "```", ""]
         lines += ["Trained, and evaluated meanwhile, by:", "", *said]
     return lines
@@ -246,11 +302,10 @@ def _limits(run: RunRecord) -> list[str]:
         "- Scores are similarities, not probabilities, unless scale and bias were calibrated for "
         "the number of candidates at hand.",
     ]
-    recall = run.metrics.get("image_to_text_recall@1")
-    if recall is None:
-        lines.append("- It was not evaluated: nobody knows how good it is.")
-    if not run.benchmarks:
-        lines.append("- It was measured on no data set but its own validation pairs, if at all.")
+    if not any(_results(run)):
+        lines.append("- These weights were not evaluated: nobody knows how good they are.")
+    elif not run.benchmarks:
+        lines.append("- They were measured on no data set but the run's own validation pairs.")
     skipped = run.incidents.skipped_steps.total
     if skipped:
         lines.append(f"- Steps that were skipped, since they were not sound: {skipped:,}.")

@@ -64,12 +64,14 @@ class BenchmarkFile:
         task: what was asked, such as "zeroshot_retrieval".
         metrics: name to number, finite ones only.
         examples: pictures, of dense evaluations.
+        step: of the weights; None if it is not said.
     """
 
     dataset: str
     task: str
     metrics: dict[str, float]
     examples: tuple["Overlay", ...] = ()
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _read(path: Path) -> BenchmarkFile | None:
         task=task,
         metrics={name: n for name, n in found if n is not None and math.isfinite(n)},
         examples=_read_overlays(path) if task == _DENSE else (),
+        step=step_of(content.get("step")),
     )
 
 

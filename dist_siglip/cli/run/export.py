@@ -102,11 +102,27 @@ def export(
         private: make the repository of push private.
         overwrite: replace an earlier export in this folder.
     """
-    _check(to, out, card, push, revision, private=private)
+    if card is not None:
+        others = {
+            "to": to,
+            "out": out,
+            "push": push,
+            "revision": revision,
+            "val_shards": val_shards,
+            "precision": precision != "fp32",
+            "token_type": token_type != "int64",
+            "private": private,
+            "overwrite": overwrite,
+        }
+        _check_card_alone(card, [name for name, value in others.items() if value])
+    else:
+        _check(to, out, push, revision, private=private)
     if to is not None:
         check_graph_options(to, precision, token_type)
     if val_shards is not None and precision == "fp32":
         raise UserError("val_shards is compared on where precision is fp16 or int8; leave it out")
+    if val_shards is None and captions != CaptionRule():
+        raise UserError("captions are of val_shards; those of the run are known, leave them out")
     described = Card(licence=license, repository=push)
     if model is not None:
         described = replace(described, name=public(model))
@@ -122,7 +138,14 @@ def export(
     )
     if run_dir is not None:
         try:
-            described = replace(card_of_run(Path(run_dir), licence=license), repository=push)
+            is_unknown = ckpt_path is not None and built.trained_steps is None
+            described = card_of_run(
+                Path(run_dir),
+                licence=license,
+                step=-1 if is_unknown else built.trained_steps,
+                weights_average=weights_average,
+            )
+            described = replace(described, repository=push)
         except UserError as error:
             logger.warning("the card says nothing of the run (%s)", error)
             described = replace(described, name=public(Path(run_dir).resolve().name))
@@ -151,23 +174,24 @@ def export(
     return 0
 
 
+def _check_card_alone(card: str, others: list[str]) -> None:
+    """Refuse what is of an export where the card alone is written."""
+    if others:
+        raise UserError(
+            f"card ({card}) is written alone; leave out {', '.join(others)}: an export has its "
+            "card as README.md"
+        )
+
+
 def _check(
     to: Form | None,
     out: str | None,
-    card: str | None,
     push: str | None,
     revision: str | None,
     *,
     private: bool,
 ) -> None:
     """Refuse options that contradict each other."""
-    if card is not None:
-        if to is not None or out is not None or push is not None:
-            raise UserError(
-                f"card ({card}) is written alone; leave out to, out and push, whose folder has a "
-                "card as README.md"
-            )
-        return
     if to is None:
         raise UserError(
             "to (null) must be open_clip, hf, sentence-transformers, onnx or safetensors; or give "
@@ -235,11 +259,11 @@ def _measure(
         device=choose_device("cpu", 0),
     )
     normalizer = ImageNormalizer(inputs.mean, inputs.std)
-    before = task.evaluate(ours).metrics
 
     def measure(reader: Reader) -> dict[str, Any]:
         if reader.encode_tokens is None:
             raise TypeError("this form takes no tokens")
+        before = task.evaluate(ours).metrics
         theirs = ours._replace(
             encode_image=lambda pixels: reader.encode_image(normalizer.pixels(pixels)),
             encode_text=reader.encode_tokens,

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.build import BuiltModel
 from dist_siglip.system.redaction import redact
 
@@ -63,6 +63,7 @@ tokens = numpy.array([row.ids for row in tokenizer.encode_batch(["two dogs"])], 
 """,
 }
 _MOST_LETTERS = 300
+_NETWORK = {"httpcore", "httpx", "requests", "urllib"}  # whose errors without an answer are outages
 
 
 class Result(NamedTuple):
@@ -141,7 +142,7 @@ def escaped(text: str) -> str:
         >>> print(escaped("a|b <img src=x>"))
         a\|b \<img src=x>
     """
-    return re.sub(r"[<\[|]", r"\\\g<0>", text)
+    return re.sub(r"[\\<\[|]", r"\\\g<0>", text)
 
 
 def _head(card: Card, to: Form | None) -> str:
@@ -266,7 +267,8 @@ def check_push(repository: str, licence: str = UNSTATED) -> None:
 
     Raises:
         UserError: If the name is none, ``huggingface_hub`` is missing, nobody is logged in, or the
-            hub does not know the licence or cannot be reached.
+            hub does not know the licence or refuses to answer.
+        OutageError: If it cannot be reached, or answers later.
     """
     hub = _logged_in(repository)
     try:
@@ -276,7 +278,7 @@ def check_push(repository: str, licence: str = UNSTATED) -> None:
             f"license ({licence}) is refused by the hub: {_said(error)}; other states none"
         ) from error
     except Exception as error:  # of one of three HTTP libraries, by its version
-        raise UserError(
+        raise _kind_of(error)(
             f"push ({repository}) cannot ask the hub, so nothing was pushed: {_said(error)}"
         ) from error
 
@@ -314,8 +316,8 @@ def push_folder(
         Address of the commit.
 
     Raises:
-        UserError: If the hub refuses or cannot be reached, or the repository is public and must not
-            be. It says what is there.
+        UserError: If the hub refuses, or the repository is public and must not be.
+        OutageError: If it cannot be reached, or answers later. Both say what is there.
     """
     hub = _logged_in(repository)
     api = hub.HfApi()
@@ -340,13 +342,22 @@ def push_folder(
                 repository, operations, commit_message="Upload model", revision=revision
             )
     except Exception as error:  # of one of three HTTP libraries, by its version, or a ValueError
-        raise UserError(f"push ({repository}) failed, {left}: {_said(error)}") from error
+        raise _kind_of(error)(f"push ({repository}) failed, {left}: {_said(error)}") from error
     if is_open:
         raise UserError(
             f"private (true), but {repository} is public already, so nothing was pushed; make it "
             "private on the hub, or push to another name"
         )
     return str(done.commit_url)
+
+
+def _kind_of(error: Exception) -> type[UserError | OutageError]:
+    """Whether the same push may work later: the hub does not answer, is ill, or asks to wait."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return OutageError if status >= 500 or status == 429 else UserError
+    homes = {each.__module__.partition(".")[0].rstrip("0123456789") for each in type(error).__mro__}
+    return OutageError if homes & _NETWORK else UserError
 
 
 def _said(error: Exception) -> str:

@@ -138,6 +138,7 @@ def _of_run(folder: RunFolder, ckpt_path: str | None, average: bool | None) -> B
         own_bias=weights.logit_bias,
         random_parameters=frozenset(),
         trained_global_batch=weights.global_batch_size,
+        trained_steps=weights.global_step,
         pictures=built.pictures.of_run(data if isinstance(data, Mapping) else {}),
         prefix_dims=_prefix_dims(settings.get("loss")),
     )

@@ -1,6 +1,8 @@
 """``export`` as a user calls it."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import open_clip
 import pytest
@@ -117,6 +119,24 @@ def test_the_card_alone_is_written_from_the_folder_of_a_run(tmp_path, monkeypatc
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_card_is_of_the_weights_that_are_exported(tmp_path, monkeypatch):
+    built = built_from(ARCHITECTURES["clip"], tmp_path)
+    folder, out = write_run(tmp_path / "mine"), tmp_path / "CARD.md"
+    words = ["export", f"--run_dir={folder}", f"--card={out}"]
+    for steps, more, measured in (
+        (60, [], True),
+        (40, [], False),
+        (40, ["--ckpt_path=earlier.ckpt"], False),
+        (None, ["--ckpt_path=an_average.safetensors"], False),
+    ):
+        given = partial(replace, built, trained_steps=steps)
+        monkeypatch.setattr("dist_siglip.cli.run.export.load_trained", lambda g=given, **_: g())
+        assert main([*words, *more]) == 0
+        head = yaml.safe_load(out.read_text().split("---\n", 2)[1])
+        assert ("model-index" in head) is measured
+        assert ("Left out: what was measured of step 60" in out.read_text()) is not measured
+
+
 def test_an_export_is_pushed_with_its_card_and_need_not_stay(tmp_path, monkeypatch, capsys):
     pushed = {}
 
@@ -165,7 +185,18 @@ def test_recall_is_compared_on_the_pairs_of_the_run(precision, run_dir, tmp_path
     [
         (["--to=open_clip", "--model=ViT-B-32"], "out (null)"),
         (["--out=x", "--model=ViT-B-32"], "to (null) must be open_clip, hf,"),
-        (["--card=x", "--out=y", "--model=ViT-B-32"], "card (x) is written alone"),
+        (["--card=x", "--out=y", "--model=ViT-B-32"], "card (x) is written alone; leave out out:"),
+        (["--card=x", "--to=hf", "--push=a/b", "--model=x"], "leave out to, push: an export"),
+        (["--card=x", "--precision=int8", "--run_dir=x"], "leave out precision"),
+        (["--card=x", "--token_type=int32", "--run_dir=x"], "leave out token_type"),
+        (["--card=x", "--val_shards=y", "--run_dir=x"], "leave out val_shards"),
+        (["--card=x", "--revision=y", "--run_dir=x"], "leave out revision"),
+        (["--card=x", "--private", "--run_dir=x"], "leave out private"),
+        (["--card=x", "--overwrite", "--run_dir=x"], "leave out overwrite"),
+        (
+            ["--to=onnx", "--out=x", "--run_dir=x", "--precision=int8", "--captions.members=[cap]"],
+            "captions are of val_shards",
+        ),
         (["--to=hf", "--out=x", "--model=ViT-B-32", "--private"], "are of push"),
         (["--to=hf", "--out=x", "--model=ViT-B-32", "--license=A B"], "license ('A B')"),
         (["--to=hf", "--out=x", "--run_dir=x", "--precision=int8"], "precision (int8) is of onnx"),

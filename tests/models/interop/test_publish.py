@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dist_siglip.errors import UserError
+from dist_siglip.errors import OutageError, UserError
 from dist_siglip.models.interop.export import export_model
 from dist_siglip.models.interop.publish import Card, Result, check_push, push_folder, write_card
 from tests.support.exports import built_from, features_of, picture, pixels_of
@@ -82,18 +82,22 @@ def test_nothing_private_goes_to_a_public_repository(repositories, folder):
 
 
 @pytest.mark.parametrize(
-    ("place", "status", "left"),
+    ("place", "status", "kind", "left"),
     [
-        ("repos/create", 401, "nothing was pushed"),
-        ("/preupload/", 403, "no file was pushed; the repository was made"),
-        ("/lfs/", 403, "no file was pushed; the repository was made"),
-        ("/commit/", 403, "no file was pushed"),
-        ("/commit/", 500, "no file was pushed, or all if the hub's answer was lost"),
+        ("repos/create", 401, UserError, "nothing was pushed"),
+        ("repos/create", 429, OutageError, "nothing was pushed"),
+        ("/preupload/", 403, UserError, "no file was pushed; the repository was made"),
+        ("/lfs/", 403, UserError, "no file was pushed; the repository was made"),
+        ("/commit/", 403, UserError, "no file was pushed"),
+        ("/commit/", 500, OutageError, "no file was pushed, or all if the hub's answer was lost"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(place, status, left, repositories, folder):
+def test_what_the_hub_refuses_is_told_in_one_line(
+    place, status, kind, left, repositories, folder, monkeypatch
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     repositories.refused[place] = (status, "not with hf_SECRET")
-    with pytest.raises(UserError, match=r"push \(me/model\) failed") as caught:
+    with pytest.raises(kind, match=r"push \(me/model\) failed") as caught:
         push_folder(folder, "me/model")
     assert "\n" not in str(caught.value)
     assert str(status) in str(caught.value)
@@ -105,7 +109,7 @@ def test_what_the_hub_refuses_is_told_in_one_line(place, status, left, repositor
 def test_a_commit_whose_answer_is_lost_is_told_as_that(repositories, folder):
     repositories.refused["/commit/"] = None
     with pytest.raises(
-        UserError, match=r"or all if the hub's answer was lost; look at its commits"
+        OutageError, match=r"or all if the hub's answer was lost; look at its commits"
     ):
         push_folder(folder, "me/model")
     assert repositories.commits == [("me/model", "main", contents(folder))]
@@ -136,7 +140,10 @@ def test_what_is_missing_is_told_before_anything_is_asked(repositories, folder, 
 
 def test_a_hub_that_cannot_be_reached_is_told(repositories, monkeypatch):
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"push \(me/model\) cannot ask the hub, so nothing was"):
+    with pytest.raises(OutageError, match=r"push \(me/model\) cannot ask the hub, so nothing was"):
+        check_push("me/model")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot ask the hub, so nothing was .*HF_HUB_OFFLINE"):
         check_push("me/model")
 
 

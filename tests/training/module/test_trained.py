@@ -47,7 +47,7 @@ def test_a_run_gives_its_trained_towers_scale_and_absolute_bias(tmp_path, kind, 
     scale, bias = (value.item() for value in module.logits())
     assert built.start_scale == pytest.approx(scale)
     assert built.start_bias == pytest.approx(bias)
-    assert built.trained_global_batch == 64
+    assert (built.trained_global_batch, built.trained_steps) == (64, 3)
     assert not any(is_adapter(name) for name in built.encoder.state_dict())
     assert not any(layer.training for layer in built.encoder.modules())
 
