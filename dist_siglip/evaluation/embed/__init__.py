@@ -173,10 +173,12 @@ def embed_shards(
                 layout.write(done)
             progress.add(done, len(pending))
     progress.judge(is_end=True)
+    # Asked first: shards of others that appear later are theirs to join.
+    is_whole = settings.index is not None and all(layout.num_rows(job) is not None for job in jobs)
     with _told_in_one_line(out):
         layout.finish()
     if settings.index is not None:
-        if all(layout.num_rows(job) is not None for job in jobs):
+        if is_whole:
             with _told_in_one_line(out):
                 build_index(out, settings.index_kind)
         else:
@@ -198,7 +200,7 @@ def _codecs(
     if dtype is None:
         return {}
     width = built.embed_dim if settings.dim is None else settings.dim
-    codecs, recall = find_codecs(
+    return find_codecs(
         out,
         dtype,
         settings.wanted,
@@ -206,10 +208,8 @@ def _codecs(
         lambda: _first_rows(
             table, built, settings, jobs, device, CALIBRATION_ROWS, settings.dim, rotation
         ),
+        lambda recall: note_metrics(out, "rows", recall),
     )
-    if recall:
-        note_metrics(out, "rows", recall)
-    return codecs
 
 
 def _first_rows(

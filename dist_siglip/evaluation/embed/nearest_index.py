@@ -10,6 +10,7 @@ query in floats. ``index/index.faiss`` and ``index/index.json`` lie in the folde
 ``metrics.json`` there says which part of the exact nearest rows is found, before and after.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from dist_siglip.evaluation.embed.quantized import (
     read_codecs,
     spread,
 )
+from dist_siglip.evaluation.embed.shard_job import remove_partial
 from dist_siglip.evaluation.embed.stored_rows import StoredRows, read_object
 from dist_siglip.system.atomic import open_atomically, write_atomically
 from dist_siglip.system.process_lock import hold
@@ -81,7 +83,7 @@ class NearestIndex:
     Args:
         rows: the stored rows.
         index: of faiss.
-        facts: of index.json.
+        kind: of the index.
         query_codecs: by tower, what makes bits of queries; nothing for an index of floats.
     """
 
@@ -89,10 +91,10 @@ class NearestIndex:
         self,
         rows: StoredRows,
         index: Any,
-        facts: dict[str, Any],
+        kind: str,
         query_codecs: dict[Tower, RowCodec],
     ) -> None:
-        self.kind = str(facts["kind"])
+        self.kind = kind
         self._rows, self._index, self._codecs = rows, index, query_codecs
 
     @classmethod
@@ -106,10 +108,13 @@ class NearestIndex:
         if not (folder / _FACTS).exists():
             return None
         facts = read_object(folder / _FACTS)
+        kind = str(facts.get("kind"))
         faiss = load_faiss(", or search without the index: --exact true")
-        is_binary = _has_bits(facts.get("kind"), rows)
-        read = faiss.read_index_binary if is_binary else faiss.read_index
         remedy = "build it anew: embed with --index faiss, or search with --exact true"
+        if kind not in get_args(IndexKind) or facts != _facts_of(kind, rows):
+            raise UserError(f"{folder / _FACTS} is not of the rows beside it; {remedy}")
+        is_binary = _has_bits(kind, rows)
+        read = faiss.read_index_binary if is_binary else faiss.read_index
         try:
             check_regular(folder / _FILE)
             # A file may name others that hold its cells: none outside of this folder.
@@ -118,12 +123,12 @@ class NearestIndex:
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise UserError(f"{folder / _FILE} cannot be read ({reason}); {remedy}") from error
         width = -(-rows.dim // 8) * 8 if is_binary else rows.dim
-        if index.ntotal != len(rows) or index.d != width or "kind" not in facts:
+        if index.ntotal != len(rows) or index.d != width:
             raise UserError(
                 f"{folder / _FILE} holds {index.ntotal} rows of width {index.d}, not the "
                 f"{len(rows)} of width {width} beside it; {remedy}"
             )
-        return cls(rows, index, facts, _query_codecs(facts["kind"], rows))
+        return cls(rows, index, kind, _query_codecs(kind, rows))
 
     def shortlist(self, queries: Tensor, count: int, tower: Tower = "text") -> NDArray[np.int64]:
         """Find rows that may be near.
@@ -157,8 +162,9 @@ def build_index(folder: Path, kind: IndexKind) -> None:
     with hold(str(folder / ".lock"), "index", math.inf):
         rows = StoredRows(folder)
         chosen = _choose(kind, rows)
-        facts = {"kind": chosen, "dtype": rows.dtype, "rows": len(rows), "dim": rows.dim}
+        facts = _facts_of(chosen, rows)
         at = folder / _FOLDER
+        remove_partial([at / _FILE, at / _FACTS])
         if (at / _FACTS).exists() and read_object(at / _FACTS) == facts and (at / _FILE).exists():
             return
         started = time.monotonic()
@@ -169,7 +175,7 @@ def build_index(folder: Path, kind: IndexKind) -> None:
         else:
             index = _floats(faiss, chosen, rows)
         seconds = time.monotonic() - started
-        made = NearestIndex(rows, index, facts, codecs)
+        made = NearestIndex(rows, index, chosen, codecs)
         found = measure_index(made, rows, *_queries(rows))
         content = (faiss.serialize_index_binary if is_binary else faiss.serialize_index)(index)
         sizes = {"bytes": content.nbytes, "build_seconds": seconds}
@@ -199,7 +205,15 @@ def _choose(kind: IndexKind, rows: StoredRows) -> str:
     return kind
 
 
-def _has_bits(kind: object, rows: StoredRows) -> bool:
+def _facts_of(kind: str, rows: StoredRows) -> dict[str, Any]:
+    """Say what an index is, and by a digest of embed.json which rows it is of."""
+    manifest = json.dumps(rows.manifest, sort_keys=True).encode()
+    digest = hashlib.blake2b(manifest, digest_size=8).hexdigest()
+    facts = {"kind": kind, "dtype": rows.dtype, "rows": len(rows), "dim": rows.dim}
+    return {**facts, "manifest": digest}
+
+
+def _has_bits(kind: str, rows: StoredRows) -> bool:
     return rows.dtype == "binary" or kind == "bits"
 
 
@@ -212,14 +226,15 @@ def _floats(faiss: Any, kind: str, rows: StoredRows) -> Any:
         # np: codes are not sorted for a comparison of their bits, which takes long.
         index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}np", metric)
         index.nprobe = max(8, cells // 16)
-        train = rows.take(spread(len(rows), max(64 * cells, 256 * 64)).numpy())
+        trained_on = max(64 * cells, 256 * 64)
     else:
         name = stored if kind == "flat" else f"HNSW{_NEIGHBORS},{stored}"
         index = faiss.index_factory(dim, name, metric)
         if kind == "hnsw":
             index.hnsw.efSearch = _SEARCHED
-        train = rows.take(spread(len(rows), 65_536).numpy())
+        trained_on = 65_536
     if not index.is_trained:
+        train = rows.take(spread(len(rows), trained_on).numpy())
         index.train(np.ascontiguousarray(train.numpy()))
     for block in rows.blocks():
         index.add(np.ascontiguousarray(block.numpy()))
@@ -298,8 +313,9 @@ def measure_index(
     """
     found: dict[str, Any] = {"queries": len(queries), "query_tower": tower}
     extra = 0 if own is None else 1
-    for k in (each for each in RECALL_AT if each + extra <= len(rows)):
-        exact = _without(exact_nearest(rows, queries, k + extra)[1], own, k)
+    wanted = [k for k in RECALL_AT if k + extra <= len(rows)]
+    exact = _without(exact_nearest(rows, queries, max(wanted, default=0) + extra)[1], own)
+    for k in wanted:
         listed = index.shortlist(queries, shortlist_length(k + extra), tower)
         scored = torch.stack(
             [
@@ -307,9 +323,9 @@ def measure_index(
                 for query, numbers in zip(queries, listed, strict=True)
             ]
         )
-        found[f"recall@{k}"] = overlap(exact, _without(scored, own, k))
+        found[f"recall@{k}"] = overlap(exact[:, :k], _without(scored, own))
         plain = torch.from_numpy(listed[:, : k + extra])
-        found[f"unscored_recall@{k}"] = overlap(exact, _without(plain, own, k))
+        found[f"unscored_recall@{k}"] = overlap(exact[:, :k], _without(plain, own))
     return found
 
 
@@ -317,12 +333,12 @@ def _filled(numbers: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(numbers, (0, length - len(numbers)), value=-1)
 
 
-def _without(numbers: Tensor, own: Tensor | None, k: int) -> Tensor:
+def _without(numbers: Tensor, own: Tensor | None) -> Tensor:
     """Drop the query itself of (Q, k + 1) row numbers, or else the last."""
     if own is None:
-        return numbers[:, :k]
+        return numbers
     keys = (numbers == own[:, None]).int()
-    return numbers.gather(1, keys.argsort(dim=1, stable=True))[:, :k]
+    return numbers.gather(1, keys.argsort(dim=1, stable=True))[:, :-1]
 
 
 def exact_nearest(rows: StoredRows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -360,13 +376,25 @@ def note_metrics(folder: Path, name: str, numbers: dict[str, Any]) -> None:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """Read ``metrics.json`` of a folder; nothing if there is none that can be read."""
+def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read ``metrics.json`` of a folder: what was measured, by name; damaged parts are left out."""
     try:
         found = read_json(folder / METRICS_FILE)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    named = found.items() if isinstance(found, dict) else ()
+    return {name: numbers for name, numbers in named if _is_measured(numbers)}
+
+
+def _is_measured(numbers: object) -> bool:
+    """Tell whether there is all that ``measure_index`` and ``quantized_recall`` have in common."""
+    if not isinstance(numbers, dict):
+        return False
+    return (
+        all(type(numbers.get(name)) is int for name in ("rows", "queries"))
+        and all(type(numbers.get(name)) is str for name in ("dtype", "query_tower"))
+        and all(type(each) is float for name, each in numbers.items() if "recall@" in name)
+    )
 
 
 __all__ = [

@@ -109,7 +109,8 @@ def find_codecs(
     towers: Sequence[Tower],
     width: int,
     first_rows: Callable[[], Mapping[Tower, Tensor]],
-) -> tuple[dict[Tower, RowCodec], dict[str, Any]]:
+    note: Callable[[dict[str, Any]], object],
+) -> dict[Tower, RowCodec]:
     """Read the codecs of a folder; calibrate those of a new one.
 
     Args:
@@ -118,15 +119,12 @@ def find_codecs(
         towers: those wanted.
         width: columns of a row.
         first_rows: gives the rows to calibrate on, (R, D) float32 for each tower.
-
-    Returns:
-        The codecs, and what is kept of every neighbour; nothing of it if they were there already.
+        note: takes what the codes keep of the neighbours, before they are written.
 
     Raises:
         UserError: if there is no row to calibrate on, or a file is damaged.
     """
     path = folder / QUANTIZATION_FILE
-    found: dict[str, Any] = {}
     if not path.exists():
         rows = first_rows()
         if not all(len(each) for each in rows.values()):
@@ -141,13 +139,13 @@ def find_codecs(
             )
         codecs = {tower: RowCodec.fit(dtype, rows[tower]) for tower in towers}
         _LOGGER.info("calibrated %s rows on %d samples", dtype, len(next(iter(rows.values()))))
-        found = quantized_recall(rows, codecs)
+        note(quantized_recall(rows, codecs))
         tensors = {}
         for tower, codec in codecs.items():
             tensors[f"{tower}_offset"] = codec.offset.contiguous()
             tensors[f"{tower}_scale"] = codec.scale.contiguous()
         write_first(path, save(tensors, metadata={"dtype": dtype}))
-    return read_codecs(folder, dtype, towers, width), found
+    return read_codecs(folder, dtype, towers, width)
 
 
 def read_codecs(
@@ -231,7 +229,7 @@ def spread(count: int, most: int) -> Tensor:
         >>> spread(10, 3).tolist(), spread(2, 3).tolist()
         ([0, 4, 9], [0, 1])
     """
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 def nearest_rows(scores: Tensor, k: int, own: Tensor | None = None) -> Tensor:

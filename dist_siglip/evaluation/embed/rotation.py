@@ -7,10 +7,9 @@ stays, and all read it.
 
 import hashlib
 import logging
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from dist_siglip.errors import UserError
 from dist_siglip.metrics.prefixes import pca_rotation
 from dist_siglip.models.build import BuiltModel, tower_fingerprint
 from dist_siglip.system.atomic import write_atomically
+from dist_siglip.system.process_lock import hold
 from dist_siglip.system.regular_file import check_regular, read_regular
 
 _LOGGER = logging.getLogger(__name__)
@@ -82,15 +82,10 @@ def write_first(path: Path, content: bytes) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        write_atomically(beside, content)
-        try:
-            os.link(beside, path)
-        except FileExistsError:
-            _LOGGER.info("another process has written %s", path.name)
-        finally:
-            beside.unlink()
+        with hold(str(path.parent / ".lock"), path.name, math.inf):
+            if not path.exists():
+                write_atomically(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -109,6 +109,8 @@ class EmbedSettings:
             raise UserError(
                 f"index_kind ({self.index_kind}) must be auto, flat or hnsw with binary rows"
             )
+        if self.index_kind != "auto" and self.index is None:
+            raise UserError(f"index_kind ({self.index_kind}) needs an index; give --index faiss")
         self.captions.check()
         self.pictures(PicturePolicy())
 

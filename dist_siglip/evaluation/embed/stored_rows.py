@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ BLOCK_ROWS = 65_536
 _MOST_JSON = 64 * 2**20
 _FOLDERS: dict[Tower, str] = {"image": "img_emb", "text": "text_emb"}
 _SHARDS_REMEMBERED = 32
+_FILES_MAPPED = 64  # a mapped file stays open, and a process may open 1,024 by default
 _CAPTION_LENGTH = 2000  # of what is shown
 
 
@@ -55,6 +57,15 @@ class RowPlace(NamedTuple):
     key: str
     place: int
     caption: str
+
+
+class _Part(NamedTuple):
+    """Rows of a shard, or the file that they are mapped from."""
+
+    shard_number: int
+    rows: NDArray[Any] | Path
+    metadata: Path | None = None
+    num_rows: int = 0
 
 
 def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -179,30 +190,20 @@ class StoredRows:
             raise UserError(
                 f"index ({folder}) holds no {tower} rows; embed with --towers both or {tower}"
             )
-        self._parts: list[tuple[int, NDArray[Any]]] = []
-        self._files: dict[int, Path] = {}
-        if form == "parquet":
-            self._read_parquet()
-        else:
-            self._map_arrays()
-        self._parts = [part for part in self._parts if len(part[1])]
-        if not self._parts:
-            raise UserError(f"index ({folder}) holds no rows; embed shards that can be used")
-        self._starts = np.cumsum([0, *(len(rows) for _, rows in self._parts)])
         self.codec: RowCodec | None = None
-        width = self._parts[0][1].shape[1]
         for quantized in QUANTIZED:
             if self.dtype == quantized:
                 self.codec = read_codecs(folder, quantized, (tower,))[tower]
-        self.dim = width if self.codec is None else self.codec.dim
-        expected = {"int8": (self.dim, "i1"), "binary": (-(-self.dim // 8), "u1")}
-        wide, kind = expected.get(self.dtype, (width, "f"))
-        for _, rows in self._parts:
-            if rows.shape[1] != wide or kind not in (rows.dtype.kind, rows.dtype.str[1:]):
-                raise UserError(
-                    f"index ({folder}) holds {rows.dtype} rows of width {rows.shape[1]}, not those "
-                    f"of its {MANIFEST}; embed into a new folder"
-                )
+        self.dim = 0 if self.codec is None else self.codec.dim
+        self._parts: list[_Part] = []
+        self._map = lru_cache(_FILES_MAPPED)(_map_rows)
+        if form == "parquet":
+            self._read_parquet()
+        else:
+            self._find_arrays()
+        if not self._parts:
+            raise UserError(f"index ({folder}) holds no rows; embed shards that can be used")
+        self._starts = np.cumsum([0, *(part.num_rows for part in self._parts)])
         self._table = lru_cache(_SHARDS_REMEMBERED)(self._read_table)
         self._kept: list[Tensor] | None = None
 
@@ -211,7 +212,8 @@ class StoredRows:
 
     def code_blocks(self) -> Iterator[NDArray[Any]]:
         """Yield all rows as the files have them, a block after the other."""
-        for _, rows in self._parts:
+        for part in self._parts:
+            rows = self._rows_of(part)
             for start in range(0, len(rows), BLOCK_ROWS):
                 yield rows[start : start + BLOCK_ROWS]
 
@@ -230,10 +232,11 @@ class StoredRows:
     def take(self, numbers: NDArray[np.int64]) -> Tensor:
         """Return (n, D) float32, the rows of these numbers."""
         owners = np.searchsorted(self._starts, numbers, side="right") - 1
-        picked = np.empty((len(numbers), *self._parts[0][1].shape[1:]), self._parts[0][1].dtype)
+        first = self._rows_of(self._parts[0])
+        picked = np.empty((len(numbers), first.shape[1]), first.dtype)
         for owner in np.unique(owners):
             mine = owners == owner
-            picked[mine] = self._parts[owner][1][numbers[mine] - self._starts[owner]]
+            picked[mine] = self._rows_of(self._parts[owner])[numbers[mine] - self._starts[owner]]
         return self._floats(picked)
 
     def place(self, number: int) -> RowPlace:
@@ -243,7 +246,7 @@ class StoredRows:
             UserError: if the metadata are damaged.
         """
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        shard_number = self._parts[part][0]
+        shard_number = self._parts[part].shard_number
         table = self._table(part)
         row = number - int(self._starts[part])
         return RowPlace(
@@ -259,8 +262,27 @@ class StoredRows:
             return self.codec.decode(codes)
         return torch.from_numpy(codes.astype(np.float32))  # mapped files cannot be written to
 
-    def _map_arrays(self) -> None:
-        """Map the files of clip-retrieval's layout; every shard must have its own, or be empty."""
+    def _rows_of(self, part: _Part) -> NDArray[Any]:
+        return self._map(part.rows) if isinstance(part.rows, Path) else part.rows
+
+    def _add(self, part: _Part) -> None:
+        """Take the rows of a shard, if there are any and they are what embed.json says."""
+        rows = self._rows_of(part)
+        if not len(rows):
+            return
+        if not self._parts and self.codec is None:
+            self.dim = rows.shape[1]
+        expected = {"int8": (self.dim, "i1"), "binary": (-(-self.dim // 8), "u1")}
+        wide, kind = expected.get(self.dtype, (self.dim, "f"))
+        if rows.shape[1] != wide or kind not in (rows.dtype.kind, rows.dtype.str[1:]):
+            raise UserError(
+                f"index ({self.folder}) holds {rows.dtype} rows of width {rows.shape[1]}, not "
+                f"those of its {MANIFEST}; embed into a new folder"
+            )
+        self._parts.append(part._replace(num_rows=len(rows)))
+
+    def _find_arrays(self) -> None:
+        """Find the files of clip-retrieval's layout; every shard must have its own, or be empty."""
         samples = self.source.get("samples")
         counts = samples if isinstance(samples, list) else []
         if len(counts) != len(self.shards) or not all(type(each) is int for each in counts):
@@ -271,9 +293,7 @@ class StoredRows:
             job = ShardJob(number, str(number).zfill(digits), self.shards[number], 0, count)
             file = self.folder / "metadata" / f"metadata_{job.label}.parquet"
             if file.exists():
-                rows = self._map(self.folder / name / f"{name}_{job.label}.npy")
-                self._parts.append((number, rows))
-                self._files[len(self._parts) - 1] = file
+                self._add(_Part(number, self.folder / name / f"{name}_{job.label}.npy", file))
             elif not is_all_skipped(self.folder, job):
                 missing += 1
         if missing:
@@ -282,36 +302,45 @@ class StoredRows:
                 "missing; start embed again to go on"
             )
 
-    def _map(self, path: Path) -> NDArray[Any]:
-        try:
-            check_regular(path)
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is no readable .npy file of numbers ({error})") from error
-        if rows.ndim != 2:
-            raise UserError(f"{path} must hold one (rows, D) array; embed into a new folder")
-        return rows
-
     def _read_parquet(self) -> None:
         """Read the column of the tower; shards are those the footer counts."""
-        from dist_siglip.evaluation.embed.parquet_layouts import read_joined
-
         path = self.folder / "embeddings.parquet"
         if not path.exists():
             raise UserError(
                 f"index ({self.folder}) is not finished: it has no {path.name}; start embed again "
                 "to go on"
             )
-        self._parts, self._joined = read_joined(path, f"{self._tower}_embedding")
+        parts, self._joined = _layouts().read_joined(path, f"{self._tower}_embedding")
+        for number, rows in parts:
+            self._add(_Part(number, rows))
 
     def _read_table(self, part: int) -> Mapping[str, Sequence[Any]]:
         """Read the metadata of a part, by column."""
-        from dist_siglip.evaluation.embed.parquet_layouts import read_metadata
+        _, _, metadata, rows = self._parts[part]
+        if metadata is None:
+            return self._joined.slice(int(self._starts[part]), rows).to_pydict()
+        return _layouts().read_metadata(metadata, rows)
 
-        rows = len(self._parts[part][1])
-        if part in self._files:
-            return read_metadata(self._files[part], rows)
-        return self._joined.slice(int(self._starts[part]), rows).to_pydict()
+
+def _map_rows(path: Path) -> NDArray[Any]:
+    try:
+        check_regular(path)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is no readable .npy file of numbers ({error})") from error
+    if rows.ndim != 2:
+        raise UserError(f"{path} must hold one (rows, D) array; embed into a new folder")
+    return rows
+
+
+def _layouts() -> ModuleType:
+    try:
+        import dist_siglip.evaluation.embed.parquet_layouts as layouts
+    except ImportError as error:
+        raise UserError(
+            f'index needs pyarrow ({error}); pip install "dist-siglip[search]"'
+        ) from error
+    return layouts
 
 
 __all__ = [

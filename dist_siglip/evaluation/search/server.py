@@ -118,6 +118,10 @@ class SearchServer(ThreadingHTTPServer):
         self.slots = threading.BoundedSemaphore(_AT_ONCE)
         self._connections = threading.BoundedSemaphore(_CONNECTIONS)
         self._host = host
+        rows = search.rows
+        content = json.dumps([rows.manifest, str(rows.folder.resolve()), len(rows)]).encode()
+        self.folder_id = hashlib.blake2b(content, digest_size=8).hexdigest()
+        self._about = json.dumps(self._describe()).encode()
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -128,11 +132,7 @@ class SearchServer(ThreadingHTTPServer):
                 f"({getattr(error, 'strerror', None) or error}); give another port, or 0 for a "
                 "free one"
             ) from error
-        rows = search.rows
         self.is_local = ipaddress.ip_address(str(self.server_address[0])).is_loopback
-        content = json.dumps([rows.manifest, str(rows.folder.resolve()), len(rows)]).encode()
-        self.folder_id = hashlib.blake2b(content, digest_size=8).hexdigest()
-        self._about = json.dumps(self._describe()).encode()
 
     @property
     def url(self) -> str:
@@ -293,11 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again")
             return
         try:
-            self._check_origin()
-            split = urlsplit(self.path)
-            fields = parse_qs(split.query, max_num_fields=8, errors="strict")
-            options = {name: values[-1] for name, values in fields.items()}
-            self._send(HTTPStatus.OK, answer(split.path, options))
+            self._send(HTTPStatus.OK, answer(*self._read_address()))
         except _RefusedError as error:
             self._refuse(error.status, str(error))
         except BadSampleError as error:
@@ -308,13 +304,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_GATEWAY, str(error))
         except (TimeoutError, ConnectionError):
             self.close_connection = True
-        except ValueError:  # of urlsplit and parse_qs
-            self._refuse(HTTPStatus.BAD_REQUEST, "the address cannot be read")
         except Exception:
             _LOGGER.exception("a request failed")
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, "the search failed; see its log")
         finally:
             self.server.slots.release()
+
+    def _read_address(self) -> tuple[str, dict[str, str]]:
+        """Return path and options of a request that may be answered."""
+        try:
+            self._check_origin()
+            split = urlsplit(self.path)
+            fields = parse_qs(split.query, max_num_fields=8, errors="strict")
+        except ValueError as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "the address cannot be read") from error
+        return split.path, {name: values[-1] for name, values in fields.items()}
 
     def _check_origin(self) -> None:
         hosts = self.headers.get_all("Host") or []

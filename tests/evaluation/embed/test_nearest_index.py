@@ -1,6 +1,8 @@
 """Indexes of faiss, against an exact search in plain loops."""
 
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -13,6 +15,7 @@ from dist_siglip.evaluation.embed.nearest_index import (
     NearestIndex,
     build_index,
     exact_nearest,
+    read_metrics,
     rescore,
 )
 from dist_siglip.evaluation.embed.stored_rows import StoredRows
@@ -135,6 +138,48 @@ def test_small_and_damaged_indexes_are_one_line(tmp_path):
         NearestIndex.read(StoredRows(folder))
 
 
+def test_an_index_of_other_rows_is_refused_and_built_anew(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    mine, other = tmp_path / "e", tmp_path / "other"
+    write_folder(mine, "float16", 60)
+    write_folder(other, "float16", 60)
+    stated = json.loads((other / "embed.json").read_text())
+    (other / "embed.json").write_text(json.dumps(stated | {"image_tower": "another"}))
+    build_index(other, "flat")
+    shutil.copytree(other / "index", mine / "index")
+    with pytest.raises(UserError, match=r"index.json is not of the rows beside it; build it anew"):
+        NearestIndex.read(StoredRows(mine))
+    build_index(mine, "flat")
+    assert NearestIndex.read(StoredRows(mine)).kind == "flat"
+    facts = json.loads((mine / "index" / "index.json").read_text())
+    (mine / "index" / "index.json").write_text(json.dumps(facts | {"kind": "[red]flat"}))
+    with pytest.raises(UserError, match=r"index.json is not of the rows beside it; build it anew"):
+        NearestIndex.read(StoredRows(mine))
+
+
+def test_what_a_killed_process_left_of_an_index_is_removed(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    write_folder(tmp_path / "e", "float16", 60)
+    (tmp_path / "e" / "index").mkdir()
+    left = tmp_path / "e" / "index" / ".index.faiss.0123.tmp"
+    left.write_bytes(b"half an index")
+    build_index(tmp_path / "e", "flat")
+    assert not left.exists()
+
+
+def test_figures_that_are_none_are_passed_over(tmp_path):
+    sound = {"dtype": "int8", "rows": 9, "queries": 3, "query_tower": "text", "recall@1": 1.0}
+    content = {
+        "rows": sound,
+        "index": sound | {"recall@1": "many"},
+        "a": 3,
+        "b": sound | {"queries": None},
+        "c": {"recall@1": 1.0},
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    assert read_metrics(tmp_path) == {"rows": sound}
+
+
 def test_an_index_opens_no_file_outside_of_its_folder(tmp_path):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed")
     folder = tmp_path / "e"
@@ -210,6 +255,38 @@ def test_embed_builds_the_index_when_all_shards_are_there(tmp_path):
     assert json.loads((out / "metrics.json").read_text())["index"]["kind"] == "hnsw"
 
 
+def test_an_index_waits_for_the_process_that_joins_the_parts(tmp_path, monkeypatch):
+    """The parts of another process may appear after this one looked for them."""
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    from dist_siglip.distributed import World
+    from dist_siglip.evaluation.embed.parquet_layouts import SingleFileLayout
+
+    shards, built = write_shards(tmp_path / "shards", (3, 4)), build_tiny(tmp_path)
+    settings = EmbedSettings(workers=0, device="cpu", format="parquet", index="faiss")
+
+    def embed(rank):
+        world = World(rank=rank, world_size=2)
+        embed_shards(table_of(shards), built, tmp_path / "out", settings, world=world)
+
+    finish = SingleFileLayout.finish
+
+    def killed(_):
+        raise SystemExit
+
+    def finish_and_see_other_parts(layout):
+        finish(layout)
+        monkeypatch.setattr(SingleFileLayout, "finish", killed)
+        with pytest.raises(SystemExit):  # before it has joined them
+            embed(1)
+        monkeypatch.setattr(SingleFileLayout, "finish", finish)
+
+    monkeypatch.setattr(SingleFileLayout, "finish", finish_and_see_other_parts)
+    embed(0)
+    assert not (tmp_path / "out" / "index").exists()
+    embed(1)
+    assert (tmp_path / "out" / "index" / "index.faiss").exists()
+
+
 def lose_second_shard(folder, skipped):
     """As a call leaves it that ended after it named the bad samples of a shard."""
     (folder / "metadata" / "metadata_1.parquet").unlink()
@@ -249,4 +326,37 @@ def test_a_folder_that_is_not_whole_is_one_line(tmp_path, change, message):
     write_folder(tmp_path / "e", count=60)
     change(tmp_path / "e")
     with pytest.raises(UserError, match=message):
+        StoredRows(tmp_path / "e")
+
+
+def test_more_shards_than_files_may_be_open_are_searched(tmp_path):
+    folder, count = tmp_path / "e", 400
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    settings = {"format": "clip-retrieval", "towers": "image", "dtype": "float32"}
+    (folder / "embed.json").write_text(json.dumps(settings))
+    source = {"shards": [f"{n}.tar" for n in range(count)], "samples": [2] * count}
+    (folder / "source.json").write_text(json.dumps(source))
+    for number in range(count):
+        rows = np.full((2, 3), number, np.float32)
+        np.save(folder / "img_emb" / f"img_emb_{number:03d}.npy", rows)
+        (folder / "metadata" / f"metadata_{number:03d}.parquet").touch()
+    before = len(os.listdir("/proc/self/fd"))
+    stored = StoredRows(folder)
+    numbers = np.arange(2 * count)[::-1].copy()
+    assert (stored.take(numbers)[:, 0].numpy() == numbers // 2).all()
+    assert torch.cat(list(stored.blocks()))[:, 2].tolist() == [n // 2 for n in range(2 * count)]
+    assert len(os.listdir("/proc/self/fd")) < before + 200
+
+
+def test_without_pyarrow_a_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dist_siglip.evaluation.embed.parquet_layouts", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    write_folder(tmp_path / "e", count=30)
+    with pytest.raises(UserError, match=r'needs pyarrow .*pip install "dist-siglip\[search\]"'):
+        StoredRows(tmp_path / "e").place(3)
+    stated = json.loads((tmp_path / "e" / "embed.json").read_text())
+    (tmp_path / "e" / "embed.json").write_text(json.dumps(stated | {"format": "parquet"}))
+    (tmp_path / "e" / "embeddings.parquet").touch()
+    with pytest.raises(UserError, match=r'needs pyarrow .*pip install "dist-siglip\[search\]"'):
         StoredRows(tmp_path / "e")

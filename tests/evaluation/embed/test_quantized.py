@@ -14,6 +14,7 @@ from dist_siglip.evaluation.embed.quantized import (
     RowCodec,
     find_codecs,
     quantized_recall,
+    spread,
 )
 from dist_siglip.evaluation.embed.reading import read_embeddings
 from dist_siglip.evaluation.embed.stored_rows import StoredRows
@@ -188,6 +189,7 @@ def test_a_cut_is_quantised_after_it_is_made(tmp_path, shards, built, rows):
         ({"index": "faiss", "towers": "text"}, "towers is text"),
         ({"index_kind": "ivf_pq", "dtype": "binary"}, "must be auto, flat or hnsw"),
         ({"index_kind": "bits", "dtype": "binary"}, "must be auto, flat or hnsw"),
+        ({"index_kind": "hnsw"}, r"index_kind \(hnsw\) needs an index; give --index faiss"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -199,9 +201,9 @@ def test_rows_that_are_not_finite_calibrate_nothing(tmp_path):
     broken = unit_rows(4, 3)
     broken[2, 1] = float("nan")
     with pytest.raises(UserError, match="not finite; use precision 32-true"):
-        find_codecs(tmp_path, "int8", ["image"], 3, lambda: {"image": broken})
+        find_codecs(tmp_path, "int8", ["image"], 3, lambda: {"image": broken}, print)
     with pytest.raises(UserError, match="none can be used"):
-        find_codecs(tmp_path, "int8", ["image"], 3, lambda: {"image": torch.empty(0, 3)})
+        find_codecs(tmp_path, "int8", ["image"], 3, lambda: {"image": torch.empty(0, 3)}, print)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,3 +219,31 @@ def test_a_damaged_calibration_is_one_line(tmp_path, shards, built):
     path.write_bytes(whole.replace(b'"int8"', b'"bina"'))
     with pytest.raises(UserError, match="is damaged, or of other rows"):
         StoredRows(tmp_path)
+
+
+def test_row_numbers_are_spread_exactly_where_single_precision_ends():
+    assert spread(2**24 + 4, 2).tolist() == [0, 2**24 + 3]
+    assert spread(2**40, 3).tolist() == [0, 2**39, 2**40 - 1]
+
+
+def test_a_calibration_that_was_killed_leaves_its_recall_when_it_goes_on(
+    tmp_path, shards, built, monkeypatch
+):
+    def killed(*_):
+        raise SystemExit
+
+    monkeypatch.setattr("dist_siglip.evaluation.embed.note_metrics", killed)
+    with pytest.raises(SystemExit):
+        embed(shards, built, tmp_path, dtype="int8")
+    monkeypatch.undo()
+    embed(shards, built, tmp_path, dtype="int8")
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"]["rows"] == 25
+
+
+def test_a_calibration_needs_no_hard_links(tmp_path, shards, built, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    embed(shards, built, tmp_path, dtype="int8")
+    assert (tmp_path / QUANTIZATION_FILE).exists()

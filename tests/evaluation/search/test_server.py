@@ -325,12 +325,15 @@ def test_more_requests_at_once_than_it_takes_are_asked_to_come_again(running, mo
 def test_a_defect_is_one_line_to_the_browser_and_whole_in_the_log(running, monkeypatch, caplog):
     made, _ = running
 
-    def fail(*_):
-        raise RuntimeError("a defect with /secret/path")
+    for kind in (RuntimeError, ValueError):
 
-    monkeypatch.setattr(PictureSearch, "by_text", fail)
-    assert refused(made, "/search?text=a") == (500, "the search failed; see its log")
-    assert "/secret/path" in caplog.text
+        def fail(*_, kind=kind):
+            raise kind("a defect with /secret/path")
+
+        caplog.clear()
+        monkeypatch.setattr(PictureSearch, "by_text", fail)
+        assert refused(made, "/search?text=a") == (500, "the search failed; see its log")
+        assert "/secret/path" in caplog.text
 
 
 def test_threads_share_one_model(running):
