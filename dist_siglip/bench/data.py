@@ -127,7 +127,7 @@ class Streaming:
         image_size: side of the crops, in pixels.
         crop_scale: share of the area that a crop keeps.
         local_batch_size: pairs of a batch.
-        workers: loader processes.
+        workers: loader processes; 0 loads in this one.
         parquet: Parquet files of the same samples, by baseline.
     """
 
@@ -253,7 +253,7 @@ def _open_clip(streaming: Streaming) -> Generator[tuple[Tensor, Tensor], None, N
         batch_size=None,
         shuffle=False,
         num_workers=streaming.workers,
-        persistent_workers=True,
+        persistent_workers=streaming.workers > 0,
     )
     yield from loader
 
@@ -328,7 +328,8 @@ def data(
         image_size: side of the crops, in pixels.
         crop_scale: share of the area that a crop keeps, (least, most).
         local_batch_size: pairs of a batch.
-        workers: numbers of loader processes, one thread each.
+        workers: numbers of loader processes, one thread each. With 0 the pictures are loaded here,
+            and a second is one of processor time: that of a busy machine says as much.
         rounds: how often each baseline is timed; the median counts.
         seconds: how long each time, after a warm-up.
         pictures: of each size that are written.
@@ -345,10 +346,11 @@ def data(
         ("rounds", rounds),
         ("ranks", ranks),
         ("workers_per_rank", workers_per_rank),
-        *(("workers", number) for number in workers),
     ):
         if value < 1:
             raise UserError(f"{name} ({value}) must be at least 1")
+    if min(workers, default=-1) < 0:
+        raise UserError(f"workers ({list(workers)}) must be one number or more, each at least 0")
     if seconds <= 0:
         raise UserError(f"seconds ({seconds}) must be above 0")
     if pictures < 2 * local_batch_size:
@@ -427,7 +429,7 @@ def _on_paper(rows: list[dict[str, Any]], name: str, ranks: int, of_rank: int) -
     """Multiply what one of our loader processes did beside fewest others."""
     ours = [row for row in rows if (row["pictures"], row["contestant"]) == (name, _SCALED)]
     row = min(ours, key=lambda row: row["workers"])
-    times = ranks * of_rank / row["workers"]
+    times = ranks * of_rank / max(1, row["workers"])
     return {
         **row,
         "workers": ranks * of_rank,
@@ -441,8 +443,9 @@ def _images_per_second(baseline: str, streaming: Streaming, seconds: float) -> f
     stream = batches(baseline, streaming)
     for _ in range(2 + 2 * streaming.workers):
         next(stream)
-    count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds or not count:
+    clock = time.perf_counter if streaming.workers else time.process_time
+    count, start = 0, clock()
+    while (elapsed := clock() - start) < seconds or not count:
         images, _ = next(stream)
         count += len(images)
     stream.close()
@@ -453,7 +456,8 @@ def _table(rows: list[dict[str, Any]], rounds: int, seconds: float) -> Table:
     table = Table(
         title="images/s of training loaders, one thread per process",
         caption=f"medians of {rounds} interleaved rounds of {seconds:g} s; ratio over open_clip's "
-        "pipeline in the same run; on paper: one process times all, a core each",
+        "pipeline in the same run; 0 workers: seconds of the processor; on paper: one process "
+        "times all, a core each",
     )
     for heading in ("pictures", "workers", "loader", "images/s", "least", "most", "ratio"):
         table.add_column(heading, justify="left" if heading == "loader" else "right")

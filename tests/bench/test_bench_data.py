@@ -1,6 +1,8 @@
 """``bench data``: every baseline delivers the same kind of batches, and the table adds up."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_the_ratio_is_over_open_clip(shards, capsys, monkeypatch):
     assert "images/s of training loaders" in capsys.readouterr().out
 
 
+def test_without_loader_processes_seconds_are_of_the_processor(shards, capsys, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(bench_data, "time", SimpleNamespace(process_time=lambda: next(ticks) / 8))
+    options = [*OPTIONS[:-2], "--seconds=0.5", "--workers=[0]", "--json=true"]
+    assert main(["bench", "data", f"--shards={json.dumps(shards)}", *options]) == 0
+    *rows, paper = json.loads(capsys.readouterr().out)
+    assert [row["images_per_second"] for row in rows] == [24.0] * 3  # batches of 4 at 3 of 8 ticks
+    assert paper["images_per_second"] == 64 * 24.0
+
+
 def test_one_thread_computes_while_it_is_timed_and_as_many_as_before_after(
     shards, capsys, monkeypatch
 ):
@@ -116,6 +128,7 @@ def test_one_thread_computes_while_it_is_timed_and_as_many_as_before_after(
         ("--ranks=0", "ranks (0) must be at least 1"),
         ("--rounds=0", "rounds (0) must be at least 1"),
         ("--seconds=0", "seconds (0.0) must be in (0, 1000000]"),
+        ("--workers=[]", "workers ([]) must be one number or more, each at least 0"),
         ("--pictures=3", "pictures (3) must be at least two batches"),
         ("--shards=none.tar", "names a missing file"),
         ("--workers=[3]", "shards (2) must be at least one for each of 3 loader processes"),
