@@ -16,7 +16,13 @@ from dist_siglip.data.samples.batch import ImageNormalizer, ImageTextBatch, Pair
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.identity import caption_id
 from dist_siglip.data.samples.regions import RegionRule
-from dist_siglip.data.samples.stages import ColorJitter, RandAugment, RandomFlip, TimmAugment
+from dist_siglip.data.samples.stages import (
+    ColorJitter,
+    RandAugment,
+    RandomAffine,
+    RandomFlip,
+    TimmAugment,
+)
 from dist_siglip.data.samples.transforms import (
     Preprocessing,
     ViewTransform,
@@ -40,6 +46,7 @@ __all__ = [
     "Preprocessing",
     "Progress",
     "RandAugment",
+    "RandomAffine",
     "RandomFlip",
     "RegionRule",
     "StreamPosition",

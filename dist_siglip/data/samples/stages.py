@@ -15,12 +15,13 @@ says with an attribute ``moves_regions`` whether it moves pixels, and their boxe
 or leaves every pixel in its place (False).
 
 A stage with an attribute ``only_in_training`` that is true, as augmentations have, is left out of
-evaluations.
+evaluations. One with ``leaves_texts`` that is true changes pictures alone, and so may stand beside
+stored rows of texts.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -75,6 +76,15 @@ def outside_of_training(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if not getattr(stage, "only_in_training", False))
 
 
+def names_of_changing(stages: Sequence[Stage], towers: Collection[str]) -> list[str]:
+    """Name the stages that may change what one of some towers sees."""
+    return [
+        _name(stage)
+        for stage in stages
+        if "image" in towers or not getattr(stage, "leaves_texts", False)
+    ]
+
+
 def all_take_rgb(stages: Sequence[Stage]) -> bool:
     """Whether no stage asks for more than the colours that a model sees."""
     return all(_picture_mode(stage) == "RGB" for stage in stages)
@@ -112,7 +122,7 @@ def run_stages(
         name = _name(stage)
         image = _in_mode(sample["image"], _picture_mode(stage), transparency, window)
         sample = {**sample, "image": image}
-        before, has_regions = sample["image"], "regions" in sample
+        before, texts, has_regions = sample["image"], _texts(sample), "regions" in sample
         try:
             results = list(stage(iter([sample])))
         except (BadSampleError, UserError):
@@ -130,15 +140,23 @@ def run_stages(
             )
         sample = results[0]
         _check(sample, name, num_more)
+        if getattr(stage, "leaves_texts", False) and _texts(sample) != texts:
+            raise UserError(
+                f"stage {name} changes a text, and its leaves_texts says that it does not"
+            )
         if has_regions:
             _check_regions(stage, before, sample)
     image = sample["image"]
-    texts = [text.strip() for text in (sample["text"], *sample.get("more_texts", []))]
+    texts = [text.strip() for text in _texts(sample)]
     if not all(texts):
         raise BadSampleError("caption is empty")
     if "more_texts" in sample:
         sample = {**sample, "more_texts": texts[1:]}
     return {**sample, "image": _in_mode(image, "RGB", transparency, window), "text": texts[0]}
+
+
+def _texts(sample: dict[str, Any]) -> list[str]:
+    return [sample["text"], *sample.get("more_texts", [])]
 
 
 def _picture_mode(stage: Stage) -> str:
@@ -198,6 +216,7 @@ class RandomFlip:
 
     moves_regions = True
     only_in_training = True
+    leaves_texts = True
 
     def __init__(self, probability: float = 0.5, spares: str | None = r"\b(left|right)") -> None:
         _check_share("RandomFlip", probability=probability)
@@ -213,8 +232,7 @@ class RandomFlip:
         """Mirror some of the samples."""
         for sample in samples:
             regions = sample.get("regions", [])
-            texts = [sample["text"], *sample.get("more_texts", [])]
-            texts += [region["text"] for region in regions]
+            texts = [*_texts(sample), *(region["text"] for region in regions)]
             if random.random() >= self.probability or self._spares(texts):
                 yield sample
                 continue
@@ -242,6 +260,7 @@ class _Augmentation:
     """
 
     only_in_training = True
+    leaves_texts = True
 
     def __init__(self, probability: float, short_side: int | None) -> None:
         name = type(self).__name__
@@ -298,6 +317,50 @@ class ColorJitter(_Augmentation):
             raise UserError(f"ColorJitter: {error}") from error
         self._change = transforms.Compose(
             [transforms.RandomApply([jitter], probability), transforms.RandomGrayscale(grey)]
+        )
+
+
+class RandomAffine(_Augmentation):
+    """A stage that turns, shifts and zooms pictures, by torchvision's ``RandomAffine``, bilinear.
+
+    Unlike a crop it also makes what is seen smaller, and shifts it to outside of the picture.
+
+    Args:
+        degrees: angle drawn from [-degrees, degrees].
+        translate: shifts drawn from [-translate, translate], in shares of the width and the height.
+        scale: factor drawn from [least, most].
+        fill: red, green and blue of what was outside, 0 to 255.
+        probability: share of the samples.
+        short_side: pictures are made smaller first, to so many pixels; None keeps their size.
+    """
+
+    leaves_regions = True
+
+    def __init__(
+        self,
+        degrees: float = 0.0,
+        translate: float = 0.0,
+        scale: tuple[float, float] = (1.0, 1.0),
+        fill: tuple[int, int, int] = (0, 0, 0),
+        probability: float = 1.0,
+        short_side: int | None = None,
+    ) -> None:
+        super().__init__(probability, short_side)
+        _check_share("RandomAffine", translate=translate)
+        least, most = scale
+        if not (0 < least <= most and 0 <= degrees <= 180):
+            raise UserError(
+                f"scale ({list(scale)}) of RandomAffine must be [least, most] above 0, degrees "
+                f"({degrees}) in [0, 180]"
+            )
+        if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
+            raise UserError(f"fill ({list(fill)}) of RandomAffine must be 3 numbers in [0, 255]")
+        self._change = transforms.RandomAffine(
+            degrees,
+            (translate, translate),
+            (least, most),
+            interpolation=transforms.InterpolationMode.BILINEAR,
+            fill=list(fill),
         )
 
 

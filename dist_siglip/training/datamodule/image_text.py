@@ -106,8 +106,8 @@ class ImageTextDataModule(BatchTransfer):
         stages: class paths of steps of your own between decoding and transform, functions from an
             iterator of samples to an iterator of samples, as webdataset has them. One with an
             attribute picture_mode "RGBA" or "stored" gets pictures with their alpha, or in the
-            mode of the file; others get RGB. dist_siglip.data.RandomFlip, ColorJitter, RandAugment
-            and TimmAugment are such steps; evaluations leave them out.
+            mode of the file; others get RGB. dist_siglip.data.RandomFlip, ColorJitter, RandAugment,
+            RandomAffine and TimmAugment are such steps; evaluations leave them out.
         max_image_pixels: pictures with more pixels count as bad samples. The one limit there is.
         formats: of pictures that are decoded: jpeg, png, webp, avif, gif (its first frame), tiff
             (its first page), bmp, heic (which needs the extra "heic"). Those that are named beyond

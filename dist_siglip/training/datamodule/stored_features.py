@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dist_siglip.data.index.pairs import PairTable
 from dist_siglip.data.samples.cached_features import TOWERS, CachedFeatures
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.stages import Stage
+from dist_siglip.data.samples.stages import Stage, names_of_changing
 from dist_siglip.data.samples.transforms import TeacherInputs
 from dist_siglip.errors import UserError
 
@@ -34,10 +34,12 @@ def load_features(
     if folders is None:
         return None
     features = CachedFeatures([folders] if isinstance(folders, str) else folders, table)
-    if stages:
+    changing = names_of_changing(stages, features.towers)
+    if changing:
         raise UserError(
-            f"stages ({len(stages)}) change samples that train_features were made of without "
-            "them; leave one of the two out"
+            f"stages ({', '.join(changing)}) may change samples that train_features were made of "
+            "without them; leave one of the two out (stages with leaves_texts: True, as "
+            "augmentations have, may stand beside rows of texts alone)"
         )
     if "image" in features.towers and train_crop_scale is not None:
         raise UserError(

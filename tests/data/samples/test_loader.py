@@ -12,7 +12,13 @@ from dist_siglip.data.samples.batch import BatchPieces, ImageTextBatch, PairColl
 from dist_siglip.data.samples.dataset import PairDataset
 from dist_siglip.data.samples.loader import Feed, Pieces, build_loader
 from dist_siglip.data.samples.picture_policy import PicturePolicy
-from dist_siglip.data.samples.stages import ColorJitter, RandAugment, RandomFlip, TimmAugment
+from dist_siglip.data.samples.stages import (
+    ColorJitter,
+    RandAugment,
+    RandomAffine,
+    RandomFlip,
+    TimmAugment,
+)
 from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.system.signals import SIGNALS
 from tests.support.shards import tiny_inputs, tokenize, write_shards
@@ -190,7 +196,13 @@ def test_pieces_for_a_device_are_joined_in_the_order_of_rows():
     assert batch.images.shape == (16, 3, 2, 2)
 
 
-AUGMENTATIONS = (RandomFlip(spares=None), ColorJitter(), RandAugment(), TimmAugment())
+AUGMENTATIONS = (
+    RandomFlip(spares=None),
+    ColorJitter(),
+    RandAugment(),
+    TimmAugment(),
+    RandomAffine(9, 0.1),
+)
 
 
 @pytest.mark.parametrize("stages", [(), AUGMENTATIONS], ids=["crops", "augmentations"])

@@ -15,10 +15,12 @@ from dist_siglip.data.samples.stages import (
     ColorJitter,
     FilteredError,
     RandAugment,
+    RandomAffine,
     RandomFlip,
     TimmAugment,
     all_take_rgb,
     check_stages,
+    names_of_changing,
     outside_of_training,
     run_stages,
 )
@@ -185,6 +187,7 @@ AUGMENTATIONS = [
     RandomFlip(),
     ColorJitter(grey=0.2),
     RandAugment(),
+    RandomAffine(10.0, 0.1, (0.8, 1.2), (255, 255, 255)),
     TimmAugment(),
     TimmAugment("augmix-m3-w2"),
     TimmAugment("3a"),
@@ -209,7 +212,18 @@ def test_augmentations_are_those_of_torchvision_and_timm():
     timm = rand_augment_transform(
         "rand-m9-n2-mstd0.5-inc1", {"translate_pct": 0.45, "img_mean": (128, 128, 128)}
     )
-    for stage, reference in ((RandAugment(), transforms.RandAugment(2, 9)), (TimmAugment(), timm)):
+    affine = transforms.RandomAffine(
+        9,
+        (0.1, 0.1),
+        (0.8, 1.2),
+        interpolation=transforms.InterpolationMode.BILINEAR,
+        fill=[9, 8, 7],
+    )
+    for stage, reference in (
+        (RandAugment(), transforms.RandAugment(2, 9)),
+        (RandomAffine(9, 0.1, (0.8, 1.2), (9, 8, 7)), affine),
+        (TimmAugment(), timm),
+    ):
         for key in range(5):
             with seeded_generators(key):
                 found = run_stages([stage], fields)["image"]
@@ -225,6 +239,30 @@ def test_pictures_are_made_smaller_before_they_are_augmented():
     assert run_stages([ColorJitter(short_side=90)], fields)["image"].size == (80, 60)
 
 
+def test_a_shift_lets_in_the_colour_that_was_asked_for():
+    fields = {**sample(), "image": Image.new("RGB", (40, 40), (1, 2, 3))}
+    small = RandomAffine(scale=(0.5, 0.5), fill=(255, 254, 253))
+    pixels = np.asarray(run_stages([small], fields)["image"])
+    assert pixels[0, 0].tolist() == [255, 254, 253]
+    assert pixels[20, 20].tolist() == [1, 2, 3]
+    assert (pixels == [1, 2, 3]).all(axis=2).sum() == 20 * 20
+
+
+def test_stages_that_leave_texts_say_so_and_are_held_to_it():
+    names = ["RandomFlip", "ColorJitter", "RandAugment", "RandomAffine"] + 3 * ["TimmAugment"]
+    assert names_of_changing(AUGMENTATIONS, ["text"]) == []
+    assert names_of_changing(AUGMENTATIONS, ["image"]) == names
+    assert names_of_changing([upper, RandomFlip()], ["text"]) == ["upper"]
+
+    def shout(samples):
+        yield from map(upper, samples)
+
+    shout.leaves_texts = True
+    with pytest.raises(UserError, match="shout changes a text, and its leaves_texts says") as info:
+        run_stages([shout], sample())
+    assert "\n" not in str(info.value)
+
+
 def test_a_flip_spares_the_texts_that_the_user_says():
     for flip, text, mirrors in (
         (RandomFlip(1.0), "a fox on the LEFT", False),
@@ -237,7 +275,7 @@ def test_a_flip_spares_the_texts_that_the_user_says():
 
 
 def test_boxes_that_would_be_left_behind_are_refused_before_training():
-    for stage in (RandAugment(), TimmAugment()):
+    for stage in (RandAugment(), RandomAffine(), TimmAugment()):
         with pytest.raises(UserError, match="leaves the boxes of") as info:
             check_stages([stage], reads_regions=True)
         assert "\n" not in str(info.value)
@@ -261,6 +299,9 @@ def test_evaluations_leave_augmentations_out():
         (lambda: ColorJitter(grey=2.0), r"grey \(2.0\) of ColorJitter must be in \[0, 1\]"),
         (lambda: RandAugment(magnitude=31), r"magnitude \(31\) in \[0, 30\]"),
         (lambda: RandAugment(short_side=0), r"short_side \(0\) of RandAugment must be at least 1"),
+        (lambda: RandomAffine(translate=2.0), r"translate \(2.0\) of RandomAffine must be in"),
+        (lambda: RandomAffine(scale=(1.2, 0.8)), r"scale \(\[1.2, 0.8\]\) of RandomAffine must be"),
+        (lambda: RandomAffine(fill=(0, 0, 256)), r"fill \(\[0, 0, 256\]\) of RandomAffine must be"),
         (lambda: TimmAugment("rand-q7"), r"policy \('rand-q7'\) of TimmAugment is none"),
         (lambda: TimmAugment("best"), r"policy \('best'\) of TimmAugment is none"),
     ],

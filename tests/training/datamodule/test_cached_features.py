@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.samples.cached_features import FeatureFile, write_features
 from dist_siglip.data.samples.captions import CaptionRule
+from dist_siglip.data.samples.stages import ColorJitter, RandomFlip
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.models.tuning import LoraSettings, TowerConfig
@@ -127,7 +128,8 @@ def test_a_file_has_a_row_for_every_sound_sample(shards, features):
         ({"context_length": 6}, None, ""),
         ({"image_size": 48}, {}, r"not those of this image tower"),
         ({}, {"train_crop_scale": (0.5, 1.0)}, r"train_crop_scale \(\(0.5, 1.0\)\) has no effect"),
-        ({}, {"stages": [iter]}, r"stages \(1\) change samples"),
+        ({}, {"stages": [iter]}, r"stages \(iter\) may change samples"),
+        ({}, {"stages": [RandomFlip()]}, r"stages \(RandomFlip\) may change samples"),
         ({}, {"train_features": "nowhere"}, r"train_features \(nowhere\) is no folder"),
     ],
 )
@@ -207,6 +209,33 @@ def first_batch(shards, model, folder, tower):
     data = data_of(shards, module, train_features=folder)
     data.setup("fit")
     return next(iter(data.train_dataloader()))
+
+
+def test_augmented_pictures_train_beside_stored_texts(shards, model, features, tmp_path):
+    """As beside the live tower, in loader processes too; the pixels are not those of whole ones."""
+    flips = {"stages": [RandomFlip(0.5, spares=None), ColorJitter()]}
+    live = run(model, shards, tmp_path, "text", data=flips)
+    stored = {"train_features": features["text"], **flips}
+    for workers in (0, 2):
+        found = run(model, shards, tmp_path, "text", data={**stored, "workers_per_rank": workers})
+        assert found["losses"] == pytest.approx(live["losses"], rel=1e-6)
+        assert worst_error(found["state"], live["state"], live["start"]) < 1e-4
+        assert (found["ids"], found["tokens"]) == (live["ids"], 0)
+    plain = run(model, shards, tmp_path, "text", data={"train_features": features["text"]})
+    assert plain["ids"] == live["ids"]
+    assert plain["losses"] != pytest.approx(live["losses"], rel=1e-3)
+
+
+def test_a_stage_that_may_change_texts_is_refused_beside_theirs(shards, model, features):
+    data = {"train_features": features["text"], "stages": [RandomFlip(), lower]}
+    with pytest.raises(UserError, match=r"stages \(lower\) may change .*leaves_texts") as caught:
+        data_of(shards, module_of(model, "text"), **data).check(1)
+    assert "\n" not in str(caught.value)
+
+
+def lower(samples):
+    for sample in samples:
+        yield {**sample, "text": sample["text"].lower()}
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
