@@ -38,6 +38,7 @@ from dist_siglip.data.parquet.pages import (
 _KEPT_BYTES = 1 << 26  # of a reader
 _COLUMN_BIT = 40  # of an address; rows are below
 _PAGE_BYTES = 200  # of memory that a page of a list takes
+_VALUE_BYTES = 64  # of memory that a value of a list takes as an object
 
 
 class TextList(bytes):
@@ -153,7 +154,7 @@ class ParquetRows:
             if data is None and column.holds_bytes:
                 raise ParquetError(f"column {column.name!r} holds nothing in row {row}")
             return data or b""
-        return _as_member(self._decoded(group, number)[place].as_py(), column)
+        return _as_member(self._value(group, number, place)[0], column)
 
     def present(self, group: int, number: int) -> NDArray[np.bool_]:
         """Tell which rows of a group have a value in a column that is read one by one."""
@@ -218,12 +219,27 @@ class ParquetRows:
 
     def _decoded_bytes(self, group: int, number: int, place: int) -> bytes | None:
         """Return a value as pyarrow decodes it."""
-        value = self._decoded(group, number)[place].as_py()
+        value, _ = self._value(group, number, place)
         if isinstance(value, dict):
             value = value.get("bytes")
         if isinstance(value, str):
             value = value.encode()
         return value if isinstance(value, bytes) else None
+
+    def _value(self, group: int, number: int, place: int) -> tuple[Any, int]:
+        """Return a value as pyarrow decodes it, and about how many bytes it takes."""
+        pyarrow, _ = packages()
+        name = self.footer.columns[number].name
+        cell = self._decoded(group, number).slice(place, 1)
+        try:
+            size = sum(_unfolded(chunk) for chunk in cell.chunks)
+            if size <= LARGEST_PAGE:
+                return cell[0].as_py(), size
+        except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:
+            raise ParquetError(f"column {name!r} cannot be read: {one_line(error)}") from None
+        raise ParquetError(
+            f"column {name!r} holds {size} bytes in one row, at most {LARGEST_PAGE} are read"
+        )
 
     def _decoded(self, group: int, number: int) -> Any:
         """Return a column of a row group as pyarrow has it, if it is not too large."""
@@ -234,9 +250,12 @@ class ParquetRows:
         column, schema = self.footer.columns[number], self.footer.metadata.schema
         texts: list[str] = []
         for leaf in column.leaves:
+            kind = schema.column(leaf)
             pages = list_pages(self._descriptor, self.footer.chunk(group, leaf))
             num_bytes = sum(page.full_size for page in pages)
             num_values = sum(page.num_values for page in pages if not is_dictionary(page))
+            if kind.physical_type == "FIXED_LEN_BYTE_ARRAY":  # a reference may stand for each
+                num_bytes = max(num_bytes, num_values * kind.length)
             if num_bytes > LARGEST_PAGE or num_values > MOST_VALUES:
                 raise ParquetError(
                     f"column {column.name!r} has {num_values} values in {num_bytes} bytes in one "
@@ -248,23 +267,23 @@ class ParquetRows:
                     f"column {column.name!r} is encoded as DELTA_BYTE_ARRAY, in which a few bytes "
                     "may stand for any number; write it PLAIN or with a dictionary"
                 )
-            if (
-                pages
-                and is_dictionary(pages[0])
-                and schema.column(leaf).physical_type == "BYTE_ARRAY"
-            ):
+            if pages and is_dictionary(pages[0]) and kind.physical_type == "BYTE_ARRAY":
                 # They stay references to their dictionary: a run of a few bytes stays small.
-                texts.append(schema.column(leaf).path)
+                texts.append(kind.path)
         pyarrow, parquet = packages()
         try:
             with (
                 pyarrow.OSFile(f"/dev/fd/{self._descriptor}") as file,
                 parquet.ParquetFile(
-                    file, metadata=self.footer.metadata, read_dictionary=texts, pre_buffer=False
+                    file,
+                    metadata=self.footer.metadata,
+                    read_dictionary=texts,
+                    pre_buffer=False,
+                    coerce_int96_timestamp_unit="us",
                 ) as table,
             ):
                 found = table.read_row_group(group, columns=[column.name], use_threads=False)
-            values = found.column(column.name)
+            values = _in_microseconds(found.column(column.name))
         except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
             raise ParquetError(
                 f"column {column.name!r} cannot be read: {one_line(error)}"
@@ -275,16 +294,24 @@ class ParquetRows:
 
     def _json(self, group: int, place: int) -> bytes:
         record: dict[str, Any] = {}
+        total = 0
         for number in self._of_json:
             column = self.footer.columns[number]
             if column.value < 0 or len(column.leaves) > 1:
-                record[column.name] = self._decoded(group, number)[place].as_py()
-                continue
-            data = self._bytes_of(group, number, place)
-            try:
-                record[column.name] = None if data is None else data.decode()
-            except UnicodeDecodeError as error:
-                raise ParquetError(f"column {column.name!r} is not UTF-8: {error.reason}") from None
+                value, size = self._value(group, number, place)
+            else:
+                data = self._bytes_of(group, number, place)
+                size = len(data or b"")
+                try:
+                    value = None if data is None else data.decode()
+                except UnicodeDecodeError as error:
+                    raise ParquetError(
+                        f"column {column.name!r} is not UTF-8: {error.reason}"
+                    ) from None
+            record[column.name] = value
+            total += size
+            if total > LARGEST_PAGE:
+                raise ParquetError(f"row has more than {LARGEST_PAGE} bytes")
         try:
             return json.dumps(record, default=str).encode()
         except (ValueError, RecursionError) as error:
@@ -313,6 +340,42 @@ def _as_member(value: Any, column: Column) -> bytes:
         f"column {column.name!r} holds {type(value).__name__}, no text and no list of texts; name "
         "a field of it, with captions.members [json]"
     )
+
+
+def _unfolded(array: Any) -> int:
+    """Bytes that values take as objects, where each reference to a dictionary is a text."""
+    from pyarrow import compute, types
+
+    array = getattr(array, "storage", array)
+    size, kind = _VALUE_BYTES * len(array), array.type
+    if types.is_struct(kind):
+        return size + sum(map(_unfolded, array.flatten()))
+    if types.is_map(kind):
+        first, last = (array.offsets[place].as_py() for place in (0, len(array)))
+        parts = (array.keys, array.items)
+        return size + sum(_unfolded(part.slice(first, last - first)) for part in parts)
+    if types.is_nested(kind):
+        return size + _unfolded(array.flatten())
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(array.dictionary)
+        return size + (compute.sum(lengths.take(array.indices)).as_py() or 0)
+    return size + int(array.nbytes)
+
+
+def _in_microseconds(values: Any) -> Any:
+    """Cut times of nanoseconds, which Python has no type for without pandas."""
+    import pyarrow
+
+    kind = values.type
+    if getattr(kind, "unit", "") != "ns":
+        return values
+    if pyarrow.types.is_timestamp(kind):
+        coarse = pyarrow.timestamp("us", kind.tz)
+    elif pyarrow.types.is_duration(kind):
+        coarse = pyarrow.duration("us")
+    else:
+        coarse = pyarrow.time64("us")
+    return values.cast(coarse, safe=False)
 
 
 def _size_of(values: Values) -> int:

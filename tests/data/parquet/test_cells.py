@@ -143,6 +143,35 @@ def test_few_bytes_that_stand_for_many_are_not_decoded(opened, monkeypatch):
         ParquetRows(rows._descriptor).read(address(0, 0))
 
 
+def test_maps_and_nested_lists_are_read_as_they_were_written(opened, monkeypatch):
+    maps = [[("a", "x" * 400)], None, [], [("b", "y"), ("c", None)]]
+    lists = [[[{"k": ["p", None]}]], [[]], None, [None, [{"k": None}]]]
+    table = pyarrow.table(
+        {
+            "m": pyarrow.array(maps, pyarrow.map_(pyarrow.string(), pyarrow.string())),
+            "n": pyarrow.array(lists),
+        }
+    )
+    rows = opened(table)
+    for row in range(4):
+        found = json.loads(rows.read(address(2, row)))
+        pairs = maps[row] and [list(pair) for pair in maps[row]]
+        assert found == {"m": pairs, "n": lists[row]}
+    monkeypatch.setattr(rows_module, "LARGEST_PAGE", 500)  # of the row that is asked for alone
+    assert json.loads(opened(table.select(["m"])).read(address(1, 3)))["m"] == [
+        list(p) for p in maps[3]
+    ]
+
+
+@pytest.mark.parametrize("is_int96", [False, True])
+def test_times_are_the_same_text_with_and_without_pandas(opened, is_int96):
+    times = pyarrow.array([1_600_000_000_123_456_789, None], pyarrow.timestamp("ns"))
+    options = {"use_deprecated_int96_timestamps": is_int96}
+    rows = opened(pyarrow.table({"time": times}), **options)
+    for row, text in ((0, "2020-09-13 12:26:40.123456"), (1, None)):
+        assert json.loads(rows.read(address(1, row))) == {"time": text}
+
+
 def test_front_coded_texts_are_refused(opened):
     options = {"use_dictionary": False, "column_encoding": {"caption": "DELTA_BYTE_ARRAY"}}
     with pytest.raises(ParquetError, match=r"DELTA_BYTE_ARRAY, .* write it PLAIN"):

@@ -1,6 +1,7 @@
 """Broken and hostile Parquet through the real path: one line, or a substitute that is named."""
 
 import io
+import os
 import re
 import struct
 import tracemalloc
@@ -12,9 +13,13 @@ from pyarrow import parquet
 
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
+from dist_siglip.data.parquet import ParquetError
 from dist_siglip.data.parquet import footer as footer_module
+from dist_siglip.data.parquet.rows import ParquetRows, address
+from dist_siglip.data.samples.bad_samples import BadSampleError
 from dist_siglip.data.samples.captions import CaptionRule
 from dist_siglip.data.samples.dataset import PairDataset
+from dist_siglip.data.samples.fetch import ShardReader
 from dist_siglip.data.samples.picture_policy import PICTURE_EXTENSIONS, PicturePolicy
 from dist_siglip.data.samples.transforms import training_transform
 from dist_siglip.errors import UserError
@@ -208,6 +213,53 @@ def test_a_caption_of_another_type_is_named(tmp_path, caplog, value, kind):
         sample_of(tmp_path, data, 0, caplog)
     assert f"column 'text' holds {kind}, no text" in caplog.text
     assert "captions.members [json]" in caplog.text
+
+
+BAD_TEXT = pyarrow.array([b"\xff"]).view(pyarrow.string())
+UNREADABLE = {
+    "text in a list": pyarrow.ListArray.from_arrays(pyarrow.array([0, 1], "int32"), BAD_TEXT),
+    "text in an object": pyarrow.StructArray.from_arrays([BAD_TEXT], ["a"]),
+    "day of the year 2,739,877": pyarrow.array([10**9], "int32").cast("date32"),
+    "time after the year 9999": pyarrow.array([2**62], pyarrow.timestamp("us")),
+    "unknown time zone": pyarrow.array([1], pyarrow.timestamp("s", tz="Mars/Phobos")),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_cell_that_python_has_no_value_for_is_a_bad_row(tmp_path, caplog, name):
+    rows = rows_of(0, 12).append_column("odd", pyarrow.concat_arrays([UNREADABLE[name]] * 12))
+    table = open_table(tmp_path, file_of(rows), members=("json",))
+    reader = ShardReader()
+    ((_, span),) = table.caption_spans(0)
+    with pytest.raises(BadSampleError, match="column 'odd' cannot be read: ") as caught:
+        reader.read(span)
+    reader.close()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_references_that_stand_for_more_than_is_read_is_a_bad_row(tmp_path, monkeypatch):
+    """A text of 10 kB that a list names 300 times, and columns that each are small enough."""
+    monkeypatch.setattr("dist_siglip.data.parquet.rows.LARGEST_PAGE", 1 << 20)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, "int32"), ["x" * 10_000])
+    bomb = pyarrow.ListArray.from_arrays(pyarrow.array([0, 300], "int32"), text)
+    part = pyarrow.ListArray.from_arrays(pyarrow.array([0, 60], "int32"), text[:60])
+    wide = pyarrow.array([bytes(4096)] * 300, pyarrow.binary(4096))
+    for columns, number, message in (
+        ({"alt": bomb}, 0, r"column 'alt' holds 30.*bytes in one row, at most 1048576 are read"),
+        ({"a": part, "b": part}, 2, r"row has more than 1048576 bytes"),
+        ({"alt": wide}, 0, r"column 'alt' has 300 values in 1228800 bytes in one row group"),
+    ):
+        path = tmp_path / "a.parquet"
+        parquet.write_table(pyarrow.table(columns), path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            rows = ParquetRows(descriptor)
+            before = pyarrow.total_allocated_bytes()
+            with pytest.raises(ParquetError, match=message):
+                rows.read(address(number, 0))
+            assert pyarrow.total_allocated_bytes() - before < 100_000
+        finally:
+            os.close(descriptor)
 
 
 def test_null_rows_that_the_footer_hides_are_bad_rows(tmp_path, caplog):
