@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dist_siglip.data.parquet import one_line
 from dist_siglip.data.parquet.footer import packages
+from dist_siglip.data.parquet.rows import in_microseconds
 from dist_siglip.data.remote.locations import PARQUET_ENDS
 from dist_siglip.data.samples.picture_policy import EXTENSIONS_OF
 from dist_siglip.errors import UserError
@@ -193,9 +195,15 @@ def _holds_bytes(schema: Any, name: str) -> bool:
 
 
 def _row(batch: Any) -> Mapping[str, Any] | str:
-    """Return the only row of a batch as plain values."""
+    """Return the only row of a batch as plain values, or why it has none."""
+    pyarrow, _ = packages()
     try:
+        for place, name in enumerate(batch.schema.names):
+            if getattr(batch.schema.types[place], "unit", "") == "ns":
+                batch = batch.set_column(place, name, in_microseconds(batch.column(place)))
         values: Mapping[str, Any] = batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return f"row is not UTF-8: {error.reason}"
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        return f"row cannot be read: {one_line(error)}"
     return values

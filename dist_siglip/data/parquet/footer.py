@@ -135,6 +135,9 @@ class ParquetFooter:
             RecursionError,
         ) as error:
             raise ParquetError(f"its footer cannot be read: {one_line(error)}") from None
+        behind = len(footer) - self.metadata.serialized_size
+        if behind:  # pyarrow ends the process if it is asked for a column that is encrypted
+            raise ParquetError(f"{behind} bytes sign its footer; encrypted columns are not read")
         if self.metadata.num_columns > _MOST_COLUMNS:
             raise ParquetError(f"it has {self.metadata.num_columns} columns")
         if any(count < 0 for count in counts) or sum(counts) > file_size:

@@ -283,7 +283,7 @@ class ParquetRows:
                 ) as table,
             ):
                 found = table.read_row_group(group, columns=[column.name], use_threads=False)
-            values = _in_microseconds(found.column(column.name))
+            values = in_microseconds(found.column(column.name))
         except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
             raise ParquetError(
                 f"column {column.name!r} cannot be read: {one_line(error)}"
@@ -362,7 +362,7 @@ def _unfolded(array: Any) -> int:
     return size + int(array.nbytes)
 
 
-def _in_microseconds(values: Any) -> Any:
+def in_microseconds(values: Any) -> Any:
     """Cut times of nanoseconds, which Python has no type for without pandas."""
     import pyarrow
 

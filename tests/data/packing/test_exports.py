@@ -90,6 +90,22 @@ def test_splits_are_not_mixed(tmp_path):
         check_table(tmp_path / "saved", COLUMNS)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "stream"])
+def test_times_that_python_has_no_value_for_are_cut_or_rows_of_their_own(tmp_path, kind):
+    """Times of nanoseconds, and a day of the year 2,739,877."""
+    table = pyarrow.Table.from_pylist(rows()[:3]).append_column(
+        "time", pyarrow.array([1_600_000_000_123_456_789, None, 0], pyarrow.timestamp("ns"))
+    )
+    table = table.append_column("day", pyarrow.array([0, 1, 10**9], "int32").cast("date32"))
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    write(table, path, kind)
+    first, second, third = read_rows(path, COLUMNS)
+    assert str(first.others["time"]) == "2020-09-13 12:26:40.123456"
+    assert (first.problem, second.problem) == (None, None)
+    assert second.others["time"] is None
+    assert third.problem.startswith("row cannot be read: ")
+
+
 def test_what_is_no_table_is_named(tmp_path):
     folder = export(export(tmp_path / "data", "parquet"), "stream")
     with pytest.raises(UserError, match=r"of \.arrow, \.parquet files; it must be of one kind"):

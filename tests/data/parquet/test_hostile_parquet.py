@@ -1,5 +1,6 @@
 """Broken and hostile Parquet through the real path: one line, or a substitute that is named."""
 
+import base64
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from pyarrow.parquet import encryption
 
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.order.sequence import StreamPosition
@@ -67,6 +69,7 @@ DAMAGED = {
     "footer longer than the file": (GOOD[:-8] + b"\xff\xff\xff\x7fPAR1", "footer has"),
     "footer of zeros": (with_footer(GOOD, bytes(200)), "footer cannot be read"),
     "footer cut": (with_footer(GOOD, footer_of(GOOD)[:300]), "footer cannot be read"),
+    "footer signed": (with_footer(GOOD, footer_of(GOOD) + bytes(28)), "28 bytes sign its footer"),
     "no footer": (with_footer(GOOD, b""), "footer cannot be read"),
 }
 
@@ -78,6 +81,33 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, name):
         open_table(tmp_path, data)
     assert "\n" not in str(info.value)
     assert "a.parquet" in str(info.value)
+
+
+class Keys(encryption.KmsClient):
+    """A key is wrapped by Base64."""
+
+    def __init__(self, _):
+        super().__init__()
+
+    def wrap_key(self, key_bytes, _):
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key, _):
+        return base64.b64decode(wrapped_key)
+
+
+def test_encrypted_columns_behind_a_plain_footer_are_told(tmp_path):
+    """pyarrow ends the process when it is asked for the place of such a column."""
+    settings = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"k": ["caption"]}, plaintext_footer=True
+    )
+    properties = encryption.CryptoFactory(Keys).file_encryption_properties(
+        encryption.KmsConnectionConfig(), settings
+    )
+    data = file_of(rows_of(0, 4), encryption_properties=properties)
+    with pytest.raises(UserError, match="encrypted columns are not read") as caught:
+        open_table(tmp_path, data)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_parquet_file_of_another_name_is_told(tmp_path):
