@@ -328,7 +328,7 @@ class RandomAffine(_Augmentation):
     Args:
         degrees: angle drawn from [-degrees, degrees].
         translate: shifts drawn from [-translate, translate], in shares of the width and the height.
-        scale: factor drawn from [least, most].
+        scale: factor drawn from [least, most], in [0.01, 100].
         fill: red, green and blue of what was outside, 0 to 255.
         probability: share of the samples.
         short_side: pictures are made smaller first, to so many pixels; None keeps their size.
@@ -348,10 +348,10 @@ class RandomAffine(_Augmentation):
         super().__init__(probability, short_side)
         _check_share("RandomAffine", translate=translate)
         least, most = scale
-        if not (0 < least <= most and 0 <= degrees <= 180):
+        if not (0.01 <= least <= most <= 100 and 0 <= degrees <= 180):
             raise UserError(
-                f"scale ({list(scale)}) of RandomAffine must be [least, most] above 0, degrees "
-                f"({degrees}) in [0, 180]"
+                f"scale ({list(scale)}) of RandomAffine must be [least, most] in [0.01, 100], "
+                f"degrees ({degrees}) in [0, 180]"
             )
         if len(fill) != 3 or not all(0 <= value <= 255 for value in fill):
             raise UserError(f"fill ({list(fill)}) of RandomAffine must be 3 numbers in [0, 255]")

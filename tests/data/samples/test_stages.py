@@ -301,6 +301,12 @@ def test_evaluations_leave_augmentations_out():
         (lambda: RandAugment(short_side=0), r"short_side \(0\) of RandAugment must be at least 1"),
         (lambda: RandomAffine(translate=2.0), r"translate \(2.0\) of RandomAffine must be in"),
         (lambda: RandomAffine(scale=(1.2, 0.8)), r"scale \(\[1.2, 0.8\]\) of RandomAffine must be"),
+        (
+            lambda: RandomAffine(scale=(1.0, float("inf"))),
+            r"scale \(\[1.0, inf\]\) of RandomAffine",
+        ),
+        (lambda: RandomAffine(scale=(1e-320, 1.0)), r"\[least, most\] in \[0.01, 100\]"),
+        (lambda: RandomAffine(degrees=float("nan")), r"degrees \(nan\) in \[0, 180\]"),
         (lambda: RandomAffine(fill=(0, 0, 256)), r"fill \(\[0, 0, 256\]\) of RandomAffine must be"),
         (lambda: TimmAugment("rand-q7"), r"policy \('rand-q7'\) of TimmAugment is none"),
         (lambda: TimmAugment("best"), r"policy \('best'\) of TimmAugment is none"),

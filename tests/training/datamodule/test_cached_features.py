@@ -1,5 +1,6 @@
 """A locked tower whose features were written down trains the other as the live one does."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dist_siglip.data.index.pairs import build_pair_table
 from dist_siglip.data.samples.cached_features import FeatureFile, write_features
 from dist_siglip.data.samples.captions import CaptionRule
-from dist_siglip.data.samples.stages import ColorJitter, RandomFlip
+from dist_siglip.data.samples.stages import ColorJitter, RandAugment, RandomAffine, RandomFlip
 from dist_siglip.errors import UserError
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
 from dist_siglip.models.tuning import LoraSettings, TowerConfig
@@ -224,6 +225,30 @@ def test_augmented_pictures_train_beside_stored_texts(shards, model, features, t
     plain = run(model, shards, tmp_path, "text", data={"train_features": features["text"]})
     assert plain["ids"] == live["ids"]
     assert plain["losses"] != pytest.approx(live["losses"], rel=1e-3)
+
+
+def test_a_run_that_goes_on_augments_alike_beside_stored_texts(shards, model, features):
+    """Rows, order and identities are those without stages, pixels are not."""
+    stages = [RandomFlip(), ColorJitter(probability=1.0), RandomAffine(9, 0.1), RandAugment()]
+
+    def batches(stages, first=0, last=3):
+        options = {"train_features": features["text"], "stages": stages}
+        data = data_of(shards, module_of(model, "text"), **options)
+        data.setup("fit")
+        data.progress.samples_consumed = 8 * first
+        return list(itertools.islice(data.train_dataloader(), last - first))
+
+    plain, changed = batches([]), batches(stages)
+    for one, other in zip(plain, changed, strict=True):
+        assert one.sample_ids.tolist() == other.sample_ids.tolist()
+        assert torch.equal(one.text_features, other.text_features)
+        assert torch.equal(one.picture_ids, other.picture_ids)
+        assert torch.equal(one.caption_ids, other.caption_ids)
+        assert not torch.equal(one.images, other.images)
+    for one, other in zip(changed[1:], batches(stages, first=1), strict=True):
+        assert one.sample_ids.tolist() == other.sample_ids.tolist()
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.text_features, other.text_features)
 
 
 def test_a_stage_that_may_change_texts_is_refused_beside_theirs(shards, model, features):
