@@ -28,7 +28,7 @@ from dist_siglip.data.samples.picture_policy import (
     with_formats,
 )
 from dist_siglip.evaluation.embed import EmbedSettings, embed_shards
-from dist_siglip.evaluation.embed.nearest_index import IndexKind, read_metrics
+from dist_siglip.evaluation.embed.nearest_index import IndexKind, measured_name, read_metrics
 from dist_siglip.evaluation.embed.rotation import PCA
 from dist_siglip.evaluation.embed.shard_job import Format
 from dist_siglip.evaluation.encoding import Precision, RowType, Towers
@@ -207,9 +207,8 @@ def embed(
 
 def _recall_table(name: str, numbers: Mapping[str, Any]) -> Table:
     """Lay out what quantised rows or an index find of the exact neighbours."""
-    what = f"{numbers.get('kind', numbers['dtype'])} {name}".replace("_", "-")
     table = Table(
-        title=f"{what}: share of the exact neighbours found",
+        title=f"{measured_name(name, numbers)}: share of the exact neighbours found",
         caption=f"{numbers['queries']:,} {numbers['query_tower']} queries, "
         f"{numbers['rows']:,} rows",
         show_header=False,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dist_siglip.errors import UserError
@@ -22,6 +22,7 @@ from dist_siglip.report.sections import (
     batches,
     capacity,
     comparison,
+    embeddings,
     geometry,
     objectives,
     pairs,
@@ -59,13 +60,14 @@ _SECTIONS: dict[str, _Maker] = {
 
 
 def write_report(*run_dirs: Path, out: Path | None = None) -> Path:
-    """Write one page about one run, or about several side by side.
+    """Write one page about one run, or about several side by side, and folders of embeddings.
 
     It needs nothing else: no script, no file beside it, nothing fetched. Parts whose files are
     missing or damaged are named on the page. The page appears whole or not at all.
 
     Args:
-        *run_dirs: run folders; metrics.jsonl must be in each.
+        *run_dirs: run folders, with metrics.jsonl in each, and folders that ``embed`` wrote, whose
+            recall has a section.
         out: name of the page; by default RUN/report.html of a single run.
 
     Returns:
@@ -80,26 +82,28 @@ def write_report(*run_dirs: Path, out: Path | None = None) -> Path:
         raise UserError(f"runs ({len(folders)}) must be 1 to {MOST_RUNS} folders")
     if out is None and len(folders) > 1:
         raise UserError("out (not set) must name the page of several runs")
-    records = [
-        read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)
-    ]
+    named = dict(zip(_names(folders), folders, strict=True))
+    embedded = {name: path for name, path in named.items() if embeddings.is_embedded(path)}
+    records = [read_run(path, name) for name, path in named.items() if name not in embedded]
     path = RunFolder(folders[0]).report if out is None else out
-    write_atomically(path, _render(records).encode("utf-8", "replace"))
+    write_atomically(path, _render(records, embedded).encode("utf-8", "replace"))
     logger.info("report written to %s", printable(str(path)))
     return path
 
 
-def _render(runs: Sequence[RunRecord]) -> str:
-    made = (_section(name, make, runs) for name, make in _SECTIONS.items())
+def _render(runs: Sequence[RunRecord], embedded: Mapping[str, Path]) -> str:
+    makers = dict(_SECTIONS) if runs else {}
+    makers["embeddings"] = lambda _: embeddings.make(embedded)
+    made = (_section(name, make, runs) for name, make in makers.items())
     sections = [section for section in made if section is not None]
-    names = ", ".join(run.name for run in runs)
-    title = f"Run {names}" if len(runs) == 1 else f"Runs {names}"
+    names = ", ".join([run.name for run in runs] or embedded)
+    what = ("Run" if len(runs) == 1 else "Runs") if runs else "Embeddings"
     steps = ", ".join(f"{run.last_step:,}" for run in runs)
     return render_page(
-        title,
-        f"dist_siglip, after {steps} optimizer steps",
+        f"{what} {names}",
+        f"dist_siglip, after {steps} optimizer steps" if runs else "dist_siglip, rows of shards",
         [(section.key, section.heading) for section in sections],
-        [_glance(runs, sections), *(section.render() for section in sections)],
+        [*([_glance(runs, sections)] if runs else []), *(each.render() for each in sections)],
     )
 
 

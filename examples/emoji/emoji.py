@@ -36,7 +36,7 @@ def model(text_tower: str) -> dict[str, Any]:
             "layers": 3,
             "width": 96,
             "head_width": 32,
-            "patch_size": 16,
+            "patch_size": 24,
             "pool_type": "avg",
         },
         "text_cfg": {

@@ -29,7 +29,7 @@ def parser(command: str) -> CommandParser:
         nargs="+",
         type=str,
         metavar="RUN",
-        help="Folder of a run; several for a comparison.",
+        help="Folder of a run; several for a comparison. Folders of embeddings are taken, too.",
     )
     made.add_argument(
         "--out",

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -386,6 +386,16 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: numbers for name, numbers in named if _is_measured(numbers)}
 
 
+def measured_name(name: str, numbers: Mapping[str, Any]) -> str:
+    """Name what an entry of ``metrics.json`` is about.
+
+    Example:
+        >>> measured_name("rows", {"dtype": "int8"}), measured_name("index", {"kind": "ivf_pq"})
+        ('int8 rows', 'ivf-pq index')
+    """
+    return f"{numbers.get('kind') or numbers['dtype']} {name}".replace("_", "-")
+
+
 def _is_measured(numbers: object) -> bool:
     """Tell whether there is all that ``measure_index`` and ``quantized_recall`` have in common."""
     if not isinstance(numbers, dict):
@@ -404,6 +414,7 @@ __all__ = [
     "exact_nearest",
     "load_faiss",
     "measure_index",
+    "measured_name",
     "note_metrics",
     "read_metrics",
     "rescore",
