@@ -164,13 +164,20 @@ def _shards(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _listed(settings: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The classes of a list; a function is named by its path alone."""
     found = settings.get(name)
-    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+    if not isinstance(found, list):
+        return []
+    named = [{"class_path": each} if isinstance(each, str) else each for each in found]
+    return [each for each in named if isinstance(each, Mapping)]
 
 
 def _data(run: RunRecord, step: int) -> list[str]:
     lines = ["## Data", ""]
     lines += [f"- `{public(each)}`" for each in _shards(run.settings)] or ["- not known"]
+    lines += [
+        f"- Before the crop: {_described(each)}." for each in _listed(run.settings, "data.stages")
+    ]
     batch, epochs = run.settings.get("data.global_batch_size"), run.series.get("data/epochs")
     if isinstance(batch, int) and step >= 0:
         seen = batch * step

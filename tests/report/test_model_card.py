@@ -31,6 +31,10 @@ SETTINGS = {
         "val_shards": "/secret/place/val-00000.tar",
         "global_batch_size": 64,
         "on_damage": "skip",
+        "stages": [
+            {"class_path": "dist_siglip.data.RandomAffine", "init_args": {"translate": 0.02}},
+            "mine.stages.keep_large",
+        ],
     },
     "trainer": {"max_steps": 60, "gradient_clip_val": 1.0},
 }
@@ -52,6 +56,8 @@ def test_a_card_has_data_schedule_losses_results_geometry_and_limits(run_dir):
     text = card.sections
     for words in (
         "`hf://datasets/me/pairs/{00..99}.tar (weight 3.0)`",
+        "- Before the crop: `RandomAffine` (translate 0.02).",
+        "- Before the crop: `keep_large`.",
         "3,840 pairs were seen: 2 epochs of about 1,920 pairs",
         "3 samples could not be used",
         "| filter: damaged shards | skip |",
