@@ -23,7 +23,11 @@ GIVEN = {
         '"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"',
         "/data/coco/test": "shards",
     },
-    "own_loop.md": {'"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"'},
+    "own_loop.md": {
+        '"ViT-B-32", "laion2b_s34b_b79k"': '"tiny.json"',
+        '"shards/train"': '"shards"',
+        '"shards/val"': '"shards"',
+    },
 }
 
 
@@ -69,6 +73,8 @@ def test_an_example_of_the_pages_runs(page, code, given, capsys):
         assert capsys.readouterr().out.strip()
     for name, expected in re.findall(r"print\((.*)\)  # (.*)", code):
         assert str(eval(name, given)) == expected
+    if page == "own_loop.md":
+        assert "Retrieval" in Path("runs/mine/report.html").read_text(encoding="utf-8")
     if "Synonyms" in given:
         synonyms = given["Synonyms"]([("a hen", "a chicken"), ("a fox", "a vixen")])
         built = given["built"]
