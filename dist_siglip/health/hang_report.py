@@ -55,12 +55,14 @@ class Verdict(NamedTuple):
         stalled: ranks that keep the others waiting.
         num_answers: ranks that have answered, and so can read this.
         exit_code: with which all ranks are to end; 0 leaves it to each.
+        is_hang: whether a rank that waited found it, and none has failed.
     """
 
     line: str
     stalled: list[int]
     num_answers: int
     exit_code: int = 0
+    is_hang: bool = False
 
 
 class HangReport:
@@ -131,7 +133,8 @@ class HangReport:
             stalled = stalled_ranks(statuses, self.world_size)
             line = describe(statuses, self.world_size)
             code = max(status.exit_code for status in statuses.values())
-            verdict = Verdict(line, stalled, len(statuses), code)
+            is_hang = not has_failed and not any(s.error for s in statuses.values())
+            verdict = Verdict(line, stalled, len(statuses), code, is_hang)
             self._channel.broadcast("verdict", verdict._asdict())
         self.store.add("round", 1)
         return verdict

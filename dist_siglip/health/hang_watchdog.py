@@ -157,7 +157,8 @@ class HangWatchdog:
     def explain(self, error: BaseException) -> str | None:
         """Tell the other ranks that this one fails, and return why if they caused it.
 
-        Watches no longer; takes some seconds at most.
+        Watches no longer; takes some seconds at most. If this rank failed because the others ended
+        a hang, it ends with their code, without returning.
         """
         if self._is_ending:
             time.sleep(_LEAVE_SECONDS)  # the watchdog's words are the better ones
@@ -179,6 +180,9 @@ class HangWatchdog:
         if verdict is None:
             return None
         self.verdict = verdict
+        if is_lost and verdict.is_hang:  # the others have ended already, on a busy machine
+            self._verdict = verdict
+            self._leave_for_good(status)
         self._leave(report, verdict)
         return verdict.line if is_lost and self._speaks(report) else None
 
@@ -232,6 +236,9 @@ class HangWatchdog:
         if self._stopped.is_set():
             return  # the main thread has failed, or has got on after all
         self._is_ending = True
+        self._leave_for_good(status)
+
+    def _leave_for_good(self, status: RankStatus) -> None:
         report, verdict = self._speaker, self._verdict
         speaks, stalled, code = True, [self._rank], EXIT_HUNG
         if verdict is not None and report is not None:

@@ -50,12 +50,7 @@ def ended():
 
 
 def test_a_rank_that_sleeps_in_its_data_is_named_and_all_end():
-    ranks = ended()["sleeps"]
-    assert HUNG in [code for code, *_ in ranks]
-    for code, said, stacks in ranks:
-        if code == 1:  # on a busy machine: by its collective, since the others had ended
-            assert "explained: " in said
-            continue
+    for code, _, stacks in ended()["sleeps"]:
         assert code == HUNG
         line = stacks.splitlines()[0]
         assert line.startswith("rank 1 is behind: waiting for data, step 3, for ")

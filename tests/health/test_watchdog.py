@@ -6,8 +6,9 @@ import torch.distributed as dist
 
 from dist_siglip.distributed import waiting
 from dist_siglip.errors import UserError
-from dist_siglip.health.hang_report import describe, stalled_ranks
-from dist_siglip.health.hang_watchdog import DeviceProgress, HangWatchdog
+from dist_siglip.health import hang_watchdog
+from dist_siglip.health.hang_report import HangReport, RankStatus, describe, stalled_ranks
+from dist_siglip.health.hang_watchdog import DeviceProgress, HangWatchdog, Heartbeat
 from dist_siglip.training.callbacks import Watchdog
 from tests.support.processes import run_ranks
 
@@ -161,3 +162,36 @@ def test_where_every_device_waits_no_rank_is_blamed(tmp_path):
     assert describe({0: stuck, 1: stuck}, 2).startswith(
         "every rank waits for others: a network or a device is stuck"
     )
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_collective_that_fails_since_others_ended_a_hang_ends_with_their_code(
+    tmp_path, monkeypatch, has_failed
+):
+    """The first rank may hear of the hang by its collective before its own thread ends it."""
+    store, codes = dist.HashStore(), []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hang_watchdog.os, "_exit", leave)
+    monkeypatch.setattr(hang_watchdog, "_LEAVE_SECONDS", 0.1)
+    behind = RankStatus(step=6, phase="step", is_overdue=not has_failed)
+    HangReport(store, 1, 2).poll(behind, 0.1, has_failed=has_failed)
+    thread = HangWatchdog(
+        lambda: Heartbeat(step=6, phase="step", order=2, limit_seconds=60),
+        stacks=tmp_path / "stacks.txt",
+        group=None,
+        end_children=lambda: None,
+    )
+    thread._speaker = HangReport(store, 0, 2)
+    error = RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    if has_failed:
+        assert thread.explain(error) == thread.verdict.line
+        assert codes == []
+    else:
+        with pytest.raises(SystemExit):
+            thread.explain(error)
+        assert codes == [hang_watchdog.EXIT_HUNG]
+        assert thread.verdict.line in (tmp_path / "stacks.txt").read_text()
