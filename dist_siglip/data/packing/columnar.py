@@ -198,9 +198,9 @@ def _row(batch: Any) -> Mapping[str, Any] | str:
     """Return the only row of a batch as plain values, or why it has none."""
     pyarrow, _ = packages()
     try:
-        for place, name in enumerate(batch.schema.names):
-            if getattr(batch.schema.types[place], "unit", "") == "ns":
-                batch = batch.set_column(place, name, in_microseconds(batch.column(place)))
+        for place, column in enumerate(batch.columns):
+            if (cut := in_microseconds(column)) is not column:
+                batch = batch.set_column(place, batch.schema.names[place], cut)
         values: Mapping[str, Any] = batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return f"row is not UTF-8: {error.reason}"
